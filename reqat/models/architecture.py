@@ -1,0 +1,114 @@
+"""What a supported decoder looks like, and where its linear layers are.
+
+Nothing here goes by class names: a decoder layer is supported if it *does* what this package can swap, that is if it has
+one self-attention with separate ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, full causal softmax attention called
+through transformers' ``AttentionInterface``, and dense ``nn.Linear`` layers otherwise. Llama, Qwen2 and Qwen3 do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class UnsupportedModelError(ValueError):
+    """The model's attention or layers are of a kind that this package does not quantize."""
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer: its index, its name in the model, and its self-attention module."""
+
+    index: int
+    name: str
+    module: nn.Module
+    attention: nn.Module
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Attention geometry, from the config: H query heads, G key/value heads, D head_dim."""
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+def head_shape(model: PreTrainedModel) -> HeadShape:
+    """Heads and head_dim of ``model``."""
+    config = model.config
+    query_heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    return HeadShape(query_heads, kv_heads, head_dim)
+
+
+def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
+    """The decoder layers of ``model``, in order.
+
+    Raises:
+        UnsupportedModelError: the model is no decoder of the supported kind; names the layer and the reason.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel")
+    decoder = model.get_decoder()
+    layers = getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} has no list of decoder layers at `.layers`: supported are decoders of the Llama, "
+            "Qwen2 and Qwen3 kind"
+        )
+    prefix = next(name for name, module in model.named_modules() if module is layers)
+    found = []
+    for index, layer in enumerate(layers):
+        name = f"{prefix}.{index}"
+        attentions = [m for m in layer.modules() if all(hasattr(m, p) for p in _PROJECTIONS)]
+        if len(attentions) != 1:
+            raise UnsupportedModelError(
+                f"model type {model_type!r}, layer {name}: unsupported attention, found {len(attentions)} modules with "
+                f"separate {', '.join(_PROJECTIONS)} where one is needed (fused projections, latent attention and "
+                "cross-attention are not supported)"
+            )
+        found.append(DecoderLayer(index, name, layer, attentions[0]))
+    _check_attention(model, found, model_type)
+    return found
+
+
+def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer], model_type: str) -> None:
+    config = model.config
+
+    def refuse(what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"model type {model_type!r}: unsupported attention ({what}): only full causal softmax attention is supported"
+        )
+
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        raise refuse(f"layer types {', '.join(sorted(kinds))}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and getattr(config, "use_sliding_window", True):
+        raise refuse(f"sliding window of {window} tokens; if no input is longer, set config.sliding_window = None")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise refuse(f"soft cap {config.attn_logit_softcapping} on the attention logits")
+    for layer in layers:
+        if hasattr(layer.attention, "sinks"):
+            raise refuse(f"attention sinks in {layer.name}")
+        if not getattr(layer.attention, "is_causal", True):
+            raise refuse(f"bidirectional attention in {layer.name}")
+    if not getattr(type(model), "_supports_attention_backend", False):
+        raise refuse("its code does not call transformers' AttentionInterface")
+
+
+def linear_layers(layer: DecoderLayer) -> Iterator[tuple[str, nn.Module]]:
+    """Every ``nn.Linear`` (or its quantized replacement) in a decoder layer, with its full name in the model."""
+    from reqat.models.linear import QuantLinear
+
+    for name, module in layer.module.named_modules():
+        if isinstance(module, nn.Linear | QuantLinear):
+            yield f"{layer.name}.{name}", module

@@ -1,0 +1,138 @@
+"""The attention function ``"reqat"``: keys and values in four bits, softmax attention in float32.
+
+transformers lets a model name its attention function (``AttentionInterface``). Ours is used at every precision, BF16
+included, so that fine-tuning, QAT and evaluation share one code path; it differs from ``"sdpa"`` in two ways only.
+
+1. Keys and values pass through the layer's :class:`~reqat.models.kv.KVQuantizer` (``module.reqat_kv``), if it has one.
+   Keys arrive here after RoPE, which is where the paper quantizes them (ReQAT, section 1); queries are left alone.
+   Tensors that come from :class:`~reqat.models.cache.Fp4Cache` were quantized when they were appended and are marked.
+2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
+   times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
+
+Shapes: B batch, H query heads, G key/value heads, T query tokens, S key tokens, D head_dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "reqat"
+_MARK = "_reqat_quantized"
+
+
+def mark_quantized(tensor_BGSD: Tensor) -> Tensor:
+    """Mark keys or values as quantized already, so that the attention function takes them as they are."""
+    setattr(tensor_BGSD, _MARK, True)
+    return tensor_BGSD
+
+
+def is_quantized(tensor_BGSD: Tensor) -> bool:
+    """Whether :func:`mark_quantized` was called on this very tensor object."""
+    return getattr(tensor_BGSD, _MARK, False)
+
+
+def softmax_attention(
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool = True,
+) -> Tensor:
+    """Softmax attention with grouped key/value heads; float32 on a CPU (float64 stays float64).
+
+    ``attention_mask`` is broadcastable to [B, H, T, S], boolean (True = attend) or additive; without one the attention
+    is causal if ``is_causal`` and T > 1. A row that may attend to nothing gives zeros, not NaN. Returns [B, H, T, D].
+    """
+    if query_BHTD.device.type == "cpu":
+        # The inner autocast region keeps torch from casting the arguments of SDPA back to bf16.
+        with torch.autocast("cpu", enabled=False):
+            return _attend(
+                _widened(query_BHTD),
+                _widened(key_BGSD),
+                _widened(value_BGSD),
+                _widened(attention_mask) if attention_mask is not None else None,
+                scaling,
+                dropout,
+                is_causal,
+            )
+    # Elsewhere SDPA wants one dtype for all four; under autocast it casts them itself.
+    key_BGSD, value_BGSD = key_BGSD.to(query_BHTD.dtype), value_BGSD.to(query_BHTD.dtype)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask.to(query_BHTD.dtype)
+    return _attend(query_BHTD, key_BGSD, value_BGSD, attention_mask, scaling, dropout, is_causal)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _attend(
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    value_BGSD: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool,
+) -> Tensor:
+    B, H, T, D = query_BHTD.shape
+    G, S = key_BGSD.shape[1:3]
+    if T == 1 and H != G and (mask is None or mask.shape[1] == 1):
+        # One new token: the query heads of a group become its query rows, so keys and values are read once a group.
+        grouped = F.scaled_dot_product_attention(
+            query_BHTD.reshape(B, G, H // G, D), key_BGSD, value_BGSD, attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
+        return grouped.reshape(B, H, 1, D)
+    causal = is_causal and mask is None and T > 1
+    if causal and T != S:
+        raise ValueError(
+            f"attention of {T} queries over {S} keys without a mask: torch would align the causal triangle at the "
+            "wrong corner; pass a 4D attention_mask"
+        )
+    return F.scaled_dot_product_attention(
+        query_BHTD, key_BGSD, value_BGSD, mask, dropout, causal, scale=scaling, enable_gqa=H != G
+    )
+
+
+def reqat_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function in transformers' calling convention: query [B, H, T, D], key and value [B, G, S, D].
+
+    Returns ([B, T, H, D] in the query's dtype, None). ``attention_mask``: see :func:`softmax_attention`.
+    """
+    for unsupported in ("softcap", "s_aux", "position_bias", "sliding_window"):
+        if kwargs.get(unsupported) is not None:
+            raise ValueError(f"attention {ATTENTION!r} does not support {unsupported}={kwargs[unsupported]!r}")
+    kv = getattr(module, "reqat_kv", None)
+    if kv is not None and not is_quantized(key):
+        key, value = kv(key, value)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    out_BHTD = softmax_attention(
+        query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
+    )
+    return out_BHTD.transpose(1, 2).to(query.dtype), None
+
+
+# Registered with both interfaces: without a mask function transformers would hand over no padding mask at all. A 4D
+# mask given by the caller reaches the attention function untouched (transformers.masking_utils).
+AttentionInterface.register(ATTENTION, reqat_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
