@@ -1,0 +1,8 @@
+"""The one training loop, its objective and its checkpoints."""
+
+from __future__ import annotations
+
+from reqat.training.loop import TrainResult, TrainSettings, learning_rate, response_logits, train
+from reqat.training.objective import NLL, Objective, Term, TermContext
+
+__all__ = ["NLL", "Objective", "Term", "TermContext", "TrainResult", "TrainSettings", "learning_rate", "response_logits", "train"]

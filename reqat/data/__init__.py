@@ -1,0 +1,9 @@
+"""Traces: a tokenizer with one token a digit, an ordered store of tokenized traces, and their packing into rows."""
+
+from __future__ import annotations
+
+from reqat.data.packing import Batch, PackedRows, batches, pack
+from reqat.data.tokenizer import build_tokenizer
+from reqat.data.traces import Trace, TraceStore, select, write_store
+
+__all__ = ["Batch", "PackedRows", "Trace", "TraceStore", "batches", "build_tokenizer", "pack", "select", "write_store"]

@@ -1,0 +1,128 @@
+"""Packing traces into rows of one length, and rows into batches.
+
+Several traces share a row; each attends only to itself (``segment_ids``) and counts its positions from zero, so a packed trace computes what it
+would alone. The loss is completion-only: labels are -100 on prompts and padding (ReQAT section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from reqat.data.traces import Trace
+
+IGNORE = -100
+# Rows that stay open for a later, shorter trace; more gives denser rows and a less local order.
+_OPEN_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``[B, T]`` int64 tensors. ``segment_ids`` is 0 on padding and 1, 2, … on the traces of a row; ``labels[b, t]`` is the token to predict
+    *at* position t (already shifted: the token at t + 1), or -100."""
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.segment_ids > 0).sum())
+
+    @property
+    def n_response_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int((self.labels != IGNORE).sum())
+
+    def attention_mask(self) -> Tensor:
+        """Bool ``[B, 1, T, T]``: causal within a segment. Padding attends to itself alone, so no row of the softmax is empty."""
+        t = self.segment_ids.shape[1]
+        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        causal = torch.ones(t, t, dtype=torch.bool).tril()
+        mask = same & causal
+        pad = self.segment_ids == 0
+        mask[pad] = torch.eye(t, dtype=torch.bool).expand(len(pad), t, t)[pad]
+        return mask[:, None]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows as lists of traces, in a fixed order; ``row_tokens`` is the length they are padded to."""
+
+    rows: tuple[tuple[Trace, ...], ...]
+    row_tokens: int
+    bos_id: int
+    pad_id: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(t.n_tokens for row in self.rows for t in row)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows at ``indices`` as one batch."""
+        shape = (len(indices), self.row_tokens)
+        ids = torch.full(shape, self.pad_id)
+        labels = torch.full(shape, IGNORE)
+        positions = torch.zeros(shape, dtype=torch.int64)
+        segments = torch.zeros(shape, dtype=torch.int64)
+        for b, index in enumerate(indices):
+            at = 0
+            for s, trace in enumerate(self.rows[index], start=1):
+                tokens = torch.tensor((self.bos_id, *trace.prompt_ids, *trace.response_ids))
+                n, prompt = len(tokens), 1 + len(trace.prompt_ids)
+                ids[b, at : at + n] = tokens
+                positions[b, at : at + n] = torch.arange(n)
+                segments[b, at : at + n] = s
+                labels[b, at + prompt - 1 : at + n - 1] = tokens[prompt:]
+                at += n
+        return Batch(ids, labels, positions, segments)
+
+
+def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int, pad_id: int) -> PackedRows:
+    """First-fit packing in the traces' order over a window of open rows; every trace lands whole in exactly one row.
+
+    Raises ``ValueError`` for no traces, or for a trace longer than a row, naming it.
+    """
+    if not traces:
+        raise ValueError("no traces to pack; the selection is empty")
+    done: list[list[Trace]] = []
+    open_rows: list[tuple[int, list[Trace]]] = []
+    for trace in traces:
+        n = trace.n_tokens
+        if n > row_tokens:
+            raise ValueError(f"trace {trace.id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out")
+        for i, (left, row) in enumerate(open_rows):
+            if n <= left:
+                row.append(trace)
+                open_rows[i] = (left - n, row)
+                break
+        else:
+            row = [trace]
+            done.append(row)
+            open_rows.append((row_tokens - n, row))
+            if len(open_rows) > _OPEN_ROWS:
+                open_rows.remove(min(open_rows, key=lambda entry: entry[0]))
+    return PackedRows(tuple(tuple(r) for r in done), row_tokens, bos_id, pad_id)
+
+
+def batches(n_rows: int, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
+    """Row indices batch by batch: each epoch is a fresh seeded permutation; the last batch of all may be smaller, and an epoch's end may
+    share a batch with the next one's start."""
+    generator = torch.Generator().manual_seed(seed)
+    queue: list[int] = []
+    for _ in range(epochs):
+        queue += torch.randperm(n_rows, generator=generator).tolist()
+        while len(queue) >= rows_per_batch:
+            yield queue[:rows_per_batch]
+            queue = queue[rows_per_batch:]
+    if queue:
+        yield queue

@@ -1,0 +1,45 @@
+"""A small word-level tokenizer in the standard format, one token a digit.
+
+A token carries its leading space (`` 4`` opens a number, ``4`` continues one), so text survives encoding and decoding unchanged and no token
+is spent on a space. The vocabulary is the closed set of pieces in a sample of traces, plus every digit and letter in both forms.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
+_PIECE = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\n"
+
+
+def pieces(text: str) -> list[str]:
+    """The tokens of ``text`` before any vocabulary."""
+    return re.findall(_PIECE, text)
+
+
+def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A transformers tokenizer over the pieces of ``corpus``.
+
+    Raises ``ValueError`` for an empty corpus. Encoding adds no special tokens: callers place ``<bos>`` and ``<eos>`` themselves.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    found = {piece for text in corpus for piece in pieces(text)}
+    if not found:
+        raise ValueError("the tokenizer's corpus is empty; give it at least one text")
+    for char in string.digits + string.ascii_lowercase:
+        found |= {char, f" {char}"}
+    vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, UNK, *sorted(found)])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=UNK))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
+    )

@@ -1,0 +1,126 @@
+"""The ordered store of tokenized traces that every training stage reads.
+
+TAQ is a statement about data: stage 2 must see the very traces of stage 1, token by token (ReQAT section 3.2). The store makes that
+checkable. It is one JSON line a trace in a fixed order, with token ids, and a manifest with its digest; a stage takes a contiguous range of
+it by token count, so "the same traces" is a prefix and "different traces" is what follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One prompt and verified response. Ids exclude ``<bos>``; ``response_ids`` ends with the end-of-sequence token."""
+
+    id: str
+    problem_id: str
+    family: str
+    prompt: str
+    response: str
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of the trace as trained on, with its ``<bos>``."""
+        return 1 + len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class TraceStore:
+    """Traces in their order, with the digest of the file they came from."""
+
+    traces: tuple[Trace, ...]
+    digest: str
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of all traces."""
+        return sum(t.n_tokens for t in self.traces)
+
+    @classmethod
+    def read(cls, folder: Path, name: str = "train") -> TraceStore:
+        """Read ``folder/name.jsonl`` and check it against the manifest.
+
+        Raises ``FileNotFoundError`` where either file is missing, ``ValueError`` where the traces are empty, truncated or altered.
+        """
+        path, manifest_path = folder / f"{name}.jsonl", folder / MANIFEST
+        for needed in (path, manifest_path):
+            if not needed.is_file():
+                raise FileNotFoundError(f"no {needed.name} in {folder}; write the traces first (`reqat stage` of the data stage)")
+        expected = json.loads(manifest_path.read_text())["files"].get(name)
+        if expected is None:
+            raise ValueError(f"{manifest_path} does not list {name!r}; it was written for other traces, make it again")
+        data = path.read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != expected["sha256"]:
+            raise ValueError(
+                f"trace file {path} is damaged or truncated: {len(data)} bytes with digest {digest[:12]}, its manifest says "
+                f"{expected['bytes']} bytes with {expected['sha256'][:12]}; delete the folder and make it again"
+            )
+        traces = []
+        for line in data.decode().splitlines():
+            row = json.loads(line)
+            row["prompt_ids"], row["response_ids"] = tuple(row["prompt_ids"]), tuple(row["response_ids"])
+            traces.append(Trace(**row))
+        if not traces:
+            raise ValueError(f"trace file {path} is empty; ask for at least one trace")
+        return cls(tuple(traces), digest)
+
+
+def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
+    """Write each iterable of traces to ``folder/NAME.jsonl`` and the manifest last, so that a whole manifest means whole files.
+
+    Raises ``ValueError`` for a name without traces.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: dict[str, dict[str, object]] = {}
+    for name, traces in files.items():
+        digest, n_bytes, n_traces, n_tokens = hashlib.sha256(), 0, 0, 0
+        with open(folder / f"{name}.jsonl", "wb") as f:
+            for trace in traces:
+                line = json.dumps(asdict(trace), separators=(",", ":")).encode() + b"\n"
+                f.write(line)
+                digest.update(line)
+                n_bytes, n_traces, n_tokens = n_bytes + len(line), n_traces + 1, n_tokens + trace.n_tokens
+            f.flush()
+            os.fsync(f.fileno())
+        if not n_traces:
+            raise ValueError(f"no traces for {name!r}; ask for at least one")
+        entries[name] = {"sha256": digest.hexdigest(), "bytes": n_bytes, "traces": n_traces, "tokens": n_tokens}
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def select(traces: Sequence[Trace], tokens: int, *, skip_tokens: int = 0) -> list[Trace]:
+    """The contiguous range that starts after ``skip_tokens`` tokens and holds ``tokens`` tokens, both rounded up to whole traces.
+
+    The first ranges of equal ``skip_tokens`` are prefixes of one another; a range with ``skip_tokens=k`` starts where one of ``tokens=k`` ends.
+    Raises ``ValueError`` where the store is too small, naming both numbers.
+    """
+    if tokens < 1 or skip_tokens < 0:
+        raise ValueError(f"select() wants tokens >= 1 and skip_tokens >= 0, got tokens={tokens}, skip_tokens={skip_tokens}")
+    out: list[Trace] = []
+    passed = taken = 0
+    for trace in traces:
+        if passed < skip_tokens:
+            passed += trace.n_tokens
+        elif taken < tokens:
+            taken += trace.n_tokens
+            out.append(trace)
+        else:
+            break
+    if taken < tokens:
+        total = sum(t.n_tokens for t in traces)
+        raise ValueError(f"{tokens} tokens after the first {skip_tokens} were asked for, the store holds {total}; write more traces")
+    return out

@@ -1,0 +1,179 @@
+"""The only training loop: fine-tuning, QAT and every ablation run through it.
+
+What differs between methods is the model that comes in (plain or prepared for a precision), the rows, and the objective's terms. AdamW with
+a linear warm-up and a cosine down to a floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, bf16
+autocast over float32 master weights. The run is a pure function of its arguments: same seed, same weights, bit for bit, also across a kill
+at any moment (:mod:`reqat.training.checkpoint`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reqat.data import Batch, PackedRows, batches
+from reqat.data.packing import IGNORE
+from reqat.training import checkpoint
+from reqat.training.objective import Objective, TermContext
+from reqat.training.progress import StepProgress
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Hyper-parameters. Defaults are the paper's (ReQAT section 4, spec section 2) but for the batch, which is a matter of the machine."""
+
+    lr: float = 1e-5
+    min_lr_ratio: float = 0.01
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    epochs: int = 1
+    rows_per_batch: int = 16
+    accumulation: int = 1
+    seed: int = 0
+    autocast: bool = True
+    gradient_checkpointing: bool = False
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs", "rows_per_batch", "accumulation", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+
+@dataclass
+class TrainResult:
+    """What a run leaves: ``loss`` and each term are means over response tokens, in nats, per optimizer step."""
+
+    steps: int
+    tokens: int
+    response_tokens: int
+    seconds: float
+    history: list[dict[str, float]] = field(repr=False, default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without padding over the wall time of all steps, resumed runs included."""
+        return self.tokens / self.seconds if self.seconds else math.nan
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss over the last 5% of the steps, at least one (Table 5's "final loss")."""
+        tail = self.history[-max(1, len(self.history) // 20) :]
+        return sum(h["loss"] for h in tail) / len(tail)
+
+
+def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
+    """Linear warm-up over ``warmup_ratio`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps count from 0."""
+    warmup = round(settings.warmup_ratio * total)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    floor = settings.min_lr_ratio
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
+    """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; lm_head runs on those alone."""
+    hidden = model.get_decoder()(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask(), position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    return model.get_output_embeddings()(hidden[keep])
+
+
+def train(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    objective: Objective,
+    settings: TrainSettings,
+    checkpoints: Path,
+    *,
+    teacher: PreTrainedModel | None = None,
+    label: str = "train",
+    progress: bool = True,
+) -> TrainResult:
+    """Train ``model`` in place on ``rows`` for ``settings.epochs`` and return the run's history.
+
+    ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is left for the caller to
+    delete. Raises ``ValueError`` where the objective wants a teacher and has none, a checkpoint is damaged or of another run, or the loss is
+    not finite (naming the step); ``OSError`` where a checkpoint cannot be written.
+    """
+    if objective.needs_teacher and teacher is None:
+        raise ValueError("the objective has a term that needs a teacher; give the stage one")
+    torch.manual_seed(settings.seed)
+    device = next(model.parameters()).device
+    micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
+    steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
+    run = {"settings": repr(settings), "rows": len(rows), "row_tokens": rows.row_tokens, "terms": [t.name for t in objective.terms]}
+
+    model.train()
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+    result = TrainResult(0, 0, 0, 0.0)
+    position = checkpoint.load(checkpoints, model, optimizer)
+    if position is not None:
+        if position["run"] != run:
+            raise ValueError(f"the checkpoint in {checkpoints} belongs to another run ({position['run']}); delete it to start again")
+        result = TrainResult(**position["result"])
+
+    def state() -> dict[str, Any]:
+        return {"run": run, "result": {k: getattr(result, k) for k in ("steps", "tokens", "response_tokens", "seconds", "history")}}
+
+    total_tokens = rows.n_tokens * settings.epochs
+    saved = time.monotonic()
+    with StepProgress(label, total_tokens, result.tokens, enabled=progress) as bar:
+        for step in range(result.steps, len(steps)):
+            began = time.monotonic()
+            lr = learning_rate(step, len(steps), settings)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            group_batches = [rows.batch(indices) for indices in steps[step]]
+            divisor = sum(b.n_response_tokens for b in group_batches)
+            sums: dict[str, float] = {}
+            total = 0.0
+            for cpu_batch in group_batches:
+                batch = Batch(*(getattr(cpu_batch, f).to(device) for f in ("input_ids", "labels", "position_ids", "segment_ids")))
+                keep = batch.labels != IGNORE
+                with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+                    logits = response_logits(model, batch, keep)
+                    teacher_logits = None
+                    if teacher is not None and objective.needs_teacher:
+                        with torch.no_grad():
+                            teacher_logits = response_logits(teacher, batch, keep)
+                loss, parts = objective(TermContext(logits, batch.labels[keep], teacher_logits))
+                (loss / divisor).backward()
+                total += float(loss.detach()) / divisor
+                for name, value in parts.items():
+                    sums[name] = sums.get(name, 0.0) + value / divisor
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            if not math.isfinite(total) or not bool(torch.isfinite(norm)):
+                raise ValueError(f"{label}: loss {total} with gradient norm {float(norm)} at step {step + 1} of {len(steps)}; lower lr={settings.lr}")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            tokens = sum(b.n_tokens for b in group_batches)
+            result.steps, result.tokens = step + 1, result.tokens + tokens
+            result.response_tokens += divisor
+            result.seconds += time.monotonic() - began
+            result.history.append({"step": step + 1, "tokens": result.tokens, "lr": lr, "loss": total, "grad_norm": float(norm), **sums})
+            bar.advance(tokens, loss=total)
+            if time.monotonic() - saved > settings.checkpoint_seconds:
+                checkpoint.save(checkpoints, model, optimizer, state())
+                saved = time.monotonic()
+    checkpoint.save(checkpoints, model, optimizer, state())
+    model.eval()
+    return result
