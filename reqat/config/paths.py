@@ -1,0 +1,100 @@
+"""Where things lie, relative to the repository's root: the one place that knows.
+
+build/data/<data id>/                      tokenizer/, train.jsonl, manifest.json, record.json
+build/stages/<stage id>/                   model/, record.json
+build/evaluations/<evaluation id>/         outcomes.parquet, record.json
+build/partial/<id>/                        where a job works until it is whole; a killed training resumes from here
+build/tables/<tier>/, build/plots/<tier>/  what analysis renders
+results/base/                              the pinned base checkpoint; results/<tier>/ a pinned run
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from reqat.config.errors import ReqatError
+from reqat.config.plan import Plan, plan
+from reqat.config.stage import BaseSettings, Evaluation, Stage
+from reqat.config.tier import load_catalogue, load_tier
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Paths of a checkout. `root` holds `config/` and `results/`; `build` is where work goes (relative to `root`, or absolute)."""
+
+    root: Path = Path()
+    build: Path = Path("build")
+    models: Path = Path("models")
+    """Folder of local models (`source: path`); environment variable REQAT_MODELS overrides it."""
+
+    @property
+    def config(self) -> Path:
+        """Folder of tiers and recipes."""
+        return self.root / "config"
+
+    @property
+    def results(self) -> Path:
+        """Folder of pinned results. Rules only read it."""
+        return self.root / "results"
+
+    @property
+    def base(self) -> Path:
+        """Folder of the pinned base checkpoint."""
+        return self.results / "base"
+
+    @property
+    def work(self) -> Path:
+        """The build folder."""
+        return self.root / self.build
+
+    def models_folder(self) -> Path:
+        """Folder of local models."""
+        return Path(os.environ.get("REQAT_MODELS") or self.root / self.models)
+
+    def stage(self, stage: Stage) -> Path:
+        """Directory of a stage: made by a job, or given (a pinned base, a local folder)."""
+        if isinstance(stage.settings, BaseSettings):
+            if stage.settings.source == "pinned":
+                return self.base
+            if stage.settings.source == "path":
+                assert stage.settings.reference is not None
+                return self.models_folder() / stage.settings.reference
+        return self.work / ("data" if stage.kind == "data" else "stages") / stage.id
+
+    def model(self, stage: Stage) -> Path:
+        """Model folder of a stage (Hugging Face layout)."""
+        given = isinstance(stage.settings, BaseSettings) and stage.settings.source == "path"
+        return self.stage(stage) if given else self.stage(stage) / "model"
+
+    def evaluation(self, evaluation: Evaluation) -> Path:
+        """Directory of an evaluation."""
+        return self.work / "evaluations" / evaluation.id
+
+    def partial(self, id: str) -> Path:
+        """Where the job that makes `id` works until its output is whole."""
+        return self.work / "partial" / id
+
+
+def made(stage: Stage) -> bool:
+    """Whether a job makes the stage (False: it is given, as the pinned base is)."""
+    return not (isinstance(stage.settings, BaseSettings) and stage.settings.source in ("pinned", "path"))
+
+
+def pinned_base(paths: Paths) -> str | None:
+    """sha256 of the pinned base's weights, as its record states it; None if no base is pinned."""
+    record = paths.base / "record.json"
+    if not record.exists():
+        return None
+    try:
+        return str(json.loads(record.read_text(encoding="utf-8"))["outputs"]["model/model.safetensors"]["sha256"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ReqatError(f"{record}: not a record of a base checkpoint ({error!r}); restore it from git.") from None
+
+
+def load(tier: str, paths: Paths | None = None) -> Plan:
+    """The plan of the tier called `tier` in a checkout."""
+    paths = paths or Paths()
+    return plan(load_tier(tier, paths.config), load_catalogue(paths.config), pinned=pinned_base(paths))

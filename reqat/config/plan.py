@@ -1,0 +1,264 @@
+"""From a tier and the recipes to the plan: every stage once, every evaluation once, and the table cells that point at them.
+
+Each cell walks its recipe from the base model; stages are put in a dictionary by id, so cells that share work share stages without anybody
+arranging it. Round-to-nearest PTQ needs no stage at all: an evaluation at a precision rounds the weights itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from reqat.config.base import Strict
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.precision import PrecisionSpec, family
+from reqat.config.recipe import Catalogue, PTQStep, QFitStep, Recipe, Rows, Step, TrainStep, amount
+from reqat.config.stage import (
+    BaseSettings,
+    DataStageSettings,
+    Evaluation,
+    ProblemSet,
+    PTQSettings,
+    QFitSettings,
+    Selection,
+    Settings,
+    Stage,
+    TrainSettings,
+)
+from reqat.config.tier import Model, Tier
+
+BF16 = PrecisionSpec()
+UNPINNED = "not pinned yet"
+
+
+class Cell(Strict):
+    """One number of one table or figure, before it is measured."""
+
+    artifact: str
+    model: str
+    recipe: str
+    method: str
+    precision: str
+    condition: str
+    total_tokens: int | None
+    """Tokens that the method spent in all; None for methods that train nothing."""
+    multiple: int | None
+    """`total_tokens` in QAT budgets: the tier's 2 stands beside the paper's 140M (2 x 70M)."""
+    training_seed: int
+    evaluation: str
+    """Id of the evaluation that measures it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a tier asks for."""
+
+    tier: Tier
+    stages: dict[str, Stage] = field(default_factory=dict)
+    """By id, parents before children."""
+    evaluations: dict[str, Evaluation] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    bases: dict[str, str] = field(default_factory=dict)
+    """Model label -> id of its base stage."""
+    scratch: dict[str, str] = field(default_factory=dict)
+    """Model label -> id of the `base` stage that trains it from scratch, where the tier says how (target `base`)."""
+
+    def stage(self, id: str) -> Stage:
+        """The stage called `id`; `ReqatError` with the closest match if the plan has none."""
+        if id not in self.stages:
+            raise unknown("stage", id, self.stages, where=f"tier {self.tier.name}")
+        return self.stages[id]
+
+    def evaluation(self, id: str) -> Evaluation:
+        """The evaluation called `id`; `ReqatError` with the closest match if the plan has none."""
+        if id not in self.evaluations:
+            raise unknown("evaluation", id, self.evaluations, where=f"tier {self.tier.name}")
+        return self.evaluations[id]
+
+    def lineage(self, id: str) -> Iterator[Stage]:
+        """The stage `id` and the stages whose models it stands on, the newest first."""
+        current: str | None = id
+        while current is not None:
+            stage = self.stage(current)
+            yield stage
+            current = stage.parent
+
+    @cached_property
+    def needed(self) -> dict[str, Stage]:
+        """Stages that some evaluation stands on, parents first: those that `figures/` runs (the rest serve target `base`)."""
+        wanted: set[str] = set()
+        for evaluation in self.evaluations.values():
+            for stage in self.lineage(evaluation.stage):
+                wanted |= {stage.id, *stage.inputs.values()}
+        return {id: stage for id, stage in self.stages.items() if id in wanted}
+
+    @cached_property
+    def artifacts(self) -> list[str]:
+        """Names of the artifacts that the tier makes, in order."""
+        return list(dict.fromkeys(cell.artifact for cell in self.cells))
+
+
+class _Builder:
+    def __init__(self, tier: Tier, catalogue: Catalogue, pinned: str | None) -> None:
+        self.tier, self.catalogue = tier, catalogue
+        self.plan = Plan(tier)
+        self.pinned = pinned or UNPINNED
+
+    def add(
+        self,
+        kind: str,
+        settings: Settings,
+        precision: PrecisionSpec = BF16,
+        parent: str | None = None,
+        data: str | None = None,
+    ) -> Stage:
+        stage = Stage(kind=kind, settings=settings, precision=precision, parent=parent, data=data)  # type: ignore[arg-type]
+        return self.plan.stages.setdefault(stage.id, stage)
+
+    def base(self, label: str, model: Model) -> Stage:
+        if model.scratch is not None:
+            store = self.add("data", DataStageSettings(**model.scratch.data.model_dump()))
+            trained = self.add("base", model.scratch.settings(label), data=store.id)
+            self.plan.scratch[label] = trained.id
+            if model.source == "scratch":
+                return trained
+        reference = self.pinned if model.source == "pinned" else model.reference
+        return self.add("base", BaseSettings(source=model.source, name=label, reference=reference))
+
+    def store(self, base: Stage) -> Stage:
+        """The store that fine-tuning and QAT read, counted with the base model's own tokenizer."""
+        settings = self.tier.data.model_copy(update={"tokenizer": "model"})
+        return self.add("data", DataStageSettings(**settings.model_dump()), parent=base.id)
+
+    def selection(self, step: TrainStep, total: int, model: Model, recipe: str) -> Selection:
+        values = self.amounts(total)
+        tokens, skip, epochs = amount(step.tokens, values), 0, step.epochs
+        if step.traces == "different":
+            skip = values["ft"]
+        subset = model.finetune_subset_tokens
+        if subset is not None and tokens > subset:
+            if tokens % subset:
+                raise ReqatError(
+                    f"recipe {recipe}: {tokens} tokens are no whole number of epochs over a subset of {subset} tokens."
+                )
+            tokens, epochs = subset, epochs * tokens // subset
+        if subset is not None and skip:
+            skip = subset
+        if skip + tokens > self.tier.data.tokens:
+            raise ReqatError(
+                f"recipe {recipe} reads traces up to token {skip + tokens}, but the store is asked for {self.tier.data.tokens} only: "
+                f"raise data.tokens in config/tiers/{self.tier.name}.yaml."
+            )
+        return Selection(tokens=tokens, skip_tokens=skip, epochs=epochs)
+
+    def amounts(self, total: int) -> dict[str, int]:
+        qat = self.tier.budget.qat_tokens
+        return {"total": total, "qat": qat, "ft": total - qat}
+
+    def settings(self, step: Step, name: str, total: int, model: Model, seed: int, finetuned: bool) -> Settings:
+        if isinstance(step, QFitStep):
+            qfit = self.tier.qfit
+            return QFitSettings(
+                scale=step.scale, shift=step.shift, variant=step.variant, grid=qfit.grid, calibration=qfit.calibration
+            )
+        if isinstance(step, PTQStep):
+            ptq = self.tier.ptq
+            return PTQSettings(method=step.method, act_order=step.act_order, damp=ptq.damp, calibration=ptq.calibration)
+        train = self.tier.train
+        training = train.finetune if step.step == "finetune" else train.qat
+        if step.step == "qat" and not finetuned and train.qat_from_base is not None:
+            training = train.qat_from_base
+        if step.objective is not None:
+            training = training.model_copy(update={"objective": step.objective})
+        return TrainSettings(training=training, traces=self.selection(step, total, model, name), seed=seed)
+
+    def precision(self, name: str, recipe: Recipe, global_scale: str) -> PrecisionSpec:
+        options = recipe.precision.get(family(name))
+        given = options.model_dump(exclude_none=True) if options else {}
+        return PrecisionSpec(**({"global_scale": global_scale} | given | {"name": name}))
+
+    def chain(self, name: str, precision: str, total: int, model: Model, base: Stage, store: Stage, seed: int) -> Stage:
+        """The last stage of a recipe."""
+        recipe = self.catalogue.recipe(name)
+        quantized = self.precision(precision, recipe, self.tier.train.global_scale)
+        current, finetuned = base, False
+        for step in recipe.steps:
+            if step.formats is not None and quantized.family not in step.formats:
+                continue
+            settings = self.settings(step, name, total, model, seed, finetuned)
+            at = BF16 if step.step == "finetune" else quantized
+            current = self.add(step.step, settings, at, current.id, store.id)
+            finetuned |= step.step == "finetune"
+        return current
+
+    def evaluate(self, stage: Stage, precision: PrecisionSpec) -> Evaluation:
+        how = self.tier.evaluation
+        families = how.families if how.families is not None else self.tier.data.families
+        problems = ProblemSet(families=families, split=how.split, n=how.n, seed=how.problem_seed)
+        seeds = how.seeds[:1] if how.decoding.greedy else how.seeds
+        evaluation = Evaluation(
+            stage=stage.id, precision=precision, problems=problems, decoding=how.decoding, seeds=seeds
+        )
+        return self.plan.evaluations.setdefault(evaluation.id, evaluation)
+
+    def totals(self, rows: Rows, recipe: Recipe) -> list[int | None]:
+        trains = any(isinstance(step, TrainStep) for step in recipe.steps)
+        if not trains or rows.totals == "none":
+            return [None]
+        return list(self.tier.budget.totals) if rows.totals == "all" else [self.tier.budget.claim_total]
+
+    def seeds(self, recipe: str, precision: str, multiple: int | None) -> list[int]:
+        claim = self.tier.claim_seeds
+        seeds = list(self.tier.training_seeds if multiple is not None else self.tier.training_seeds[:1])
+        if multiple == self.tier.budget.claim_total and recipe in claim.recipes and precision in claim.precisions:
+            seeds += [seed for seed in claim.seeds if seed not in seeds]
+        return seeds
+
+    def rows(self, artifact: str, rows: Rows, label: str, model: Model, base: Stage, store: Stage) -> None:
+        only = self.tier.only
+        for name in rows.recipes:
+            recipe = self.catalogue.recipe(name)
+            for precision in rows.precisions:
+                if (only.recipes is not None and name not in only.recipes) or (
+                    only.precisions is not None and precision not in (*only.precisions, "BF16")
+                ):
+                    continue
+                for multiple in self.totals(rows, recipe):
+                    for seed in self.seeds(name, precision, multiple):
+                        total = None if multiple is None else multiple * self.tier.budget.qat_tokens
+                        stage = self.chain(name, precision, total or 0, model, base, store, seed)
+                        scale = rows.global_scale or self.tier.evaluation.global_scale
+                        evaluation = self.evaluate(stage, self.precision(precision, recipe, scale))
+                        self.plan.cells.append(
+                            Cell(
+                                artifact=artifact,
+                                model=label,
+                                recipe=name,
+                                method=rows.method or recipe.method,
+                                precision=precision,
+                                condition=rows.condition,
+                                total_tokens=total,
+                                multiple=multiple,
+                                training_seed=seed,
+                                evaluation=evaluation.id,
+                            )
+                        )
+
+    def build(self) -> Plan:
+        for label, model in self.tier.models.items():
+            base = self.base(label, model)
+            self.plan.bases[label] = base.id
+            store = self.store(base)
+            for artifact in model.artifacts:
+                for rows in self.catalogue.artifacts[artifact].rows:
+                    self.rows(artifact, rows, label, model, base, store)
+        return self.plan
+
+
+def plan(tier: Tier, catalogue: Catalogue, *, pinned: str | None = None) -> Plan:
+    """The plan of a tier. `pinned` is the sha256 of the pinned base's weights (`pinned_base` reads it), None if nothing is pinned yet.
+
+    Raises `ReqatError` if a recipe's amounts do not fit the tier's budgets and trace store.
+    """
+    return _Builder(tier, catalogue, pinned).build()

@@ -1,0 +1,82 @@
+"""The name of a precision and its options, as configuration sees them: checked here by shape, given meaning by `reqat.quant.Precision`.
+
+Configuration must be readable without torch (the DAG is parsed in a second), so this floor knows only which names exist and normalizes the
+options that a name does not use. Otherwise `rotation: 32` on a model without rotation, or a KV element where no KV cache is quantized,
+would give the same work two identities.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from reqat.config.base import Strict
+from reqat.config.errors import ReqatError
+
+FORMATS = ("MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g128", "INT4-row")
+_NAME = re.compile(r"^(?P<format>.+?)-(?P<bits>(W4A4|W4A16)(KV4)?|KV4)$")
+_EXAMPLES = "BF16, MXFP4-W4A16, MXFP4-W4A4, NVFP4-W4A16, NVFP4-W4A4, NVFP4-W4A4KV4, NVFP4-KV4, AMXFP4-W4A4KV4"
+
+GlobalScale = Literal["dynamic", "row", "static"]
+
+
+def family(name: str) -> str:
+    """The format of a precision's name: `NVFP4` of `NVFP4-W4A4KV4`, `BF16` of `BF16`. Raises `ReqatError` on anything else."""
+    if name == "BF16":
+        return name
+    match = _NAME.match(name)
+    if not match or match["format"] not in FORMATS:
+        raise ReqatError(
+            f"unknown precision {name!r}: expected BF16 or FORMAT-BITS with FORMAT one of {', '.join(FORMATS)} and BITS one of "
+            f"W4A16, W4A4, W4A16KV4, W4A4KV4, KV4; for example {_EXAMPLES}."
+        )
+    return match["format"]
+
+
+class PrecisionSpec(Strict):
+    """A precision by name with its options. `options()` is what `Precision.parse(name, **options)` takes."""
+
+    name: str = "BF16"
+    kv_element: Literal["E1M2", "E2M1"] | None = None
+    """Element of the KV cache's codes; E1M2 unless told otherwise, null where no KV cache is quantized."""
+    rotation: int | None = None
+    """Size of the block Hadamard rotation of the linear layers' inputs and weights; null for none."""
+    global_scale: GlobalScale | None = None
+    """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        family(name)
+        return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normalize(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            data = {"name": data}
+        if not isinstance(data, dict):
+            return data
+        name = data.get("name", "BF16")
+        kind = family(name)
+        nvfp4 = kind in ("NVFP4", "NVFP4-4/6")
+        fp4_kv = "KV4" in name and not kind.startswith("INT4")
+        scaled = nvfp4 and ("A4" in name or "KV4" in name)
+        has_linear = "-W4" in name
+        return data | {
+            "kv_element": (data.get("kv_element") or "E1M2") if fp4_kv else None,
+            "global_scale": (data.get("global_scale") or "row") if scaled else None,
+            "rotation": data.get("rotation") if has_linear else None,
+        }
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `reqat.quant.Precision.parse`, those that this name uses. `rotation` is always given, None included."""
+        named = {"kv_element": self.kv_element, "global_scale": self.global_scale}
+        return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
+
+    @property
+    def family(self) -> str:
+        """`NVFP4` of `NVFP4-W4A4KV4`; `BF16` of `BF16`."""
+        return family(self.name)

@@ -1,0 +1,172 @@
+"""Recipes: published methods as lists of stages with symbolic token amounts.
+
+A recipe says *what* is done (`finetune` on `total - qat` tokens, then `qat` on `qat` tokens of the same traces), a tier says *how much*
+(`qat = 200k`, `total = 2 qat`). An ablation is one more recipe in `config/recipes.yaml`, never code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from reqat.config.base import Strict
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.precision import FORMATS, GlobalScale
+from reqat.config.stage import Term
+
+_TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
+AMOUNTS = ("total", "qat", "ft")
+
+
+def amount(expression: str | int, values: Mapping[str, int]) -> int:
+    """Tokens meant by `expression`: sums and differences of `total`, `qat`, `ft` (= total - qat) and numbers, as in `total - 2 qat`.
+
+    Raises `ReqatError` if it is not such a sum or not positive.
+    """
+    text = str(expression).strip()
+    position, total = 0, 0.0
+    while position < len(text):
+        match = _TERM.match(text, position)
+        if (
+            not match
+            or match.end() == position
+            or (match[2] is None and match[3] is None)
+            or (position and not match[1])
+        ):
+            raise ReqatError(
+                f"cannot read the token amount {text!r}: write sums of {', '.join(AMOUNTS)}, as in 'total - qat'."
+            )
+        if match[3] and match[3] not in values:
+            raise unknown("token amount", match[3], values)
+        value = float(match[2] or 1) * (values[match[3]] if match[3] else 1)
+        total += -value if match[1] == "-" else value
+        position = match.end()
+    if total < 1:
+        raise ReqatError(f"the token amount {text!r} is {total:g} here; it must be positive (values: {dict(values)}).")
+    return round(total)
+
+
+class _Step(Strict):
+    formats: list[str] | None = None
+    """Do this step only for precisions of these formats (null: for all)."""
+
+    @field_validator("formats")
+    @classmethod
+    def _known(cls, formats: list[str] | None) -> list[str] | None:
+        for name in formats or ():
+            if name not in FORMATS:
+                raise unknown("format", name, FORMATS)
+        return formats
+
+
+class TrainStep(_Step):
+    """A `finetune` or `qat` step."""
+
+    step: Literal["finetune", "qat"]
+    tokens: str | int = "total"
+    """Size of the run of traces, in `total`, `qat`, `ft`."""
+    epochs: int = Field(default=1, gt=0)
+    traces: Literal["same", "different"] = "same"
+    """`same`: from the front of the store, so that a shorter stage sees a prefix of a longer one's traces; `different`: after `ft` tokens, none
+    that fine-tuning saw."""
+    objective: list[Term] | None = None
+    """In place of the tier's objective."""
+
+    @field_validator("tokens")
+    @classmethod
+    def _readable(cls, tokens: str | int) -> str | int:
+        amount(tokens, {"total": 10**9, "qat": 10**6, "ft": 10**9 - 10**6})
+        return tokens
+
+
+class QFitStep(_Step):
+    """A `qfit` step."""
+
+    step: Literal["qfit"]
+    scale: bool = True
+    shift: bool = True
+    variant: Literal["paper", "released"] = "paper"
+
+
+class PTQStep(_Step):
+    """A `ptq` step."""
+
+    step: Literal["ptq"]
+    method: Literal["rtn", "gptq"] = "gptq"
+    act_order: bool = True
+
+
+Step = Annotated[TrainStep | QFitStep | PTQStep, Field(discriminator="step")]
+
+
+class PrecisionOptions(Strict):
+    """Options that a recipe puts on precisions of one format."""
+
+    kv_element: Literal["E1M2", "E2M1"] | None = None
+    rotation: int | None = None
+    global_scale: GlobalScale | None = None
+
+
+class Recipe(Strict):
+    """One method: its label in tables, its steps, and the precision options it implies per format."""
+
+    method: str
+    about: str = ""
+    steps: list[Step] = Field(default_factory=list)
+    precision: dict[str, PrecisionOptions] = Field(default_factory=dict)
+    """Format name -> options, for quantized steps and for the evaluation."""
+
+    @field_validator("precision")
+    @classmethod
+    def _formats(cls, precision: dict[str, PrecisionOptions]) -> dict[str, PrecisionOptions]:
+        for name in precision:
+            if name not in FORMATS:
+                raise unknown("format", name, FORMATS)
+        return precision
+
+
+class Rows(Strict):
+    """A block of cells of one artifact: every recipe x precision x total named."""
+
+    recipes: list[str]
+    precisions: list[str]
+    totals: Literal["all", "claim", "none"] = "all"
+    """`all`: each total of the tier; `claim`: the one that claims rest on; `none`: the method spends no tokens."""
+    method: str | None = None
+    """Label in place of the recipe's."""
+    condition: str = ""
+    """What tells the cell apart within its artifact, as `key=value;key=value` (the form of the paper's reported numbers)."""
+    global_scale: GlobalScale | None = None
+    """Evaluate with this mode in place of the tier's."""
+
+
+class Artifact(Strict):
+    """One table or figure: a title and the cells it shows."""
+
+    title: str
+    rows: list[Rows]
+
+
+class Catalogue(Strict):
+    """`config/recipes.yaml`: all recipes and the artifacts made of them."""
+
+    recipes: dict[str, Recipe]
+    artifacts: dict[str, Artifact]
+
+    @model_validator(mode="after")
+    def _references(self) -> Catalogue:
+        for name, artifact in self.artifacts.items():
+            for rows in artifact.rows:
+                for recipe in rows.recipes:
+                    if recipe not in self.recipes:
+                        raise unknown("recipe", recipe, self.recipes, where=f"artifacts.{name}")
+        return self
+
+    def recipe(self, name: str) -> Recipe:
+        """The recipe called `name`; `ReqatError` with the closest match if there is none."""
+        if name not in self.recipes:
+            raise unknown("recipe", name, self.recipes)
+        return self.recipes[name]

@@ -1,0 +1,270 @@
+"""Stages and evaluations: the nodes of the plan, each named by the digest of its settings and of the stages it stands on.
+
+A `Stage` takes the directory of its parent (a model) and of its trace store, and makes a model. Because its id covers its settings, its
+precision, its parent's id and its data's id, a fine-tuning from which twenty variants branch has one id and is trained once.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from reqat.config.base import Strict, digest
+from reqat.config.errors import ReqatError
+from reqat.config.precision import PrecisionSpec
+
+Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
+DIGEST_LENGTH = 12
+
+
+class NLLTerm(Strict):
+    """Negative log-likelihood of the trace."""
+
+    name: Literal["nll"] = "nll"
+    weight: float = 1.0
+
+
+class SEMTerm(Strict):
+    """Selective entropy minimization (ReQAT section 3.3)."""
+
+    name: Literal["sem"] = "sem"
+    weight: float = Field(default=0.1, ge=0)
+    percentile: float = Field(default=0.75, gt=0, le=1)
+    binary: bool = False
+
+
+Term = Annotated[NLLTerm | SEMTerm, Field(discriminator="name")]
+"""One summand of the objective; a new loss adds its model here and its class to `reqat.recipes`."""
+
+
+class DataSettings(Strict):
+    """A trace store: at least `tokens` tokens of verified traces over problems of `families`, and the tokenizer that counted them."""
+
+    families: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Task family -> options of its generator. Kept in the order of their names, so that order cannot change what a digest means."""
+    split: Literal["train", "validation", "test"] = "train"
+    tokens: int = Field(gt=0)
+    """Smallest size of the store in tokens as trained on (prompt, response, markers)."""
+    seed: int = 0
+    tokenizer: Literal["build", "model"] = "build"
+    """`build`: the words of the families, one token a digit; `model`: the tokenizer of the parent stage's model."""
+    source: str = "generated"
+    """`generated` by the families, or the name of a JSONL file of traces under the traces folder (fields id, prompt, response)."""
+
+    @field_validator("families")
+    @classmethod
+    def _ordered(cls, families: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        return dict(sorted(families.items()))
+
+    @model_validator(mode="after")
+    def _has_source(self) -> DataSettings:
+        if self.source == "generated" and not self.families:
+            raise ReqatError("families: name at least one task family, or a `source` file of traces.")
+        return self
+
+
+class Architecture(Strict):
+    """Shape of a Llama trained from scratch."""
+
+    hidden_size: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    mlp: int = Field(gt=0)
+    tie_embeddings: bool = True
+    max_position_embeddings: int = 1024
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Architecture:
+        if self.hidden_size % self.heads or self.heads % self.kv_heads:
+            raise ReqatError(
+                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, and heads of kv_heads {self.kv_heads}."
+            )
+        return self
+
+
+class Training(Strict):
+    """What one run of the training loop is given, except which tokens it sees."""
+
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps spent warming up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = Field(default=1.0, gt=0)
+    rows_per_batch: int = Field(default=24, gt=0)
+    """Packed rows in one micro-batch."""
+    accumulation: int = Field(default=1, gt=0)
+    row_tokens: int = Field(default=256, gt=0)
+    """Length of a packed row."""
+    autocast: Literal["none", "bf16"] = "bf16"
+    gradient_checkpointing: bool = False
+    objective: list[Term] = Field(default_factory=lambda: [NLLTerm()])
+
+
+class Selection(Strict):
+    """Which traces of the ordered store a training stage sees, and how often."""
+
+    tokens: int = Field(gt=0)
+    """Size of the chosen run of traces; `tokens * epochs` is the stage's budget."""
+    skip_tokens: int = Field(default=0, ge=0)
+    """Traces that hold the first `skip_tokens` tokens of the store are left out."""
+    epochs: int = Field(default=1, gt=0)
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens trained on."""
+        return self.tokens * self.epochs
+
+
+class TrainSettings(Strict):
+    """Settings of a `finetune` or `qat` stage."""
+
+    kind: Literal["train"] = "train"
+    training: Training
+    traces: Selection
+    seed: int = 0
+    """Order of the rows (and any other randomness of the loop)."""
+
+
+class BaseSettings(Strict):
+    """Where the base model comes from: trained `scratch`, the `pinned` checkpoint, a model in an installed `package`, or a local `path`."""
+
+    kind: Literal["base"] = "base"
+    source: Literal["scratch", "pinned", "package", "path"]
+    name: str
+    """What tables call the model."""
+    reference: str | None = None
+    """`package`: its name; `path`: folder under the models folder; `pinned`: sha256 of the weights."""
+    architecture: Architecture | None = None
+    training: Training | None = None
+    traces: Selection | None = None
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _complete(self) -> BaseSettings:
+        scratch = (self.architecture, self.training, self.traces)
+        if self.source == "scratch" and None in scratch:
+            raise ReqatError("a base from scratch needs architecture, training and traces.")
+        if self.source != "scratch" and any(scratch):
+            raise ReqatError(f"a base from {self.source!r} takes no architecture, training or traces.")
+        return self
+
+
+class Calibration(Strict):
+    """Sequences that a stage looks at without training: packed from the front of the trace store."""
+
+    sequences: int = Field(default=64, gt=0)
+    sequence_tokens: int = Field(default=256, gt=0)
+
+
+class QFitSettings(Strict):
+    """Settings of a `qfit` stage: calibrate pre-RoPE scale and post-RoPE shift, fold them into the model (ReQAT section 3.4)."""
+
+    kind: Literal["qfit"] = "qfit"
+    scale: bool = True
+    shift: bool = True
+    grid: int = Field(default=20, gt=0)
+    variant: Literal["paper", "released"] = "paper"
+    calibration: Calibration = Calibration()
+
+
+class PTQSettings(Strict):
+    """Settings of a `ptq` stage. `rtn` stands for completeness: an evaluation at a precision rounds to nearest by itself."""
+
+    kind: Literal["ptq"] = "ptq"
+    method: Literal["rtn", "gptq"] = "gptq"
+    act_order: bool = True
+    damp: float = Field(default=0.01, gt=0)
+    calibration: Calibration = Calibration()
+
+
+class DataStageSettings(DataSettings):
+    """Settings of a `data` stage."""
+
+    kind: Literal["data"] = "data"
+
+
+Settings = Annotated[
+    DataStageSettings | BaseSettings | TrainSettings | QFitSettings | PTQSettings, Field(discriminator="kind")
+]
+
+
+class Stage(Strict):
+    """One node of the plan that makes a model (or, for `data`, a trace store).
+
+    `parent` is the id of the stage whose model it starts from, `data` of the trace store it reads; None where there is none.
+    """
+
+    kind: Kind
+    settings: Settings
+    precision: PrecisionSpec = PrecisionSpec()
+    parent: str | None = None
+    data: str | None = None
+
+    @cached_property
+    def id(self) -> str:
+        """`kind-` and twelve hex digits of the sha256 over settings, precision, parent and data."""
+        return f"{self.kind}-{digest(self.model_dump(mode='json'), DIGEST_LENGTH)}"
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Role (`parent`, `data`) -> id of the stage whose directory fills it."""
+        return {role: id for role, id in (("parent", self.parent), ("data", self.data)) if id is not None}
+
+    @property
+    def seed(self) -> int | None:
+        """The stage's own seed, where it has one."""
+        return getattr(self.settings, "seed", None)
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens that this stage trains on (not those of its parents)."""
+        traces = getattr(self.settings, "traces", None)
+        return traces.budget_tokens if traces is not None else 0
+
+
+class Decoding(Strict):
+    """How responses are drawn."""
+
+    greedy: bool = False
+    temperature: float = Field(default=0.6, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    max_new_tokens: int = Field(default=256, gt=0)
+    batch_rows: int = Field(default=256, gt=0)
+
+
+class ProblemSet(Strict):
+    """The problems of an evaluation: the first `n` distinct ones of a split, in equal shares of the families."""
+
+    families: dict[str, dict[str, Any]]
+    split: Literal["validation", "test"] = "test"
+    n: int = Field(gt=0)
+    seed: int = 1
+
+    @field_validator("families")
+    @classmethod
+    def _ordered(cls, families: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if not families:
+            raise ReqatError("families: name at least one task family.")
+        return dict(sorted(families.items()))
+
+
+class Evaluation(Strict):
+    """One node of the plan that grades a model: a stage's model at a precision on problems, once per sampling seed."""
+
+    stage: str
+    """Id of the stage whose model is evaluated."""
+    precision: PrecisionSpec
+    problems: ProblemSet
+    decoding: Decoding
+    seeds: list[int] = Field(min_length=1)
+    """Sampling seeds; greedy decoding uses one."""
+
+    @cached_property
+    def id(self) -> str:
+        """`evaluation-` and twelve hex digits of the sha256 over everything above."""
+        return f"evaluation-{digest(self.model_dump(mode='json'), DIGEST_LENGTH)}"

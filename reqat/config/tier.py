@@ -1,0 +1,220 @@
+"""Tiers: how much of everything. One word (`smoke`, `laptop`, `overnight`, `smollm`, `paper`) picks a file of `config/tiers/`.
+
+A tier file may open with `extends: laptop` and then says only what differs; mappings merge key by key, lists are replaced whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from reqat.config.base import Strict, merge, parse, read_yaml
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.precision import GlobalScale, family
+from reqat.config.recipe import Catalogue
+from reqat.config.stage import Architecture, BaseSettings, Calibration, DataSettings, Decoding, Selection, Training
+
+Source = Literal["scratch", "pinned", "package", "path"]
+
+
+class Scratch(Strict):
+    """How the base model is trained from nothing; also what `snakemake base` does on tiers that start from the pinned checkpoint."""
+
+    architecture: Architecture
+    data: DataSettings
+    training: Training = Training()
+    tokens: int = Field(gt=0)
+    epochs: int = Field(default=1, gt=0)
+    seed: int = 0
+
+    def settings(self, name: str) -> BaseSettings:
+        """Settings of the `base` stage that this describes."""
+        traces = Selection(tokens=self.tokens, epochs=self.epochs)
+        return BaseSettings(
+            source="scratch",
+            name=name,
+            architecture=self.architecture,
+            training=self.training,
+            traces=traces,
+            seed=self.seed,
+        )
+
+
+class Shape(Strict):
+    """Size of a published model, enough to compute the memory it needs before it is there."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+    tie_embeddings: bool = False
+
+
+class Model(Strict):
+    """One model of the tier and the artifacts made with it."""
+
+    source: Source
+    reference: str | None = None
+    """`package`: name of the installed package; `path`: folder under the models folder."""
+    scratch: Scratch | None = None
+    artifacts: list[str] = Field(min_length=1)
+    finetune_subset_tokens: int | None = Field(default=None, gt=0)
+    """If set, longer stages make several epochs over this many tokens instead of seeing more traces (the paper's R1-Llama-8B)."""
+    shape: Shape | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Model:
+        if self.source == "scratch" and self.scratch is None:
+            raise ReqatError("source 'scratch' needs a `scratch` section: architecture, data, tokens.")
+        if self.source in ("package", "path") and not self.reference:
+            raise ReqatError(f"source {self.source!r} needs a `reference`: the package's name or the model's folder.")
+        return self
+
+
+class Trainings(Strict):
+    """Training settings per kind of stage."""
+
+    finetune: Training = Training()
+    qat: Training = Training()
+    qat_from_base: Training | None = None
+    """For QAT that no fine-tuning precedes; null: as `qat`."""
+    global_scale: GlobalScale = "row"
+
+
+class ClaimSeeds(Strict):
+    """The cells that claims rest on are trained with these seeds too, at the tier's `claim_total`."""
+
+    seeds: list[int] = Field(default_factory=list)
+    recipes: list[str] = Field(default_factory=list)
+    precisions: list[str] = Field(default_factory=list)
+
+
+class Budget(Strict):
+    """Tokens: QAT's share, and the totals compared, as multiples of it."""
+
+    qat_tokens: int = Field(gt=0)
+    totals: list[int] = Field(min_length=1)
+    claim_total: int
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Budget:
+        if self.claim_total not in self.totals:
+            raise ReqatError(f"claim_total {self.claim_total} is none of the totals {self.totals}.")
+        if min(self.totals) < 2:
+            raise ReqatError(f"totals {self.totals}: each must be at least 2, one for fine-tuning and one for QAT.")
+        if len(set(self.totals)) != len(self.totals):
+            raise ReqatError(f"totals {self.totals}: one stands twice.")
+        return self
+
+
+class EvaluationPlan(Strict):
+    """How every model of the tier is graded."""
+
+    split: Literal["validation", "test"] = "test"
+    n: int = Field(gt=0)
+    problem_seed: int = 1
+    families: dict[str, dict[str, Any]] | None = None
+    """Null: the families of the traces."""
+    seeds: list[int] = Field(min_length=1)
+    decoding: Decoding = Decoding()
+    global_scale: GlobalScale = "row"
+
+
+class QFitPlan(Strict):
+    """Q-FIT's grid and calibration."""
+
+    grid: int = Field(default=20, gt=0)
+    calibration: Calibration = Calibration()
+
+
+class PTQPlan(Strict):
+    """Calibration of PTQ methods that need it."""
+
+    damp: float = Field(default=0.01, gt=0)
+    calibration: Calibration = Calibration()
+
+
+class Only(Strict):
+    """Restricts the artifacts to some recipes and precisions (null: all)."""
+
+    recipes: list[str] | None = None
+    precisions: list[str] | None = None
+
+
+class Resources(Strict):
+    """What jobs are given, and rough rates for `reqat plan`'s estimate."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    gpu_memory_gib: float = 0
+    """Memory of one GPU that the tier is planned for."""
+    train_memory_mb: int = 3000
+    evaluate_memory_mb: int = 2500
+    runtime_minutes: int = 600
+    threads: int = 1
+    train_tokens_per_s: float = 8000
+    qat_tokens_per_s: float = 5000
+    responses_per_s: float = 15
+
+
+class Tier(Strict):
+    """A whole tier."""
+
+    name: str
+    title: str
+    models: dict[str, Model]
+    """Label in tables -> model."""
+    data: DataSettings
+    train: Trainings = Trainings()
+    budget: Budget
+    training_seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    claim_seeds: ClaimSeeds = ClaimSeeds()
+    evaluation: EvaluationPlan
+    qfit: QFitPlan = QFitPlan()
+    ptq: PTQPlan = PTQPlan()
+    only: Only = Only()
+    resources: Resources = Resources()
+
+    def check(self, catalogue: Catalogue) -> Tier:
+        """The tier itself; raises `ReqatError` if it names a recipe, precision or artifact that `catalogue` lacks."""
+        where = f"tier {self.name}"
+        for label, model in self.models.items():
+            for artifact in model.artifacts:
+                if artifact not in catalogue.artifacts:
+                    raise unknown("artifact", artifact, catalogue.artifacts, where=f"{where}: models.{label}")
+        for recipe in [*self.claim_seeds.recipes, *(self.only.recipes or ())]:
+            if recipe not in catalogue.recipes:
+                raise unknown("recipe", recipe, catalogue.recipes, where=where)
+        for precision in [*self.claim_seeds.precisions, *(self.only.precisions or ())]:
+            family(precision)
+        return self
+
+
+def tier_names(folder: Path) -> list[str]:
+    """Names of the tiers of a configuration folder."""
+    return sorted(path.stem for path in (folder / "tiers").glob("*.yaml"))
+
+
+def _tier_data(name: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    if name not in tier_names(folder):
+        raise unknown("tier", name, tier_names(folder))
+    if name in seen:
+        raise ReqatError(f"config/tiers/{name}.yaml: `extends` goes round in a circle: {' -> '.join([*seen, name])}.")
+    data = read_yaml(folder / "tiers" / f"{name}.yaml")
+    parent = data.pop("extends", None)
+    return merge(_tier_data(parent, folder, (*seen, name)), data) if parent else data
+
+
+def load_tier(name: str, folder: Path) -> Tier:
+    """The tier called `name` of a configuration folder, checked against its recipes. Raises `ReqatError`."""
+    data = _tier_data(name, folder) | {"name": name}
+    return parse(Tier, data, f"config/tiers/{name}.yaml").check(load_catalogue(folder))
+
+
+def load_catalogue(folder: Path) -> Catalogue:
+    """Recipes and artifacts of a configuration folder. Raises `ReqatError`."""
+    return parse(Catalogue, read_yaml(folder / "recipes.yaml"), "config/recipes.yaml")
