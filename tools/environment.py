@@ -1,0 +1,262 @@
+"""Make the environment that everything else runs in, from exact pins, with nothing but Python's standard library.
+
+Installing is three steps, because one resolver run cannot do it: torch's GPU build insists on an older triton than
+the one the kernels need.
+
+1. the pins of ``requirements.lock``, exactly and without resolving anything (``--no-deps``);
+2. what the torch that came (CPU or CUDA build, whichever the package index serves this machine) wants besides: the
+   CUDA build's runtime libraries, at the versions that torch itself names; nothing for a CPU build;
+3. this project, as a link, which gives the ``reqat`` command.
+
+A stamp, written last, says that all three are done for these very pins; without it the next call starts again.
+
+    python tools/environment.py check            is this interpreter good enough? says what to install if not
+    python tools/environment.py create .venv     make or update the environment (idempotent; safe to interrupt)
+    python tools/environment.py lock             requirements.in -> requirements.lock and environment.yml
+"""
+
+# No syntax or module newer than Python 3.7 here: an old interpreter must get as far as saying what is wrong with it.
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+TOP_LEVEL = ROOT / "requirements.in"
+CONDA = ROOT / "environment.yml"
+OLDEST_PYTHON = (3, 11)
+STAMP = ".reqat-complete-"
+# Runtime libraries of torch's CUDA build: torch's own metadata pins them, and only where that build is installed.
+TORCH_OWN = re.compile(r"^(nvidia|cuda)[-_]")
+
+
+def main() -> None:
+    """Command line of this file; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("check")
+    verbs.add_parser("create").add_argument("folder", type=Path)
+    verbs.add_parser("torch-libraries")
+    verbs.add_parser("lock")
+    arguments = parser.parse_args()
+    try:
+        if arguments.verb == "torch-libraries":  # runs inside the environment, where `packaging` is
+            for library in torch_libraries():
+                print(library)
+            return
+        if arguments.verb == "create" and stamp_of(arguments.folder).exists():
+            return
+        check_python()
+        if arguments.verb == "create":
+            create(arguments.folder.absolute())
+        elif arguments.verb == "lock":
+            lock()
+    except Problem as problem:
+        sys.exit(f"error: {problem}")
+    except subprocess.CalledProcessError as failure:
+        command = " ".join(str(word) for word in failure.cmd)
+        sys.exit(f"error: exit code {failure.returncode} from: {command}\nOnce mended, the same `make` resumes.")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same `make` starts again where it can")
+
+
+class Problem(Exception):
+    """Something that the user can mend; the message says how."""
+
+
+def check_python() -> None:
+    """Raise Problem unless this interpreter can make the environment: version, venv, headers, a C compiler."""
+    have, oldest = ".".join(map(str, sys.version_info[:2])), ".".join(map(str, OLDEST_PYTHON))
+    if sys.version_info < OLDEST_PYTHON:
+        raise Problem(
+            f"Python {oldest} or newer is needed; {sys.executable} is {have}. Install one (Debian, Ubuntu: `sudo apt "
+            f"install python{oldest} python{oldest}-venv python{oldest}-dev`) or name one: `make env PYTHON=...`."
+        )
+    try:
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
+    except ImportError:
+        raise Problem(
+            f"{sys.executable} has no working venv module. Debian, Ubuntu: `sudo apt install python{have}-venv`."
+        ) from None
+    # One pin, pycosat (through reasoning-gym), comes as C source on every platform.
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        raise Problem(
+            f"Python.h for {sys.executable} is missing. Debian, Ubuntu: `sudo apt install python{have}-dev`."
+        )
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if not (shutil.which(compiler) or shutil.which("cc") or shutil.which("gcc")):
+        raise Problem("no C compiler found. Debian, Ubuntu: `sudo apt install gcc`.")
+
+
+def create(folder: Path) -> None:
+    """Make or update the environment in ``folder`` and stamp it. Returns at once where the stamp is already there.
+
+    ``folder`` may be any environment with its own pip (a conda one too); only what this file made and did not finish
+    is ever deleted.
+    """
+    stamp, unfinished = stamp_of(folder), folder / ".reqat-unfinished"
+    with only_one_at_a_time():
+        if stamp.exists():
+            return
+        ours = (folder / "pyvenv.cfg").exists()
+        if ours and (unfinished.exists() or not works(folder)):
+            print(f"{folder} is unfinished or was moved here; starting it afresh", flush=True)
+            shutil.rmtree(folder)
+        if not (folder / "bin" / "python").exists():
+            print(f"Making {folder} with Python {sys.version.split()[0]}", flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()
+            run(sys.executable, "-m", "venv", folder)
+        unfinished.touch()
+        for old in folder.glob(f"{STAMP}*"):
+            old.unlink()
+        install(folder / "bin" / "python")
+        stamp.touch()
+        unfinished.unlink()
+        print(f"Ready: {folder}", flush=True)
+
+
+def install(python: Path) -> None:
+    """The three steps of the module's docstring, with the pip that belongs to ``python``."""
+    pins = read_pins(LOCK.read_text())
+    print(f"Installing {len(pins)} pinned packages; the first time takes some minutes", flush=True)
+    # Source distributions are built with the pinned setuptools, not with whatever is newest on the day.
+    built_here = ("--no-deps", "--no-build-isolation", "--use-pep517")
+    pip(python, "--no-deps", f"setuptools=={pins['setuptools']}")
+    pip(python, *built_here, "-r", LOCK)
+    libraries = subprocess.check_output([str(python), __file__, "torch-libraries"], text=True).split("\n")[:-1]
+    if libraries:
+        print(f"Installing the CUDA libraries of torch {pins['torch']}", flush=True)
+        pip(python, "-c", LOCK, *libraries)
+    pip(python, *built_here, "-e", ROOT)
+
+
+def torch_libraries() -> list[str]:
+    """Requirements of the installed torch that the lock does not hold, as pip arguments."""
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    locked = {canonicalize_name(name) for name in read_pins(LOCK.read_text())}
+    wanted = [Requirement(line) for line in requires("torch") or []]
+    wanted = [item for item in wanted if item.marker is None or item.marker.evaluate({"extra": ""})]
+    for item in wanted:
+        item.marker = None  # it holds here; what is left prints as pip takes it: name[extras]==version
+    return [str(item) for item in wanted if canonicalize_name(item.name) not in locked]
+
+
+def lock() -> None:
+    """Resolve requirements.in in an empty environment and write requirements.lock and environment.yml from it."""
+    lines = [line.strip() for line in TOP_LEVEL.read_text().splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    alone = [line.split("#")[0].strip() for line in lines if line.endswith("# no-deps")]
+    resolved = [line.split("#")[0].strip() for line in lines if not line.endswith("# no-deps")]
+    with tempfile.TemporaryDirectory() as scratch:
+        run(sys.executable, "-m", "venv", Path(scratch) / "venv")
+        python = Path(scratch) / "venv" / "bin" / "python"
+        pip(python, *resolved)
+        pip(python, "--no-deps", *alone)
+        frozen = subprocess.check_output([python, "-m", "pip", "freeze", "--all"], text=True)
+    pins = {name: version for name, version in read_pins(frozen).items() if name != "pip" and not TORCH_OWN.match(name)}
+    LOCK.write_text(lock_text(pins))
+    CONDA.write_text(conda_text(pins))
+
+
+def read_pins(text: str) -> dict[str, str]:
+    """``name==version`` lines as a dictionary, in their order; a local version label (``+cpu``) is dropped."""
+    pins = {}
+    for line in text.splitlines():
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        name, equals, version = line.partition("==")
+        if not equals:
+            raise Problem(f"not an exact pin: {line!r}; write name==version")
+        pins[name] = version.partition("+")[0]
+    return pins
+
+
+def lock_text(pins: dict[str, str]) -> str:
+    """requirements.lock for these pins."""
+    header = (
+        "# Exact pins of the whole environment; written by `make lock` from requirements.in, do not edit.\n"
+        "# Installed by `make env` (tools/environment.py) without resolving: pip install --no-deps -r requirements.lock\n"
+    )
+    return header + "".join(f"{name}=={pins[name]}\n" for name in sorted(pins, key=str.lower))
+
+
+def conda_text(pins: dict[str, str]) -> str:
+    """environment.yml with the same pins, for conda users."""
+    header = """\
+# The pins of requirements.lock for conda users; written by `make lock`, do not edit.
+#   PIP_NO_DEPS=1 conda env create -f environment.yml    (the pins are complete; resolving them again would fail)
+#   conda activate reqat
+#   make figures VENV="$CONDA_PREFIX"                    (adds torch's CUDA libraries where needed, and reqat itself)
+name: reqat
+channels:
+  - conda-forge
+dependencies:
+  - python=3.11
+  - pip
+  - pip:
+"""
+    return header + "".join(f"      - {name}=={pins[name]}\n" for name in sorted(pins, key=str.lower))
+
+
+def stamp_of(folder: Path) -> Path:
+    """Where the stamp lies; its name hashes what the environment depends on: pins, this file, metadata, our place."""
+    digest = hashlib.sha256(str(ROOT).encode())
+    for file in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+        digest.update(file.read_bytes())
+    return folder / f"{STAMP}{digest.hexdigest()[:16]}"
+
+
+def works(folder: Path) -> bool:
+    """Whether a virtual environment still runs and stands where it was made (its scripts hold absolute paths)."""
+    try:
+        subprocess.run([str(folder / "bin" / "python"), "-c", ""], check=True)
+        return str(folder / "bin") in (folder / "bin" / "pip").read_text()
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextlib.contextmanager
+def only_one_at_a_time():
+    """Hold a lock that the system gives back however the process ends: two `make` calls may start together."""
+    with open(ROOT / ".venv.lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print("Waiting for another `make env` to finish", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def pip(python: Path, *arguments: object) -> None:
+    """``pip install``; quiet unless a person watches. Index, proxy and cache stay as the user configured them."""
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    run(python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *quiet, *arguments)
+
+
+def run(*command: object) -> None:
+    """Run a command, free of settings that would send an installation elsewhere."""
+    hidden = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_NO_DEPS")
+    clean = {name: value for name, value in os.environ.items() if name not in hidden}
+    subprocess.run([str(word) for word in command], check=True, env={**clean, "PYTHONNOUSERSITE": "1"})
+
+
+if __name__ == "__main__":
+    main()
