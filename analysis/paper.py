@@ -1,0 +1,122 @@
+"""The numbers that the paper reports, typed.
+
+`paper_reported.csv` holds every number of the tables and of Figure 6 of "ReQAT: Achieving Full-Precision Reasoning
+Accuracy with 4-bit Floating-Point Quantization-Aware Training" (ICML 2026, arXiv 2606.15682), transcribed by hand, one
+number a row: artifact, model, format (the precision), method, condition, metric, value. Accuracies are percentages, mean
+over 8 sampling seeds; the paper gives no intervals. `condition` is `key=value;key=value` or a bare flag (`greedy`).
+
+These numbers are only ever drawn or printed *beside* what was measured here, never mixed with it.
+"""
+from __future__ import annotations
+
+import csv
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+CITATION = "ReQAT, ICML 2026, arXiv 2606.15682"
+SOURCE = Path(__file__).with_name("paper_reported.csv")
+COLUMNS = ("artifact", "model", "format", "method", "condition", "metric", "value")
+
+
+def parse_condition(text: str) -> dict[str, str]:
+    """`"e1m2=1;total_tokens=280M"` -> `{"e1m2": "1", "total_tokens": "280M"}`; a bare word is a flag with value "1"."""
+    out: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(";"))):
+        key, has_value, value = part.partition("=")
+        if key in out:
+            raise ValueError(f"condition {text!r} gives {key!r} twice")
+        out[key] = value if has_value else "1"
+    return out
+
+
+def parse_tokens(text: str) -> int:
+    """`"140M"` -> 140_000_000; also K and B, and plain integers. Raises ValueError on anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMB]?)", text.strip())
+    if match is None:
+        raise ValueError(f"cannot read {text!r} as a number of tokens; write 70M, 1.2M, 500K or 70000000")
+    return round(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}[match[2]])
+
+
+@dataclass(frozen=True)
+class Reported:
+    """One number of the paper."""
+
+    artifact: str  # "table1", ..., "figure6"
+    model: str  # "R1-Qwen-14B" | "R1-Llama-8B"
+    precision: str  # the file's `format` column: "BF16", "NVFP4-W4A4KV4", ...
+    method: str  # "Baseline", "FT", "PTQ", "FT+PTQ", "QAT", "ReQAT-T", ...
+    condition: Mapping[str, str]
+    metric: str  # "AIME-120", "final_loss", ...
+    value: float  # percent for accuracies, nats for losses
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Total training budget in tokens, None where the paper gives none."""
+        text = self.condition.get("total_tokens")
+        return None if text is None else parse_tokens(text)
+
+
+@functools.cache
+def reported() -> tuple[Reported, ...]:
+    """Every number, in the order of the file. Raises ValueError on a row that does not parse or stands twice."""
+    rows: list[Reported] = []
+    with SOURCE.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{SOURCE}: columns {reader.fieldnames}, expected {COLUMNS}")
+        for r in reader:
+            condition = parse_condition(r["condition"])
+            rows.append(Reported(r["artifact"], r["model"], r["format"], r["method"], condition, r["metric"],
+                                 float(r["value"])))
+    seen = {(r.artifact, r.model, r.precision, r.method, tuple(sorted(r.condition.items())), r.metric) for r in rows}
+    if len(seen) != len(rows):
+        raise ValueError(f"{SOURCE}: {len(rows) - len(seen)} number(s) stand twice")
+    return tuple(rows)
+
+
+def select(artifact: str, *, precision: str | None = None, method: str | None = None, metric: str | None = None,
+           model: str | None = None, **condition: str) -> tuple[Reported, ...]:
+    """The numbers that match; `condition` names values that must hold (others are free)."""
+    return tuple(
+        r for r in reported()
+        if r.artifact == artifact
+        and precision in (None, r.precision) and method in (None, r.method)
+        and metric in (None, r.metric) and model in (None, r.model)
+        and all(r.condition.get(k) == v for k, v in condition.items()))
+
+
+def value(artifact: str, *, precision: str, method: str, metric: str = "AIME-120", model: str | None = None,
+          **condition: str) -> float | None:
+    """The one number that matches, None if the paper has none. Raises ValueError if several match."""
+    found = select(artifact, precision=precision, method=method, metric=metric, model=model, **condition)
+    if len(found) > 1:
+        raise ValueError(f"{len(found)} numbers of {artifact} match {precision} {method} {metric} {condition}; "
+                         f"name a condition: {[dict(r.condition) for r in found]}")
+    return found[0].value if found else None
+
+
+def budgets(artifact: str) -> tuple[int, ...]:
+    """Total budgets in tokens that an artifact reports, ascending (Table 1: 140M, 210M, 280M, 350M)."""
+    return tuple(sorted({r.total_tokens for r in reported() if r.artifact == artifact and r.total_tokens}))
+
+
+def by_budget(artifact: str, *, precision: str, method: str, metric: str = "AIME-120",
+              **condition: str) -> dict[int | None, float]:
+    """`{total_tokens: value}` of one row of an artifact; the key is None where the paper names no budget."""
+    found = select(artifact, precision=precision, method=method, metric=metric, **condition)
+    out = {r.total_tokens: r.value for r in found}
+    if len(out) != len(found):
+        raise ValueError(f"{artifact} {precision} {method}: more than one number a budget; name a condition")
+    return out
+
+
+def frame() -> pd.DataFrame:
+    """The file as a tidy frame, with `total_tokens` beside `condition`."""
+    data = pd.read_csv(SOURCE, keep_default_na=False).rename(columns={"format": "precision"})
+    data["total_tokens"] = pd.array([r.total_tokens for r in reported()], dtype="Int64")
+    return data
