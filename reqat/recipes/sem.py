@@ -1,0 +1,137 @@
+"""SEM, selective entropy minimization (ReQAT): sharpen what is nearly certain, leave alone what is not.
+
+A reasoning trace mixes decisions that should be certain (the digit of a sum) with free ones (which phrase opens the
+next step). Quantization leaks probability mass out of the first kind, and when sampling a leaked digit is a wrong
+answer. SEM adds the entropy of the model's own next-token distribution to the loss, weighted so that only low-entropy
+positions feel it::
+
+    L = L_SFT + lambda * (1/T) * sum_t w_t * H_t,      w_t = max(0, 1 - (H_t - H_min) / (tau - H_min + eps))
+
+``H_t`` is the Shannon entropy in nats over the whole vocabulary at response token t, ``H_min`` the minibatch's
+smallest, ``tau`` its 75th percentile. The weight falls linearly from 1 at ``H_min`` to 0 at ``tau``; weights and
+``tau`` are constants for the gradient. The percentile interpolates linearly between order statistics (Hyndman-Fan
+type 7, the default of numpy and torch).
+
+``tau`` needs the entropies of the whole minibatch, so where logits are too large to hold (25k tokens of a 152k-word
+vocabulary) go over them twice, chunk by chunk: :func:`token_entropies` first, :func:`sem_weights` once over all,
+:func:`weighted_entropy_sum` second.
+
+Shapes: N response tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from reqat.training.objective import TermContext
+
+
+def _plogp(log_probs_NV: Tensor) -> Tensor:
+    """``p log p`` with the limit 0 where p is 0 (an excluded word has log p = -inf, and 0 * inf would be NaN)."""
+    return log_probs_NV.exp().mul_(log_probs_NV.clamp(min=torch.finfo(log_probs_NV.dtype).min))
+
+
+def token_entropies(log_probs_NV: Tensor) -> Tensor:
+    """Shannon entropy in nats of each row of log-probabilities ``[N, V]``: ``[N]``, same dtype, without gradient.
+
+    Computed from log-softmax, not from softmax, so a probability that underflows adds 0 and none loses its logarithm.
+    """
+    with torch.no_grad():
+        return _plogp(log_probs_NV).sum(dim=-1).neg_()
+
+
+def sem_weights(entropies_N: Tensor, *, percentile: float = 0.75, binary: bool = False, eps: float = 1e-12) -> Tensor:
+    """SEM's token weights ``[N]`` in [0, 1] for one minibatch of entropies in nats, without gradient.
+
+    ``binary`` is the paper's ablation ``w = 1[H < tau]``. Where all entropies are equal (one token, say),
+    ``tau = H_min``: the formula gives every token weight 1, the binary mask weight 0. No tokens give no weights.
+
+    Raises:
+        ValueError: an entropy is not finite (the model has diverged).
+    """
+    entropies = entropies_N.detach()
+    if entropies.numel() == 0:
+        return torch.zeros_like(entropies)
+    if not torch.isfinite(entropies).all():
+        bad = int((~torch.isfinite(entropies)).sum())
+        raise ValueError(
+            f"SEM: {bad} of {entropies.numel()} token entropies are not finite: the logits hold NaN or infinity; "
+            "lower the learning rate, or start from another checkpoint"
+        )
+    tau, lowest = _quantile(entropies, percentile), entropies.min()
+    if binary:
+        return (entropies < tau).to(entropies.dtype)
+    return (1 - (entropies - lowest) / (tau - lowest + eps)).clamp_(min=0)
+
+
+def _quantile(x_N: Tensor, q: float) -> Tensor:
+    """``torch.quantile(x, q)``, which refuses more than 16M elements, by the two order statistics around it."""
+    ordered = x_N.sort().values
+    position = q * (x_N.numel() - 1)
+    low = min(int(position), x_N.numel() - 1)
+    high = min(low + 1, x_N.numel() - 1)
+    return torch.lerp(ordered[low], ordered[high], position - low)
+
+
+class _WeightedEntropySum(torch.autograd.Function):
+    """``sum_n w_n H_n`` from log-probabilities, without keeping the probabilities for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs_NV: Tensor, weights_N: Tensor, entropies_N: Tensor) -> Tensor:
+        ctx.save_for_backward(log_probs_NV, weights_N)
+        return torch.dot(weights_N, entropies_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        # With l = log p, H = -sum_v e^l_v l_v and dH/dl_v = -p_v (1 + l_v); the backward of log-softmax then makes
+        # it -p_v (l_v + H).
+        log_probs_NV, weights_N = ctx.saved_tensors
+        grad_NV = _plogp(log_probs_NV).add_(log_probs_NV.exp())
+        return grad_NV.mul_((weights_N * -grads[0]).unsqueeze(-1)), None, None
+
+
+def weighted_entropy_sum(log_probs_NV: Tensor, weights_N: Tensor, entropies_N: Tensor | None = None) -> Tensor:
+    """``sum_n w_n H_n`` in nats, a scalar; the gradient goes to ``log_probs_NV`` ``[N, V]``, none to the weights ``[N]``.
+
+    ``entropies_N``: what :func:`token_entropies` gave for these rows, if it is at hand.
+    """
+    if entropies_N is None:
+        entropies_N = token_entropies(log_probs_NV)
+    result: Tensor = _WeightedEntropySum.apply(log_probs_NV, weights_N.detach(), entropies_N)
+    return result
+
+
+@dataclass(frozen=True)
+class SEM:
+    """The selective entropy term of the objective.
+
+    ``weight`` is the paper's lambda (0.1; ablation 0.03, 0.1, 0.5), ``percentile`` places tau. Raises ``ValueError``
+    where one is out of range.
+    """
+
+    weight: float = 0.1
+    percentile: float = 0.75
+    binary: bool = False
+    eps: float = 1e-12
+    name: str = "sem"
+    needs_teacher: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percentile <= 1:
+            raise ValueError(f"SEM percentile must lie in [0, 1], got {self.percentile} (0.75 is the paper's)")
+        if not self.weight >= 0:
+            raise ValueError(f"SEM weight must be 0 or more, got {self.weight} (0.1 is the paper's)")
+        if not self.eps > 0:
+            raise ValueError(f"SEM eps must be positive, got {self.eps}: equal entropies would divide zero by zero")
+
+    def __call__(self, ctx: TermContext) -> Tensor:
+        """Sum over the response tokens of ``w_t * H_t`` in nats (a scalar; lambda is not applied)."""
+        log_probs_NV = ctx.log_probs()
+        entropies_N = token_entropies(log_probs_NV)
+        weights_N = sem_weights(entropies_N, percentile=self.percentile, binary=self.binary, eps=self.eps)
+        return weighted_entropy_sum(log_probs_NV, weights_N, entropies_N)

@@ -1,0 +1,319 @@
+"""What each kind of stage does: the verbs that recipes are written in.
+
+A stage is a pure function from its settings and the folders of the stages before it to a folder with a model (or, for ``data``, a trace
+store). Methods differ in their chains of stages, which are configuration (``config/recipes.yaml``); this file only carries them out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reqat.config.errors import ReqatError
+from reqat.config.stage import (
+    BaseSettings,
+    Calibration,
+    DataSettings,
+    NLLTerm,
+    PTQSettings,
+    QFitSettings,
+    Selection,
+    SEMTerm,
+    Stage,
+    Training,
+    TrainSettings,
+)
+from reqat.data import PackedRows, Trace, TraceStore, build_tokenizer, pack, select, write_store
+from reqat.models import load_model, load_tokenizer, prepare, save_model
+from reqat.recipes import ptq, qfit
+from reqat.recipes.sem import SEM
+from reqat.tasks import problems, write_trace
+from reqat.tasks.family import stream
+from reqat.training import NLL, Objective, Term, TrainResult, train
+from reqat.training import TrainSettings as LoopSettings
+
+MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
+# Problems of each family whose words make the vocabulary; the families' phrase books are small, so this covers them many times over.
+_VOCABULARY_PROBLEMS = 3000
+_VOCABULARY_SEED = 0
+# At most this many points of a training curve go into the record.
+_CURVE_POINTS = 200
+
+
+def run_stage(
+    stage: Stage, inputs: Mapping[str, Path], out: Path, *, checkpoints: Path | None = None, progress: bool = True
+) -> dict[str, Any]:
+    """Carry out ``stage`` into the folder ``out`` and return its metrics.
+
+    ``inputs`` maps the roles in ``stage.inputs`` to folders of finished stages. ``checkpoints`` is where a training keeps its resumable
+    state (default: beside ``out``); it is removed on success. Raises ``ReqatError`` where a role is missing or its folder is not there.
+    """
+    for role in stage.inputs:
+        if role not in inputs or not Path(inputs[role]).is_dir():
+            raise ReqatError(f"stage {stage.id} needs its {role} stage {stage.inputs[role]}, which is not there; run that stage first.")
+    checkpoints = checkpoints or out.parent / f".{out.name}.checkpoints"
+    out.mkdir(parents=True, exist_ok=True)
+    run: Callable[..., dict[str, Any]] = _RUN[stage.kind]
+    metrics = run(stage, inputs, out, checkpoints, progress)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return metrics
+
+
+def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    settings = stage.settings
+    assert isinstance(settings, DataSettings)
+    if settings.source != "generated":
+        raise ReqatError(f"traces from a file ({settings.source!r}) are read where the model is; place them as a trace store folder.")
+    if settings.tokenizer == "model":
+        tokenizer = load_tokenizer(inputs["parent"] / MODEL)
+    else:
+        rng = random.Random(_VOCABULARY_SEED)
+        sample = (
+            text
+            for family, options in settings.families.items()
+            for problem in problems({family: options}, "train", _VOCABULARY_PROBLEMS, _VOCABULARY_SEED)
+            for text in (problem.prompt, write_trace(problem, rng) or "")
+        )
+        tokenizer = build_tokenizer(sample)
+    tokenizer.save_pretrained(out / TOKENIZER)
+    counts = dict.fromkeys(settings.families, 0)
+
+    def counted() -> Iterator[Trace]:
+        total = 0
+        for trace in traces(settings, tokenizer):
+            if total >= settings.tokens:
+                return
+            counts[trace.family] += 1
+            total += trace.n_tokens
+            yield trace
+
+    write_store(out, {STORE: counted()})
+    store = TraceStore.read(out)
+    return {
+        "tokens": store.n_tokens,
+        "traces": len(store.traces),
+        "vocabulary": len(tokenizer),
+        "longest_trace_tokens": max(t.n_tokens for t in store.traces),
+        "digest": store.digest,
+        **{f"traces_{family}": n for family, n in counts.items()},
+    }
+
+
+def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Trace]:
+    """Verified traces without end, the families in turn; a pure function of ``settings.families``, ``split`` and ``seed``.
+
+    Raises ``ReqatError`` where a family runs out of problems.
+    """
+    rng = random.Random(settings.seed)
+    streams = {f: stream(f, settings.split, settings.seed, options) for f, options in settings.families.items()}
+    eos = tokenizer.eos_token_id
+    for index, family in enumerate(itertools.cycle(streams)):
+        while True:
+            problem = next(streams[family], None)
+            if problem is None:
+                raise ReqatError(f"task family {family!r} ran out of distinct problems after {index} traces; widen its options.")
+            if (response := write_trace(problem, rng)) is not None:
+                break
+        prompt_ids = tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
+        response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], eos]
+        yield Trace(f"{index:08d}-{problem.id}", problem.id, family, problem.prompt, response, tuple(prompt_ids), tuple(response_ids))
+
+
+def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    settings = stage.settings
+    assert isinstance(settings, BaseSettings)
+    if settings.source != "scratch":
+        location = {"pinned": "results/base/" + settings.name, "package": f"package:{settings.reference}", "path": str(settings.reference)}[
+            settings.source
+        ]
+        model = load_model(location)
+        save_model(model, load_tokenizer(location), out / MODEL)
+        return {"parameters": sum(p.numel() for p in model.parameters())}
+    assert settings.architecture and settings.training and settings.traces
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = settings.architecture
+    tokenizer = load_tokenizer(inputs["data"] / TOKENIZER)
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            intermediate_size=shape.mlp,
+            tie_word_embeddings=shape.tie_embeddings,
+            max_position_embeddings=shape.max_position_embeddings,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    prepare(model, "BF16")
+    result = _train(model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress)
+    save_model(model, tokenizer, out / MODEL)
+    return {"parameters": sum(p.numel() for p in model.parameters()), **_training_metrics(result)}
+
+
+def _finetune_or_qat(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    settings = stage.settings
+    assert isinstance(settings, TrainSettings)
+    model, tokenizer = _parent(inputs)
+    prepare(model, stage.precision.name, **stage.precision.options())
+    teacher = None
+    if objective(settings.training).needs_teacher:
+        teacher, _ = _parent(inputs)
+        prepare(teacher, "BF16")
+        teacher.eval().requires_grad_(False)
+    result = _train(
+        model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, teacher, progress
+    )
+    save_model(model, tokenizer, out / MODEL)
+    return _training_metrics(result)
+
+
+def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    settings = stage.settings
+    assert isinstance(settings, QFitSettings)
+    model, tokenizer = _parent(inputs)
+    result = qfit.calibrate(
+        model,
+        precision_of(stage),
+        calibration_ids(inputs["data"], tokenizer, settings.calibration),
+        grid=settings.grid,
+        scale=settings.scale,
+        shift=settings.shift,
+        variant=settings.variant,
+        progress=progress,
+    )
+    qfit.fold(model, result)
+    save_model(model, tokenizer, out / MODEL)
+    return result.metrics()
+
+
+def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    settings = stage.settings
+    assert isinstance(settings, PTQSettings)
+    model, tokenizer = _parent(inputs)
+    prepare(model, stage.precision.name, **stage.precision.options())
+    ids = calibration_ids(inputs["data"], tokenizer, settings.calibration)
+    metrics = ptq.solve(settings.method, model, ids, act_order=settings.act_order, damp=settings.damp, progress=progress)
+    save_model(model, tokenizer, out / MODEL)
+    return metrics
+
+
+_RUN: dict[str, Callable[..., dict[str, Any]]] = {
+    "data": _data,
+    "base": _base,
+    "finetune": _finetune_or_qat,
+    "qat": _finetune_or_qat,
+    "qfit": _qfit,
+    "ptq": _ptq,
+}
+
+
+def precision_of(stage: Stage) -> Any:
+    """The stage's :class:`reqat.quant.Precision`."""
+    from reqat.quant import Precision
+
+    return Precision.parse(stage.precision.name, **stage.precision.options())
+
+
+def objective(training: Training) -> Objective:
+    """The objective that a configuration's list of terms means."""
+    terms: list[Term] = []
+    for term in training.objective:
+        if isinstance(term, NLLTerm):
+            terms.append(NLL(weight=term.weight))
+        elif isinstance(term, SEMTerm):
+            terms.append(SEM(weight=term.weight, percentile=term.percentile, binary=term.binary))
+    return Objective(tuple(terms))
+
+
+def selected(store: TraceStore, selection: Selection) -> list[Trace]:
+    """The traces that a training stage sees, in the store's order."""
+    return select(store.traces, selection.tokens, skip_tokens=selection.skip_tokens)
+
+
+def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> torch.Tensor:
+    """``[sequences, sequence_tokens]`` int64: the store's first traces strung together with their ``<bos>``, without padding.
+
+    Raises ``ReqatError`` where the store is too small.
+    """
+    need = calibration.sequences * calibration.sequence_tokens
+    ids: list[int] = []
+    for trace in TraceStore.read(data).traces:
+        if len(ids) >= need:
+            break
+        ids += [_bos(tokenizer), *trace.prompt_ids, *trace.response_ids]
+    if len(ids) < need:
+        raise ReqatError(f"calibration wants {need} tokens, the trace store holds {len(ids)}; lower calibration.sequences.")
+    return torch.tensor(ids[:need]).reshape(calibration.sequences, calibration.sequence_tokens)
+
+
+def _parent(inputs: Mapping[str, Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = inputs["parent"] / MODEL
+    return load_model(folder), load_tokenizer(folder)
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
+    # Qwen2's tokenizer has no <bos>; its end-of-text token opens a sequence there.
+    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+
+
+def _train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stage: Stage,
+    training: Training,
+    selection: Selection,
+    seed: int,
+    inputs: Mapping[str, Path],
+    checkpoints: Path,
+    teacher: PreTrainedModel | None,
+    progress: bool,
+) -> TrainResult:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    rows: PackedRows = pack(
+        selected(TraceStore.read(inputs["data"]), selection), training.row_tokens, bos_id=_bos(tokenizer), pad_id=int(pad)
+    )
+    settings = LoopSettings(
+        lr=training.lr,
+        min_lr_ratio=training.min_lr_ratio,
+        warmup_ratio=training.warmup,
+        weight_decay=training.weight_decay,
+        betas=training.betas,
+        clip=training.clip if training.clip is not None else float("inf"),
+        epochs=selection.epochs,
+        rows_per_batch=training.rows_per_batch,
+        accumulation=training.accumulation,
+        seed=seed,
+        autocast=training.autocast == "bf16",
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    return train(model, rows, objective(training), settings, checkpoints, teacher=teacher, label=stage.id, progress=progress)
+
+
+def _training_metrics(result: TrainResult) -> dict[str, Any]:
+    stride = max(1, -(-len(result.history) // _CURVE_POINTS))
+    curve = [
+        {"tokens": window[-1]["tokens"], **{k: sum(h[k] for h in window) / len(window) for k in window[0] if k not in ("step", "tokens", "lr")}}
+        for window in (result.history[i : i + stride] for i in range(0, len(result.history), stride))
+    ]
+    return {
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "response_tokens": result.response_tokens,
+        "train_seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "final_loss": result.final_loss,
+        "curve": curve,
+    }
