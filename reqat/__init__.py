@@ -1,0 +1,57 @@
+"""reqat: quantization-aware training of reasoning models in 4-bit floating point.
+
+The package is a house of floors (see ``reqat/README`` in the repository's documentation): ``formats`` and ``config`` at
+the bottom, then ``quant``, then ``models``, ``data`` and ``tasks``, and so on. Importing ``reqat`` itself loads nothing:
+the public names below are found on first use, so a command line that only reads configuration never pays for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
+    from reqat.models import freeze, load_model, prepare
+    from reqat.quant.precision import Precision
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Format",
+    "Precision",
+    "QuantizedTensor",
+    "__version__",
+    "freeze",
+    "get_format",
+    "load_model",
+    "prepare",
+    "quantize",
+    "quantize_dequantize",
+]
+
+_HOMES = {
+    "Format": "reqat.formats",
+    "QuantizedTensor": "reqat.formats",
+    "get_format": "reqat.formats",
+    "quantize": "reqat.formats",
+    "quantize_dequantize": "reqat.formats",
+    "Precision": "reqat.quant.precision",
+    "freeze": "reqat.models",
+    "load_model": "reqat.models",
+    "prepare": "reqat.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Find a public name in the room that defines it (PEP 562), and keep it."""
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'reqat' has no attribute {name!r}; public names are {', '.join(__all__)}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

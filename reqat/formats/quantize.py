@@ -1,0 +1,421 @@
+"""Quantize a tensor to codes and scales, and back.
+
+Two ways to the same numbers. ``quantize`` writes codes; its ``dequantize`` multiplies each code's value by its scale.
+``quantize_dequantize`` is what training calls, millions of times: it never forms codes, works in float32 in pieces that
+stay in the cache, and a property test holds it bit-equal to ``dequantize(quantize(x))``. Both share every function that
+rounds: ``_scales`` chooses the scales, ``_round_blocks_`` rounds ``x / S`` to element values.
+
+Arithmetic, for block scale ``S`` (float32; for NVFP4 ``S = s / g``, see scales.py):
+
+    S = rule(max |x| over the block);   v = round_element(x / S);   x^ = v * S
+
+All of it in float32, whatever the input's type: float16 and bfloat16 are exact in float32, float64 is rounded to it
+first (and must be in its range). The result is rounded once more to the output's type, saturating.
+
+Shapes: a tensor is seen as [N, B], N blocks of B elements; the blocks of one row (same index on the other axes) follow
+each other.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reqat.formats.format import Format, get_format
+from reqat.formats.scales import (
+    SCALE_TYPES,
+    e8m0_from_amax,
+    e8m0_to_float,
+    effective_scale,
+    global_scale_from_amax,
+    nvfp4_scales,
+    round_to_float,
+)
+
+if TYPE_CHECKING:
+    from reqat.formats.packing import PackedTensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INFINITY_BITS = 0x7F800000
+# Elements handled at a time on a CPU: three float32 buffers of this size (768 KiB) stay in a core's cache.
+_CHUNK = 65536
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes and scales of one tensor.
+
+    ``codes``: uint8, one 4-bit code an element, shape of the input (longer along ``axis`` if it was padded).
+    ``scales``: one a block: the input's shape with the length of ``axis`` replaced by the number of blocks, in the stored
+    type (E8M0: uint8 exponents; E4M3, E5M2: float8; FP16; FP32); AMXFP4 adds a last axis of 2, [positive, negative].
+    ``global_scale``: float32 divisor g, a scalar, or the input's shape with ``axis`` replaced by 1 (``row``); or None.
+    ``shape``, ``dtype``: of the input. ``axis`` counts from 0.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor | None
+    format: Format
+    axis: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def block_scales(self) -> Tensor:
+        """What codes are multiplied by, float32, in the shape of ``scales``: ``s / g``, or ``s``."""
+        s = e8m0_to_float(self.scales) if self.format.scale == "E8M0" else self.scales.float()
+        g = self.global_scale
+        return effective_scale(s, g, self.format.scale_rule)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers that codes and scales stand for, in the input's shape and type (or ``dtype``).
+
+        ``value(code) * S`` in float32, then rounded to ``dtype``, saturating at its largest number. Zeros are +0.0.
+        """
+        dtype = dtype or self.dtype
+        element = self.format.element_type
+        codes = self.codes.movedim(self.axis, -1)
+        values = element.decode(codes)
+        last = 1 if self.format.asymmetric else 0
+        S = self.block_scales().movedim(self.axis, -1 - last)
+        if self.format.asymmetric:
+            S = S.repeat_interleave(codes.shape[-1] // max(1, S.shape[-2]), dim=-2)
+            values *= torch.where(values < 0, S[..., 1], S[..., 0])
+        else:
+            values *= S.repeat_interleave(codes.shape[-1] // max(1, S.shape[-1]), dim=-1)
+        limit = torch.finfo(dtype).max if dtype.is_floating_point and dtype != torch.float64 else math.inf
+        values = values.clamp_(-limit, limit).to(dtype)[..., : self.shape[self.axis]]
+        return values.movedim(-1, self.axis).contiguous()
+
+    def pack(self) -> PackedTensor:
+        """Two codes a byte; see :class:`reqat.formats.packing.PackedTensor`."""
+        from reqat.formats.packing import PackedTensor
+
+        return PackedTensor.from_quantized(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the packed tensor takes: half a byte an element, the scales, the global scale."""
+        g = self.global_scale
+        return (self.codes.numel() + 1) // 2 + self.scales.nbytes + (0 if g is None else g.nbytes)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """A copy on that device."""
+        g = None if self.global_scale is None else self.global_scale.to(device)
+        return QuantizedTensor(
+            self.codes.to(device), self.scales.to(device), g, self.format, self.axis, self.shape, self.dtype
+        )
+
+
+@torch.no_grad()
+def quantize(
+    x: Tensor,
+    fmt: str | Format,
+    *,
+    axis: int = -1,
+    pad: bool = False,
+    global_scale: Tensor | float | str | None = None,
+    name: str | None = None,
+    **options: str,
+) -> QuantizedTensor:
+    """Quantize ``x`` in blocks along ``axis``.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, at least one axis, any strides.
+        fmt: a Format or the name of one, see :func:`reqat.formats.get_format` for names and ``options``.
+        axis: the axis that blocks run along.
+        pad: append zeros where ``x``'s length along ``axis`` is not a multiple of the block, instead of an error.
+        global_scale: ``"dynamic"``, ``"row"`` or ``"static"`` (an option of the format), or the value itself: a scalar,
+            or one for each row (``x``'s shape with ``axis`` replaced by 1). A value replaces what the format would compute.
+        name: what to call ``x`` in an error.
+
+    Raises:
+        ValueError: NaN or infinity in ``x`` (float64: beyond the float32 range); a length that the block does not divide;
+            an unknown format or option; a static format without a value; a value that is not positive and finite.
+    """
+    fmt, given = _resolve(fmt, global_scale, options)
+    blocks = _to_blocks(x, axis, fmt, pad, name)
+    scaled = _scales(blocks, fmt, given, name)
+    codes = torch.empty(blocks.x.shape, dtype=torch.uint8, device=x.device)
+    element = fmt.element_type
+    for rows, y, scratch in _chunks(blocks.x):
+        piece = blocks.x[rows]
+        values = _round_blocks_(torch.div(piece, scaled.divisor(rows, piece), out=y), scratch, fmt, scaled.clip)
+        codes[rows] = element.encode(values, torch.signbit(piece))
+    return QuantizedTensor(
+        codes=blocks.restore(codes),
+        scales=blocks.restore_scales(scaled.stored),
+        global_scale=blocks.restore_global_scale(scaled.global_scale),
+        format=fmt,
+        axis=axis % x.ndim,
+        shape=x.shape,
+        dtype=x.dtype,
+    )
+
+
+@torch.no_grad()
+def quantize_dequantize(
+    x: Tensor,
+    fmt: str | Format,
+    *,
+    axis: int = -1,
+    pad: bool = False,
+    global_scale: Tensor | float | str | None = None,
+    name: str | None = None,
+    **options: str,
+) -> Tensor:
+    """``quantize(x, ...).dequantize()``, bit for bit, without forming codes. Same arguments and errors; no gradient."""
+    fmt, given = _resolve(fmt, global_scale, options)
+    blocks = _to_blocks(x, axis, fmt, pad, name)
+    scaled = _scales(blocks, fmt, given, name)
+    out = torch.empty(blocks.x.shape, dtype=x.dtype, device=x.device)
+    limit = torch.finfo(x.dtype).max
+    in_place = x.dtype == torch.float32
+    for rows, y, scratch in _chunks(blocks.x, allocate=not in_place):
+        piece = blocks.x[rows]
+        if in_place:
+            y = out[rows]
+        S = scaled.divisor(rows, piece)
+        if in_place:
+            torch.div(piece, S, out=y)
+        else:
+            y.copy_(piece).div_(S)
+        _round_blocks_(y, scratch, fmt, scaled.clip).mul_(S)
+        if scaled.top > limit / 2:  # rounding up may step over the largest number of the type
+            y.clamp_(-limit, limit)
+        if not in_place:
+            out[rows] = y
+    return blocks.restore(out, crop=True)
+
+
+def global_scale_for(x: Tensor, fmt: str | Format, *, axis: int = -1, name: str | None = None) -> Tensor:
+    """The global scale that NVFP4 computes for ``x``: ``g = 448 * emax / amax`` in float32 (256 for four-over-six).
+
+    ``dynamic`` and ``static``: a scalar. ``row``: ``x``'s shape with ``axis`` replaced by 1, amax over ``axis`` only.
+    ``x`` need not divide into blocks. An all-zero tensor or row gets 1. Raises ValueError for NaN or infinity.
+    """
+    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    if not fmt.has_global_scale:
+        raise ValueError(f"{fmt.name} has no global scale; formats that have one: NVFP4, NVFP4-4/6")
+    magnitude = x.detach().abs().to(torch.float32)
+    amax = magnitude.amax(axis, keepdim=True) if fmt.global_scale == "row" else magnitude.amax()
+    if not bool(torch.isfinite(amax).all()):
+        raise _not_finite(x, name)
+    return global_scale_from_amax(amax, fmt.scale_cap, fmt.element_type.emax)
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(
+    fmt: str | Format, global_scale: Tensor | float | str | None, options: dict[str, str]
+) -> tuple[Format, Tensor | float | None]:
+    if isinstance(global_scale, str):
+        options = {**options, "global_scale": global_scale}
+        global_scale = None
+    if options or not isinstance(fmt, Format):
+        fmt = get_format(fmt, **options)
+    if global_scale is not None and not fmt.has_global_scale:
+        raise ValueError(f"{fmt.name} has no global scale, but one was given; formats that have one: NVFP4, NVFP4-4/6")
+    return fmt, global_scale
+
+
+@dataclass
+class _Blocks:
+    """``x`` as [N, B], and the way back: ``order`` permuted the input's axes so that the quantized axis came last."""
+
+    x: Tensor
+    ordered: tuple[int, ...]  # the permuted shape, before padding
+    padded: int  # length of the quantized axis after padding
+    order: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.ordered[:-1])
+
+    def _back(self, t: Tensor, extra: int = 0) -> Tensor:
+        inverse = [0] * len(self.order)
+        for new, old in enumerate(self.order):
+            inverse[old] = new
+        return t.permute(*inverse, *range(len(inverse), len(inverse) + extra))
+
+    def restore(self, t: Tensor, crop: bool = False) -> Tensor:
+        t = t.view(*self.ordered[:-1], self.padded)
+        return self._back(t[..., : self.ordered[-1]] if crop and self.padded != self.ordered[-1] else t)
+
+    def restore_scales(self, s: Tensor) -> Tensor:
+        blocks = self.padded // self.x.shape[1] if self.padded else 0
+        trailing = s.shape[1:] if s.ndim == 2 and s.shape[1] == 2 else ()
+        return self._back(s.reshape(*self.ordered[:-1], blocks, *trailing), len(trailing)).contiguous()
+
+    def restore_global_scale(self, g: Tensor | None) -> Tensor | None:
+        if g is None or g.ndim == 0:
+            return g
+        return self._back(g.view(*self.ordered[:-1], 1)).contiguous()
+
+
+@dataclass
+class _Scales:
+    """Chosen scales of [N, B] blocks."""
+
+    stored: Tensor  # [N] or [N, 2], in the stored type
+    effective: Tensor  # float32 S, [N, 1] or [N, 2]
+    global_scale: Tensor | None
+    clip: bool  # whether some |x| / S lies so far above the largest magnitude that rounding alone does not saturate
+    top: float  # max |x|
+
+    def divisor(self, rows: slice, piece: Tensor) -> Tensor:
+        S = self.effective[rows]
+        return S if S.shape[1] == 1 else torch.where(piece < 0, S[:, 1:], S[:, :1])
+
+
+def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -> _Blocks:
+    label = name or "tensor"
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{label} has dtype {x.dtype}; quantization takes {', '.join(str(d) for d in _DTYPES)}")
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"{label} of shape {tuple(x.shape)} has no axis {axis}")
+    axis %= x.ndim
+    length = x.shape[axis]
+    block = fmt.block or max(1, length)
+    padded = -(-length // block) * block
+    if padded != length and not pad:
+        raise ValueError(
+            f"{label} of shape {tuple(x.shape)}: length {length} along axis {axis} is not a multiple of {fmt.name}'s "
+            f"block of {block}; pass pad=True to append {padded - length} zeros"
+        )
+    # Any order of the other axes gives the same blocks, so take the one that x has in memory: a transposed view such as
+    # keys [B, H, T, D] of [B, T, H, D] then needs no copy, and the result keeps x's strides.
+    others = sorted((a for a in range(x.ndim) if a != axis), key=lambda a: -x.stride(a))
+    order = (*others, axis)
+    ordered = x.permute(order)
+    if padded != length:
+        flat = torch.nn.functional.pad(ordered, (0, padded - length))
+    else:
+        flat = ordered.contiguous()
+    return _Blocks(flat.view(-1, block), tuple(ordered.shape), padded, order)
+
+
+def _chunks(x: Tensor, allocate: bool = True):  # type: ignore[no-untyped-def]
+    """Yield (slice of blocks, float32 buffer, float32 scratch); the buffer is empty unless ``allocate``."""
+    n, block = x.shape
+    step = max(1, min(n, _CHUNK // block if x.device.type == "cpu" else n))
+    scratch = torch.empty(step, block, dtype=torch.float32, device=x.device)
+    buffer = torch.empty_like(scratch) if allocate else scratch
+    for start in range(0, n, step):
+        size = min(step, n - start)
+        yield slice(start, start + size), buffer[:size], scratch[:size]
+
+
+def _round_blocks_(y: Tensor, scratch: Tensor, fmt: Format, clip: bool) -> Tensor:
+    return fmt.element_type.round_(y, scratch, rounding=fmt.rounding, clip=clip)
+
+
+def _block_amax(x: Tensor) -> Tensor:
+    """Largest magnitude of each block of [N, B], float32 [N]. NaN and infinity stay above every number.
+
+    Compares the bits of |x| as integers: the same order as the numbers, and half the time of a float maximum, which has
+    to look for NaN. NaN's bits lie above infinity's.
+    """
+    amax = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
+    for rows, y, _ in _chunks(x):
+        torch.abs(x[rows], out=y) if x.dtype == torch.float32 else y.copy_(x[rows]).abs_()
+        torch.amax(y.view(torch.int32), -1, out=amax[rows])
+    return amax.view(torch.float32)
+
+
+def _signed_amax(x: Tensor) -> Tensor:
+    """Largest positive and largest negated negative number of each block, float32 [N, 2]; NaN propagates."""
+    amax = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
+    for rows, y, _ in _chunks(x):
+        y.copy_(x[rows])
+        amax[rows, 0] = y.amax(-1).clamp_(min=0)
+        amax[rows, 1] = y.amin(-1).neg_().clamp_(min=0)
+    return amax
+
+
+def _not_finite(x: Tensor, name: str | None) -> ValueError:
+    label = name or "tensor"
+    nan, inf = int(torch.isnan(x).sum()), int(torch.isinf(x).sum())
+    what = " and ".join(
+        part for part, count in ((f"{nan} NaN", nan), (f"{inf} infinite value(s)", inf)) if count
+    ) or "values beyond the float32 range"
+    return ValueError(f"{label} of shape {tuple(x.shape)} holds {what}; quantization needs finite numbers")
+
+
+def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: str | None) -> _Scales:
+    """Choose scales by the format's rule; raises ValueError if ``x`` is not finite."""
+    x, element = blocks.x, fmt.element_type
+    amax = _signed_amax(x) if fmt.asymmetric else _block_amax(x)
+    top = amax.max() if amax.numel() else amax.new_zeros(())
+    top_value = float(top)
+    if not math.isfinite(top_value):
+        raise _not_finite(x, name)
+    g: Tensor | None = None
+    if fmt.has_global_scale:
+        g = _global_scale(blocks, fmt, given, amax, top)
+        s = _over_rows(nvfp4_scales, amax, g, element.emax, fmt.scale_rule)
+        S = _over_rows(effective_scale, s, g, fmt.scale_rule)
+        if fmt.adaptive:
+            s4 = _over_rows(nvfp4_scales, amax, g, 4.0, fmt.scale_rule)
+            S4 = _over_rows(effective_scale, s4, g, fmt.scale_rule)
+            four = _squared_error(x, S4, fmt) < _squared_error(x, S, fmt)
+            s, S = torch.where(four, s4, s), torch.where(four, S4, S)
+        stored = s.to(SCALE_TYPES[fmt.scale].dtype)
+    elif fmt.scale == "E8M0":
+        stored = e8m0_from_amax(amax, element, fmt.scale_rule)
+        S = e8m0_to_float(stored)
+    else:
+        kind = SCALE_TYPES[fmt.scale]
+        # AMXFP4 rounds its scales the way it rounds elements; the others always to even.
+        S = round_to_float(amax / element.emax, kind, fmt.rounding if fmt.asymmetric else "even")
+        S = S.masked_fill(S == 0, 1.0)  # all zero, or below the scale's range: codes are all zero
+        stored = S.to(kind.dtype)
+    clip = fmt.scale_rule != "ceil" and bool((amax > S * element.clip_above).any())
+    return _Scales(stored, S.view(len(x), -1), g, clip, top_value)
+
+
+def _over_rows(function, amax: Tensor, g: Tensor, *args):  # type: ignore[no-untyped-def]
+    """Call ``function(amax, g, ...)`` with [N] seen as [rows, blocks] where g is one a row."""
+    if g.ndim == 0:
+        return function(amax, g, *args)
+    return function(amax.view(len(g), -1), g, *args).view(-1)
+
+
+def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, amax: Tensor, top: Tensor) -> Tensor:
+    """A float32 scalar, or [rows, 1]."""
+    if given is None:
+        if fmt.global_scale == "static":
+            raise ValueError(
+                f"{fmt.name} with global_scale='static' needs the calibrated value: pass global_scale=<tensor>, or choose "
+                "'dynamic' or 'row'"
+            )
+        if fmt.global_scale == "row" and amax.numel():
+            top = amax.view(blocks.rows, -1).amax(-1, keepdim=True)
+        return global_scale_from_amax(top, fmt.scale_cap, fmt.element_type.emax)
+    g = torch.as_tensor(given, dtype=torch.float32, device=amax.device).detach()
+    if not bool((torch.isfinite(g) & (g > 0)).all()):
+        raise ValueError(f"global_scale must be positive and finite, got {given!r}")
+    if g.numel() == 1:
+        return g.reshape(())
+    axis = blocks.order[-1]
+    wanted = [0] * len(blocks.order)
+    for new, old in enumerate(blocks.order):
+        wanted[old] = 1 if old == axis else blocks.ordered[new]
+    try:
+        return g.broadcast_to(wanted).permute(blocks.order).reshape(-1, 1)
+    except RuntimeError as error:
+        raise ValueError(f"global_scale of shape {tuple(g.shape)} must be a scalar or of shape {tuple(wanted)}") from error
+
+
+def _squared_error(x: Tensor, S: Tensor, fmt: Format) -> Tensor:
+    """Sum over each block of (x^ - x)^2, float32 [N]."""
+    error = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for rows, y, scratch in _chunks(x):
+        y.copy_(x[rows]).div_(S[rows, None])
+        _round_blocks_(y, scratch, fmt, True).mul_(S[rows, None]).sub_(x[rows])
+        torch.sum(y.square_(), -1, out=error[rows])
+    return error
