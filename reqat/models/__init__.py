@@ -1,7 +1,44 @@
-"""Models: loading, swapping layers in, quantized cache, saving (floor 2)."""
+"""Models (floor 2): loading and saving, swapping quantized layers in, the four-bit key/value cache."""
 
 from __future__ import annotations
 
-from reqat.models.prepare import Report, prepare
+import logging
 
-__all__ = ["Report", "prepare"]
+# transformers imports torchao wherever it is installed (our tests compare with it), and torchao warns about GPU
+# libraries that it cannot load on a CPU. Nothing here uses it.
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
+
+from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
+from reqat.models.cache import Fp4Cache  # noqa: E402
+from reqat.models.kv import KVQuantizer  # noqa: E402
+from reqat.models.linear import QuantLinear  # noqa: E402
+from reqat.models.loading import load_model, load_tokenizer  # noqa: E402
+from reqat.models.prepare import (  # noqa: E402
+    Report,
+    calibrate_static,
+    freeze,
+    kv_quantizers,
+    precision_of,
+    prepare,
+    quant_linears,
+)
+from reqat.models.saving import save_model  # noqa: E402
+
+__all__ = [
+    "ATTENTION",
+    "Fp4Cache",
+    "KVQuantizer",
+    "QuantLinear",
+    "Report",
+    "calibrate_static",
+    "freeze",
+    "kv_quantizers",
+    "load_model",
+    "load_tokenizer",
+    "precision_of",
+    "prepare",
+    "quant_linears",
+    "save_model",
+    "softmax_attention",
+]

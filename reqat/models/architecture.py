@@ -1,22 +1,25 @@
 """What a supported decoder looks like, and where its linear layers are.
 
-Nothing here goes by class names: a decoder layer is supported if it *does* what this package can swap, that is if it has
-one self-attention with separate ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, full causal softmax attention called
-through transformers' ``AttentionInterface``, and dense ``nn.Linear`` layers otherwise. Llama, Qwen2 and Qwen3 do.
+Nothing here goes by class names: a decoder layer is supported if it *does* what this package can swap, that is if it
+has one self-attention with separate ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, full causal softmax attention
+called through transformers' ``AttentionInterface``, and dense ``nn.Linear`` layers otherwise. Llama, Qwen2 and Qwen3 do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from reqat.config.errors import ReqatError
+
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Layers that read the same input tensor: its quantization is shared, and engines that fuse them want one global scale.
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(ReqatError):
     """The model's attention or layers are of a kind that this package does not quantize."""
 
 
@@ -32,11 +35,27 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Attention geometry, from the config: H query heads, G key/value heads, D head_dim."""
+    """Attention geometry, from the config."""
 
     query_heads: int
     kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """Where an ``nn.Linear`` sits: ``getattr(parent, attribute)``, called ``name`` in the model."""
+
+    name: str
+    parent: nn.Module
+    attribute: str
+
+    @property
+    def module(self) -> nn.Linear:
+        """The layer that sits there now."""
+        layer = getattr(self.parent, self.attribute)
+        assert isinstance(layer, nn.Linear)
+        return layer
 
 
 def head_shape(model: PreTrainedModel) -> HeadShape:
@@ -51,24 +70,22 @@ def head_shape(model: PreTrainedModel) -> HeadShape:
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """The decoder layers of ``model``, in order.
 
-    Raises:
-        UnsupportedModelError: the model is no decoder of the supported kind; names the layer and the reason.
+    Raises UnsupportedModelError, naming layer and reason, if the model is no decoder of the supported kind.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel")
-    decoder = model.get_decoder()
-    layers = getattr(decoder, "layers", None)
+    model_type = model.config.model_type
+    layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
         raise UnsupportedModelError(
-            f"model type {model_type!r} has no list of decoder layers at `.layers`: supported are decoders of the Llama, "
-            "Qwen2 and Qwen3 kind"
+            f"model type {model_type!r} has no list of decoder layers at `.layers`, so its attention is not supported: "
+            "supported are decoders of the Llama, Qwen2 and Qwen3 kind"
         )
     prefix = next(name for name, module in model.named_modules() if module is layers)
     found = []
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        attentions = [m for m in layer.modules() if all(hasattr(m, p) for p in _PROJECTIONS)]
+        attentions = [m for m in layer.modules() if all(isinstance(getattr(m, p, None), nn.Linear) for p in _PROJECTIONS)]
         if len(attentions) != 1:
             raise UnsupportedModelError(
                 f"model type {model_type!r}, layer {name}: unsupported attention, found {len(attentions)} modules with "
@@ -76,16 +93,17 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
                 "cross-attention are not supported)"
             )
         found.append(DecoderLayer(index, name, layer, attentions[0]))
-    _check_attention(model, found, model_type)
+    _check_attention(model, found)
     return found
 
 
-def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer], model_type: str) -> None:
+def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer]) -> None:
     config = model.config
 
     def refuse(what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"model type {model_type!r}: unsupported attention ({what}): only full causal softmax attention is supported"
+            f"model type {config.model_type!r}: unsupported attention ({what}); only full causal softmax attention is "
+            "supported"
         )
 
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
@@ -105,10 +123,20 @@ def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer], model_t
         raise refuse("its code does not call transformers' AttentionInterface")
 
 
-def linear_layers(layer: DecoderLayer) -> Iterator[tuple[str, nn.Module]]:
-    """Every ``nn.Linear`` (or its quantized replacement) in a decoder layer, with its full name in the model."""
-    from reqat.models.linear import QuantLinear
+def linear_sites(layer: DecoderLayer) -> list[LinearSite]:
+    """Every ``nn.Linear`` in a decoder layer, whatever its name, in the order of the module tree."""
+    sites = []
+    for name, parent in layer.module.named_modules():
+        for attribute, child in parent.named_children():
+            if isinstance(child, nn.Linear):
+                sites.append(LinearSite(".".join(filter(None, (layer.name, name, attribute))), parent, attribute))
+    return sites
 
-    for name, module in layer.module.named_modules():
-        if isinstance(module, nn.Linear | QuantLinear):
-            yield f"{layer.name}.{name}", module
+
+def sharing_groups(layer: DecoderLayer) -> list[list[LinearSite]]:
+    """The layer's linear sites, those that read the same input tensor together: [q, k, v], [o], [gate, up], [down]."""
+    groups: dict[tuple[int, str], list[LinearSite]] = {}
+    for site in linear_sites(layer):
+        shared = next((g[0] for g in _SHARED_INPUT if site.attribute in g), site.attribute)
+        groups.setdefault((id(site.parent), shared), []).append(site)
+    return list(groups.values())

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from reqat.config.errors import ReqatError
+
 ATTENTION = "reqat"
 _MARK = "_reqat_quantized"
 
@@ -94,7 +96,7 @@ def _attend(
         return grouped.reshape(B, H, 1, D)
     causal = is_causal and mask is None and T > 1
     if causal and T != S:
-        raise ValueError(
+        raise ReqatError(
             f"attention of {T} queries over {S} keys without a mask: torch would align the causal triangle at the "
             "wrong corner; pass a 4D attention_mask"
         )
@@ -120,16 +122,19 @@ def reqat_attention(
     """
     for unsupported in ("softcap", "s_aux", "position_bias", "sliding_window"):
         if kwargs.get(unsupported) is not None:
-            raise ValueError(f"attention {ATTENTION!r} does not support {unsupported}={kwargs[unsupported]!r}")
+            raise ReqatError(f"attention {ATTENTION!r} does not support {unsupported}={kwargs[unsupported]!r}")
     kv = getattr(module, "reqat_kv", None)
-    if kv is not None and not is_quantized(key):
-        key, value = kv(key, value)
+    dtype = query.dtype
+    if kv is not None:
+        query = kv.query(query)
+        if not is_quantized(key):
+            key, value = kv(key, value)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     out_BHTD = softmax_attention(
         query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
     )
-    return out_BHTD.transpose(1, 2).to(query.dtype), None
+    return out_BHTD.transpose(1, 2).to(dtype), None
 
 
 # Registered with both interfaces: without a mask function transformers would hand over no padding mask at all. A 4D

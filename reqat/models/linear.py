@@ -1,9 +1,139 @@
-"""Quantized linear layers."""
+"""A linear layer whose weight and input are quantized.
+
+``QuantLinear`` replaces ``nn.Linear`` in place: it holds the same ``weight`` and ``bias`` parameters under the same names,
+so optimizers, tied weights and state dicts go on working. Until frozen it fake-quantizes the weight in every forward pass
+(QAT); frozen, it keeps the codes and multiplies with their dense dequantized values.
+
+Layers that read the same tensor (q, k and v; gate and up) share one :class:`InputQuantizer`, which quantizes that tensor
+once a forward pass.
+"""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reqat.config.errors import ReqatError
+from reqat.formats import QuantizedTensor, quantize
+from reqat.quant import Precision, Quantizer, block_hadamard
 
 
-class QuantLinear(nn.Module):
-    """Placeholder until the quantizers land."""
+class InputQuantizer(Quantizer):
+    """A quantizer shared by ``consumers`` layers that read the same input tensor.
+
+    The result for the tensor at hand is kept until its last consumer took it. It is found by the tensor's identity and
+    version, so a layer called alone, or with another tensor, is never served a stale one.
+    """
+
+    def __init__(self, precision: Precision, consumers: int, name: str) -> None:
+        super().__init__(precision.inputs, rotation=precision.rotation, name=name)
+        self.consumers = consumers
+        self._memo: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+        self._uses = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate and fake-quantize ``x`` along its last axis."""
+        if self.consumers == 1 or (self.format is None and self.rotation is None):
+            return super().forward(x)
+        version = None if x.is_inference() else x._version
+        key = (version, torch.is_grad_enabled(), self.observing)
+        if self._memo is not None and self._memo[0] is x and self._memo[1] == key:
+            out = self._memo[2]
+            self._uses += 1
+            if self._uses >= self.consumers:
+                self._memo = None
+            return out
+        out = super().forward(x)
+        self._memo, self._uses = (x, key, out), 1
+        return out
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The memo holds activations; copies and pickles of the module must not.
+        return {**self.__dict__, "_memo": None, "_uses": 0}
+
+
+class QuantLinear(nn.Linear):
+    """``nn.Linear`` with quantized weight and input; weight [N, K], input [..., K]."""
+
+    def __init__(self, linear: nn.Linear, precision: Precision, input_quantizer: InputQuantizer, name: str) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and initialize a weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.name = name
+        self.rotation = precision.rotation
+        self.weight_quantizer = Quantizer(precision.weights, rotation=precision.rotation, name=f"{name}.weight")
+        self.input_quantizer = input_quantizer
+        self.quantized: QuantizedTensor | None = None
+        self.frozen = False
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = Q(x) Q(W)^T + b; once frozen, Q(W) is the stored weight."""
+        x = self.input_quantizer(x)
+        weight = self.weight if self.frozen else self.weight_quantizer(self.weight)
+        return F.linear(x, weight, self.bias)
+
+    @torch.no_grad()
+    def rotated_weight(self) -> Tensor:
+        """The dense weight [N, K] in the basis in which it is quantized (rotated, if the precision rotates)."""
+        if self.frozen or self.rotation is None:
+            return self.weight.detach()
+        return block_hadamard(self.weight.detach(), self.rotation)
+
+    @torch.no_grad()
+    def plain_weight(self) -> Tensor:
+        """The dense weight [N, K] as an ordinary linear layer would use it (never rotated)."""
+        if self.frozen and self.rotation is not None:
+            return block_hadamard(self.weight.detach(), self.rotation)
+        return self.weight.detach()
+
+    @torch.no_grad()
+    def quantize_weight(self) -> QuantizedTensor:
+        """The weight, rounded to the nearest; what :meth:`freeze` stores."""
+        if self.quantized is not None:
+            return self.quantized
+        quantizer = self.weight_quantizer
+        if quantizer.format is None:
+            raise ReqatError(f"{self.name}: the precision does not quantize weights")
+        return quantize(
+            self.rotated_weight(), quantizer.format, global_scale=quantizer.global_scale, name=quantizer.name
+        )
+
+    @torch.no_grad()
+    def set_quantized(self, quantized: QuantizedTensor) -> None:
+        """Freeze the layer with these codes (of the rotated weight, if the precision rotates).
+
+        For solvers such as GPTQ, and for restoring checkpoints. Raises ValueError if shape or format is not the layer's.
+        """
+        if tuple(quantized.shape) != tuple(self.weight.shape):
+            raise ReqatError(
+                f"{self.name}: codes of shape {tuple(quantized.shape)} for a weight of shape {tuple(self.weight.shape)}"
+            )
+        if quantized.format != self.weight_quantizer.format:
+            raise ReqatError(
+                f"{self.name}: codes are in {quantized.format}, but the layer was prepared for "
+                f"{self.weight_quantizer.format}"
+            )
+        self._freeze_with(quantized.dequantize(torch.float32))
+        self.quantized = quantized
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Quantize the weight once; without a weight format, only rotate it. Does nothing the second time."""
+        if self.frozen:
+            return
+        if self.weight_quantizer.format is None:
+            self._freeze_with(self.rotated_weight())
+        else:
+            self.set_quantized(self.quantize_weight())
+
+    def _freeze_with(self, dense: Tensor) -> None:
+        self.weight = nn.Parameter(dense.to(self.weight), requires_grad=False)
+        self.frozen = True
+
+    def extra_repr(self) -> str:
+        """Shape and state, for ``print(model)``."""
+        return f"{super().extra_repr()}, frozen={self.frozen}"

@@ -1,27 +1,304 @@
-"""Put a model into a precision, in place."""
+"""Put a model into a precision, in place: quantized linear layers, the attention function, the KV quantizers.
+
+No model code is copied. The layers of a Hugging Face decoder are found by what they are
+(:mod:`reqat.models.architecture`), each ``nn.Linear`` among them is replaced by a
+:class:`~reqat.models.linear.QuantLinear` that holds the same parameters, and every attention module gets a
+:class:`~reqat.models.kv.KVQuantizer` as ``reqat_kv``, which the attention function ``"reqat"`` uses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.models.architecture import decoder_layers
+from reqat.config.errors import ReqatError
+from reqat.formats import Format, global_scale_for
+from reqat.models.architecture import (
+    DecoderLayer,
+    LinearSite,
+    decoder_layers,
+    head_shape,
+    sharing_groups,
+)
 from reqat.models.attention import ATTENTION
+from reqat.models.kv import KVQuantizer
+from reqat.models.linear import InputQuantizer, QuantLinear
+from reqat.models.sidecar import Sidecar
+from reqat.quant import Precision, Quantizer, observing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module of the report: its name, its shape, and for a skipped one the reason."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`prepare` did."""
+    """What :func:`prepare` quantized and what it skipped; ``str(report)`` is a table for people."""
 
-    precision: str
+    model: str
+    precision: Precision
+    quantized: list[Entry] = field(default_factory=list)
+    skipped: list[Entry] = field(default_factory=list)
+    kv_layers: int = 0
+    restored: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        total = len(self.quantized) + sum(len(entry.shape) == 2 for entry in self.skipped)
+        lines = [f"{self.precision} on {self.model}: {len(self.quantized)} of {total} weight matrices quantized"]
+        precision = self.precision
+        rotation = f", rotated in Hadamard blocks of {precision.rotation}" if precision.rotation else ""
+        for role, fmt in (("weights", precision.weights), ("inputs", precision.inputs)):
+            if self.quantized:
+                lines.append(f"  {role:<9} {_describe(fmt)}{rotation}")
+        for role, fmt in (("keys", precision.keys), ("values", precision.values)):
+            if fmt is not None:
+                lines.append(f"  {role:<9} {_describe(fmt)}, {self.kv_layers} layers")
+        lines += [f"  restored  {what} from the checkpoint" for what in self.restored]
+        for title, entries in (("quantized", self.quantized), ("skipped", self.skipped)):
+            lines += [f"  {title:<9} {line}" for line in _collapsed(entries)]
+        return "\n".join(lines)
 
 
-def prepare(model: PreTrainedModel, precision: str, **options: Any) -> Report:
-    """Install the attention function ``"reqat"`` (BF16 only, so far)."""
-    decoder_layers(model)
-    if str(precision) != "BF16":
-        raise NotImplementedError(f"precision {precision!r}")
+def _describe(fmt: Format | None) -> str:
+    if fmt is None:
+        return "not quantized"
+    block = "whole rows" if fmt.block is None else f"blocks of {fmt.block}"
+    scale = f", global scale {fmt.global_scale}" if fmt.global_scale != "none" else ""
+    return f"{fmt.name}: {fmt.element} in {block}, {fmt.scale} scales{scale}"
+
+
+def _collapsed(entries: list[Entry]) -> list[str]:
+    """One line for all layers' modules of the same name, shape and reason."""
+    counts: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for entry in entries:
+        key = (re.sub(r"\.\d+\.", ".*.", entry.name), entry.shape, entry.reason)
+        counts[key] = counts.get(key, 0) + 1
+    width = max((len(name) for name, _, _ in counts), default=0)
+    return [
+        f"{name:<{width}} {list(shape)!s:<14} x{n}{f'  ({reason})' if reason else ''}"
+        for (name, shape, reason), n in counts.items()
+    ]
+
+
+def prepare(
+    model: PreTrainedModel, precision: str | Precision, *, skip: Iterable[str] = (), **options: Any
+) -> Report:
+    """Put ``model`` into ``precision``, in place, and say what was done.
+
+    Every linear layer of the decoder is quantized, ``lm_head`` and embeddings never (ReQAT section 1). ``BF16`` installs
+    the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here: Q-FIT shift,
+    static global scales, and quantized weights, which come back exactly as they were stored.
+
+    Args:
+        model: a causal decoder of the Llama, Qwen2 or Qwen3 kind.
+        precision: a name such as ``NVFP4-W4A4KV4``, or a :class:`~reqat.quant.Precision`.
+        skip: patterns (``model.layers.0.*``) of linear layers to leave alone.
+        options: of :meth:`Precision.parse`.
+
+    Raises:
+        ReqatError: unknown precision, unsupported attention, a block that does not divide a head or a layer, NaN or
+            infinite weights, or a model that was prepared for another precision. The model is then unchanged.
+    """
+    precision = Precision.parse(precision, **options)
+    previous: Report | None = getattr(model, "_reqat_report", None)
+    if previous is not None:
+        if previous.precision == precision:
+            return previous
+        if previous.precision != Precision():
+            raise ReqatError(
+                f"the model was prepared for {previous.precision} already and cannot be prepared for {precision} (or for "
+                "the same name with other options) on top: load it again"
+            )
+    layers = decoder_layers(model)
+    _check_finite(model)
+    skip = list(skip)
+    sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
+    _check_geometry(model, layers, precision, skip)
+    if sidecar is not None:
+        sidecar.check(precision)
+    shifts = {layer.index: _shift(layer) for layer in layers}
+
+    quantized: list[Entry] = []
+    skipped: list[Entry] = []
+    heads = head_shape(model)
+    for layer in layers:
+        for group in sharing_groups(layer):
+            wanted = [site for site in group if not _skipped(site, precision, skip)]
+            for site in group:
+                if site not in wanted:
+                    reason = "skipped on request" if precision.quantizes_linear else "the precision leaves it as it is"
+                    skipped.append(Entry(site.name, tuple(site.module.weight.shape), reason))
+            if not wanted:
+                continue
+            shared = InputQuantizer(precision, len(wanted), f"{wanted[0].name} input")
+            for site in wanted:
+                quantized.append(Entry(site.name, tuple(site.module.weight.shape)))
+                setattr(site.parent, site.attribute, QuantLinear(site.module, precision, shared, site.name))
+        kv = KVQuantizer(precision, heads.kv_heads, heads.head_dim, f"{layer.name}.self_attn")
+        kv.set_shift(shifts[layer.index])
+        layer.attention.reqat_kv = kv
+    skipped += _never_quantized(model, layers)
     model.set_attn_implementation(ATTENTION)
-    return Report("BF16")
+    restored = sidecar.restore(model, precision) if sidecar is not None else []
+    kv_layers = len(layers) if precision.quantizes_cache else 0
+    report = Report(type(model).__name__, precision, quantized, skipped, kv_layers, restored)
+    model._reqat_report = report  # type: ignore[assignment]
+    return report
+
+
+def precision_of(model: PreTrainedModel) -> Precision | None:
+    """The precision that ``model`` was prepared for, or None."""
+    report: Report | None = getattr(model, "_reqat_report", None)
+    return report.precision if report is not None else None
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized linear layers of a prepared model, by name, in forward order of the layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def kv_quantizers(model: PreTrainedModel) -> list[KVQuantizer]:
+    """The KV quantizer of each layer of a prepared model (at BF16 too), in order."""
+    return [layer.attention.reqat_kv for layer in decoder_layers(model)]  # type: ignore[misc]
+
+
+def freeze(model: PreTrainedModel, *, share_global_scale: bool = False) -> PreTrainedModel:
+    """Quantize every weight once, keep its codes, and switch gradients off; returns ``model``. Idempotent.
+
+    The frozen model computes bit for bit what the prepared one does in its forward pass, without quantizing weights
+    each time. With ``share_global_scale`` q, k and v get one weight global scale, and gate and up one, as engines that
+    fuse them expect; codes then differ slightly from training's.
+
+    Raises ReqatError if the model was not prepared.
+    """
+    if precision_of(model) is None:
+        raise ReqatError("freeze needs a prepared model: call prepare(model, precision) first")
+    if share_global_scale:
+        for layer in decoder_layers(model):
+            for group in sharing_groups(layer):
+                _share_global_scale([site.module for site in group if isinstance(site.module, QuantLinear)])
+    for layer in quant_linears(model).values():
+        layer.freeze()
+    return model.requires_grad_(False).eval()
+
+
+def _share_global_scale(layers: list[QuantLinear]) -> None:
+    layers = [layer for layer in layers if layer.weight_quantizer.format is not None and not layer.frozen]
+    if len(layers) < 2 or layers[0].weight_quantizer.format.global_scale == "none":  # type: ignore[union-attr]
+        return
+    scales = [global_scale_for(layer.rotated_weight(), layer.weight_quantizer.format) for layer in layers]
+    smallest = torch.stack([scale.reshape(()) for scale in scales]).amin()  # the largest weight decides
+    for layer in layers:
+        layer.weight_quantizer.global_scale = smallest
+
+
+@torch.no_grad()
+def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> int:
+    """Set the static global scales of inputs, keys and values from what they hold on ``batches``.
+
+    The model runs as prepared, with dynamic scales in place of the static ones; the largest magnitude that each
+    quantizer sees becomes its range. Larger values later saturate.
+
+    Args:
+        model: prepared with ``global_scale="static"``.
+        batches: input ids [B, T], or dictionaries of the model's arguments.
+
+    Returns the number of scales set; 0 if the precision has no static ones (the batches are not run then). Raises
+    ReqatError if ``batches`` is empty.
+    """
+    static = [
+        module
+        for module in model.modules()
+        if isinstance(module, Quantizer) and module.format is not None and module.format.global_scale == "static"
+    ]
+    if not static:
+        return 0
+    training = model.training
+    model.eval()
+    try:
+        with observing(static):
+            for batch in batches:
+                inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+                model(**inputs, use_cache=False)
+    finally:
+        model.train(training)
+    for quantizer in static:
+        quantizer.set_from_amax()
+    return len(static)
+
+
+def _skipped(site: LinearSite, precision: Precision, patterns: list[str]) -> bool:
+    return not precision.quantizes_linear or any(fnmatchcase(site.name, pattern) for pattern in patterns)
+
+
+def _shift(layer: DecoderLayer) -> Tensor | None:
+    previous = getattr(layer.attention, "reqat_kv", None)
+    return previous.shift if previous is not None else None
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ReqatError(f"parameter {name} holds NaN or infinity; the checkpoint is damaged or its training diverged")
+
+
+def _check_geometry(
+    model: PreTrainedModel, layers: list[DecoderLayer], precision: Precision, patterns: list[str]
+) -> None:
+    head_dim = head_shape(model).head_dim
+    for role, fmt in (("keys", precision.keys), ("values", precision.values)):
+        if fmt is not None and fmt.block is not None and head_dim % fmt.block:
+            raise ReqatError(
+                f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave the KV cache "
+                "unquantized, or take a format with another block"
+            )
+    if precision.keys is not None and precision.kv_rotation and head_dim % precision.kv_rotation:
+        raise ReqatError(f"head_dim {head_dim} is not divisible by kv_rotation {precision.kv_rotation}")
+    blocks = [(f"the block {f.block} of {f.name}", f.block) for f in (precision.weights, precision.inputs) if f and f.block]
+    if precision.rotation:
+        blocks.append((f"the rotation block {precision.rotation}", precision.rotation))
+    for layer in layers:
+        for site in (site for group in sharing_groups(layer) for site in group):
+            for what, block in blocks:
+                if site.module.in_features % block and not _skipped(site, precision, patterns):
+                    raise ReqatError(
+                        f"{site.name}: in_features {site.module.in_features} is not divisible by {what}; "
+                        f"leave the layer out with skip=[{site.name!r}]"
+                    )
+
+
+def _never_quantized(model: PreTrainedModel, layers: list[DecoderLayer]) -> list[Entry]:
+    """Weight matrices that no rule covers, with the reason why they stay as they are."""
+    entries = []
+    inside = {id(parameter) for layer in layers for parameter in layer.module.parameters()}
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    head = model.get_output_embeddings()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim < 2 or (id(parameter) in inside and id(parameter) in linears):
+            continue
+        if head is not None and parameter is head.weight and name == _name_of(model, head):
+            reason = "the output head is never quantized"
+        elif parameter is model.get_input_embeddings().weight:
+            reason = "embeddings are never quantized"
+        elif id(parameter) in inside:
+            reason = "not the weight of an nn.Linear"
+        else:
+            reason = "outside the decoder layers"
+        entries.append(Entry(name.removesuffix(".weight"), tuple(parameter.shape), reason))
+    return entries
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next((f"{name}.weight" for name, module in model.named_modules() if module is wanted), "")

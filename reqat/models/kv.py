@@ -1,0 +1,65 @@
+"""The key/value quantizer of one attention layer.
+
+Keys come after RoPE. The Q-FIT shift (ReQAT section 4) is subtracted from them before quantizing and never added back:
+it moves every logit of a query by the same amount, which softmax does not see. Both keys and values are quantized in
+blocks along head_dim; queries are not quantized (only rotated, if keys are).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reqat.config.errors import ReqatError
+from reqat.quant import Precision, Quantizer, block_hadamard
+
+
+class KVQuantizer(nn.Module):
+    """``key`` and ``value`` quantizers and the shift buffer [G, D] (float32, or None) of one layer."""
+
+    shift: Tensor | None
+
+    def __init__(self, precision: Precision, kv_heads: int, head_dim: int, name: str) -> None:
+        super().__init__()
+        rotation = precision.kv_rotation if precision.keys is not None else None
+        self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys")
+        self.value = Quantizer(precision.values, name=f"{name} values")
+        self.name = name
+        self.shape = (kv_heads, head_dim)
+        self.register_buffer("shift", None, persistent=False)
+
+    def set_shift(self, shift_GD: Tensor | None) -> None:
+        """Set the Q-FIT shift, one value a KV head and channel. Raises ValueError for a shape other than [G, D]."""
+        if shift_GD is None:
+            self.shift = None
+            return
+        if tuple(shift_GD.shape) != self.shape:
+            raise ReqatError(
+                f"{self.name}: shift of shape {tuple(shift_GD.shape)}, but the layer has {self.shape[0]} KV heads of "
+                f"head_dim {self.shape[1]}"
+            )
+        if not torch.isfinite(shift_GD).all():
+            raise ReqatError(f"{self.name}: the shift holds NaN or infinity")
+        device = self.shift.device if self.shift is not None else shift_GD.device
+        self.shift = shift_GD.detach().to(device=device, dtype=torch.float32).clone()
+
+    def query(self, query_BHTD: Tensor) -> Tensor:
+        """The query in the basis of the quantized keys."""
+        rotation = self.key.rotation
+        return query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
+
+    def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantized keys and values; straight-through gradients."""
+        if self.key.format is not None:
+            key_BGSD = _widened(key_BGSD)
+            if self.shift is not None:
+                key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
+            key_BGSD = self.key(key_BGSD)
+        if self.value.format is not None:
+            value_BGSD = self.value(_widened(value_BGSD))
+        return key_BGSD, value_BGSD
+
+
+def _widened(x: Tensor) -> Tensor:
+    # CPU attention runs in float32 anyway; rounding what was quantized to bf16 in between would only cost.
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x

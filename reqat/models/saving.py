@@ -1,0 +1,108 @@
+"""Save a model so that the folder is whole or not there.
+
+Everything is written into a temporary folder beside the target, which is renamed at the end; a full disk, Ctrl-C or a
+kill leaves no half checkpoint under the target's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from reqat.config.errors import ReqatError
+from reqat.models.linear import QuantLinear
+from reqat.models.loading import quiet
+from reqat.models.sidecar import Sidecar
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write model, tokenizer and sidecar to ``folder`` in the Hugging Face layout; replaces what was there.
+
+    Args:
+        model: plain or prepared, frozen or not. The folder loads in plain transformers either way; a frozen model's
+            codes are in the sidecar, from which ``load_model`` and ``prepare`` bring them back exactly.
+        tokenizer: saved along, or None.
+        folder: the target; its parent is made if need be.
+        dtype: of the stored weights; the model's own if None.
+
+    Raises ReqatError if the disk is full or not writable, naming the folder; nothing is left behind then.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ReqatError(f"{folder} is a file, not a folder; choose another place for the model")
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    old = folder.with_name(f"{folder.name}.{os.getpid()}.old.partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with quiet():
+            model.save_pretrained(partial, state_dict=_plain_state(model, dtype))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        _fix_config(partial / "config.json", dtype)
+        if sidecar := Sidecar.collect(model):
+            sidecar.write(partial)
+        for file in partial.iterdir():
+            _sync(file)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        raise ReqatError(
+            f"cannot save the model to {folder}: {error}; free disk space or choose another folder, then run it again "
+            "(nothing was left half-written)"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _plain_state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state dict with weights as a plain model would use them (rotated back where they are stored rotated)."""
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and module.frozen:
+            state[f"{name}.weight"] = module.plain_weight()
+    if dtype is not None:
+        # Tied tensors are told by their storage, so cast each storage once.
+        cast: dict[tuple[int, int], Tensor] = {}
+        for name, tensor in state.items():
+            if tensor.is_floating_point():
+                state[name] = cast.setdefault((tensor.data_ptr(), tensor.numel()), tensor.to(dtype))
+    return state
+
+
+def _fix_config(file: Path, dtype: torch.dtype | None) -> None:
+    """config.json describes the stored weights, and names no attention function that others do not have."""
+    config = json.loads(file.read_text())
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+        config.pop(key, None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
