@@ -1,6 +1,7 @@
 """Typed configuration and the plan that follows from it: what is to be computed, under which names, without torch.
 
-`load(tier)` reads `config/`, `plan(...)` turns it into stages, evaluations and table cells; `reqat.config.paths` says where each lies.
+`load(tier)` reads `config/`, `plan(...)` turns it into stages, evaluations and table cells; `reqat.config.paths` says
+where each lies.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Strict, frozen configuration models, and the canonical form that identities are made of.
 
-Two small ideas. First, a configuration key that nobody reads is a mistake that runs for a night before it is seen, so unknown keys are
-refused, with the closest key that exists. Second, a stage is *named by what it computes*: the sha256 of its settings in canonical JSON
-(sorted keys, no spaces, shortest float repr), so that the same work has the same name wherever it is asked for, and another name as soon as
-one setting differs.
+Two small ideas. First, a configuration key that nobody reads is a mistake that runs for a night before it is seen, so
+unknown keys are refused, with the closest key that exists. Second, a stage is *named by what it computes*: the sha256
+of its settings in canonical JSON (sorted keys, no spaces, shortest float repr), so that the same work has the same
+name wherever it is asked for, and another name as soon as one setting differs.
 """
 
 from __future__ import annotations
@@ -76,9 +76,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical(value: Any) -> str:
-    """Canonical JSON of a model, mapping, list or scalar: sorted keys, no spaces, no NaN."""
+    """Canonical JSON of a model, mapping, list or scalar: sorted keys, no spaces, no NaN.
+
+    Of a model, what equals its default is left out, so that a new option, at the default that keeps the old
+    behaviour, renames nothing: a run pinned last year still answers this year's plan. The price: **changing a default
+    changes the meaning of old names.** A test holds the defaults; give a new behaviour a new option instead.
+    """
     if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
+        value = value.model_dump(mode="json", exclude_defaults=True)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 

@@ -1,6 +1,7 @@
 """One kind of error for everything a user can get wrong: it names the value at fault and the remedy.
 
-The command line prints a `ReqatError` as one line and exits with code 2; anything else is a defect of ours and keeps its traceback.
+The command line prints a `ReqatError` as one line and exits with code 2; anything else is a defect of ours and keeps
+its traceback.
 """
 
 from __future__ import annotations

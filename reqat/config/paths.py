@@ -23,7 +23,8 @@ from reqat.config.tier import load_catalogue, load_tier
 
 @dataclass(frozen=True)
 class Paths:
-    """Paths of a checkout. `root` holds `config/` and `results/`; `build` is where work goes (relative to `root`, or absolute)."""
+    """Paths of a checkout. `root` holds `config/` and `results/`; `build` is where work goes (relative to `root`, or
+    absolute)."""
 
     root: Path = Path()
     build: Path = Path("build")

@@ -1,7 +1,9 @@
-"""From a tier and the recipes to the plan: every stage once, every evaluation once, and the table cells that point at them.
+"""From a tier and the recipes to the plan: every stage once, every evaluation once, and the table cells that point at
+them.
 
-Each cell walks its recipe from the base model; stages are put in a dictionary by id, so cells that share work share stages without anybody
-arranging it. Round-to-nearest PTQ needs no stage at all: an evaluation at a precision rounds the weights itself.
+Each cell walks its recipe from the base model; stages are put in a dictionary by id, so cells that share work share
+stages without anybody arranging it. Round-to-nearest PTQ needs no stage at all: an evaluation at a precision rounds
+the weights itself.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
-from reqat.config.base import Strict
+from reqat.config.base import Strict, parse
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec, family
 from reqat.config.recipe import Catalogue, PTQStep, QFitStep, Recipe, Rows, Step, TrainStep, amount
@@ -86,12 +89,42 @@ class Plan:
 
     @cached_property
     def needed(self) -> dict[str, Stage]:
-        """Stages that some evaluation stands on, parents first: those that `figures/` runs (the rest serve target `base`)."""
+        """Stages that some evaluation stands on, parents first: those that `figures/` runs (the rest serve target
+        `base`)."""
         wanted: set[str] = set()
         for evaluation in self.evaluations.values():
             for stage in self.lineage(evaluation.stage):
                 wanted |= {stage.id, *stage.inputs.values()}
         return {id: stage for id, stage in self.stages.items() if id in wanted}
+
+    def dump(self) -> dict[str, Any]:
+        """The plan as JSON values; `Plan.restore` reads it back."""
+        return {
+            "tier": self.tier.model_dump(mode="json"),
+            "stages": {id: stage.model_dump(mode="json") for id, stage in self.stages.items()},
+            "evaluations": {id: evaluation.model_dump(mode="json") for id, evaluation in self.evaluations.items()},
+            "cells": [cell.model_dump(mode="json") for cell in self.cells],
+            "bases": self.bases,
+            "scratch": self.scratch,
+        }
+
+    @classmethod
+    def restore(cls, data: dict[str, Any], where: str) -> Plan:
+        """The plan that `dump` gave. Raises `ReqatError` if `where` (a file) holds something else, or ids that no
+        longer fit."""
+        try:
+            stages = {id: parse(Stage, value, where) for id, value in data["stages"].items()}
+            evaluations = {id: parse(Evaluation, value, where) for id, value in data["evaluations"].items()}
+            cells = [parse(Cell, value, where) for value in data["cells"]]
+            restored = cls(parse(Tier, data["tier"], where), stages, evaluations, cells, data["bases"], data["scratch"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ReqatError(f"{where}: not a plan ({error!r}).") from None
+        for id, node in [*stages.items(), *evaluations.items()]:
+            if node.id != id:
+                raise ReqatError(
+                    f"{where}: {id} is {node.id} under this version's rules; use the version that wrote it."
+                )
+        return restored
 
     @cached_property
     def artifacts(self) -> list[str]:
@@ -147,8 +180,8 @@ class _Builder:
             skip = subset
         if skip + tokens > self.tier.data.tokens:
             raise ReqatError(
-                f"recipe {recipe} reads traces up to token {skip + tokens}, but the store is asked for {self.tier.data.tokens} only: "
-                f"raise data.tokens in config/tiers/{self.tier.name}.yaml."
+                f"recipe {recipe} reads traces up to token {skip + tokens}, but the store is asked for "
+                f"{self.tier.data.tokens} only: raise data.tokens in config/tiers/{self.tier.name}.yaml."
             )
         return Selection(tokens=tokens, skip_tokens=skip, epochs=epochs)
 
@@ -202,11 +235,12 @@ class _Builder:
         )
         return self.plan.evaluations.setdefault(evaluation.id, evaluation)
 
-    def totals(self, rows: Rows, recipe: Recipe) -> list[int | None]:
+    def totals(self, rows: Rows, recipe: Recipe, model: Model) -> list[int | None]:
         trains = any(isinstance(step, TrainStep) for step in recipe.steps)
         if not trains or rows.totals == "none":
             return [None]
-        return list(self.tier.budget.totals) if rows.totals == "all" else [self.tier.budget.claim_total]
+        claim = model.claim_total or self.tier.budget.claim_total
+        return list(self.tier.budget.totals) if rows.totals == "all" else [claim]
 
     def seeds(self, recipe: str, precision: str, multiple: int | None) -> list[int]:
         claim = self.tier.claim_seeds
@@ -224,7 +258,7 @@ class _Builder:
                     only.precisions is not None and precision not in (*only.precisions, "BF16")
                 ):
                     continue
-                for multiple in self.totals(rows, recipe):
+                for multiple in self.totals(rows, recipe, model):
                     for seed in self.seeds(name, precision, multiple):
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
@@ -257,7 +291,8 @@ class _Builder:
 
 
 def plan(tier: Tier, catalogue: Catalogue, *, pinned: str | None = None) -> Plan:
-    """The plan of a tier. `pinned` is the sha256 of the pinned base's weights (`pinned_base` reads it), None if nothing is pinned yet.
+    """The plan of a tier. `pinned` is the sha256 of the pinned base's weights (`pinned_base` reads it), None if
+    nothing is pinned yet.
 
     Raises `ReqatError` if a recipe's amounts do not fit the tier's budgets and trace store.
     """

@@ -1,8 +1,9 @@
-"""The name of a precision and its options, as configuration sees them: checked here by shape, given meaning by `reqat.quant.Precision`.
+"""The name of a precision and its options, as configuration sees them: checked here by shape, given meaning by
+`reqat.quant.Precision`.
 
-Configuration must be readable without torch (the DAG is parsed in a second), so this floor knows only which names exist and normalizes the
-options that a name does not use. Otherwise `rotation: 32` on a model without rotation, or a KV element where no KV cache is quantized,
-would give the same work two identities.
+Configuration must be readable without torch (the DAG is parsed in a second), so this floor knows only which names
+exist and normalizes the options that a name does not use. Otherwise `rotation: 32` on a model without rotation, or a
+KV element where no KV cache is quantized, would give the same work two identities.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ GlobalScale = Literal["dynamic", "row", "static"]
 
 
 def family(name: str) -> str:
-    """The format of a precision's name: `NVFP4` of `NVFP4-W4A4KV4`, `BF16` of `BF16`. Raises `ReqatError` on anything else."""
+    """The format of a precision's name: `NVFP4` of `NVFP4-W4A4KV4`, `BF16` of `BF16`. Raises `ReqatError` on anything
+    else."""
     if name == "BF16":
         return name
     match = _NAME.match(name)
     if not match or match["format"] not in FORMATS:
         raise ReqatError(
-            f"unknown precision {name!r}: expected BF16 or FORMAT-BITS with FORMAT one of {', '.join(FORMATS)} and BITS one of "
-            f"W4A16, W4A4, W4A16KV4, W4A4KV4, KV4; for example {_EXAMPLES}."
+            f"unknown precision {name!r}: expected BF16 or FORMAT-BITS with FORMAT one of {', '.join(FORMATS)} and BITS "
+            f"one of W4A16, W4A4, W4A16KV4, W4A4KV4, KV4; for example {_EXAMPLES}."
         )
     return match["format"]
 
@@ -72,7 +74,8 @@ class PrecisionSpec(Strict):
         }
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `reqat.quant.Precision.parse`, those that this name uses. `rotation` is always given, None included."""
+        """Keyword arguments for `reqat.quant.Precision.parse`, those that this name uses. `rotation` is always given,
+        None included."""
         named = {"kv_element": self.kv_element, "global_scale": self.global_scale}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 

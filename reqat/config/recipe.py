@@ -1,7 +1,8 @@
 """Recipes: published methods as lists of stages with symbolic token amounts.
 
-A recipe says *what* is done (`finetune` on `total - qat` tokens, then `qat` on `qat` tokens of the same traces), a tier says *how much*
-(`qat = 200k`, `total = 2 qat`). An ablation is one more recipe in `config/recipes.yaml`, never code.
+A recipe says *what* is done (`finetune` on `total - qat` tokens, then `qat` on `qat` tokens of the same traces), a
+tier says *how much* (`qat = 200k`, `total = 2 qat`). An ablation is one more recipe in `config/recipes.yaml`, never
+code.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ AMOUNTS = ("total", "qat", "ft")
 
 
 def amount(expression: str | int, values: Mapping[str, int]) -> int:
-    """Tokens meant by `expression`: sums and differences of `total`, `qat`, `ft` (= total - qat) and numbers, as in `total - 2 qat`.
+    """Tokens meant by `expression`: sums and differences of `total`, `qat`, `ft` (= total - qat) and numbers, as in
+    `total - 2 qat`.
 
     Raises `ReqatError` if it is not such a sum or not positive.
     """
@@ -70,9 +72,9 @@ class TrainStep(_Step):
     """Size of the run of traces, in `total`, `qat`, `ft`."""
     epochs: int = Field(default=1, gt=0)
     traces: Literal["same", "different"] = "same"
-    """`same`: from the front of the store, so that a shorter stage sees a prefix of a longer one's traces; `different`: after `ft` tokens, none
-    that fine-tuning saw."""
-    objective: list[Term] | None = None
+    """`same`: from the front of the store, so that a shorter stage sees a prefix of a longer one's traces;
+    `different`: after `ft` tokens, none that fine-tuning saw."""
+    objective: tuple[Term, ...] | None = None
     """In place of the tier's objective."""
 
     @field_validator("tokens")
@@ -138,7 +140,8 @@ class Rows(Strict):
     method: str | None = None
     """Label in place of the recipe's."""
     condition: str = ""
-    """What tells the cell apart within its artifact, as `key=value;key=value` (the form of the paper's reported numbers)."""
+    """What tells the cell apart within its artifact, as `key=value;key=value` (the form of the paper's reported
+    numbers)."""
     global_scale: GlobalScale | None = None
     """Evaluate with this mode in place of the tier's."""
 

@@ -1,7 +1,9 @@
-"""Stages and evaluations: the nodes of the plan, each named by the digest of its settings and of the stages it stands on.
+"""Stages and evaluations: the nodes of the plan, each named by the digest of its settings and of the stages it stands
+on.
 
-A `Stage` takes the directory of its parent (a model) and of its trace store, and makes a model. Because its id covers its settings, its
-precision, its parent's id and its data's id, a fine-tuning from which twenty variants branch has one id and is trained once.
+A `Stage` takes the directory of its parent (a model) and of its trace store, and makes a model. Because its id covers
+its settings, its precision, its parent's id and its data's id, a fine-tuning from which twenty variants branch has
+one id and is trained once.
 """
 
 from __future__ import annotations
@@ -22,28 +24,37 @@ DIGEST_LENGTH = 12
 class NLLTerm(Strict):
     """Negative log-likelihood of the trace."""
 
-    name: Literal["nll"] = "nll"
+    name: Literal["nll"]
     weight: float = 1.0
 
 
 class SEMTerm(Strict):
     """Selective entropy minimization (ReQAT section 3.3)."""
 
-    name: Literal["sem"] = "sem"
+    name: Literal["sem"]
     weight: float = Field(default=0.1, ge=0)
     percentile: float = Field(default=0.75, gt=0, le=1)
     binary: bool = False
 
 
-Term = Annotated[NLLTerm | SEMTerm, Field(discriminator="name")]
+class QADTerm(Strict):
+    """Forward KL to the BF16 teacher, the stage's own parent (arXiv 2601.20088)."""
+
+    name: Literal["qad"]
+    weight: float = Field(default=1.0, ge=0)
+
+
+Term = Annotated[NLLTerm | SEMTerm | QADTerm, Field(discriminator="name")]
 """One summand of the objective; a new loss adds its model here and its class to `reqat.recipes`."""
 
 
 class DataSettings(Strict):
-    """A trace store: at least `tokens` tokens of verified traces over problems of `families`, and the tokenizer that counted them."""
+    """A trace store: at least `tokens` tokens of verified traces over problems of `families`, and the tokenizer that
+    counted them."""
 
     families: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Task family -> options of its generator. Kept in the order of their names, so that order cannot change what a digest means."""
+    """Task family -> options of its generator. Kept in the order of their names, so that order cannot change what a
+    digest means."""
     split: Literal["train", "validation", "test"] = "train"
     tokens: int = Field(gt=0)
     """Smallest size of the store in tokens as trained on (prompt, response, markers)."""
@@ -51,7 +62,8 @@ class DataSettings(Strict):
     tokenizer: Literal["build", "model"] = "build"
     """`build`: the words of the families, one token a digit; `model`: the tokenizer of the parent stage's model."""
     source: str = "generated"
-    """`generated` by the families, or the name of a JSONL file of traces under the traces folder (fields id, prompt, response)."""
+    """`generated` by the families, or the name of a JSONL file of traces under the traces folder (fields id, prompt,
+    response)."""
 
     @field_validator("families")
     @classmethod
@@ -80,13 +92,14 @@ class Architecture(Strict):
     def _divisible(self) -> Architecture:
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
             raise ReqatError(
-                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, and heads of kv_heads {self.kv_heads}."
+                f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, and heads of kv_heads "
+                f"{self.kv_heads}."
             )
         return self
 
 
 class Training(Strict):
-    """What one run of the training loop is given, except which tokens it sees."""
+    """What one run of the training loop is given, except which tokens it sees. Only NLL unless told otherwise."""
 
     lr: float = Field(default=1e-3, gt=0)
     min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
@@ -102,7 +115,7 @@ class Training(Strict):
     """Length of a packed row."""
     autocast: Literal["none", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
-    objective: list[Term] = Field(default_factory=lambda: [NLLTerm()])
+    objective: tuple[Term, ...] = (NLLTerm(name="nll"),)
 
 
 class Selection(Strict):
@@ -131,7 +144,8 @@ class TrainSettings(Strict):
 
 
 class BaseSettings(Strict):
-    """Where the base model comes from: trained `scratch`, the `pinned` checkpoint, a model in an installed `package`, or a local `path`."""
+    """Where the base model comes from: trained `scratch`, the `pinned` checkpoint, a model in an installed `package`,
+    or a local `path`."""
 
     kind: Literal["base"] = "base"
     source: Literal["scratch", "pinned", "package", "path"]
@@ -162,7 +176,8 @@ class Calibration(Strict):
 
 
 class QFitSettings(Strict):
-    """Settings of a `qfit` stage: calibrate pre-RoPE scale and post-RoPE shift, fold them into the model (ReQAT section 3.4)."""
+    """Settings of a `qfit` stage: calibrate pre-RoPE scale and post-RoPE shift, fold them into the model (ReQAT
+    section 3.4)."""
 
     kind: Literal["qfit"] = "qfit"
     scale: bool = True
@@ -173,7 +188,8 @@ class QFitSettings(Strict):
 
 
 class PTQSettings(Strict):
-    """Settings of a `ptq` stage. `rtn` stands for completeness: an evaluation at a precision rounds to nearest by itself."""
+    """Settings of a `ptq` stage. `rtn` stands for completeness: an evaluation at a precision rounds to nearest by
+    itself."""
 
     kind: Literal["ptq"] = "ptq"
     method: Literal["rtn", "gptq"] = "gptq"
@@ -196,7 +212,8 @@ Settings = Annotated[
 class Stage(Strict):
     """One node of the plan that makes a model (or, for `data`, a trace store).
 
-    `parent` is the id of the stage whose model it starts from, `data` of the trace store it reads; None where there is none.
+    `parent` is the id of the stage whose model it starts from, `data` of the trace store it reads; None where there
+    is none.
     """
 
     kind: Kind
@@ -208,7 +225,7 @@ class Stage(Strict):
     @cached_property
     def id(self) -> str:
         """`kind-` and twelve hex digits of the sha256 over settings, precision, parent and data."""
-        return f"{self.kind}-{digest(self.model_dump(mode='json'), DIGEST_LENGTH)}"
+        return f"{self.kind}-{digest(self, DIGEST_LENGTH)}"
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -267,4 +284,4 @@ class Evaluation(Strict):
     @cached_property
     def id(self) -> str:
         """`evaluation-` and twelve hex digits of the sha256 over everything above."""
-        return f"evaluation-{digest(self.model_dump(mode='json'), DIGEST_LENGTH)}"
+        return f"evaluation-{digest(self, DIGEST_LENGTH)}"

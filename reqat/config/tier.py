@@ -1,6 +1,8 @@
-"""Tiers: how much of everything. One word (`smoke`, `laptop`, `overnight`, `smollm`, `paper`) picks a file of `config/tiers/`.
+"""Tiers: how much of everything. One word (`smoke`, `laptop`, `overnight`, `smollm`, `paper`) picks a file of
+`config/tiers/`.
 
-A tier file may open with `extends: laptop` and then says only what differs; mappings merge key by key, lists are replaced whole.
+A tier file may open with `extends: laptop` and then says only what differs; mappings merge key by key, lists are
+replaced whole.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ Source = Literal["scratch", "pinned", "package", "path"]
 
 
 class Scratch(Strict):
-    """How the base model is trained from nothing; also what `snakemake base` does on tiers that start from the pinned checkpoint."""
+    """How the base model is trained from nothing; also what `snakemake base` does on tiers that start from the pinned
+    checkpoint."""
 
     architecture: Architecture
     data: DataSettings
@@ -64,7 +67,10 @@ class Model(Strict):
     scratch: Scratch | None = None
     artifacts: list[str] = Field(min_length=1)
     finetune_subset_tokens: int | None = Field(default=None, gt=0)
-    """If set, longer stages make several epochs over this many tokens instead of seeing more traces (the paper's R1-Llama-8B)."""
+    """If set, longer stages make several epochs over this many tokens instead of seeing more traces (the paper's
+    R1-Llama-8B)."""
+    claim_total: int | None = None
+    """In place of the budget's, for this model's artifacts."""
     shape: Shape | None = None
 
     @model_validator(mode="after")
