@@ -119,11 +119,10 @@ class Plan:
             restored = cls(parse(Tier, data["tier"], where), stages, evaluations, cells, data["bases"], data["scratch"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ReqatError(f"{where}: not a plan ({error!r}).") from None
-        for id, node in [*stages.items(), *evaluations.items()]:
-            if node.id != id:
-                raise ReqatError(
-                    f"{where}: {id} is {node.id} under this version's rules; use the version that wrote it."
-                )
+        ids = {id: stage.id for id, stage in stages.items()} | {id: e.id for id, e in evaluations.items()}
+        for id, now in ids.items():
+            if id != now:
+                raise ReqatError(f"{where}: {id} is {now} under this version's rules; use the version that wrote it.")
         return restored
 
     @cached_property
@@ -239,13 +238,15 @@ class _Builder:
         trains = any(isinstance(step, TrainStep) for step in recipe.steps)
         if not trains or rows.totals == "none":
             return [None]
-        claim = model.claim_total or self.tier.budget.claim_total
-        return list(self.tier.budget.totals) if rows.totals == "all" else [claim]
+        return list(self.tier.budget.totals) if rows.totals == "all" else [self.claim_total(model)]
 
-    def seeds(self, recipe: str, precision: str, multiple: int | None) -> list[int]:
+    def claim_total(self, model: Model) -> int:
+        return model.claim_total or self.tier.budget.claim_total
+
+    def seeds(self, recipe: str, precision: str, multiple: int | None, model: Model) -> list[int]:
         claim = self.tier.claim_seeds
         seeds = list(self.tier.training_seeds if multiple is not None else self.tier.training_seeds[:1])
-        if multiple == self.tier.budget.claim_total and recipe in claim.recipes and precision in claim.precisions:
+        if multiple == self.claim_total(model) and recipe in claim.recipes and precision in claim.precisions:
             seeds += [seed for seed in claim.seeds if seed not in seeds]
         return seeds
 
@@ -259,7 +260,7 @@ class _Builder:
                 ):
                     continue
                 for multiple in self.totals(rows, recipe, model):
-                    for seed in self.seeds(name, precision, multiple):
+                    for seed in self.seeds(name, precision, multiple, model):
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
                         scale = rows.global_scale or self.tier.evaluation.global_scale

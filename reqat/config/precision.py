@@ -31,8 +31,8 @@ def family(name: str) -> str:
     match = _NAME.match(name)
     if not match or match["format"] not in FORMATS:
         raise ReqatError(
-            f"unknown precision {name!r}: expected BF16 or FORMAT-BITS with FORMAT one of {', '.join(FORMATS)} and BITS "
-            f"one of W4A16, W4A4, W4A16KV4, W4A4KV4, KV4; for example {_EXAMPLES}."
+            f"unknown precision {name!r}: expected BF16 or FORMAT-BITS with FORMAT one of {', '.join(FORMATS)} and "
+            f"BITS one of W4A16, W4A4, W4A16KV4, W4A4KV4, KV4; for example {_EXAMPLES}."
         )
     return match["format"]
 
