@@ -24,9 +24,17 @@ from torch import Tensor
 
 # 1.5 * 2^22 has ulp 0.5: adding it to y leaves y rounded to a multiple of 0.5.
 _MAGIC_HALF = 1.5 * 2.0**22
-_EXPONENT_BITS = 0x7F800000
+# A tensor, because a Python number would be turned into one at every call.
+_EXPONENT_MASK = torch.tensor(0x7F800000, dtype=torch.int32)
 # The largest float32 below 0.5: floor(z + this) is round-half-away for every z >= 0 (0.5 itself fails at 0.5 - 2^-25).
 BELOW_HALF = 0.5 - 2.0**-25
+
+
+def power_of_two(y: Tensor, out: Tensor) -> Tensor:
+    """``2 ** floor(log2 |y|)`` of normal float32 ``y`` (0 of subnormals), by keeping nothing but the exponent bits."""
+    mask = _EXPONENT_MASK if y.device.type == "cpu" else _EXPONENT_MASK.to(y.device)
+    torch.bitwise_and(y.view(torch.int32), mask, out=out.view(torch.int32))
+    return out
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class Element:
         if rounding == "away":
             return self._round_away_(y, scratch, clip)
         if self.name == "E2M1":
-            torch.bitwise_and(y.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
+            power_of_two(y, scratch)
             scratch.clamp_(1.0, 4.0)  # spacing / 0.5, as a power of two
             y.add_(scratch, alpha=_MAGIC_HALF).sub_(scratch, alpha=_MAGIC_HALF)
         else:
@@ -72,8 +80,7 @@ class Element:
         if clip:
             y.clamp_(-self.emax, self.emax)
         if self.name == "E2M1":
-            torch.bitwise_and(y.view(torch.int32), _EXPONENT_BITS, out=scratch.view(torch.int32))
-            scratch.clamp_(1.0, 4.0).mul_(0.5)
+            power_of_two(y, scratch).clamp_(1.0, 4.0).mul_(0.5)
         else:
             scratch.fill_(0.5 if self.name == "E1M2" else 1.0)
         magnitude = (y.abs() / scratch).add_(BELOW_HALF).floor_().mul_(scratch)

@@ -33,6 +33,7 @@ from reqat.formats.scales import (
     effective_scale,
     global_scale_from_amax,
     nvfp4_scales,
+    replace_zero_,
     round_to_float,
 )
 
@@ -141,13 +142,14 @@ def quantize(
     scaled = _scales(blocks, fmt, given, name)
     codes = torch.empty(blocks.x.shape, dtype=torch.uint8, device=x.device)
     element = fmt.element_type
-    for rows, y, scratch in _chunks(blocks.x):
-        piece = blocks.x[rows]
-        values = _round_blocks_(torch.div(piece, scaled.divisor(rows, piece), out=y), scratch, fmt, scaled.clip)
-        codes[rows] = element.encode(values, torch.signbit(piece))
+    step = _chunk_length(blocks.x)
+    for piece, S, out in zip(blocks.x.split(step), scaled.effective.split(step), codes.split(step), strict=True):
+        y = piece.to(torch.float32, copy=True).div_(_by_sign(S, piece))
+        values = element.round_(y, torch.empty_like(y), rounding=fmt.rounding, clip=scaled.clip)
+        out.copy_(element.encode(values, torch.signbit(piece)))
     return QuantizedTensor(
         codes=blocks.restore(codes),
-        scales=blocks.restore_scales(scaled.stored),
+        scales=blocks.restore_scales(scaled.stored()),
         global_scale=blocks.restore_global_scale(scaled.global_scale),
         format=fmt,
         axis=axis % x.ndim,
@@ -172,22 +174,24 @@ def quantize_dequantize(
     blocks = _to_blocks(x, axis, fmt, pad, name)
     scaled = _scales(blocks, fmt, given, name)
     out = torch.empty(blocks.x.shape, dtype=x.dtype, device=x.device)
+    element, rounding, clip = fmt.element_type, fmt.rounding, scaled.clip
     limit = torch.finfo(x.dtype).max
-    in_place = x.dtype == torch.float32
-    for rows, y, scratch in _chunks(blocks.x, allocate=not in_place):
-        piece = blocks.x[rows]
-        if in_place:
-            y = out[rows]
-        S = scaled.divisor(rows, piece)
-        if in_place:
-            torch.div(piece, S, out=y)
+    saturate = scaled.top > limit / 2  # rounding up may step over the largest number of the type
+    step = _chunk_length(blocks.x)
+    scratch = torch.empty(step, blocks.x.shape[1], dtype=torch.float32, device=x.device)
+    buffer = None if x.dtype == torch.float32 else torch.empty_like(scratch)
+    pieces, scales, outs = blocks.x.split(step), scaled.effective.split(step), out.split(step)
+    for piece, S, target in zip(pieces, scales, outs, strict=True):
+        S = _by_sign(S, piece)
+        if buffer is None:
+            y = torch.div(piece, S, out=target)
         else:
-            y.copy_(piece).div_(S)
-        _round_blocks_(y, scratch, fmt, scaled.clip).mul_(S)
-        if scaled.top > limit / 2:  # rounding up may step over the largest number of the type
+            y = buffer[: len(piece)].copy_(piece).div_(S)
+        element.round_(y, scratch[: len(piece)], rounding=rounding, clip=clip).mul_(S)
+        if saturate:
             y.clamp_(-limit, limit)
-        if not in_place:
-            out[rows] = y
+        if buffer is not None:
+            target.copy_(y)
     return blocks.restore(out, crop=True)
 
 
@@ -261,15 +265,20 @@ class _Blocks:
 class _Scales:
     """Chosen scales of [N, B] blocks."""
 
-    stored: Tensor  # [N] or [N, 2], in the stored type
+    s: Tensor  # float32 values of the stored scales, or E8M0 bytes; [N] or [N, 2]
     effective: Tensor  # float32 S, [N, 1] or [N, 2]
     global_scale: Tensor | None
     clip: bool  # whether some |x| / S lies so far above the largest magnitude that rounding alone does not saturate
     top: float  # max |x|
+    dtype: torch.dtype
 
-    def divisor(self, rows: slice, piece: Tensor) -> Tensor:
-        S = self.effective[rows]
-        return S if S.shape[1] == 1 else torch.where(piece < 0, S[:, 1:], S[:, :1])
+    def stored(self) -> Tensor:
+        return self.s.to(self.dtype)
+
+
+def _by_sign(S: Tensor, x: Tensor) -> Tensor:
+    """The scale of each element, broadcastable to ``x``: negative numbers take the second of two."""
+    return S if S.shape[1] == 1 else torch.where(x < 0, S[:, 1:], S[:, :1])
 
 
 def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -> _Blocks:
@@ -299,19 +308,9 @@ def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -
     return _Blocks(flat.view(-1, block), tuple(ordered.shape), padded, order)
 
 
-def _chunks(x: Tensor, allocate: bool = True):  # type: ignore[no-untyped-def]
-    """Yield (slice of blocks, float32 buffer, float32 scratch); the buffer is empty unless ``allocate``."""
-    n, block = x.shape
-    step = max(1, min(n, _CHUNK // block if x.device.type == "cpu" else n))
-    scratch = torch.empty(step, block, dtype=torch.float32, device=x.device)
-    buffer = torch.empty_like(scratch) if allocate else scratch
-    for start in range(0, n, step):
-        size = min(step, n - start)
-        yield slice(start, start + size), buffer[:size], scratch[:size]
-
-
-def _round_blocks_(y: Tensor, scratch: Tensor, fmt: Format, clip: bool) -> Tensor:
-    return fmt.element_type.round_(y, scratch, rounding=fmt.rounding, clip=clip)
+def _chunk_length(x: Tensor) -> int:
+    """How many blocks of [N, B] to handle at a time."""
+    return max(1, min(len(x), _CHUNK // x.shape[1] if x.device.type == "cpu" else len(x)))
 
 
 def _block_amax(x: Tensor) -> Tensor:
@@ -320,20 +319,26 @@ def _block_amax(x: Tensor) -> Tensor:
     Compares the bits of |x| as integers: the same order as the numbers, and half the time of a float maximum, which has
     to look for NaN. NaN's bits lie above infinity's.
     """
-    amax = torch.empty(x.shape[0], dtype=torch.int32, device=x.device)
-    for rows, y, _ in _chunks(x):
-        torch.abs(x[rows], out=y) if x.dtype == torch.float32 else y.copy_(x[rows]).abs_()
-        torch.amax(y.view(torch.int32), -1, out=amax[rows])
+    amax = torch.empty(len(x), dtype=torch.int32, device=x.device)
+    step = _chunk_length(x)
+    buffer = torch.empty(step, x.shape[1], dtype=torch.float32, device=x.device)
+    for piece, out in zip(x.split(step), amax.split(step), strict=True):
+        y = buffer[: len(piece)]
+        if x.dtype == torch.float32:
+            torch.abs(piece, out=y)
+        else:
+            y.copy_(piece).abs_()
+        torch.amax(y.view(torch.int32), -1, out=out)
     return amax.view(torch.float32)
 
 
 def _signed_amax(x: Tensor) -> Tensor:
     """Largest positive and largest negated negative number of each block, float32 [N, 2]; NaN propagates."""
-    amax = torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
-    for rows, y, _ in _chunks(x):
-        y.copy_(x[rows])
-        amax[rows, 0] = y.amax(-1).clamp_(min=0)
-        amax[rows, 1] = y.amin(-1).neg_().clamp_(min=0)
+    amax = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
+    step = _chunk_length(x)
+    for piece, out in zip(x.split(step), amax.split(step), strict=True):
+        low, high = piece.to(torch.float32).aminmax(dim=-1)
+        torch.stack((high.clamp_(min=0), low.neg_().clamp_(min=0)), -1, out=out)
     return amax
 
 
@@ -350,7 +355,7 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
     """Choose scales by the format's rule; raises ValueError if ``x`` is not finite."""
     x, element = blocks.x, fmt.element_type
     amax = _signed_amax(x) if fmt.asymmetric else _block_amax(x)
-    top = amax.max() if amax.numel() else amax.new_zeros(())
+    top = amax.amax() if amax.numel() else amax.new_zeros(())
     top_value = float(top)
     if not math.isfinite(top_value):
         raise _not_finite(x, name)
@@ -364,18 +369,17 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
             S4 = _over_rows(effective_scale, s4, g, fmt.scale_rule)
             four = _squared_error(x, S4, fmt) < _squared_error(x, S, fmt)
             s, S = torch.where(four, s4, s), torch.where(four, S4, S)
-        stored = s.to(SCALE_TYPES[fmt.scale].dtype)
     elif fmt.scale == "E8M0":
-        stored = e8m0_from_amax(amax, element, fmt.scale_rule)
-        S = e8m0_to_float(stored)
+        s = e8m0_from_amax(amax, element, fmt.scale_rule)
+        S = e8m0_to_float(s)
     else:
-        kind = SCALE_TYPES[fmt.scale]
-        # AMXFP4 rounds its scales the way it rounds elements; the others always to even.
-        S = round_to_float(amax / element.emax, kind, fmt.rounding if fmt.asymmetric else "even")
-        S = S.masked_fill(S == 0, 1.0)  # all zero, or below the scale's range: codes are all zero
-        stored = S.to(kind.dtype)
-    clip = fmt.scale_rule != "ceil" and bool((amax > S * element.clip_above).any())
-    return _Scales(stored, S.view(len(x), -1), g, clip, top_value)
+        # AMXFP4 rounds its scales the way it rounds elements; the others always to even. A scale of zero (no such sign
+        # in the block, or below the scale's range) becomes 1, as in AMXFP4's code: the codes are all zero.
+        rounding = fmt.rounding if fmt.asymmetric else "even"
+        s = S = replace_zero_(round_to_float(amax / element.emax, SCALE_TYPES[fmt.scale], rounding), 1.0)
+    # Never needed under "ceil"; rarely in the others (a scale rounded far down, or a static g that saturates).
+    clip = fmt.scale_rule != "ceil" and amax.numel() > 0 and float((amax / S).amax()) > element.clip_above
+    return _Scales(s, S.view(len(x), -1), g, clip, top_value, SCALE_TYPES[fmt.scale].dtype)
 
 
 def _over_rows(function, amax: Tensor, g: Tensor, *args):  # type: ignore[no-untyped-def]
@@ -414,8 +418,11 @@ def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, am
 def _squared_error(x: Tensor, S: Tensor, fmt: Format) -> Tensor:
     """Sum over each block of (x^ - x)^2, float32 [N]."""
     error = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    for rows, y, scratch in _chunks(x):
-        y.copy_(x[rows]).div_(S[rows, None])
-        _round_blocks_(y, scratch, fmt, True).mul_(S[rows, None]).sub_(x[rows])
-        torch.sum(y.square_(), -1, out=error[rows])
+    step = _chunk_length(x)
+    element = fmt.element_type
+    scratch = torch.empty(step, x.shape[1], dtype=torch.float32, device=x.device)
+    for piece, scale, out in zip(x.split(step), S[:, None].split(step), error.split(step), strict=True):
+        y = piece.to(torch.float32, copy=True).div_(scale)
+        element.round_(y, scratch[: len(piece)], rounding=fmt.rounding).mul_(scale).sub_(piece)
+        torch.sum(y.square_(), -1, out=out)
     return error

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reqat.formats.elements import BELOW_HALF, Element
+from reqat.formats.elements import BELOW_HALF, Element, power_of_two
 
 _MANTISSA = 0x7FFFFF
-_EXPONENT = 0x7F800000
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -53,13 +52,18 @@ def round_to_float(t: Tensor, kind: ScaleType, rounding: str = "even") -> Tensor
     if kind.name == "FP32":
         return t
     t = t.clamp(max=kind.max)
-    # M has the spacing of kind at t as its unit in the last place, see elements.py.
-    magic = (t.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**kind.min_exponent)
+    binade = power_of_two(t, torch.empty_like(t)).clamp_(min=2.0**kind.min_exponent)
     if rounding == "away":
-        spacing = magic.mul_(2.0**-kind.mantissa_bits)
-        return (t / spacing).add_(BELOW_HALF).floor_().mul_(spacing)
-    magic *= 2.0 ** (23 - kind.mantissa_bits)
-    return t.add_(magic).sub_(magic)
+        spacing = binade.mul_(2.0**-kind.mantissa_bits)
+        return t.div_(spacing).add_(BELOW_HALF).floor_().mul_(spacing)
+    # M, as in elements.py: 2^23 times the spacing of kind at t (t is not negative, so no factor of 1.5).
+    magic = 2.0 ** (23 - kind.mantissa_bits)
+    return t.add_(binade, alpha=magic).sub_(binade, alpha=magic)
+
+
+def replace_zero_(s: Tensor, value: float) -> Tensor:
+    """Put ``value`` in place of the zeros of non-negative ``s``, in one pass."""
+    return torch.nn.functional.threshold_(s, 0.0, value)
 
 
 def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
@@ -115,9 +119,8 @@ def nvfp4_scales(amax: Tensor, g: Tensor, divisor: float, rule: str) -> Tensor:
     e4m3 = SCALE_TYPES["E4M3"]
     if rule == "reciprocal":
         return round_to_float((amax / divisor / (1.0 / g)).clamp_(min=2.0**-6), e4m3)
-    t = amax * (g / divisor) if rule == "multiply" else amax / divisor * g
-    s = round_to_float(t, e4m3)
-    return s.masked_fill_(s == 0, 0.125)
+    t = amax * (g / divisor) if rule == "multiply" else (amax / divisor).mul_(g)
+    return replace_zero_(round_to_float(t, e4m3), 0.125)
 
 
 def effective_scale(s: Tensor, g: Tensor | None, rule: str) -> Tensor:
