@@ -92,9 +92,7 @@ def check_python() -> None:
         ) from None
     # One pin, pycosat (through reasoning-gym), comes as C source on every platform.
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        raise Problem(
-            f"Python.h for {sys.executable} is missing. Debian, Ubuntu: `sudo apt install python{have}-dev`."
-        )
+        raise Problem(f"Python.h for {sys.executable} is missing. Debian, Ubuntu: `sudo apt install python{have}-dev`.")
     compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
     if not (shutil.which(compiler) or shutil.which("cc") or shutil.which("gcc")):
         raise Problem("no C compiler found. Debian, Ubuntu: `sudo apt install gcc`.")
@@ -191,10 +189,10 @@ def read_pins(text: str) -> dict[str, str]:
 
 def lock_text(pins: dict[str, str]) -> str:
     """requirements.lock for these pins."""
-    header = (
-        "# Exact pins of the whole environment; written by `make lock` from requirements.in, do not edit.\n"
-        "# Installed by `make env` (tools/environment.py) without resolving: pip install --no-deps -r requirements.lock\n"
-    )
+    header = """\
+# Exact pins of the whole environment; written by `make lock` from requirements.in, do not edit.
+# `make env` (tools/environment.py) installs them without resolving: pip install --no-deps -r requirements.lock
+"""
     return header + "".join(f"{name}=={pins[name]}\n" for name in sorted(pins, key=str.lower))
 
 
