@@ -26,6 +26,7 @@ class Text:
 
     text: str = EMPTY
     bold: bool = False
+    detail: str = ""  # an interval or a p-value: after the number in Markdown, small and under it in LaTeX
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,7 @@ class Table:
         lines.append("|" + "|".join(rule[c.align] for c in self.columns) + "|")
         for section in self.sections:
             for row in section:
-                cells = [f"**{_md(c.text)}**" if c.bold else _md(c.text) for c in row]
-                lines.append("| " + " | ".join(cells) + " |")
+                lines.append("| " + " | ".join(_md_cell(c) for c in row) + " |")
         lines += ["", *(f"- {_md(note)}" for note in self.footer), ""]
         return "\n".join(lines)
 
@@ -92,7 +92,7 @@ class Table:
             if i:
                 lines.append(r"\midrule")
             for row in section:
-                cells = [rf"\textbf{{{_tex(c.text)}}}" if c.bold else _tex(c.text) for c in row]
+                cells = (_tex_cell(c, column.align) for c, column in zip(row, self.columns, strict=True))
                 lines.append(" & ".join(cells) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", "",
                   r"\vspace{3pt}\begin{minipage}{\textwidth}\scriptsize", " ".join(_tex(n) for n in self.footer),
@@ -186,6 +186,16 @@ def _tex(text: str) -> str:
             raise ValueError(f"no LaTeX for {char!r} in {text!r}; add it to the table in analysis/document.py")
         out.append(_TEX.get(char, char))
     return "".join(out)
+
+
+def _tex_cell(cell: Text, align: str) -> str:
+    text = rf"\textbf{{{_tex(cell.text)}}}" if cell.bold else _tex(cell.text)
+    return rf"\shortstack[{align}]{{{text}\\[-1pt]{{\tiny {_tex(cell.detail)}}}}}" if cell.detail else text
+
+
+def _md_cell(cell: Text) -> str:
+    text = f"**{_md(cell.text)}**" if cell.bold else _md(cell.text)
+    return f"{text} {_md(cell.detail)}" if cell.detail else text
 
 
 def _md(text: str) -> str:
