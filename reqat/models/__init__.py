@@ -11,17 +11,15 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 
 from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
 from reqat.models.cache import Fp4Cache  # noqa: E402
-from reqat.models.kv import KVQuantizer  # noqa: E402
-from reqat.models.linear import QuantLinear  # noqa: E402
+from reqat.models.kv import KVQuantizer, kv_quantizers  # noqa: E402
+from reqat.models.linear import QuantLinear, quant_linears  # noqa: E402
 from reqat.models.loading import load_model, load_tokenizer  # noqa: E402
 from reqat.models.prepare import (  # noqa: E402
     Report,
     calibrate_static,
     freeze,
-    kv_quantizers,
     precision_of,
     prepare,
-    quant_linears,
 )
 from reqat.models.saving import save_model  # noqa: E402
 

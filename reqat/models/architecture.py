@@ -2,7 +2,8 @@
 
 Nothing here goes by class names: a decoder layer is supported if it *does* what this package can swap, that is if it
 has one self-attention with separate ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, full causal softmax attention
-called through transformers' ``AttentionInterface``, and dense ``nn.Linear`` layers otherwise. Llama, Qwen2 and Qwen3 do.
+called through transformers' ``AttentionInterface``, and dense ``nn.Linear`` layers otherwise. Llama, Qwen2 and Qwen3
+do.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     found = []
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        attentions = [m for m in layer.modules() if all(isinstance(getattr(m, p, None), nn.Linear) for p in _PROJECTIONS)]
+        attentions = [
+            m for m in layer.modules() if all(isinstance(getattr(m, p, None), nn.Linear) for p in _PROJECTIONS)
+        ]
         if len(attentions) != 1:
             raise UnsupportedModelError(
                 f"model type {model_type!r}, layer {name}: unsupported attention, found {len(attentions)} modules with "

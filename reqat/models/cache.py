@@ -1,13 +1,13 @@
 """A key/value cache that holds keys and values as an engine with a four-bit cache would: quantized when appended, once.
 
-Each step quantizes only the new tokens, through the layer's :class:`~reqat.models.kv.KVQuantizer`, and writes them into
-room allocated beforehand, so nothing grows by concatenation. The stored values are the dequantized ones (the arithmetic is
-that of a packed cache, the memory is not).
+Each step quantizes only the new tokens, through the layer's :class:`~reqat.models.kv.KVQuantizer`, and writes them
+into room allocated beforehand, so nothing grows by concatenation. The stored values are the dequantized ones (the
+arithmetic is that of a packed cache, the memory is not).
 
 With ``row`` and ``static`` global scales a token's codes depend on that token alone: decoding from this cache equals
-recomputing everything, and a row does not depend on its batch. With ``dynamic`` the scale comes from the tokens appended
-together; the paper's training code, which rescales the whole cache at each step, is what transformers' ``DynamicCache``
-gives (the attention function then re-quantizes all keys and values in every step).
+recomputing everything, and a row does not depend on its batch. With ``dynamic`` the scale comes from the tokens
+appended together; the paper's training code, which rescales the whole cache at each step, is what transformers'
+``DynamicCache`` gives (the attention function then re-quantizes all keys and values in every step).
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from reqat.config.errors import ReqatError
-from reqat.models.architecture import decoder_layers
-from reqat.models.attention import ATTENTION, mark_quantized
-from reqat.models.kv import KVQuantizer
+from reqat.models.attention import mark_quantized
+from reqat.models.kv import KVQuantizer, kv_quantizers
 
 
 class Fp4CacheLayer(CacheLayerMixin):
@@ -99,11 +98,16 @@ class Fp4CacheLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         for name, old in (("keys", self.keys), ("values", self.values)):
             new = old.new_empty(len(rows), *old.shape[1:])
-            torch.index_select(old[:, :, : self.length], 0, rows, out=new[:, :, : self.length])
+            new[:, :, : self.length] = old[:, :, : self.length].index_select(0, rows)
             setattr(self, name, new)
 
-    batch_select_indices = select_rows
-    reorder_cache = select_rows
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """transformers' name for :meth:`select_rows`."""
+        self.select_rows(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search's name for :meth:`select_rows`."""
+        self.select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
@@ -120,19 +124,17 @@ class Fp4Cache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        if model.config._attn_implementation != ATTENTION:
-            raise ReqatError("Fp4Cache needs a prepared model: call prepare(model, precision) first")
         if capacity < 1:
             raise ReqatError(f"cache capacity must be at least one token, not {capacity}")
-        layers = [layer.attention.reqat_kv for layer in decoder_layers(model)]
-        super().__init__(layers=[Fp4CacheLayer(quantizer, capacity) for quantizer in layers])
+        self._fp4_layers = [Fp4CacheLayer(quantizer, capacity) for quantizer in kv_quantizers(model)]
+        super().__init__(layers=[*self._fp4_layers])
         self.capacity = capacity
 
     def select_rows(self, rows: Tensor | list[int]) -> None:
         """Keep these batch rows, in this order, in every layer (drops finished rows while generating)."""
-        first = self.layers[0]
+        first = self._fp4_layers[0]
         if first.keys is None:
             return
         index = torch.as_tensor(rows, dtype=torch.long, device=first.keys.device)
-        for layer in self.layers:
+        for layer in self._fp4_layers:
             layer.select_rows(index)

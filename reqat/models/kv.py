@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision, Quantizer, block_hadamard
 
 
@@ -58,6 +60,18 @@ class KVQuantizer(nn.Module):
         if self.value.format is not None:
             value_BGSD = self.value(_widened(value_BGSD))
         return key_BGSD, value_BGSD
+
+
+def kv_quantizers(model: PreTrainedModel) -> list[KVQuantizer]:
+    """The KV quantizer of each layer of a prepared model (at BF16 too), in order.
+
+    Raises ReqatError if the model was not prepared.
+    """
+    found = [getattr(layer.attention, "reqat_kv", None) for layer in decoder_layers(model)]
+    quantizers = [kv for kv in found if isinstance(kv, KVQuantizer)]
+    if len(quantizers) != len(found):
+        raise ReqatError("the model was not prepared: call prepare(model, precision) first")
+    return quantizers
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """A linear layer whose weight and input are quantized.
 
-``QuantLinear`` replaces ``nn.Linear`` in place: it holds the same ``weight`` and ``bias`` parameters under the same names,
-so optimizers, tied weights and state dicts go on working. Until frozen it fake-quantizes the weight in every forward pass
-(QAT); frozen, it keeps the codes and multiplies with their dense dequantized values.
+``QuantLinear`` replaces ``nn.Linear`` in place: it holds the same ``weight`` and ``bias`` parameters under the same
+names, so optimizers, tied weights and state dicts go on working. Until frozen it fake-quantizes the weight in every
+forward pass (QAT); frozen, it keeps the codes and multiplies with their dense dequantized values.
 
-Layers that read the same tensor (q, k and v; gate and up) share one :class:`InputQuantizer`, which quantizes that tensor
-once a forward pass.
+Layers that read the same tensor (q, k and v; gate and up) share one :class:`InputQuantizer`, which quantizes that
+tensor once a forward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from torch import Tensor, nn
 from reqat.config.errors import ReqatError
 from reqat.formats import QuantizedTensor, quantize
 from reqat.quant import Precision, Quantizer, block_hadamard
+
+
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """The quantized linear layers of a prepared model, by name, in the order of the module tree."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 class InputQuantizer(Quantizer):
@@ -106,7 +111,8 @@ class QuantLinear(nn.Linear):
     def set_quantized(self, quantized: QuantizedTensor) -> None:
         """Freeze the layer with these codes (of the rotated weight, if the precision rotates).
 
-        For solvers such as GPTQ, and for restoring checkpoints. Raises ValueError if shape or format is not the layer's.
+        For solvers such as GPTQ, and for restoring checkpoints. Raises ValueError if shape or format is not the
+        layer's.
         """
         if tuple(quantized.shape) != tuple(self.weight.shape):
             raise ReqatError(

@@ -1,8 +1,8 @@
 """Models and tokenizers from local folders and installed packages; nothing is downloaded, unpickled or executed.
 
 Two kinds of source. A Hugging Face folder (``config.json`` and safetensors), with our sidecar if it has one. Or
-``package:NAME``: an installed Python package that ships a GGUF file, which transformers dequantizes; the file is found in
-the package's metadata, without importing the package.
+``package:NAME``: an installed Python package that ships a GGUF file, which transformers dequantizes; the file is found
+in the package's metadata, without importing the package.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     with quiet():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -73,7 +73,10 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
                 ignore_mismatched_sizes=True,  # reported below, in one line
             )
         except SafetensorError as error:
-            raise ReqatError(f"{folder}: the weights cannot be read ({error}); copy or make the checkpoint again") from error
+            raise ReqatError(
+                f"{folder}: the weights cannot be read ({error}); copy or make the checkpoint again"
+            ) from error
+    model, info = loaded
     _check_loaded(folder, info)
     if sidecar is not None:
         sidecar.attach(model)
@@ -94,8 +97,8 @@ def _folder(path: str | Path, needs: str = "config.json") -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointNotFoundError(
-            f"no model folder at {str(path)!r}: give a local Hugging Face folder, or {PACKAGE}NAME for a GGUF file in an "
-            "installed package (models are never downloaded)"
+            f"no model folder at {str(path)!r}: give a local Hugging Face folder, or {PACKAGE}NAME for a GGUF file in "
+            "an installed package (models are never downloaded)"
         )
     if not (folder / needs).is_file():
         raise CheckpointNotFoundError(f"{folder} has no {needs}: it is not a Hugging Face folder, or not a whole one")

@@ -29,7 +29,7 @@ from reqat.models.architecture import (
 )
 from reqat.models.attention import ATTENTION
 from reqat.models.kv import KVQuantizer
-from reqat.models.linear import InputQuantizer, QuantLinear
+from reqat.models.linear import InputQuantizer, QuantLinear, quant_linears
 from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision, Quantizer, observing
 
@@ -92,14 +92,12 @@ def _collapsed(entries: list[Entry]) -> list[str]:
     ]
 
 
-def prepare(
-    model: PreTrainedModel, precision: str | Precision, *, skip: Iterable[str] = (), **options: Any
-) -> Report:
+def prepare(model: PreTrainedModel, precision: str | Precision, *, skip: Iterable[str] = (), **options: Any) -> Report:
     """Put ``model`` into ``precision``, in place, and say what was done.
 
-    Every linear layer of the decoder is quantized, ``lm_head`` and embeddings never (ReQAT section 1). ``BF16`` installs
-    the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here: Q-FIT shift,
-    static global scales, and quantized weights, which come back exactly as they were stored.
+    Every linear layer of the decoder is quantized, ``lm_head`` and embeddings never (ReQAT section 1). ``BF16``
+    installs the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here: Q-FIT
+    shift, static global scales, and quantized weights, which come back exactly as they were stored.
 
     Args:
         model: a causal decoder of the Llama, Qwen2 or Qwen3 kind.
@@ -118,8 +116,8 @@ def prepare(
             return previous
         if previous.precision != Precision():
             raise ReqatError(
-                f"the model was prepared for {previous.precision} already and cannot be prepared for {precision} (or for "
-                "the same name with other options) on top: load it again"
+                f"the model was prepared for {previous.precision} already and cannot be prepared for {precision} (or "
+                "for the same name with other options) on top: load it again"
             )
     layers = decoder_layers(model)
     _check_finite(model)
@@ -164,16 +162,6 @@ def precision_of(model: PreTrainedModel) -> Precision | None:
     return report.precision if report is not None else None
 
 
-def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """The quantized linear layers of a prepared model, by name, in forward order of the layers."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-
-
-def kv_quantizers(model: PreTrainedModel) -> list[KVQuantizer]:
-    """The KV quantizer of each layer of a prepared model (at BF16 too), in order."""
-    return [layer.attention.reqat_kv for layer in decoder_layers(model)]  # type: ignore[misc]
-
-
 def freeze(model: PreTrainedModel, *, share_global_scale: bool = False) -> PreTrainedModel:
     """Quantize every weight once, keep its codes, and switch gradients off; returns ``model``. Idempotent.
 
@@ -189,16 +177,17 @@ def freeze(model: PreTrainedModel, *, share_global_scale: bool = False) -> PreTr
         for layer in decoder_layers(model):
             for group in sharing_groups(layer):
                 _share_global_scale([site.module for site in group if isinstance(site.module, QuantLinear)])
-    for layer in quant_linears(model).values():
-        layer.freeze()
+    for linear in quant_linears(model).values():
+        linear.freeze()
     return model.requires_grad_(False).eval()
 
 
 def _share_global_scale(layers: list[QuantLinear]) -> None:
-    layers = [layer for layer in layers if layer.weight_quantizer.format is not None and not layer.frozen]
-    if len(layers) < 2 or layers[0].weight_quantizer.format.global_scale == "none":  # type: ignore[union-attr]
+    layers = [layer for layer in layers if not layer.frozen]
+    fmt = layers[0].weight_quantizer.format if layers else None
+    if fmt is None or not fmt.has_global_scale:
         return
-    scales = [global_scale_for(layer.rotated_weight(), layer.weight_quantizer.format) for layer in layers]
+    scales = [global_scale_for(layer.rotated_weight(), fmt) for layer in layers]
     smallest = torch.stack([scale.reshape(()) for scale in scales]).amin()  # the largest weight decides
     for layer in layers:
         layer.weight_quantizer.global_scale = smallest
@@ -251,7 +240,9 @@ def _shift(layer: DecoderLayer) -> Tensor | None:
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ReqatError(f"parameter {name} holds NaN or infinity; the checkpoint is damaged or its training diverged")
+            raise ReqatError(
+                f"parameter {name} holds NaN or infinity; the checkpoint is damaged or its training diverged"
+            )
 
 
 def _check_geometry(
@@ -261,12 +252,14 @@ def _check_geometry(
     for role, fmt in (("keys", precision.keys), ("values", precision.values)):
         if fmt is not None and fmt.block is not None and head_dim % fmt.block:
             raise ReqatError(
-                f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave the KV cache "
-                "unquantized, or take a format with another block"
+                f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave the KV "
+                "cache unquantized, or take a format with another block"
             )
     if precision.keys is not None and precision.kv_rotation and head_dim % precision.kv_rotation:
         raise ReqatError(f"head_dim {head_dim} is not divisible by kv_rotation {precision.kv_rotation}")
-    blocks = [(f"the block {f.block} of {f.name}", f.block) for f in (precision.weights, precision.inputs) if f and f.block]
+    blocks = [
+        (f"the block {f.block} of {f.name}", f.block) for f in (precision.weights, precision.inputs) if f and f.block
+    ]
     if precision.rotation:
         blocks.append((f"the rotation block {precision.rotation}", precision.rotation))
     for layer in layers:

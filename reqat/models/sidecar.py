@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.formats import PackedTensor, QuantizedTensor
 from reqat.models.architecture import decoder_layers
-from reqat.models.linear import QuantLinear
+from reqat.models.kv import kv_quantizers
+from reqat.models.linear import quant_linears
 from reqat.quant import Precision, Quantizer
 
 JSON = "reqat.json"
@@ -55,15 +56,14 @@ class Sidecar:
         if report is None:
             return getattr(model, "_reqat_sidecar", None) or cls()
         sidecar = cls(report.precision)
-        for layer in decoder_layers(model):
-            kv = layer.attention.reqat_kv
-            prefix = f"layers.{layer.index}"
+        for index, kv in enumerate(kv_quantizers(model)):
+            prefix = f"layers.{index}"
             if kv.shift is not None:
                 sidecar.tensors[f"{prefix}.kv_shift"] = kv.shift
             for role, quantizer in (("keys", kv.key), ("values", kv.value)):
                 if quantizer.global_scale is not None:
                     sidecar.tensors[f"{prefix}.{role}_global_scale"] = quantizer.global_scale.reshape(1)
-        for name, module in _linears(model).items():
+        for name, module in quant_linears(model).items():
             if module.input_quantizer.global_scale is not None:
                 sidecar.tensors[f"{name}.input_global_scale"] = module.input_quantizer.global_scale.reshape(1)
             if module.quantized is not None:
@@ -103,8 +103,8 @@ class Sidecar:
             about = json.loads(file.read_text())
             if about.get("schema") != SCHEMA:
                 raise ReqatError(
-                    f"{file} has schema {about.get('schema')!r}, this version of reqat reads {SCHEMA}: update reqat, or "
-                    "make the checkpoint again"
+                    f"{file} has schema {about.get('schema')!r}, this version of reqat reads {SCHEMA}: update reqat, "
+                    "or make the checkpoint again"
                 )
             precision = Precision.from_dict(about["precision"])
             has_tensors = about["weights"] == "quantized" or about["kv_shift"] or about["static_scales"]
@@ -113,7 +113,9 @@ class Sidecar:
         except ReqatError:
             raise
         except FileNotFoundError as error:
-            raise ReqatError(f"{file} needs {TENSORS} beside it, which is missing; copy the checkpoint again") from error
+            raise ReqatError(
+                f"{file} needs {TENSORS} beside it, which is missing; copy the checkpoint again"
+            ) from error
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ReqatError(
                 f"the sidecar {file} (or {TENSORS}) is damaged: {error!r}; copy or make the checkpoint again"
@@ -136,10 +138,13 @@ class Sidecar:
 
     def check(self, precision: Precision) -> None:
         """Raise ReqatError if stored quantized weights are not in the format that ``precision`` asks for."""
-        if self.weights and (precision.weights, precision.rotation) != (self.precision.weights, self.precision.rotation):
+        if self.weights and (precision.weights, precision.rotation) != (
+            self.precision.weights,
+            self.precision.rotation,
+        ):
             raise ReqatError(
-                f"the checkpoint's weights were quantized for {self.precision}; preparing it for {precision} would need "
-                "them in another format. Choose a precision with the same weights, or start from the dense checkpoint"
+                f"the checkpoint's weights were quantized for {self.precision}; preparing it for {precision} would "
+                "need them in another format. Choose a precision with the same weights, or start from the dense checkpoint"
             )
 
     def restore(self, model: PreTrainedModel, now: Precision) -> list[str]:
@@ -147,24 +152,25 @@ class Sidecar:
 
         Static scales come back only where the precision still asks for them in the same format.
         """
-        layers = decoder_layers(model)
         shifts = scales = 0
         then = self.precision
-        for layer in layers:
-            kv = layer.attention.reqat_kv
-            shift = self.tensors.get(f"layers.{layer.index}.kv_shift")
+        device = next(model.parameters()).device
+        for index, kv in enumerate(kv_quantizers(model)):
+            shift = self.tensors.get(f"layers.{index}.kv_shift")
             if shift is not None and kv.shift is None:
-                kv.set_shift(shift.to(next(layer.module.parameters()).device))
+                kv.set_shift(shift.to(device))
                 shifts += 1
             for role, quantizer, same in (
                 ("keys", kv.key, (now.keys, now.kv_rotation) == (then.keys, then.kv_rotation)),
                 ("values", kv.value, now.values == then.values),
             ):
-                scales += _restore_scale(quantizer, self.tensors.get(f"layers.{layer.index}.{role}_global_scale"), same)
-        linears = _linears(model)
+                scales += _restore_scale(quantizer, self.tensors.get(f"layers.{index}.{role}_global_scale"), same)
+        linears = quant_linears(model)
         same_inputs = (now.inputs, now.rotation) == (then.inputs, then.rotation)
         for name, module in linears.items():
-            scales += _restore_scale(module.input_quantizer, self.tensors.get(f"{name}.input_global_scale"), same_inputs)
+            scales += _restore_scale(
+                module.input_quantizer, self.tensors.get(f"{name}.input_global_scale"), same_inputs
+            )
             if name in self.weights:
                 module.set_quantized(self.weights[name])
         parts = [(shifts, "KV shifts"), (scales, "static scales"), (len(self.weights), "quantized weights")]
@@ -176,10 +182,6 @@ def _restore_scale(quantizer: Quantizer, scale: Tensor | None, same_format: bool
         return 0
     quantizer.global_scale = scale.reshape(())
     return 1
-
-
-def _linears(model: PreTrainedModel) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 def _quantized(name: str, stored: dict[str, Tensor], precision: Precision, info: dict[str, Any]) -> QuantizedTensor:

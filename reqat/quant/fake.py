@@ -1,8 +1,8 @@
 """Fake quantization: round to four bits, carry on in float, pass the gradient straight through.
 
-``quantize_dequantize`` of :mod:`reqat.formats` is the arithmetic, shared with packing and export, so what training sees
-is what the packed model computes. Rounding has no useful gradient; the straight-through estimator takes the identity for
-it (ReQAT section 1), so nothing is kept for the backward pass.
+``quantize_dequantize`` of :mod:`reqat.formats` is the arithmetic, shared with packing and export, so what training
+sees is what the packed model computes. Rounding has no useful gradient; the straight-through estimator takes the
+identity for it (ReQAT section 1), so nothing is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def fake_quantize(
 class Quantizer(nn.Module):
     """One tensor's quantizer: a format, a rotation, and the calibrated global scale if the format is ``static``.
 
-    ``global_scale`` (float32 scalar buffer, or None) is used instead of a computed one wherever it is set; it stays out of
-    the state dict, because checkpoints keep the Hugging Face layout (the sidecar holds it). While calibrating
+    ``global_scale`` (float32 scalar buffer, or None) is used instead of a computed one wherever it is set; it stays
+    out of the state dict, because checkpoints keep the Hugging Face layout (the sidecar holds it). While calibrating
     (:func:`observing`), the largest magnitude seen is kept in ``amax`` and static formats scale dynamically.
     """
 
@@ -98,8 +98,8 @@ class Quantizer(nn.Module):
                 fmt, global_scale = _dynamic(fmt), None
         elif self.needs_calibration:
             raise ReqatError(
-                f"{self.name or 'quantizer'}: the global scale is static and not calibrated; run calibrate_static(model, "
-                "batches), or choose global_scale='row' or 'dynamic'"
+                f"{self.name or 'quantizer'}: the global scale is static and not calibrated; run calibrate_static("
+                "model, batches), or choose global_scale='row' or 'dynamic'"
             )
         return fake_quantize(x, fmt, global_scale=global_scale, rotation=self.rotation, name=self.name)
 

@@ -1,9 +1,9 @@
 """Block Hadamard rotation: spread an outlier over its block before quantizing.
 
-A normalized Hadamard matrix H is symmetric and its own inverse, so rotating blocks of both the input and the weight along
-the reduced axis leaves their product as it was: (x H)(w H)^T = x H H^T w^T = x w^T. Each rotated element is a signed sum
-of its whole block, which turns one large element into 32 moderate ones; power-of-two scales (MXFP4) gain most.
-ReQAT section 1; the matrix is Sylvester's construction, made on demand.
+A normalized Hadamard matrix H is symmetric and its own inverse, so rotating blocks of both the input and the weight
+along the reduced axis leaves their product as it was: (x H)(w H)^T = x H H^T w^T = x w^T. Each rotated element is a
+signed sum of its whole block, which turns one large element into 32 moderate ones; power-of-two scales (MXFP4) gain
+most. ReQAT section 1; the matrix is Sylvester's construction, made on demand.
 """
 
 from __future__ import annotations

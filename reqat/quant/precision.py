@@ -1,8 +1,8 @@
 """A precision says which tensors of a decoder are quantized, and to which format.
 
-``NVFP4-W4A4KV4`` reads: family NVFP4, four-bit weights (W), inputs of the linear layers (A) and key/value cache (KV); 16
-means unquantized. Training, post-training quantization, packing and analysis all read this one value. Families can be
-mixed with ``+``: ``MXFP4-W4A4+NVFP4-KV4``, ``NVFP4-W4A4+INT4-row-V4``. ``BF16`` quantizes nothing.
+``NVFP4-W4A4KV4`` reads: family NVFP4, four-bit weights (W), inputs of the linear layers (A) and key/value cache (KV);
+16 means unquantized. Training, post-training quantization, packing and analysis all read this one value. Families can
+be mixed with ``+``: ``MXFP4-W4A4+NVFP4-KV4``, ``NVFP4-W4A4+INT4-row-V4``. ``BF16`` quantizes nothing.
 
 Defaults that a name implies (ReQAT section 1): keys and values of NVFP4 use E1M2 elements; MXFP4 rotates inputs and
 weights by Hadamard blocks of 32 and takes the ``ceil`` scale rule; global scales are ``dynamic``.
@@ -45,8 +45,8 @@ KNOWN = (
 class Precision:
     """Formats of weights, linear inputs, keys and values (None: unquantized), and Hadamard block sizes.
 
-    ``rotation`` rotates the inputs and weights of every quantized linear layer; ``kv_rotation`` rotates queries and keys
-    along head_dim after RoPE (the paper's alternative to Q-FIT, Table 17).
+    ``rotation`` rotates the inputs and weights of every quantized linear layer; ``kv_rotation`` rotates queries and
+    keys along head_dim after RoPE (the paper's alternative to Q-FIT, Table 17).
     """
 
     weights: Format | None = None
