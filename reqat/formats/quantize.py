@@ -19,6 +19,7 @@ each other.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from torch import Tensor
 from reqat.formats.format import Format, get_format
 from reqat.formats.scales import (
     SCALE_TYPES,
+    divide,
     e8m0_from_amax,
     e8m0_to_float,
     effective_scale,
@@ -142,9 +144,8 @@ def quantize(
     scaled = _scales(blocks, fmt, given, name)
     codes = torch.empty(blocks.x.shape, dtype=torch.uint8, device=x.device)
     element = fmt.element_type
-    step = _chunk_length(blocks.x)
-    for piece, S, out in zip(blocks.x.split(step), scaled.effective.split(step), codes.split(step), strict=True):
-        y = piece.to(torch.float32, copy=True).div_(_by_sign(S, piece))
+    for piece, S, out in _pieces(blocks.x, scaled.effective, codes):
+        y = _divide(piece, S, torch.empty(piece.shape, device=x.device))
         values = element.round_(y, torch.empty_like(y), rounding=fmt.rounding, clip=scaled.clip)
         out.copy_(element.encode(values, torch.signbit(piece)))
     return QuantizedTensor(
@@ -177,17 +178,13 @@ def quantize_dequantize(
     element, rounding, clip = fmt.element_type, fmt.rounding, scaled.clip
     limit = torch.finfo(x.dtype).max
     saturate = scaled.top > limit / 2  # rounding up may step over the largest number of the type
-    step = _chunk_length(blocks.x)
-    scratch = torch.empty(step, blocks.x.shape[1], dtype=torch.float32, device=x.device)
-    buffer = None if x.dtype == torch.float32 else torch.empty_like(scratch)
-    pieces, scales, outs = blocks.x.split(step), scaled.effective.split(step), out.split(step)
-    for piece, S, target in zip(pieces, scales, outs, strict=True):
-        S = _by_sign(S, piece)
-        if buffer is None:
-            y = torch.div(piece, S, out=target)
-        else:
-            y = buffer[: len(piece)].copy_(piece).div_(S)
-        element.round_(y, scratch[: len(piece)], rounding=rounding, clip=clip).mul_(S)
+    scratch = buffer = None
+    for piece, S, target in _pieces(blocks.x, scaled.effective, out):
+        if scratch is None:
+            scratch = torch.empty(piece.shape, dtype=torch.float32, device=x.device)
+            buffer = None if x.dtype == torch.float32 else torch.empty_like(scratch)
+        y = _divide(piece, S, target if buffer is None else buffer[: len(piece)])
+        _multiply_(element.round_(y, scratch[: len(piece)], rounding=rounding, clip=clip), S)
         if saturate:
             y.clamp_(-limit, limit)
         if buffer is not None:
@@ -241,6 +238,8 @@ class _Blocks:
         return math.prod(self.ordered[:-1])
 
     def _back(self, t: Tensor, extra: int = 0) -> Tensor:
+        if self.order[:-1] == tuple(range(len(self.order) - 1)):
+            return t
         inverse = [0] * len(self.order)
         for new, old in enumerate(self.order):
             inverse[old] = new
@@ -265,7 +264,7 @@ class _Blocks:
 class _Scales:
     """Chosen scales of [N, B] blocks."""
 
-    s: Tensor  # float32 values of the stored scales, or E8M0 bytes; [N] or [N, 2]
+    s: Tensor  # the numbers to store: float32, or exponents of E8M0 as int32; [N] or [N, 2]
     effective: Tensor  # float32 S, [N, 1] or [N, 2]
     global_scale: Tensor | None
     clip: bool  # whether some |x| / S lies so far above the largest magnitude that rounding alone does not saturate
@@ -276,9 +275,21 @@ class _Scales:
         return self.s.to(self.dtype)
 
 
-def _by_sign(S: Tensor, x: Tensor) -> Tensor:
-    """The scale of each element, broadcastable to ``x``: negative numbers take the second of two."""
-    return S if S.shape[1] == 1 else torch.where(x < 0, S[:, 1:], S[:, :1])
+def _divide(x: Tensor, S: Tensor, out: Tensor) -> Tensor:
+    """``x / S`` into float32 ``out``; of two scales, negative numbers take the second."""
+    if S.shape[1] == 1:
+        return torch.div(x, S, out=out) if x.dtype == torch.float32 else out.copy_(x).div_(S)
+    # A sum of which one term is zero: exact, and faster than selecting a scale for each element.
+    negative = x.clamp(max=0).to(torch.float32)
+    return out.copy_(x).clamp_(min=0).div_(S[:, :1]).addcdiv_(negative, S[:, 1:])
+
+
+def _multiply_(v: Tensor, S: Tensor) -> Tensor:
+    """``v * S`` in place; the inverse of :func:`_divide`."""
+    if S.shape[1] == 1:
+        return v.mul_(S)
+    negative = v.clamp(max=0)
+    return v.clamp_(min=0).mul_(S[:, :1]).addcmul_(negative, S[:, 1:])
 
 
 def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -> _Blocks:
@@ -308,9 +319,12 @@ def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -
     return _Blocks(flat.view(-1, block), tuple(ordered.shape), padded, order)
 
 
-def _chunk_length(x: Tensor) -> int:
-    """How many blocks of [N, B] to handle at a time."""
-    return max(1, min(len(x), _CHUNK // x.shape[1] if x.device.type == "cpu" else len(x)))
+def _pieces(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Go through [N, B] and tensors of the same N together, a cache-sized piece at a time (whole on a GPU)."""
+    if x.numel() <= _CHUNK or x.device.type != "cpu":
+        return ((x, *others),)
+    step = max(1, _CHUNK // x.shape[1])
+    return zip(x.split(step), *(t.split(step) for t in others), strict=True)
 
 
 def _block_amax(x: Tensor) -> Tensor:
@@ -320,9 +334,10 @@ def _block_amax(x: Tensor) -> Tensor:
     to look for NaN. NaN's bits lie above infinity's.
     """
     amax = torch.empty(len(x), dtype=torch.int32, device=x.device)
-    step = _chunk_length(x)
-    buffer = torch.empty(step, x.shape[1], dtype=torch.float32, device=x.device)
-    for piece, out in zip(x.split(step), amax.split(step), strict=True):
+    buffer: Tensor | None = None
+    for piece, out in _pieces(x, amax):
+        if buffer is None:
+            buffer = torch.empty(piece.shape, dtype=torch.float32, device=x.device)
         y = buffer[: len(piece)]
         if x.dtype == torch.float32:
             torch.abs(piece, out=y)
@@ -333,13 +348,16 @@ def _block_amax(x: Tensor) -> Tensor:
 
 
 def _signed_amax(x: Tensor) -> Tensor:
-    """Largest positive and largest negated negative number of each block, float32 [N, 2]; NaN propagates."""
-    amax = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
-    step = _chunk_length(x)
-    for piece, out in zip(x.split(step), amax.split(step), strict=True):
-        low, high = piece.to(torch.float32).aminmax(dim=-1)
-        torch.stack((high.clamp_(min=0), low.neg_().clamp_(min=0)), -1, out=out)
-    return amax
+    """Largest positive and largest negated negative number of each block (0 if none), float32 [N, 2].
+
+    As above: numbers of the other sign are negative integers, and a NaN of either sign shows in one of the two.
+    """
+    amax = torch.empty(2, len(x), dtype=torch.int32, device=x.device)
+    for piece, high, low in _pieces(x, amax[0], amax[1]):
+        y = piece.to(torch.float32)
+        torch.amax(y.view(torch.int32), -1, out=high)
+        torch.amax(y.neg().view(torch.int32), -1, out=low)
+    return amax.clamp_(min=0).view(torch.float32).t().contiguous()
 
 
 def _not_finite(x: Tensor, name: str | None) -> ValueError:
@@ -376,7 +394,7 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
         # AMXFP4 rounds its scales the way it rounds elements; the others always to even. A scale of zero (no such sign
         # in the block, or below the scale's range) becomes 1, as in AMXFP4's code: the codes are all zero.
         rounding = fmt.rounding if fmt.asymmetric else "even"
-        s = S = replace_zero_(round_to_float(amax / element.emax, SCALE_TYPES[fmt.scale], rounding), 1.0)
+        s = S = replace_zero_(round_to_float(divide(amax, element.emax), SCALE_TYPES[fmt.scale], rounding), 1.0)
     # Never needed under "ceil"; rarely in the others (a scale rounded far down, or a static g that saturates).
     clip = fmt.scale_rule != "ceil" and amax.numel() > 0 and float((amax / S).amax()) > element.clip_above
     return _Scales(s, S.view(len(x), -1), g, clip, top_value, SCALE_TYPES[fmt.scale].dtype)
@@ -418,11 +436,9 @@ def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, am
 def _squared_error(x: Tensor, S: Tensor, fmt: Format) -> Tensor:
     """Sum over each block of (x^ - x)^2, float32 [N]."""
     error = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    step = _chunk_length(x)
     element = fmt.element_type
-    scratch = torch.empty(step, x.shape[1], dtype=torch.float32, device=x.device)
-    for piece, scale, out in zip(x.split(step), S[:, None].split(step), error.split(step), strict=True):
+    for piece, scale, out in _pieces(x, S[:, None], error):
         y = piece.to(torch.float32, copy=True).div_(scale)
-        element.round_(y, scratch[: len(piece)], rounding=fmt.rounding).mul_(scale).sub_(piece)
+        element.round_(y, torch.empty_like(y), rounding=fmt.rounding).mul_(scale).sub_(piece)
         torch.sum(y.square_(), -1, out=out)
     return error

@@ -67,40 +67,42 @@ def replace_zero_(s: Tensor, value: float) -> Tensor:
 
 
 def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
-    """Biased exponents (uint8, ``2**(byte - 127)``) for float32 block maxima, by the named rule.
+    """Biased exponents (int32 in 0..254, meaning ``2**(e - 127)``) for float32 block maxima, by the named rule.
 
     - ``floor`` (OCP MX v1.0): ``floor(log2 amax) - floor(log2 emax)``. The top of the block may saturate.
     - ``ceil`` (NVIDIA "RCEIL", ReQAT): ``ceil(log2(amax / emax))``, amax / emax rounded to float32. Never saturates.
     - ``even`` (compressed-tensors, torchao EVEN): ``floor`` of amax after rounding its mantissa up if the element's own
       rounding would carry it into the next binade (mantissa >= 1.75 for E2M1).
 
-    Exact on bits (no ``log2``). Zero and anything below the range gets byte 0 (2^-127).
+    Exact, on bits (no ``log2``). Zero and anything below the range gets 0 (2^-127).
     """
     if rule == "ceil":
-        bits = (amax / element.emax).view(torch.int32)
-        exponent, mantissa = bits >> 23, bits & _MANTISSA
-        # Subnormal quotients: 2^-127 is 0x400000, so above it the next power is 2^-126 (byte 1).
-        carry = torch.where(exponent > 0, mantissa > 0, mantissa > 0x400000)
-        exponent = exponent + carry.to(torch.int32)
-    else:
-        bits = amax.view(torch.int32)
-        if rule == "even":
-            bits = bits + (1 << (23 - element.mantissa_bits - 1))
-        else:
-            assert rule == "floor", rule
-        exponent = (bits >> 23) - element.max_exponent
-    return exponent.clamp_(0, 254).to(torch.uint8)
+        # 2^-127 is subnormal, where bits are no exponents; up to there the answer is 0, and then the usual carry works.
+        quotient = torch.nn.functional.threshold_(divide(amax, element.emax), 2.0**-127, 0.0)
+        return (quotient.view(torch.int32) + _MANTISSA) >> 23
+    bits = amax.view(torch.int32)
+    if rule == "even":
+        bits = bits + (1 << (23 - element.mantissa_bits - 1))
+    return ((bits >> 23) - element.max_exponent).clamp_(min=0)
+
+
+def divide(t: Tensor, number: float) -> Tensor:
+    """``t / number``, correctly rounded. (On a GPU torch multiplies by the reciprocal of a Python number.)"""
+    return t / number if t.device.type == "cpu" else t / torch.full((), number, device=t.device)
 
 
 def e8m0_to_float(byte: Tensor) -> Tensor:
-    """``2**(byte - 127)`` as float32; byte 0 is the subnormal 2^-127. (255 is NaN in the standard; we never store it.)"""
-    bits = byte.to(torch.int32) << 23
-    return bits.clamp_(min=0x400000).view(torch.float32)
+    """``2**(byte - 127)`` as float32, of an integer tensor; 0 is the subnormal 2^-127. (255 is NaN in the standard; we never store it.)"""
+    return (byte.to(torch.int32) << 23).clamp_(min=0x400000).view(torch.float32)
 
 
 def global_scale_from_amax(amax: Tensor, cap: float, emax: float) -> Tensor:
-    """``g = cap * emax / amax`` in float32; 1 where amax is 0, at most the largest float32 where amax is tiny."""
-    g = (cap * emax / amax).clamp_(max=FLOAT32_MAX)
+    """``g = cap * emax / amax`` in float32; 1 where amax is 0, at most the largest float32 where amax is tiny.
+
+    Computed as ``(1 / amax) * (cap * emax)``, two roundings, because that is what torch makes of ``number / tensor`` and so
+    what compressed-tensors stores.
+    """
+    g = amax.reciprocal().mul_(cap * emax).clamp_(max=FLOAT32_MAX)
     return g.masked_fill_(amax == 0, 1.0)
 
 
@@ -118,8 +120,8 @@ def nvfp4_scales(amax: Tensor, g: Tensor, divisor: float, rule: str) -> Tensor:
     """
     e4m3 = SCALE_TYPES["E4M3"]
     if rule == "reciprocal":
-        return round_to_float((amax / divisor / (1.0 / g)).clamp_(min=2.0**-6), e4m3)
-    t = amax * (g / divisor) if rule == "multiply" else (amax / divisor).mul_(g)
+        return round_to_float((divide(amax, divisor) / (1.0 / g)).clamp_(min=2.0**-6), e4m3)
+    t = amax * divide(g, divisor) if rule == "multiply" else divide(amax, divisor).mul_(g)
     return replace_zero_(round_to_float(t, e4m3), 0.125)
 
 
