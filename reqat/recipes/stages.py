@@ -32,7 +32,6 @@ from reqat.config.stage import (
 )
 from reqat.data import PackedRows, Trace, TraceStore, build_tokenizer, pack, select, write_store
 from reqat.models import load_model, load_tokenizer, prepare, save_model
-from reqat.recipes import ptq, qfit
 from reqat.recipes.sem import SEM
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
@@ -181,6 +180,8 @@ def _finetune_or_qat(stage: Stage, inputs: Mapping[str, Path], out: Path, checkp
 
 
 def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    from reqat.recipes import qfit
+
     settings = stage.settings
     assert isinstance(settings, QFitSettings)
     model, tokenizer = _parent(inputs)
@@ -200,6 +201,8 @@ def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
 
 
 def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+    from reqat.recipes import ptq
+
     settings = stage.settings
     assert isinstance(settings, PTQSettings)
     model, tokenizer = _parent(inputs)

@@ -1,0 +1,225 @@
+"""The training loop: exact resumption, determinism, and agreement with transformers' own loss."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reqat.data import Trace, pack
+from reqat.data.packing import IGNORE
+from reqat.models import prepare
+from reqat.training import NLL, Objective, TermContext, TrainSettings, learning_rate, response_logits, train
+from reqat.training.checkpoint import FILE
+
+VOCABULARY, BOS, PAD = 40, 1, 0
+
+
+def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=48,
+            tie_word_embeddings=True,
+            max_position_embeddings=64,
+        )
+    )
+    prepare(model, "BF16")
+    return model
+
+
+def traces(n: int, seed: int = 0) -> list[Trace]:
+    rng = random.Random(seed)
+
+    def ids(k: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, VOCABULARY) for _ in range(k))
+
+    return [Trace(f"t{i}", f"p{i}", "f", "", "", ids(rng.randint(2, 6)), ids(rng.randint(3, 10))) for i in range(n)]
+
+
+def rows(n: int = 60, row_tokens: int = 32):
+    return pack(traces(n), row_tokens, bos_id=BOS, pad_id=PAD)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def assert_weights_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_packed_loss_equals_transformers_loss_trace_by_trace() -> None:
+    """Oracle: transformers' loss of each trace alone, prompt masked, summed."""
+    model = tiny_model().eval()
+    packed = rows(20)
+    batch = packed.batch(range(len(packed)))
+    keep = batch.labels != IGNORE
+    total, _ = Objective()(TermContext(response_logits(model, batch, keep), batch.labels[keep]))
+    expected = 0.0
+    for trace in (t for row in packed.rows for t in row):
+        ids = torch.tensor([[BOS, *trace.prompt_ids, *trace.response_ids]])
+        labels = ids.clone()
+        labels[:, : 1 + len(trace.prompt_ids)] = -100
+        expected += float(model(input_ids=ids, labels=labels).loss) * len(trace.response_ids)
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    assert int(keep.sum()) == sum(len(t.response_ids) for row in packed.rows for t in row)
+
+
+def test_same_seed_same_weights_other_seed_other_order(tmp_path: Path) -> None:
+    out = []
+    for i, seed in enumerate((3, 3, 4)):
+        model = tiny_model()
+        train(model, rows(), Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, seed=seed), tmp_path / str(i), progress=False)
+        out.append(weights(model))
+    assert_weights_equal(out[0], out[1])
+    assert any(not torch.equal(out[0][n], out[2][n]) for n in out[0])
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
+    """One divisor for the accumulated batch: 2 x 4 rows must do what 8 rows do, though their token counts differ."""
+    out = []
+    for i, (size, accumulation) in enumerate(((8, 1), (4, 2))):
+        model = tiny_model().double()
+        settings = TrainSettings(lr=1e-3, rows_per_batch=size, accumulation=accumulation, autocast=False)
+        result = train(model, rows(), Objective(), settings, tmp_path / str(i), progress=False)
+        out.append((weights(model), [h["loss"] for h in result.history]))
+    assert out[0][1] == pytest.approx(out[1][1], rel=1e-6)
+    for name in out[0][0]:
+        torch.testing.assert_close(out[0][0][name], out[1][0][name], rtol=1e-4, atol=1e-6)
+
+
+def test_training_lowers_the_loss_and_counts_tokens(tmp_path: Path) -> None:
+    model, data = tiny_model(), rows()
+    result = train(model, data, Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, epochs=6), tmp_path, progress=False)
+    assert result.tokens == 6 * data.n_tokens
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert result.response_tokens == 6 * sum(len(t.response_ids) for row in data.rows for t in row)
+
+
+def test_schedule_warms_up_and_ends_at_the_floor() -> None:
+    settings = TrainSettings(lr=2.0, warmup_ratio=0.1, min_lr_ratio=0.01)
+    rates = [learning_rate(s, 100, settings) for s in range(100)]
+    assert rates[9] == 2.0 and rates[0] == pytest.approx(0.2)
+    assert rates[-1] == pytest.approx(0.02)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    torch_optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    oracle = torch.optim.lr_scheduler.CosineAnnealingLR(torch_optimizer, T_max=89, eta_min=0.02)
+    for rate in rates[10:]:
+        assert rate == pytest.approx(oracle.get_last_lr()[0])
+        torch_optimizer.step()
+        oracle.step()
+
+
+_RUN = """
+    import sys, time
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, {tests!r})
+    from test_loop import tiny_model, rows
+    from reqat.training import Objective, TrainSettings, train
+    import reqat.training.loop as loop
+    slow = float(sys.argv[2])
+    original = loop.learning_rate
+    def throttled(*a):
+        time.sleep(slow)
+        return original(*a)
+    loop.learning_rate = throttled
+    model = tiny_model()
+    train(model, rows(120), Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, epochs=4, checkpoint_seconds=0), Path(sys.argv[1]), progress=False)
+    model.save_pretrained(Path(sys.argv[1]) / "final")
+"""
+
+
+def _start(folder: Path, slow: float) -> subprocess.Popen[bytes]:
+    code = textwrap.dedent(_RUN.format(tests=str(Path(__file__).parent)))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(slow)], env=environment)
+
+
+def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = _start(whole, 0.0)
+    victim = _start(killed, 0.03)
+    deadline = time.monotonic() + 60
+    while not (killed / FILE).is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert victim.poll() is None, "the run ended before it could be killed"
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (killed / "final").exists()
+    assert _start(killed, 0.0).wait() == 0 and reference.wait() == 0
+    a, b = (load_file(f / "final" / "model.safetensors") for f in (whole, killed))
+    assert_weights_equal(a, b)
+
+
+def test_refuses_a_damaged_checkpoint_one_of_another_run_and_one_of_another_model(tmp_path: Path) -> None:
+    settings = TrainSettings(lr=1e-2, rows_per_batch=8)
+    train(tiny_model(), rows(), Objective(), settings, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        train(tiny_model(), rows(), Objective(), TrainSettings(lr=2e-2, rows_per_batch=8), tmp_path, progress=False)
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    with pytest.raises(ValueError, match="another model"):
+        train(other, rows(), Objective(), settings, tmp_path, progress=False)
+    path = tmp_path / FILE
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="damaged"):
+        train(tiny_model(), rows(), Objective(), settings, tmp_path, progress=False)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from reqat.training import checkpoint
+
+    settings = TrainSettings(lr=1e-2, rows_per_batch=8)
+    train(tiny_model(), rows(), Objective(), settings, tmp_path, progress=False)
+    before = (tmp_path / FILE).read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    model = tiny_model()
+    with pytest.raises(OSError, match="free some space"):
+        checkpoint.save(tmp_path, model, torch.optim.AdamW(model.parameters()), {})
+    assert (tmp_path / FILE).read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="at step 1"):
+        train(model, rows(), Objective(), TrainSettings(), tmp_path, progress=False)
+
+
+def test_objective_refuses_terms_it_could_not_tell_apart() -> None:
+    with pytest.raises(ValueError, match="distinct names"):
+        Objective((NLL(), NLL(weight=0.5)))
+    with pytest.raises(ValueError, match="distinct names"):
+        Objective(())
+
+
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("epochs", 0), ("warmup_ratio", 1.5), ("rows_per_batch", -1)])
+def test_settings_refuse_what_makes_no_sense(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        TrainSettings(**{field: value})
