@@ -3,9 +3,11 @@
 build/data/<data id>/                      tokenizer/, train.jsonl, manifest.json, record.json
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
-build/partial/<id>/                        where a job works until it is whole; a killed training resumes from here
+build/partial/<id>/                        where a job works until its output is whole
+build/checkpoints/<id>/                    from where a killed training goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders
-results/base/                              the pinned base checkpoint; results/<tier>/ a pinned run
+results/base/                              the pinned base: model/, record.json
+results/<tier>/                            a pinned run: plan.json, stages/, evaluations/, tables/
 """
 
 from __future__ import annotations
@@ -56,19 +58,14 @@ class Paths:
         return Path(os.environ.get("REQAT_MODELS") or self.root / self.models)
 
     def stage(self, stage: Stage) -> Path:
-        """Directory of a stage: made by a job, or given (a pinned base, a local folder)."""
-        if isinstance(stage.settings, BaseSettings):
-            if stage.settings.source == "pinned":
-                return self.base
-            if stage.settings.source == "path":
-                assert stage.settings.reference is not None
-                return self.models_folder() / stage.settings.reference
+        """Directory of a stage: made by a job, or given (the pinned base)."""
+        if not made(stage):
+            return self.base
         return self.work / ("data" if stage.kind == "data" else "stages") / stage.id
 
     def model(self, stage: Stage) -> Path:
         """Model folder of a stage (Hugging Face layout)."""
-        given = isinstance(stage.settings, BaseSettings) and stage.settings.source == "path"
-        return self.stage(stage) if given else self.stage(stage) / "model"
+        return self.stage(stage) / "model"
 
     def evaluation(self, evaluation: Evaluation) -> Path:
         """Directory of an evaluation."""
@@ -78,10 +75,14 @@ class Paths:
         """Where the job that makes `id` works until its output is whole."""
         return self.work / "partial" / id
 
+    def checkpoints(self, id: str) -> Path:
+        """Where the training of stage `id` keeps its resumable state."""
+        return self.work / "checkpoints" / id
+
 
 def made(stage: Stage) -> bool:
-    """Whether a job makes the stage (False: it is given, as the pinned base is)."""
-    return not (isinstance(stage.settings, BaseSettings) and stage.settings.source in ("pinned", "path"))
+    """Whether a job makes the stage (False: it is given, the pinned base)."""
+    return not (isinstance(stage.settings, BaseSettings) and stage.settings.source == "pinned")
 
 
 def pinned_base(paths: Paths) -> str | None:

@@ -93,6 +93,7 @@ class Plan:
         `base`)."""
         wanted: set[str] = set()
         for evaluation in self.evaluations.values():
+            wanted |= set(evaluation.inputs.values())
             for stage in self.lineage(evaluation.stage):
                 wanted |= {stage.id, *stage.inputs.values()}
         return {id: stage for id, stage in self.stages.items() if id in wanted}
@@ -224,13 +225,16 @@ class _Builder:
             finetuned |= step.step == "finetune"
         return current
 
-    def evaluate(self, stage: Stage, precision: PrecisionSpec) -> Evaluation:
+    def evaluate(self, stage: Stage, precision: PrecisionSpec, store: Stage) -> Evaluation:
         how = self.tier.evaluation
         families = how.families if how.families is not None else self.tier.data.families
         problems = ProblemSet(families=families, split=how.split, n=how.n, seed=how.problem_seed)
         seeds = how.seeds[:1] if how.decoding.greedy else how.seeds
+        static: dict[str, Any] = {}
+        if precision.global_scale == "static":
+            static = {"calibration": self.tier.ptq.calibration, "data": store.id}
         evaluation = Evaluation(
-            stage=stage.id, precision=precision, problems=problems, decoding=how.decoding, seeds=seeds
+            stage=stage.id, precision=precision, problems=problems, decoding=how.decoding, seeds=tuple(seeds), **static
         )
         return self.plan.evaluations.setdefault(evaluation.id, evaluation)
 
@@ -264,7 +268,7 @@ class _Builder:
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
                         scale = rows.global_scale or self.tier.evaluation.global_scale
-                        evaluation = self.evaluate(stage, self.precision(precision, recipe, scale))
+                        evaluation = self.evaluate(stage, self.precision(precision, recipe, scale), store)
                         self.plan.cells.append(
                             Cell(
                                 artifact=artifact,

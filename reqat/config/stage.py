@@ -278,8 +278,16 @@ class Evaluation(Strict):
     precision: PrecisionSpec
     problems: ProblemSet
     decoding: Decoding
-    seeds: list[int] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
     """Sampling seeds; greedy decoding uses one."""
+    calibration: Calibration | None = None
+    """For static global scales: the sequences of `data` whose largest values set them."""
+    data: str | None = None
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Role (`parent`, `data`) -> id of the stage whose directory fills it."""
+        return {"parent": self.stage} | ({"data": self.data} if self.data is not None else {})
 
     @cached_property
     def id(self) -> str:

@@ -1,0 +1,118 @@
+"""The `reqat` command: verbs, shared options, and how errors end.
+
+Whatever a user can get wrong ends with one line on standard error and exit code 2; `--debug` shows the traceback.
+Interrupting ends with exit code 130 and says how to go on. torch is imported by the verbs that compute, after the
+number of threads is known.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths, load
+from reqat.config.plan import Plan
+
+app = typer.Typer(
+    name="reqat",
+    help="FP4 quantization-aware training, from traces to tables. Run it in the repository, or name that with --root.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Tier = Annotated[str, typer.Option("--tier", "-t", help="Tier: smoke, laptop, overnight, smollm or paper.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@dataclass
+class Session:
+    """What the shared options say."""
+
+    paths: Paths = Paths()
+    debug: bool = False
+
+    def plan(self, tier: str) -> Plan:
+        """The plan of a tier in this checkout."""
+        return load(tier, self.paths)
+
+    @cached_property
+    def root(self) -> Path:
+        """The repository's root."""
+        return self.paths.root
+
+
+session = Session()
+
+
+def find_root(start: Path) -> Path:
+    """The folder at or above `start` that holds `config/recipes.yaml`. Raises `ReqatError` if there is none."""
+    for folder in (start.resolve(), *start.resolve().parents):
+        if (folder / "config" / "recipes.yaml").is_file():
+            return folder
+    raise ReqatError(f"{start}: no config/recipes.yaml here or above; run in the repository, or name it with --root.")
+
+
+@app.callback()
+def options(
+    root: Annotated[Path | None, typer.Option(help="The repository's root (default: found from here upwards).")] = None,
+    build: Annotated[Path, typer.Option(help="Where work goes, relative to the root.")] = Path("build"),
+    models: Annotated[Path, typer.Option(help="Folder of local models (or REQAT_MODELS).")] = Path("models"),
+    debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
+) -> None:
+    """Options of every verb."""
+    session.debug = debug
+    if root is not None and not (root / "config" / "recipes.yaml").is_file():
+        raise ReqatError(f"{root}: no config/recipes.yaml in it, so it is no root of this repository.")
+    found = (root or find_root(Path.cwd())).resolve()
+    os.chdir(found)  # paths stay relative, in messages and in records
+    session.paths = Paths(Path(), build, models)
+
+
+def limit_threads(threads: int) -> None:
+    """Compute with `threads` threads (0: as many as the environment says). To be called before torch is imported."""
+    if threads > 0:
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, 2 for what a user can mend, 130 if interrupted, 1 for a defect."""
+    from reqat.cli import inspect, results, run  # noqa: F401  (they register their verbs)
+
+    given = sys.argv[1:] if arguments is None else arguments
+    session.debug = "--debug" in given
+    try:
+        code = app(given, standalone_mode=False)
+    except KeyboardInterrupt:
+        _exit(130, "interrupted; nothing half-written counts as done. The same command goes on from what is finished.")
+    except typer.Abort:
+        _exit(130, "aborted.")
+    except (ValueError, FileNotFoundError) as error:  # ReqatError among them
+        if session.debug:
+            raise
+        hint = "" if isinstance(error, ReqatError) else " (--debug shows where)"
+        _exit(2, f"{str(error) or type(error).__name__}{hint}")
+    except Exception as error:
+        show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+        if callable(show) and code is not None:  # a usage error: typer words and places it
+            show()
+            sys.exit(code)
+        traceback.print_exc()
+        _exit(1, f"{type(error).__name__}: {error} - a defect; please report it with the lines above.")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit(code: int, message: str) -> None:
+    print(f"reqat: error: {message}", file=sys.stderr)
+    sys.exit(code)

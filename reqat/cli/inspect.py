@@ -1,0 +1,112 @@
+"""Verbs that look: `plan`, `doctor`, `schema`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from reqat.cli.app import Tier, app, session
+from reqat.config import resources, schema
+from reqat.config.errors import ReqatError
+from reqat.config.paths import made, pinned_base
+from reqat.config.plan import Plan
+from reqat.config.stage import TrainSettings
+from reqat.config.tier import tier_names
+from reqat.records import provenance, record
+
+
+@app.command("plan")
+def show_plan(
+    tier: Tier = "laptop",
+    as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
+) -> None:
+    """Print a tier's stages, evaluations and cost, with what is done already."""
+    plan = session.plan(tier)
+    if as_json:
+        print(json.dumps(plan.dump(), indent=1))
+        return
+    print(f"tier {tier}: {plan.tier.title}\n")
+    for stage in plan.stages.values():
+        done = "done" if (session.paths.stage(stage) / record.FILE).exists() else ("given" if not made(stage) else "")
+        words = [stage.precision.name] if stage.precision.name != "BF16" else []
+        if isinstance(stage.settings, TrainSettings):
+            traces, terms = stage.settings.traces, stage.settings.training.objective
+            words += [f"{traces.tokens:,} tokens" + (f" after {traces.skip_tokens:,}" if traces.skip_tokens else "")]
+            words += [f"{traces.epochs} epochs"] if traces.epochs > 1 else []
+            words += ["+".join(term.name for term in terms)] if len(terms) > 1 else []
+            words += [f"seed {stage.settings.seed}"] if stage.settings.seed else []
+        parent = f"from {stage.parent}" if stage.parent else ""
+        needed = "" if stage.id in plan.needed else "(target base)"
+        print("  ".join(filter(None, [f"{stage.id:<24}", f"{done:<5}", ", ".join(words), parent, needed])))
+    print()
+    uses = Counter(cell.evaluation for cell in plan.cells)
+    for evaluation in plan.evaluations.values():
+        done = "done" if (session.paths.evaluation(evaluation) / record.FILE).exists() else ""
+        method = next(cell.method for cell in plan.cells if cell.evaluation == evaluation.id)
+        precision, cells = evaluation.precision.name, uses[evaluation.id]
+        print(f"{evaluation.id}  {done:<5} {method:<22} {precision:<14} of {evaluation.stage}  ({cells} cells)")
+    print("\n" + cost(plan))
+
+
+def cost(plan: Plan) -> str:
+    """Tokens, responses and a rough time, from the rates that the tier states."""
+    given = plan.tier.resources
+    quantized = sum(stage.budget_tokens for stage in plan.needed.values() if stage.kind == "qat")
+    plain = sum(stage.budget_tokens for stage in plan.needed.values()) - quantized
+    responses = sum(evaluation.problems.n * len(evaluation.seeds) for evaluation in plan.evaluations.values())
+    seconds = plain / given.train_tokens_per_s + quantized / given.qat_tokens_per_s + responses / given.responses_per_s
+    jobs = sum(made(stage) for stage in plan.needed.values()) + len(plan.evaluations)
+    return (
+        f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses; about "
+        f"{seconds / 60:.0f} minutes of one job at a time, at the tier's stated rates"
+    )
+
+
+@app.command()
+def doctor(
+    tier: Annotated[str | None, typer.Option("--tier", "-t", help="Check one tier only (default: all).")] = None,
+) -> None:
+    """Say whether this machine and checkout can run the tiers, and what is missing."""
+    names = tier_names(session.paths.config)
+    plans = {name: session.plan(name) for name in ([tier] if tier else names)}
+    import torch
+
+    machine, free = provenance.hardware(), shutil.disk_usage(session.paths.root).free
+    commit = provenance.commit(session.paths.root)
+    gib = 2**30
+    print(f"python {provenance.versions()['python']}, torch {torch.__version__}, reqat at commit {commit['commit']}")
+    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / gib:.0f} GiB of memory")
+    print(f"{free / gib:.0f} GiB of free disk")
+    print("GPUs: " + (", ".join(f"{g['name']} {g['memory_bytes'] / gib:.0f} GiB" for g in machine["gpus"]) or "none"))
+    base = pinned_base(session.paths)
+    print(f"pinned base: {base[:12] if base else 'none - `snakemake base`, then `reqat pin-base`'}")
+    troubles = []
+    for name, plan in plans.items():
+        try:
+            resources.require(plan, [gpu["memory_bytes"] for gpu in machine["gpus"]], machine["memory_bytes"])
+            if base is None and any(model.source == "pinned" for model in plan.tier.models.values()):
+                raise ReqatError(f"tier {name} starts from the pinned base, and {session.paths.base} holds none.")
+            print(f"tier {name}: can run")
+        except ReqatError as error:
+            troubles.append(str(error))
+            print(f"tier {name}: cannot run - {error}")
+    if tier and troubles:
+        raise typer.Exit(2)
+
+
+@app.command("schema")
+def export_schema(
+    check: Annotated[bool, typer.Option("--check", help="Only say whether config/schema.json is up to date.")] = False,
+) -> None:
+    """Write config/schema.json from the configuration models."""
+    path = session.paths.config / schema.FILE
+    if check:
+        if not path.is_file() or path.read_text(encoding="utf-8") != schema.text():
+            raise ReqatError(f"{path} is not what the configuration models say; run `reqat schema`.")
+        print(f"{path}: up to date")
+    else:
+        print(schema.write(session.paths.config))

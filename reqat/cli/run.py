@@ -1,0 +1,209 @@
+"""Verbs that compute: `data`, `stage`, `evaluate`, `quantize`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reqat.cli.app import Quiet, Tier, app, limit_threads, session
+from reqat.config import resources
+from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths, made
+from reqat.config.plan import Plan
+from reqat.config.stage import BaseSettings, Evaluation, Stage
+from reqat.records import provenance, record
+
+# Inputs up to this size are hashed before they are used; larger ones are checked by size.
+_HASH_BYTES = 2 * 2**30
+
+Threads = Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")]
+Force = Annotated[bool, typer.Option("--force", help="Do it again even if the result is there.")]
+
+
+@app.command()
+def data(
+    id: Annotated[str | None, typer.Argument(help="Id of a data stage (default: all that the tier needs).")] = None,
+    tier: Tier = "laptop",
+    quiet: Quiet = False,
+    force: Force = False,
+) -> None:
+    """Generate verified traces and the tokenizer."""
+    plan = session.plan(tier)
+    ids = [id] if id else [stage.id for stage in plan.needed.values() if stage.kind == "data"]
+    for one in ids:
+        if plan.stage(one).kind != "data":
+            raise ReqatError(f"{one} is no data stage; `reqat stage {one}` runs it.")
+        run_stage(plan, one, session.paths, progress=not quiet, force=force)
+
+
+@app.command()
+def stage(
+    ids: Annotated[list[str], typer.Argument(help="Ids as `reqat plan` prints them.")],
+    tier: Tier = "laptop",
+    quiet: Quiet = False,
+    force: Force = False,
+    threads: Threads = 1,
+) -> None:
+    """Run stages: train a base, fine-tune, calibrate, QAT, quantize. An interrupted training goes on."""
+    plan = session.plan(tier)
+    limit_threads(threads)
+    for id in ids:
+        run_stage(plan, id, session.paths, progress=not quiet, force=force)
+
+
+@app.command()
+def evaluate(
+    ids: Annotated[list[str], typer.Argument(help="Ids as `reqat plan` prints them.")],
+    tier: Tier = "laptop",
+    quiet: Quiet = False,
+    force: Force = False,
+    threads: Threads = 1,
+) -> None:
+    """Grade a stage's model at a precision: one outcome for every problem and sampling seed."""
+    plan = session.plan(tier)
+    limit_threads(threads)
+    for id in ids:
+        run_evaluation(plan, id, session.paths, progress=not quiet, force=force)
+
+
+def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
+    """Run one stage of a plan, unless its result is there. Raises `ReqatError` if an input is missing or not what it
+    was."""
+    todo = plan.stage(id)
+    if not made(todo):
+        raise ReqatError(f"{id} is the pinned base in {paths.base}; no job makes it. `snakemake base` trains one anew.")
+    out = paths.stage(todo)
+    with locked(paths, id):
+        if not force and finished(out, id):
+            print(f"{id}: already there")
+            return
+        inputs, digests = _inputs(plan, todo.inputs, paths)
+        _require(plan, todo)
+        where = paths.partial(id)
+        with record.job(todo.kind, id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
+            job.inputs = digests
+            job.seeds = [todo.seed] if todo.seed is not None else []
+            job.resumed = paths.checkpoints(id).exists()
+            if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
+                job.metrics = link_base(todo.settings, paths, job.partial)
+            else:
+                from reqat.recipes.stages import run_stage as carry_out
+
+                job.metrics = carry_out(todo, inputs, job.partial, checkpoints=paths.checkpoints(id), progress=progress)
+    print(f"{id}: done, {out}")
+
+
+def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
+    """Run one evaluation of a plan, unless its result is there. Raises like `run_stage`."""
+    todo = plan.evaluation(id)
+    out = paths.evaluation(todo)
+    with locked(paths, id):
+        if not force and finished(out, id):
+            print(f"{id}: already there")
+            return
+        inputs, digests = _inputs(plan, todo.inputs, paths)
+        _require(plan, plan.stage(todo.stage))
+        where = paths.partial(id)
+        with record.job("evaluation", id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
+            job.inputs = digests
+            job.seeds = list(todo.seeds)
+            job.metrics = _evaluate(todo, inputs, where, progress)
+    print(f"{id}: done, {out}")
+
+
+def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]:
+    """Make `out/model` a link to a local model's folder; returns the sha256 of its weights."""
+    assert settings.reference is not None
+    folder = paths.models_folder() / settings.reference
+    if not (folder / "config.json").is_file():
+        raise ReqatError(
+            f"{folder}: no model there (config.json, *.safetensors). Put {settings.reference} under "
+            f"{paths.models_folder()}, or name another folder with --models or REQAT_MODELS."
+        )
+    os.symlink(folder.resolve(), out / "model", target_is_directory=True)
+    return {"weights": {path.name: record.sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
+
+
+def finished(out: Path, id: str) -> bool:
+    """Whether the result of `id` is at `out`, whole. Something else there is not it; it will be replaced."""
+    try:
+        record.verify(out, id=id, deep=False)
+    except ReqatError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def locked(paths: Paths, id: str) -> Iterator[None]:
+    """Keep other processes from making `id` at the same time."""
+    lock = paths.work / "locks" / id
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ReqatError(f"{id}: another process is making it; wait for it, or end it.") from None
+        yield
+
+
+def _inputs(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Folder of each role, and what the record says of it; each checked to be the whole result of the stage it should
+    be."""
+    folders, digests = {}, {}
+    for role, id in roles.items():
+        given = plan.stage(id)
+        folder = paths.stage(given)
+        if not (folder / record.FILE).is_file():
+            how = "reqat pin-base" if not made(given) else f"reqat {'data' if given.kind == 'data' else 'stage'} {id}"
+            raise ReqatError(f"{folder}: {role} {id} is not there; make it first ({how} --tier {plan.tier.name}).")
+        found = record.read(folder)
+        size = sum(entry["bytes"] for entry in found["outputs"].values())
+        record.verify(folder, id=id if made(given) else None, deep=size <= _HASH_BYTES)
+        folders[role] = folder
+        digests[role] = {"id": id, "sha256": record.outputs_digest(found)}
+    return folders, digests
+
+
+def _require(plan: Plan, stage: Stage) -> None:
+    """Refuse a job that the machine has no room for, before anything is loaded."""
+    if plan.tier.resources.device == "cuda" and stage.kind not in ("data", "base"):
+        import torch  # noqa: F401  (provenance.gpus looks at it)
+
+        resources.require(plan, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
+
+
+def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bool) -> dict[str, Any]:
+    import torch
+
+    from reqat import evaluation
+    from reqat.models import freeze, load_model, load_tokenizer, prepare
+    from reqat.models.prepare import calibrate_static
+    from reqat.tasks import problems
+
+    folder = inputs["parent"] / "model"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    prepare(model, todo.precision.name, **todo.precision.options())
+    if torch.cuda.is_available():
+        model.to("cuda")
+    freeze(model)
+    if todo.calibration is not None:
+        from reqat.recipes.stages import calibration_ids
+
+        calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
+    asked = todo.problems
+    outcomes = evaluation.evaluate(
+        model,
+        tokenizer,
+        problems(asked.families, asked.split, asked.n, asked.seed),
+        seeds=todo.seeds,
+        decoding=todo.decoding,
+        progress=progress,
+    )
+    outcomes.write(out / "outcomes.parquet")
+    return outcomes.metrics()

