@@ -14,4 +14,5 @@ an error that names the cell and the command that makes it; it is never left out
 
 Importing this package imports neither torch nor matplotlib.
 """
+
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Plan and records, joined: every cell of every table with what was measured for it.
 
-The plan (`reqat.config.plan`) says which cells a tier's artifacts have and which evaluation measures each; evaluations and
-stages leave a folder each, with `record.json` and, for evaluations, `outcomes.parquet` (one row a problem and sampling
-seed). Cells that differ in nothing but the training seed are one `Entry`, one line of a table. Estimates and paired
-differences come from `reqat.evaluation.statistics` and are computed once each.
+The plan (`reqat.config.plan`) says which cells a tier's artifacts have and which evaluation measures each; evaluations
+and stages leave a folder each, with `record.json` and, for evaluations, `outcomes.parquet` (one row a problem and
+sampling seed). Cells that differ in nothing but the training seed are one `Entry`, one line of a table. Estimates and
+paired differences come from `reqat.evaluation.statistics` and are computed once each.
 
 Missing or incomplete results are an error (`MissingResults`) that lists the cells and the command that makes them.
 """
+
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,12 +20,14 @@ import pandas as pd
 
 from analysis.paper import parse_condition
 from reqat.config.errors import ReqatError
+from reqat.records import record
 
 if TYPE_CHECKING:
-    from reqat.config.plan import Cell, Plan
     from reqat.evaluation.statistics import Difference, Estimate
 
-RECORD, OUTCOMES = "record.json", "outcomes.parquet"
+    from reqat.config.plan import Cell, Plan
+
+OUTCOMES = "outcomes.parquet"
 OUTCOME_COLUMNS = ("problem_id", "family", "seed", "correct", "n_tokens", "finished")
 _LISTED = 12  # missing cells that an error spells out
 
@@ -65,7 +67,9 @@ class Entry:
 
 
 def entries(cells: Iterable[Cell]) -> list[Entry]:
-    """Group cells into entries, in the plan's order. Raises `ReqatError` if two cells are the same but for their evaluation."""
+    """Group cells into entries, in the plan's order. Raises `ReqatError` if two cells are the same but for their
+    evaluation.
+    """
     grouped: dict[tuple[Any, ...], list[Cell]] = {}
     for c in cells:
         key = (c.artifact, c.model, c.recipe, c.method, c.precision, c.condition, c.total_tokens, c.multiple)
@@ -96,16 +100,22 @@ class Provenance:
 
     def notes(self) -> tuple[str, ...]:
         """The footer, one short statement each."""
+
         def several(values: Sequence[int], one: str, many: str) -> str:
             text = str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
             return f"{text} {one if values[-1:] == (1,) else many}"
 
-        out = [f"Tier {self.tier} ({'pinned' if self.pinned else 'fresh'} results): {self.title}.",
-               several(self.n_problems, "test problem", "test problems") + ", "
-               + several(self.sampling_seeds, "sampling seed", "sampling seeds") + f" ({'; '.join(self.decoding)}), "
-               + several(self.training_seeds, "training seed", "training seeds") + ".",
-               f"Arithmetic: {'; '.join(self.arithmetic)}.",
-               f"Commit {', '.join(self.commits)}."]
+        out = [
+            f"Tier {self.tier} ({'pinned' if self.pinned else 'fresh'} results): {self.title}.",
+            several(self.n_problems, "test problem", "test problems")
+            + ", "
+            + several(self.sampling_seeds, "sampling seed", "sampling seeds")
+            + f" ({'; '.join(self.decoding)}), "
+            + several(self.training_seeds, "training seed", "training seeds")
+            + ".",
+            f"Arithmetic: {'; '.join(self.arithmetic)}.",
+            f"Commit {', '.join(self.commits)}.",
+        ]
         return tuple(out)
 
 
@@ -116,7 +126,9 @@ class Results:
     Files are read when asked for and kept; `outcomes` never reads the responses' text.
     """
 
-    def __init__(self, plan: Plan, root: Path, *, pinned: bool = False, titles: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, plan: Plan, root: Path, *, pinned: bool = False, titles: Mapping[str, str] | None = None
+    ) -> None:
         self.plan, self.root, self.pinned = plan, Path(root), pinned
         self.titles = dict(titles or {})
         self._records: dict[str, dict[str, Any]] = {}
@@ -134,9 +146,11 @@ class Results:
         """The entries of one artifact. Raises `ReqatError` if the plan has no such artifact (or none for this model)."""
         found = [e for e in self.entries if e.artifact == artifact and model in (None, e.model)]
         if not found:
-            raise ReqatError(f"tier {self.plan.tier.name} has no artifact {artifact!r}"
-                             f"{f' for model {model}' if model else ''}; it has {', '.join(self.plan.artifacts)}. "
-                             f"Add it under models.<label>.artifacts in config/tiers/{self.plan.tier.name}.yaml.")
+            raise ReqatError(
+                f"tier {self.plan.tier.name} has no artifact {artifact!r}"
+                f"{f' for model {model}' if model else ''}; it has {', '.join(self.plan.artifacts)}. "
+                f"Add it under models.<label>.artifacts in config/tiers/{self.plan.tier.name}.yaml."
+            )
         return found
 
     def models(self, artifact: str) -> list[str]:
@@ -155,16 +169,13 @@ class Results:
     def record(self, id: str) -> dict[str, Any]:
         """The record of an evaluation or stage. Raises `MissingResults` naming the command that makes it."""
         if id not in self._records:
-            path = self.folder(id) / RECORD
             try:
-                record = json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise MissingResults(f"{path}: no record of {id}. {self.remedy([id])}") from None
-            except json.JSONDecodeError as error:
-                raise MissingResults(f"{path}: not a whole record ({error}). {self.remedy([id])}") from None
-            if not isinstance(record, dict):
-                raise MissingResults(f"{path}: not a record. {self.remedy([id])}")
-            self._records[id] = record
+                found = record.read(self.folder(id))
+            except ReqatError as error:
+                raise MissingResults(f"{error} {self.remedy([id])}") from None
+            if found["id"] != id:
+                raise MissingResults(f"{self.folder(id)} holds {found['id']}, not {id}. {self.remedy([id])}")
+            self._records[id] = found
         return self._records[id]
 
     def metrics(self, id: str) -> dict[str, Any]:
@@ -174,7 +185,8 @@ class Results:
     def evaluation_outcomes(self, id: str) -> pd.DataFrame:
         """Outcomes of one evaluation, one row a problem and sampling seed, sorted by both.
 
-        Raises `MissingResults` if the file is missing, unreadable, or does not hold every problem under every seed once.
+        Raises `MissingResults` if the file is missing, unreadable, or does not hold every problem under every seed
+        once.
         """
         if id not in self._outcomes:
             path = self.folder(id) / OUTCOMES
@@ -190,11 +202,16 @@ class Results:
     def _checked(self, id: str, path: Path, data: pd.DataFrame) -> pd.DataFrame:
         asked = self.plan.evaluation(id)
         seeds, n = sorted(set(data["seed"])), data["problem_id"].nunique()
-        if seeds != sorted(asked.seeds) or n != asked.problems.n or len(data) != n * len(seeds) or \
-                data.duplicated(["problem_id", "seed"]).any():
+        if (
+            seeds != sorted(asked.seeds)
+            or n != asked.problems.n
+            or len(data) != n * len(seeds)
+            or data.duplicated(["problem_id", "seed"]).any()
+        ):
             raise MissingResults(
                 f"{path}: {len(data)} outcomes of {n} problems under seeds {seeds}, where the plan asks for each of "
-                f"{asked.problems.n} problems once under seeds {sorted(asked.seeds)}. {self.remedy([id])}")
+                f"{asked.problems.n} problems once under seeds {sorted(asked.seeds)}. {self.remedy([id])}"
+            )
         return data.sort_values(["problem_id", "seed"], kind="stable", ignore_index=True)
 
     def check(self, artifacts: Sequence[str] | None = None) -> None:
@@ -204,11 +221,13 @@ class Results:
         for entry in wanted:
             for cell in entry.cells:
                 folder = self.folder(cell.evaluation)
-                if not ((folder / RECORD).is_file() and (folder / OUTCOMES).is_file()):
+                if not ((folder / record.FILE).is_file() and (folder / OUTCOMES).is_file()):
                     missing.setdefault(cell.evaluation, []).append(f"{entry}, training seed {cell.training_seed}")
         if missing:
-            lines = [f"{self.root}: {len(missing)} of the evaluations that the plan of tier "
-                     f"{self.plan.tier.name} asks for are missing:"]
+            lines = [
+                f"{self.root}: {len(missing)} of the evaluations that the plan of tier "
+                f"{self.plan.tier.name} asks for are missing:"
+            ]
             lines += [f"  {id}: {'; '.join(cells)}" for id, cells in list(missing.items())[:_LISTED]]
             lines += [f"  ... and {len(missing) - _LISTED} more"] if len(missing) > _LISTED else []
             raise MissingResults("\n".join([*lines, self.remedy(list(missing))]))
@@ -217,10 +236,15 @@ class Results:
         """The command that makes these evaluations or stages."""
         tier = self.plan.tier.name
         if self.pinned:
-            return (f"The pinned results do not answer the plan in config/: run tier {tier} "
-                    f"(snakemake --cores all --config tier={tier} -- figures/) and promote it with `reqat pin`.")
-        targets = " ".join(str(self.folder(id) / RECORD) for id in ids[:_LISTED])
-        return f"Make them with: snakemake --cores all --config tier={tier} -- {targets if len(ids) <= _LISTED else 'figures/'}"
+            return (
+                f"The pinned results do not answer the plan in config/: run tier {tier} "
+                f"(snakemake --cores all --config tier={tier} -- figures/) and promote it with `reqat pin`."
+            )
+        verb = "evaluate" if ids[0] in self.plan.evaluations else "stage"
+        return (
+            f"Make what is missing with: snakemake --cores all --config tier={tier} -- figures/ "
+            f"(one of them by hand: reqat {verb} {ids[0]} --tier {tier})."
+        )
 
     # -- numbers -----------------------------------------------------------------------------------------------------
     def outcomes(self, entry: Entry, family: str | None = None) -> list[pd.DataFrame]:
@@ -233,7 +257,9 @@ class Results:
         return sorted(set(self.outcomes(entry)[0]["family"]))
 
     def estimate(self, entry: Entry, family: str | None = None) -> Estimate:
-        """Accuracy (a fraction) with its 95% interval, over all problems, sampling seeds and training seeds of an entry."""
+        """Accuracy (a fraction) with its 95% interval, over all problems, sampling seeds and training seeds of an
+        entry.
+        """
         from reqat.evaluation.statistics import accuracy
 
         key = (tuple(c.evaluation for c in entry.cells), family)
@@ -266,6 +292,7 @@ class Results:
 
         def cut(entry: Entry) -> Entry:
             return replace(entry, cells=tuple(c for c in entry.cells if c.training_seed in shared))
+
         return cut(a), cut(b)
 
     def frame(self, artifact: str | None = None) -> pd.DataFrame:
@@ -276,8 +303,16 @@ class Results:
             for cell in entry.cells:
                 single = replace(entry, cells=(cell,))
                 e = self.estimate(single)
-                rows.append(cell.model_dump() | {"value": e.value, "lo": e.lo, "hi": e.hi, "n_problems": e.n_problems,
-                                                 "n_sampling_seeds": e.n_seeds})
+                rows.append(
+                    cell.model_dump()
+                    | {
+                        "value": e.value,
+                        "lo": e.lo,
+                        "hi": e.hi,
+                        "n_problems": e.n_problems,
+                        "n_sampling_seeds": e.n_seeds,
+                    }
+                )
         data = pd.DataFrame(rows)
         for column in ("total_tokens", "multiple"):
             data[column] = data[column].astype("Int64")
@@ -289,10 +324,16 @@ class Results:
         records = [self.record(e.id) for e in evaluations]
         trained = [len(e.training_seeds) for e in chosen if e.total_tokens is not None] or [1]
         return Provenance(
-            tier=self.plan.tier.name, title=self.plan.tier.title, pinned=self.pinned,
-            n_problems=_ends(e.problems.n for e in evaluations), sampling_seeds=_ends(len(e.seeds) for e in evaluations),
-            training_seeds=_ends(trained), decoding=_unique(_decoding(e.decoding) for e in evaluations),
-            arithmetic=_unique(_arithmetic(r) for r in records), commits=_unique(_commit(r) for r in records))
+            tier=self.plan.tier.name,
+            title=self.plan.tier.title,
+            pinned=self.pinned,
+            n_problems=_ends(e.problems.n for e in evaluations),
+            sampling_seeds=_ends(len(e.seeds) for e in evaluations),
+            training_seeds=_ends(trained),
+            decoding=_unique(_decoding(e.decoding) for e in evaluations),
+            arithmetic=_unique(_arithmetic(r) for r in records),
+            commits=_unique(_commit(r) for r in records),
+        )
 
 
 def _ends(values: Iterable[int]) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ for machines and for whoever wants to check), and `columns` with `sections`, the
 and LaTeX). Text is Unicode throughout ("−", "±", "Δ"); only the LaTeX writer knows about escaping. Nothing here depends
 on the time, the machine or a random state, so the same records give the same bytes.
 """
+
 from __future__ import annotations
 
 import math
@@ -54,8 +55,10 @@ class Table:
         for section in self.sections:
             for row in section:
                 if len(row) != len(self.columns):
-                    raise ValueError(f"{self.name}: a row of {len(row)} cells under {len(self.columns)} columns: "
-                                     f"{[c.text for c in row]}")
+                    raise ValueError(
+                        f"{self.name}: a row of {len(row)} cells under {len(self.columns)} columns: "
+                        f"{[c.text for c in row]}"
+                    )
 
     # -- CSV ---------------------------------------------------------------------------------------------------------
     def csv(self) -> str:
@@ -79,10 +82,18 @@ class Table:
     def latex(self) -> str:
         r"""A `table*` with booktabs rules, shrunk to the text width if it is wider; `\label{tab:<name>}`."""
         spec = "".join(c.align for c in self.columns)
-        lines = [f"% {self.name}: written by `reqat tables`; needs \\usepackage{{{PACKAGES}}}",
-                 r"\begin{table*}[t]", r"\centering", r"\footnotesize", r"\setlength{\tabcolsep}{3.5pt}",
-                 rf"\caption{{\textbf{{{_tex(self.title)}.}} {_tex(self.caption)}}}", rf"\label{{tab:{self.name}}}",
-                 r"\begin{adjustbox}{max width=\textwidth}", rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}", r"\toprule"]
+        lines = [
+            f"% {self.name}: written by `reqat tables`; needs \\usepackage{{{PACKAGES}}}",
+            r"\begin{table*}[t]",
+            r"\centering",
+            r"\footnotesize",
+            r"\setlength{\tabcolsep}{3.5pt}",
+            rf"\caption{{\textbf{{{_tex(self.title)}.}} {_tex(self.caption)}}}",
+            rf"\label{{tab:{self.name}}}",
+            r"\begin{adjustbox}{max width=\textwidth}",
+            rf"\begin{{tabular}}{{@{{}}{spec}@{{}}}}",
+            r"\toprule",
+        ]
         groups = self._groups()
         if any(name for name, _, _ in groups):
             lines.append(" & ".join(rf"\multicolumn{{{n}}}{{c}}{{{_tex(name)}}}" for name, _, n in groups) + r" \\")
@@ -94,9 +105,17 @@ class Table:
             for row in section:
                 cells = (_tex_cell(c, column.align) for c, column in zip(row, self.columns, strict=True))
                 lines.append(" & ".join(cells) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{adjustbox}", "",
-                  r"\vspace{3pt}\begin{minipage}{\textwidth}\scriptsize", " ".join(_tex(n) for n in self.footer),
-                  r"\end{minipage}", r"\end{table*}", ""]
+        lines += [
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{adjustbox}",
+            "",
+            r"\vspace{3pt}\begin{minipage}{\textwidth}\scriptsize",
+            " ".join(_tex(n) for n in self.footer),
+            r"\end{minipage}",
+            r"\end{table*}",
+            "",
+        ]
         return "\n".join(lines)
 
     def _groups(self) -> list[tuple[str, int, int]]:
@@ -171,11 +190,34 @@ def tokens(n: int | None) -> str:
     return str(n)
 
 
-_TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-        "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$", "|": "$|$",
-        MINUS: "$-$", "\u00b1": r"$\pm$", "\u0394": r"$\Delta$", "\u03b1": r"$\alpha$", "\u03b2": r"$\beta$",
-        "\u03bb": r"$\lambda$", "\u00d7": r"$\times$", EMPTY: "--", "\u2265": r"$\ge$", "\u2264": r"$\le$",
-        "\u2192": r"$\to$", "\u2713": r"$\checkmark$", "\u2020": r"$\dagger$"}
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    MINUS: "$-$",
+    "\u00b1": r"$\pm$",
+    "\u0394": r"$\Delta$",
+    "\u03b1": r"$\alpha$",
+    "\u03b2": r"$\beta$",
+    "\u03bb": r"$\lambda$",
+    "\u00d7": r"$\times$",
+    EMPTY: "--",
+    "\u2265": r"$\ge$",
+    "\u2264": r"$\le$",
+    "\u2192": r"$\to$",
+    "\u2713": r"$\checkmark$",
+    "\u2020": r"$\dagger$",
+}
 
 
 def _tex(text: str) -> str:

@@ -1,8 +1,11 @@
-"""The figures: drawn from the same entries and estimates as the tables, with the paper's numbers in panels of their own.
+"""The figures: drawn from the same entries and estimates as the tables, with the paper's numbers in panels of their
+own.
 
-Every figure is `figure(results, model) -> matplotlib.figure.Figure`; `analysis.build` saves them as PNG and PDF. Axes carry units,
-error bars and bands are 95% intervals clustered by problem, and the footer says tier, n, seeds and arithmetic.
+Every figure is `figure(results, model) -> matplotlib.figure.Figure`; `analysis.build` saves them as PNG and PDF. Axes
+carry units, error bars and bands are 95% intervals clustered by problem, and the footer says tier, n, seeds and
+arithmetic.
 """
+
 from __future__ import annotations
 
 import math
@@ -10,14 +13,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from analysis import paper, style
 from analysis.cells import Entry, Results
 from analysis.document import tokens
-from analysis.tables import BF16, REFERENCE_PRECISION, Line, footer, lines, paper_multiple
+from analysis.names import BF16, REFERENCE_PRECISION, qfit_cell
+from analysis.tables import Line, lines
 from reqat.config.errors import ReqatError
 
 METHODS = ("PTQ", "FT+PTQ", "QAT", "ReQAT-T", "ReQAT-TQ", "ReQAT-TQS")  # quantized methods of Figure 1, in this order
@@ -42,7 +49,7 @@ def _at(all_lines: Sequence[Line], precision: str, method: str, multiple: int | 
 
 
 def _paper(precision: str, method: str, multiple: int | None) -> float | None:
-    found = {paper_multiple(t): v for t, v in paper.by_budget("table1", precision=precision, method=method).items()}
+    found = {paper.multiple(t): v for t, v in paper.by_budget("table1", precision=precision, method=method).items()}
     return found.get(multiple, found.get(None))
 
 
@@ -52,7 +59,10 @@ def _percent(results: Results, entry: Entry) -> tuple[float, float, float]:
 
 
 def _finish(fig: Figure, results: Results, used: Sequence[Entry], *more: str) -> Figure:
-    style.footer(fig, footer(results, used, *more))
+    """Put the footer under a figure."""
+    made = results.provenance(used)
+    seeds = "" if made.training_seeds[0] > 1 else "; where there is one training seed they do not cover training again"
+    style.footer(fig, [*made.notes(), f"Bars and bands: 95% intervals clustered by problem{seeds}.", *more])
     return fig
 
 
@@ -60,10 +70,10 @@ def _finish(fig: Figure, results: Results, used: Sequence[Entry], *more: str) ->
 def figure1b(results: Results, model: str) -> Figure:
     """Figure 1(b): what each method reaches at each FP4 precision, at one total budget, beside BF16.
 
-    The specification names Figure 1(b) but does not describe it. Inferred from Table 1, whose numbers it must show: one group
-    of bars a precision (PTQ, FT+PTQ, QAT, and the stages of ReQAT), a line for BF16 fine-tuning and one for the BF16 base. The
-    budget is the tier's `claim_total`; the paper's panel takes the same multiple of its own QAT budget. PTQ of the base
-    spends no tokens.
+    The specification names Figure 1(b) but does not describe it. Inferred from Table 1, whose numbers it must show: one
+    group of bars a precision (PTQ, FT+PTQ, QAT, and the stages of ReQAT), a line for BF16 fine-tuning and one for the
+    BF16 base. The budget is the tier's `claim_total`; the paper's panel takes the same multiple of its own QAT budget.
+    PTQ of the base spends no tokens.
     """
     entries = results.of("figure1", model=model)
     all_lines, claim = lines(entries), results.plan.tier.budget.claim_total
@@ -89,22 +99,28 @@ def figure1b(results: Results, model: str) -> Figure:
     left.set_ylabel("accuracy (%)")
     right.set_ylabel(PAPER_AXIS)
     style.panel(left, "b", f"Measured: {model}, {tokens(ours_total)} tokens")
-    style.panel(right, "", f"Paper: {MODEL_OF_PAPER}, {tokens(claim * 70_000_000)} tokens")
-    right.title.set_color(style.GREY)
-    handles = [_patch(m) for m in METHODS if any(_at(all_lines, p, m, claim) for p in precisions)]
-    handles += [Line2D([], [], color=style.colour("FT"), lw=1.2, label="BF16 FT"),
-                Line2D([], [], color=style.colour("Baseline"), lw=1.2, ls="--", label="BF16 base")]
+    style.panel(right, "", f"Paper: {MODEL_OF_PAPER}, {tokens(claim * paper.QAT_TOKENS)} tokens", theirs=True)
+    handles: list[Artist] = [_patch(m) for m in METHODS if any(_at(all_lines, p, m, claim) for p in precisions)]
+    handles += [
+        Line2D([], [], color=style.colour("FT"), lw=1.2, label="BF16 FT"),
+        Line2D([], [], color=style.colour("Baseline"), lw=1.2, ls="--", label="BF16 base"),
+    ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2, handlelength=1.3)
     return _finish(fig, results, used)
 
 
-def _bars(ax: Axes, precisions: Sequence[str], value: Callable[[str, str], tuple[float, float, float] | None], *,
-          labelled: bool) -> None:
+def _bars(
+    ax: Axes,
+    precisions: Sequence[str],
+    value: Callable[[str, str], tuple[float, float, float] | None],
+    *,
+    labelled: bool,
+) -> None:
     width = 0.14
     for method, line_style in (("FT", "-"), ("Baseline", "--")):
         found = value(BF16, method)
         if found:
-            ax.axhline(found[0], color=style.colour(method), lw=1.0, ls=line_style, zorder=1)
+            ax.axhline(found[0], color=style.colour(method), lw=0.9, ls=line_style, zorder=2.5)
             if not math.isnan(found[1]):
                 ax.axhspan(found[1], found[2], color=style.colour(method), alpha=0.10, lw=0, zorder=0)
     for i, precision in enumerate(precisions):
@@ -118,18 +134,25 @@ def _bars(ax: Axes, precisions: Sequence[str], value: Callable[[str, str], tuple
             if not math.isnan(lo):
                 ax.errorbar(x, v, yerr=[[v - lo], [hi - v]], color="#333333", lw=0.8, capsize=1.6, zorder=3)
             if labelled:
-                # Inside the foot of the bar: never in the way of error bars or lines.
-                ax.text(x, 1.5, f"{v:.0f}", ha="center", va="bottom", fontsize=6, zorder=4,
-                        color="white" if method in ("FT+PTQ", "ReQAT-T", "ReQAT-TQS", "ReQAT-TQ") else "black")
+                # In the foot of the bar, out of the way of error bars and lines; above a bar too short for it.
+                short = lo < 9
+                ax.text(
+                    x,
+                    hi + 1 if short else 1.5,
+                    f"{v:.0f}",
+                    ha="center",
+                    va="bottom",
+                    fontsize=6,
+                    zorder=4,
+                    color="white" if method in ("FT+PTQ", "ReQAT-T", "ReQAT-TQS") and not short else "black",
+                )
     ax.set_xticks(range(len(precisions)), [p.replace("-", "\n", 1) for p in precisions])
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(-0.5, len(precisions) - 0.5)
     ax.set_ylim(0, 100)
 
 
-def _patch(method: str) -> Any:
-    from matplotlib.patches import Patch
-
+def _patch(method: str) -> Patch:
     return Patch(facecolor=style.colour(method), label=method)
 
 
@@ -137,9 +160,9 @@ def _patch(method: str) -> Any:
 def figure1c(results: Results, model: str) -> Figure:
     """Figure 1(c): accuracy against the total token budget, one line a method, at NVFP4-W4A4KV4.
 
-    Inferred from Table 1 like Figure 1(b): the horizontal axis is the total (fine-tuning and QAT together), equal for all methods;
-    the BF16 base and PTQ of it, which spend nothing, are the levels on the left edge. The paper's curves are in a panel of
-    their own, with the paper's totals.
+    Inferred from Table 1 like Figure 1(b): the horizontal axis is the total (fine-tuning and QAT together), equal for
+    all methods; the BF16 base and PTQ of it, which spend nothing, are the levels on the left edge. The paper's curves
+    are in a panel of their own, with the paper's totals.
     """
     entries = results.of("figure1", model=model)
     all_lines, precision = lines(entries), reference_precision(entries)
@@ -161,7 +184,14 @@ def figure1c(results: Results, model: str) -> Figure:
             left.fill_between(x, v[:, 1], v[:, 2], color=style.colour(method), alpha=0.13, lw=0)
             left.plot(x, v[:, 0], **style.line(method), ls=_dash(at), zorder=3)
             if len(x) == 1:
-                left.errorbar(x, v[:, 0], yerr=[v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]], color=style.colour(method), lw=0.9, zorder=2)
+                left.errorbar(
+                    x,
+                    v[:, 0],
+                    yerr=[v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]],
+                    color=style.colour(method),
+                    lw=0.9,
+                    zorder=2,
+                )
         else:
             v0, lo, hi = _percent(results, line.by[None])
             left.axhline(v0, color=style.colour(method), ls=":", lw=1.1)
@@ -172,7 +202,10 @@ def figure1c(results: Results, model: str) -> Figure:
             right.plot(list(budgets), list(budgets.values()), **style.line(method), ls=_dash(at))
         elif theirs:
             right.axhline(theirs[None], color=style.colour(method), ls=":", lw=1.1)
-    for ax, totals in ((left, sorted({e.total_tokens for e in entries if e.total_tokens})), (right, list(paper.budgets("table1")))):
+    for ax, totals in (
+        (left, sorted({e.total_tokens for e in entries if e.total_tokens})),
+        (right, list(paper.budgets("table1"))),
+    ):
         ax.set_xticks(totals, [tokens(t) for t in totals])
         ax.set_xlabel("total training budget (tokens)")
         pad = 0.08 * (totals[-1] - totals[0]) or 0.5 * totals[0]
@@ -180,8 +213,8 @@ def figure1c(results: Results, model: str) -> Figure:
     left.set_ylabel("accuracy (%)")
     right.set_ylabel(PAPER_AXIS)
     style.panel(left, "c", f"Measured: {model}, {precision}")
-    style.panel(right, "", f"Paper: {MODEL_OF_PAPER}, {precision}")
-    right.title.set_color(style.GREY)
+    style.panel(right, "", f"Paper: {MODEL_OF_PAPER}, {precision}", theirs=True)
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     handles = [_handle(m) for m in shown]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2, handlelength=2.0)
     return _finish(fig, results, used)
@@ -200,16 +233,17 @@ def _handle(method: str) -> Line2D:
 
 # -- Table 1 as dots and intervals -----------------------------------------------------------------------------------
 def table1_dots(results: Results, model: str) -> Figure:
-    """Table 1 at a glance: a dot and its interval a method and budget, one column of panels a precision; the paper's below."""
+    """Table 1 at a glance: a dot and its interval a method and budget, one column of panels a precision; the paper's
+    below.
+    """
     entries = results.of("table1", model=model)
     all_lines = lines(entries)
     precisions = list(dict.fromkeys(e.precision for e in entries if e.precision != BF16))
-    rows = [m for m in ("Baseline", "FT", *METHODS)
-            if any(li.method == m for li in all_lines)]
+    rows = [m for m in ("Baseline", "FT", *METHODS) if any(li.method == m for li in all_lines)]
     fig = style.figure(1.7 + 0.5 * len(rows))
     axes = fig.subplots(2, len(precisions), squeeze=False, sharey="row", height_ratios=[1.25, 1])
     ours = sorted({e.multiple for e in entries if e.multiple})
-    theirs = sorted(m for m in map(paper_multiple, paper.budgets("table1")) if m)
+    theirs = sorted(m for m in map(paper.multiple, paper.budgets("table1")) if m)
     for column, precision in enumerate(precisions):
         top, bottom = axes[0, column], axes[1, column]
         for y, method in enumerate(rows):
@@ -218,15 +252,24 @@ def table1_dots(results: Results, model: str) -> Figure:
                 entry = next((li.by.get(m) for li in all_lines if li.precision == at and li.method == method), None)
                 if entry is not None:
                     v, lo, hi = _percent(results, entry)
-                    top.errorbar(v, y + _offset(m, ours), xerr=[[v - lo], [hi - v]], lw=1.0, capsize=0, zorder=3,
-                                 **_dot(method, m, ours))
+                    top.errorbar(
+                        v,
+                        y + _offset(m, ours),
+                        xerr=[[v - lo], [hi - v]],
+                        lw=1.0,
+                        capsize=0,
+                        zorder=3,
+                        **_dot(method, m, ours),
+                    )
             for m in [None, *theirs]:
-                budgets = {paper_multiple(t): a for t, a in paper.by_budget("table1", precision=at, method=method).items()}
+                budgets = {
+                    paper.multiple(t): a for t, a in paper.by_budget("table1", precision=at, method=method).items()
+                }
                 if m in budgets:
                     bottom.plot(budgets[m], y + _offset(m, theirs), zorder=3, **_dot(method, m, theirs))
         for ax in (top, bottom):
             ax.set_yticks(range(len(rows)), [{"FT": "BF16 FT", "Baseline": "BF16 base"}.get(m, m) for m in rows])
-            ax.set_ylim(len(rows) - 0.5, -0.5)
+            ax.set_ylim(len(rows) - 0.4, -0.6)
             ax.grid(axis="x")
             ax.grid(axis="y", visible=False)
             ax.axhline(1.5, color="#BBBBBB", lw=0.6)
@@ -240,16 +283,22 @@ def table1_dots(results: Results, model: str) -> Figure:
     axes[1, 0].set_ylabel(f"paper: {MODEL_OF_PAPER}", color=style.GREY, fontweight="bold")
     totals = {e.multiple: e.total_tokens for e in entries}
     several = len(ours) > 1
-    words = (f"From the top of each line: {', '.join(tokens(totals[m]) for m in ours)} tokens in all (darker: more); "
-             f"paper: {', '.join(tokens(t) for t in paper.budgets('table1'))}.") if several else ""
+    words = (
+        (
+            f"From the top of each line: {', '.join(tokens(totals[m]) for m in ours)} tokens in all (darker: more); "
+            f"paper: {', '.join(tokens(t) for t in paper.budgets('table1'))}."
+        )
+        if several
+        else ""
+    )
     return _finish(fig, results, entries, *([words] if words else []))
 
 
 def _offset(multiple: int | None, known: Sequence[int]) -> float:
-    """Vertical place within a line: budgets spread over 0.6 of it, ascending downwards."""
+    """Vertical place within a line: budgets spread over half of it, ascending downwards."""
     if multiple is None or len(known) < 2:
         return 0.0
-    return 0.6 * (known.index(multiple) / (len(known) - 1) - 0.5)
+    return 0.5 * (known.index(multiple) / (len(known) - 1) - 0.5)
 
 
 def _dot(method: str, multiple: int | None, known: Sequence[int]) -> dict[str, Any]:
@@ -268,9 +317,9 @@ def _share_limits(axes: Sequence[Axes]) -> None:
 def losses(results: Results, model: str) -> Figure:
     """Training loss against tokens spent: BF16 fine-tuning, QAT from the base, and stage 2 of each ReQAT variant.
 
-    The horizontal axis counts from the base model, so that a second stage begins where its first one ended. Drawn is the
-    negative log-likelihood (nats a response token, without SEM's term), smoothed over 5% of the stage; the pale line is what the
-    record holds, training seed by training seed.
+    The horizontal axis counts from the base model, so that a second stage begins where its first one ended. Drawn is
+    the negative log-likelihood (nats a response token, without SEM's term), smoothed over 5% of the stage; the pale
+    line is what the record holds, training seed by training seed.
     """
     entries = results.of("table1", model=model)
     precision, claim = reference_precision(entries), results.plan.tier.budget.claim_total
@@ -291,11 +340,18 @@ def losses(results: Results, model: str) -> Figure:
             if method.startswith("ReQAT"):
                 start = min(start, float(x[0]))
             if at != BF16:
-                tails.append(smooth[-max(1, len(y) // 5):])
+                tails.append(smooth[-max(1, len(y) // 5) :])
             for ax in (left, right):
                 ax.plot(x, y, color=style.colour(method), lw=0.5, alpha=0.22)
-                ax.plot(x, smooth, color=style.colour(method), lw=1.3, ls=_dash(at), alpha=1.0 if k == 0 else 0.6,
-                        label=(f"{BF16} FT" if method == "FT" else method) if k == 0 else None)
+                ax.plot(
+                    x,
+                    smooth,
+                    color=style.colour(method),
+                    lw=1.3,
+                    ls=_dash(at),
+                    alpha=1.0 if k == 0 else 0.6,
+                    label=(f"{BF16} FT" if method == "FT" else method) if k == 0 else None,
+                )
     if not used:
         raise ReqatError(f"tier {results.plan.tier.name} trains nothing at {precision}; there is no loss to draw")
     ends = max(float(line.get_xdata()[-1]) for line in left.get_lines())  # type: ignore[index]
@@ -314,7 +370,7 @@ def losses(results: Results, model: str) -> Figure:
     for ax in (left, right):
         ax.set_xlabel("tokens spent since the base model")
         ax.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
-        ax.set_ylabel("training loss (nats / response token)")
+        ax.set_ylabel("loss (nats / response token)")
     handles, labels = left.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=len(handles))
     return _finish(fig, results, used)
@@ -334,8 +390,10 @@ def curve(results: Results, stage: str) -> tuple[np.ndarray, np.ndarray]:
     if not points:
         raise ReqatError(f"{results.folder(chain[0].id)}: the record has no curve; {results.remedy([chain[0].id])}")
     before = sum(s.budget_tokens for s in chain[1:] if s.kind != "base")
-    return (before + np.array([p["tokens"] for p in points], dtype=float),
-            np.array([p.get("nll", p["loss"]) for p in points], dtype=float))
+    return (
+        before + np.array([p["tokens"] for p in points], dtype=float),
+        np.array([p.get("nll", p["loss"]) for p in points], dtype=float),
+    )
 
 
 def moving_average(y: np.ndarray, window: int) -> np.ndarray:
@@ -344,3 +402,94 @@ def moving_average(y: np.ndarray, window: int) -> np.ndarray:
     half, i = window // 2, np.arange(len(y))
     lo, hi = np.maximum(0, i - half), np.minimum(len(y), i + half + 1)
     return (total[hi] - total[lo]) / (hi - lo)
+
+
+# -- Q-FIT -----------------------------------------------------------------------------------------------------------
+def qfit(results: Results, model: str) -> Figure:
+    """Q-FIT's search: attention error over the grid of scale exponent and shift, a panel a layer, the chosen point
+    marked.
+
+    Colour is the error relative to no Q-FIT (alpha = beta = 0), in percent: every layer has a scale of its own for its
+    errors, and what matters is how much of it goes away.
+    """
+    found = qfit_cell(results.plan, model)
+    if found is None:
+        raise ReqatError(f"tier {results.plan.tier.name} has no Q-FIT stage for {model}; there is no map to draw")
+    id, cell = found
+    entry = next(e for e in results.entries if cell in e.cells)
+    m = results.metrics(id)
+    missing = [k for k in ("error_map", "alphas", "betas", "alpha", "beta") if k not in m]
+    if missing:
+        raise ReqatError(f"{results.folder(id)}: the record lacks {', '.join(missing)}; {results.remedy([id])}")
+    errors = np.array(m["error_map"], dtype=float)  # [L, A, B]
+    before = errors[:, :1, :1]
+    change = 100 * np.where(before > 0, errors / np.where(before > 0, before, 1) - 1, 0)
+    n = len(change)
+    columns = min(n, 4 if n <= 8 else 8)
+    rows = -(-n // columns)
+    fig = style.figure(0.9 + rows * (style.WIDTH_IN - 0.9) / columns)
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    # Beyond +50% worse is worse all the same; a symmetric scale keeps "no change" at the neutral colour.
+    reach = float(min(50.0, max(1.0, np.abs(change).max())))
+    step_a, step_b = _step(m["alphas"]), _step(m["betas"])
+    extent = (
+        m["betas"][0] - step_b / 2,
+        m["betas"][-1] + step_b / 2,
+        m["alphas"][0] - step_a / 2,
+        m["alphas"][-1] + step_a / 2,
+    )
+    image = None
+    for layer, ax in enumerate(axes.flat):
+        if layer >= n:
+            ax.set_visible(False)
+            continue
+        image = ax.imshow(
+            change[layer], origin="lower", extent=extent, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto"
+        )
+        ax.plot(m["beta"][layer], m["alpha"][layer], marker="o", ms=5.5, mfc="white", mec="black", mew=1.2)
+        i, j = m["alphas"].index(m["alpha"][layer]), m["betas"].index(m["beta"][layer])
+        ax.set_title(
+            f"layer {layer}: {change[layer, i, j]:+.1f}%".replace("-", "\u2212"),
+            fontsize=8 if columns <= 4 else 6,
+            loc="left",
+        )
+        ax.grid(False)
+        ax.xaxis.set_major_locator(MaxNLocator(3))
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(True)
+    for ax in axes[-1]:
+        ax.set_xlabel("shift \u03b2")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("scale \u03b1")
+    assert image is not None
+    bar = fig.colorbar(
+        image, ax=axes, fraction=0.04, pad=0.01, extend="max" if np.abs(change).max() > reach else "neither"
+    )
+    bar.set_label("attention error vs. none (%)")
+    note = "Circle: the chosen point; its change of the error stands in the title."
+    made = results.provenance([entry])
+    calibration = results.plan.stage(id).settings.calibration  # type: ignore[union-attr]
+    style.footer(
+        fig,
+        [
+            made.notes()[0],
+            f"{model}, {entry.precision}, before the QAT of {entry.method}.",
+            f"Calibration: {calibration.sequences} sequences of {calibration.sequence_tokens} tokens.",
+            note,
+            *made.notes()[2:],
+        ],
+    )
+    return fig
+
+
+def _step(values: Sequence[float]) -> float:
+    return values[1] - values[0] if len(values) > 1 else 1.0
+
+
+DRAW: dict[str, Callable[[Results, str], Figure]] = {
+    "figure1b": figure1b,
+    "figure1c": figure1c,
+    "table1-dots": table1_dots,
+    "losses": losses,
+    "qfit": qfit,
+}

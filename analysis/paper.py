@@ -2,11 +2,13 @@
 
 `paper_reported.csv` holds every number of the tables and of Figure 6 of "ReQAT: Achieving Full-Precision Reasoning
 Accuracy with 4-bit Floating-Point Quantization-Aware Training" (ICML 2026, arXiv 2606.15682), transcribed by hand, one
-number a row: artifact, model, format (the precision), method, condition, metric, value. Accuracies are percentages, mean
-over 8 sampling seeds; the paper gives no intervals. `condition` is `key=value;key=value` or a bare flag (`greedy`).
+number a row: artifact, model, format (the precision), method, condition, metric, value. Accuracies are percentages,
+mean over 8 sampling seeds; the paper gives no intervals. `condition` is `key=value;key=value` or a bare flag
+(`greedy`).
 
 These numbers are only ever drawn or printed *beside* what was measured here, never mixed with it.
 """
+
 from __future__ import annotations
 
 import csv
@@ -15,11 +17,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 CITATION = "ReQAT, ICML 2026, arXiv 2606.15682"
 SOURCE = Path(__file__).with_name("paper_reported.csv")
+QAT_TOKENS = 70_000_000  # the QAT budget of every total (Table 1)
 COLUMNS = ("artifact", "model", "format", "method", "condition", "metric", "value")
 
 
@@ -71,32 +76,47 @@ def reported() -> tuple[Reported, ...]:
             raise ValueError(f"{SOURCE}: columns {reader.fieldnames}, expected {COLUMNS}")
         for r in reader:
             condition = parse_condition(r["condition"])
-            rows.append(Reported(r["artifact"], r["model"], r["format"], r["method"], condition, r["metric"],
-                                 float(r["value"])))
+            rows.append(
+                Reported(r["artifact"], r["model"], r["format"], r["method"], condition, r["metric"], float(r["value"]))
+            )
     seen = {(r.artifact, r.model, r.precision, r.method, tuple(sorted(r.condition.items())), r.metric) for r in rows}
     if len(seen) != len(rows):
         raise ValueError(f"{SOURCE}: {len(rows) - len(seen)} number(s) stand twice")
     return tuple(rows)
 
 
-def select(artifact: str, *, precision: str | None = None, method: str | None = None, metric: str | None = None,
-           model: str | None = None, **condition: str) -> tuple[Reported, ...]:
+def select(
+    artifact: str,
+    *,
+    precision: str | None = None,
+    method: str | None = None,
+    metric: str | None = None,
+    model: str | None = None,
+    **condition: str,
+) -> tuple[Reported, ...]:
     """The numbers that match; `condition` names values that must hold (others are free)."""
     return tuple(
-        r for r in reported()
+        r
+        for r in reported()
         if r.artifact == artifact
-        and precision in (None, r.precision) and method in (None, r.method)
-        and metric in (None, r.metric) and model in (None, r.model)
-        and all(r.condition.get(k) == v for k, v in condition.items()))
+        and precision in (None, r.precision)
+        and method in (None, r.method)
+        and metric in (None, r.metric)
+        and model in (None, r.model)
+        and all(r.condition.get(k) == v for k, v in condition.items())
+    )
 
 
-def value(artifact: str, *, precision: str, method: str, metric: str = "AIME-120", model: str | None = None,
-          **condition: str) -> float | None:
+def value(
+    artifact: str, *, precision: str, method: str, metric: str = "AIME-120", model: str | None = None, **condition: str
+) -> float | None:
     """The one number that matches, None if the paper has none. Raises ValueError if several match."""
     found = select(artifact, precision=precision, method=method, metric=metric, model=model, **condition)
     if len(found) > 1:
-        raise ValueError(f"{len(found)} numbers of {artifact} match {precision} {method} {metric} {condition}; "
-                         f"name a condition: {[dict(r.condition) for r in found]}")
+        raise ValueError(
+            f"{len(found)} numbers of {artifact} match {precision} {method} {metric} {condition}; "
+            f"name a condition: {[dict(r.condition) for r in found]}"
+        )
     return found[0].value if found else None
 
 
@@ -105,8 +125,14 @@ def budgets(artifact: str) -> tuple[int, ...]:
     return tuple(sorted({r.total_tokens for r in reported() if r.artifact == artifact and r.total_tokens}))
 
 
-def by_budget(artifact: str, *, precision: str, method: str, metric: str = "AIME-120",
-              **condition: str) -> dict[int | None, float]:
+def multiple(total_tokens: int | None) -> int | None:
+    """The paper's total in its QAT budgets of 70M tokens: 140M -> 2; None (no budget) stays None."""
+    return None if total_tokens is None else total_tokens // QAT_TOKENS
+
+
+def by_budget(
+    artifact: str, *, precision: str, method: str, metric: str = "AIME-120", **condition: str
+) -> dict[int | None, float]:
     """`{total_tokens: value}` of one row of an artifact; the key is None where the paper names no budget."""
     found = select(artifact, precision=precision, method=method, metric=metric, **condition)
     out = {r.total_tokens: r.value for r in found}
@@ -117,6 +143,8 @@ def by_budget(artifact: str, *, precision: str, method: str, metric: str = "AIME
 
 def frame() -> pd.DataFrame:
     """The file as a tidy frame, with `total_tokens` beside `condition`."""
+    import pandas as pd
+
     data = pd.read_csv(SOURCE, keep_default_na=False).rename(columns={"format": "precision"})
     data["total_tokens"] = pd.array([r.total_tokens for r in reported()], dtype="Int64")
     return data

@@ -1,11 +1,11 @@
 """The tables: from entries of the plan and their estimates to `Table` values.
 
-Every builder has one form, `builder(results, artifact) -> Table`. Accuracies are percent with 95% intervals clustered by problem;
-differences are percentage points from paired comparisons on the same problems and sampling seeds; the paper's numbers stand in a
-block of their own, never mixed with ours. Where the plan has no such cell (a dash), the design asks for none; a cell that the plan
-has and nobody has made is an error.
+Every builder has one form, `builder(results, artifact) -> Table`. Accuracies are percent with 95% intervals clustered
+by problem; differences are percentage points from paired comparisons on the same problems and sampling seeds; the
+paper's numbers stand in a block of their own, never mixed with ours. Where the plan has no such cell (a dash), the
+design asks for none; a cell that the plan has and nobody has made is an error.
 
-    table1, figure1      precisions x methods x total budgets
+    table1               precisions x methods x total budgets
     table2               task families in place of the paper's benchmarks
     table4               QAT on the traces of fine-tuning, or on others
     table5               parts of Q-FIT: final loss and accuracy
@@ -13,11 +13,12 @@ has and nobody has made is an error.
     claims               the paper's comparisons, tested (made of table1's and table4's cells)
     anything else        one line a method or condition, columns by budget
 """
+
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,13 @@ import pandas as pd
 
 from analysis import paper
 from analysis.cells import Entry, Results
+from analysis.claims import ALPHA, PARITY_POINTS, tested
 from analysis.document import EMPTY, Column, Table, Text, best, interval, number, p_value, percent, tokens
+from analysis.names import BF16, REFERENCE_PRECISION, table_names
 from reqat.config.errors import ReqatError
 
 if TYPE_CHECKING:
     from reqat.evaluation.statistics import Difference, Estimate
-
-BF16 = "BF16"
-REFERENCE_PRECISION = "NVFP4-W4A4KV4"  # where the claims rest
-PARITY_POINTS = 3.0  # "full-precision accuracy" is tested as: not more than this below BF16 fine-tuning
-ALPHA = 0.05
 
 Reference = Callable[[Entry, Sequence[Entry]], Entry | None]
 
@@ -60,7 +58,9 @@ def lines(entries: Iterable[Entry], method: Callable[[Entry], str] = lambda e: e
     """Entries by line, in the plan's order; `method` may rename (so that "FT+GPTQ" continues "GPTQ")."""
     out: dict[tuple[str, str, str, str], Line] = {}
     for e in entries:
-        line = out.setdefault((e.model, e.precision, method(e), e.condition), Line(e.model, e.precision, method(e), e.condition))
+        line = out.setdefault(
+            (e.model, e.precision, method(e), e.condition), Line(e.model, e.precision, method(e), e.condition)
+        )
         if e.multiple in line.by:
             raise ReqatError(f"{e.artifact}: two entries for one cell: {line.by[e.multiple]} and {e}")
         line.by[e.multiple] = e
@@ -88,10 +88,18 @@ def bf16_at_budget(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
 
 def where(condition: str) -> Reference:
     """The entry of the same precision and budget whose condition is this one."""
+
     def find(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-        found = [e for e in entries if e.condition == condition and e.model == entry.model
-                 and e.precision == entry.precision and e.multiple == entry.multiple]
+        found = [
+            e
+            for e in entries
+            if e.condition == condition
+            and e.model == entry.model
+            and e.precision == entry.precision
+            and e.multiple == entry.multiple
+        ]
         return found[0] if found and found[0] is not entry else None
+
     return find
 
 
@@ -114,40 +122,72 @@ def reported_text(value: float | None, bold: bool = False, digits: int = 1) -> T
     return Text() if value is None else Text(number(value, digits), bold)
 
 
-def measured_row(results: Results, entry: Entry, *, metric: str = "accuracy", family: str | None = None,
-                 reference: Entry | None = None) -> dict[str, Any]:
+def measured_row(
+    results: Results,
+    entry: Entry,
+    *,
+    metric: str = "accuracy",
+    family: str | None = None,
+    reference: Entry | None = None,
+) -> dict[str, Any]:
     """A row of the tidy CSV: what was measured, percent and percentage points, with everything needed to check it."""
     e = results.estimate(entry, family)
     made = results.provenance([entry])
     row: dict[str, Any] = {
-        "source": "measured", "tier": made.tier, "model": entry.model, "precision": entry.precision, "method": entry.method,
-        "condition": entry.condition, "recipe": entry.recipe, "total_tokens": entry.total_tokens, "multiple": entry.multiple,
-        "metric": metric, "family": family or "all", "value": 100 * e.value, "lo": 100 * e.lo, "hi": 100 * e.hi}
+        "source": "measured",
+        "tier": made.tier,
+        "model": entry.model,
+        "precision": entry.precision,
+        "method": entry.method,
+        "condition": entry.condition,
+        "recipe": entry.recipe,
+        "total_tokens": entry.total_tokens,
+        "multiple": entry.multiple,
+        "metric": metric,
+        "family": family or "all",
+        "value": 100 * e.value,
+        "lo": 100 * e.lo,
+        "hi": 100 * e.hi,
+    }
     if reference is not None:
         d = results.paired(entry, reference, family)
-        row |= {"reference": f"{reference.precision} {reference.method} {reference.condition}".strip(),
-                "difference": 100 * d.value, "difference_lo": 100 * d.lo, "difference_hi": 100 * d.hi, "p": d.p}
+        row |= {
+            "reference": f"{reference.precision} {reference.method} {reference.condition}".strip(),
+            "difference": 100 * d.value,
+            "difference_lo": 100 * d.lo,
+            "difference_hi": 100 * d.hi,
+            "p": d.p,
+        }
     return row | _made(results, entry, e.n_problems)
 
 
 def _made(results: Results, entry: Entry, n_problems: int) -> dict[str, Any]:
     made = results.provenance([entry])
-    return {"n_problems": n_problems, "n_sampling_seeds": made.sampling_seeds[-1],
-            "training_seeds": " ".join(map(str, entry.training_seeds)), "decoding": "; ".join(made.decoding),
-            "arithmetic": "; ".join(made.arithmetic), "commit": " ".join(made.commits),
-            "evaluations": " ".join(c.evaluation for c in entry.cells)}
+    return {
+        "n_problems": n_problems,
+        "n_sampling_seeds": made.sampling_seeds[-1],
+        "training_seeds": " ".join(map(str, entry.training_seeds)),
+        "decoding": "; ".join(made.decoding),
+        "arithmetic": "; ".join(made.arithmetic),
+        "commit": " ".join(made.commits),
+        "evaluations": " ".join(c.evaluation for c in entry.cells),
+    }
 
 
 def paper_row(r: paper.Reported) -> dict[str, Any]:
     """A row of the tidy CSV: a number of the paper."""
     condition = ";".join(f"{k}={v}" for k, v in r.condition.items() if k != "total_tokens")
-    return {"source": "paper", "model": r.model, "precision": r.precision, "method": r.method, "condition": condition,
-            "total_tokens": r.total_tokens, "multiple": paper_multiple(r.total_tokens), "metric": r.metric, "value": r.value}
-
-
-def paper_multiple(total_tokens: int | None) -> int | None:
-    """The paper's total in its QAT budgets of 70M: 140M -> 2."""
-    return None if total_tokens is None else total_tokens // 70_000_000
+    return {
+        "source": "paper",
+        "model": r.model,
+        "precision": r.precision,
+        "method": r.method,
+        "condition": condition,
+        "total_tokens": r.total_tokens,
+        "multiple": paper.multiple(r.total_tokens),
+        "metric": r.metric,
+        "value": r.value,
+    }
 
 
 def tidy(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -162,19 +202,35 @@ def tidy(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def footer(results: Results, entries: Sequence[Entry], *more: str) -> tuple[str, ...]:
     """Who made the numbers, how they were made, and what the intervals do and do not cover."""
     made = results.provenance(entries)
-    seeds = ("Intervals: 95%, clustered by problem; with one training seed they do not cover what another training run would give."
-             if made.training_seeds[0] == 1 else "Intervals: 95%, clustered by problem, over all sampling and training seeds.")
+    seeds = (
+        "Intervals: 95%, clustered by problem; with one training seed they do not cover what another training run "
+        "would give."
+        if made.training_seeds[0] == 1
+        else "Intervals: 95%, clustered by problem, over all sampling and training seeds."
+    )
     if len(made.training_seeds) > 1:
         seeds += " Differences use the training seeds that both sides have."
     return (*made.notes(), seeds, *more)
 
 
 # -- the grid that most tables are -----------------------------------------------------------------------------------
-def grid(results: Results, artifact: str, *, caption: str, reference: Reference, reference_name: str, stub: Sequence[Column],
-         labels: Callable[[Line], Sequence[str]], method: Callable[[Entry], str] = lambda e: e.method,
-         reported: Callable[[Line, int | None], float | None] | None = None, reported_name: str = "",
-         reported_columns: Sequence[tuple[int | None, str]] = (), reported_rows: Sequence[paper.Reported] = (),
-         bold: bool = True, notes: Sequence[str] = ()) -> Table:
+def grid(
+    results: Results,
+    artifact: str,
+    *,
+    caption: str,
+    reference: Reference,
+    reference_name: str,
+    stub: Sequence[Column],
+    labels: Callable[[Line], Sequence[str]],
+    method: Callable[[Entry], str] = lambda e: e.method,
+    reported: Callable[[Line, int | None], float | None] | None = None,
+    reported_name: str = "",
+    reported_columns: Sequence[tuple[int | None, str]] = (),
+    reported_rows: Sequence[paper.Reported] = (),
+    bold: bool = True,
+    notes: Sequence[str] = (),
+) -> Table:
     """Lines x budgets: accuracy with interval, difference to a reference with p, the paper's number.
 
     Bold is the best quantized line of a precision and budget. A section a model and precision.
@@ -184,17 +240,24 @@ def grid(results: Results, artifact: str, *, caption: str, reference: Reference,
     heads = budget_names(entries)
     all_lines = lines(entries, method)
     compared = [m for m in heads if any(reference(li.by[m], entries) for li in all_lines if m in li.by)]
-    columns = [*([Column("Model", align="l")] if many else []), *stub,
-               *(Column(h, "Accuracy (%)") for h in heads.values()),
-               *(Column(heads[m], reference_name) for m in compared),
-               *(Column(h, reported_name) for _, h in reported_columns)]
+    columns = [
+        *([Column("Model", align="l")] if many else []),
+        *stub,
+        *(Column(h, "Accuracy (%)") for h in heads.values()),
+        *(Column(heads[m], reference_name) for m in compared),
+        *(Column(h, reported_name) for _, h in reported_columns),
+    ]
     sections: list[tuple[tuple[Text, ...], ...]] = []
     rows: list[dict[str, Any]] = []
     for (model, _), group in _runs(all_lines, lambda li: (li.model, li.precision)):
-        bolds = {m: _bold(group, [results.estimate(li.by[m]).value if m in li.by else None for li in group], bold)
-                 for m in heads}
-        paper_bolds = {m: _bold(group, [_fraction(reported(li, m)) if reported else None for li in group], bold)
-                       for m, _ in reported_columns}
+        bolds = {
+            m: _bold(group, [results.estimate(li.by[m]).value if m in li.by else None for li in group], bold)
+            for m in heads
+        }
+        paper_bolds = {
+            m: _bold(group, [_fraction(reported(li, m)) if reported else None for li in group], bold)
+            for m, _ in reported_columns
+        }
         section = []
         for i, li in enumerate(group):
             cells = [Text(model)] if many else []
@@ -203,17 +266,29 @@ def grid(results: Results, artifact: str, *, caption: str, reference: Reference,
             for m in compared:
                 other = reference(li.by[m], entries) if m in li.by else None
                 cells.append(difference_text(results.paired(li.by[m], other)) if other else Text())
-            cells += [reported_text(reported(li, m) if reported else None, paper_bolds[m][i]) for m, _ in reported_columns]
+            cells += [
+                reported_text(reported(li, m) if reported else None, paper_bolds[m][i]) for m, _ in reported_columns
+            ]
             section.append(tuple(cells))
-            rows += [measured_row(results, e, reference=reference(e, entries)) | {"best": bolds[m][i]} for m, e in li.by.items()]
+            rows += [
+                measured_row(results, e, reference=reference(e, entries)) | {"best": bolds[m][i]}
+                for m, e in li.by.items()
+            ]
         sections.append(tuple(section))
     # Neighbouring one-line sections read better as one block.
     if all(len(s) == 1 for s in sections):
         sections = [tuple(s[0] for s in sections)]
     rows += [paper_row(r) for r in reported_rows]
     note = [f"Numbers of the paper: {paper.CITATION}."] if reported_columns else []
-    return Table(artifact, results.title(artifact), caption, footer(results, entries, *notes, *note), tuple(columns),
-                 tuple(sections), tidy(rows))
+    return Table(
+        artifact,
+        results.title(artifact),
+        caption,
+        footer(results, entries, *notes, *note),
+        tuple(columns),
+        tuple(sections),
+        tidy(rows),
+    )
 
 
 def _runs(items: Sequence[Line], key: Callable[[Line], tuple[str, str]]) -> list[tuple[tuple[str, str], list[Line]]]:
@@ -240,7 +315,7 @@ _SAME_BUDGET = "Every method of a column spent the same total of training tokens
 
 
 def _paper_heads(artifact: str, *, untrained: bool) -> list[tuple[int | None, str]]:
-    heads: list[tuple[int | None, str]] = [(paper_multiple(t), tokens(t)) for t in paper.budgets(artifact)]
+    heads: list[tuple[int | None, str]] = [(paper.multiple(t), tokens(t)) for t in paper.budgets(artifact)]
     return [(None, "untrained"), *heads] if untrained else heads
 
 
@@ -249,7 +324,7 @@ def _paper_lookup(artifact: str) -> Callable[[Line, int | None], float | None]:
     table: dict[tuple[Any, ...], float] = {}
     for r in paper.select(artifact, metric="AIME-120"):
         condition = frozenset((k, v) for k, v in r.condition.items() if k != "total_tokens")
-        table[r.precision, r.method, condition, paper_multiple(r.total_tokens)] = r.value
+        table[r.precision, r.method, condition, paper.multiple(r.total_tokens)] = r.value
     return lambda li, m: table.get((li.precision, li.method, frozenset(paper.parse_condition(li.condition).items()), m))
 
 
@@ -257,57 +332,92 @@ def table1(results: Results, artifact: str = "table1") -> Table:
     """Paper Table 1: three precisions x methods x total budgets, the distance to BF16, and the paper's own block."""
     source = "table1"
     return grid(
-        results, artifact, reference=bf16_at_budget, reference_name=f"Difference to {BF16} (points)", stub=(PRECISION, METHOD),
-        labels=lambda li: (li.precision, li.method), reported=_paper_lookup(source),
-        reported_name="Paper: R1-Qwen-14B, AIME-120 (%)", reported_columns=_paper_heads(source, untrained=True),
+        results,
+        artifact,
+        reference=bf16_at_budget,
+        reference_name=f"Difference to {BF16} (points)",
+        stub=(PRECISION, METHOD),
+        labels=lambda li: (li.precision, li.method),
+        reported=_paper_lookup(source),
+        reported_name="Paper: R1-Qwen-14B, AIME-120 (%)",
+        reported_columns=_paper_heads(source, untrained=True),
         reported_rows=paper.select(source),
-        caption="Accuracy with 95% interval, by total training budget (fine-tuning and QAT together). Differences are to BF16 "
-                "fine-tuning with the same total budget, where nothing is trained to the BF16 base; p from a paired test on the "
-                "same problems and sampling seeds. The right block is what the paper reports on its own model and benchmark, "
-                f"where the QAT budget is 70M tokens; here it is {tokens(results.plan.tier.budget.qat_tokens)}.",
-        notes=(_BOLD, _SAME_BUDGET))
+        caption="Accuracy with 95% interval, by total training budget (fine-tuning and QAT together). "
+        "Differences are to BF16 "
+        "fine-tuning with the same total budget, where nothing is trained to the BF16 base; p from a paired test on "
+        "the "
+        "same problems and sampling seeds. The right block is what the paper reports on its own model and benchmark, "
+        f"where the QAT budget is 70M tokens; here it is {tokens(results.plan.tier.budget.qat_tokens)}.",
+        notes=(_BOLD, _SAME_BUDGET),
+    )
 
 
 def table4(results: Results, artifact: str = "table4") -> Table:
     """Paper Table 4: QAT alone, QAT after FT on other traces, QAT after FT on the same traces."""
     says = {"na": EMPTY, "no": "different", "yes": "same"}
     return grid(
-        results, artifact, reference=where("aligned=no"), reference_name="Difference to different traces (points)",
+        results,
+        artifact,
+        reference=where("aligned=no"),
+        reference_name="Difference to different traces (points)",
         stub=(PRECISION, METHOD, Column("QAT's traces", align="l")),
         labels=lambda li: (li.precision, li.method, says[paper.parse_condition(li.condition)["aligned"]]),
-        reported=_paper_lookup("table4"), reported_name="Paper: R1-Qwen-14B, AIME-120 (%)",
-        reported_columns=_paper_heads("table4", untrained=False), reported_rows=paper.select("table4"),
-        caption="Does it matter that QAT sees the very traces of fine-tuning? Both FT+QAT lines have the same first stage and the "
-                "same number of QAT tokens; only the choice of traces differs. QAT alone spends the whole budget on QAT.",
-        notes=(_BOLD, _SAME_BUDGET))
+        reported=_paper_lookup("table4"),
+        reported_name="Paper: R1-Qwen-14B, AIME-120 (%)",
+        reported_columns=_paper_heads("table4", untrained=False),
+        reported_rows=paper.select("table4"),
+        caption="Does it matter that QAT sees the very traces of fine-tuning? Both FT+QAT lines have the "
+        "same first stage and the "
+        "same number of QAT tokens; only the choice of traces differs. QAT alone spends the whole budget on QAT.",
+        notes=(_BOLD, _SAME_BUDGET),
+    )
 
 
 def ptq(results: Results, artifact: str = "ptq") -> Table:
     """Post-training quantization: rounding (RTN) and GPTQ, of the base model and of the fine-tuned one."""
+
     def name(e: Entry) -> str:
         if e.precision == BF16:
             return EMPTY
-        return e.method.removeprefix("FT+").replace("PTQ", "RTN", 1) if "GPTQ" not in e.method else e.method.removeprefix("FT+")
+        return (
+            e.method.removeprefix("FT+").replace("PTQ", "RTN", 1)
+            if "GPTQ" not in e.method
+            else e.method.removeprefix("FT+")
+        )
 
     def of_paper(li: Line, m: int | None) -> float | None:
         method = {(EMPTY, False): "Baseline", (EMPTY, True): "FT", ("RTN", False): "PTQ", ("RTN", True): "FT+PTQ"}.get(
-            (li.method, m is not None))
+            (li.method, m is not None)
+        )
         found = paper.by_budget("table1", precision=li.precision, method=method) if method else {}
-        return {paper_multiple(total): value for total, value in found.items()}.get(m)
+        return {paper.multiple(total): value for total, value in found.items()}.get(m)
 
     claim = results.plan.tier.budget.claim_total
     heads: list[tuple[int | None, str]] = [(None, "untrained")]
     heads += [(m, h) for m, h in _paper_heads("table1", untrained=False) if m == claim]
     return grid(
-        results, artifact, reference=bf16_at_budget, reference_name=f"Difference to {BF16} (points)",
-        stub=(PRECISION, Column("Solver", align="l")), labels=lambda li: (li.precision, li.method), method=name,
-        reported=of_paper, reported_name="Paper's PTQ: R1-Qwen-14B, AIME-120 (%)", reported_columns=heads,
-        reported_rows=[r for r in paper.select("table1") if r.method in ("Baseline", "FT", "PTQ", "FT+PTQ")
-                       and paper_multiple(r.total_tokens) in (None, claim)],
-        caption="Quantization without training, of the base model (untrained) and of the fine-tuned one. RTN rounds to nearest; "
-                "rotated: a block Hadamard rotation of inputs and weights first. The transcribed numbers do not name the solver of "
-                "the paper's PTQ lines; they stand beside RTN.",
-        notes=(_BOLD,))
+        results,
+        artifact,
+        reference=bf16_at_budget,
+        reference_name=f"Difference to {BF16} (points)",
+        stub=(PRECISION, Column("Solver", align="l")),
+        labels=lambda li: (li.precision, li.method),
+        method=name,
+        reported=of_paper,
+        reported_name="Paper's PTQ: R1-Qwen-14B, AIME-120 (%)",
+        reported_columns=heads,
+        reported_rows=[
+            r
+            for r in paper.select("table1")
+            if r.method in ("Baseline", "FT", "PTQ", "FT+PTQ") and paper.multiple(r.total_tokens) in (None, claim)
+        ],
+        caption="Quantization without training, of the base model (untrained) and of the fine-tuned one. "
+        "RTN rounds to nearest; "
+        "rotated: a block Hadamard rotation of inputs and weights first. The transcribed numbers do not name the "
+        "solver of "
+        "the paper's PTQ lines; they stand beside RTN.",
+        notes=(_BOLD,),
+    )
 
 
 def table2(results: Results, artifact: str = "table2") -> Table:
@@ -317,16 +427,25 @@ def table2(results: Results, artifact: str = "table2") -> Table:
     families = sorted({f for e in entries for f in results.families(e)})
     parts: list[str | None] = [*families, *([None] if len(families) > 1 else [])]
     metrics = ("GSM8K", "MATH-500", "AIME-120")
-    columns = [*([Column("Model", align="l")] if many else []), PRECISION, METHOD, Column("Tokens"),
-               *(Column("all" if f is None else f.replace("_", " "), "Accuracy (%)") for f in parts),
-               Column("all families", f"Difference to {BF16} (points)"),
-               *(Column(m, "Paper: R1-Llama-8B, 350M tokens (%)") for m in metrics)]
+    columns = [
+        *([Column("Model", align="l")] if many else []),
+        PRECISION,
+        METHOD,
+        Column("Tokens"),
+        *(Column("all" if f is None else f.replace("_", " "), "Accuracy (%)") for f in parts),
+        Column("all families", f"Difference to {BF16} (points)"),
+        *(Column(m, "Paper: R1-Llama-8B, 350M tokens (%)") for m in metrics),
+    ]
     rows: list[dict[str, Any]] = []
     sections = []
     for (model, precision), group in _runs(lines(entries), lambda li: (li.model, li.precision)):
         flat = [e for li in group for e in li.by.values()]
-        bolds = {f: best([100 * results.estimate(e, f).value if precision != BF16 else None for e in flat]) for f in parts}
-        theirs = {m: [paper.value("table2", precision=e.precision, method=e.method, metric=m) for e in flat] for m in metrics}
+        bolds = {
+            f: best([100 * results.estimate(e, f).value if precision != BF16 else None for e in flat]) for f in parts
+        }
+        theirs = {
+            m: [paper.value("table2", precision=e.precision, method=e.method, metric=m) for e in flat] for m in metrics
+        }
         section = []
         for i, e in enumerate(flat):
             other = bf16_at_budget(e, entries)
@@ -340,10 +459,17 @@ def table2(results: Results, artifact: str = "table2") -> Table:
         sections.append(tuple(section))
     rows += [paper_row(r) for r in paper.select("table2")]
     return Table(
-        artifact, results.title(artifact),
-        "Accuracy with 95% interval on each family of problems, all methods at one total budget (untrained ones at none). The "
-        "difference is to BF16 fine-tuning with the same budget (to the BF16 base where nothing is trained), over all families.",
-        footer(results, entries, _BOLD, f"Numbers of the paper: {paper.CITATION}."), tuple(columns), tuple(sections), tidy(rows))
+        artifact,
+        results.title(artifact),
+        "Accuracy with 95% interval on each family of problems, all methods at one total budget (untrained ones at "
+        "none). The "
+        "difference is to BF16 fine-tuning with the same budget (to the BF16 base where nothing is trained), over all "
+        "families.",
+        footer(results, entries, _BOLD, f"Numbers of the paper: {paper.CITATION}."),
+        tuple(columns),
+        tuple(sections),
+        tidy(rows),
+    )
 
 
 def final_losses(results: Results, entry: Entry) -> list[float]:
@@ -353,7 +479,9 @@ def final_losses(results: Results, entry: Entry) -> list[float]:
         stage = results.plan.evaluation(cell.evaluation).stage
         loss = results.metrics(stage).get("final_loss")
         if loss is None:
-            raise ReqatError(f"{results.folder(stage)}: the record has no final_loss, so {entry} has none; {results.remedy([stage])}")
+            raise ReqatError(
+                f"{results.folder(stage)}: the record has no final_loss, so {entry} has none; {results.remedy([stage])}"
+            )
         out.append(float(loss))
     return out
 
@@ -366,41 +494,82 @@ def table5(results: Results, artifact: str = "table5") -> Table:
     none = ";".join(f"{k}=0" for k in keys)
     reference = where(none)
     compared = any(reference(e, entries) for e in entries)
-    columns = [*([Column("Model", align="l")] if many else []),
-               *(Column(n, "Q-FIT", "c") for n in ("E1M2", "scale", "shift")), Column("Tokens"),
-               Column("Final loss (nats)"), Column("Accuracy (%)"),
-               *([Column("Difference to none (points)")] if compared else []),
-               Column("final loss", "Paper: R1-Qwen-14B, 280M tokens"), Column("AIME-120 (%)", "Paper: R1-Qwen-14B, 280M tokens")]
+    columns = [
+        *([Column("Model", align="l")] if many else []),
+        *(Column(n, "Q-FIT", "c") for n in ("E1M2", "scale", "shift")),
+        Column("Tokens"),
+        Column("Final loss (nats)"),
+        Column("Accuracy (%)"),
+        *([Column("Difference to none (points)")] if compared else []),
+        Column("final loss", "Paper: R1-Qwen-14B, 280M tokens"),
+        Column("AIME-120 (%)", "Paper: R1-Qwen-14B, 280M tokens"),
+    ]
     values = [results.estimate(e).value for e in entries]
     losses = [final_losses(results, e) for e in entries]
-    their_loss, theirs = ([paper.value("table5", precision=e.precision, method=e.method, metric=m, **e.conditions)
-                           for e in entries] for m in ("final_loss", "AIME-120"))
+    their_loss, theirs = (
+        [paper.value("table5", precision=e.precision, method=e.method, metric=m, **e.conditions) for e in entries]
+        for m in ("final_loss", "AIME-120")
+    )
     bolds = _best_by_model(entries, [100 * v for v in values])
     lowest = _best_by_model(entries, [-fmean(x) for x in losses], digits=4)
     section, rows = [], []
     for i, e in enumerate(entries):
         other = reference(e, entries)
-        loss = Text(number(fmean(losses[i]), 4), lowest[i], f"\u00b1 {stdev(losses[i]):.4f}" if len(losses[i]) > 1 else "")
+        loss = Text(
+            number(fmean(losses[i]), 4), lowest[i], f"\u00b1 {stdev(losses[i]):.4f}" if len(losses[i]) > 1 else ""
+        )
         cells = [Text(e.model)] if many else []
         cells += [Text("yes" if e.conditions[k] == "1" else EMPTY) for k in keys]
         cells += [Text(tokens(e.total_tokens)), loss, measured_text(results.estimate(e), bolds[i])]
         cells += [difference_text(results.paired(e, other) if other else None)] if compared else []
-        cells += [reported_text(their_loss[i], best([None if v is None else -v for v in their_loss], 4)[i], 4),
-                  reported_text(theirs[i], best(theirs)[i])]
+        cells += [
+            reported_text(their_loss[i], best([None if v is None else -v for v in their_loss], 4)[i], 4),
+            reported_text(theirs[i], best(theirs)[i]),
+        ]
         section.append(tuple(cells))
         rows.append(measured_row(results, e, reference=other) | {"best": bolds[i]})
-        common = {k: v for k, v in rows[-1].items() if k in ("source", "tier", "model", "precision", "method", "condition", "recipe",
-                                                             "total_tokens", "multiple", "training_seeds", "arithmetic", "commit")}
-        rows.append(common | {"metric": "final_loss", "value": fmean(losses[i]), "best": lowest[i],
-                              "sd": stdev(losses[i]) if len(losses[i]) > 1 else math.nan})
+        common = {
+            k: v
+            for k, v in rows[-1].items()
+            if k
+            in (
+                "source",
+                "tier",
+                "model",
+                "precision",
+                "method",
+                "condition",
+                "recipe",
+                "total_tokens",
+                "multiple",
+                "training_seeds",
+                "arithmetic",
+                "commit",
+            )
+        }
+        rows.append(
+            common
+            | {
+                "metric": "final_loss",
+                "value": fmean(losses[i]),
+                "best": lowest[i],
+                "sd": stdev(losses[i]) if len(losses[i]) > 1 else math.nan,
+            }
+        )
     rows += [paper_row(r) for r in paper.select("table5")]
     return Table(
-        artifact, results.title(artifact),
-        "E1M2 in place of E2M1 for the KV cache, the pre-RoPE scale and the post-RoPE shift of Q-FIT, one at a time and together. "
+        artifact,
+        results.title(artifact),
+        "E1M2 in place of E2M1 for the KV cache, the pre-RoPE scale and the post-RoPE shift of Q-FIT, one at a time "
+        "and together. "
         "Final loss: mean of the QAT stage's last 5% of steps, in nats a response token"
-        + (", with the standard deviation over training seeds" if any(len(x) > 1 for x in losses) else "") + ".",
+        + (", with the standard deviation over training seeds" if any(len(x) > 1 for x in losses) else "")
+        + ".",
         footer(results, entries, "Bold: best of a column, as printed.", f"Numbers of the paper: {paper.CITATION}."),
-        tuple(columns), (tuple(section),), tidy(rows))
+        tuple(columns),
+        (tuple(section),),
+        tidy(rows),
+    )
 
 
 def _best_by_model(entries: Sequence[Entry], values: Sequence[float], digits: int = 1) -> list[bool]:
@@ -413,13 +582,15 @@ def _best_by_model(entries: Sequence[Entry], values: Sequence[float], digits: in
 
 
 _CAPTIONS = {
-    "figure1": "The cells that Figure 1(b) and 1(c) draw: accuracy with 95% interval by method and total budget.",
-    "global-scale": "One trained model, evaluated with three modes of the FP32 global scale of activations, keys and values: from the "
-                    "whole tensor at hand (dynamic, the paper's), from each row alone (row: a response does not depend on its "
-                    "batch), or fixed by calibration (static).",
-    "sem": "Selective entropy minimization: its weight lambda, and a binary mask (at lambda 0.1) in place of the soft one.",
-    "smollm": "A published small model under quantization without training. Its weights went through 4-bit integers (Q4_1) before "
-              "they came here.",
+    "global-scale": "One trained model, evaluated with three modes of the FP32 global scale of activations, "
+    "keys and values: from the "
+    "whole tensor at hand (dynamic, the paper's), from each row alone (row: a response does not depend on its "
+    "batch), or fixed by calibration (static).",
+    "sem": "Selective entropy minimization: its weight lambda, and a binary mask (at lambda 0.1) in place "
+    "of the soft one.",
+    "smollm": "A published small model under quantization without training. Its weights went through 4-bit "
+    "integers (Q4_1) before "
+    "they came here.",
 }
 _FIRST = {"global-scale": "global_scale=dynamic", "sem": "sem_lambda=none"}
 
@@ -439,189 +610,117 @@ def generic(results: Results, artifact: str) -> Table:
 
     stub = (PRECISION, METHOD, *([Column("Condition", align="l")] if conditional else []))
     return grid(
-        results, artifact, caption=_CAPTIONS.get(artifact, results.title(artifact) + "."),
+        results,
+        artifact,
+        caption=_CAPTIONS.get(artifact, results.title(artifact) + "."),
         reference=bf16_at_budget if has_bf16 else where(first),
         reference_name=f"Difference to {BF16} (points)" if has_bf16 else f"Difference to {says(first)} (points)",
-        stub=stub, labels=lambda li: (li.precision, li.method, *([says(li.condition)] if conditional else [])),
-        bold=not conditional, notes=(_BOLD,) if not conditional else ())
+        stub=stub,
+        labels=lambda li: (li.precision, li.method, *([says(li.condition)] if conditional else [])),
+        bold=not conditional,
+        notes=(_BOLD,) if not conditional else (),
+    )
 
 
 # -- claims ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Claim:
-    """A comparison that the paper makes. `a` and `b` are (precision or None for "at hand", method, condition)."""
-
-    name: str
-    artifact: str
-    a: tuple[str | None, str, str]
-    b: tuple[str | None, str, str]
-    parity: bool = False  # the paper says "as good as", not "better than"
-    main: bool = True  # one of the five that the paper rests on; the others are context
-
-
-CLAIMS = (
-    Claim("ReQAT-TQS reaches BF16 FT", "table1", (None, "ReQAT-TQS", ""), (BF16, "FT", ""), parity=True),
-    Claim("ReQAT-TQS above QAT", "table1", (None, "ReQAT-TQS", ""), (None, "QAT", "")),
-    Claim("ReQAT-T above QAT", "table1", (None, "ReQAT-T", ""), (None, "QAT", "")),
-    Claim("ReQAT-TQ above ReQAT-T", "table1", (None, "ReQAT-TQ", ""), (None, "ReQAT-T", "")),
-    Claim("same traces above different", "table4", (None, "FT+QAT", "aligned=yes"), (None, "FT+QAT", "aligned=no")),
-    Claim("FT+PTQ below BF16 FT", "table1", (None, "FT+PTQ", ""), (BF16, "FT", ""), main=False),
-    Claim("QAT above FT+PTQ", "table1", (None, "QAT", ""), (None, "FT+PTQ", ""), main=False),
-    Claim("ReQAT-TQS above ReQAT-TQ", "table1", (None, "ReQAT-TQS", ""), (None, "ReQAT-TQ", ""), main=False),
-)
-
-
-@dataclass(frozen=True)
-class Tested:
-    """A claim at one precision and budget. Differences in points; `holm` is adjusted within the `block`."""
-
-    claim: Claim
-    model: str
-    precision: str
-    multiple: int
-    primary: bool
-    a: Entry
-    b: Entry
-    value: float
-    lo: float
-    hi: float
-    p: float
-    paper: tuple[float, ...]  # the paper's differences, one a budget of its own
-    holm: float = math.nan
-
-    @property
-    def block(self) -> str:
-        """The family of comparisons that this one is adjusted with: the primary ones, or the rest of a precision."""
-        return "primary" if self.primary else self.precision
-
-    @property
-    def paper_sign(self) -> int:
-        """The paper's direction: +1 or -1 if the mean of its differences and three quarters of them have that sign, else 0."""
-        sign = (self.paper_mean > 0) - (self.paper_mean < 0)
-        return sign if 4 * sum(d * sign > 0 for d in self.paper) >= 3 * len(self.paper) > 0 else 0
-
-    @property
-    def paper_mean(self) -> float:
-        """Mean of the paper's differences, points."""
-        return fmean(self.paper) if self.paper else math.nan
-
-    @property
-    def verdict(self) -> str:
-        """Agrees with the paper's direction, disagrees, or inconclusive; "no direction" where the paper itself shows none.
-
-        A direction needs a Holm-adjusted p below 0.05. Parity asks whether the interval lies above, below or across
-        -3 points: being equal cannot be shown by a large p-value.
-        """
-        if self.claim.parity:
-            return "agrees" if self.lo > -PARITY_POINTS else "disagrees" if self.hi < -PARITY_POINTS else "inconclusive"
-        if not self.paper_sign:
-            return "no direction"
-        if not self.holm < ALPHA:
-            return "inconclusive"
-        return "agrees" if self.value * self.paper_sign > 0 else "disagrees"
-
-
-def paper_differences(claim: Claim, precision: str) -> tuple[float, ...]:
-    """The paper's differences a - b in points, one for each of its budgets, ascending."""
-    def side(part: tuple[str | None, str, str]) -> dict[int | None, float]:
-        return paper.by_budget(claim.artifact, precision=part[0] or precision, method=part[1], **paper.parse_condition(part[2]))
-
-    a, b = side(claim.a), side(claim.b)
-    return tuple(a[m] - b[m] for m in sorted(m for m in a.keys() & b.keys() if m is not None))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (family-wise error), in the order given."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    out, running = [math.nan] * len(p), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = running
-    return out
-
-
-def tested(results: Results) -> list[Tested]:
-    """Every claim that the plan has both sides of, primary ones first; an empty list if it has none.
-
-    Primary: the main claims at the tier's `claim_total`, at NVFP4-W4A4KV4 for Table 1's and wherever Table 4 was made.
-    """
-    out: list[Tested] = []
-    for claim in CLAIMS:
-        entries = [e for e in results.entries if e.artifact == claim.artifact]
-        sides = {(e.model, e.precision, e.method, e.condition, e.multiple): e for e in entries}
-        for model, precision, m in dict.fromkeys((e.model, e.precision, e.multiple) for e in entries):
-            if precision == BF16 or m is None:
-                continue
-            a, b = (sides.get((model, part[0] or precision, part[1], part[2], m)) for part in (claim.a, claim.b))
-            if a is None or b is None:
-                continue
-            d = results.paired(a, b)
-            primary = claim.main and m == results.plan.tier.budget.claim_total and (
-                claim.artifact != "table1" or precision == REFERENCE_PRECISION)
-            out.append(Tested(claim, model, precision, m, primary, a, b, 100 * d.value, 100 * d.lo, 100 * d.hi, d.p,
-                              paper_differences(claim, precision)))
-    out.sort(key=lambda t: (not t.primary, t.precision != REFERENCE_PRECISION, t.precision, t.multiple))
-    for block in {t.block for t in out}:
-        at = [i for i, t in enumerate(out) if t.block == block]
-        for i, adjusted in zip(at, holm([out[i].p for i in at]), strict=True):
-            out[i] = replace(out[i], holm=adjusted)
-    return out
-
-
 def claims(results: Results) -> Table:
-    """The paper's comparisons, tested here: difference, interval, p, Holm's adjustment, and a verdict on the paper's direction."""
+    """The paper's comparisons, tested here: difference, interval, p, Holm's adjustment, and a verdict on the paper's
+    direction.
+    """
     found = tested(results)
     if not found:
-        raise ReqatError(f"tier {results.plan.tier.name} has both sides of none of the claims; they need table1 or table4 in its artifacts.")
+        raise ReqatError(
+            f"tier {results.plan.tier.name} has both sides of none of the claims; they need table1 or table4 in its "
+            "artifacts."
+        )
     many = len({t.model for t in found}) > 1
-    columns = [*([Column("Model", align="l")] if many else []), Column("Claim", align="l"), PRECISION, Column("Tokens"),
-               Column("Difference (points)", "Measured"), Column("p", "Measured"), Column("Holm", "Measured"),
-               Column("Verdict", "Measured", "l"), Column("mean (points)", "Paper"), Column("range over its budgets", "Paper", "c")]
+    columns = [
+        *([Column("Model", align="l")] if many else []),
+        Column("Claim", align="l"),
+        PRECISION,
+        Column("Tokens"),
+        Column("Difference (points)", "Measured"),
+        Column("p", "Measured"),
+        Column("Holm", "Measured"),
+        Column("Verdict", "Measured", "l"),
+        Column("mean (points)", "Paper"),
+        Column("range over its budgets", "Paper", "c"),
+    ]
     sections, rows = [], []
     for block in dict.fromkeys(t.block for t in found):
         section = []
         for t in (t for t in found if t.block == block):
             spread = f"{number(min(t.paper), sign=True)} to {number(max(t.paper), sign=True)}" if t.paper else EMPTY
             cells = [Text(t.model)] if many else []
-            cells += [Text(t.claim.name), Text(t.precision), Text(tokens(t.a.total_tokens)),
-                      Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
-                      Text(p_value(t.p)), Text(p_value(t.holm)), Text(t.verdict, bold=t.primary and t.verdict in ("agrees", "disagrees")),
-                      Text(number(t.paper_mean, sign=True)), Text(spread)]
+            cells += [
+                Text(t.claim.name),
+                Text(t.precision),
+                Text(tokens(t.a.total_tokens)),
+                Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
+                Text(p_value(t.p)),
+                Text(p_value(t.holm)),
+                Text(t.verdict, bold=t.primary and t.verdict in ("agrees", "disagrees")),
+                Text(number(t.paper_mean, sign=True)),
+                Text(spread),
+            ]
             section.append(tuple(cells))
-            rows.append({"tier": results.plan.tier.name, "model": t.model, "claim": t.claim.name, "block": t.block,
-                         "precision": t.precision, "total_tokens": t.a.total_tokens, "multiple": t.multiple,
-                         "a": f"{t.a.precision} {t.a.method} {t.a.condition}".strip(),
-                         "b": f"{t.b.precision} {t.b.method} {t.b.condition}".strip(),
-                         "difference": t.value, "lo": t.lo, "hi": t.hi, "p": t.p, "p_holm": t.holm, "verdict": t.verdict,
-                         "paper_mean": t.paper_mean, "paper_min": min(t.paper, default=math.nan),
-                         "paper_max": max(t.paper, default=math.nan), **_made(results, Results.common(t.a, t.b)[0],
-                                                                            results.estimate(t.a).n_problems)})
+            rows.append(
+                {
+                    "tier": results.plan.tier.name,
+                    "model": t.model,
+                    "claim": t.claim.name,
+                    "block": t.block,
+                    "precision": t.precision,
+                    "total_tokens": t.a.total_tokens,
+                    "multiple": t.multiple,
+                    "a": f"{t.a.precision} {t.a.method} {t.a.condition}".strip(),
+                    "b": f"{t.b.precision} {t.b.method} {t.b.condition}".strip(),
+                    "difference": t.value,
+                    "lo": t.lo,
+                    "hi": t.hi,
+                    "p": t.p,
+                    "p_holm": t.holm,
+                    "verdict": t.verdict,
+                    "paper_mean": t.paper_mean,
+                    "paper_min": min(t.paper, default=math.nan),
+                    "paper_max": max(t.paper, default=math.nan),
+                    **_made(results, Results.common(t.a, t.b)[0], results.estimate(t.a).n_problems),
+                }
+            )
         sections.append(tuple(section))
     used = [e for t in found for e in (t.a, t.b)]
     return Table(
-        "claims", "The paper's claims, tested",
+        "claims",
+        "The paper's claims, tested",
         f"Paired comparisons at equal total budget. First block: the primary claims (budget "
-        f"{tokens(results.plan.tier.budget.claim_total * results.plan.tier.budget.qat_tokens)}; {REFERENCE_PRECISION}, and Table 4's "
-        f"precision for the traces). Below, a block a precision: the same at other budgets and precisions, and comparisons for "
-        f"context. Holm: adjusted for the number of comparisons in the block. Verdict: the direction agrees or disagrees with the paper's if "
-        f"Holm's p is below {ALPHA}; reaching BF16 FT agrees if the whole interval lies above {number(-PARITY_POINTS, 0)} points and "
+        f"{tokens(results.plan.tier.budget.claim_total * results.plan.tier.budget.qat_tokens)}; {REFERENCE_PRECISION}, "
+        "and Table 4's "
+        "precision for the traces). Below, a block a precision: the same at other budgets and precisions, and "
+        "comparisons for "
+        "context. Holm: adjusted for the number of comparisons in the block. Verdict: the direction agrees or "
+        "disagrees with the paper's if "
+        f"Holm's p is below {ALPHA}; reaching BF16 FT agrees if the whole interval lies above "
+        f"{number(-PARITY_POINTS, 0)} points and "
         f"disagrees if it lies below; no direction: the paper's own differences have no common sign.",
         footer(results, used, f"Numbers of the paper: {paper.CITATION}; differences of its Table 1 and Table 4."),
-        tuple(columns), tuple(sections), tidy(rows))
+        tuple(columns),
+        tuple(sections),
+        tidy(rows),
+    )
 
 
 BUILDERS: dict[str, Callable[[Results, str], Table]] = {
-    "table1": table1, "table2": table2, "table4": table4, "table5": table5, "ptq": ptq}
+    "table1": table1,
+    "table2": table2,
+    "table4": table4,
+    "table5": table5,
+    "ptq": ptq,
+}
 
 
 def tables(results: Results) -> list[Table]:
-    """Every table that the tier's plan asks for, the claims last (where the plan has any)."""
-    out = [BUILDERS.get(name, generic)(results, name) for name in results.plan.artifacts if name != "figure1"]
-    return [*out, claims(results)] if has_claims(results) else out
-
-
-def has_claims(results: Results) -> bool:
-    """Whether the plan has both sides of at least one claim (no result is read)."""
-    sides = {(e.artifact, e.model, e.precision, e.method, e.condition, e.multiple) for e in results.entries}
-    return any((c.artifact, m, c.a[0] or p, c.a[1], c.a[2], k) in sides and (c.artifact, m, c.b[0] or p, c.b[1], c.b[2], k) in sides
-               for c in CLAIMS for (_, m, p, _, _, k) in sides if p != BF16)
+    """Every table that the tier's plan asks for."""
+    return [
+        claims(results) if name == "claims" else BUILDERS.get(name, generic)(results, name)
+        for name in table_names(results.plan)
+    ]

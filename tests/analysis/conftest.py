@@ -1,4 +1,5 @@
 """A synthetic tier: the real recipes, a small plan, and made-up records and outcomes with known accuracies."""
+
 from __future__ import annotations
 
 import json
@@ -17,17 +18,39 @@ from reqat.config.tier import Tier, load_catalogue
 
 CONFIG = Path(__file__).parents[2] / "config"
 TIER: dict[str, Any] = {
-    "name": "synthetic", "title": "made-up numbers",
-    "models": {"testbed": {"source": "pinned", "artifacts": ["table1", "table2", "table4", "table5", "figure1", "ptq", "global-scale"]}},
+    "name": "synthetic",
+    "title": "made-up numbers",
+    "models": {
+        "testbed": {
+            "source": "pinned",
+            "artifacts": ["table1", "table2", "table4", "table5", "figure1", "ptq", "global-scale"],
+        }
+    },
     "data": {"families": {"chain_sum": {}, "simple_equations": {}}, "tokens": 1_000_000},
     "budget": {"qat_tokens": 100_000, "totals": [2, 3, 4], "claim_total": 3},
-    "claim_seeds": {"seeds": [0, 1, 2], "recipes": ["ft", "ft-ptq", "qat", "reqat-t", "reqat-tq", "reqat-tqs"],
-                    "precisions": ["BF16", "NVFP4-W4A4KV4"]},
-    "evaluation": {"n": 60, "seeds": [0, 1, 2, 3]}}
+    "claim_seeds": {
+        "seeds": [0, 1, 2],
+        "recipes": ["ft", "ft-ptq", "qat", "reqat-t", "reqat-tq", "reqat-tqs"],
+        "precisions": ["BF16", "NVFP4-W4A4KV4"],
+    },
+    "evaluation": {"n": 60, "seeds": [0, 1, 2, 3]},
+}
 
 # Accuracy of a method at NVFP4-W4A4KV4 and multiple 2; others are a little better or worse.
-ACCURACY = {"Baseline": 0.45, "FT": 0.80, "PTQ": 0.15, "FT+PTQ": 0.42, "GPTQ": 0.25, "FT+GPTQ": 0.50, "QAT": 0.60,
-            "ReQAT-T": 0.68, "ReQAT-TQ": 0.72, "ReQAT-TQS": 0.76, "FT+QAT": 0.66, "ReQAT": 0.7}
+ACCURACY = {
+    "Baseline": 0.45,
+    "FT": 0.80,
+    "PTQ": 0.15,
+    "FT+PTQ": 0.42,
+    "GPTQ": 0.25,
+    "FT+GPTQ": 0.50,
+    "QAT": 0.60,
+    "ReQAT-T": 0.68,
+    "ReQAT-TQ": 0.72,
+    "ReQAT-TQS": 0.76,
+    "FT+QAT": 0.66,
+    "ReQAT": 0.7,
+}
 
 
 def accuracy_of(method: str, precision: str, multiple: int | None, condition: str) -> float:
@@ -39,7 +62,16 @@ def accuracy_of(method: str, precision: str, multiple: int | None, condition: st
 def synthesize(the_plan: Plan, root: Path) -> None:
     """Write a record for every stage, and a record and outcomes for every evaluation, of a plan."""
     accuracy = {c.evaluation: accuracy_of(c.method, c.precision, c.multiple, c.condition) for c in the_plan.cells}
-    common = {"schema": 1, "commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False, "hardware": {"device": "cpu"}}
+    common = {
+        "schema_version": 1,
+        "commit": "0123456789abcdef0123456789abcdef01234567",
+        "dirty": False,
+        "hardware": {"device": "cpu"},
+        "config": {},
+        "config_sha256": "",
+        "versions": {},
+        "outputs": {},
+    }
     for id, stage in the_plan.stages.items():
         rng = np.random.default_rng(int(id.split("-")[-1], 16))
         metrics: dict[str, Any] = {}
@@ -48,16 +80,26 @@ def synthesize(the_plan: Plan, root: Path) -> None:
             floor = 0.25 if stage.kind == "finetune" else 0.3
             loss = floor + 0.6 * np.exp(-steps / 15) + rng.normal(0, 0.01, 100)
             tokens = stage.budget_tokens * steps // 100
-            metrics = {"final_loss": float(loss[-5:].mean()), "tokens": int(tokens[-1]),
-                       "curve": [{"tokens": int(t), "loss": float(v)} for t, v in zip(tokens, loss, strict=True)]}
+            metrics = {
+                "final_loss": float(loss[-5:].mean()),
+                "tokens": int(tokens[-1]),
+                "curve": [{"tokens": int(t), "loss": float(v)} for t, v in zip(tokens, loss, strict=True)],
+            }
         if stage.kind == "qfit":
             grid = np.arange(20) / 20
             a, b = np.meshgrid(grid, grid, indexing="ij")
             errors = np.stack([1e-3 * (1 + (a - 0.3 - 0.1 * layer) ** 2 + (b - 0.8) ** 2) for layer in range(4)])
-            metrics = {"errors": errors.tolist()}
+            best = [np.unravel_index(e.argmin(), e.shape) for e in errors]
+            metrics = {
+                "error_map": errors.tolist(),
+                "alphas": grid.tolist(),
+                "betas": grid.tolist(),
+                "alpha": [float(grid[i]) for i, _ in best],
+                "beta": [float(grid[j]) for _, j in best],
+            }
         folder = root / "stages" / id
         folder.mkdir(parents=True)
-        (folder / "record.json").write_text(json.dumps(common | {"kind": stage.kind, "metrics": metrics}))
+        (folder / "record.json").write_text(json.dumps(common | {"id": id, "kind": stage.kind, "metrics": metrics}))
     for id, evaluation in the_plan.evaluations.items():
         rng = np.random.default_rng(int(id.split("-")[-1], 16))
         n, seeds = evaluation.problems.n, evaluation.seeds
@@ -65,13 +107,24 @@ def synthesize(the_plan: Plan, root: Path) -> None:
         difficulty = np.random.default_rng(7).normal(0, 0.15, n)
         p = np.clip(accuracy[id] + difficulty, 0, 1)
         families = sorted(evaluation.problems.families)
-        rows = [{"problem_id": f"p{i:04d}", "family": families[i % len(families)], "seed": s, "correct": bool(rng.random() < p[i]),
-                 "n_tokens": int(rng.integers(20, 90)), "finished": True, "response": "x"} for i in range(n) for s in seeds]
+        rows = [
+            {
+                "problem_id": f"p{i:04d}",
+                "family": families[i % len(families)],
+                "seed": s,
+                "correct": bool(rng.random() < p[i]),
+                "n_tokens": int(rng.integers(20, 90)),
+                "finished": True,
+                "response": "x",
+            }
+            for i in range(n)
+            for s in seeds
+        ]
         random.Random(0).shuffle(rows)  # order in the file must not matter
         folder = root / "evaluations" / id
         folder.mkdir(parents=True)
         pd.DataFrame(rows).to_parquet(folder / "outcomes.parquet")
-        (folder / "record.json").write_text(json.dumps(common | {"kind": "evaluation", "metrics": {}}))
+        (folder / "record.json").write_text(json.dumps(common | {"id": id, "kind": "evaluation", "metrics": {}}))
 
 
 def make(root: Path, **changes: Any) -> Results:

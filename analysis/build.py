@@ -1,0 +1,80 @@
+"""What `reqat tables` and `reqat figures` call: every table and figure of a tier, from a folder of results to a folder
+of files.
+
+Which files come out depends on the plan alone (`analysis.names`), so the DAG can name them without reading a result. A
+tier without an artifact has no file for it; a tier with the artifact but without a result is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.names import figure_names, table_names
+from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths, load
+from reqat.config.plan import Plan
+from reqat.config.tier import load_catalogue
+
+if TYPE_CHECKING:
+    from analysis.cells import Results
+
+__all__ = ["build_figures", "build_tables", "figure_names", "results_of", "table_names"]
+
+
+def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: Paths | None = None) -> Results:
+    """The tier's `analysis.cells.Results` under `source`, which holds `evaluations/` and `stages/`.
+
+    `tier` is a plan, or a name; of a name, a pinned folder's own `plan.json` is taken if it has one, else the plan of
+    the configuration in `paths`. Raises `ReqatError` if the folder is not there.
+    """
+    from analysis.cells import Results
+
+    source, paths = Path(source), paths or Paths()
+    name = tier if isinstance(tier, str) else tier.tier.name
+    if not source.is_dir():
+        raise ReqatError(
+            f"{source}: no such folder of results. Run tier {name} first (make figures TIER={name}), or name another."
+        )
+    if isinstance(tier, str):
+        kept = source / "plan.json"
+        tier = Plan.restore(_json(kept), str(kept)) if pinned and kept.is_file() else load(tier, paths)
+    titles = {name: artifact.title for name, artifact in load_catalogue(paths.config).artifacts.items()}
+    return Results(tier, source, pinned=pinned, titles=titles)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ReqatError(f"{path}: not a plan ({error}); restore it from git, or pin the run again.") from None
+
+
+def build_tables(
+    tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
+) -> list[Path]:
+    """Write every table of the tier as CSV, Markdown and LaTeX into `out`; returns the files written.
+
+    Raises `MissingResults` (a `ReqatError`) that lists the cells nobody has measured, before anything is written.
+    """
+    from analysis.tables import tables
+
+    results = results_of(tier, source, pinned=pinned, paths=paths)
+    results.check()
+    return [path for table in tables(results) for path in table.write(Path(out))]
+
+
+def build_figures(
+    tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
+) -> list[Path]:
+    """Draw every figure of the tier as PNG and PDF into `out`; returns the files written. Raises like `build_tables`."""
+    from analysis import figures, style
+
+    results = results_of(tier, source, pinned=pinned, paths=paths)
+    results.check()
+    written = []
+    for name, (figure, model) in figure_names(results.plan).items():
+        with style.context():
+            written += style.save(figures.DRAW[figure](results, model), Path(out), name)
+    return written

@@ -1,0 +1,115 @@
+"""Which tables and figures a plan asks for. Reads the plan alone and imports neither pandas nor matplotlib: the DAG
+asks while it is parsed.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reqat.config.plan import Cell, Plan
+
+BF16 = "BF16"
+REFERENCE_PRECISION = "NVFP4-W4A4KV4"  # where the claims rest
+TABLE_SUFFIXES, FIGURE_SUFFIXES = ("csv", "md", "tex"), ("png", "pdf")
+# Figure -> the artifact whose cells it draws (None: any with a Q-FIT stage).
+FIGURES: dict[str, str | None] = {
+    "figure1b": "figure1",
+    "figure1c": "figure1",
+    "table1-dots": "table1",
+    "losses": "table1",
+    "qfit": None,
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A comparison that the paper makes. `a` and `b` are (precision or None for "at hand", method, condition)."""
+
+    name: str
+    artifact: str
+    a: tuple[str | None, str, str]
+    b: tuple[str | None, str, str]
+    parity: bool = False  # the paper says "as good as", not "better than"
+    main: bool = True  # one of the five that the paper rests on; the others are context
+
+
+CLAIMS = (
+    Claim("ReQAT-TQS reaches BF16 FT", "table1", (None, "ReQAT-TQS", ""), (BF16, "FT", ""), parity=True),
+    Claim("ReQAT-TQS above QAT", "table1", (None, "ReQAT-TQS", ""), (None, "QAT", "")),
+    Claim("ReQAT-T above QAT", "table1", (None, "ReQAT-T", ""), (None, "QAT", "")),
+    Claim("ReQAT-TQ above ReQAT-T", "table1", (None, "ReQAT-TQ", ""), (None, "ReQAT-T", "")),
+    Claim("same traces above different", "table4", (None, "FT+QAT", "aligned=yes"), (None, "FT+QAT", "aligned=no")),
+    Claim("FT+PTQ below BF16 FT", "table1", (None, "FT+PTQ", ""), (BF16, "FT", ""), main=False),
+    Claim("QAT above FT+PTQ", "table1", (None, "QAT", ""), (None, "FT+PTQ", ""), main=False),
+    Claim("ReQAT-TQS above ReQAT-TQ", "table1", (None, "ReQAT-TQS", ""), (None, "ReQAT-TQ", ""), main=False),
+)
+
+
+def has_claims(plan: Plan) -> bool:
+    """Whether the plan has both sides of at least one claim."""
+    sides = {(c.artifact, c.model, c.precision, c.method, c.condition, c.multiple) for c in plan.cells}
+
+    def both(claim: Claim, model: str, precision: str, multiple: int | None) -> bool:
+        return all(
+            (claim.artifact, model, part[0] or precision, part[1], part[2], multiple) in sides
+            for part in (claim.a, claim.b)
+        )
+
+    return any(
+        both(claim, model, precision, multiple)
+        for claim in CLAIMS
+        for _, model, precision, _, _, multiple in sides
+        if precision != BF16 and multiple is not None
+    )
+
+
+def table_names(plan: Plan) -> list[str]:
+    """File stems of the plan's tables: one an artifact, the claims last (where it has any). `figure1` is drawn, not
+    tabled.
+    """
+    return [*(name for name in plan.artifacts if name != "figure1"), *(["claims"] if has_claims(plan) else [])]
+
+
+def figure_names(plan: Plan) -> dict[str, tuple[str, str]]:
+    """File stem -> (figure, model label). A second model with the same artifact has its label in the stem:
+    `figure1b-<model>`.
+    """
+    out = {}
+    for figure in FIGURES:
+        models = [m for m in plan.tier.models if can_draw(plan, figure, m)]
+        for i, model in enumerate(models):
+            out[figure if i == 0 else f"{figure}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}"] = (figure, model)
+    return out
+
+
+def can_draw(plan: Plan, figure: str, model: str) -> bool:
+    """Whether the plan has the cells that a figure draws, for a model."""
+    if figure == "qfit":
+        return qfit_cell(plan, model) is not None
+    cells = [c for c in plan.cells if c.artifact == FIGURES[figure] and c.model == model and c.precision != BF16]
+    return any(c.multiple is not None for c in cells) if figure == "losses" else bool(cells)
+
+
+def qfit_cell(plan: Plan, model: str) -> tuple[str, Cell] | None:
+    """The Q-FIT stage (scale and shift) whose map stands for the tier, and a cell that it serves: ReQAT at the claim
+    budget if there is one.
+    """
+    claim = plan.tier.budget.claim_total
+    cells = sorted(
+        (c for c in plan.cells if c.model == model and c.multiple is not None),
+        key=lambda c: (
+            c.multiple != claim,
+            c.precision != REFERENCE_PRECISION,
+            c.method not in ("ReQAT-TQ", "ReQAT-TQS"),
+            c.training_seed,
+        ),
+    )
+    for cell in cells:
+        for stage in plan.lineage(plan.evaluation(cell.evaluation).stage):
+            s = stage.settings
+            if s.kind == "qfit" and s.scale and s.shift and s.variant == "paper":
+                return stage.id, cell
+    return None
