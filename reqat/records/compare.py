@@ -1,0 +1,142 @@
+"""Holding a fresh run against the pinned one.
+
+Two tolerances, each stated with its result. Where nothing that can change a number differs (same evaluation id,
+commit, package versions, processor model and threads), the outcomes must be **equal**, problem by problem. Otherwise
+the same problems and sampling seeds are compared in pairs, and the difference is a mismatch if its two-sided p-value,
+clustered by problem, is below 0.05 divided by the number of evaluations compared (Bonferroni: one false alarm in
+twenty comparisons of whole runs).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths
+from reqat.config.plan import Cell, Plan
+from reqat.records import pin, record
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEVEL = 0.05
+KEY = ["problem_id", "seed"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One evaluation, fresh against pinned. Accuracies and differences in percentage points."""
+
+    cell: str
+    tolerance: Literal["equal", "interval"]
+    fresh: float
+    pinned: float
+    difference: float
+    lo: float
+    hi: float
+    p: float
+    n: int
+    """Problems in common."""
+    ok: bool
+
+
+def compare(plan: Plan, paths: Paths) -> list[Comparison]:
+    """Compare each fresh evaluation of `plan` with its pinned counterpart (same table cell).
+
+    Raises `ReqatError` if nothing is pinned for the tier, or a fresh result is missing or damaged.
+    """
+    import pandas as pd
+
+    then = pin.restore(plan.tier.name, paths)
+    pin.verify(plan.tier.name, paths)
+    pinned = {_key(cell): cell.evaluation for cell in then.cells}
+    pairs: dict[tuple[str, str], Cell] = {}
+    for cell in plan.cells:
+        if _key(cell) in pinned:
+            pairs.setdefault((cell.evaluation, pinned[_key(cell)]), cell)
+    if not pairs:
+        raise ReqatError(
+            f"the pinned results of tier {plan.tier.name} and its plan have no cell in common; pin the tier anew."
+        )
+    done = []
+    for (new, old), cell in pairs.items():
+        fresh_folder = paths.evaluation(plan.evaluation(new))
+        pinned_folder = paths.results / plan.tier.name / "evaluations" / old
+        a, b = record.verify(fresh_folder, id=new), record.read(pinned_folder)
+        frames = [pd.read_parquet(folder / pin.OUTCOMES) for folder in (fresh_folder, pinned_folder)]
+        done.append(_compare(cell, a, b, frames[0], frames[1], LEVEL / len(pairs)))
+    return done
+
+
+def same_arithmetic(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two records leave nothing that could change a number: the outcomes have to be equal."""
+    keys = ("id", "commit", "versions", "threads")
+    machine = ("device", "cpu", "gpus")
+    return (
+        all(a.get(key) == b.get(key) for key in keys)
+        and all(a["hardware"].get(key) == b["hardware"].get(key) for key in machine)
+        and a["dirty"] is False
+        and b["dirty"] is False
+        and a["inputs"] == b["inputs"]
+    )
+
+
+def _compare(
+    cell: Cell, a: dict[str, Any], b: dict[str, Any], fresh: pd.DataFrame, old: pd.DataFrame, level: float
+) -> Comparison:
+    from reqat.evaluation.statistics import paired
+
+    columns = [*KEY, "family", "correct", "n_tokens"]
+    fresh, old = (frame[columns].sort_values(KEY, ignore_index=True) for frame in (fresh, old))
+    shared = fresh[KEY].merge(old[KEY], on=KEY)
+    if shared.empty:
+        raise ReqatError(
+            f"{_label(cell)}: the fresh and the pinned evaluation share no problem and seed; pin the tier anew."
+        )
+    equal = fresh.equals(old)
+    both = [frame.merge(shared, on=KEY) for frame in (fresh, old)]
+    accuracy_fresh, accuracy_pinned = (100 * float(frame["correct"].mean()) for frame in both)
+    strict = same_arithmetic(a, b)
+    if equal:
+        value = lo = hi = 0.0
+        p = 1.0
+    else:
+        found = paired([both[0]], [both[1]])
+        value, lo, hi, p = 100 * found.value, 100 * found.lo, 100 * found.hi, found.p
+    ok = equal if strict else p >= level
+    n = shared["problem_id"].nunique()
+    tolerance: Literal["equal", "interval"] = "equal" if strict else "interval"
+    return Comparison(_label(cell), tolerance, accuracy_fresh, accuracy_pinned, value, lo, hi, p, n, ok)
+
+
+def _key(cell: Cell) -> tuple[Any, ...]:
+    return (cell.model, cell.recipe, cell.precision, cell.condition, cell.multiple, cell.training_seed)
+
+
+def _label(cell: Cell) -> str:
+    total = f" {cell.multiple}x" if cell.multiple else ""
+    seed = f" seed {cell.training_seed}" if cell.training_seed else ""
+    return f"{cell.precision} {cell.method}{total}{seed}" + (f" ({cell.condition})" if cell.condition else "")
+
+
+def report(comparisons: list[Comparison]) -> str:
+    """The comparisons as a table, and what was held."""
+    width = max(len(c.cell) for c in comparisons)
+    lines = [
+        f"{'cell':<{width}}  {'pinned':>7} {'fresh':>7} {'diff':>7}  {'95% interval':<17} {'p':>7} {'n':>5}  tolerance"
+    ]
+    for c in comparisons:
+        interval = f"[{c.lo:+.1f}, {c.hi:+.1f}]"
+        lines.append(
+            f"{c.cell:<{width}}  {c.pinned:>7.1f} {c.fresh:>7.1f} {c.difference:>+7.1f}  {interval:<17} "
+            f"{c.p:>7.4f} {c.n:>5}  "
+            f"{c.tolerance:<8} {'ok' if c.ok else 'MISMATCH'}"
+        )
+    bad = sum(not c.ok for c in comparisons)
+    lines.append(
+        f"{len(comparisons)} evaluations compared, {bad} mismatches. Tolerance 'equal': identical outcomes "
+        "(nothing that can change a number "
+        f"differs). 'interval': the paired difference has p >= {LEVEL:g}/{len(comparisons)} (Bonferroni)."
+    )
+    return "\n".join(lines)

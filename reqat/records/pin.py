@@ -1,0 +1,208 @@
+"""Pinning: a finished run is checked whole and promoted into `results/`, where git keeps it and no rule ever writes.
+
+What is pinned of a run: its plan, every record, and every evaluation's outcomes without the responses' text (the
+record still holds the sha256 of the full file). Weights are not, but for the base checkpoint that `make figures`
+starts from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from reqat.config.base import digest
+from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths, made
+from reqat.config.plan import Plan
+from reqat.records import record
+
+PLAN, PIN, OUTCOMES = "plan.json", "pin.json", "outcomes.parquet"
+# Columns of outcomes that are text, large, and not needed by any table.
+TEXT_COLUMNS = ("response",)
+BASE_BYTES = 8 * 2**20
+_LISTED = 8
+
+
+def check(plan: Plan, paths: Paths, *, allow_dirty: bool = False) -> dict[str, dict[str, Any]]:
+    """Records of the whole run by id. Raises `ReqatError` listing what is missing, changed, of another plan, or made
+    from a dirty tree.
+    """
+    wanted = {id: (paths.stage(stage), stage) for id, stage in plan.needed.items() if made(stage)}
+    folders = wanted | {id: (paths.evaluation(e), e) for id, e in plan.evaluations.items()}
+    found: dict[str, dict[str, Any]] = {}
+    troubles: list[str] = []
+    for id, (folder, node) in folders.items():
+        try:
+            entry = record.verify(folder, id=id)
+            if entry["config_sha256"] != digest(entry["config"]) or digest(
+                type(node).model_validate(entry["config"])
+            ) != digest(node):
+                raise ReqatError(
+                    f"{folder}: its record states another configuration than the plan; delete the folder and run again."
+                )
+            for role, given in entry["inputs"].items():
+                made_now = found.get(given["id"])
+                if made_now is not None and record.outputs_digest(made_now) != given["sha256"]:
+                    raise ReqatError(
+                        f"{folder}: was made from another {role} ({given['id']}) than the one that is there now."
+                    )
+            found[id] = entry
+        except ReqatError as error:
+            troubles.append(str(error))
+    dirty = [id for id, entry in found.items() if entry["dirty"] is not False]
+    if dirty and not allow_dirty:
+        troubles.append(
+            f"{len(dirty)} results were made from a tree with uncommitted changes (or outside git), {dirty[0]} "
+            "among them: commit and run "
+            "again, or pass --allow-dirty, which will be recorded."
+        )
+    if troubles:
+        more = [f"... and {len(troubles) - _LISTED} more"] if len(troubles) > _LISTED else []
+        raise ReqatError("\n".join([f"tier {plan.tier.name} cannot be pinned:", *troubles[:_LISTED], *more]))
+    return found
+
+
+def pin(
+    plan: Plan,
+    paths: Paths,
+    *,
+    allow_dirty: bool = False,
+    render: Callable[[Plan, Path, Path], Any] | None = None,
+) -> Path:
+    """Promote a finished run into `results/<tier>/`, in place of what is there. Returns the folder.
+
+    `render(plan, source, out)` writes the tables of the pinned results. Raises `ReqatError` as `check` does.
+    """
+    found = check(plan, paths, allow_dirty=allow_dirty)
+    target = paths.results / plan.tier.name
+    draft = paths.results / f".{plan.tier.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    for id, entry in found.items():
+        folder = (
+            draft / ("evaluations" if id in plan.evaluations else "data" if id.startswith("data-") else "stages") / id
+        )
+        folder.mkdir(parents=True)
+        pinned: dict[str, Any] = {}
+        if id in plan.evaluations:
+            strip(paths.evaluation(plan.evaluation(id)) / OUTCOMES, folder / OUTCOMES)
+            pinned = record.outputs(folder)
+        record.write(folder / record.FILE, entry | {"pinned_outputs": pinned})
+    record.write(draft / PLAN, plan.dump())
+    record.write(
+        draft / PIN,
+        {
+            "schema_version": record.SCHEMA_VERSION,
+            "tier": plan.tier.name,
+            "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commits": sorted({str(entry["commit"]) for entry in found.values()}),
+            "dirty": any(entry["dirty"] is not False for entry in found.values()),
+            "allow_dirty": allow_dirty,
+            "versions": _distinct(entry["versions"] for entry in found.values()),
+            "hardware": _distinct(entry["hardware"] for entry in found.values()),
+            "jobs": len(found),
+            "job_seconds": round(sum(entry["wall_s"] for entry in found.values()), 1),
+            "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found.values()),
+            "files": record.outputs(draft),
+        },
+    )
+    if render is not None:
+        render(plan, draft, draft / "tables")
+    record.install(draft, target)
+    return target
+
+
+def strip(source: Path, target: Path) -> None:
+    """Copy outcomes without their text columns."""
+    import pyarrow.parquet as parquet
+
+    table = parquet.read_table(source)
+    table = table.drop_columns([name for name in TEXT_COLUMNS if name in table.column_names])
+    parquet.write_table(table, target, compression="zstd")
+
+
+def pinned_tiers(paths: Paths) -> list[str]:
+    """Tiers with pinned results."""
+    return sorted(path.parent.name for path in paths.results.glob(f"*/{PLAN}"))
+
+
+def restore(tier: str, paths: Paths) -> Plan:
+    """The plan of a pinned run, as it was when it was pinned. Raises `ReqatError` if there is none."""
+    path = paths.results / tier / PLAN
+    if not path.is_file():
+        there = ", ".join(pinned_tiers(paths)) or "none yet"
+        raise ReqatError(
+            f"no pinned results of tier {tier!r} in {paths.results} (pinned: {there}); `reqat pin` promotes a "
+            "finished run."
+        )
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ReqatError(f"{path}: not a pinned plan ({error!r}); restore it from git.") from None
+    return Plan.restore(stored, str(path))
+
+
+def verify(tier: str, paths: Paths) -> int:
+    """Check every pinned file of a tier against its recorded sha256; returns how many. Raises `ReqatError` naming the
+    first that differs.
+    """
+    folder = paths.results / tier
+    stated = json.loads((folder / PIN).read_text(encoding="utf-8"))["files"]
+    for name, entry in stated.items():
+        path = folder / name
+        if not path.is_file() or record.sha256(path) != entry["sha256"]:
+            raise ReqatError(f"{path} is not the file that was pinned; restore it from git.")
+    return len(stated)
+
+
+def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False, dtype: str | None = None) -> Path:
+    """Promote the base model trained from scratch into `results/base/`. `dtype` (e.g. `bfloat16`) stores the weights
+    in it.
+
+    Raises `ReqatError` if it was not trained, is not what its record says, or is larger than 8 MB.
+    """
+    if model not in plan.scratch:
+        raise ReqatError(
+            f"tier {plan.tier.name}: model {model!r} has no `scratch` section; it has "
+            f"{', '.join(plan.scratch) or 'none'}."
+        )
+    stage = plan.stage(plan.scratch[model])
+    folder = paths.stage(stage)
+    entry = record.verify(folder, id=stage.id)
+    if entry["dirty"] is not False and not allow_dirty:
+        raise ReqatError(
+            f"{folder} was made from a tree with uncommitted changes; commit and train again, or pass --allow-dirty."
+        )
+    draft = paths.results / ".base.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    if dtype is None:
+        shutil.copytree(folder / "model", draft / "model")
+    else:
+        import torch
+
+        from reqat.models import load_model, load_tokenizer, save_model
+
+        source = folder / "model"
+        save_model(load_model(source), load_tokenizer(source), draft / "model", dtype=getattr(torch, dtype))
+    files = record.outputs(draft)
+    size = sum(file["bytes"] for file in files.values())
+    if size > BASE_BYTES:
+        shutil.rmtree(draft)
+        raise ReqatError(
+            f"the base checkpoint is {size / 2**20:.1f} MiB, more than the {BASE_BYTES / 2**20:.0f} MiB that the "
+            "repository takes: "
+            "pin it with --dtype bfloat16, or train a smaller one."
+        )
+    trained = record.outputs_digest(entry)
+    record.write(draft / record.FILE, entry | {"outputs": files, "dtype": dtype, "trained_outputs_sha256": trained})
+    record.install(draft, paths.base)
+    return paths.base
+
+
+def _distinct(values: Any) -> list[Any]:
+    seen = {digest(value): value for value in values}
+    return [seen[key] for key in sorted(seen)]
