@@ -7,7 +7,9 @@ in the package's metadata, without importing the package.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import logging
 from collections.abc import Iterator
@@ -48,13 +50,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     """
     if str(path).startswith(PACKAGE):
         file = _package_gguf(str(path))
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
             )
-        # It names GGUF's format; left in place, the model could not be saved as plain safetensors and read back.
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        # The weights are dense now. What still names GGUF's format would keep the model from being saved.
+        del model.config.quantization_config, model.hf_quantizer
+        model.is_quantized = False
         return model.eval()
     folder = _folder(path)
     _check_weights(folder)

@@ -56,6 +56,7 @@ def save_model(
         if sidecar := Sidecar.collect(model):
             sidecar.write(partial)
         for file in partial.iterdir():
+            shutil.copymode(partial / "config.json", file)  # safetensors writes files that only their owner can read
             _sync(file)
         if folder.exists():
             os.replace(folder, old)
@@ -91,11 +92,11 @@ def _plain_state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str,
 
 
 def _fix_config(file: Path, dtype: torch.dtype | None) -> None:
-    """config.json describes the stored weights, and names no attention function that others do not have."""
+    """config.json describes the stored weights, and names no attention function or path that others do not have."""
     config = json.loads(file.read_text())
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
-    for key in ("_attn_implementation", "attn_implementation", "_attn_implementation_internal"):
+    for key in ("_attn_implementation", "attn_implementation", "_name_or_path"):
         config.pop(key, None)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

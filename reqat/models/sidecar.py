@@ -144,7 +144,7 @@ class Sidecar:
         ):
             raise ReqatError(
                 f"the checkpoint's weights were quantized for {self.precision}; preparing it for {precision} would "
-                "need them in another format. Choose a precision with the same weights, or start from the dense checkpoint"
+                "need them in another format. Choose a precision with the same weights, or the dense checkpoint"
             )
 
     def restore(self, model: PreTrainedModel, now: Precision) -> list[str]:

@@ -1,0 +1,46 @@
+"""Block Hadamard rotation, against scipy's matrix."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy.linalg import hadamard as scipy_hadamard
+
+from reqat.quant import block_hadamard, hadamard
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 32, 128])
+def test_matrix_is_sylvesters_normalized(n: int) -> None:
+    expected = torch.from_numpy(scipy_hadamard(n)).double() / n**0.5
+    assert torch.equal(hadamard(n, torch.float64), expected)
+
+
+def test_rotating_both_operands_keeps_their_product() -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 96, dtype=torch.float64), torch.randn(7, 96, dtype=torch.float64)
+    rotated = block_hadamard(x, 32) @ block_hadamard(w, 32).T
+    torch.testing.assert_close(rotated, x @ w.T, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(block_hadamard(block_hadamard(x, 32), 32), x, rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_do_not_mix() -> None:
+    x = torch.zeros(64)
+    x[40] = 1.0
+    rotated = block_hadamard(x, 32)
+    assert torch.equal(rotated[:32], torch.zeros(32))
+    assert torch.allclose(rotated[32:].abs(), torch.full((32,), 32**-0.5))
+
+
+def test_autocast_does_not_lower_its_precision() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = block_hadamard(x, 32)
+    assert torch.equal(inside, block_hadamard(x, 32))
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="power of two, not 24"):
+        hadamard(24)
+    with pytest.raises(ValueError, match=r"block 32 does not divide.*\(3, 48\)"):
+        block_hadamard(torch.zeros(3, 48), 32)
