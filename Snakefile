@@ -1,0 +1,37 @@
+# The DAG: traces -> base -> fine-tuning -> Q-FIT -> QAT / PTQ -> evaluations -> tables and plots -> figures/
+#
+#   snakemake --cores all figures/                        the default tier, `laptop`
+#   snakemake --cores all --config tier=smoke figures/    another: smoke, laptop, overnight, smollm, paper
+#   snakemake --cores all pinned                          tables and figures from results/ alone, in seconds
+#   snakemake --cores all compare                         a fresh run against the pinned one
+#   snakemake --cores all base                            train the base model anew (then `reqat pin-base`)
+#
+# What is to be done is no logic of these files: reqat.config turns config/ into a plan of stages and evaluations, each
+# named by the digest of its settings, and the rules run them by calling `reqat` verbs that work by hand too.
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+include: "rules/common.smk"
+
+
+rule all:
+    input:
+        "figures",
+    default_target: True
+
+
+include: "rules/data.smk"
+include: "rules/base.smk"
+include: "rules/train.smk"
+include: "rules/ptq.smk"
+include: "rules/evaluate.smk"
+include: "rules/tables.smk"
+include: "rules/figures.smk"
+include: "rules/pinned.smk"
+
+
+onstart:
+    check_resources()

@@ -1,0 +1,32 @@
+# Inputs:  the base's own traces (from scratch), or an installed package or local folder of weights
+# Outputs: build/stages/base-<digest>/ with record.json; beside it model/
+#
+# Tiers that start from the pinned checkpoint in results/base/ need none of this; target `base` trains it anew.
+
+
+rule base:
+    input:
+        [record_of(id) for id in PLAN.scratch.values()],
+
+
+rule base_model:
+    input:
+        stage_inputs,
+    output:
+        STAGE,
+    log:
+        LOG,
+    conda:
+        "../environment.yml"
+    wildcard_constraints:
+        id="base-[0-9a-f]+",
+    params:
+        reqat=REQAT,
+        tier=TIER,
+    threads: RESOURCES.threads
+    resources:
+        mem_mb=RESOURCES.train_memory_mb,
+        runtime=RESOURCES.runtime_minutes,
+        gpu=GPUS,
+    shell:
+        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"

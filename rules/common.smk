@@ -1,0 +1,112 @@
+# Helpers of the other files: the plan of the tier, commands, input functions. No rules.
+
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+sys.path.insert(0, str(workflow.basedir))
+
+from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names
+from reqat.config import Paths, ReqatError, load, unknown
+from reqat.config.paths import made
+from reqat.config.resources import need, require
+
+KEYS = ("tier", "build", "models", "reqat", "check_resources")
+
+
+def read_plan():
+    """The configuration that --config gives, checked, as (plan, paths)."""
+    for key in config:
+        if key not in KEYS:
+            raise unknown("key", key, KEYS, where="--config")
+    paths = Paths(build=Path(config.get("build", "build")), models=Path(config.get("models", "models")))
+    return load(config.get("tier", "laptop"), paths), paths
+
+
+try:
+    PLAN, PATHS = read_plan()
+except ReqatError as error:
+    raise WorkflowError(f"configuration: {error}") from None
+
+TIER = PLAN.tier.name
+BUILD = PATHS.build.as_posix()
+RESOURCES = PLAN.tier.resources
+ON_GPU = RESOURCES.device == "cuda"
+GPUS = need(PLAN).gpus if ON_GPU else 0
+# The command that the rules call; `--config reqat=...` replaces it. Under --software-deployment-method conda, the environment's own Python.
+PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
+REQAT = f"{config.get('reqat', f'{PYTHON} -m reqat.cli')} --build {BUILD} --models {PATHS.models.as_posix()}"
+
+# Outputs of the jobs, and their logs.
+DATA = f"{BUILD}/data/{{id}}/record.json"
+STAGE = f"{BUILD}/stages/{{id}}/record.json"
+EVALUATION = f"{BUILD}/evaluations/{{id}}/record.json"
+OUTCOMES = f"{BUILD}/evaluations/{{id}}/outcomes.parquet"
+LOG = f"{BUILD}/logs/{{id}}.log"
+RECORDS = [(PATHS.evaluation(evaluation) / "record.json").as_posix() for evaluation in PLAN.evaluations.values()]
+TABLES = [f"{BUILD}/tables/{TIER}/{name}" for name in table_names(PLAN)]
+PLOTS = [f"{BUILD}/plots/{TIER}/{name}" for name in figure_names(PLAN)]
+# Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on.
+PINNED = TIER if Path(f"results/{TIER}/plan.json").exists() else "overnight"
+# Tables and plots cost seconds, so they follow their sources; trainings follow their settings alone.
+ANALYSIS = sorted(path.as_posix() for path in Path("analysis").glob("*.py"))
+CAPTION = {
+    "tier": TIER,
+    "title": PLAN.tier.title,
+    "problems": PLAN.tier.evaluation.n,
+    "split": PLAN.tier.evaluation.split,
+    "sampling_seeds": len(PLAN.tier.evaluation.seeds),
+    "training_seeds": len(PLAN.tier.training_seeds),
+    "claim_seeds": len({*PLAN.tier.training_seeds, *PLAN.tier.claim_seeds.seeds}),
+}
+
+
+def record_of(id):
+    """Record of a stage as an input. The pinned base is `ancient`: a fresh clone's file times restart nothing (its sha256 is in the ids)."""
+    stage = PLAN.stage(id)
+    path = PATHS.stage(stage) / "record.json"
+    if made(stage):
+        return path.as_posix()
+    if not path.exists():
+        raise WorkflowError(
+            f"tier {TIER} starts from the pinned base checkpoint, and {path.parent} holds none: "
+            f"`snakemake --cores all --config tier={TIER} base` trains it, `reqat pin-base --tier {TIER}` puts it there."
+        )
+    return ancient(path.as_posix())
+
+
+def stage_inputs(wildcards):
+    """Records of the stages that a stage stands on."""
+    try:
+        return [record_of(id) for id in PLAN.stage(wildcards.id).inputs.values()]
+    except ReqatError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def evaluation_inputs(wildcards):
+    """Records of the stages that an evaluation reads."""
+    try:
+        return [record_of(id) for id in PLAN.evaluation(wildcards.id).inputs.values()]
+    except ReqatError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def folder_of_output(wildcards, output):
+    """Folder that a rule writes its files into."""
+    return str(Path(output[0]).parent)
+
+
+def check_resources():
+    """Refuse to start a tier for which this machine has too little. `--config check_resources=jobs` leaves it to each job (clusters)."""
+    if not ON_GPU or config.get("check_resources") == "jobs":
+        return
+    import torch
+
+    from reqat.records import provenance
+
+    try:
+        require(PLAN, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
+    except ReqatError as error:
+        raise WorkflowError(str(error)) from None

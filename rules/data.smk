@@ -1,0 +1,23 @@
+# Inputs:  nothing, or the base model whose tokenizer counts the tokens
+# Outputs: build/data/<id>/ with record.json; beside it tokenizer/, train.jsonl, manifest.json
+
+
+rule data:
+    input:
+        stage_inputs,
+    output:
+        DATA,
+    log:
+        LOG,
+    conda:
+        "../environment.yml"
+    wildcard_constraints:
+        id="data-[0-9a-f]+",
+    params:
+        reqat=REQAT,
+        tier=TIER,
+    resources:
+        mem_mb=2000,
+        runtime=60,
+    shell:
+        "{params.reqat} data {wildcards.id} --tier {params.tier} > {log} 2>&1"

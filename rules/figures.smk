@@ -1,0 +1,45 @@
+# Inputs:  records and outcomes of all evaluations of the tier; analysis/; the tables
+# Outputs: build/plots/<tier>/<figure>.{png,pdf}; figures/, which only collects what was rendered elsewhere
+#
+# A directory() output is emptied before its rule runs, so nothing else may live in figures/.
+
+
+rule plots:
+    input:
+        RECORDS,
+        ANALYSIS,
+    output:
+        report(
+            expand("{plot}.png", plot=PLOTS),
+            caption="../report/figure.rst",
+            category="Figures",
+            labels={"tier": TIER},
+        ),
+        expand("{plot}.{suffix}", plot=PLOTS, suffix=[s for s in FIGURE_SUFFIXES if s != "png"]),
+    log:
+        f"{BUILD}/logs/figures-{TIER}.log",
+    conda:
+        "../environment.yml"
+    params:
+        reqat=REQAT,
+        out=folder_of_output,
+        **CAPTION,
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    shell:
+        "{params.reqat} figures --tier {params.tier} --out {params.out} > {log} 2>&1"
+
+
+rule figures:
+    input:
+        rules.tables.output,
+        rules.plots.output if PLOTS else [],
+    output:
+        directory("figures"),
+    log:
+        f"{BUILD}/logs/collect-{TIER}.log",
+    conda:
+        "../environment.yml"
+    shell:
+        "(mkdir -p {output} && cp {input} {output}/) > {log} 2>&1"

@@ -1,0 +1,35 @@
+# Inputs:  results/<tier>/ (pinned); for `compare` also a fresh run
+# Outputs: build/pinned/{tables,plots}/<tier>/, drawn without running anything else
+
+
+rule pinned:
+    input:
+        ANALYSIS,
+        ancient(f"results/{PINNED}/plan.json"),
+    output:
+        tables=directory(f"{BUILD}/pinned/tables/{PINNED}"),
+        plots=directory(f"{BUILD}/pinned/plots/{PINNED}"),
+    log:
+        f"{BUILD}/logs/pinned-{PINNED}.log",
+    conda:
+        "../environment.yml"
+    params:
+        reqat=REQAT,
+        tier=PINNED,
+    shell:
+        "({params.reqat} tables --pinned --tier {params.tier} --out {output.tables} && "
+        "{params.reqat} figures --pinned --tier {params.tier} --out {output.plots}) > {log} 2>&1"
+
+
+rule compare:
+    input:
+        RECORDS,
+    log:
+        f"{BUILD}/logs/compare-{TIER}.log",
+    conda:
+        "../environment.yml"
+    params:
+        reqat=REQAT,
+        tier=TIER,
+    shell:
+        "{params.reqat} compare --tier {params.tier} 2>&1 | tee {log}"

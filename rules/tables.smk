@@ -1,0 +1,29 @@
+# Inputs:  records and outcomes of all evaluations of the tier; analysis/
+# Outputs: build/tables/<tier>/<table>.{csv,md,tex}
+
+
+rule tables:
+    input:
+        RECORDS,
+        ANALYSIS,
+    output:
+        report(
+            expand("{table}.csv", table=TABLES),
+            caption="../report/table.rst",
+            category="Tables",
+            labels={"tier": TIER},
+        ),
+        expand("{table}.{suffix}", table=TABLES, suffix=[s for s in TABLE_SUFFIXES if s != "csv"]),
+    log:
+        f"{BUILD}/logs/tables-{TIER}.log",
+    conda:
+        "../environment.yml"
+    params:
+        reqat=REQAT,
+        out=folder_of_output,
+        **CAPTION,
+    resources:
+        mem_mb=1000,
+        runtime=30,
+    shell:
+        "{params.reqat} tables --tier {params.tier} --out {params.out} > {log} 2>&1"

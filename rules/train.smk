@@ -1,0 +1,51 @@
+# Inputs:  the record of the parent stage (its model) and of the trace store
+# Outputs: build/stages/<id>/ with record.json; beside it model/
+#
+# A killed training leaves build/checkpoints/<id>/, from where the same job goes on. One thread a job: two trainings side by side are faster
+# on two cores than one training on both.
+
+
+rule train:
+    input:
+        stage_inputs,
+    output:
+        STAGE,
+    log:
+        LOG,
+    conda:
+        "../environment.yml"
+    wildcard_constraints:
+        id="(finetune|qat)-[0-9a-f]+",
+    params:
+        reqat=REQAT,
+        tier=TIER,
+    threads: RESOURCES.threads
+    resources:
+        mem_mb=RESOURCES.train_memory_mb,
+        runtime=RESOURCES.runtime_minutes,
+        gpu=GPUS,
+    shell:
+        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+
+
+rule qfit:
+    input:
+        stage_inputs,
+    output:
+        STAGE,
+    log:
+        LOG,
+    conda:
+        "../environment.yml"
+    wildcard_constraints:
+        id="qfit-[0-9a-f]+",
+    params:
+        reqat=REQAT,
+        tier=TIER,
+    threads: RESOURCES.threads
+    resources:
+        mem_mb=RESOURCES.train_memory_mb,
+        runtime=240,
+        gpu=min(GPUS, 1),
+    shell:
+        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
