@@ -96,7 +96,7 @@ class _WeightedEntropySum(torch.autograd.Function):
 
 
 def weighted_entropy_sum(log_probs_NV: Tensor, weights_N: Tensor, entropies_N: Tensor | None = None) -> Tensor:
-    """``sum_n w_n H_n`` in nats, a scalar; the gradient goes to ``log_probs_NV`` ``[N, V]``, none to the weights ``[N]``.
+    """``sum_n w_n H_n`` in nats, a scalar; its gradient goes to ``log_probs_NV`` [N, V], none to the weights [N].
 
     ``entropies_N``: what :func:`token_entropies` gave for these rows, if it is at hand.
     """

@@ -89,13 +89,13 @@ def test_equal_entropies_one_token_and_none():
     flat = torch.zeros(6, 8)
     value = SEM()(context(flat.requires_grad_()))
     assert math.isclose(float(value.detach()), 6 * math.log(8), rel_tol=1e-6)  # tau = H_min: every weight is 1
-    assert float(SEM(binary=True)(context(flat))) == 0
+    assert SEM(binary=True)(context(flat)).item() == 0
     one = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
     torch.testing.assert_close(SEM()(context(one)), naive(one).float())
     empty = torch.zeros(0, 8, requires_grad=True)
     nothing = SEM()(context(empty))
     nothing.backward()
-    assert float(nothing) == 0 and empty.grad.shape == (0, 8)
+    assert nothing.item() == 0 and empty.grad.shape == (0, 8)
 
 
 def test_extreme_and_excluded_logits_stay_finite():

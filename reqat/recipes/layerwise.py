@@ -1,0 +1,160 @@
+"""Walk a decoder one layer at a time over calibration sequences.
+
+Post-training methods look at what flows into each layer, and some change the layer before the next one sees its output.
+Holding one hidden state per sequence and running one layer at a time costs a single forward pass over the model and the
+memory of one layer's activations, whatever the depth::
+
+    for step in walk(model, input_ids):
+        with hooks_on(step.layer):      # look
+            step.run()
+        change(step.layer)              # the next step's inputs come through the changed layer
+
+Shapes: n sequences, T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reqat.config.errors import ReqatError
+from reqat.models.architecture import DecoderLayer, decoder_layers
+
+# Tokens that go through a layer at once, unless the caller says otherwise: 4096 tokens of a 14B model's MLP are 0.2 GB.
+BATCH_TOKENS = 4096
+_LOG_SECONDS = 30.0
+
+
+class _Reached(Exception):
+    """The first decoder layer was called; nothing after it is wanted."""
+
+
+@dataclass
+class Step:
+    """One decoder layer and what flows into it: ``hidden[i]`` is [rows, T, E], ``kwargs[i]`` the rest of the call."""
+
+    layer: DecoderLayer
+    hidden: list[Tensor]
+    kwargs: list[dict[str, Any]]
+    #: What :meth:`run` gave, set by whoever ran the layer and did not change it since: the walk need not run it again.
+    outputs: list[Tensor] | None = None
+
+    @torch.no_grad()
+    def run(self) -> list[Tensor]:
+        """The layer's outputs with its present weights, batch by batch."""
+        outputs = []
+        for hidden, kwargs in zip(self.hidden, self.kwargs, strict=True):
+            out = self.layer.module(hidden, **kwargs)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
+        return outputs
+
+
+def check_input_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Raise ``ReqatError`` unless ``input_ids`` is [n, T] integers within the model's vocabulary, n and T positive."""
+    if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
+        raise ReqatError(
+            f"calibration needs token ids [sequences, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}"
+        )
+    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ReqatError(
+            f"calibration token ids run from {low} to {high}, but the model knows 0 to {vocabulary - 1}: were they "
+            "made with another tokenizer?"
+        )
+
+
+def walk(model: PreTrainedModel, input_ids: Tensor, *, batch_rows: int | None = None) -> Iterator[Step]:
+    """Yield a :class:`Step` for each decoder layer in order; it sees what the layers before it, as they then are, give.
+
+    ``input_ids`` ``[n, T]`` int64 are whole sequences without padding, at positions 0 to T-1. ``batch_rows`` of them go
+    through a layer at once (default: about 4096 tokens). The model is in evaluation mode meanwhile and put back after.
+
+    Raises:
+        ValueError: ``input_ids`` of another shape or with unknown tokens; a model that is no supported decoder.
+    """
+    check_input_ids(model, input_ids)
+    layers = decoder_layers(model)
+    rows = batch_rows or max(1, BATCH_TOKENS // input_ids.shape[1])
+    device = model.get_input_embeddings().weight.device
+    training = model.training
+    model.eval()
+    try:
+        hidden: list[Tensor] = []
+        kwargs: list[dict[str, Any]] = []
+        for batch in input_ids.split(rows):
+            args, kw = _first_call(model, layers[0].module, batch.to(device))
+            hidden.append(args[0])
+            kwargs.append(kw)
+        for layer in layers:
+            step = Step(layer, hidden, kwargs)
+            yield step
+            if layer is not layers[-1]:
+                hidden = step.outputs if step.outputs is not None else step.run()
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def _first_call(model: PreTrainedModel, first: nn.Module, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that the first decoder layer is called with on ``batch``."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Reached
+
+    with hooked([first.register_forward_pre_hook(note, with_kwargs=True)]):
+        try:
+            model.get_decoder()(input_ids=batch, use_cache=False)
+        except _Reached:
+            return seen[0]
+    raise AssertionError("the decoder never called its first layer")
+
+
+@contextmanager
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Remove these hooks when the block ends."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def on_output(module: nn.Module, look: Callable[[Tensor], None]) -> Any:
+    """Hook: call ``look`` with each output of ``module``."""
+    return module.register_forward_hook(lambda _module, _args, output: look(output))
+
+
+@contextmanager
+def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Callable[[], None]]:
+    """Gives a function that counts one of ``total`` things: a bar in a terminal, a line every half minute in a log."""
+    if enabled and sys.stderr.isatty():
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda: bar.advance(task)
+        return
+    began = logged = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, logged
+        done += 1
+        now = time.monotonic()
+        if enabled and now - logged > _LOG_SECONDS:
+            logged = now
+            left = (total - done) * (now - began) / done
+            print(f"{label}: {done} of {total}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    yield advance
