@@ -1,0 +1,338 @@
+"""Properties of the plan: what is shared, what is kept apart, and when a name changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reqat.config import Paths, Plan, PrecisionSpec, ReqatError, Stage, load, load_catalogue, load_tier, plan
+from reqat.config.base import Strict, merge, parse
+from reqat.config.stage import (
+    BaseSettings,
+    Calibration,
+    Decoding,
+    PTQSettings,
+    QFitSettings,
+    SEMTerm,
+    Training,
+    TrainSettings,
+)
+from reqat.config.tier import Tier
+
+ROOT = Path(__file__).parents[2]
+CATALOGUE = load_catalogue(ROOT / "config")
+TIERS = ("smoke", "laptop", "overnight", "smollm", "paper")
+
+
+# What is tuned in config/tiers/ shall not move these tests.
+FIXED = {
+    "data": {"tokens": 1_000_000},
+    "budget": {"qat_tokens": 200_000, "totals": [2, 3], "claim_total": 3},
+    "only": {"recipes": None, "precisions": None},
+}
+LOADED = {name: load_tier(name, ROOT / "config").model_dump(mode="json") for name in TIERS}
+
+
+def tier(name: str = "laptop", **changes: object) -> Tier:
+    data = LOADED[name] if name in ("paper", "smollm") else merge(LOADED[name], FIXED)
+    return parse(Tier, merge(data, changes), "test")
+
+
+def make(name: str = "laptop", **changes: object) -> Plan:
+    return plan(tier(name, **changes), CATALOGUE, pinned="0" * 64)
+
+
+LAPTOP = make()
+
+
+def chain(
+    of: Plan, recipe: str, precision: str, multiple: int | None, artifact: str = "table1", seed: int = 0
+) -> list[Stage]:
+    """Stages of a cell, base first."""
+    (cell,) = [
+        c
+        for c in of.cells
+        if (c.artifact, c.recipe, c.precision, c.multiple, c.training_seed)
+        == (artifact, recipe, precision, multiple, seed)
+    ]
+    return list(of.lineage(of.evaluation(cell.evaluation).stage))[::-1]
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_plan_is_whole_and_in_order(name: str):
+    made = make(name)
+    seen: set[str] = set()
+    for id, stage in made.stages.items():
+        assert id == stage.id
+        assert set(stage.inputs.values()) <= seen, "parents stand before their children"
+        seen.add(id)
+    for id, evaluation in made.evaluations.items():
+        assert id == evaluation.id
+        assert set(evaluation.inputs.values()) <= set(made.needed)
+    assert {cell.evaluation for cell in made.cells} == set(made.evaluations)
+    assert set(made.scratch.values()) | set(made.needed) <= set(made.stages)
+    restored = Plan.restore(made.dump(), "test")
+    assert restored.dump() == made.dump()
+
+
+def test_planning_twice_gives_the_same_names():
+    assert make().dump() == LAPTOP.dump()
+
+
+def test_table1_has_every_row():
+    cells = [c for c in LAPTOP.cells if c.artifact == "table1"]
+    for precision in ("MXFP4-W4A16", "MXFP4-W4A4", "NVFP4-W4A4KV4"):
+        methods = {(c.method, c.multiple) for c in cells if c.precision == precision}
+        trained = {"FT+PTQ", "QAT", "ReQAT-T", "ReQAT-TQ", "ReQAT-TQS"}
+        assert methods == {("PTQ", None)} | {(m, t) for m in trained for t in (2, 3)}
+    assert {(c.method, c.multiple) for c in cells if c.precision == "BF16"} == {
+        ("Baseline", None),
+        ("FT", 2),
+        ("FT", 3),
+    }
+    assert {c.condition for c in LAPTOP.cells if c.artifact == "table5"} == {
+        f"e1m2={e};pre_rope_scale={a};post_rope_shift={b}"
+        for e, a, b in ((0, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
+    }
+
+
+def test_every_method_of_a_row_spends_the_same_tokens():
+    for cell in LAPTOP.cells:
+        if cell.multiple is not None and cell.artifact == "table1":
+            spent = sum(
+                s.budget_tokens for s in LAPTOP.lineage(LAPTOP.evaluation(cell.evaluation).stage) if s.kind != "base"
+            )
+            assert spent == cell.total_tokens == cell.multiple * LAPTOP.tier.budget.qat_tokens
+
+
+def test_fine_tuning_is_trained_once_however_many_variants_branch_from_it():
+    finetunes = [s for s in LAPTOP.needed.values() if s.kind == "finetune"]
+    qat = LAPTOP.tier.budget.qat_tokens
+    assert sorted(s.budget_tokens for s in finetunes) == [qat, 2 * qat, 3 * qat]
+    ft_of_three = chain(LAPTOP, "reqat-tqs", "NVFP4-W4A4KV4", 3)[1]
+    assert ft_of_three.id == chain(LAPTOP, "reqat-t", "MXFP4-W4A4", 3)[1].id == chain(LAPTOP, "ft", "BF16", 2)[1].id
+
+
+def test_table5_shares_its_last_row_with_table1_and_parts_differ():
+    last = chain(LAPTOP, "reqat-tq", "NVFP4-W4A4KV4", 3, artifact="table5")
+    assert last[-1].id == chain(LAPTOP, "reqat-tq", "NVFP4-W4A4KV4", 3)[-1].id
+    settings = {
+        c.condition: [s.settings for s in LAPTOP.lineage(LAPTOP.evaluation(c.evaluation).stage)]
+        for c in LAPTOP.cells
+        if c.artifact == "table5"
+    }
+    for condition, stages in settings.items():
+        fits = [s for s in stages if isinstance(s, QFitSettings)]
+        wanted = dict(part.split("=") for part in condition.split(";"))
+        assert [(f"{s.scale:d}", f"{s.shift:d}") for s in fits] == (
+            []
+            if wanted["pre_rope_scale"] == wanted["post_rope_shift"] == "0"
+            else [(wanted["pre_rope_scale"], wanted["post_rope_shift"])]
+        )
+        for stage in stages:
+            if isinstance(stage, TrainSettings):
+                assert [t.name for t in stage.training.objective] == ["nll"]
+    elements = {
+        c.condition[5]: LAPTOP.evaluation(c.evaluation).precision.kv_element
+        for c in LAPTOP.cells
+        if c.artifact == "table5"
+    }
+    assert elements == {"0": "E2M1", "1": "E1M2"}
+
+
+@pytest.mark.parametrize("multiple", [2, 3])
+def test_aligned_qat_sees_a_prefix_of_fine_tuning_and_the_control_none_of_it(multiple: int):
+    _, ft, same = chain(LAPTOP, "reqat-t", "MXFP4-W4A16", multiple)
+    _, control_ft, different = chain(LAPTOP, "ft-qat-different", "MXFP4-W4A16", multiple, artifact="table4")
+    assert ft.id == control_ft.id and ft.data == same.data == different.data
+    assert isinstance(ft.settings, TrainSettings) and isinstance(same.settings, TrainSettings)
+    assert isinstance(different.settings, TrainSettings)
+    first, prefix, rest = ft.settings.traces, same.settings.traces, different.settings.traces
+    assert prefix.skip_tokens == first.skip_tokens == 0 and prefix.tokens <= first.tokens
+    assert rest.skip_tokens == first.tokens and rest.tokens == prefix.tokens
+
+
+def test_q_is_qfit_for_nvfp4_and_the_block_rotation_for_mxfp4():
+    nvfp4 = chain(LAPTOP, "reqat-tq", "NVFP4-W4A4KV4", 3)
+    assert [s.kind for s in nvfp4] == ["base", "finetune", "qfit", "qat"]
+    mxfp4 = chain(LAPTOP, "reqat-tq", "MXFP4-W4A4", 3)
+    assert [s.kind for s in mxfp4] == ["base", "finetune", "qat"] and mxfp4[-1].precision.rotation == 32
+    assert chain(LAPTOP, "reqat-t", "MXFP4-W4A4", 3)[-1].precision.rotation is None
+    assert nvfp4[-1].precision.rotation is None
+    assert nvfp4[1].precision.name == "BF16" and nvfp4[2].precision.name == "NVFP4-W4A4KV4"
+    for cell in LAPTOP.cells:
+        evaluation = LAPTOP.evaluation(cell.evaluation)
+        last = LAPTOP.stage(evaluation.stage)
+        if last.kind == "qat":
+            assert last.precision.rotation == evaluation.precision.rotation
+            assert last.precision.kv_element == evaluation.precision.kv_element
+
+
+def test_tqs_differs_from_tq_in_the_objective_alone():
+    tq, tqs = (chain(LAPTOP, r, "NVFP4-W4A4KV4", 2) for r in ("reqat-tq", "reqat-tqs"))
+    assert [s.id for s in tq[:-1]] == [s.id for s in tqs[:-1]]
+    a, b = tq[-1].model_dump(), tqs[-1].model_dump()
+    terms = b["settings"]["training"].pop("objective")
+    assert [t["name"] for t in a["settings"]["training"].pop("objective")] == ["nll"]
+    assert [(t["name"], t["weight"]) for t in terms] == [("nll", 1.0), ("sem", 0.1)]
+    assert a == b
+
+
+def test_a_setting_renames_its_stage_and_what_stands_on_it_and_nothing_else():
+    changed = make(train={"qat": {"lr": 5e-4}})
+    for kind in ("data", "base", "finetune", "qfit", "ptq"):
+        assert {i for i, s in LAPTOP.needed.items() if s.kind == kind} == {
+            i for i, s in changed.needed.items() if s.kind == kind
+        }
+    assert not {i for i, s in LAPTOP.needed.items() if s.kind == "qat"} & set(changed.needed)
+    assert len(changed.stages) == len(LAPTOP.stages)
+    deeper = make(train={"finetune": {"lr": 5e-4}})
+    alike = {i for i in LAPTOP.needed if i in deeper.needed}
+    assert {LAPTOP.stages[i].kind for i in alike} == {
+        "data",
+        "base",
+        "qat",
+        "ptq",
+    }  # QAT and GPTQ straight from the base
+    assert all(LAPTOP.stages[i].parent in LAPTOP.bases.values() for i in alike if i.startswith(("qat", "ptq")))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"title": "other words"},
+        {"resources": {"threads": 2, "train_memory_mb": 1}},
+        {
+            "models": {
+                "testbed": {"artifacts": ["figure1", "table1", "table2", "table4", "table5", "ptq", "global-scale"]}
+            }
+        },
+        {"training_seeds": [0]},
+        {"data": {"families": {}}},
+    ],
+)
+def test_what_cannot_change_a_number_renames_nothing(change: dict):
+    changed = make(**change)
+    assert set(changed.stages) == set(LAPTOP.stages) and set(changed.evaluations) == set(LAPTOP.evaluations)
+
+
+def test_evaluation_settings_rename_evaluations_alone():
+    changed = make(evaluation={"n": 7})
+    assert set(changed.stages) == set(LAPTOP.stages) and not set(changed.evaluations) & set(LAPTOP.evaluations)
+
+
+def test_pinned_base_is_known_by_its_weights():
+    other = plan(tier(), CATALOGUE, pinned="1" * 64)
+    assert not {i for i, s in other.needed.items()} & set(LAPTOP.needed)
+    assert other.scratch == LAPTOP.scratch
+
+
+def test_order_of_families_means_nothing():
+    one, two = (make(data={"families": dict(order)}) for order in ([("a", {}), ("b", {})], [("b", {}), ("a", {})]))
+    assert set(one.stages) == set(two.stages)
+
+
+def test_tiers_share_stages_where_their_settings_agree():
+    overnight = make("overnight", data=LOADED["laptop"]["data"] | FIXED["data"], train=LOADED["laptop"]["train"])
+    assert set(LAPTOP.stages) < set(overnight.stages)
+
+
+def test_claim_rows_have_their_extra_seeds_at_one_total():
+    made = make("overnight")
+    claim = made.tier.claim_seeds
+    for cell in [
+        c
+        for c in made.cells
+        if c.artifact == "table1" and c.precision in claim.precisions and c.recipe in claim.recipes
+    ]:
+        seeds = {
+            c.training_seed
+            for c in made.cells
+            if (c.artifact, c.recipe, c.precision, c.multiple) == ("table1", cell.recipe, cell.precision, cell.multiple)
+        }
+        assert seeds == ({0, 1, 2} if cell.multiple == made.tier.budget.claim_total else {0})
+    one, two = (chain(made, "reqat-tqs", "NVFP4-W4A4KV4", 3, seed=seed) for seed in (0, 1))
+    assert one[0].id == two[0].id and not {s.id for s in one[1:]} & {s.id for s in two[1:]}
+
+
+def test_store_that_is_too_small_is_refused_before_anything_runs():
+    with pytest.raises(
+        ReqatError, match=r"ft-qat-different reads traces up to token 600000.*asked for 500000.*data\.tokens"
+    ):
+        make(
+            data={"tokens": 500_000},
+            models={"testbed": {"artifacts": ["table4"]}},
+            only={"recipes": ["ft-qat-different"]},
+        )
+
+
+def test_paper_tier_follows_the_paper():
+    made = make("paper")
+    assert {c.total_tokens for c in made.cells if c.artifact == "table1" and c.multiple} == {140e6, 210e6, 280e6, 350e6}
+    assert {c.total_tokens for c in made.cells if c.artifact == "table5"} == {280e6}
+    assert {c.total_tokens for c in made.cells if c.artifact == "table2" and c.multiple} == {350e6}
+    for stage in made.needed.values():
+        if isinstance(stage.settings, TrainSettings):
+            training, traces = stage.settings.training, stage.settings.traces
+            assert (training.lr, training.min_lr_ratio, training.warmup, training.weight_decay, training.clip) == (
+                1e-5,
+                0.01,
+                0.03,
+                0,
+                1,
+            )
+            assert (training.rows_per_batch, training.accumulation, training.row_tokens) == (1, 2, 25_000)
+            base = made.stage(list(made.lineage(stage.id))[-1].id).settings
+            assert isinstance(base, BaseSettings)
+            if base.name == "R1-Llama-8B":
+                assert traces.tokens == 70e6  # several epochs over one subset
+            else:
+                assert traces.epochs == 1  # one epoch of a growing set
+
+
+def test_no_path_of_this_machine_is_in_a_plan():
+    for name in TIERS:
+        assert str(ROOT) not in str(make(name).dump())
+
+
+def test_defaults_are_what_they_were():
+    """Identities leave defaults out, so a changed default would silently give old work a new meaning.
+
+    A new field is welcome, at a default that keeps the old behaviour. If this fails, put the default back and add an
+    option for the new behaviour instead.
+    """
+    for model, defaults in DEFAULTS.items():
+        now = model(**({"name": "sem"} if model is SEMTerm else {})).model_dump(mode="json")
+        assert {key: now[key] for key in defaults} == defaults
+
+
+NLL = {"name": "nll", "weight": 1.0}
+CALIBRATION = {"sequences": 64, "sequence_tokens": 256}
+DEFAULTS: dict[type[Strict], dict[str, object]] = {
+    Training: {
+        "lr": 0.001,
+        "min_lr_ratio": 0.01,
+        "warmup": 0.03,
+        "weight_decay": 0.0,
+        "betas": [0.9, 0.95],
+        "clip": 1.0,
+        "rows_per_batch": 24,
+        "accumulation": 1,
+        "row_tokens": 256,
+        "autocast": "bf16",
+        "gradient_checkpointing": False,
+        "objective": [NLL],
+    },
+    SEMTerm: {"weight": 0.1, "percentile": 0.75, "binary": False},
+    Calibration: CALIBRATION,
+    QFitSettings: {"scale": True, "shift": True, "grid": 20, "variant": "paper", "calibration": CALIBRATION},
+    PTQSettings: {"method": "gptq", "act_order": True, "damp": 0.01, "calibration": CALIBRATION},
+    Decoding: {"greedy": False, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 256, "batch_rows": 256},
+    PrecisionSpec: {"name": "BF16", "kv_element": None, "rotation": None, "global_scale": None},
+}
+
+
+def test_missing_pinned_base_is_no_plan_of_another(tmp_path: Path):
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    assert load("laptop", Paths(root=tmp_path)).bases != LAPTOP.bases

@@ -1,0 +1,58 @@
+"""The memory that the paper tier asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reqat.config import Paths, ReqatError, load
+from reqat.config.resources import GIB, need, parameters, require, training_bytes
+
+ROOT = Path(__file__).parents[2]
+PAPER = load("paper", Paths(root=ROOT))
+
+
+@pytest.mark.parametrize("label", ["R1-Qwen-14B", "R1-Llama-8B"])
+def test_parameters_are_counted_as_transformers_counts_them(label: str):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = PAPER.tier.models[label].shape
+    assert shape is not None
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=shape.vocabulary,
+                hidden_size=shape.hidden_size,
+                num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads,
+                num_key_value_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                intermediate_size=shape.mlp,
+                tie_word_embeddings=shape.tie_embeddings,
+            )
+        )
+    assert parameters(shape) == sum(p.numel() for p in model.parameters())
+
+
+def test_cpu_tiers_need_no_gpu():
+    assert need(load("laptop", Paths(root=ROOT))) is None
+
+
+def test_paper_tier_is_refused_without_its_gpus_and_starts_with_them():
+    wanted = need(PAPER)
+    assert wanted is not None and wanted.gpus > 1
+    shape = PAPER.tier.models["R1-Qwen-14B"].shape
+    assert shape is not None
+    assert wanted.device_bytes >= training_bytes(shape, PAPER.tier.train.qat) > 16 * parameters(shape)
+    gpu, host = 80 * GIB, 2 * wanted.host_bytes
+    with pytest.raises(
+        ReqatError, match=rf"paper cannot start here.*{wanted.gpus} GPUs of 80 GiB.*has 0 GPUs.*--dry-run"
+    ):
+        require(PAPER, [], host)
+    with pytest.raises(ReqatError, match="cannot start here"):
+        require(PAPER, [gpu] * (wanted.gpus - 1) + [24 * GIB], host)
+    with pytest.raises(ReqatError, match="host memory"):
+        require(PAPER, [gpu] * wanted.gpus, 0.5 * wanted.host_bytes)
+    require(PAPER, [gpu] * wanted.gpus, host)
