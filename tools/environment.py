@@ -244,9 +244,14 @@ def only_one_at_a_time():
 
 
 def pip(python: Path, *arguments: object) -> None:
-    """``pip install``; quiet unless a person watches. Index, proxy and cache stay as the user configured them."""
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]
-    run(python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *quiet, *arguments)
+    """``pip install``; quiet unless a person watches. Index, proxy and cache stay as the user configured them.
+
+    Modules are compiled when first imported: compiling all 190 packages up front is 40% of the work of installing them.
+    """
+    options = ["--no-compile", "--no-input", "--disable-pip-version-check"]
+    if not sys.stdout.isatty():
+        options.append("--quiet")
+    run(python, "-m", "pip", "install", *options, *arguments)
 
 
 def run(*command: object) -> None:
