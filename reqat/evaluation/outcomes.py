@@ -1,0 +1,191 @@
+"""What an evaluation leaves behind: one graded response a row, with enough to say which problem and seed it answers.
+
+Tables and tests of significance are functions of these rows alone. The file is Parquet, written under another name and
+renamed when it is whole, with a digest of its content inside: a file that was cut short or altered is refused, never
+read as a smaller result. The digest covers the rows in a fixed order, so it is the same however a batch was composed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SCHEMA = "reqat.outcomes/1"
+# Column -> type, in the file and in the digest. `response` may be missing.
+_COLUMNS: dict[str, type] = {
+    "problem_id": str,
+    "family": str,
+    "seed": int,
+    "correct": bool,
+    "n_tokens": int,
+    "finished": bool,
+    "response": str,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """Graded responses, as columns of equal length.
+
+    ``n_tokens`` counts generated tokens with the end-of-sequence token; ``finished`` is False where the token limit cut
+    a response off (it is graded as it stands). ``response`` is None where responses were not kept. ``metadata`` holds
+    what the evaluation was run with (decoding, max_new_tokens); it is stored, and no part of the digest.
+
+    Raises ``ValueError`` for columns of different lengths, no rows, or a problem answered twice with one seed.
+    """
+
+    problem_id: tuple[str, ...]
+    family: tuple[str, ...]
+    seed: NDArray[np.int64]
+    correct: NDArray[np.bool_]
+    n_tokens: NDArray[np.int64]
+    finished: NDArray[np.bool_]
+    response: tuple[str, ...] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Bring the columns into their types and check them against each other."""
+        for name in ("problem_id", "family", "response"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        for name, dtype in (("seed", np.int64), ("correct", bool), ("n_tokens", np.int64), ("finished", bool)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        lengths = {name: len(values) for name, values in self.columns().items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"outcomes have columns of different lengths: {lengths}")
+        if not self.problem_id:
+            raise ValueError("outcomes are empty; evaluate at least one problem")
+        seen: set[tuple[str, int]] = set()
+        for pair in zip(self.problem_id, self.seed.tolist(), strict=True):
+            if pair in seen:
+                raise ValueError(f"problem {pair[0]!r} has two outcomes with seed {pair[1]}; keep one of them")
+            seen.add(pair)
+
+    def __len__(self) -> int:
+        """Rows: problems times seeds."""
+        return len(self.problem_id)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The sampling seeds, ascending."""
+        return tuple(np.unique(self.seed).tolist())
+
+    @property
+    def n_problems(self) -> int:
+        """Distinct problems."""
+        return len(set(self.problem_id))
+
+    @property
+    def n_unfinished(self) -> int:
+        """Responses that the token limit cut off."""
+        return int((~self.finished).sum())
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the content: every column, rows ordered by problem and seed."""
+        hasher = hashlib.sha256(_SCHEMA.encode())
+        for row in sorted(zip(*self._python_columns().values(), strict=True), key=lambda r: (r[0], r[2])):
+            hasher.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
+        return hasher.hexdigest()
+
+    def columns(self) -> dict[str, Sequence[Any] | NDArray[Any]]:
+        """The columns by name, without ``response`` where there is none."""
+        return {name: getattr(self, name) for name in _COLUMNS if getattr(self, name) is not None}
+
+    def _python_columns(self) -> dict[str, list[Any]]:
+        return {k: v.tolist() if isinstance(v, np.ndarray) else list(v) for k, v in self.columns().items()}
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame with one row a response."""
+        import pandas as pd
+
+        return pd.DataFrame(self._python_columns())
+
+    def select(self, rows: NDArray[Any]) -> Outcomes:
+        """The rows picked by an index or boolean array."""
+        index = np.arange(len(self))[rows].tolist()
+        return Outcomes(
+            problem_id=tuple(self.problem_id[i] for i in index),
+            family=tuple(self.family[i] for i in index),
+            seed=self.seed[index],
+            correct=self.correct[index],
+            n_tokens=self.n_tokens[index],
+            finished=self.finished[index],
+            response=None if self.response is None else tuple(self.response[i] for i in index),
+            metadata=self.metadata,
+        )
+
+    def to_parquet(self, path: Path | str) -> None:
+        """Write atomically: a reader finds the old file, the whole new one, or none.
+
+        Raises ``OSError`` (a full disk, for one) after removing what was written so far.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        types = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
+        columns = self._python_columns()
+        schema = pa.schema(
+            [(name, types[_COLUMNS[name]]) for name in columns],
+            metadata={"schema": _SCHEMA, "digest": self.digest, "metadata": json.dumps(dict(self.metadata))},
+        )
+        table = pa.table(columns, schema=schema)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with open(temporary, "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def from_parquet(cls, path: Path | str) -> Outcomes:
+        """Read a file of :meth:`to_parquet` and check its digest.
+
+        Raises ``FileNotFoundError`` where there is none, ``ValueError`` where it is damaged, cut short, altered, or no
+        file of outcomes.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no outcomes at {path}; run the evaluation that writes it first")
+        remedy = "delete it and run its evaluation again"
+        try:
+            with open(path, "rb") as file:
+                table = pq.read_table(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"outcomes file {path} is damaged or cut short ({error}); {remedy}") from error
+        stored = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+        missing = set(_COLUMNS) - {"response"} - set(table.column_names)
+        if stored.get("schema") != _SCHEMA or missing:
+            lacks = f", lacks {', '.join(sorted(missing))}" if missing else ""
+            found = stored.get("schema")
+            raise ValueError(f"{path} is no outcomes file of schema {_SCHEMA!r} (found {found!r}{lacks}); {remedy}")
+        columns = {name: table[name].to_pylist() for name in table.column_names if name in _COLUMNS}
+        if any(None in values for values in columns.values()):
+            raise ValueError(f"outcomes file {path} has missing values; {remedy}")
+        outcomes = cls(**columns, metadata=json.loads(stored["metadata"]))
+        if outcomes.digest != stored["digest"]:
+            raise ValueError(
+                f"outcomes file {path} was altered: its content has digest {outcomes.digest[:12]}, it was written with "
+                f"{stored['digest'][:12]}; {remedy}"
+            )
+        return outcomes
