@@ -68,7 +68,7 @@ def build_tables(
 def build_figures(
     tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
 ) -> list[Path]:
-    """Draw every figure of the tier as PNG and PDF into `out`; returns the files written. Raises like `build_tables`."""
+    """Draw every figure of the tier as PNG and PDF into `out`; returns the files written. Raises alike."""
     from analysis import figures, style
 
     results = results_of(tier, source, pinned=pinned, paths=paths)

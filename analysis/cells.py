@@ -143,7 +143,7 @@ class Results:
         return entries(self.plan.cells)
 
     def of(self, artifact: str, *, model: str | None = None) -> list[Entry]:
-        """The entries of one artifact. Raises `ReqatError` if the plan has no such artifact (or none for this model)."""
+        """The entries of one artifact. Raises `ReqatError` if the plan has none (for this model)."""
         found = [e for e in self.entries if e.artifact == artifact and model in (None, e.model)]
         if not found:
             raise ReqatError(

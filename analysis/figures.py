@@ -106,7 +106,7 @@ def figure1b(results: Results, model: str) -> Figure:
         Line2D([], [], color=style.colour("Baseline"), lw=1.2, ls="--", label="BF16 base"),
     ]
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2, handlelength=1.3)
-    return _finish(fig, results, used)
+    return _finish(fig, results, used, "PTQ and the BF16 base spend no tokens.")
 
 
 def _bars(

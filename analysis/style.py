@@ -139,7 +139,7 @@ def panel(ax: Axes, letter: str, title: str, *, theirs: bool = False) -> None:
 
 
 def save(fig: Figure, folder: Path, name: str) -> list[Path]:
-    """Write `<name>.png` (200 dpi) and `<name>.pdf` into `folder`, without date or version inside, whole or not at all."""
+    """Write `<name>.png` (200 dpi) and `<name>.pdf`, without date or version inside, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # laid out once: the same places in both files, in half the time

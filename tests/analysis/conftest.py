@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 @pytest.fixture
+def own_results(results: Results, tmp_path: Path) -> Results:
+    """A copy to spoil."""
+    shutil.copytree(results.root, tmp_path / "own")
+    return Results(results.plan, tmp_path / "own", titles=results.titles)
+
+
+@pytest.fixture
 def make_results(tmp_path: Path) -> Callable[..., Results]:
-    """One of your own to spoil."""
+    """Results of a tier with some settings changed."""
     return lambda **changes: make(tmp_path / "build", **changes)
