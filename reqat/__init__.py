@@ -1,8 +1,8 @@
 """reqat: quantization-aware training of reasoning models in 4-bit floating point.
 
-The package is a house of floors (see ``reqat/README`` in the repository's documentation): ``formats`` and ``config`` at
-the bottom, then ``quant``, then ``models``, ``data`` and ``tasks``, and so on. Importing ``reqat`` itself loads nothing:
-the public names below are found on first use, so a command line that only reads configuration never pays for torch.
+The package is a house of floors: ``formats`` and ``config`` at the bottom, then ``quant``, then ``models``, ``data``
+and ``tasks``, and so on up to the command line. Importing ``reqat`` itself loads nothing: the public names below are
+found on first use, so a command that only reads configuration never pays for torch.
 """
 
 from __future__ import annotations

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from reqat.formats.elements import ELEMENTS, Element
 from reqat.formats.format import FORMAT_NAMES, Format, get_format
+from reqat.formats.layouts import LAYOUT_NAMES, from_layout, input_global_scale, quantization_config, to_layout
 from reqat.formats.packing import PackedTensor, pack_codes, unpack_codes
 from reqat.formats.quantize import QuantizedTensor, global_scale_for, quantize, quantize_dequantize
 
 __all__ = [
     "ELEMENTS",
     "FORMAT_NAMES",
+    "LAYOUT_NAMES",
     "Element",
     "Format",
     "PackedTensor",
     "QuantizedTensor",
+    "from_layout",
     "get_format",
     "global_scale_for",
+    "input_global_scale",
     "pack_codes",
+    "quantization_config",
     "quantize",
     "quantize_dequantize",
+    "to_layout",
     "unpack_codes",
 ]

@@ -11,7 +11,7 @@ from reqat.formats.format import Format
 from reqat.formats.quantize import QuantizedTensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedTensor:
     """A :class:`QuantizedTensor` with ``packed`` uint8, half as long along ``axis`` (rounded up) as its codes."""
 
@@ -31,12 +31,11 @@ class PackedTensor:
 
     def unpack(self) -> QuantizedTensor:
         """The tensor that was packed."""
-        block = self.format.block or self.shape[self.axis]
-        length = -(-self.shape[self.axis] // block) * block if block else 0
+        length = self.shape[self.axis]
+        if self.format.block:
+            length = -(-length // self.format.block) * self.format.block
         codes = unpack_codes(self.packed, length, self.axis)
-        return QuantizedTensor(
-            codes, self.scales, self.global_scale, self.format, self.axis, self.shape, self.dtype
-        )
+        return QuantizedTensor(codes, self.scales, self.global_scale, self.format, self.axis, self.shape, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """``unpack().dequantize(dtype)``."""
