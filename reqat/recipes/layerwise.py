@@ -9,7 +9,10 @@ memory of one layer's activations, whatever the depth::
             step.run()
         change(step.layer)              # the next step's inputs come through the changed layer
 
-Shapes: n sequences, T tokens, E hidden size.
+Post-training quantization of weights is such a walk: :func:`solve_weights` hands each linear layer, with the second
+moments of its inputs, to a *solver* that chooses its codes.
+
+Shapes: n sequences, T tokens, E hidden size; N outputs and K inputs of a linear layer, M tokens of a batch.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.models.architecture import DecoderLayer, decoder_layers
+from reqat.formats import QuantizedTensor
+from reqat.models import QuantLinear, freeze, precision_of, quant_linears
+from reqat.models.architecture import DecoderLayer, decoder_layers, sharing_groups
 
 # Tokens that go through a layer at once, unless the caller says otherwise: 4096 tokens of a 14B model's MLP are 0.2 GB.
 BATCH_TOKENS = 4096
@@ -158,3 +163,97 @@ def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Ca
             print(f"{label}: {done} of {total}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
     yield advance
+
+
+@dataclass(frozen=True)
+class WeightProblem:
+    """What a weight solver works on: one linear layer y = W x with quantized inputs x.
+
+    ``weight`` [N, K] float32, in the basis in which it is quantized (rotated, if the precision rotates); ``hessian``
+    [K, K] float64, the mean of x x^T over the calibration tokens; ``nearest``, the weight rounded to nearest: its
+    scales, and the codes to improve on.
+    """
+
+    name: str
+    weight: Tensor
+    hessian: Tensor
+    nearest: QuantizedTensor
+
+    def error(self, quantized: QuantizedTensor | None) -> float:
+        """Mean squared output error of a token, summed over outputs: tr(dW H dW^T). None: of the zero weight."""
+        delta = self.weight.double()
+        if quantized is not None:
+            delta = delta - quantized.dequantize(torch.float32).double()
+        return float(((delta @ self.hessian) * delta).sum())
+
+
+Solver = Callable[[WeightProblem], QuantizedTensor]
+
+
+def solve_weights(
+    model: PreTrainedModel, input_ids: Tensor, solver: Solver, *, label: str, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Choose the codes of every quantized linear layer with ``solver``, in forward order, and freeze ``model``.
+
+    Each layer's inputs come through the layers before it as they were just solved (within a decoder layer too: o after
+    q, k and v), rotated and fake-quantized as the precision says; keys and values as well.
+
+    Returns for each linear layer its name and its relative output error ``tr(dW H dW^T) / tr(W H W^T)``, rounded to
+    nearest and solved.
+
+    Raises:
+        ValueError: a model that was not prepared, whose precision leaves weights as they are, or that is frozen
+            already; bad ``input_ids``; inputs that are not finite.
+    """
+    precision = precision_of(model)
+    if precision is None or precision.weights is None:
+        state = "was not prepared" if precision is None else f"was prepared for {precision}, which keeps its weights"
+        raise ReqatError(f"{label} quantizes weights, but the model {state}: prepare it for a precision with W4 first")
+    if done := [name for name, layer in quant_linears(model).items() if layer.frozen]:
+        raise ReqatError(f"{label} starts from dense weights, but {done[0]} is frozen already: load the model again")
+    groups = {layer.index: _quantized_groups(layer) for layer in decoder_layers(model)}
+    solved: list[dict[str, Any]] = []
+    with progress_bar(label, sum(map(len, groups.values())), enabled=progress) as advance:
+        for step in walk(model, input_ids):
+            for group in groups[step.layer.index]:
+                hessian = _hessian(step, group)
+                for linear in group:
+                    problem = WeightProblem(
+                        linear.name, linear.rotated_weight().float(), hessian, linear.quantize_weight()
+                    )
+                    quantized = solver(problem)
+                    linear.set_quantized(quantized)
+                    size = problem.error(None) or 1.0
+                    nearest, now = problem.error(problem.nearest) / size, problem.error(quantized) / size
+                    solved.append({"layer": linear.name, "error_nearest": nearest, "error": now})
+                advance()
+    freeze(model)
+    return solved
+
+
+def _quantized_groups(layer: DecoderLayer) -> list[list[QuantLinear]]:
+    """The layer's quantized linear layers in forward order, those that share one input together."""
+    groups = [[s.module for s in group if isinstance(s.module, QuantLinear)] for group in sharing_groups(layer)]
+    return [group for group in groups if group]
+
+
+def _hessian(step: Step, group: list[QuantLinear]) -> Tensor:
+    """Mean of x x^T [K, K] float64 over the inputs that the matrix products of ``group`` see."""
+    total = torch.zeros(group[0].in_features, group[0].in_features, dtype=torch.float64, device=group[0].weight.device)
+    count = 0
+    last: Tensor | None = None
+
+    def look(x: Tensor) -> None:
+        nonlocal count, last
+        if x is last:  # the same tensor, for the next layer of the group
+            return
+        last = x
+        x_MK = x.reshape(-1, x.shape[-1]).float()
+        total.add_(x_MK.T @ x_MK)
+        count += len(x_MK)
+
+    with hooked([on_output(group[0].input_quantizer, look)]):
+        step.run()
+    if not torch.isfinite(total).all():
+        raise ReqatError(f"the calibration inputs of {group[0].name} hold NaN or infinity: the model has diverged")
+    return total / count
