@@ -56,7 +56,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
             )
         # The weights are dense now. What still names GGUF's format would keep the model from being saved.
         del model.config.quantization_config, model.hf_quantizer
-        model.is_quantized = False
+        model.is_quantized = False  # type: ignore[assignment]
         return model.eval()
     folder = _folder(path)
     _check_weights(folder)

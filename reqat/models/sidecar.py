@@ -72,7 +72,7 @@ class Sidecar:
 
     def write(self, folder: Path) -> None:
         """Write both files into ``folder``."""
-        stored = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in self.tensors.items()}
+        stored = {name: t.detach().to("cpu", torch.float32).clone() for name, t in self.tensors.items()}
         shapes = {}
         for name, q in self.weights.items():
             packed = q.to("cpu").pack()
@@ -178,8 +178,8 @@ class Sidecar:
 
 
 def _restore_scale(quantizer: Quantizer, scale: Tensor | None, same_format: bool) -> int:
-    if scale is None or not same_format or quantizer.format is None or quantizer.format.global_scale != "static":
-        return 0
+    if scale is None or not same_format or not quantizer.needs_calibration:
+        return 0  # also for the second layer that shares this quantizer
     quantizer.global_scale = scale.reshape(())
     return 1
 
