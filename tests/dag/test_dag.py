@@ -1,0 +1,135 @@
+"""The DAG on a stub: what runs, what resumes, what does not run again. Each call of Snakemake costs seconds, so the
+cases share runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reqat.config import Paths, load
+from reqat.config.paths import made
+
+ROOT = Path(__file__).parents[2]
+STUB = Path(__file__).parent / "stub.py"
+TINY = {
+    "extends": "smoke",
+    "title": "a plan of a few jobs",
+    "only": {"recipes": ["base", "reqat-tq"], "precisions": ["NVFP4-W4A4KV4"]},
+    "models": {"testbed": {"artifacts": ["table1", "figure1"]}},
+}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The workflow's files, without results, with a tiny tier."""
+    for name in ("rules", "profiles", "report", "config"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    for name in ("reqat", "analysis", "environment.yml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "Snakefile", tmp_path)
+    (tmp_path / "config" / "tiers" / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path
+
+
+def command(*arguments: str, tier: str = "tiny") -> list[str]:
+    stub = f"reqat={sys.executable} {STUB}"
+    options = ["--cores", "2", *arguments, "--config", *f"tier={tier}".split(), stub]
+    return [sys.executable, "-m", "snakemake", *options]
+
+
+def snakemake(folder: Path, *arguments: str, tier: str = "tiny") -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(command(*arguments, tier=tier), cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout + done.stderr)
+
+
+def calls(folder: Path) -> list[str]:
+    """What the stub was asked for since the last look."""
+    log = folder / "calls"
+    lines = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return lines
+
+
+def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(checkout: Path):
+    plan = load("tiny", Paths(root=checkout))
+    stages = {id for id, stage in plan.needed.items() if made(stage)}
+    jobs = sorted([*stages, *plan.evaluations, "tables", "figures"])
+
+    (checkout / "fail").write_text("qat-")
+    first = snakemake(checkout, "figures/")
+    done = calls(checkout)
+    assert first.returncode != 0 and "told to fail" in first.stdout, first.stdout
+    assert not (checkout / "figures").exists()
+    assert not list((checkout / "build").glob("stages/qat-*/record.json"))
+
+    (checkout / "fail").unlink()
+    second = snakemake(checkout, "figures/")
+    assert second.returncode == 0, second.stdout
+    again = calls(checkout)
+    finished = [id for id in done if not id.startswith("qat-")]
+    assert sorted(finished + again) == jobs, "each job ran once, the failed one again"
+    names = {path.name for path in (checkout / "figures").iterdir()}
+    assert {"table1.csv", "table1.md", "table1.tex", "figure1b.png", "figure1b.pdf", "figure1c.png"} <= names
+
+    os.utime(checkout / "config" / "recipes.yaml")  # new file times alone change no name
+    third = snakemake(checkout, "figures/")
+    assert third.returncode == 0 and "Nothing to be done" in third.stdout and not calls(checkout)
+
+
+def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
+    (checkout / "hang").write_text("qfit-")
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    with (checkout / "out").open("w") as out:
+        running = subprocess.Popen(
+            command("figures/"), cwd=checkout, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        deadline = time.monotonic() + 240
+        log = checkout / "calls"
+        while not (log.exists() and "qfit-" in log.read_text()):
+            assert running.poll() is None and time.monotonic() < deadline, (checkout / "out").read_text()
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(timeout=120) != 0
+    finished = [id for id in calls(checkout) if not id.startswith("qfit-")]
+    assert finished and not list((checkout / "build").glob("stages/qfit-*/record.json"))
+
+    (checkout / "hang").unlink()
+    again = snakemake(checkout, "figures/")
+    assert again.returncode == 0, again.stdout
+    ended = {id for id in finished if list((checkout / "build").glob(f"*/{id}/record.json"))}
+    assert set(calls(checkout)).isdisjoint(ended - {id for id in ended if id.startswith("evaluation-")})
+    assert (checkout / "figures" / "table1.md").exists()
+
+
+def test_paper_tier_resolves_here_and_refuses_to_start(checkout: Path):
+    run = snakemake(checkout, "figures/", tier="paper")
+    jobs = len(load("paper", Paths(root=checkout)).evaluations)
+    assert f"evaluate {jobs:>14}" in run.stdout, run.stdout  # the whole DAG is there
+    assert run.returncode != 0 and not calls(checkout)
+    assert "tier paper cannot start here: " in run.stdout and "GiB of accelerator memory" in run.stdout
+
+
+def test_what_is_misspelt_on_the_command_line_is_named(checkout: Path):
+    tier = snakemake(checkout, "--dry-run", tier="tinny")
+    assert tier.returncode != 0 and "unknown tier 'tinny'. Did you mean 'tiny'?" in tier.stdout
+    key = snakemake(checkout, "--dry-run", tier="tiny tear=smoke")
+    assert key.returncode != 0 and "unknown key 'tear'. Did you mean 'tier'" in key.stdout
+
+
+def test_missing_pinned_base_says_how_to_make_it(checkout: Path):
+    run = snakemake(checkout, "--dry-run", tier="laptop")
+    assert run.returncode != 0
+    assert (
+        "tier laptop starts from the pinned base checkpoint" in run.stdout
+        and "reqat pin-base --tier laptop" in run.stdout
+    )
