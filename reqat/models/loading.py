@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from reqat.config.errors import ReqatError
+from reqat.models.sidecar import TENSORS as SIDECAR_TENSORS
 from reqat.models.sidecar import Sidecar
 
 PACKAGE = "package:"
@@ -79,6 +81,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
                 f"{folder}: the weights cannot be read ({error}); copy or make the checkpoint again"
             ) from error
     model, info = loaded
+    _load_widened_norms(folder, model, info)
     _check_loaded(folder, info)
     if sidecar is not None:
         sidecar.attach(model)
@@ -136,6 +139,29 @@ def _check_weights(folder: Path) -> None:
             raise ReqatError(
                 f"{file} is truncated or not a safetensors file ({error}); copy or make the checkpoint again"
             ) from error
+
+
+def _load_widened_norms(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Take QK-norm weights that Q-FIT widened to one row a head, [H, D] where the config means [D].
+
+    They broadcast over [B, T, H, D]. Plain transformers refuses such a checkpoint, rightly: it would ignore them.
+    """
+    widened = [
+        (name, stored)
+        for name, stored, expected in info["mismatched_keys"]
+        if name.endswith((".q_norm.weight", ".k_norm.weight")) and len(stored) == 2 and stored[1:] == expected
+    ]
+    if not widened:
+        return
+    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SIDECAR_TENSORS]
+    for name, _ in widened:
+        for file in files:
+            with safe_open(file, framework="pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118  (a file handle, not a dictionary)
+                    norm = model.get_submodule(name.removesuffix(".weight"))
+                    norm.weight = nn.Parameter(tensors.get_tensor(name).to(model.dtype))
+    names = {name for name, _ in widened}
+    info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in names}
 
 
 def _check_loaded(folder: Path, info: dict[str, Any]) -> None:

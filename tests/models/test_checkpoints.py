@@ -137,6 +137,19 @@ def test_training_after_qfit_keeps_the_shift(tiny: Tiny, tmp_path: Path) -> None
     assert prepare(loaded, "NVFP4-W4A4KV4").restored == ["1 KV shifts"]
 
 
+def test_qk_norm_weights_of_one_row_a_head_come_back(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    """Q-FIT may widen them (its option for models with QK norm); only this package loads the result."""
+    model = tiny("qwen3")
+    for layer in model.model.layers:
+        for norm, heads in ((layer.self_attn.q_norm, 4), (layer.self_attn.k_norm, 2)):
+            norm.weight = torch.nn.Parameter(norm.weight * torch.rand(heads, 1))
+    folder = save_model(model, None, tmp_path / "m")
+    loaded = load_model(folder)
+    assert same_state(loaded, model) and torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_missing_and_pickled_and_truncated_checkpoints(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         load_model(tmp_path / "nowhere")
