@@ -81,19 +81,21 @@ def gptq_codes(problem: WeightProblem, *, act_order: bool = True, damp: float = 
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(K).to(diagonal.device)
     U = _inverse_factor(problem.hessian[order][:, order], damp, problem.name)
     W = problem.weight[:, order].double()
-    rounding = _column_rounding(problem.nearest)
+    rounding, element = _column_rounding(problem.nearest), problem.nearest.format.element_type
     codes = torch.empty_like(problem.nearest.codes)
     columns = order.tolist()
     for start in range(0, K, _BATCH):
         end = min(start + _BATCH, K)
         batch, U_batch = W[:, start:end], U[start:end, start:end]
         errors = torch.empty_like(batch)
+        values = torch.empty(batch.shape, dtype=torch.float32, device=batch.device)  # of the element, before scaling
         for i in range(end - start):
-            w = batch[:, i].float()
-            codes[:, columns[start + i]], rounded = rounding(w, columns[start + i])
-            # w - rounded is taken in float64: the column's float32 value is for the rounding alone.
+            # Rounding is in float32 like everywhere; the error it leaves is not.
+            values[:, i], rounded = rounding(batch[:, i].float(), columns[start + i])
             errors[:, i] = (batch[:, i] - rounded) / U_batch[i, i]
             batch[:, i + 1 :] -= errors[:, i, None] * U_batch[i, i + 1 :]
+        # Columns are not touched after their turn, so `batch` still holds what was rounded.
+        codes[:, order[start:end]] = element.encode(values, torch.signbit(batch))
         W[:, end:] -= errors @ U[start:end, end:]
     return dataclasses.replace(problem.nearest, codes=codes)
 
@@ -113,7 +115,7 @@ def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
 
 
 def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """A function of (float32 column [N], its index) that gives codes and values under the scales of ``quantized``."""
+    """A function of (float32 column [N], its index): element values, and those times the scales of ``quantized``."""
     fmt = quantized.format
     element = fmt.element_type
     S = quantized.block_scales()  # [N, blocks], or [N, blocks, 2] of positive and negative numbers
@@ -124,6 +126,6 @@ def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tupl
         if fmt.asymmetric:
             s = torch.where(w < 0, s[:, 1], s[:, 0])
         values = element.round_(w / s, torch.empty_like(w), rounding=fmt.rounding)
-        return element.encode(values, torch.signbit(w)), values * s
+        return values, values * s
 
     return rounding
