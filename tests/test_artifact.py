@@ -1,0 +1,61 @@
+"""ARTIFACT.md keeps its word: everything the paper reports is listed, and every target it names exists in that tier."""
+
+from __future__ import annotations
+
+import csv
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from analysis.names import figure_names, table_names
+from reqat.config import Paths, load
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "ARTIFACT.md").read_text()
+TARGET = re.compile(r"`(tables|plots)/<tier>/([\w.-]+)`(?:, `([\w.-]+)`)?")
+
+
+def rows() -> list[list[str]]:
+    lines = [line for line in TEXT.splitlines() if line.startswith("| ") and not line.startswith("| paper ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("| name ")]
+
+
+def listed() -> dict[str, list[str]]:
+    return {row[0].lower().replace(" ", ""): row for row in rows() if row[0].startswith(("Table ", "Figure "))}
+
+
+@cache
+def made_by(tier: str) -> dict[str, set[str]]:
+    plan = load(tier, Paths(ROOT))
+    return {"tables": set(table_names(plan)), "plots": set(figure_names(plan))}
+
+
+def test_everything_that_the_paper_reports_is_listed() -> None:
+    with open(ROOT / "analysis" / "paper_reported.csv", newline="") as file:
+        reported = {row["artifact"] for row in csv.DictReader(file)}
+    assert reported <= set(listed())
+
+
+@pytest.mark.parametrize("row", [row for row in rows() if "<tier>" in " ".join(row)], ids=lambda row: row[0])
+def test_the_target_of_a_row_exists_in_its_tier(row: list[str]) -> None:
+    found = TARGET.search(row[2])
+    assert found, row[2]
+    kind, *names = found.groups()
+    assert {name for name in names if name} <= made_by(row[3])[kind]
+
+
+def test_states_are_what_the_text_says_they_are() -> None:
+    for name, row in listed().items():
+        target, tier, state = row[2], row[3], row[4]
+        assert state in ("done", "partly", "planned"), name
+        assert (state == "planned") == (not target) == (not tier), name
+        assert state != "done" or "paper" not in tier, f"{name}: done means from the laptop tier on"
+
+
+def test_no_table_of_ours_is_left_out() -> None:
+    named = {name for found in TARGET.findall(TEXT) for name in found[1:] if name}
+    for tier in ("smoke", "laptop", "overnight", "smollm", "paper"):
+        made = made_by(tier)
+        assert {name for name in made["tables"] | made["plots"] if "-R1-" not in name} <= named, tier
