@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from analysis.paper import parse_condition
@@ -23,9 +24,9 @@ from reqat.config.errors import ReqatError
 from reqat.records import record
 
 if TYPE_CHECKING:
-    from reqat.evaluation.statistics import Difference, Estimate
-
     from reqat.config.plan import Cell, Plan
+    from reqat.evaluation.outcomes import Outcomes
+    from reqat.evaluation.statistics import Difference, Estimate
 
 OUTCOMES = "outcomes.parquet"
 OUTCOME_COLUMNS = ("problem_id", "family", "seed", "correct", "n_tokens", "finished")
@@ -132,7 +133,7 @@ class Results:
         self.plan, self.root, self.pinned = plan, Path(root), pinned
         self.titles = dict(titles or {})
         self._records: dict[str, dict[str, Any]] = {}
-        self._outcomes: dict[str, pd.DataFrame] = {}
+        self._outcomes: dict[str, Outcomes] = {}
         self._estimates: dict[tuple[Any, ...], Estimate] = {}
         self._differences: dict[tuple[Any, ...], Difference] = {}
 
@@ -182,37 +183,37 @@ class Results:
         """The `metrics` of a record."""
         return dict(self.record(id).get("metrics") or {})
 
-    def evaluation_outcomes(self, id: str) -> pd.DataFrame:
-        """Outcomes of one evaluation, one row a problem and sampling seed, sorted by both.
+    def evaluation_outcomes(self, id: str) -> Outcomes:
+        """Outcomes of one evaluation, without the responses' text.
 
-        Raises `MissingResults` if the file is missing, unreadable, or does not hold every problem under every seed
-        once.
+        Raises `MissingResults` if the file is missing, is not the one that its record describes, or does not hold every
+        problem under every sampling seed once.
         """
         if id not in self._outcomes:
             path = self.folder(id) / OUTCOMES
-            try:
-                data = pd.read_parquet(path, columns=list(OUTCOME_COLUMNS))
-            except FileNotFoundError:
-                raise MissingResults(f"{path}: no outcomes of {id}. {self.remedy([id])}") from None
-            except (OSError, ValueError, KeyError) as error:  # pyarrow's errors derive from these
-                raise MissingResults(f"{path}: not readable ({error}). {self.remedy([id])}") from None
+            if not path.is_file():
+                raise MissingResults(f"{path}: no outcomes of {id}. {self.remedy([id])}")
+            stated = self.record(id)
+            # A pinned file has lost its responses, so it is another file, with a digest of its own in the record.
+            entry = (stated.get("pinned_outputs") or stated["outputs"]).get(OUTCOMES)
+            if entry is None or entry["sha256"] != record.sha256(path):
+                raise MissingResults(f"{path}: not the file that its record describes. {self.remedy([id])}")
+            data = pd.read_parquet(path, columns=list(OUTCOME_COLUMNS))
             self._outcomes[id] = self._checked(id, path, data)
         return self._outcomes[id]
 
-    def _checked(self, id: str, path: Path, data: pd.DataFrame) -> pd.DataFrame:
+    def _checked(self, id: str, path: Path, data: pd.DataFrame) -> Outcomes:
+        from reqat.evaluation.outcomes import Outcomes
+
         asked = self.plan.evaluation(id)
         seeds, n = sorted(set(data["seed"])), data["problem_id"].nunique()
-        if (
-            seeds != sorted(asked.seeds)
-            or n != asked.problems.n
-            or len(data) != n * len(seeds)
-            or data.duplicated(["problem_id", "seed"]).any()
-        ):
+        whole = len(data) == n * len(seeds) and not data.duplicated(["problem_id", "seed"]).any()
+        if seeds != sorted(asked.seeds) or n != asked.problems.n or not whole:
             raise MissingResults(
                 f"{path}: {len(data)} outcomes of {n} problems under seeds {seeds}, where the plan asks for each of "
                 f"{asked.problems.n} problems once under seeds {sorted(asked.seeds)}. {self.remedy([id])}"
             )
-        return data.sort_values(["problem_id", "seed"], kind="stable", ignore_index=True)
+        return Outcomes(**{name: data[name].to_numpy() for name in OUTCOME_COLUMNS})
 
     def check(self, artifacts: Sequence[str] | None = None) -> None:
         """Raise `MissingResults` listing every cell (of these artifacts; None: all) whose evaluation is not there."""
@@ -247,14 +248,14 @@ class Results:
         )
 
     # -- numbers -----------------------------------------------------------------------------------------------------
-    def outcomes(self, entry: Entry, family: str | None = None) -> list[pd.DataFrame]:
-        """Outcomes of an entry, one frame a training seed; of one task family only, if named."""
-        frames = [self.evaluation_outcomes(c.evaluation) for c in entry.cells]
-        return frames if family is None else [f[f["family"] == family].reset_index(drop=True) for f in frames]
+    def outcomes(self, entry: Entry, family: str | None = None) -> list[Outcomes]:
+        """Outcomes of an entry, one a training seed; of one task family only, if named."""
+        runs = [self.evaluation_outcomes(c.evaluation) for c in entry.cells]
+        return runs if family is None else [r.select(np.array([f == family for f in r.family])) for r in runs]
 
     def families(self, entry: Entry) -> list[str]:
         """Task families among an entry's problems, by name."""
-        return sorted(set(self.outcomes(entry)[0]["family"]))
+        return sorted(set(self.outcomes(entry)[0].family))
 
     def estimate(self, entry: Entry, family: str | None = None) -> Estimate:
         """Accuracy (a fraction) with its 95% interval, over all problems, sampling seeds and training seeds of an
@@ -279,12 +280,14 @@ class Results:
 
     @staticmethod
     def common(a: Entry, b: Entry) -> tuple[Entry, Entry]:
-        """The two entries cut to the training seeds that both were trained with.
+        """The two entries cut to the training seeds that both were trained with, in one order.
 
-        Where one of them trains nothing, its single model is compared with every training seed of the other. Raises
+        Where one of them trains nothing, its single model stands against every training seed of the other. Raises
         `ReqatError` if two trained entries share no training seed.
         """
         if a.total_tokens is None or b.total_tokens is None:
+            runs = max(len(a.cells), len(b.cells))
+            a, b = (e if len(e.cells) == runs else replace(e, cells=e.cells * runs) for e in (a, b))
             return a, b
         shared = set(a.training_seeds) & set(b.training_seeds)
         if not shared:

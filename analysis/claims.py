@@ -9,13 +9,13 @@ few more for context, are adjusted by precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from analysis import paper
 from analysis.names import BF16, CLAIMS, REFERENCE_PRECISION, Claim
+from reqat.evaluation.statistics import holm
 
 if TYPE_CHECKING:
     from analysis.cells import Entry, Results
@@ -87,16 +87,6 @@ def paper_differences(claim: Claim, precision: str) -> tuple[float, ...]:
 
     a, b = side(claim.a), side(claim.b)
     return tuple(a[m] - b[m] for m in sorted(m for m in a.keys() & b.keys() if m is not None))
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values (family-wise error), in the order given."""
-    order = sorted(range(len(p)), key=lambda i: p[i])
-    out, running = [math.nan] * len(p), 0.0
-    for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = running
-    return out
 
 
 def tested(results: Results) -> list[Tested]:

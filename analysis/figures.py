@@ -61,8 +61,8 @@ def _percent(results: Results, entry: Entry) -> tuple[float, float, float]:
 def _finish(fig: Figure, results: Results, used: Sequence[Entry], *more: str) -> Figure:
     """Put the footer under a figure."""
     made = results.provenance(used)
-    seeds = "" if made.training_seeds[0] > 1 else "; where there is one training seed they do not cover training again"
-    style.footer(fig, [*made.notes(), f"Bars and bands: 95% intervals clustered by problem{seeds}.", *more])
+    one = "; of one training run they say nothing about another" if made.training_seeds[0] == 1 else ""
+    style.footer(fig, [*made.notes(), f"Bars and bands: 95% intervals clustered by problem{one}.", *more])
     return fig
 
 

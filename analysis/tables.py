@@ -148,6 +148,7 @@ def measured_row(
         "value": 100 * e.value,
         "lo": 100 * e.lo,
         "hi": 100 * e.hi,
+        "unfinished": e.n_unfinished / e.n_responses,
     }
     if reference is not None:
         d = results.paired(entry, reference, family)
@@ -202,14 +203,11 @@ def tidy(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
 def footer(results: Results, entries: Sequence[Entry], *more: str) -> tuple[str, ...]:
     """Who made the numbers, how they were made, and what the intervals do and do not cover."""
     made = results.provenance(entries)
-    seeds = (
-        "Intervals: 95%, clustered by problem; with one training seed they do not cover what another training run "
-        "would give."
-        if made.training_seeds[0] == 1
-        else "Intervals: 95%, clustered by problem, over all sampling and training seeds."
-    )
-    if len(made.training_seeds) > 1:
-        seeds += " Differences use the training seeds that both sides have."
+    one, several = made.training_seeds[0] == 1, made.training_seeds[-1] > 1
+    seeds = "Intervals: 95%, clustered by problem"
+    seeds += ", over problems and training runs" if several else ""
+    seeds += "; of one training run they say nothing about another" if one else ""
+    seeds += ". Differences use the training seeds that both sides have." if one and several else "."
     return (*made.notes(), seeds, *more)
 
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from analysis.cells import Results
 from reqat.config.plan import Plan, plan
 from reqat.config.tier import Tier, load_catalogue
+from reqat.evaluation.outcomes import Outcomes
+from reqat.records import record
 
 CONFIG = Path(__file__).parents[2] / "config"
 TIER: dict[str, Any] = {
@@ -108,24 +108,23 @@ def synthesize(the_plan: Plan, root: Path) -> None:
         difficulty = np.random.default_rng(7).normal(0, 0.15, n)
         p = np.clip(accuracy[id] + difficulty, 0, 1)
         families = sorted(evaluation.problems.families)
-        rows = [
-            {
-                "problem_id": f"p{i:04d}",
-                "family": families[i % len(families)],
-                "seed": s,
-                "correct": bool(rng.random() < p[i]),
-                "n_tokens": int(rng.integers(20, 90)),
-                "finished": True,
-                "response": "x",
-            }
-            for i in range(n)
-            for s in seeds
-        ]
-        random.Random(0).shuffle(rows)  # order in the file must not matter
+        draws = rng.random((len(seeds), n)) < p
+        order = rng.permutation(n * len(seeds))  # order in the file must not matter
+        problem, seed = order % n, order // n
+        outcomes = Outcomes(
+            problem_id=tuple(f"p{i:04d}" for i in problem),
+            family=tuple(families[i % len(families)] for i in problem),
+            seed=np.array(seeds)[seed],
+            correct=draws[seed, problem],
+            n_tokens=rng.integers(20, 90, len(order)),
+            finished=rng.random(len(order)) < 0.99,
+            response=("x",) * len(order),
+        )
         folder = root / "evaluations" / id
         folder.mkdir(parents=True)
-        pd.DataFrame(rows).to_parquet(folder / "outcomes.parquet")
-        (folder / "record.json").write_text(json.dumps(common | {"id": id, "kind": "evaluation", "metrics": {}}))
+        outcomes.to_pandas().to_parquet(folder / "outcomes.parquet")  # no flush to disk, for the test's sake
+        about = common | {"id": id, "kind": "evaluation", "metrics": {}, "outputs": record.outputs(folder)}
+        (folder / "record.json").write_text(json.dumps(about))
 
 
 def make(root: Path, **changes: Any) -> Results:

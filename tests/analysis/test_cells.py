@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +12,7 @@ import pytest
 
 from analysis.cells import MissingResults, Results, entries
 from reqat.config.errors import ReqatError
+from reqat.records import pin, record
 
 
 def test_entries_hold_every_cell_once(results: Results) -> None:
@@ -87,16 +89,49 @@ def test_missing_cells_are_named_with_the_command(own_results: Results) -> None:
     results.check(["table4"])  # other artifacts are whole
 
 
-def test_truncated_outcomes_are_refused(own_results: Results) -> None:
-    results = own_results
-    entry = results.of("table1")[0]
-    path = results.folder(entry.cells[0].evaluation) / "outcomes.parquet"
-    pd.read_parquet(path).iloc[:-1].to_parquet(path)
+def rewrite(results: Results, id: str, rows: slice) -> None:
+    """Leave only some outcomes, with a record that states them: a smaller evaluation under the same name."""
+    path = results.folder(id) / "outcomes.parquet"
+    pd.read_parquet(path).iloc[rows].to_parquet(path)
+    about = json.loads((path.parent / "record.json").read_text())
+    (path.parent / "record.json").write_text(json.dumps(about | {"outputs": record.outputs(path.parent)}))
+
+
+def test_incomplete_outcomes_are_refused(own_results: Results) -> None:
+    entry = own_results.of("table1")[0]
+    rewrite(own_results, entry.cells[0].evaluation, slice(0, 239))
     with pytest.raises(MissingResults, match="239 outcomes of 60 problems.*asks for each of 60 problems once"):
-        results.outcomes(entry)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(MissingResults, match="not readable"):
-        results.outcomes(entry)
+        own_results.outcomes(entry)
+
+
+def test_outcomes_that_are_not_those_of_the_record_are_refused(own_results: Results) -> None:
+    entry = own_results.of("table1")[0]
+    path = own_results.folder(entry.cells[0].evaluation) / "outcomes.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(MissingResults, match="not the file that its record describes"):
+        own_results.outcomes(entry)
+
+
+def test_pinned_outcomes_give_the_same_numbers(results: Results, tmp_path: Path) -> None:
+    """Pinning drops the responses' text, so the file is another one, which the record states as well."""
+    cells = [c for c in results.plan.cells if c.artifact == "table4"]
+    for id in {c.evaluation for c in cells}:
+        folder = tmp_path / "evaluations" / id
+        folder.mkdir(parents=True)
+        pin.strip(results.folder(id) / "outcomes.parquet", folder / "outcomes.parquet")
+        (folder / "record.json").write_text(json.dumps(results.record(id) | {"pinned_outputs": record.outputs(folder)}))
+    pinned = Results(results.plan, tmp_path, pinned=True)
+    pinned.check(["table4"])
+    for ours, theirs in zip(pinned.of("table4"), results.of("table4"), strict=True):
+        assert pinned.estimate(ours) == results.estimate(theirs)
+
+
+def test_what_trains_nothing_is_compared_with_every_training_seed(results: Results) -> None:
+    table = {(e.precision, e.method, e.multiple): e for e in results.of("table1")}
+    base, tuned = table["BF16", "Baseline", None], table["BF16", "FT", 3]
+    d = results.paired(tuned, base)
+    assert d.n_training_seeds == 3
+    assert d.value == pytest.approx(results.estimate(tuned).value - results.estimate(base).value, abs=1e-12)
 
 
 def test_bad_records_are_refused(own_results: Results) -> None:

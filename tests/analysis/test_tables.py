@@ -15,10 +15,11 @@ import pytest
 from analysis import claims, paper
 from analysis.build import build_tables
 from analysis.cells import Results
-from analysis.claims import holm, paper_differences
+from analysis.claims import paper_differences
 from analysis.names import CLAIMS, table_names
 from analysis.tables import tables
 from reqat.config.errors import ReqatError
+from reqat.evaluation.statistics import holm
 from tests.analysis.test_document import check_latex
 
 RECIPES = ["base", "ft", "ptq", "ft-ptq", "gptq", "qat", "reqat-t", "reqat-tq", "reqat-tqs", "ft-qat-different"]
@@ -198,11 +199,6 @@ def test_two_models_share_a_table(make_results: Callable[..., Results]) -> None:
 
 
 # -- claims ----------------------------------------------------------------------------------------------------------
-def test_holm_by_the_textbook() -> None:
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
-
-
 def test_paper_differences_from_the_numbers() -> None:
     by_name = {c.name: c for c in CLAIMS}
     assert paper_differences(by_name["ReQAT-TQS reaches BF16 FT"], "NVFP4-W4A4KV4") == pytest.approx(
