@@ -77,8 +77,10 @@ def options(
     session.paths = Paths(Path(), build, models)
 
 
-def limit_threads(threads: int) -> None:
-    """Compute with `threads` threads (0: as many as the environment says). To be called before torch is imported."""
+def start_computing(threads: int) -> None:
+    """Compute with `threads` threads (0: as many as the environment says). Called before anything imports torch."""
+    # transformers imports torchao where it finds it: seconds and warnings for every job, and nothing here uses it.
+    sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]
     if threads > 0:
         os.environ["OMP_NUM_THREADS"] = str(threads)
         import torch
@@ -88,7 +90,9 @@ def limit_threads(threads: int) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, 2 for what a user can mend, 130 if interrupted, 1 for a defect."""
-    from reqat.cli import inspect, results, run  # noqa: F401  (they register their verbs)
+    import reqat.cli.inspect
+    import reqat.cli.results
+    import reqat.cli.run  # noqa: F401  (they register their verbs)
 
     given = sys.argv[1:] if arguments is None else arguments
     session.debug = "--debug" in given

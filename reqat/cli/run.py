@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reqat.cli.app import Quiet, Tier, app, limit_threads, session
+from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.config import resources
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, made
@@ -35,6 +35,7 @@ def data(
 ) -> None:
     """Generate verified traces and the tokenizer."""
     plan = session.plan(tier)
+    start_computing(1)
     ids = [id] if id else [stage.id for stage in plan.needed.values() if stage.kind == "data"]
     for one in ids:
         if plan.stage(one).kind != "data":
@@ -52,7 +53,7 @@ def stage(
 ) -> None:
     """Run stages: train a base, fine-tune, calibrate, QAT, quantize. An interrupted training goes on."""
     plan = session.plan(tier)
-    limit_threads(threads)
+    start_computing(threads)
     for id in ids:
         run_stage(plan, id, session.paths, progress=not quiet, force=force)
 
@@ -67,7 +68,7 @@ def evaluate(
 ) -> None:
     """Grade a stage's model at a precision: one outcome for every problem and sampling seed."""
     plan = session.plan(tier)
-    limit_threads(threads)
+    start_computing(threads)
     for id in ids:
         run_evaluation(plan, id, session.paths, progress=not quiet, force=force)
 
@@ -190,20 +191,35 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prepare(model, todo.precision.name, **todo.precision.options())
     if torch.cuda.is_available():
-        model.to("cuda")
+        model.cuda()
     freeze(model)
     if todo.calibration is not None:
         from reqat.recipes.stages import calibration_ids
 
         calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
-    asked = todo.problems
+    asked, how = todo.problems, todo.decoding
+    decoding = evaluation.Decoding.greedy() if how.greedy else evaluation.Decoding.sample(how.temperature, how.top_p)
     outcomes = evaluation.evaluate(
         model,
         tokenizer,
         problems(asked.families, asked.split, asked.n, asked.seed),
         seeds=todo.seeds,
-        decoding=todo.decoding,
-        progress=progress,
+        decoding=decoding,
+        max_new_tokens=how.max_new_tokens,
+        batch_rows=how.batch_rows,
+        autocast=torch.bfloat16 if how.autocast == "bf16" else None,
+        progress=todo.id if progress else False,
     )
-    outcomes.write(out / "outcomes.parquet")
-    return outcomes.metrics()
+    outcomes.to_parquet(out / "outcomes.parquet")
+    estimate = evaluation.accuracy(outcomes)
+    return {
+        "accuracy": estimate.value,
+        "accuracy_lo": estimate.lo,
+        "accuracy_hi": estimate.hi,
+        "accuracy_by_family": {name: e.value for name, e in evaluation.accuracy_by_family(outcomes).items()},
+        "problems": outcomes.n_problems,
+        "responses": len(outcomes),
+        "unfinished": outcomes.n_unfinished,
+        "mean_tokens": float(outcomes.n_tokens.mean()),
+        "outcomes_digest": outcomes.digest,
+    }

@@ -252,6 +252,7 @@ class Decoding(Strict):
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_new_tokens: int = Field(default=256, gt=0)
     batch_rows: int = Field(default=256, gt=0)
+    autocast: Literal["none", "bf16"] = "none"
 
 
 class ProblemSet(Strict):

@@ -9,8 +9,11 @@ twenty comparisons of whole runs).
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths
@@ -18,10 +21,9 @@ from reqat.config.plan import Cell, Plan
 from reqat.records import pin, record
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from reqat.evaluation import Outcomes
 
 LEVEL = 0.05
-KEY = ["problem_id", "seed"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def compare(plan: Plan, paths: Paths) -> list[Comparison]:
 
     Raises `ReqatError` if nothing is pinned for the tier, or a fresh result is missing or damaged.
     """
-    import pandas as pd
+    from reqat.evaluation import Outcomes
 
     then = pin.restore(plan.tier.name, paths)
     pin.verify(plan.tier.name, paths)
@@ -61,11 +63,10 @@ def compare(plan: Plan, paths: Paths) -> list[Comparison]:
         )
     done = []
     for (new, old), cell in pairs.items():
-        fresh_folder = paths.evaluation(plan.evaluation(new))
-        pinned_folder = paths.results / plan.tier.name / "evaluations" / old
-        a, b = record.verify(fresh_folder, id=new), record.read(pinned_folder)
-        frames = [pd.read_parquet(folder / pin.OUTCOMES) for folder in (fresh_folder, pinned_folder)]
-        done.append(_compare(cell, a, b, frames[0], frames[1], LEVEL / len(pairs)))
+        fresh, stored = paths.evaluation(plan.evaluation(new)), paths.results / plan.tier.name / "evaluations" / old
+        records = record.verify(fresh, id=new), record.read(stored)
+        new_outcomes, old_outcomes = (Outcomes.from_parquet(folder / pin.OUTCOMES) for folder in (fresh, stored))
+        done.append(_compare(cell, *records, new_outcomes, old_outcomes, LEVEL / len(pairs)))
     return done
 
 
@@ -83,31 +84,40 @@ def same_arithmetic(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _compare(
-    cell: Cell, a: dict[str, Any], b: dict[str, Any], fresh: pd.DataFrame, old: pd.DataFrame, level: float
+    cell: Cell, a: dict[str, Any], b: dict[str, Any], fresh: Outcomes, pinned: Outcomes, level: float
 ) -> Comparison:
-    from reqat.evaluation.statistics import paired
+    from reqat.evaluation import paired
 
-    columns = [*KEY, "family", "correct", "n_tokens"]
-    fresh, old = (frame[columns].sort_values(KEY, ignore_index=True) for frame in (fresh, old))
-    shared = fresh[KEY].merge(old[KEY], on=KEY)
-    if shared.empty:
-        raise ReqatError(
-            f"{_label(cell)}: the fresh and the pinned evaluation share no problem and seed; pin the tier anew."
-        )
-    equal = fresh.equals(old)
-    both = [frame.merge(shared, on=KEY) for frame in (fresh, old)]
-    accuracy_fresh, accuracy_pinned = (100 * float(frame["correct"].mean()) for frame in both)
+    fresh, pinned = _shared(fresh, pinned, _label(cell))
     strict = same_arithmetic(a, b)
-    if equal:
-        value = lo = hi = 0.0
-        p = 1.0
-    else:
-        found = paired([both[0]], [both[1]])
-        value, lo, hi, p = 100 * found.value, 100 * found.lo, 100 * found.hi, found.p
-    ok = equal if strict else p >= level
-    n = shared["problem_id"].nunique()
-    tolerance: Literal["equal", "interval"] = "equal" if strict else "interval"
-    return Comparison(_label(cell), tolerance, accuracy_fresh, accuracy_pinned, value, lo, hi, p, n, ok)
+    found = paired(fresh, pinned)
+    same = fresh.digest == pinned.digest
+    return Comparison(
+        cell=_label(cell),
+        tolerance="equal" if strict else "interval",
+        fresh=100 * found.value_a,
+        pinned=100 * found.value_b,
+        difference=100 * found.value,
+        lo=100 * found.lo,
+        hi=100 * found.hi,
+        p=found.p,
+        n=found.n_problems,
+        ok=same if strict else same or found.p >= level,
+    )
+
+
+def _shared(a: Outcomes, b: Outcomes, label: str) -> tuple[Outcomes, Outcomes]:
+    """Both on the problems and sampling seeds that they have in common, without the responses' text."""
+    keys = [set(zip(o.problem_id, o.seed.tolist(), strict=True)) for o in (a, b)]
+    common = keys[0] & keys[1]
+    if not common:
+        raise ReqatError(f"{label}: the fresh and the pinned evaluation share no problem and seed; pin the tier anew.")
+
+    def cut(o: Outcomes) -> Outcomes:
+        rows = np.array([key in common for key in zip(o.problem_id, o.seed.tolist(), strict=True)])
+        return dataclasses.replace(o.select(rows), response=None)
+
+    return cut(a), cut(b)
 
 
 def _key(cell: Cell) -> tuple[Any, ...]:

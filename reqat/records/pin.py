@@ -7,6 +7,7 @@ starts from.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -21,8 +22,6 @@ from reqat.config.plan import Plan
 from reqat.records import record
 
 PLAN, PIN, OUTCOMES = "plan.json", "pin.json", "outcomes.parquet"
-# Columns of outcomes that are text, large, and not needed by any table.
-TEXT_COLUMNS = ("response",)
 BASE_BYTES = 8 * 2**20
 _LISTED = 8
 
@@ -116,12 +115,10 @@ def pin(
 
 
 def strip(source: Path, target: Path) -> None:
-    """Copy outcomes without their text columns."""
-    import pyarrow.parquet as parquet
+    """Copy outcomes without the responses' text."""
+    from reqat.evaluation import Outcomes
 
-    table = parquet.read_table(source)
-    table = table.drop_columns([name for name in TEXT_COLUMNS if name in table.column_names])
-    parquet.write_table(table, target, compression="zstd")
+    dataclasses.replace(Outcomes.from_parquet(source), response=None).to_parquet(target)
 
 
 def pinned_tiers(paths: Paths) -> list[str]:
