@@ -39,9 +39,9 @@ help:
 figures: env
 	snakemake --cores $(CORES) --config tier=$(TIER) $(ARGS) -- figures/
 
-# One thread a process: the workers share the cores between them.
+# tests/conftest.py gives each process one thread; the workers share the cores between them.
 test: env
-	OMP_NUM_THREADS=1 python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: env
 	ruff check

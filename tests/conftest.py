@@ -1,0 +1,24 @@
+"""For every test: nothing from the network, one thread a process, no test that fails because the machine was busy."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers, which read these once. Threads change the order of float sums, and the
+# workers of pytest-xdist share the cores between them.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from hypothesis import HealthCheck, settings
+
+# Deadlines measure the neighbours' load, not the code. CI repeats itself; elsewhere new examples are tried each time.
+settings.register_profile(
+    "reqat",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+    print_blob=True,
+)
+settings.load_profile("reqat")
