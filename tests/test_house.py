@@ -84,8 +84,8 @@ def wrong_floors(root: Path) -> list[str]:
         for line, name, _ in imports_in(file, package_of(file, root)):
             where = f"{file.relative_to(root)}:{line}"
             parts = name.split(".")
-            if parts[0] in ("analysis", "tests", "reqat_kernels"):
-                wrong.append(f"{where} imports {name}: the library knows nothing of {parts[0]}/")
+            if parts[0] in ("tests", "tools") or (parts[0] == "analysis" and room != "cli"):
+                wrong.append(f"{where} imports {name}: {room} knows nothing of {parts[0]}/")
             if parts[0] != "reqat" or parts[1:2] == [room]:
                 continue
             other = parts[1] if len(parts) > 1 else ""
@@ -127,7 +127,7 @@ def test_rooms_import_only_from_floors_below() -> None:
         ("recipes", "import reqat"),  # the front door leads to every floor
         ("recipes", "from reqat import prepare"),
         ("records", "from reqat.cli import app"),
-        ("cli", "from analysis import tables"),
+        ("records", "def late():\n    from analysis import tables"),
     ],
 )
 def test_the_floor_check_sees_each_way_to_import(tmp_path: Path, room: str, line: str) -> None:
@@ -145,6 +145,7 @@ def test_the_floor_check_sees_each_way_to_import(tmp_path: Path, room: str, line
         ("quant", "from . import hadamard"),
         ("evaluation", "from reqat import tasks, models"),
         ("cli", "import reqat.records.record"),
+        ("cli", "from analysis import tables"),  # `reqat tables` and `reqat figures`
         ("records", "from reqat import __version__"),
     ],
 )
