@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -298,3 +299,33 @@ def test_cuda_libraries_come_from_the_metadata_of_torch(monkeypatch: pytest.Monk
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: metadata)
     monkeypatch.setattr("platform.system", lambda: "Linux")
     assert environment.torch_libraries() == ["nvidia-nccl-cu13==2.29.7", "cuda-toolkit[cublas,cudart]==13.0.3"]
+
+
+def test_locking_resolves_all_but_what_is_installed_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("LOCK", "TOP_LEVEL", "CONDA"):
+        monkeypatch.setattr(environment, name, tmp_path / name)
+    environment.TOP_LEVEL.write_text("# a comment\nzss==1.2.0\ntorch==2.13.0\ntriton==3.9.0  # no-deps\n")
+    asked: list[str] = []
+
+    def answer(python: Path, *arguments: object) -> None:
+        words = [str(argument) for argument in arguments]
+        asked.extend(words)
+        names = {
+            "torch": "2.13.0+cu130",
+            "zss": "1.2.0",
+            "six": "1.17.0",
+            "triton": "3.7.1",
+            "nvidia-nccl-cu13": "2.29.7",
+        }
+        found = [{"metadata": {"name": name, "version": version}} for name, version in names.items()]
+        Path(words[words.index("--report") + 1]).write_text(json.dumps({"install": found}))
+
+    monkeypatch.setattr(environment, "pip", answer)
+    environment.lock()
+    assert "--dry-run" in asked and "torch==2.13.0" in asked
+    assert not any("triton" in word for word in asked)
+    pins = {"six": "1.17.0", "torch": "2.13.0", "triton": "3.9.0", "zss": "1.2.0"}
+    assert environment.read_pins(environment.LOCK.read_text()) == pins
+    assert yaml.safe_load(environment.CONDA.read_text())["dependencies"][-1]["pip"] == [
+        f"{n}=={v}" for n, v in pins.items()
+    ]

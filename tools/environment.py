@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -157,18 +158,17 @@ def torch_libraries() -> list[str]:
 
 
 def lock() -> None:
-    """Resolve requirements.in in an empty environment and write requirements.lock and environment.yml from it."""
+    """Resolve requirements.in, installing nothing, and write requirements.lock and environment.yml from the answer."""
     lines = [line.strip() for line in TOP_LEVEL.read_text().splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
-    alone = [line.split("#")[0].strip() for line in lines if line.endswith("# no-deps")]
-    resolved = [line.split("#")[0].strip() for line in lines if not line.endswith("# no-deps")]
+    alone = [line for line in lines if line.endswith("# no-deps")]
+    resolved = [line for line in lines if line not in alone]
     with tempfile.TemporaryDirectory() as scratch:
-        run(sys.executable, "-m", "venv", Path(scratch) / "venv")
-        python = Path(scratch) / "venv" / "bin" / "python"
-        pip(python, *resolved)
-        pip(python, "--no-deps", *alone)
-        frozen = subprocess.check_output([python, "-m", "pip", "freeze", "--all"], text=True)
-    pins = {name: version for name, version in read_pins(frozen).items() if name != "pip" and not TORCH_OWN.match(name)}
+        report = Path(scratch) / "report.json"
+        pip(Path(sys.executable), "--dry-run", "--ignore-installed", "--report", report, *resolved)
+        answer = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    pins = read_pins("\n".join([f"{item['name']}=={item['version']}" for item in answer] + alone))
+    pins = {name: version for name, version in pins.items() if not TORCH_OWN.match(name)}
     LOCK.write_text(lock_text(pins))
     CONDA.write_text(conda_text(pins))
 
