@@ -32,10 +32,11 @@ class GsmSymbolic(Family):
         return f"{body}\nThe answer is {last}."
 
     def extract(self, response: str) -> str | None:
-        """The first number after the last ``answer is``."""
+        """The first number after the last ``answer is``; where nothing is announced, the last number of the response."""
         _, mark, tail = response.rpartition("answer is")
-        found = _NUMBER.search(tail) if mark else None
-        return found.group().replace(",", "") if found else None
+        found = _NUMBER.findall(tail)
+        number = (found[0] if mark else found[-1]) if found else None
+        return number.replace(",", "") if number else None
 
 
 FAMILY = GsmSymbolic()
