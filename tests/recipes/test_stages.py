@@ -1,0 +1,166 @@
+"""The chain of stages on a tiny model, and what each leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from reqat.config.errors import ReqatError
+from reqat.config.precision import PrecisionSpec
+from reqat.config.stage import (
+    Architecture,
+    BaseSettings,
+    Calibration,
+    DataStageSettings,
+    PTQSettings,
+    QFitSettings,
+    Selection,
+    SEMTerm,
+    Stage,
+    Training,
+    TrainSettings,
+)
+from reqat.data import TraceStore
+from reqat.models import load_model, load_tokenizer, prepare
+from reqat.recipes.stages import calibration_ids, objective, run_stage, selected
+
+KV4 = PrecisionSpec(name="NVFP4-W4A4KV4")
+TRAINING = Training(lr=3e-3, rows_per_batch=4, row_tokens=160)
+CALIBRATION = Calibration(sequences=2, sequence_tokens=48)
+
+
+class Chain:
+    """Runs stages under one folder, by id."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.metrics: dict[str, dict] = {}
+
+    def run(self, **stage) -> Stage:
+        made = Stage(**stage)
+        inputs = {role: self.root / id for role, id in made.inputs.items()}
+        self.metrics[made.id] = run_stage(made, inputs, self.root / made.id, progress=False)
+        return made
+
+    def model(self, stage: Stage):
+        return load_model(self.root / stage.id / "model")
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory):
+    torch.set_num_threads(1)
+    chain = Chain(tmp_path_factory.mktemp("stages"))
+    families = {"chain_sum": {}, "simple_equations": {}}
+    chain.data = chain.run(kind="data", settings=DataStageSettings(families=families, tokens=6000))
+    shape = Architecture(hidden_size=32, layers=2, heads=2, kv_heads=1, mlp=64)
+    settings = BaseSettings(source="scratch", name="tiny", architecture=shape, training=TRAINING, traces=Selection(tokens=1500))
+    chain.base = chain.run(kind="base", settings=settings, data=chain.data.id)
+    return chain
+
+
+def train_stage(chain: Chain, kind: str, parent: Stage, precision: PrecisionSpec, tokens: int, **training) -> Stage:
+    settings = TrainSettings(training=TRAINING.model_copy(update=training), traces=Selection(tokens=tokens))
+    return chain.run(kind=kind, settings=settings, precision=precision, parent=parent.id, data=chain.data.id)
+
+
+def test_data_is_a_verified_store_with_its_tokenizer(chain: Chain) -> None:
+    folder = chain.root / chain.data.id
+    store = TraceStore.read(folder)
+    assert 6000 <= store.n_tokens < 6200
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    for trace in store.traces[:20]:
+        assert tokenizer.decode(trace.prompt_ids) == trace.prompt
+        assert tokenizer.decode(trace.response_ids[:-1]) == trace.response
+        assert trace.response_ids[-1] == tokenizer.eos_token_id
+    assert {t.family for t in store.traces} == {"chain_sum", "simple_equations"}
+
+
+def test_the_whole_chain_of_reqat_tqs(chain: Chain) -> None:
+    ft = train_stage(chain, "finetune", chain.base, PrecisionSpec(), 3000)
+    fit = chain.run(
+        kind="qfit", settings=QFitSettings(grid=3, calibration=CALIBRATION), precision=KV4, parent=ft.id, data=chain.data.id
+    )
+    terms = (*TRAINING.objective, SEMTerm(name="sem"))
+    qat = train_stage(chain, "qat", fit, KV4, 1500, objective=terms)
+    metrics = chain.metrics[qat.id]
+    assert 1500 <= metrics["tokens"] < 1700
+    assert {"nll", "sem", "loss", "tokens"} <= metrics["curve"][0].keys()
+    # Q-FIT changes no BF16 function.
+    ids = calibration_ids(chain.root / chain.data.id, load_tokenizer(chain.root / chain.data.id / "tokenizer"), CALIBRATION)
+    before, after = chain.model(ft), chain.model(fit)
+    for model in (before, after):
+        prepare(model, "BF16")
+        model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(before(ids).logits, after(ids).logits, rtol=1e-4, atol=1e-4)
+    # The shift travels through QAT to whoever loads the model.
+    trained = chain.model(qat)
+    prepare(trained, KV4.name, **KV4.options())
+    from reqat.models import kv_quantizers
+
+    assert all(kv.shift is not None for kv in kv_quantizers(trained))
+
+
+def test_qat_starts_from_its_parent_and_moves_the_weights(chain: Chain) -> None:
+    qat = train_stage(chain, "qat", chain.base, KV4, 600)
+    a, b = chain.model(chain.base), chain.model(qat)
+    moved = [n for (n, p), q in zip(a.named_parameters(), b.parameters(), strict=True) if not torch.equal(p, q)]
+    assert any("q_proj" in n for n in moved) and any("embed" in n for n in moved)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_ptq_leaves_frozen_codes(chain: Chain, method: str) -> None:
+    stage = chain.run(
+        kind="ptq",
+        settings=PTQSettings(method=method, calibration=CALIBRATION),
+        precision=KV4,
+        parent=chain.base.id,
+        data=chain.data.id,
+    )
+    model = chain.model(stage)
+    prepare(model, KV4.name, **KV4.options())
+    from reqat.models import quant_linears
+
+    assert all(layer.frozen for layer in quant_linears(model).values())
+
+
+def test_stages_of_other_ids_for_other_settings_and_the_same_id_for_the_same(chain: Chain) -> None:
+    def stage(**training) -> Stage:
+        settings = TrainSettings(training=TRAINING.model_copy(update=training), traces=Selection(tokens=100))
+        return Stage(kind="finetune", settings=settings, parent=chain.base.id, data=chain.data.id)
+
+    assert stage().id == stage().id != stage(lr=1e-4).id
+
+
+def test_a_missing_parent_is_named(chain: Chain, tmp_path: Path) -> None:
+    stage = Stage(
+        kind="finetune",
+        settings=TrainSettings(training=TRAINING, traces=Selection(tokens=100)),
+        parent=chain.base.id,
+        data=chain.data.id,
+    )
+    with pytest.raises(ReqatError, match=f"needs its parent stage {chain.base.id}"):
+        run_stage(stage, {"data": chain.root / chain.data.id}, tmp_path / "out", progress=False)
+
+
+def test_calibration_wants_enough_traces(chain: Chain) -> None:
+    folder = chain.root / chain.data.id
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    assert calibration_ids(folder, tokenizer, CALIBRATION).shape == (2, 48)
+    with pytest.raises(ReqatError, match="lower calibration.sequences"):
+        calibration_ids(folder, tokenizer, Calibration(sequences=100, sequence_tokens=1000))
+
+
+def test_the_objective_is_what_configuration_says() -> None:
+    made = objective(Training(objective=[*TRAINING.objective, SEMTerm(name="sem", weight=0.5, percentile=0.6, binary=True)]))
+    assert [t.name for t in made.terms] == ["nll", "sem"]
+    assert made.terms[1].weight == 0.5 and made.terms[1].percentile == 0.6 and made.terms[1].binary  # type: ignore[attr-defined]
+
+
+def test_selection_of_a_stage_is_a_prefix_of_a_longer_one(chain: Chain) -> None:
+    store = TraceStore.read(chain.root / chain.data.id)
+    short, long = selected(store, Selection(tokens=800)), selected(store, Selection(tokens=2400))
+    assert long[: len(short)] == short
+    assert not set(t.id for t in selected(store, Selection(tokens=800, skip_tokens=2400))) & set(t.id for t in long)
