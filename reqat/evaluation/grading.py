@@ -6,6 +6,7 @@ that is what the paired comparison in :mod:`reqat.evaluation.statistics` rests o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -84,10 +85,10 @@ def evaluate(
 def _check(problems: Sequence[Problem], seeds: Sequence[int], decoding: Decoding) -> None:
     if not problems or not seeds:
         raise ValueError(
-            f"nothing to evaluate: {len(problems)} problems, {len(seeds)} seeds; give at least one of each"
+            f"nothing to evaluate: {len(problems)} problems and {len(seeds)} seeds; give at least one of each"
         )
-    for what, values in (("problem", [problem.id for problem in problems]), ("seed", list(seeds))):
-        repeated = sorted({str(v) for v in values if values.count(v) > 1}) if len(set(values)) < len(values) else []
+    for what, values in (("problem", [problem.id for problem in problems]), ("seed", [str(seed) for seed in seeds])):
+        repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
             raise ValueError(f"{what} {', '.join(repeated[:3])} is given more than once; give each {what} once")
     if decoding.is_greedy and len(seeds) > 1:

@@ -1,7 +1,7 @@
 """What an evaluation leaves behind: one graded response a row, with enough to say which problem and seed it answers.
 
 Tables and tests of significance are functions of these rows alone. The file is Parquet, written under another name and
-renamed when it is whole, with a digest of its content inside: a file that was cut short or altered is refused, never
+renamed when it is whole, sealed with a digest of its content: a file that was cut short or altered is refused, never
 read as a smaller result. The digest covers the rows in a fixed order, so it is the same however a batch was composed.
 """
 
@@ -135,11 +135,11 @@ class Outcomes:
         import pyarrow.parquet as pq
 
         path = Path(path)
-        types = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
         columns = self._python_columns()
+        metadata = json.dumps(dict(self.metadata), sort_keys=True)
         schema = pa.schema(
-            [(name, types[_COLUMNS[name]]) for name in columns],
-            metadata={"schema": _SCHEMA, "digest": self.digest, "metadata": json.dumps(dict(self.metadata))},
+            [(name, _arrow_type(name)) for name in columns],
+            metadata={"schema": _SCHEMA, "metadata": metadata, "seal": _seal(self.digest, metadata)},
         )
         table = pa.table(columns, schema=schema)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,21 +171,31 @@ class Outcomes:
         try:
             with open(path, "rb") as file:
                 table = pq.read_table(file)
-        except (pa.ArrowException, OSError) as error:
+            stored = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+            if stored.get("schema") != _SCHEMA:
+                found = f"{stored.get('schema')!r} with columns {', '.join(table.column_names)}"
+                raise ValueError(f"{path} is no outcomes file of schema {_SCHEMA!r} but {found}; {remedy}")
+            missing = set(_COLUMNS) - {"response"} - set(table.column_names)
+            mistyped = [n for n in table.column_names if n in _COLUMNS and table.schema.field(n).type != _arrow_type(n)]
+            if missing or mistyped or any(column.null_count for column in table.columns):
+                bad = ", ".join([*sorted(missing), *mistyped]) or "some values"
+                raise ValueError(f"outcomes file {path} is damaged: {bad} missing or of the wrong type; {remedy}")
+            columns = {name: table[name].to_pylist() for name in table.column_names if name in _COLUMNS}
+            outcomes = cls(**columns, metadata=json.loads(stored["metadata"]))
+        except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
             raise ValueError(f"outcomes file {path} is damaged or cut short ({error}); {remedy}") from error
-        stored = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        missing = set(_COLUMNS) - {"response"} - set(table.column_names)
-        if stored.get("schema") != _SCHEMA or missing:
-            lacks = f", lacks {', '.join(sorted(missing))}" if missing else ""
-            found = stored.get("schema")
-            raise ValueError(f"{path} is no outcomes file of schema {_SCHEMA!r} (found {found!r}{lacks}); {remedy}")
-        columns = {name: table[name].to_pylist() for name in table.column_names if name in _COLUMNS}
-        if any(None in values for values in columns.values()):
-            raise ValueError(f"outcomes file {path} has missing values; {remedy}")
-        outcomes = cls(**columns, metadata=json.loads(stored["metadata"]))
-        if outcomes.digest != stored["digest"]:
-            raise ValueError(
-                f"outcomes file {path} was altered: its content has digest {outcomes.digest[:12]}, it was written with "
-                f"{stored['digest'][:12]}; {remedy}"
-            )
+        if stored.get("seal") != _seal(outcomes.digest, stored["metadata"]):
+            raise ValueError(f"outcomes file {path} was altered after it was written; {remedy}")
         return outcomes
+
+
+def _arrow_type(column: str) -> Any:
+    """The type of a column in the file."""
+    import pyarrow as pa
+
+    return {str: pa.string(), int: pa.int64(), bool: pa.bool_()}[_COLUMNS[column]]
+
+
+def _seal(digest: str, metadata: str) -> str:
+    """What the file must say of its own content."""
+    return hashlib.sha256(f"{digest}|{metadata}".encode()).hexdigest()

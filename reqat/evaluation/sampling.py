@@ -64,8 +64,9 @@ def greedy_tokens(logits_BV: Tensor) -> Tensor:
 def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top_p: float) -> Tensor:
     """One token a row by inverse CDF, int64 [B]; temperature first, then top-p.
 
-    The support is transformers' ``TopPLogitsWarper``: tokens in order of ascending probability (ties by ascending id)
-    are dropped while their cumulative probability is at most ``1 - top_p``; the last is always kept. What is kept is
+    The support is that of transformers' ``TopPLogitsWarper``: tokens in order of ascending probability are dropped
+    while their cumulative probability is at most ``1 - top_p``; the last is always kept. Ties are in order of ascending
+    id, so that the support is a function of the row (transformers leaves them to an unstable sort). What is kept is
     renormalized. A uniform near 1 gives the likeliest token.
 
     Raises ``ValueError`` where a row holds NaN, +inf or nothing but -inf.

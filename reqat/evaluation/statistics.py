@@ -123,13 +123,13 @@ def accuracy(outcomes: Outcomes | Sequence[Outcomes], *, level: float = 0.95) ->
     mean_RP = grid.correct_RPS.mean(axis=2)
     value = float(mean_RP.mean())
     spread = _spread(mean_RP, augment=False)
-    n_most = R * P * S
 
     def interval(variance: float, df: float) -> tuple[float, float]:
-        if variance > 0:
-            n_eff = min(value * (1 - value) / variance, n_most)
-        else:  # all right or all wrong: a problem is one observation; else every problem has the same mean
-            n_eff = P if value in (0.0, 1.0) else n_most
+        n_eff = float(R * P * S)  # what responses are worth at most, as if they were independent
+        if P == 1 or value in (0.0, 1.0):  # no variance over problems to speak of: a problem is one observation
+            n_eff = P
+        elif variance > 0:
+            n_eff = min(value * (1 - value) / variance, n_eff)
         return _wilson(value, n_eff, _t_quantile(level, df))
 
     lo, hi = interval(spread.variance, spread.df)
