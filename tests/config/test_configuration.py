@@ -38,7 +38,7 @@ def edit(folder: Path, name: str, *keys: str, value: object) -> None:
 
 
 def test_every_tier_loads():
-    assert tier_names(CONFIG) == ["laptop", "overnight", "paper", "smoke", "smollm"]
+    assert {"laptop", "overnight", "paper", "smoke", "smollm"} <= set(tier_names(CONFIG))
     for name in tier_names(CONFIG):
         assert load_tier(name, CONFIG).name == name
 
