@@ -138,7 +138,7 @@ def install(python: Path) -> None:
     libraries = subprocess.check_output([str(python), __file__, "torch-libraries"], text=True).split("\n")[:-1]
     if libraries:
         print(f"Installing the CUDA libraries of torch {pins['torch']}", flush=True)
-        pip(python, "-c", LOCK, *libraries)
+        pip(python, "--no-warn-conflicts", "-c", LOCK, *libraries)  # that torch wants another triton is known
     pip(python, *built_here, "-e", ROOT)
 
 
