@@ -14,6 +14,9 @@ from snakemake.utils import min_version
 min_version("9.27")
 
 
+report: "report/workflow.rst"
+
+
 include: "rules/common.smk"
 
 
@@ -35,3 +38,4 @@ include: "rules/pinned.smk"
 
 onstart:
     check_resources()
+    freeze_plan()

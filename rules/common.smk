@@ -1,5 +1,6 @@
 # Helpers of the other files: the plan of the tier, commands, input functions. No rules.
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(workflow.basedir))
 
 from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names
-from reqat.config import Paths, ReqatError, load, unknown
+from reqat.config import Paths, ReqatError, digest, load, unknown
 from reqat.config.paths import made
 from reqat.config.resources import need, require
 
@@ -37,7 +38,14 @@ ON_GPU = RESOURCES.device == "cuda"
 GPUS = need(PLAN).gpus if ON_GPU else 0
 # The command that the rules call; `--config reqat=...` replaces it. Under --software-deployment-method conda, the environment's own Python.
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
-REQAT = f"{config.get('reqat', f'{PYTHON} -m reqat.cli')} --build {BUILD} --models {PATHS.models.as_posix()}"
+# Jobs read the plan as it was when the run began, so that editing config/ meanwhile does not pull it from under them.
+FROZEN = PATHS.work / "plans" / f"{TIER}-{digest(PLAN.dump(), 12)}.json"
+REQAT = " ".join(
+    [
+        config.get("reqat", f"{PYTHON} -m reqat.cli"),
+        f"--build {BUILD} --models {PATHS.models.as_posix()} --plan {FROZEN.as_posix()}",
+    ]
+)
 
 # Outputs of the jobs, and their logs.
 DATA = f"{BUILD}/data/{{id}}/record.json"
@@ -61,6 +69,19 @@ CAPTION = {
     "training_seeds": len(PLAN.tier.training_seeds),
     "claim_seeds": len({*PLAN.tier.training_seeds, *PLAN.tier.claim_seeds.seeds}),
 }
+
+
+def reported(paths, suffix, category):
+    """Files as entries of the HTML report, each under its own caption (a second model's figure has that of the first)."""
+    entries = []
+    for path in paths:
+        name = Path(path).name
+        kinds = [name, *(name.removesuffix(f"-{label}") for label in PLAN.tier.models)]
+        known = [kind for kind in kinds if Path(f"report/{kind}.rst").exists()]
+        caption = f"../report/{known[0]}.rst" if known else f"../report/{category.lower()}.rst"
+        labels = {"name": name, "tier": TIER}
+        entries.append(report(f"{path}.{suffix}", caption=caption, category=category, labels=labels))
+    return entries
 
 
 def record_of(id):
@@ -96,6 +117,14 @@ def evaluation_inputs(wildcards):
 def folder_of_output(wildcards, output):
     """Folder that a rule writes its files into."""
     return str(Path(output[0]).parent)
+
+
+def freeze_plan():
+    """Write the plan that this run's jobs read."""
+    FROZEN.parent.mkdir(parents=True, exist_ok=True)
+    draft = FROZEN.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(PLAN.dump(), indent=1))
+    draft.replace(FROZEN)
 
 
 def check_resources():

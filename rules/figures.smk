@@ -9,12 +9,7 @@ rule plots:
         RECORDS,
         ANALYSIS,
     output:
-        report(
-            expand("{plot}.png", plot=PLOTS),
-            caption="../report/figure.rst",
-            category="Figures",
-            labels={"tier": TIER},
-        ),
+        reported(PLOTS, "png", "Figures"),
         expand("{plot}.{suffix}", plot=PLOTS, suffix=[s for s in FIGURE_SUFFIXES if s != "png"]),
     log:
         f"{BUILD}/logs/figures-{TIER}.log",

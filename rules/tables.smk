@@ -7,12 +7,7 @@ rule tables:
         RECORDS,
         ANALYSIS,
     output:
-        report(
-            expand("{table}.csv", table=TABLES),
-            caption="../report/table.rst",
-            category="Tables",
-            labels={"tier": TIER},
-        ),
+        reported(TABLES, "csv", "Tables"),
         expand("{table}.{suffix}", table=TABLES, suffix=[s for s in TABLE_SUFFIXES if s != "csv"]),
     log:
         f"{BUILD}/logs/tables-{TIER}.log",

@@ -11,14 +11,13 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from reqat.config.errors import ReqatError
-from reqat.config.paths import Paths, load
+from reqat.config.paths import Paths, load, read_plan
 from reqat.config.plan import Plan
 
 app = typer.Typer(
@@ -38,16 +37,17 @@ class Session:
     """What the shared options say."""
 
     paths: Paths = Paths()
+    frozen: Path | None = None
     debug: bool = False
 
     def plan(self, tier: str) -> Plan:
-        """The plan of a tier in this checkout."""
-        return load(tier, self.paths)
-
-    @cached_property
-    def root(self) -> Path:
-        """The repository's root."""
-        return self.paths.root
+        """The plan of a tier: what config/ says now, or what it said when `--plan` was written."""
+        if self.frozen is None:
+            return load(tier, self.paths)
+        plan = read_plan(self.frozen)
+        if plan.tier.name != tier:
+            raise ReqatError(f"{self.frozen} is a plan of tier {plan.tier.name}, not {tier}.")
+        return plan
 
 
 session = Session()
@@ -66,6 +66,9 @@ def options(
     root: Annotated[Path | None, typer.Option(help="The repository's root (default: found from here upwards).")] = None,
     build: Annotated[Path, typer.Option(help="Where work goes, relative to the root.")] = Path("build"),
     models: Annotated[Path, typer.Option(help="Folder of local models (or REQAT_MODELS).")] = Path("models"),
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan as `reqat plan --json` prints it, in place of config/.")
+    ] = None,
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Options of every verb."""
@@ -74,7 +77,7 @@ def options(
         raise ReqatError(f"{root}: no config/recipes.yaml in it, so it is no root of this repository.")
     found = (root or find_root(Path.cwd())).resolve()
     os.chdir(found)  # paths stay relative, in messages and in records
-    session.paths = Paths(Path(), build, models)
+    session.paths, session.frozen = Paths(Path(), build, models), plan
 
 
 def start_computing(threads: int) -> None:

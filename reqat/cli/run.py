@@ -191,7 +191,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     prepare(model, todo.precision.name, **todo.precision.options())
     if torch.cuda.is_available():
-        model.cuda()
+        torch.nn.Module.cuda(model)
     freeze(model)
     if todo.calibration is not None:
         from reqat.recipes.stages import calibration_ids

@@ -96,6 +96,16 @@ def pinned_base(paths: Paths) -> str | None:
         raise ReqatError(f"{record}: not a record of a base checkpoint ({error!r}); restore it from git.") from None
 
 
+def read_plan(path: Path) -> Plan:
+    """The plan in a file (`Plan.dump`). Raises `ReqatError` if it is absent or holds something else."""
+    try:
+        return Plan.restore(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except FileNotFoundError:
+        raise ReqatError(f"{path}: no such plan; `reqat plan --json` prints one.") from None
+    except json.JSONDecodeError as error:
+        raise ReqatError(f"{path}: not a plan ({error}).") from None
+
+
 def load(tier: str, paths: Paths | None = None) -> Plan:
     """The plan of the tier called `tier` in a checkout."""
     paths = paths or Paths()

@@ -17,7 +17,7 @@ from typing import Any
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
-from reqat.config.paths import Paths, made
+from reqat.config.paths import Paths, made, read_plan
 from reqat.config.plan import Plan
 from reqat.records import record
 
@@ -135,11 +135,7 @@ def restore(tier: str, paths: Paths) -> Plan:
             f"no pinned results of tier {tier!r} in {paths.results} (pinned: {there}); `reqat pin` promotes a "
             "finished run."
         )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ReqatError(f"{path}: not a pinned plan ({error!r}); restore it from git.") from None
-    return Plan.restore(stored, str(path))
+    return read_plan(path)
 
 
 def verify(tier: str, paths: Paths) -> int:

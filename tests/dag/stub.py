@@ -15,7 +15,7 @@ def main() -> None:
     """Do what the arguments say."""
     arguments = sys.argv[1:]
     options = {k: arguments[i + 1] for i, k in enumerate(arguments) if k.startswith("--")}
-    verb, *rest = arguments[4:]  # after --build B --models M
+    verb, *rest = arguments[6:]  # after --build B --models M --plan P
     build, tier = Path(options["--build"]), options["--tier"]
     subject = rest[0] if verb in ("data", "stage", "evaluate") else verb
     with Path("calls").open("a") as log:
