@@ -244,12 +244,28 @@ def test_logits_that_overflow_the_stand_in_maximum_are_computed_again():
     assert error(k, 0.0) < 1e-10  # and the next candidate is none the worse for it
 
 
-def test_the_shift_is_invisible_to_the_error(tiny):
+@pytest.mark.parametrize("offset", [-95.0, -40.0, 40.0, 80.0])
+def test_logits_far_from_the_stand_in_maximum_lose_no_precision(offset):
+    """All logits of a query moved by one number: softmax does not see it, whether or not exp() would be subnormal."""
+    g = torch.Generator().manual_seed(6)
+    q = torch.cat([torch.randn(2, 2, 40, 15, generator=g), torch.ones(2, 2, 40, 1)], -1)
+    k, v = (torch.randn(2, 2, 40, 16, generator=g) for _ in range(2))
+    moved = k.clone()
+    moved[..., -1] += offset
+    assert AttentionError(q, k, v, v, torch.zeros(2, 16), scaling=1.0)(moved, 0.0) < 1e-10
+
+
+def test_the_shift_is_invisible_to_the_error():
     g = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, h, 33, 16, generator=g) for h in (4, 2, 2))
     mean = torch.randn(2, 16, generator=g) * 30
     error = AttentionError(q, k, v, v, mean, scaling=0.25)
+    passes, counted = error._sum, []
+    error._sum = lambda own_maximum: counted.append(own_maximum) or passes(own_maximum)
     assert error(k - 0.5 * mean[:, None], 0.5) < 1e-8
+    assert counted == [False]  # told of the shift, the stand-in for the maximum follows it
+    assert error(k - 0.5 * mean[:, None], 0.0) < 1e-8
+    assert counted == [False, False, True]
 
 
 def test_pair_scale_is_the_larger_half_of_each_pair():
