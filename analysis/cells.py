@@ -95,6 +95,7 @@ class Provenance:
     n_problems: tuple[int, ...]
     sampling_seeds: tuple[int, ...]  # numbers of seeds an evaluation used
     training_seeds: tuple[int, ...]  # numbers of seeds an entry was trained with
+    splits: tuple[str, ...]  # "test", or "validation" for a sweep
     decoding: tuple[str, ...]
     arithmetic: tuple[str, ...]
     commits: tuple[str, ...]  # with "+changes" where the tree was dirty
@@ -106,9 +107,10 @@ class Provenance:
             text = str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
             return f"{text} {one if values[-1:] == (1,) else many}"
 
+        splits = " and ".join(self.splits)
         out = [
             f"Tier {self.tier} ({'pinned' if self.pinned else 'fresh'} results): {self.title}.",
-            several(self.n_problems, "test problem", "test problems")
+            several(self.n_problems, f"{splits} problem", f"{splits} problems")
             + ", "
             + several(self.sampling_seeds, "sampling seed", "sampling seeds")
             + f" ({'; '.join(self.decoding)}), "
@@ -333,6 +335,7 @@ class Results:
             n_problems=_ends(e.problems.n for e in evaluations),
             sampling_seeds=_ends(len(e.seeds) for e in evaluations),
             training_seeds=_ends(trained),
+            splits=_unique(e.problems.split for e in evaluations),
             decoding=_unique(_decoding(e.decoding) for e in evaluations),
             arithmetic=_unique(_arithmetic(r) for r in records),
             commits=_unique(_commit(r) for r in records),

@@ -248,7 +248,7 @@ def _md(text: str) -> str:
 
 
 def best(values: Sequence[float | None], digits: int = 1) -> list[bool]:
-    """Which entries to print bold: those that equal the largest *as printed*, if at least two values compete."""
+    """Which entries to print bold: those that equal the largest *as printed*, if two or more compete and differ."""
     shown = [None if v is None or math.isnan(v) else round(v, digits) for v in values]
-    competing = [v for v in shown if v is not None]
+    competing = {v for v in shown if v is not None}
     return [len(competing) > 1 and v == max(competing) for v in shown]

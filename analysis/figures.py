@@ -58,11 +58,14 @@ def _percent(results: Results, entry: Entry) -> tuple[float, float, float]:
     return 100 * e.value, 100 * e.lo, 100 * e.hi
 
 
-def _finish(fig: Figure, results: Results, used: Sequence[Entry], *more: str) -> Figure:
+def _finish(fig: Figure, results: Results, used: Sequence[Entry], *more: str, intervals: bool = True) -> Figure:
     """Put the footer under a figure."""
     made = results.provenance(used)
-    one = "; of one training run they say nothing about another" if made.training_seeds[0] == 1 else ""
-    style.footer(fig, [*made.notes(), f"Bars and bands: 95% intervals clustered by problem{one}.", *more])
+    notes = list(made.notes())
+    if intervals:
+        one = "; of one training run they say nothing about another" if made.training_seeds[0] == 1 else ""
+        notes.append(f"Bars and bands: 95% intervals clustered by problem{one}.")
+    style.footer(fig, [*notes, *more])
     return fig
 
 
@@ -179,19 +182,15 @@ def figure1c(results: Results, model: str) -> Figure:
         trained = {m: e for m, e in line.by.items() if m is not None}
         used += line.by.values()
         if trained:
-            x = [e.total_tokens for e in trained.values()]
+            x: list[float] = [e.total_tokens for e in trained.values() if e.total_tokens is not None]
             v = np.array([_percent(results, e) for e in trained.values()])
-            left.fill_between(x, v[:, 1], v[:, 2], color=style.colour(method), alpha=0.13, lw=0)
-            left.plot(x, v[:, 0], **style.line(method), ls=_dash(at), zorder=3)
-            if len(x) == 1:
-                left.errorbar(
-                    x,
-                    v[:, 0],
-                    yerr=[v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]],
-                    color=style.colour(method),
-                    lw=0.9,
-                    zorder=2,
-                )
+            if len(x) > 1:
+                left.fill_between(x, v[:, 1], v[:, 2], color=style.colour(method), alpha=0.13, lw=0)
+                left.plot(x, v[:, 0], **style.line(method), ls=_dash(at), zorder=3)
+            else:  # points instead of lines, side by side
+                x = [x[0] * (1 + 0.07 * (len(shown) - len(rows) / 2))]
+                error = [v[:, 0] - v[:, 1], v[:, 2] - v[:, 0]]
+                left.errorbar(x, v[:, 0], yerr=error, **style.line(method), ls="none", lw=0.9, zorder=3)
         else:
             v0, lo, hi = _percent(results, line.by[None])
             left.axhline(v0, color=style.colour(method), ls=":", lw=1.1)
@@ -310,7 +309,9 @@ def _dot(method: str, multiple: int | None, known: Sequence[int]) -> dict[str, A
 def _share_limits(axes: Sequence[Axes]) -> None:
     lo, hi = min(ax.get_xlim()[0] for ax in axes), max(ax.get_xlim()[1] for ax in axes)
     for ax in axes:
-        ax.set_xlim(max(0.0, lo), min(100.0, hi))
+        # A little beyond 0 and 100, so that a marker there is whole.
+        ax.set_xlim(max(-3.0, lo), min(103.0, hi))
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
 
 
 # -- training losses -------------------------------------------------------------------------------------------------
@@ -367,13 +368,15 @@ def losses(results: Results, model: str) -> Figure:
     style.panel(left, "", f"{model}, {precision}")
     top = float(np.quantile(np.concatenate([line.get_ydata() for line in left.get_lines()[::2]]), 0.995))  # type: ignore[list-item]
     left.set_ylim(0, 1.05 * top)
+    left.set_xlim(left=0)
     for ax in (left, right):
         ax.set_xlabel("tokens spent since the base model")
         ax.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
         ax.set_ylabel("loss (nats / response token)")
     handles, labels = left.get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=len(handles))
-    return _finish(fig, results, used)
+    note = "Thin: as recorded; thick: mean over 5% of the stage; paler: further training seeds."
+    return _finish(fig, results, used, note, intervals=False)
 
 
 def curve(results: Results, stage: str) -> tuple[np.ndarray, np.ndarray]:
@@ -427,7 +430,8 @@ def qfit(results: Results, model: str) -> Figure:
     n = len(change)
     columns = min(n, 4 if n <= 8 else 8)
     rows = -(-n // columns)
-    fig = style.figure(0.9 + rows * (style.WIDTH_IN - 0.9) / columns)
+    side = (style.WIDTH_IN - 1.2) / max(columns, 4)  # inches of a panel
+    fig = style.figure(1.0 + rows * (side + 0.2), 1.2 + columns * side)
     axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     # Beyond +50% worse is worse all the same; a symmetric scale keeps "no change" at the neutral colour.
     reach = float(min(50.0, max(1.0, np.abs(change).max())))
@@ -446,17 +450,24 @@ def qfit(results: Results, model: str) -> Figure:
         image = ax.imshow(
             change[layer], origin="lower", extent=extent, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto"
         )
-        ax.plot(m["beta"][layer], m["alpha"][layer], marker="o", ms=5.5, mfc="white", mec="black", mew=1.2)
-        i, j = m["alphas"].index(m["alpha"][layer]), m["betas"].index(m["beta"][layer])
-        ax.set_title(
-            f"layer {layer}: {change[layer, i, j]:+.1f}%".replace("-", "\u2212"),
-            fontsize=8 if columns <= 4 else 6,
-            loc="left",
+        ax.plot(
+            m["beta"][layer],
+            m["alpha"][layer],
+            marker="o",
+            ms=5.5 if columns <= 4 else 3.5,
+            mfc="white",
+            mec="black",
+            mew=1.1,
         )
+        i, j = m["alphas"].index(m["alpha"][layer]), m["betas"].index(m["beta"][layer])
+        title = (
+            f"layer {layer}: {change[layer, i, j]:+.1f}%" if columns <= 4 else f"{layer}: {change[layer, i, j]:+.0f}%"
+        )
+        ax.set_title(title.replace("-", "\u2212"), fontsize=8 if columns <= 4 else 7, loc="left")
         ax.grid(False)
         ax.xaxis.set_major_locator(MaxNLocator(3))
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(True)
+        for edge in ("top", "right"):
+            ax.spines[edge].set_visible(True)
     for ax in axes[-1]:
         ax.set_xlabel("shift \u03b2")
     for ax in axes[:, 0]:
@@ -466,7 +477,7 @@ def qfit(results: Results, model: str) -> Figure:
         image, ax=axes, fraction=0.04, pad=0.01, extend="max" if np.abs(change).max() > reach else "neither"
     )
     bar.set_label("attention error vs. none (%)")
-    note = "Circle: the chosen point; its change of the error stands in the title."
+    note = "Circle: the chosen point; its change of the error stands over each layer."
     made = results.provenance([entry])
     calibration = results.plan.stage(id).settings.calibration  # type: ignore[union-attr]
     style.footer(

@@ -126,9 +126,10 @@ def figure(height_in: float, width_in: float = WIDTH_IN) -> Figure:
     return fig
 
 
-def footer(fig: Figure, notes: Sequence[str], width_chars: int = 158) -> None:
+def footer(fig: Figure, notes: Sequence[str]) -> None:
     """Tier, n, seeds, arithmetic, in small print under everything."""
-    text = "\n".join(textwrap.wrap("  ".join(notes), width_chars, fix_sentence_endings=False))
+    width_chars = round(22 * fig.get_figwidth())  # of 6-point letters
+    text = "\n".join(textwrap.wrap("  ".join(notes), width_chars, break_on_hyphens=False))
     # supxlabel takes part in the constrained layout, so that the axes make room for it.
     fig.supxlabel(text, fontsize=6, color="#555555", x=0.01, ha="left")
 

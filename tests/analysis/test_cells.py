@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -164,6 +165,14 @@ def test_provenance_says_what_captions_must(own_results: Results) -> None:
     assert "Tier synthetic (fresh results)" in text and "60 test problems, 4 sampling seeds" in text
     assert "1 to 3 training seeds" in text and "T 0.6, top-p 0.95" in text
     assert "fake-quantized, CPU; fake-quantized, GPU" in text and "0123456789, 0123456789+changes" in text
+
+
+def test_a_sweep_on_the_validation_split_says_so(make_results: Callable[..., Results]) -> None:
+    results = make_results(
+        models={"testbed": {"source": "pinned", "artifacts": ["table4"]}},
+        evaluation={"n": 4, "seeds": [0], "split": "validation"},
+    )
+    assert "4 validation problems, 1 sampling seed (" in " ".join(results.provenance(results.entries).notes())
 
 
 def test_an_artifact_that_the_tier_lacks(results: Results) -> None:

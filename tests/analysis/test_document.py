@@ -106,4 +106,5 @@ def test_numbers_as_read() -> None:
 def test_best_compares_what_is_printed() -> None:
     assert best([63.14, 63.06, None, 60.0]) == [True, True, False, False]
     assert best([None, 5.0]) == [False, False]  # nothing to compete with
+    assert best([5.01, 5.0]) == [False, False]  # nothing to tell them apart
     assert best([math.nan, 1.0, 2.0]) == [False, False, True]
