@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -36,14 +37,26 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 class Session:
     """What the shared options say."""
 
-    paths: Paths = Paths()
+    root: Path | None = None
+    build: Path = Path("build")
+    models: Path = Path("models")
     frozen: Path | None = None
     debug: bool = False
 
+    @cached_property
+    def paths(self) -> Paths:
+        """Paths of the checkout, which becomes the working directory, so that paths in messages stay relative."""
+        root = find_root(Path.cwd()) if self.root is None else self.root
+        if not (root / "config" / "recipes.yaml").is_file():
+            raise ReqatError(f"{root}: no config/recipes.yaml in it, so it is no root of this repository.")
+        os.chdir(root)
+        return Paths(Path(), self.build, self.models)
+
     def plan(self, tier: str) -> Plan:
         """The plan of a tier: what config/ says now, or what it said when `--plan` was written."""
+        paths = self.paths
         if self.frozen is None:
-            return load(tier, self.paths)
+            return load(tier, paths)
         plan = read_plan(self.frozen)
         if plan.tier.name != tier:
             raise ReqatError(f"{self.frozen} is a plan of tier {plan.tier.name}, not {tier}.")
@@ -51,6 +64,7 @@ class Session:
 
 
 session = Session()
+INTERRUPTED = 130
 
 
 def find_root(start: Path) -> Path:
@@ -72,12 +86,8 @@ def options(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Options of every verb."""
-    session.debug = debug
-    if root is not None and not (root / "config" / "recipes.yaml").is_file():
-        raise ReqatError(f"{root}: no config/recipes.yaml in it, so it is no root of this repository.")
-    found = (root or find_root(Path.cwd())).resolve()
-    os.chdir(found)  # paths stay relative, in messages and in records
-    session.paths, session.frozen = Paths(Path(), build, models), plan
+    vars(session).pop("paths", None)
+    session.root, session.build, session.models, session.frozen, session.debug = root, build, models, plan, debug
 
 
 def start_computing(threads: int) -> None:
@@ -92,7 +102,7 @@ def start_computing(threads: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, 2 for what a user can mend, 130 if interrupted, 1 for a defect."""
+    """Run the command line. Exits with 0, 2 for what a user can mend, 130 if interrupted, 1 for a defect or mismatch."""
     import reqat.cli.inspect
     import reqat.cli.results
     import reqat.cli.run  # noqa: F401  (they register their verbs)
@@ -101,10 +111,10 @@ def main(arguments: list[str] | None = None) -> None:
     session.debug = "--debug" in given
     try:
         code = app(given, standalone_mode=False)
-    except KeyboardInterrupt:
-        _exit(130, "interrupted; nothing half-written counts as done. The same command goes on from what is finished.")
-    except typer.Abort:
-        _exit(130, "aborted.")
+        if code == INTERRUPTED:  # typer turns Ctrl-C into this
+            raise KeyboardInterrupt
+    except (KeyboardInterrupt, typer.Abort):
+        _exit(INTERRUPTED, "interrupted; nothing half-written counts as done. The same command goes on from there.")
     except (ValueError, FileNotFoundError) as error:  # ReqatError among them
         if session.debug:
             raise

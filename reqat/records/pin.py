@@ -91,6 +91,8 @@ def pin(
             pinned = record.outputs(folder)
         record.write(folder / record.FILE, entry | {"pinned_outputs": pinned})
     record.write(draft / PLAN, plan.dump())
+    if render is not None:
+        render(plan, draft, draft / "tables")
     record.write(
         draft / PIN,
         {
@@ -105,11 +107,9 @@ def pin(
             "jobs": len(found),
             "job_seconds": round(sum(entry["wall_s"] for entry in found.values()), 1),
             "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found.values()),
-            "files": record.outputs(draft),
+            "files": record.files(draft),
         },
     )
-    if render is not None:
-        render(plan, draft, draft / "tables")
     record.install(draft, target)
     return target
 

@@ -49,14 +49,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def outputs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Path within `folder` -> sha256 and bytes, of every file but the record."""
-    files = sorted(
-        path for path in folder.rglob("*") if path.is_file() and path.name not in (FILE, ".snakemake_timestamp")
-    )
+def files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Path within `folder` -> sha256 and bytes, of every file."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in files
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in found
     }
+
+
+def outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """`files` without the record."""
+    return {name: entry for name, entry in files(folder).items() if name != FILE}
 
 
 def read(folder: Path) -> dict[str, Any]:
