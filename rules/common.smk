@@ -14,7 +14,7 @@ from reqat.config import Paths, ReqatError, digest, load, unknown
 from reqat.config.paths import made
 from reqat.config.resources import need, require
 
-KEYS = ("tier", "build", "models", "reqat", "check_resources")
+KEYS = ("tier", "build", "models", "reqat")
 
 
 def read_plan():
@@ -128,8 +128,8 @@ def freeze_plan():
 
 
 def check_resources():
-    """Refuse to start a tier for which this machine has too little. `--config check_resources=jobs` leaves it to each job (clusters)."""
-    if not ON_GPU or config.get("check_resources") == "jobs":
+    """Refuse to start a tier for which this machine has too little. On a cluster each job checks its own node."""
+    if not ON_GPU or workflow.non_local_exec:
         return
     import torch
 
