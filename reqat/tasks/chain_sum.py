@@ -16,10 +16,10 @@ _CLOSE = ("The answer is {r}.", "So the answer is {r}.", "Therefore, the answer 
 
 
 class ChainSum(Family):
-    """Two-digit chains of three to six terms by default."""
+    """Chains of five to nine one-digit terms by default: easy steps, many of them, so that small errors add up."""
 
     name = "chain_sum"
-    defaults = {"min_terms": 3, "max_terms": 6, "min_digits": 2, "max_digits": 2}
+    defaults = {"min_terms": 5, "max_terms": 9, "min_digits": 1, "max_digits": 1}
 
     def prompt(self, problem: Problem) -> str:
         """The bare expression; the generator's constant preamble is dropped, since a tiny model learns nothing from it."""
