@@ -442,16 +442,15 @@ def _search(
     # [A, B, G, D]; mean K~ = mean K / s.
     shifts = torch.stack([torch.stack([(b * mean_GD / s).float() for b in betas]) for s in scales_AGD.double()])
     for i in range(len(alphas)):
-        scale = scales_AGD[i][:, None, :]
-        scaled = key / scale
+        scaled = key / scales_AGD[i][:, None]
         for j, b in enumerate(betas):
-            shifted = scaled - shifts[i, j][:, None, :]
+            shifted = scaled - shifts[i, j][:, None]
             if precision.kv_rotation is not None:  # back into the queries' basis after quantizing
                 shifted = block_hadamard(shifted, precision.kv_rotation)
             key_hat = _quantized(shifted, precision.keys, f"{name} keys")
             if precision.kv_rotation is not None:
                 key_hat = block_hadamard(key_hat, precision.kv_rotation)
-            errors[i, j] = error(key_hat.mul_(scale), b)
+            errors[i, j] = error(key_hat, b, scales_AGD[i])
         advance()
     best = int(errors.argmin())
     # argmin names no winner among equals; the first one is wanted.
@@ -477,8 +476,8 @@ class AttentionError:
         causal, scaling: of the attention.
         queries: how many query positions a sequence, evenly spread, are compared; None for all.
 
-    Calling it with ``key_hat`` [n, G, T, D] and ``share`` gives the error. ``key_hat`` is in the basis of ``query``:
-    where the keys were divided by s, it is multiplied by s again.
+    Calling it with ``key_hat`` [n, G, T, D], ``share`` and the ``scale`` [G, D] by which the keys were divided gives
+    the error.
     """
 
     def __init__(
@@ -513,10 +512,10 @@ class AttentionError:
             end = int(rows[-1]) + 1 if causal else T
             # Keys that every row of the block sees need no mask; [start, end) are the others.
             start = int(rows[0]) + 1 if causal else T
-            hidden = (torch.arange(start, end, device=query.device) > rows[:, None]).repeat(group, 1)
+            seen = (torch.arange(start, end, device=query.device) <= rows[:, None]).float()
             q = grouped[:, :, :, rows].reshape(self.batch, group * len(rows), D)
             chunk = max(1, limit // (q.shape[1] * end))
-            block = _QueryBlock(q, q, hidden if start < end else None, len(rows), start, end, chunk)
+            block = _QueryBlock(q, q, seen.repeat(group, 1) if start < end else None, start, end, chunk)
             columns, reference = [], []
             for part in block.parts(self.batch):
                 logits = torch.bmm(q[part], key_flat[part, :end].transpose(1, 2))
@@ -535,10 +534,15 @@ class AttentionError:
         self._key = query.new_empty(self.batch, T, D + 2)
         self._key[..., D] = 1.0
 
-    def __call__(self, key_hat: Tensor, share: float) -> float:
+    def __call__(self, key_hat: Tensor, share: float, scale: Tensor | None = None) -> float:
         """The error of ``key_hat`` [n, G, T, D]."""
         D = self.head_dim
-        self._key[..., :D] = key_hat.flatten(0, 1)
+        n, G, T, _ = key_hat.shape
+        keys = self._key.view(n, G, T, D + 2)[..., :D]
+        if scale is None:
+            keys.copy_(key_hat)
+        else:
+            torch.mul(key_hat, scale[:, None], out=keys)
         self._key[..., D + 1] = share
         error, safe = self._sum(own_maximum=False)
         if not safe:
@@ -559,8 +563,10 @@ class AttentionError:
                     block.hide_(logits)
                     logits.sub_(logits.amax(-1, keepdim=True))
                 logits.exp_()
-                if not own_maximum:  # after exp: an unseen logit may have overflown there
-                    block.zero_(logits)
+                # Hiding with zeros after exp, not -inf before: exp of what underflows is many times slower. An unseen
+                # logit that overflowed makes NaN here, and the candidate is computed again.
+                if block.seen is not None:
+                    logits[..., block.start :].mul_(block.seen)
                 weighted = torch.bmm(logits, self._value_hat[part, : block.end])
                 denominator = weighted[..., D:]
                 least, most = torch.aminmax(denominator)
@@ -576,14 +582,13 @@ class AttentionError:
 class _QueryBlock:
     """Query rows of all sequences and heads that are handled together.
 
-    ``query`` [n G, group R, D + 2]; ``reference`` [n G, group R, D]; ``hidden`` [group R, end - start], True where a
-    row may not see the key; ``rows`` R; ``chunk`` of the n G at a time.
+    ``query`` [n G, group R, D + 2]; ``reference`` [n G, group R, D]; ``seen`` [group R, end - start], 1 where a row may
+    see the key and 0 elsewhere, None if it is all 1; ``chunk`` of the n G at a time.
     """
 
     query: Tensor
     reference: Tensor
-    hidden: Tensor | None
-    rows: int
+    seen: Tensor | None
     start: int
     end: int
     chunk: int
@@ -594,17 +599,8 @@ class _QueryBlock:
 
     def hide_(self, logits: Tensor) -> None:
         """Set the logits of unseen keys to -inf, in place."""
-        if self.hidden is not None:
-            logits[..., self.start :].masked_fill_(self.hidden, -torch.inf)
-
-    def zero_(self, weights: Tensor) -> None:
-        """Set the weights of unseen keys to 0, in place."""
-        if self.hidden is None:
-            return
-        if self.end - self.start == self.rows - 1:  # neighbouring rows: a triangle, and tril_ is several times faster
-            weights.view(-1, self.rows, self.end)[..., self.start :].tril_(-1)
-        else:
-            weights[..., self.start :].masked_fill_(self.hidden, 0.0)
+        if self.seen is not None:
+            logits[..., self.start :].masked_fill_(self.seen == 0, -torch.inf)
 
 
 def _with_columns(x: Tensor, value: float) -> Tensor:
