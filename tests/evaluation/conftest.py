@@ -20,7 +20,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny() -> Callable[..., LlamaForCausalLM]:
     """``tiny(**config changes)``: two layers, grouped heads, weights large enough for peaked and flat distributions."""
 
@@ -54,7 +54,7 @@ def prompts() -> list[list[int]]:
     return [*found, found[3], found[3], found[7], [1]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def outcomes() -> Callable[..., Outcomes]:
     """``outcomes(correct [P, S])``: rows ordered by problem, then seed; problems in two families by turns."""
 

@@ -86,9 +86,14 @@ def test_several_ends(tiny: Tiny, prompts: list[list[int]]) -> None:
     ],
 )
 def test_a_row_depends_on_no_other_row(
-    tiny: Tiny, prompts: list[list[int]], precision: str | None, options: dict[str, Any]
+    tiny: Tiny,
+    prompts: list[list[int]],
+    precision: str | None,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Alone, in a batch, in small batches, in another order: the same tokens."""
+    monkeypatch.setattr(module, "_RANDOM_STEPS", 5)  # so that random numbers are drawn anew after rows were dropped
     model = tiny()
     if precision is not None:
         prepare(model, precision, **options)
@@ -151,11 +156,16 @@ def test_no_mask_where_lengths_are_equal_and_prompts_are_read_once(tiny: Tiny) -
     assert all(c["attention_mask"] is None for c in calls)
 
 
-def test_finished_rows_leave_the_batch(tiny: Tiny, prompts: list[list[int]]) -> None:
-    model = tiny()
+@pytest.mark.parametrize("n_ends", [1, 3])
+def test_finished_rows_leave_the_batch(tiny: Tiny, prompts: list[list[int]], n_ends: int) -> None:
+    model, prompts = tiny(), prompts * 3
+    options: dict[str, Any] = {"max_new_tokens": 30, "row_keys": [str(i) for i in range(72)]}
+    free = np.bincount([t for g in run(model, prompts, eos_id=None, **options) for t in g.token_ids], minlength=41)
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
-    lengths = [g.n_tokens for g in run(model, prompts, decoding=Decoding.greedy(), max_new_tokens=30)]
+    ends = free.argsort()[::-1][:n_ends].tolist()
+    lengths = [g.n_tokens for g in run(model, prompts, eos_id=ends, **options)]
+    assert np.median(lengths) < 25  # most rows do end
     for step, fed in enumerate(rows[1:], start=1):
         alive = sum(length > step for length in lengths)
         assert alive <= fed < alive / 0.75 + 1
