@@ -91,6 +91,8 @@ def wrong_floors(root: Path) -> list[str]:
             other = parts[1] if len(parts) > 1 else ""
             if other.startswith("__") and other.endswith("__"):  # reqat.__version__
                 continue
+            if other not in FLOORS and room == "cli":  # it stands on every floor that the front door leads to
+                continue
             if other not in FLOORS:
                 wrong.append(f"{where} imports {name} from the front door; name the room it is in")
             elif FLOORS[other] >= FLOORS[room] and (room, other) not in SAME_FLOOR:
@@ -145,6 +147,7 @@ def test_the_floor_check_sees_each_way_to_import(tmp_path: Path, room: str, line
         ("quant", "from . import hadamard"),
         ("evaluation", "from reqat import tasks, models"),
         ("cli", "import reqat.records.record"),
+        ("cli", "import reqat"),
         ("cli", "from analysis import tables"),  # `reqat tables` and `reqat figures`
         ("records", "from reqat import __version__"),
     ],
