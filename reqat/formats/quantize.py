@@ -8,8 +8,9 @@ Arithmetic, for a block's scale ``S`` (float32; for NVFP4 ``S = s / g``, see sca
 
     S = rule(max |x| over the block);   v = round_to_element(x / S);   x^ = v * S
 
-all of it in float32, whatever the input's type: float16 and bfloat16 are exact in float32, float64 is rounded to it
-first and must be in its range. The result is rounded once more, to the output's type, saturating.
+(NVFP4's scale rule ``reciprocal`` multiplies by g / s instead of dividing by S), all of it in float32, whatever the
+input's type: float16 and bfloat16 are exact in float32, float64 is rounded to it first and must be in its range. The
+result is rounded once more, to the output's type, saturating.
 
 Shapes: a tensor is seen as [N, B], N blocks of B elements; the blocks of one row (one index of the other axes) follow
 each other.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reqat.formats.elements import power_of_two
 from reqat.formats.format import Format, get_format
 from reqat.formats.scales import (
     E4M3_MAX,
@@ -35,6 +37,7 @@ from reqat.formats.scales import (
     e8m0_to_float,
     effective_scale,
     global_scale_from_amax,
+    inverse_scale,
     nvfp4_scales,
     replace_zero_,
     round_to_float,
@@ -146,8 +149,8 @@ def quantize(
     scaled = _scales(blocks, fmt, given, name)
     codes = torch.empty(blocks.x.shape, dtype=torch.uint8, device=x.device)
     element = fmt.element_type
-    for piece, S, out in _pieces(blocks.x, scaled.effective, codes):
-        y = _divide(piece, S, torch.empty(piece.shape, dtype=torch.float32, device=x.device))
+    for piece, D, out in _pieces(blocks.x, scaled.divisor, codes):
+        y = _divide(piece, D, torch.empty(piece.shape, dtype=torch.float32, device=x.device), scaled.inverted)
         values = element.round_(y, torch.empty_like(y), rounding=fmt.rounding, clip=scaled.clip)
         out.copy_(element.encode(values, torch.signbit(piece)))
     return QuantizedTensor(
@@ -181,11 +184,11 @@ def quantize_dequantize(
     limit = _largest(x.dtype)
     saturate = scaled.top > limit / 2  # rounding up may then step over the largest number of the type
     scratch = buffer = None
-    for piece, S, target in _pieces(blocks.x, scaled.effective, out):
+    for piece, D, S, target in _pieces(blocks.x, scaled.divisor, scaled.effective, out):
         if scratch is None:
             scratch = torch.empty(piece.shape, dtype=torch.float32, device=x.device)
             buffer = None if x.dtype == torch.float32 else torch.empty_like(scratch)
-        y = _divide(piece, S, target if buffer is None else buffer[: len(piece)])
+        y = _divide(piece, D, target if buffer is None else buffer[: len(piece)], scaled.inverted)
         _multiply_(element.round_(y, scratch[: len(piece)], rounding=rounding, clip=clip), S)
         if saturate:
             y.clamp_(-limit, limit)
@@ -207,7 +210,7 @@ def global_scale_for(x: Tensor, fmt: str | Format, *, axis: int = -1, name: str 
     amax = magnitude.amax(axis, keepdim=True) if fmt.global_scale == "row" else magnitude.amax()
     if not bool(torch.isfinite(amax).all()):
         raise _not_finite(x, name)
-    return global_scale_from_amax(amax, fmt.scale_cap, fmt.element_type.emax)
+    return global_scale_from_amax(amax, fmt.scale_cap, fmt.element_type.emax, fmt.scale_rule)
 
 
 # --- a tensor as blocks -----------------------------------------------------------------------------------------------
@@ -218,6 +221,7 @@ class _Blocks:
     """A tensor as [N, B], and the way back. ``order`` permuted its axes so that the quantized one came last."""
 
     x: Tensor
+    original: Tensor
     order: tuple[int, ...]
     ordered: torch.Size  # shape after permuting, before padding
     padded: int  # length of the quantized axis after padding
@@ -265,7 +269,7 @@ def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -
     order = (*others, axis)
     y = x.permute(order)
     flat = y.contiguous() if padded == length else torch.nn.functional.pad(y, (0, padded - length))
-    return _Blocks(flat.view(math.prod(y.shape[:-1]) * (padded // block), block), order, y.shape, padded)
+    return _Blocks(flat.view(math.prod(y.shape[:-1]) * (padded // block), block), x, order, y.shape, padded)
 
 
 def _pieces(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
@@ -276,8 +280,10 @@ def _pieces(x: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return zip(x.split(step), *(t.split(step) for t in others), strict=True)
 
 
-def _divide(x: Tensor, S: Tensor, out: Tensor) -> Tensor:
-    """``x / S`` into float32 ``out``, for S [N, 1]; for [N, 2] negative numbers take the second scale."""
+def _divide(x: Tensor, S: Tensor, out: Tensor, inverted: bool) -> Tensor:
+    """``x / S`` into float32 ``out`` (``x * S`` if S is ``inverted``); of S [N, 2] negative numbers take the second."""
+    if inverted:
+        return torch.mul(x, S, out=out) if x.dtype == torch.float32 else out.copy_(x).mul_(S)
     if S.shape[1] == 1:
         return torch.div(x, S, out=out) if x.dtype == torch.float32 else out.copy_(x).div_(S)
     # A sum in which one term is always zero: exact, and faster than to select a scale for each element.
@@ -302,6 +308,8 @@ class _Scales:
 
     stored: Tensor  # the numbers to store: float32, or E8M0's exponents as int32; [N] or [N, 2]
     effective: Tensor  # float32 S, [N, 1] or [N, 2]
+    divisor: Tensor  # what x is divided by, S; or, if inverted, multiplied by
+    inverted: bool
     global_scale: Tensor | None  # scalar or [rows, 1]
     clip: bool  # whether some |x| / S lies beyond what rounding alone keeps within the element's range
     top: float  # max |x|
@@ -314,7 +322,7 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
     top = amax.amax() if amax.numel() else amax.new_zeros(())
     top_value = float(top)
     if not math.isfinite(top_value):
-        raise _not_finite(x, name)
+        raise _not_finite(blocks.original, name)
     g: Tensor | None = None
     if fmt.has_global_scale:
         g = _global_scale(blocks, fmt, given, amax, top)
@@ -323,7 +331,7 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
         if fmt.adaptive:
             s4 = _by_row(nvfp4_scales, amax, g, element.emax, fmt.scale_rule, 1.5)
             S4 = _by_row(effective_scale, s4, g, fmt.scale_rule)
-            four = _squared_error(x, S4, fmt) < _squared_error(x, S, fmt)
+            four = _squared_error(x, S4, amax, fmt) < _squared_error(x, S, amax, fmt)
             s, S = torch.where(four, s4, s), torch.where(four, S4, S)
     elif fmt.scale == "E8M0":
         s = e8m0_from_amax(amax, element, fmt.scale_rule)
@@ -333,9 +341,14 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
         # no number of that sign, or only some below the scale's range) becomes 1: the codes are all zero.
         rounding = fmt.rounding if fmt.asymmetric else "even"
         s = S = replace_zero_(round_to_float(divide(amax, element.emax), SCALE_TYPES[fmt.scale], rounding), 1.0)
-    # "ceil" never needs it; the others where a scale was rounded far down, or where it saturated.
-    clip = fmt.scale_rule != "ceil" and amax.numel() > 0 and float((amax / S).amax()) > element.clip_above
-    return _Scales(s, S if fmt.asymmetric else S[:, None], g, clip, top_value)
+    inverted = fmt.scale_rule == "reciprocal"
+    D = _by_row(inverse_scale, s, g) if inverted and g is not None else S
+    clip = False
+    if fmt.scale_rule != "ceil" and amax.numel():  # "ceil" never needs it; the others where a scale is far too small
+        clip = float((amax * D if inverted else amax / D).amax()) > element.clip_above
+    if not fmt.asymmetric:
+        S, D = S[:, None], D[:, None]
+    return _Scales(s, S, D, inverted, g, clip, top_value)
 
 
 def _block_amax(x: Tensor) -> Tensor:
@@ -371,13 +384,14 @@ def _signed_amax(x: Tensor) -> Tensor:
     return amax.clamp_(min=0).view(torch.float32).t().contiguous()
 
 
-def _squared_error(x: Tensor, S: Tensor, fmt: Format) -> Tensor:
-    """Sum over each block of (x^ - x)^2, float32 [N]."""
+def _squared_error(x: Tensor, S: Tensor, amax: Tensor, fmt: Format) -> Tensor:
+    """Sum over each block of (x^ - x)^2, in units of the block's binade so that no square leaves float32; [N]."""
+    unit = power_of_two(amax, torch.empty_like(amax)).clamp_(min=2.0**-126).reciprocal_()
     error = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    for piece, scale, out in _pieces(x, S[:, None], error):
+    for piece, scale, inverse_unit, out in _pieces(x, S[:, None], unit[:, None], error):
         y = piece.to(torch.float32, copy=True).div_(scale)
         fmt.element_type.round_(y, torch.empty_like(y), rounding=fmt.rounding).mul_(scale).sub_(piece)
-        torch.sum(y.square_(), -1, out=out)
+        torch.sum(y.mul_(inverse_unit).square_(), -1, out=out)
     return error
 
 
@@ -398,7 +412,7 @@ def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, am
             )
         if fmt.global_scale == "row" and amax.numel():
             top = amax.view(blocks.rows, -1).amax(-1, keepdim=True)
-        return global_scale_from_amax(top, fmt.scale_cap, fmt.element_type.emax)
+        return global_scale_from_amax(top, fmt.scale_cap, fmt.element_type.emax, fmt.scale_rule)
     g = torch.as_tensor(given, dtype=torch.float32, device=amax.device)
     # The smallest g lets the largest block scale, 448 / g, still be a float32.
     if not bool((torch.isfinite(g) & (g > 1.01 * E4M3_MAX / FLOAT32_MAX)).all()):

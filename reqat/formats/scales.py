@@ -99,14 +99,14 @@ def e8m0_to_float(exponent: Tensor) -> Tensor:
     return (exponent.to(torch.int32) << 23).clamp_(min=0x400000).view(torch.float32)
 
 
-def global_scale_from_amax(amax: Tensor, cap: float, emax: float) -> Tensor:
+def global_scale_from_amax(amax: Tensor, cap: float, emax: float, rule: str = "divide") -> Tensor:
     """``g = cap * emax / amax`` in float32; 1 where amax is 0, at most the largest float32 where amax is tiny.
 
     Computed as ``(1 / amax) * (cap * emax)``, in two roundings, because that is what torch makes of ``number / tensor``
-    and therefore what compressed-tensors stores.
+    and therefore what compressed-tensors stores; under ``reciprocal`` as ``1 / (amax / (cap * emax))``, like torchao.
     """
-    g = amax.reciprocal().mul_(cap * emax).clamp_(max=FLOAT32_MAX)
-    return g.masked_fill_(amax == 0, 1.0)
+    g = 1.0 / divide(amax, cap * emax) if rule == "reciprocal" else amax.reciprocal().mul_(cap * emax)
+    return g.clamp_(max=FLOAT32_MAX).masked_fill_(amax == 0, 1.0)
 
 
 def nvfp4_scales(amax: Tensor, g: Tensor, emax: float, rule: str, expand: float = 1.0) -> Tensor:
@@ -116,7 +116,8 @@ def nvfp4_scales(amax: Tensor, g: Tensor, emax: float, rule: str, expand: float 
 
     - ``divide``: ``E4M3((amax / emax) * g)``, as compressed-tensors;
     - ``multiply``: ``E4M3(amax * (g / emax))``;
-    - ``reciprocal``: ``E4M3((amax / emax) / (1 / g))``, at least 2^-6, as torchao, which keeps 1/g.
+    - ``reciprocal``: ``E4M3((amax / emax) / (1 / g))``, at least 2^-6, as torchao, which keeps 1/g and also multiplies
+      by reciprocals afterwards: ``v = round(x * (g / s))`` and ``x^ = v * (s * (1 / g))``.
 
     ``expand`` multiplies what is about to be rounded: four-over-six puts the maximum at 4 by ``expand=1.5``.
 
@@ -137,3 +138,9 @@ def effective_scale(s: Tensor, g: Tensor | None, rule: str) -> Tensor:
     if g is None:
         return s
     return s * (1.0 / g) if rule == "reciprocal" else s / g
+
+
+def inverse_scale(s: Tensor, g: Tensor) -> Tensor:
+    """What ``x`` is multiplied by under ``reciprocal``: ``g / s``, with g taken as the reciprocal of the kept 1/g."""
+    kept = (1.0 / (1.0 / g)).clamp_(max=FLOAT32_MAX)  # at the end of the range 1/g is subnormal, and coarse
+    return (kept / s).clamp_(max=FLOAT32_MAX)
