@@ -15,6 +15,7 @@ from reqat.evaluation import BatchStart, Decoding, evaluate
 from reqat.tasks import Problem, problems, write_trace
 
 Tiny = Callable[..., LlamaForCausalLM]
+WRONG = " No, the answer is 987654."  # of no problem asked here
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def answers(asked: list[Problem]) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def tokenizer(asked: list[Problem], answers: dict[str, str]) -> PreTrainedTokenizerFast:
-    return build_tokenizer([p.prompt for p in asked] + list(answers.values()))
+    return build_tokenizer([p.prompt for p in asked] + [text + WRONG for text in answers.values()])
 
 
 class Dictate:
@@ -60,8 +61,8 @@ def test_right_and_wrong_answers(
     tiny: Tiny, asked: list[Problem], answers: dict[str, str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = tiny(vocab_size=len(tokenizer), max_position_embeddings=512)
-    # Right on the first seed; the second seed gives another problem's answer.
-    texts = [t for i, p in enumerate(asked) for t in (answers[p.id], answers[asked[i - 2].id])]
+    # Right on the first seed; on the second the response goes on to another answer.
+    texts = [t for p in asked for t in (answers[p.id], answers[p.id] + WRONG)]
     out = evaluate(model, tokenizer, asked, **settings(), processors=LogitsProcessorList([Dictate(texts, tokenizer)]))
     assert out.problem_id == tuple(p.id for p in asked for _ in range(2))
     assert out.family == tuple(p.family for p in asked for _ in range(2))
