@@ -1,7 +1,8 @@
 """Packing traces into rows of one length, and rows into batches.
 
-Several traces share a row; each attends only to itself (``segment_ids``) and counts its positions from zero, so a packed trace computes what it
-would alone. The loss is completion-only: labels are -100 on prompts and padding (ReQAT section 3.2).
+Several traces share a row; each attends only to itself (``segment_ids``) and counts its positions from zero, so a
+packed trace computes what it would alone. The loss is completion-only: labels are -100 on prompts and padding (ReQAT
+section 3.2).
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ _OPEN_ROWS = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """``[B, T]`` int64 tensors. ``segment_ids`` is 0 on padding and 1, 2, … on the traces of a row; ``labels[b, t]`` is the token to predict
-    *at* position t (already shifted: the token at t + 1), or -100."""
+    """``[B, T]`` int64 tensors. ``segment_ids`` is 0 on padding and 1, 2, … on the traces of a row; ``labels[b, t]``
+    is the token to predict *at* position t (already shifted: the token at t + 1), or -100.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -40,7 +42,9 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
     def attention_mask(self) -> Tensor:
-        """Bool ``[B, 1, T, T]``: causal within a segment. Padding attends to itself alone, so no row of the softmax is empty."""
+        """Bool ``[B, 1, T, T]``: causal within a segment. Padding attends to itself alone, so no row of the softmax
+        is empty.
+        """
         t = self.segment_ids.shape[1]
         same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         causal = torch.ones(t, t, dtype=torch.bool).tril()
@@ -99,7 +103,9 @@ def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int, pad_id: int) 
     for trace in traces:
         n = trace.n_tokens
         if n > row_tokens:
-            raise ValueError(f"trace {trace.id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out")
+            raise ValueError(
+                f"trace {trace.id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out"
+            )
         for i, (left, row) in enumerate(open_rows):
             if n <= left:
                 row.append(trace)
@@ -115,8 +121,9 @@ def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int, pad_id: int) 
 
 
 def batches(n_rows: int, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
-    """Row indices batch by batch: each epoch is a fresh seeded permutation; the last batch of all may be smaller, and an epoch's end may
-    share a batch with the next one's start."""
+    """Row indices batch by batch: each epoch is a fresh seeded permutation; the last batch of all may be smaller, and
+    an epoch's end may share a batch with the next one's start.
+    """
     generator = torch.Generator().manual_seed(seed)
     queue: list[int] = []
     for _ in range(epochs):

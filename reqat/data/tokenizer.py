@@ -1,7 +1,8 @@
 """A small word-level tokenizer in the standard format, one token a digit.
 
-A token carries its leading space (`` 4`` opens a number, ``4`` continues one), so text survives encoding and decoding unchanged and no token
-is spent on a space. The vocabulary is the closed set of pieces in a sample of traces, plus every digit and letter in both forms.
+A token carries its leading space (`` 4`` opens a number, ``4`` continues one), so text survives encoding and decoding
+unchanged and no token is spent on a space. The vocabulary is the closed set of pieces in a sample of traces, plus
+every digit and letter in both forms.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def pieces(text: str) -> list[str]:
 def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """A transformers tokenizer over the pieces of ``corpus``.
 
-    Raises ``ValueError`` for an empty corpus. Encoding adds no special tokens: callers place ``<bos>`` and ``<eos>`` themselves.
+    Raises ``ValueError`` for an empty corpus. Encoding adds no special tokens: callers place ``<bos>`` and ``<eos>``
+    themselves.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -41,5 +43,10 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Split(Regex(_PIECE), behavior="isolated")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNK, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        unk_token=UNK,
+        clean_up_tokenization_spaces=False,
     )

@@ -1,8 +1,9 @@
 """The ordered store of tokenized traces that every training stage reads.
 
-TAQ is a statement about data: stage 2 must see the very traces of stage 1, token by token (ReQAT section 3.2). The store makes that
-checkable. It is one JSON line a trace in a fixed order, with token ids, and a manifest with its digest; a stage takes a contiguous range of
-it by token count, so "the same traces" is a prefix and "different traces" is what follows.
+TAQ is a statement about data: stage 2 must see the very traces of stage 1, token by token (ReQAT section 3.2). The
+store makes that checkable. It is one JSON line a trace in a fixed order, with token ids, and a manifest with its
+digest; a stage takes a contiguous range of it by token count, so "the same traces" is a prefix and "different traces"
+is what follows.
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ class TraceStore:
     def read(cls, folder: Path, name: str = "train") -> TraceStore:
         """Read ``folder/name.jsonl`` and check it against the manifest.
 
-        Raises ``FileNotFoundError`` where either file is missing, ``ValueError`` where the traces are empty, truncated or altered.
+        Raises ``FileNotFoundError`` where either file is missing, ``ValueError`` where the traces are empty,
+        truncated or altered.
         """
         path, manifest_path = folder / f"{name}.jsonl", folder / MANIFEST
         for needed in (path, manifest_path):
             if not needed.is_file():
-                raise FileNotFoundError(f"no {needed.name} in {folder}; write the traces first (`reqat stage` of the data stage)")
+                raise FileNotFoundError(
+                    f"no {needed.name} in {folder}; write the traces first (`reqat stage` of the data stage)"
+                )
         expected = json.loads(manifest_path.read_text())["files"].get(name)
         if expected is None:
             raise ValueError(f"{manifest_path} does not list {name!r}; it was written for other traces, make it again")
@@ -64,7 +68,8 @@ class TraceStore:
         digest = hashlib.sha256(data).hexdigest()
         if digest != expected["sha256"]:
             raise ValueError(
-                f"trace file {path} is damaged or truncated: {len(data)} bytes with digest {digest[:12]}, its manifest says "
+                f"trace file {path} is damaged or truncated: {len(data)} bytes with digest {digest[:12]}, its "
+                f"manifest says "
                 f"{expected['bytes']} bytes with {expected['sha256'][:12]}; delete the folder and make it again"
             )
         traces = []
@@ -78,7 +83,8 @@ class TraceStore:
 
 
 def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
-    """Write each iterable of traces to ``folder/NAME.jsonl`` and the manifest last, so that a whole manifest means whole files.
+    """Write each iterable of traces to ``folder/NAME.jsonl`` and the manifest last, so that a whole manifest means
+    whole files.
 
     Raises ``ValueError`` for a name without traces.
     """
@@ -103,13 +109,16 @@ def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
 
 
 def select(traces: Sequence[Trace], tokens: int, *, skip_tokens: int = 0) -> list[Trace]:
-    """The contiguous range that starts after ``skip_tokens`` tokens and holds ``tokens`` tokens, both rounded up to whole traces.
+    """The contiguous range that starts after ``skip_tokens`` tokens and holds ``tokens`` tokens, both rounded up to
+    whole traces.
 
-    The first ranges of equal ``skip_tokens`` are prefixes of one another; a range with ``skip_tokens=k`` starts where one of ``tokens=k`` ends.
-    Raises ``ValueError`` where the store is too small, naming both numbers.
+    The first ranges of equal ``skip_tokens`` are prefixes of one another; a range with ``skip_tokens=k`` starts where
+    one of ``tokens=k`` ends. Raises ``ValueError`` where the store is too small, naming both numbers.
     """
     if tokens < 1 or skip_tokens < 0:
-        raise ValueError(f"select() wants tokens >= 1 and skip_tokens >= 0, got tokens={tokens}, skip_tokens={skip_tokens}")
+        raise ValueError(
+            f"select() wants tokens >= 1 and skip_tokens >= 0, got tokens={tokens}, skip_tokens={skip_tokens}"
+        )
     out: list[Trace] = []
     passed = taken = 0
     for trace in traces:
@@ -122,5 +131,7 @@ def select(traces: Sequence[Trace], tokens: int, *, skip_tokens: int = 0) -> lis
             break
     if taken < tokens:
         total = sum(t.n_tokens for t in traces)
-        raise ValueError(f"{tokens} tokens after the first {skip_tokens} were asked for, the store holds {total}; write more traces")
+        raise ValueError(
+            f"{tokens} tokens after the first {skip_tokens} were asked for, the store holds {total}; write more traces"
+        )
     return out

@@ -1,7 +1,8 @@
 """What each kind of stage does: the verbs that recipes are written in.
 
-A stage is a pure function from its settings and the folders of the stages before it to a folder with a model (or, for ``data``, a trace
-store). Methods differ in their chains of stages, which are configuration (``config/recipes.yaml``); this file only carries them out.
+A stage is a pure function from its settings and the folders of the stages before it to a folder with a model (or, for
+``data``, a trace store). Methods differ in their chains of stages, which are configuration (``config/recipes.yaml``);
+this file only carries them out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from reqat.training import NLL, Objective, Term, TrainResult, train
 from reqat.training import TrainSettings as LoopSettings
 
 MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
-# Problems of each family whose words make the vocabulary; the families' phrase books are small, so this covers them many times over.
+# Problems of each family whose words make the vocabulary; the families' phrase books are small, so this covers them
+# many times over.
 _VOCABULARY_PROBLEMS = 3000
 _VOCABULARY_SEED = 0
 # At most this many points of a training curve go into the record.
@@ -51,12 +53,16 @@ def run_stage(
 ) -> dict[str, Any]:
     """Carry out ``stage`` into the folder ``out`` and return its metrics.
 
-    ``inputs`` maps the roles in ``stage.inputs`` to folders of finished stages. ``checkpoints`` is where a training keeps its resumable
-    state (default: beside ``out``); it is removed on success. Raises ``ReqatError`` where a role is missing or its folder is not there.
+    ``inputs`` maps the roles in ``stage.inputs`` to folders of finished stages. ``checkpoints`` is where a training
+    keeps its resumable state (default: beside ``out``); it is removed on success. Raises ``ReqatError`` where a role
+    is missing or its folder is not there.
     """
     for role in stage.inputs:
         if role not in inputs or not Path(inputs[role]).is_dir():
-            raise ReqatError(f"stage {stage.id} needs its {role} stage {stage.inputs[role]}, which is not there; run that stage first.")
+            raise ReqatError(
+                f"stage {stage.id} needs its {role} stage {stage.inputs[role]}, which is not there; "
+                "run that stage first."
+            )
     checkpoints = checkpoints or out.parent / f".{out.name}.checkpoints"
     out.mkdir(parents=True, exist_ok=True)
     run: Callable[..., dict[str, Any]] = _RUN[stage.kind]
@@ -69,7 +75,9 @@ def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
     settings = stage.settings
     assert isinstance(settings, DataSettings)
     if settings.source != "generated":
-        raise ReqatError(f"traces from a file ({settings.source!r}) are read where the model is; place them as a trace store folder.")
+        raise ReqatError(
+            f"traces from a file ({settings.source!r}) are read where the model is; place them as a trace store folder."
+        )
     if settings.tokenizer == "model":
         tokenizer = load_tokenizer(inputs["parent"] / MODEL)
     else:
@@ -106,7 +114,8 @@ def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
 
 
 def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Trace]:
-    """Verified traces without end, the families in turn; a pure function of ``settings.families``, ``split`` and ``seed``.
+    """Verified traces without end, the families in turn; a pure function of ``settings.families``, ``split`` and
+    ``seed``.
 
     Raises ``ReqatError`` where a family runs out of problems.
     """
@@ -117,21 +126,33 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
         while True:
             problem = next(streams[family], None)
             if problem is None:
-                raise ReqatError(f"task family {family!r} ran out of distinct problems after {index} traces; widen its options.")
+                raise ReqatError(
+                    f"task family {family!r} ran out of distinct problems after {index} traces; widen its options."
+                )
             if (response := write_trace(problem, rng)) is not None:
                 break
         prompt_ids = tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
         response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], eos]
-        yield Trace(f"{index:08d}-{problem.id}", problem.id, family, problem.prompt, response, tuple(prompt_ids), tuple(response_ids))
+        yield Trace(
+            f"{index:08d}-{problem.id}",
+            problem.id,
+            family,
+            problem.prompt,
+            response,
+            tuple(prompt_ids),
+            tuple(response_ids),
+        )
 
 
 def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
     settings = stage.settings
     assert isinstance(settings, BaseSettings)
     if settings.source != "scratch":
-        location = {"pinned": "results/base/" + settings.name, "package": f"package:{settings.reference}", "path": str(settings.reference)}[
-            settings.source
-        ]
+        location = {
+            "pinned": "results/base/" + settings.name,
+            "package": f"package:{settings.reference}",
+            "path": str(settings.reference),
+        }[settings.source]
         model = load_model(location)
         save_model(model, load_tokenizer(location), out / MODEL)
         return {"parameters": sum(p.numel() for p in model.parameters())}
@@ -157,12 +178,16 @@ def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
         )
     )
     prepare(model, "BF16")
-    result = _train(model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress)
+    result = _train(
+        model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress
+    )
     save_model(model, tokenizer, out / MODEL)
     return {"parameters": sum(p.numel() for p in model.parameters()), **_training_metrics(result)}
 
 
-def _finetune_or_qat(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
+def _finetune_or_qat(
+    stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool
+) -> dict[str, Any]:
     settings = stage.settings
     assert isinstance(settings, TrainSettings)
     model, tokenizer = _parent(inputs)
@@ -173,7 +198,16 @@ def _finetune_or_qat(stage: Stage, inputs: Mapping[str, Path], out: Path, checkp
         prepare(teacher, "BF16")
         teacher.eval().requires_grad_(False)
     result = _train(
-        model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, teacher, progress
+        model,
+        tokenizer,
+        stage,
+        settings.training,
+        settings.traces,
+        settings.seed,
+        inputs,
+        checkpoints,
+        teacher,
+        progress,
     )
     save_model(model, tokenizer, out / MODEL)
     return _training_metrics(result)
@@ -208,7 +242,9 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
     model, tokenizer = _parent(inputs)
     prepare(model, stage.precision.name, **stage.precision.options())
     ids = calibration_ids(inputs["data"], tokenizer, settings.calibration)
-    metrics = ptq.solve(settings.method, model, ids, act_order=settings.act_order, damp=settings.damp, progress=progress)
+    metrics = ptq.solve(
+        settings.method, model, ids, act_order=settings.act_order, damp=settings.damp, progress=progress
+    )
     save_model(model, tokenizer, out / MODEL)
     return metrics
 
@@ -247,7 +283,8 @@ def selected(store: TraceStore, selection: Selection) -> list[Trace]:
 
 
 def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> torch.Tensor:
-    """``[sequences, sequence_tokens]`` int64: the store's first traces strung together with their ``<bos>``, without padding.
+    """``[sequences, sequence_tokens]`` int64: the store's first traces strung together with their ``<bos>``, without
+    padding.
 
     Raises ``ReqatError`` where the store is too small.
     """
@@ -258,7 +295,9 @@ def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration:
             break
         ids += [_bos(tokenizer), *trace.prompt_ids, *trace.response_ids]
     if len(ids) < need:
-        raise ReqatError(f"calibration wants {need} tokens, the trace store holds {len(ids)}; lower calibration.sequences.")
+        raise ReqatError(
+            f"calibration wants {need} tokens, the trace store holds {len(ids)}; lower calibration.sequences."
+        )
     return torch.tensor(ids[:need]).reshape(calibration.sequences, calibration.sequence_tokens)
 
 
@@ -286,7 +325,10 @@ def _train(
 ) -> TrainResult:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows: PackedRows = pack(
-        selected(TraceStore.read(inputs["data"]), selection), training.row_tokens, bos_id=_bos(tokenizer), pad_id=int(pad)
+        selected(TraceStore.read(inputs["data"]), selection),
+        training.row_tokens,
+        bos_id=_bos(tokenizer),
+        pad_id=int(pad),
     )
     settings = LoopSettings(
         lr=training.lr,
@@ -302,13 +344,18 @@ def _train(
         autocast=training.autocast == "bf16",
         gradient_checkpointing=training.gradient_checkpointing,
     )
-    return train(model, rows, objective(training), settings, checkpoints, teacher=teacher, label=stage.id, progress=progress)
+    return train(
+        model, rows, objective(training), settings, checkpoints, teacher=teacher, label=stage.id, progress=progress
+    )
 
 
 def _training_metrics(result: TrainResult) -> dict[str, Any]:
     stride = max(1, -(-len(result.history) // _CURVE_POINTS))
     curve = [
-        {"tokens": window[-1]["tokens"], **{k: sum(h[k] for h in window) / len(window) for k in window[0] if k not in ("step", "tokens", "lr")}}
+        {
+            "tokens": window[-1]["tokens"],
+            **{k: sum(h[k] for h in window) / len(window) for k in window[0] if k not in ("step", "tokens", "lr")},
+        }
         for window in (result.history[i : i + stride] for i in range(0, len(result.history), stride))
     ]
     return {

@@ -12,7 +12,12 @@ _FIRST = ("First,", "Start with", "To begin,", "We have")
 _NEXT = ("Then", "Next,", "Now", "After that,", "So")
 _EQUALS = ("=", "=", "gives", "makes", "is")
 _REMARK = ("", "", "", " The running total is {r}.", " That leaves {r}.", " We are at {r} now.")
-_CLOSE = ("The answer is {r}.", "So the answer is {r}.", "Therefore, the answer is {r}.", "All in all, the answer is {r}.")
+_CLOSE = (
+    "The answer is {r}.",
+    "So the answer is {r}.",
+    "Therefore, the answer is {r}.",
+    "All in all, the answer is {r}.",
+)
 
 
 class ChainSum(Family):
@@ -22,7 +27,9 @@ class ChainSum(Family):
     defaults = {"min_terms": 5, "max_terms": 9, "min_digits": 1, "max_digits": 1}
 
     def prompt(self, problem: Problem) -> str:
-        """The bare expression; the generator's constant preamble is dropped, since a tiny model learns nothing from it."""
+        """The bare expression; the generator's constant preamble is dropped, since a tiny model learns nothing from
+        it.
+        """
         return f"{problem.entry['metadata']['expression']} =\n"
 
     def trace(self, problem: Problem, rng: random.Random) -> str:
@@ -34,7 +41,9 @@ class ChainSum(Family):
             value = int(digits)
             result = total + value if op == "+" else total - value
             lead = rng.choice(_FIRST if i == 0 else _NEXT)
-            parts.append(f"{lead} {total} {op} {value} {rng.choice(_EQUALS)} {result}.{rng.choice(_REMARK).format(r=result)} ")
+            parts.append(
+                f"{lead} {total} {op} {value} {rng.choice(_EQUALS)} {result}.{rng.choice(_REMARK).format(r=result)} "
+            )
             total = result
         parts.append(rng.choice(_CLOSE).format(r=total))
         return "".join(parts)

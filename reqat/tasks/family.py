@@ -17,15 +17,19 @@ SPLITS = ("train", "validation", "test")
 _BUCKETS = 100
 _TEST_BELOW = 10
 _VALIDATION_BELOW = 15
-# reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items; a stride wider than any run keeps streams apart.
+# reasoning-gym seeds item i with seed + i, so neighbouring seeds would share items; a stride wider than any run keeps
+# streams apart.
 _SEED_STRIDE = 100_000_007
-# A finite family may not hold as many distinct problems as are asked for; give up after this many draws without a new one.
+# A finite family may not hold as many distinct problems as are asked for; give up after this many draws without a new
+# one.
 _MAX_STALE_DRAWS = 20_000
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem: ``question`` as the generator worded it, ``answer`` as its verifier expects it, ``entry`` the generator's own record."""
+    """One problem: ``question`` as the generator worded it, ``answer`` as its verifier expects it, ``entry`` the
+    generator's own record.
+    """
 
     id: str
     family: str
@@ -140,9 +144,7 @@ def stream(family: str, split: str, seed: int, options: Mapping[str, Any] | None
         yield Problem(f"{family}-{digest}", family, question, str(entry["answer"]), entry)
 
 
-def problems(
-    families: Sequence[str] | Mapping[str, Mapping[str, Any]], split: str, n: int, seed: int
-) -> list[Problem]:
+def problems(families: Sequence[str] | Mapping[str, Mapping[str, Any]], split: str, n: int, seed: int) -> list[Problem]:
     """``n`` distinct problems in equal shares of the families, interleaved; the first families get the remainder.
 
     Raises ``ValueError`` where a family holds fewer distinct problems than its share, naming how many it has.
@@ -158,7 +160,8 @@ def problems(
             if problem is None:
                 have = sum(p.family == name for p in out)
                 raise ValueError(
-                    f"task family {name!r} has only {have} distinct problems in the {split} split under these options; ask for fewer than {n}"
+                    f"task family {name!r} has only {have} distinct problems in the {split} split under these options; "
+                    f"ask for fewer than {n}"
                 )
             out.append(problem)
     return out
@@ -172,6 +175,8 @@ def verify(problem: Problem, response: str) -> bool:
 
 
 def write_trace(problem: Problem, rng: random.Random) -> str | None:
-    """A verified chain of thought for ``problem``, or None where the family's trace and verifier disagree (gsm_symbolic has such)."""
+    """A verified chain of thought for ``problem``, or None where the family's trace and verifier disagree
+    (gsm_symbolic has such).
+    """
     text = get_family(problem.family).trace(problem, rng)
     return text if verify(problem, text) else None

@@ -1,7 +1,7 @@
 """GSM8K-like word problems from templates, with the generator's own chains of thought.
 
-For models that can read: SmolLM2 and larger. A few of the generator's chains do not reach its own answer (rounding of money); those are
-left out, because a trace counts only where the verifier accepts it.
+For models that can read: SmolLM2 and larger. A few of the generator's chains do not reach its own answer (rounding of
+money); those are left out, because a trace counts only where the verifier accepts it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class GsmSymbolic(Family):
         return f"{body}\nThe answer is {last}."
 
     def extract(self, response: str) -> str | None:
-        """The first number after the last ``answer is``; where nothing is announced, the last number of the response."""
+        """The first number after the last ``answer is``; where nothing is announced, the last number of the response.
+        """
         _, mark, tail = response.rpartition("answer is")
         found = _NUMBER.findall(tail)
         number = (found[0] if mark else found[-1]) if found else None

@@ -1,4 +1,6 @@
-"""Word problems: how many legs have 3 cats, 2 spiders and 5 ducks? A lookup and a product for each animal, then a running sum."""
+"""Word problems: how many legs have 3 cats, 2 spiders and 5 ducks? A lookup and a product for each animal, then a
+running sum.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ _OPEN = ("", "", "Let us count the legs. ", "One kind at a time. ", "We take eac
 _EACH = ("A {a} has {l} legs,", "Each {a} has {l} legs,", "There are {l} legs on a {a},")
 _SO = (" so {n} * {l} = {p}.", " so that makes {n} * {l} = {p}.", " and {n} * {l} = {p}.")
 _SUM = ("Together {t} + {p} = {r}.", "Now {t} + {p} = {r}.", "Add them: {t} + {p} = {r}.", "So far {t} + {p} = {r}.")
-_CLOSE = ("The answer is {r}.", "So the answer is {r}.", "In total, the answer is {r}.", "Therefore, the answer is {r}.")
+_CLOSE = (
+    "The answer is {r}.",
+    "So the answer is {r}.",
+    "In total, the answer is {r}.",
+    "Therefore, the answer is {r}.",
+)
 
 
 class LegCounting(Family):

@@ -5,4 +5,14 @@ from __future__ import annotations
 from reqat.training.loop import TrainResult, TrainSettings, learning_rate, response_logits, train
 from reqat.training.objective import NLL, Objective, Term, TermContext
 
-__all__ = ["NLL", "Objective", "Term", "TermContext", "TrainResult", "TrainSettings", "learning_rate", "response_logits", "train"]
+__all__ = [
+    "NLL",
+    "Objective",
+    "Term",
+    "TermContext",
+    "TrainResult",
+    "TrainSettings",
+    "learning_rate",
+    "response_logits",
+    "train",
+]

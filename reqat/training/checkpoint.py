@@ -1,7 +1,8 @@
 """Checkpoints from which a killed run goes on to bit-identical weights.
 
-One safetensors file holds the parameters, AdamW's moments and step counts and the random state; its metadata holds the position in the data
-and the metrics so far. It is written beside the old one and renamed over it, so at any moment there is one whole checkpoint.
+One safetensors file holds the parameters, AdamW's moments and step counts and the random state; its metadata holds
+the position in the data and the metrics so far. It is written beside the old one and renamed over it, so at any
+moment there is one whole checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
         os.replace(temporary, folder / FILE)
     except (OSError, SafetensorError) as e:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write the checkpoint in {folder} ({e}); free some space there, the run resumes from the last one") from e
+        raise OSError(
+            f"cannot write the checkpoint in {folder} ({e}); free some space there, the run resumes from the last one"
+        ) from e
 
 
 def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
@@ -59,9 +62,15 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         raise ValueError(f"checkpoint {path} is damaged ({e}); delete it to start the stage again") from e
     parameters = dict(model.named_parameters())
     stored = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    wrong = [n for n in parameters.keys() | stored.keys() if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape]
+    wrong = [
+        n
+        for n in parameters.keys() | stored.keys()
+        if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape
+    ]
     if wrong:
-        raise ValueError(f"checkpoint {path} is of another model: {sorted(wrong)[:3]} differ; delete it to start the stage again")
+        raise ValueError(
+            f"checkpoint {path} is of another model: {sorted(wrong)[:3]} differ; delete it to start the stage again"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(stored[name])

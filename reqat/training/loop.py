@@ -1,9 +1,10 @@
 """The only training loop: fine-tuning, QAT and every ablation run through it.
 
-What differs between methods is the model that comes in (plain or prepared for a precision), the rows, and the objective's terms. AdamW with
-a linear warm-up and a cosine down to a floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, bf16
-autocast over float32 master weights. The run is a pure function of its arguments: same seed, same weights, bit for bit, also across a kill
-at any moment (:mod:`reqat.training.checkpoint`).
+What differs between methods is the model that comes in (plain or prepared for a precision), the rows, and the
+objective's terms. AdamW with a linear warm-up and a cosine down to a floor, gradient accumulation with one divisor
+for the whole accumulated batch, clipping, bf16 autocast over float32 master weights. The run is a pure function of
+its arguments: same seed, same weights, bit for bit, also across a kill at any moment
+(:mod:`reqat.training.checkpoint`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from reqat.training.progress import StepProgress
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Hyper-parameters. Defaults are the paper's (ReQAT section 4, spec section 2) but for the batch, which is a matter of the machine."""
+    """Hyper-parameters. Defaults are the paper's (ReQAT section 4, spec section 2) but for the batch, which is a
+    matter of the machine.
+    """
 
     lr: float = 1e-5
     min_lr_ratio: float = 0.01
@@ -75,7 +78,9 @@ class TrainResult:
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """Linear warm-up over ``warmup_ratio`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps count from 0."""
+    """Linear warm-up over ``warmup_ratio`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps
+    count from 0.
+    """
     warmup = round(settings.warmup_ratio * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
@@ -87,7 +92,10 @@ def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
 def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
     """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; lm_head runs on those alone."""
     hidden = model.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask(), position_ids=batch.position_ids, use_cache=False
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask(),
+        position_ids=batch.position_ids,
+        use_cache=False,
     ).last_hidden_state
     return model.get_output_embeddings()(hidden[keep])
 
@@ -105,9 +113,10 @@ def train(
 ) -> TrainResult:
     """Train ``model`` in place on ``rows`` for ``settings.epochs`` and return the run's history.
 
-    ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is left for the caller to
-    delete. Raises ``ValueError`` where the objective wants a teacher and has none, a checkpoint is damaged or of another run, or the loss is
-    not finite (naming the step); ``OSError`` where a checkpoint cannot be written.
+    ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is
+    left for the caller to delete. Raises ``ValueError`` where the objective wants a teacher and has none, a
+    checkpoint is damaged or of another run, or the loss is not finite (naming the step); ``OSError`` where a
+    checkpoint cannot be written.
     """
     if objective.needs_teacher and teacher is None:
         raise ValueError("the objective has a term that needs a teacher; give the stage one")
@@ -115,7 +124,12 @@ def train(
     device = next(model.parameters()).device
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
-    run = {"settings": repr(settings), "rows": len(rows), "row_tokens": rows.row_tokens, "terms": [t.name for t in objective.terms]}
+    run = {
+        "settings": repr(settings),
+        "rows": len(rows),
+        "row_tokens": rows.row_tokens,
+        "terms": [t.name for t in objective.terms],
+    }
 
     model.train()
     if settings.gradient_checkpointing:
@@ -128,11 +142,16 @@ def train(
     position = checkpoint.load(checkpoints, model, optimizer)
     if position is not None:
         if position["run"] != run:
-            raise ValueError(f"the checkpoint in {checkpoints} belongs to another run ({position['run']}); delete it to start again")
+            raise ValueError(
+                f"the checkpoint in {checkpoints} belongs to another run ({position['run']}); delete it to start again"
+            )
         result = TrainResult(**position["result"])
 
     def state() -> dict[str, Any]:
-        return {"run": run, "result": {k: getattr(result, k) for k in ("steps", "tokens", "response_tokens", "seconds", "history")}}
+        return {
+            "run": run,
+            "result": {k: getattr(result, k) for k in ("steps", "tokens", "response_tokens", "seconds", "history")},
+        }
 
     total_tokens = rows.n_tokens * settings.epochs
     saved = time.monotonic()
@@ -147,7 +166,9 @@ def train(
             sums: dict[str, float] = {}
             total = 0.0
             for cpu_batch in group_batches:
-                batch = Batch(*(getattr(cpu_batch, f).to(device) for f in ("input_ids", "labels", "position_ids", "segment_ids")))
+                batch = Batch(
+                    *(getattr(cpu_batch, f).to(device) for f in ("input_ids", "labels", "position_ids", "segment_ids"))
+                )
                 keep = batch.labels != IGNORE
                 with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
                     logits = response_logits(model, batch, keep)
@@ -162,14 +183,19 @@ def train(
                     sums[name] = sums.get(name, 0.0) + value / divisor
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):
-                raise ValueError(f"{label}: loss {total} with gradient norm {float(norm)} at step {step + 1} of {len(steps)}; lower lr={settings.lr}")
+                raise ValueError(
+                    f"{label}: loss {total} with gradient norm {float(norm)} at step {step + 1} of {len(steps)}; "
+                    f"lower lr={settings.lr}"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens = sum(b.n_tokens for b in group_batches)
             result.steps, result.tokens = step + 1, result.tokens + tokens
             result.response_tokens += divisor
             result.seconds += time.monotonic() - began
-            result.history.append({"step": step + 1, "tokens": result.tokens, "lr": lr, "loss": total, "grad_norm": float(norm), **sums})
+            result.history.append(
+                {"step": step + 1, "tokens": result.tokens, "lr": lr, "loss": total, "grad_norm": float(norm), **sums}
+            )
             bar.advance(tokens, loss=total)
             if time.monotonic() - saved > settings.checkpoint_seconds:
                 checkpoint.save(checkpoints, model, optimizer, state())

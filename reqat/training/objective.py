@@ -1,9 +1,9 @@
 """The training objective: a sum of named terms over one forward pass.
 
-Every published loss here is a sum over response tokens of something computed from the student's logits (and, for distillation, the
-teacher's): negative log-likelihood, SEM's selective entropy, QAD's KL. A :class:`Term` returns that *sum*; the loop divides all terms by one
-token count, that of the whole accumulated batch, so gradient accumulation changes nothing but memory (ReQAT section 3.3: both terms are
-divided by the same count).
+Every published loss here is a sum over response tokens of something computed from the student's logits (and, for
+distillation, the teacher's): negative log-likelihood, SEM's selective entropy, QAD's KL. A :class:`Term` returns that
+*sum*; the loop divides all terms by one token count, that of the whole accumulated batch, so gradient accumulation
+changes nothing but memory (ReQAT section 3.3: both terms are divided by the same count).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 class TermContext:
     """What a term may look at: one micro-batch, response positions only.
 
-    Shapes: ``logits`` and ``teacher_logits`` are ``[N, V]`` in the dtype of the forward pass, ``labels`` is ``[N]`` int64; position ``n`` of
-    ``logits`` predicts ``labels[n]``.
+    Shapes: ``logits`` and ``teacher_logits`` are ``[N, V]`` in the dtype of the forward pass, ``labels`` is ``[N]``
+    int64; position ``n`` of ``logits`` predicts ``labels[n]``.
     """
 
     logits: Tensor
@@ -40,11 +40,20 @@ class TermContext:
 class Term(Protocol):
     """One summand of the objective. ``__call__`` gives a float32 scalar, the SUM over the ``N`` response tokens."""
 
-    name: str
-    weight: float
-    needs_teacher: bool
+    @property
+    def name(self) -> str:
+        """What metrics call it."""
 
-    def __call__(self, ctx: TermContext) -> Tensor: ...
+    @property
+    def weight(self) -> float:
+        """Factor in the objective."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether ``ctx.teacher_logits`` must be there."""
+
+    def __call__(self, ctx: TermContext) -> Tensor:
+        """Unweighted sum over response tokens."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,12 @@ class StepProgress:
 
     def __enter__(self) -> StepProgress:
         if self._tty:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[info]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, info="")
@@ -42,11 +47,14 @@ class StepProgress:
             self._logged = now
             left = (self.total - self.done) / max(1e-9, rate)
             print(
-                f"{self.label}: {self.done:,} of {self.total:,} tokens  loss {loss:.4f}  {rate:,.0f} tokens/s  {left / 60:.1f} min left",
+                f"{self.label}: {self.done:,} of {self.total:,} tokens  loss {loss:.4f}  "
+                f"{rate:,.0f} tokens/s  {left / 60:.1f} min left",
                 file=sys.stderr,
                 flush=True,
             )
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()

@@ -106,7 +106,9 @@ def test_stage_two_of_taq_sees_the_traces_of_stage_one_and_the_control_none_of_t
     ft, qat = total // 2, total // 4
     stage1, same, different = select(store, ft), select(store, qat), select(store, qat, skip_tokens=ft)
     assert same == stage1[: len(same)] and 0 < len(same) < len(stage1)
-    assert all(a.prompt_ids + a.response_ids == b.prompt_ids + b.response_ids for a, b in zip(same, stage1, strict=False))
+    assert all(
+        a.prompt_ids + a.response_ids == b.prompt_ids + b.response_ids for a, b in zip(same, stage1, strict=False)
+    )
     for key in ("id", "problem_id"):
         assert not {getattr(t, key) for t in stage1} & {getattr(t, key) for t in different}
     assert not {t.prompt_ids + t.response_ids for t in stage1} & {t.prompt_ids + t.response_ids for t in different}

@@ -55,7 +55,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory):
     families = {"chain_sum": {}, "simple_equations": {}}
     chain.data = chain.run(kind="data", settings=DataStageSettings(families=families, tokens=6000))
     shape = Architecture(hidden_size=32, layers=2, heads=2, kv_heads=1, mlp=64)
-    settings = BaseSettings(source="scratch", name="tiny", architecture=shape, training=TRAINING, traces=Selection(tokens=1500))
+    settings = BaseSettings(
+        source="scratch", name="tiny", architecture=shape, training=TRAINING, traces=Selection(tokens=1500)
+    )
     chain.base = chain.run(kind="base", settings=settings, data=chain.data.id)
     return chain
 
@@ -80,7 +82,11 @@ def test_data_is_a_verified_store_with_its_tokenizer(chain: Chain) -> None:
 def test_the_whole_chain_of_reqat_tqs(chain: Chain) -> None:
     ft = train_stage(chain, "finetune", chain.base, PrecisionSpec(), 3000)
     fit = chain.run(
-        kind="qfit", settings=QFitSettings(grid=3, calibration=CALIBRATION), precision=KV4, parent=ft.id, data=chain.data.id
+        kind="qfit",
+        settings=QFitSettings(grid=3, calibration=CALIBRATION),
+        precision=KV4,
+        parent=ft.id,
+        data=chain.data.id,
     )
     terms = (*TRAINING.objective, SEMTerm(name="sem"))
     qat = train_stage(chain, "qat", fit, KV4, 1500, objective=terms)
@@ -88,7 +94,9 @@ def test_the_whole_chain_of_reqat_tqs(chain: Chain) -> None:
     assert 1500 <= metrics["tokens"] < 1700
     assert {"nll", "sem", "loss", "tokens"} <= metrics["curve"][0].keys()
     # Q-FIT changes no BF16 function.
-    ids = calibration_ids(chain.root / chain.data.id, load_tokenizer(chain.root / chain.data.id / "tokenizer"), CALIBRATION)
+    ids = calibration_ids(
+        chain.root / chain.data.id, load_tokenizer(chain.root / chain.data.id / "tokenizer"), CALIBRATION
+    )
     before, after = chain.model(ft), chain.model(fit)
     for model in (before, after):
         prepare(model, "BF16")
@@ -154,7 +162,9 @@ def test_calibration_wants_enough_traces(chain: Chain) -> None:
 
 
 def test_the_objective_is_what_configuration_says() -> None:
-    made = objective(Training(objective=[*TRAINING.objective, SEMTerm(name="sem", weight=0.5, percentile=0.6, binary=True)]))
+    made = objective(
+        Training(objective=[*TRAINING.objective, SEMTerm(name="sem", weight=0.5, percentile=0.6, binary=True)])
+    )
     assert [t.name for t in made.terms] == ["nll", "sem"]
     assert made.terms[1].weight == 0.5 and made.terms[1].percentile == 0.6 and made.terms[1].binary  # type: ignore[attr-defined]
 

@@ -21,7 +21,11 @@ def test_no_problem_is_in_two_splits_whatever_the_seed(family: str) -> None:
         found = [p for seed in (1, 2) for p in problems([family], split, 60, seed)]
         assert all(split_of(fam, p.question) == split for p in found)
         keys[split] = {fam.canonical(p.question) for p in found}
-    assert not keys["train"] & keys["test"] and not keys["train"] & keys["validation"] and not keys["validation"] & keys["test"]
+    assert (
+        not keys["train"] & keys["test"]
+        and not keys["train"] & keys["validation"]
+        and not keys["validation"] & keys["test"]
+    )
 
 
 def test_equations_that_differ_in_letter_or_wording_share_a_split() -> None:
@@ -33,7 +37,8 @@ def test_equations_that_differ_in_letter_or_wording_share_a_split() -> None:
 
 @pytest.mark.parametrize("family", SMALL)
 def test_every_equality_in_a_trace_is_true_and_the_verifier_accepts_it(family: str) -> None:
-    """Oracle: Python's own arithmetic on each ``a op b = c`` of the text, and reasoning-gym's verifier on the answer."""
+    """Oracle: Python's own arithmetic on each ``a op b = c`` of the text, and reasoning-gym's verifier on the answer.
+    """
     rng = random.Random(0)
     pattern = re.compile(r"(-?\d+) ([-+*/]) (-?\d+) (?:=|gives|makes|is) (-?\d+)")
     seen = 0

@@ -86,7 +86,14 @@ def test_same_seed_same_weights_other_seed_other_order(tmp_path: Path) -> None:
     out = []
     for i, seed in enumerate((3, 3, 4)):
         model = tiny_model()
-        train(model, rows(), Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, seed=seed), tmp_path / str(i), progress=False)
+        train(
+            model,
+            rows(),
+            Objective(),
+            TrainSettings(lr=1e-2, rows_per_batch=4, seed=seed),
+            tmp_path / str(i),
+            progress=False,
+        )
         out.append(weights(model))
     assert_weights_equal(out[0], out[1])
     assert any(not torch.equal(out[0][n], out[2][n]) for n in out[0])
@@ -107,7 +114,9 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
 
 def test_training_lowers_the_loss_and_counts_tokens(tmp_path: Path) -> None:
     model, data = tiny_model(), rows()
-    result = train(model, data, Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, epochs=6), tmp_path, progress=False)
+    result = train(
+        model, data, Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, epochs=6), tmp_path, progress=False
+    )
     assert result.tokens == 6 * data.n_tokens
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.response_tokens == 6 * sum(len(t.response_ids) for row in data.rows for t in row)
@@ -143,7 +152,8 @@ _RUN = """
         return original(*a)
     loop.learning_rate = throttled
     model = tiny_model()
-    train(model, rows(120), Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, epochs=4, checkpoint_seconds=0), Path(sys.argv[1]), progress=False)
+    settings = TrainSettings(lr=1e-2, rows_per_batch=4, epochs=4, checkpoint_seconds=0)
+    train(model, rows(120), Objective(), settings, Path(sys.argv[1]), progress=False)
     model.save_pretrained(Path(sys.argv[1]) / "final")
 """
 
@@ -178,7 +188,9 @@ def test_refuses_a_damaged_checkpoint_one_of_another_run_and_one_of_another_mode
     train(tiny_model(), rows(), Objective(), settings, tmp_path, progress=False)
     with pytest.raises(ValueError, match="belongs to another run"):
         train(tiny_model(), rows(), Objective(), TrainSettings(lr=2e-2, rows_per_batch=8), tmp_path, progress=False)
-    other = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    other = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    )
     with pytest.raises(ValueError, match="another model"):
         train(other, rows(), Objective(), settings, tmp_path, progress=False)
     path = tmp_path / FILE
@@ -219,7 +231,9 @@ def test_objective_refuses_terms_it_could_not_tell_apart() -> None:
         Objective(())
 
 
-@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("epochs", 0), ("warmup_ratio", 1.5), ("rows_per_batch", -1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("lr", 0.0), ("epochs", 0), ("warmup_ratio", 1.5), ("rows_per_batch", -1)]
+)
 def test_settings_refuse_what_makes_no_sense(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         TrainSettings(**{field: value})
