@@ -42,9 +42,11 @@ class PrecisionSpec(Strict):
 
     name: str = "BF16"
     kv_element: Literal["E1M2", "E2M1"] | None = None
-    """Element of the KV cache's codes; E1M2 unless told otherwise, null where no KV cache is quantized."""
+    """Element of the KV cache's codes; null: the format's own (NVFP4: E1M2), or no quantized KV cache."""
     rotation: int | None = None
     """Size of the block Hadamard rotation of the linear layers' inputs and weights; null for none."""
+    kv_rotation: int | None = None
+    """Size of the block Hadamard rotation of queries and keys; null for none."""
     global_scale: GlobalScale | None = None
     """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""
 
@@ -64,11 +66,12 @@ class PrecisionSpec(Strict):
         name = data.get("name", "BF16")
         kind = family(name)
         nvfp4 = kind in ("NVFP4", "NVFP4-4/6")
-        fp4_kv = "KV4" in name and not kind.startswith("INT4")
+        kv = "KV4" in name
         scaled = nvfp4 and ("A4" in name or "KV4" in name)
         has_linear = "-W4" in name
         return data | {
-            "kv_element": (data.get("kv_element") or "E1M2") if fp4_kv else None,
+            "kv_element": (data.get("kv_element") or ("E1M2" if kind == "NVFP4" else None)) if kv else None,
+            "kv_rotation": data.get("kv_rotation") if kv else None,
             "global_scale": (data.get("global_scale") or "row") if scaled else None,
             "rotation": data.get("rotation") if has_linear else None,
         }
@@ -76,7 +79,7 @@ class PrecisionSpec(Strict):
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `reqat.quant.Precision.parse`, those that this name uses. `rotation` is always given,
         None included."""
-        named = {"kv_element": self.kv_element, "global_scale": self.global_scale}
+        named = {"kv_element": self.kv_element, "global_scale": self.global_scale, "kv_rotation": self.kv_rotation}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 
     @property

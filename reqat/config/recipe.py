@@ -109,6 +109,7 @@ class PrecisionOptions(Strict):
 
     kv_element: Literal["E1M2", "E2M1"] | None = None
     rotation: int | None = None
+    kv_rotation: int | None = None
     global_scale: GlobalScale | None = None
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from reqat.config import PrecisionSpec, ReqatError, amount, load_catalogue, load_tier, tier_names
 from reqat.config import schema as schema_file
-from reqat.config.precision import family
+from reqat.config.precision import FORMATS, family
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
@@ -142,6 +142,20 @@ def test_precision_options_that_a_name_does_not_use_leave_its_identity_alone():
     )
     assert PrecisionSpec(name="NVFP4-W4A4KV4", kv_element="E2M1") != PrecisionSpec(name="NVFP4-W4A4KV4")
     assert PrecisionSpec(name="MXFP4-W4A4", rotation=32) != PrecisionSpec(name="MXFP4-W4A4")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("bits", ["W4A16", "W4A4", "KV4", "W4A4KV4", "W4A16KV4"])
+def test_every_name_that_configuration_takes_is_a_precision(kind: str, bits: str):
+    from reqat.quant import Precision
+
+    name = f"{kind}-{bits}"
+    spec = PrecisionSpec(name=name)
+    parsed = Precision.parse(name, **spec.options())
+    assert str(parsed) == name
+    # The rotation and the mode of the global scale are stated; everything else is what the name alone means.
+    row = {"global_scale": "row"} if spec.global_scale else {}
+    assert parsed == Precision.parse(name, rotation=None, **row)
 
 
 @given(st.integers(1, 10**6), st.integers(2, 9), st.integers(1, 4))
