@@ -102,8 +102,8 @@ def check_python() -> None:
 def create(folder: Path) -> None:
     """Make or update the environment in ``folder`` and stamp it. Returns at once where the stamp is already there.
 
-    ``folder`` may be any environment with its own pip (a conda one too); only what this file made and did not finish
-    is ever deleted.
+    ``folder`` may be any environment with its own pip (a conda one too). A virtual environment that is unfinished or
+    no longer works is made afresh; nothing else is ever deleted.
     """
     stamp, unfinished = stamp_of(folder), folder / ".reqat-unfinished"
     with only_one_at_a_time():
@@ -111,6 +111,8 @@ def create(folder: Path) -> None:
             return
         ours = (folder / "pyvenv.cfg").exists()
         if ours and (unfinished.exists() or not works(folder)):
+            if folder.is_symlink():
+                raise Problem(f"{folder} is a link to an environment that was not made for this checkout; remove it first")
             print(f"{folder} is unfinished or was moved here; starting it afresh", flush=True)
             shutil.rmtree(folder)
         if not (folder / "bin" / "python").exists():
