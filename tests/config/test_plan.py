@@ -30,6 +30,7 @@ FIXED = {
     "data": {"tokens": 1_000_000},
     "budget": {"qat_tokens": 200_000, "totals": [2, 3], "claim_total": 3},
     "only": {"recipes": None, "precisions": None},
+    "train": {"qat_from_base": None},
 }
 LOADED = {name: load_tier(name, ROOT / "config").model_dump(mode="json") for name in TIERS}
 
@@ -234,8 +235,10 @@ def test_order_of_families_means_nothing():
 
 
 def test_tiers_share_stages_where_their_settings_agree():
-    overnight = make("overnight", data=LOADED["laptop"]["data"] | FIXED["data"], train=LOADED["laptop"]["train"])
-    assert set(LAPTOP.stages) < set(overnight.stages)
+    same = {key: LAPTOP.tier.model_dump(mode="json")[key] for key in ("models", "data", "train", "qfit", "ptq")}
+    overnight = make("overnight", **same)
+    assert set(LAPTOP.stages) < set(overnight.stages)  # the claim rows' other seeds are more
+    assert not set(LAPTOP.evaluations) & set(overnight.evaluations)  # other numbers of problems
 
 
 def test_claim_rows_have_their_extra_seeds_at_one_total():
