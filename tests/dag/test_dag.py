@@ -92,7 +92,14 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     with (checkout / "out").open("w") as out:
         running = subprocess.Popen(
-            command("figures/"), cwd=checkout, env=environment, stdout=out, stderr=out, start_new_session=True
+            command("figures/"),
+            cwd=checkout,
+            env=environment,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            # A shell's background jobs ignore Ctrl-C, and so would everything started from one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         deadline = time.monotonic() + 240
         log = checkout / "calls"
