@@ -112,7 +112,7 @@ def create(folder: Path) -> None:
         ours = (folder / "pyvenv.cfg").exists()
         if ours and (unfinished.exists() or not works(folder)):
             if folder.is_symlink():
-                raise Problem(f"{folder} is a link to an environment that was not made for this checkout; remove it first")
+                raise Problem(f"{folder} is a link to an environment of another checkout; remove it first")
             print(f"{folder} is unfinished or was moved here; starting it afresh", flush=True)
             shutil.rmtree(folder)
         if not (folder / "bin" / "python").exists():
