@@ -254,6 +254,8 @@ def quantize(
 
     if method not in ptq.METHODS:
         raise unknown("method", method, ptq.METHODS)
+    if ptq.METHODS[method].needs_calibration and calibration is None:
+        raise ReqatError(f"--method {method} needs --calibration: a text file, or the folder of a trace store.")
     options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale}
     options = {key: value for key, value in options.items() if value is not None}
     if rotation is not None:

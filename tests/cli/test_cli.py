@@ -92,7 +92,11 @@ EVALUATION = next(iter(SMOKE.evaluations))
             ["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "o", "--method", "gtpq"],
             "Did you mean 'gptq'?",
         ),
-        (["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "o"], "m"),
+        (["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "o"], "no model folder at 'm'"),
+        (
+            ["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "o", "--method", "gptq"],
+            "--method gptq needs --calibration",
+        ),
         (["--root", "config", "plan"], "no root of this repository"),
     ],
 )
