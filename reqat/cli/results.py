@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +58,11 @@ def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False) -> None:
     def render(plan: Plan, source: Path, out: Path) -> None:
         build_tables(plan, source, out, pinned=True, paths=session.paths)
 
-    print(f"pinned: {pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, render=render)}")
+    folder = pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, render=render)
+    sources = json.loads((folder / pin.PIN).read_text(encoding="utf-8"))["sources"]
+    if len(sources) > 1:
+        print(f"reqat: warning: made by {len(sources)} versions of reqat/; pin.json lists them.", file=sys.stderr)
+    print(f"pinned: {folder}")
 
 
 @app.command("pin-base")

@@ -1,10 +1,10 @@
 """Holding a fresh run against the pinned one.
 
 Two tolerances, each stated with its result. Where nothing that can change a number differs (same evaluation id,
-commit, package versions, processor model and threads), the outcomes must be **equal**, problem by problem. Otherwise
-the same problems and sampling seeds are compared in pairs, and the difference is a mismatch if its two-sided p-value,
-clustered by problem, is below 0.05 divided by the number of evaluations compared (Bonferroni: one false alarm in
-twenty comparisons of whole runs).
+library source, package versions, processor model and threads), the outcomes must be **equal**, problem by problem.
+Otherwise the same problems and sampling seeds are compared in pairs, and the difference is a mismatch if its
+two-sided p-value, clustered by problem, is below 0.05 divided by the number of evaluations compared (Bonferroni: one
+false alarm in twenty comparisons of whole runs).
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def compare(plan: Plan, paths: Paths) -> list[Comparison]:
 
 def same_arithmetic(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two records leave nothing that could change a number: the outcomes have to be equal."""
-    keys = ("id", "commit", "versions", "threads")
+    keys = ("id", "source", "versions", "threads")
     machine = ("device", "cpu", "gpus")
     return (
-        all(a.get(key) == b.get(key) for key in keys)
+        a.get("source") is not None
+        and all(a.get(key) == b.get(key) for key in keys)
         and all(a["hardware"].get(key) == b["hardware"].get(key) for key in machine)
         and a["dirty"] is False
         and b["dirty"] is False

@@ -100,6 +100,7 @@ def pin(
             "tier": plan.tier.name,
             "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
             "commits": sorted({str(entry["commit"]) for entry in found.values()}),
+            "sources": sorted({str(entry.get("source")) for entry in found.values()}),
             "dirty": any(entry["dirty"] is not False for entry in found.values()),
             "allow_dirty": allow_dirty,
             "versions": _distinct(entry["versions"] for entry in found.values()),

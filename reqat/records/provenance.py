@@ -39,10 +39,12 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def commit(root: Path) -> dict[str, Any]:
-    """`commit` (None outside a git checkout) and `dirty`: whether tracked files differ from it."""
+    """`commit` (None outside a git checkout), `dirty`: whether tracked files differ from it, and `source`: the git
+    tree of `reqat/`, which commits that touch only documents or analysis leave alone.
+    """
     head = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": head, "dirty": bool(changed) if head else None}
+    return {"commit": head, "source": _git(root, "rev-parse", "HEAD:reqat"), "dirty": bool(changed) if head else None}
 
 
 @cache

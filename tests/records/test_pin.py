@@ -27,7 +27,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     tier |= {"only": {"recipes": ["base", "ptq", "reqat-t"], "precisions": ["NVFP4-W4A4KV4"]}}
     tier["evaluation"] = {"n": N, "seeds": [0, 1]}
     (tmp_path / "config/tiers/smoke.yaml").write_text(yaml.safe_dump(tier))
-    monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "c" * 40, "dirty": False})
+    monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "c" * 40, "source": "s1", "dirty": False})
     return Paths(root=tmp_path)
 
 
@@ -128,7 +128,7 @@ def test_what_is_missing_changed_or_of_other_making_is_not_pinned(paths: Paths):
 
 def test_a_dirty_tree_is_pinned_only_on_request_and_that_is_recorded(paths: Paths, monkeypatch: pytest.MonkeyPatch):
     plan = load("smoke", paths)
-    monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "c" * 40, "dirty": True})
+    monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "c" * 40, "source": "s1", "dirty": True})
     run(plan, paths)
     with pytest.raises(ReqatError, match=r"uncommitted changes.*--allow-dirty"):
         pin.pin(plan, paths)
@@ -156,15 +156,25 @@ def test_the_same_run_compares_equal_and_one_changed_outcome_is_found(paths: Pat
     assert "MISMATCH" in compare.report(compare.compare(plan, paths))
 
 
-@pytest.mark.parametrize(("share", "ok"), [(0.5, True), (0.95, False)])
-def test_another_commit_is_held_to_intervals(paths: Paths, monkeypatch: pytest.MonkeyPatch, share: float, ok: bool):
+@pytest.mark.parametrize(
+    ("source", "share", "seed", "tolerance", "ok"),
+    [
+        ("s2", 0.5, 1, "interval", True),  # other code, other draws: the same within the interval
+        ("s2", 0.95, 1, "interval", False),
+        ("s1", 0.5, 0, "equal", True),  # another commit of the same library
+        ("s1", 0.5, 1, "equal", False),
+    ],
+)
+def test_another_version_is_held_to_intervals_and_the_same_one_to_equality(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch, source: str, share: float, seed: int, tolerance: str, ok: bool
+):
     plan = load("smoke", paths)
     run(plan, paths, 0.5, seed=0)
     pin.pin(plan, paths)
-    monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "d" * 40, "dirty": False})
-    run(plan, paths, share, seed=1)
+    monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "d" * 40, "source": source, "dirty": False})
+    run(plan, paths, share, seed=seed)
     found = compare.compare(plan, paths)
-    assert {c.tolerance for c in found} == {"interval"} and {c.ok for c in found} == {ok}
+    assert {c.tolerance for c in found} == {tolerance} and {c.ok for c in found} == {ok}
     assert all(c.lo <= c.difference <= c.hi and c.n == N for c in found)
 
 

@@ -49,10 +49,12 @@ def test_commit_and_dirtiness_come_from_git(tmp_path: Path):
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
-    assert provenance.commit(tmp_path) == {"commit": None, "dirty": None}
+    assert provenance.commit(tmp_path) == {"commit": None, "source": None, "dirty": None}
     git("init", "-q")
+    (tmp_path / "reqat").mkdir()
+    (tmp_path / "reqat" / "library.py").write_text("1")
     (tmp_path / "code.py").write_text("1")
-    git("add", "code.py")
+    git("add", "code.py", "reqat")
     git("commit", "-qm", "one")
     clean = provenance.commit(tmp_path)
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
@@ -60,6 +62,12 @@ def test_commit_and_dirtiness_come_from_git(tmp_path: Path):
     assert provenance.commit(tmp_path) == clean
     (tmp_path / "code.py").write_text("2")
     assert provenance.commit(tmp_path) == clean | {"dirty": True}
+    git("commit", "-qam", "two")
+    later = provenance.commit(tmp_path)
+    assert later["commit"] != clean["commit"] and later["source"] == clean["source"] and not later["dirty"]
+    (tmp_path / "reqat" / "library.py").write_text("2")
+    git("commit", "-qam", "three")
+    assert provenance.commit(tmp_path)["source"] != clean["source"]
 
 
 def test_no_path_of_the_machine_enters_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
