@@ -22,6 +22,8 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 
 # Nothing from outside reaches in: no user site, no other project's modules, no model hub.
 unexport PYTHONPATH PYTHONHOME
+# Every job is a process of its own; compiling its imports anew would take longer than a small job's work.
+unexport PYTHONDONTWRITEBYTECODE
 export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false

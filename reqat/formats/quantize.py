@@ -143,6 +143,7 @@ def quantize(
     Raises:
         ValueError: NaN or infinity in ``x`` (float64: beyond the float32 range); a length that the block does not
             divide; an unknown format or option; a static format without a value; a g that is not positive and finite.
+        TypeError: ``x`` is no tensor.
     """
     fmt, given = _resolve(fmt, global_scale, options)
     blocks = _to_blocks(x, axis, fmt, pad, name)
@@ -250,6 +251,8 @@ class _Blocks:
 
 def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -> _Blocks:
     label = name or "tensor"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{label} is a {type(x).__name__}, not a torch tensor; pass torch.as_tensor(...) of it")
     if x.dtype not in _DTYPES:
         raise ValueError(f"{label} has dtype {x.dtype}; formats take {', '.join(str(dtype) for dtype in _DTYPES)}")
     if not -x.ndim <= axis < x.ndim:

@@ -22,17 +22,16 @@ from reqat.config.stage import (
     BaseSettings,
     Calibration,
     DataSettings,
-    NLLTerm,
     PTQSettings,
     QFitSettings,
     Selection,
-    SEMTerm,
     Stage,
     Training,
     TrainSettings,
 )
 from reqat.data import PackedRows, Trace, TraceStore, build_tokenizer, pack, select, write_store
 from reqat.models import load_model, load_tokenizer, prepare, save_model
+from reqat.recipes.qad import QAD
 from reqat.recipes.sem import SEM
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
@@ -259,6 +258,10 @@ _RUN: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+# Name of a term in configuration -> its class, which takes the other settings under the names they have there.
+_TERMS: dict[str, Callable[..., Term]] = {"nll": NLL, "sem": SEM, "qad": QAD}
+
+
 def precision_of(stage: Stage) -> Any:
     """The stage's :class:`reqat.quant.Precision`."""
     from reqat.quant import Precision
@@ -268,13 +271,7 @@ def precision_of(stage: Stage) -> Any:
 
 def objective(training: Training) -> Objective:
     """The objective that a configuration's list of terms means."""
-    terms: list[Term] = []
-    for term in training.objective:
-        if isinstance(term, NLLTerm):
-            terms.append(NLL(weight=term.weight))
-        elif isinstance(term, SEMTerm):
-            terms.append(SEM(weight=term.weight, percentile=term.percentile, binary=term.binary))
-    return Objective(tuple(terms))
+    return Objective(tuple(_TERMS[term.name](**term.model_dump(exclude={"name"})) for term in training.objective))
 
 
 def selected(store: TraceStore, selection: Selection) -> list[Trace]:

@@ -27,6 +27,12 @@ def test_nan_and_infinity_name_the_tensor(fmt: Format, dtype: torch.dtype):
 
 
 @BOTH
+def test_only_tensors_are_taken(function: Callable):
+    with pytest.raises(TypeError, match=r"bias is a list, not a torch tensor; pass torch\.as_tensor"):
+        function([1.0, 2.0], "NVFP4", name="bias")
+
+
+@BOTH
 def test_a_nan_with_its_sign_bit_set_is_seen(fmt: Format, function: Callable):
     x = torch.randn(2, 256)
     x[1, 1] = torch.tensor(-4194304, dtype=torch.int32).view(torch.float32)  # 0xFFC00000

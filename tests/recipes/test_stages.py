@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from reqat.config.stage import (
     Calibration,
     DataStageSettings,
     PTQSettings,
+    QADTerm,
     QFitSettings,
     Selection,
     SEMTerm,
     Stage,
+    Term,
     Training,
     TrainSettings,
 )
@@ -167,6 +170,22 @@ def test_the_objective_is_what_configuration_says() -> None:
     )
     assert [t.name for t in made.terms] == ["nll", "sem"]
     assert made.terms[1].weight == 0.5 and made.terms[1].percentile == 0.6 and made.terms[1].binary  # type: ignore[attr-defined]
+
+
+def test_every_term_of_configuration_has_a_class() -> None:
+    for model in get_args(get_args(Term)[0]):
+        name = get_args(model.model_fields["name"].annotation)[0]
+        (made,) = objective(Training(objective=[model(name=name, weight=0.25)])).terms
+        assert made.name == name and made.weight == 0.25
+
+
+def test_distillation_gives_the_student_its_parent_for_a_teacher(chain: Chain) -> None:
+    """At BF16 student and teacher are one model: the loss starts at 0, not at the likelihood."""
+    first = {}
+    for precision in (PrecisionSpec(), KV4):
+        made = train_stage(chain, "qat", chain.base, precision, 800, objective=(QADTerm(name="qad"),))
+        first[precision.name] = chain.metrics[made.id]["curve"][0]["qad"]
+    assert abs(first["BF16"]) < 1e-8 and first[KV4.name] > 1e-6
 
 
 def test_selection_of_a_stage_is_a_prefix_of_a_longer_one(chain: Chain) -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.data import Trace, pack
 from reqat.data.packing import IGNORE
-from reqat.models import prepare
+from reqat.models import freeze, prepare
 from reqat.training import NLL, Objective, TermContext, TrainSettings, learning_rate, response_logits, train
 from reqat.training.checkpoint import FILE
 
@@ -221,6 +221,12 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="at step 1"):
+        train(model, rows(), Objective(), TrainSettings(), tmp_path, progress=False)
+
+
+def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
+    model = freeze(tiny_model())
+    with pytest.raises(ValueError, match="prepare it without freezing"):
         train(model, rows(), Objective(), TrainSettings(), tmp_path, progress=False)
 
 
