@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter
 from typing import Annotated
@@ -53,16 +54,18 @@ def show_plan(
 
 
 def cost(plan: Plan) -> str:
-    """Tokens, responses and a rough time, from the rates that the tier states."""
+    """Tokens, responses and a rough time on this machine's cores, from the rates that the tier states."""
     given = plan.tier.resources
     quantized = sum(stage.budget_tokens for stage in plan.needed.values() if stage.kind == "qat")
     plain = sum(stage.budget_tokens for stage in plan.needed.values()) - quantized
     responses = sum(evaluation.problems.n * len(evaluation.seeds) for evaluation in plan.evaluations.values())
-    seconds = plain / given.train_tokens_per_s + quantized / given.qat_tokens_per_s + responses / given.responses_per_s
     jobs = sum(made(stage) for stage in plan.needed.values()) + len(plan.evaluations)
+    seconds = plain / given.train_tokens_per_s + quantized / given.qat_tokens_per_s + responses / given.responses_per_s
+    seconds += jobs * given.job_s
+    side_by_side = max(1, (os.cpu_count() or 1) // given.threads) if given.device == "cpu" else 1
     return (
         f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses; about "
-        f"{seconds / 60:.0f} minutes of one job at a time, at the tier's stated rates"
+        f"{seconds / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's stated rates"
     )
 
 

@@ -52,11 +52,12 @@ def figures(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False) -> N
 @app.command("pin")
 def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False) -> None:
     """Promote a finished run into results/ after checking that it is whole."""
-    from analysis.build import build_tables
+    from analysis.build import build_figures, build_tables
     from reqat.records import pin
 
     def render(plan: Plan, source: Path, out: Path) -> None:
-        build_tables(plan, source, out, pinned=True, paths=session.paths)
+        build_tables(plan, source, out / "tables", pinned=True, paths=session.paths)
+        build_figures(plan, source, out / "plots", pinned=True, paths=session.paths)
 
     folder = pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, render=render)
     sources = json.loads((folder / pin.PIN).read_text(encoding="utf-8"))["sources"]

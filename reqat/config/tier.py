@@ -165,6 +165,8 @@ class Resources(Strict):
     train_tokens_per_s: float = 8000
     qat_tokens_per_s: float = 5000
     responses_per_s: float = 15
+    job_s: float = 8
+    """Start-up and saving of a job, in seconds."""
 
 
 class Tier(Strict):

@@ -74,7 +74,7 @@ def pin(
 ) -> Path:
     """Promote a finished run into `results/<tier>/`, in place of what is there. Returns the folder.
 
-    `render(plan, source, out)` writes the tables of the pinned results. Raises `ReqatError` as `check` does.
+    `render(plan, source, out)` writes tables and plots of the pinned results `source` under `out`. Raises `ReqatError` as `check` does.
     """
     found = check(plan, paths, allow_dirty=allow_dirty)
     target = paths.results / plan.tier.name
@@ -92,7 +92,7 @@ def pin(
         record.write(folder / record.FILE, entry | {"pinned_outputs": pinned})
     record.write(draft / PLAN, plan.dump())
     if render is not None:
-        render(plan, draft, draft / "tables")
+        render(plan, draft, draft)
     record.write(
         draft / PIN,
         {
