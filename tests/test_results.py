@@ -1,0 +1,39 @@
+"""What `results/` keeps is whole, is what today's configuration describes, and can still be drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from analysis.build import build_tables
+from analysis.names import table_names
+from reqat.config import Paths, load
+from reqat.records import pin, record
+
+ROOT = Path(__file__).resolve().parent.parent
+PATHS = Paths(ROOT)
+
+
+def test_the_pinned_base_is_the_one_that_the_tiers_describe() -> None:
+    kept = record.read(PATHS.base)
+    assert kept["id"] == load("laptop", PATHS).scratch["testbed"]
+    assert kept["dirty"] is False
+    sizes = {name: file["bytes"] for name, file in kept["outputs"].items()}
+    assert sum(sizes.values()) <= pin.BASE_BYTES
+    for name, file in kept["outputs"].items():
+        assert record.sha256(PATHS.base / name) == file["sha256"], name
+
+
+@pytest.mark.parametrize("tier", pin.pinned_tiers(PATHS))
+def test_a_pinned_run_is_whole_and_its_tables_come_out_of_it_alone(tier: str, tmp_path: Path) -> None:
+    assert pin.verify(tier, PATHS) > 0
+    plan = pin.restore(tier, PATHS)
+    written = build_tables(plan, PATHS.results / tier, tmp_path, pinned=True, paths=PATHS)
+    assert {path.stem for path in written} == set(table_names(plan))
+
+
+def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:
+    evaluation = load("overnight", PATHS).tier.evaluation
+    assert evaluation.split == "test" and evaluation.n >= 1000 and len(evaluation.seeds) >= 8
+    assert len(load("overnight", PATHS).tier.claim_seeds.seeds) >= 3
