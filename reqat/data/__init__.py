@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from reqat.data.packing import Batch, PackedRows, batches, pack
-from reqat.data.tokenizer import build_tokenizer
+from reqat.data.tokenizer import build_tokenizer, prompt_ids
 from reqat.data.traces import Trace, TraceStore, select, write_store
 
-__all__ = ["Batch", "PackedRows", "Trace", "TraceStore", "batches", "build_tokenizer", "pack", "select", "write_store"]
+__all__ = [
+    "Batch",
+    "PackedRows",
+    "Trace",
+    "TraceStore",
+    "batches",
+    "build_tokenizer",
+    "pack",
+    "prompt_ids",
+    "select",
+    "write_store",
+]

@@ -2,7 +2,8 @@
 
 A token carries its leading space (`` 4`` opens a number, ``4`` continues one), so text survives encoding and decoding
 unchanged and no token is spent on a space. The vocabulary is the closed set of pieces in a sample of traces, plus
-every digit and letter in both forms.
+every digit and letter in both forms. Published models keep their own tokenizer; how a prompt becomes tokens under
+either is said once, in :func:`prompt_ids`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, BOS, EOS, UNK = "<pad>", "<bos>", "<eos>", "<unk>"
 _PIECE = r" ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\n"
@@ -50,3 +51,16 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
         unk_token=UNK,
         clean_up_tokenization_spaces=False,
     )
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a prompt without ``<bos>``, for training and for generation alike.
+
+    A tokenizer with a chat template (a published instruction model's) puts the prompt as a user's message and opens
+    the answer; any other takes the text as it is.
+    """
+    if not tokenizer.chat_template:
+        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    message = [{"role": "user", "content": prompt.strip()}]
+    ids = list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+    return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from reqat.data import prompt_ids
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.generation import generate
 from reqat.evaluation.outcomes import Outcomes
@@ -52,8 +53,7 @@ def evaluate(
     decoding = Decoding.parse(decoding) if isinstance(decoding, str) else decoding
     _check(problems, seeds, decoding)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encoded = tokenizer([problem.prompt for problem in problems], add_special_tokens=False)["input_ids"]
-    prompts = [bos + list(ids) for ids in encoded]
+    prompts = [bos + prompt_ids(tokenizer, problem.prompt) for problem in problems]
     generations = generate(
         model,
         tokenizer,

@@ -29,7 +29,7 @@ from reqat.config.stage import (
     Training,
     TrainSettings,
 )
-from reqat.data import PackedRows, Trace, TraceStore, build_tokenizer, pack, select, write_store
+from reqat.data import PackedRows, Trace, TraceStore, build_tokenizer, pack, prompt_ids, select, write_store
 from reqat.models import load_model, load_tokenizer, prepare, save_model
 from reqat.recipes.qad import QAD
 from reqat.recipes.sem import SEM
@@ -130,7 +130,6 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
                 )
             if (response := write_trace(problem, rng)) is not None:
                 break
-        prompt_ids = tokenizer(problem.prompt, add_special_tokens=False)["input_ids"]
         response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], eos]
         yield Trace(
             f"{index:08d}-{problem.id}",
@@ -138,7 +137,7 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
             family,
             problem.prompt,
             response,
-            tuple(prompt_ids),
+            tuple(prompt_ids(tokenizer, problem.prompt)),
             tuple(response_ids),
         )
 

@@ -74,7 +74,8 @@ def pin(
 ) -> Path:
     """Promote a finished run into `results/<tier>/`, in place of what is there. Returns the folder.
 
-    `render(plan, source, out)` writes tables and plots of the pinned results `source` under `out`. Raises `ReqatError` as `check` does.
+    `render(plan, source, out)` writes tables and plots of the pinned results `source` under `out`. Raises `ReqatError`
+    as `check` does.
     """
     found = check(plan, paths, allow_dirty=allow_dirty)
     target = paths.results / plan.tier.name
