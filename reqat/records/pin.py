@@ -1,8 +1,8 @@
 """Pinning: a finished run is checked whole and promoted into `results/`, where git keeps it and no rule ever writes.
 
 What is pinned of a run: its plan, every record, every evaluation's outcomes without the responses' text (the record
-still holds the sha256 of the full file), and the tables and plots made of them. Weights are not, but for the base checkpoint that `make figures`
-starts from.
+still holds the sha256 of the full file), and the tables and plots made of them. Weights are not, but for the base
+checkpoint that `make figures` starts from.
 """
 
 from __future__ import annotations
