@@ -1,7 +1,7 @@
 # Two commands: `make figures` and `make test`. Each makes the environment it needs first (once: `make env` is a no-op
 # as long as the pins stay the same).
 #
-#   TIER=smoke|laptop|overnight|smollm|paper   how much to run (default laptop; see README.md)
+#   TIER=smoke|laptop|claims|overnight|smollm|paper   how much to run (default laptop; see README.md)
 #   CORES=all                                  cores that the figures may use
 #   ARGS="..."                                 anything more for snakemake, or for pytest in `make test`
 #   PYTHON=python3.11                          interpreter that makes the environment

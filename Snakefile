@@ -1,7 +1,7 @@
 # The DAG: traces -> base -> fine-tuning -> Q-FIT -> QAT / PTQ -> evaluations -> tables and plots -> figures/
 #
 #   snakemake --cores all figures/                        the default tier, `laptop`
-#   snakemake --cores all --config tier=smoke -- figures/ another: smoke, laptop, overnight, smollm, paper
+#   snakemake --cores all --config tier=smoke -- figures/ another: smoke, laptop, claims, overnight, smollm, paper
 #   snakemake --cores all pinned                          tables and figures from results/ alone, in seconds
 #   snakemake --cores all compare                         a fresh run against the pinned one
 #   snakemake --cores all base                            train the base model anew (then `reqat pin-base`)

@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Tier = Annotated[str, typer.Option("--tier", "-t", help="Tier: smoke, laptop, overnight, smollm or paper.")]
+Tier = Annotated[str, typer.Option("--tier", "-t", help="Tier: smoke, laptop, claims, overnight, smollm, paper.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
