@@ -66,7 +66,7 @@ def test_reading_configuration_loads_neither_torch_nor_pandas():
         (("train", "qat", "lr"), "fast", ["train.qat.lr", "'fast'"]),
         (("evaluation", "n"), None, ["evaluation.n", "None"]),
         (("budget", "claim_total"), 7, ["claim_total 7 is none of the totals"]),
-        (("budget", "totals"), [1, 4], ["totals [1, 3]", "at least 2"]),
+        (("budget", "totals"), [1, 4], ["totals [1, 4]", "at least 2"]),
         (("only",), {"recipes": ["reqat-tqq"]}, ["unknown recipe 'reqat-tqq'", "Did you mean 'reqat-tq"]),
         (("claim_seeds",), {"precisions": ["NVFP4-W4A5"]}, ["unknown precision 'NVFP4-W4A5'", "NVFP4-W4A4KV4"]),
         (("models", "testbed", "artifacts"), ["tabel1"], ["unknown artifact 'tabel1'", "Did you mean 'table1'"]),
