@@ -217,9 +217,10 @@ dependencies:
 
 
 def stamp_of(folder: Path) -> Path:
-    """Where the stamp lies; its name hashes what the environment depends on: pins, this file, metadata, our place."""
+    """Where the stamp lies; its name hashes what the environment depends on: pins, metadata, this file, native sources, our place."""
     digest = hashlib.sha256(str(ROOT).encode())
-    for file in (LOCK, ROOT / "pyproject.toml", Path(__file__)):
+    native = sorted((ROOT / "kernels" / "reqat_kernels" / "native").glob("*.[ch]*"))
+    for file in (LOCK, ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__), *native):
         digest.update(file.read_bytes())
     return folder / f"{STAMP}{digest.hexdigest()[:16]}"
 

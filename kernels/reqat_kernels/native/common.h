@@ -1,0 +1,57 @@
+// What the native kernels share: choosing an instruction set, threads, and conversions that round where torch does.
+//
+// Every kernel is written once in portable C++ and again with intrinsics where that pays. The variants agree bit for
+// bit in what they round (codes, scales, integer sums); which one runs is decided once, by `isa()`.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define REQAT_X86 1
+#define REQAT_AVX2 __attribute__((target("avx2,fma,f16c,bmi2")))
+#define REQAT_AVX512 \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,fma,f16c,bmi2")))
+#else
+#define REQAT_X86 0
+#endif
+
+#define REQAT_API extern "C" __attribute__((visibility("default")))
+
+namespace reqat {
+
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+// The best instruction set that this CPU has and that reqat_limit_isa allows.
+int isa();
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float bf16_to_float(uint16_t bits) { return bits_to_float(uint32_t(bits) << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t float_to_bf16(float value) {
+    uint32_t bits = float_to_bits(value);
+    if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t((bits >> 16) | 0x40);
+    return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// E4M3 (fn, bias 7) of a non-negative scale: its bits become float32's by a shift and a change of bias. Subnormals
+// come out right because the multiplication normalizes them (denormals-are-zero must be off, as it is by default).
+inline float e4m3_to_float(uint8_t bits) { return bits_to_float(uint32_t(bits & 0x7F) << 20) * 0x1p120f; }
+
+// E8M0: 2^(bits - 127); 0 is the subnormal 2^-127.
+inline float e8m0_to_float(uint8_t bits) { return bits ? bits_to_float(uint32_t(bits) << 23) : 0x1p-127f; }
+
+}  // namespace reqat

@@ -1,0 +1,86 @@
+"""Opening the native library, and saying which path is in use.
+
+The library is built by the package's own installation (setup.py). Where it is missing (no compiler), or was built
+from other sources, every kernel still works by its PyTorch path; :func:`status` says so in one line.
+
+Environment: ``REQAT_ISA`` limits the instruction set: ``avx512``, ``avx2``, ``portable``, or ``torch`` for no native
+code at all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+ABI = 1
+ISAS = ("portable", "avx2", "avx512")  # by reqat::Isa
+_HERE = Path(__file__).resolve().parent
+
+#: Operators of all kernels live in torch's namespace ``reqat``: ``torch.ops.reqat.<name>``.
+OPERATORS = torch.library.Library("reqat", "FRAGMENT")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The native library, or None where every kernel takes its PyTorch path. Looked up once a process.
+
+    Raises ValueError for a ``REQAT_ISA`` that names no instruction set.
+    """
+    wanted = os.environ.get("REQAT_ISA", "").strip().lower()
+    if wanted not in ("", "torch", *ISAS):
+        raise ValueError(f"REQAT_ISA={wanted!r}: choose torch, {', '.join(ISAS)}, or leave it unset")
+    path = _path()
+    if wanted == "torch" or path is None:
+        return None
+    try:
+        lib = ctypes.CDLL(str(path))
+        found = lib.reqat_abi()
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"{path} cannot be used ({error}): FP4 kernels run in PyTorch, slowly", stacklevel=2)
+        return None
+    if found != ABI:
+        warnings.warn(
+            f"{path} was built from other sources (interface {found}, needed {ABI}): FP4 kernels run in PyTorch, slowly; "
+            "run `make env` again to build it",
+            stacklevel=2,
+        )
+        return None
+    if wanted:
+        lib.reqat_limit_isa(ISAS.index(wanted))
+    return lib
+
+
+def instruction_set() -> str:
+    """``avx512``, ``avx2``, ``portable``, or ``torch`` where there is no native library."""
+    lib = library()
+    return "torch" if lib is None else ISAS[lib.reqat_isa()]
+
+
+def status() -> str:
+    """One line for people: which path the CPU kernels take, and why."""
+    wanted = os.environ.get("REQAT_ISA", "")
+    forced = f" (REQAT_ISA={wanted})" if wanted else ""
+    kind = instruction_set()
+    if kind != "torch":
+        return f"native CPU kernels: {kind}{forced}"
+    reason = forced or " (no native library: install a C++ compiler, then reinstall the package)"
+    return f"native CPU kernels: none, PyTorch instead{reason}"
+
+
+def threads(work: int, per_thread: int) -> int:
+    """How many threads to use: torch's number, fewer where ``work`` gives each less than ``per_thread``."""
+    return max(1, min(torch.get_num_threads(), work // per_thread))
+
+
+def _path() -> Path | None:
+    for suffix in EXTENSION_SUFFIXES:
+        path = _HERE.parent / f"_native{suffix}"
+        if path.exists():
+            return path
+    return None
