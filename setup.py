@@ -19,7 +19,7 @@ setup(
             depends=sorted(glob.glob(f"{NATIVE}/*.h")),
             language="c++",
             # No contraction of a * b + c: the kernels round exactly where the reference does.
-            extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-g0"],
+            extra_compile_args="-std=c++17 -O3 -g0 -fopenmp -ffp-contract=off -fno-math-errno".split(),
             extra_link_args=["-fopenmp"],
             optional=True,
         )

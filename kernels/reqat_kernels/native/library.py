@@ -46,7 +46,7 @@ def library() -> ctypes.CDLL | None:
         return None
     if found != ABI:
         warnings.warn(
-            f"{path} was built from other sources (interface {found}, needed {ABI}): FP4 kernels run in PyTorch, slowly; "
+            f"{path} was built from other sources (interface {found}, needed {ABI}): FP4 kernels run in PyTorch; "
             "run `make env` again to build it",
             stacklevel=2,
         )

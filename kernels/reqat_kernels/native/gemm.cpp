@@ -1,0 +1,453 @@
+// Matrix products with FP4 weights: y = x W^T for few rows of x, as decoding needs them.
+//
+// Integer path (W4A4, W4A8). An FP4 value is half an integer from -12 to 12, so the dot product of a block is exact in
+// integers. Weights are looked up as unsigned bytes, value + OFFSET, because the instruction multiplies unsigned by signed
+// bytes; what that adds, OFFSET times the sum of x, is taken off by where the accumulator starts. Then, for every block,
+//
+//     acc = fma(float(dot), scale_w * scale_x, acc),       y = acc * (alpha * row_scale) + bias.
+//
+// Float path (W4A16): block = sum of x * value by fma in the order of the columns, acc = fma(block, scale_w, acc).
+//
+// All variants do these operations in this order, and so does a row whatever else is in the batch: results are equal
+// bit for bit between instruction sets, thread counts and batch sizes.
+//
+// What bounds it: one row of x reads 0.56 bytes a weight and executes about 15 instructions for 256 of them, so memory
+// decides; from some 8 rows on it is the byte dot product, one 512-bit instruction a cycle for 64 weights and one row.
+
+#include "gemm.h"
+
+#include <cmath>
+
+#include "common.h"
+
+namespace reqat {
+namespace {
+
+constexpr int PREFETCH = 1024;  // bytes ahead of the codes being read
+
+inline float scale_of(uint8_t bits, int kind) { return kind ? e8m0_to_float(bits) : e4m3_to_float(bits); }
+
+// --- portable -------------------------------------------------------------------------------------------------------
+
+void int_tile_portable(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, int64_t tile,
+                       int64_t M, float* out) {  // out [M, 16]
+    const int64_t K = w.steps * STEP, blocks = K / w.block;
+    const int per = w.block / STEP;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    (void)start;
+    for (int64_t m = 0; m < M; m++) {
+        float acc[TILE] = {};
+        for (int64_t b = 0; b < blocks; b++) {
+            int32_t dot[TILE] = {};
+            for (int s = 0; s < per; s++) {
+                const uint8_t* step = codes + (b * per + s) * STEP_BYTES;
+                const int8_t* xs = x + m * K + (b * per + s) * STEP;
+                for (int l = 0; l < 2; l++)
+                    for (int r = 0; r < TILE; r++)
+                        for (int i = 0; i < 4; i++) {
+                            const uint8_t byte = step[64 * l + 4 * r + i];
+                            dot[r] += int(w.values[byte & 15]) * xs[8 * l + i];
+                            dot[r] += int(w.values[byte >> 4]) * xs[8 * l + 4 + i];
+                        }
+            }
+            const float sx = scale_x ? scale_x[m * blocks + b] : 1.0f;
+            for (int r = 0; r < TILE; r++)
+                acc[r] = std::fma(float(dot[r]), scale_of(scales[b * TILE + r], w.scale_kind) * sx, acc[r]);
+        }
+        for (int r = 0; r < TILE; r++) out[m * TILE + r] = acc[r];
+    }
+}
+
+void float_tile_portable(const Weight& w, const float* x, int64_t tile, int64_t M, float* out) {
+    const int64_t K = w.steps * STEP, blocks = K / w.block;
+    const int per = w.block / STEP;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    for (int64_t m = 0; m < M; m++)
+        for (int r = 0; r < TILE; r++) {
+            float acc = 0;
+            for (int64_t b = 0; b < blocks; b++) {
+                float block = 0;
+                for (int s = 0; s < per; s++)
+                    for (int c = 0; c < STEP; c++) {
+                        const uint8_t byte = codes[(b * per + s) * STEP_BYTES + 64 * (c / 8) + 4 * r + c % 4];
+                        const float v = float(w.values[(c / 4) % 2 ? byte >> 4 : byte & 15]);
+                        block = std::fma(v, x[m * K + (b * per + s) * STEP + c], block);
+                    }
+                acc = std::fma(block, scale_of(scales[b * TILE + r], w.scale_kind), acc);
+            }
+            out[m * TILE + r] = acc;
+        }
+}
+
+#if REQAT_X86
+
+// --- AVX2: a tile is two registers of eight rows ----------------------------------------------------------------------
+
+template <int KIND>
+REQAT_AVX2 inline __m256 scales8(const uint8_t* bytes) {
+    const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+    if (KIND == 0) return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 20)), _mm256_set1_ps(0x1p120f));
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(bits, 23), _mm256_set1_epi32(0x400000)));
+}
+
+template <int MR, int KIND>
+REQAT_AVX2 void int_tile_avx2(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, int64_t tile,
+                              float* out) {
+    const int64_t K = w.steps * STEP, blocks = K / w.block;
+    const int per = w.block / STEP;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    alignas(16) uint8_t shifted[16];
+    for (int i = 0; i < 16; i++) shifted[i] = uint8_t(w.values[i] + OFFSET);
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(shifted)));
+    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; half++) {
+        __m256 acc[MR];
+        for (int m = 0; m < MR; m++) acc[m] = _mm256_setzero_ps();
+        for (int64_t b = 0; b < blocks; b++) {
+            const __m256 sw = scales8<KIND>(scales + b * TILE + 8 * half);
+            __m256i dot[MR];
+            for (int m = 0; m < MR; m++) dot[m] = _mm256_set1_epi32(start[m * blocks + b]);
+            for (int s = 0; s < per; s++)
+                for (int l = 0; l < 2; l++) {
+                    const int64_t step = b * per + s;
+                    const __m256i packed = _mm256_loadu_si256(
+                        reinterpret_cast<const __m256i*>(codes + step * STEP_BYTES + 64 * l + 32 * half));
+                    const __m256i a = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, low));
+                    const __m256i c = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), low));
+                    for (int m = 0; m < MR; m++) {
+                        int32_t x0, x1;
+                        std::memcpy(&x0, x + m * K + step * STEP + 8 * l, 4);
+                        std::memcpy(&x1, x + m * K + step * STEP + 8 * l + 4, 4);
+                        // Two products of at most 28 * 128 stay far inside 16 bits.
+                        const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi32(x0)), ones);
+                        const __m256i q = _mm256_madd_epi16(_mm256_maddubs_epi16(c, _mm256_set1_epi32(x1)), ones);
+                        dot[m] = _mm256_add_epi32(dot[m], _mm256_add_epi32(p, q));
+                    }
+                }
+            for (int m = 0; m < MR; m++) {
+                const __m256 scale = scale_x ? _mm256_mul_ps(sw, _mm256_set1_ps(scale_x[m * blocks + b])) : sw;
+                acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), scale, acc[m]);
+            }
+        }
+        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * TILE + 8 * half, acc[m]);
+    }
+}
+
+template <int MR, int KIND>
+REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, float* out) {
+    const int64_t K = w.steps * STEP, blocks = K / w.block;
+    const int per = w.block / STEP;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    float lower[8], upper[8];
+    for (int i = 0; i < 8; i++) lower[i] = w.values[i], upper[i] = w.values[i + 8];
+    const __m256 table0 = _mm256_loadu_ps(lower), table1 = _mm256_loadu_ps(upper);
+    for (int half = 0; half < 2; half++) {
+        __m256 acc[MR];
+        for (int m = 0; m < MR; m++) acc[m] = _mm256_setzero_ps();
+        for (int64_t b = 0; b < blocks; b++) {
+            __m256 block[MR];
+            for (int m = 0; m < MR; m++) block[m] = _mm256_setzero_ps();
+            for (int s = 0; s < per; s++)
+                for (int l = 0; l < 2; l++) {
+                    const int64_t step = b * per + s;
+                    const __m256i packed = _mm256_loadu_si256(
+                        reinterpret_cast<const __m256i*>(codes + step * STEP_BYTES + 64 * l + 32 * half));
+                    for (int c = 0; c < 8; c++) {  // column 8 l + c: byte c % 4, its low nibble for c < 4
+                        const __m256i code = _mm256_srl_epi32(packed, _mm_cvtsi32_si128(8 * (c % 4) + (c < 4 ? 0 : 4)));
+                        const __m256 is_upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+                        const __m256 v = _mm256_blendv_ps(_mm256_permutevar8x32_ps(table0, code),
+                                                          _mm256_permutevar8x32_ps(table1, code), is_upper);
+                        for (int m = 0; m < MR; m++)
+                            block[m] = _mm256_fmadd_ps(v, _mm256_set1_ps(x[m * K + step * STEP + 8 * l + c]), block[m]);
+                    }
+                }
+            const __m256 sw = scales8<KIND>(scales + b * TILE + 8 * half);
+            for (int m = 0; m < MR; m++) acc[m] = _mm256_fmadd_ps(block[m], sw, acc[m]);
+        }
+        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * TILE + 8 * half, acc[m]);
+    }
+}
+
+// --- AVX-512: a register holds four columns of all 16 rows ------------------------------------------------------------
+
+template <int KIND>
+REQAT_AVX512 inline __m512 scales16(const uint8_t* bytes) {
+    const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+    if (KIND == 0) return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 20)), _mm512_set1_ps(0x1p120f));
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32(bits, 23), _mm512_set1_epi32(0x400000)));
+}
+
+template <int MR, int KIND, bool BLOCKS>
+REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x,
+                                  int64_t tile, float* out) {
+    constexpr int PER = KIND == 0 ? 1 : 2;
+    const int64_t K = w.steps * STEP, blocks = w.steps / PER;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    alignas(64) uint8_t shifted[64];
+    for (int i = 0; i < 64; i++) shifted[i] = uint8_t(w.values[i & 15] + OFFSET);
+    const __m512i table = _mm512_load_si512(shifted);
+    __m512 acc[MR];
+    for (int m = 0; m < MR; m++) acc[m] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++) {
+        __m512i dot[MR];
+        for (int m = 0; m < MR; m++) dot[m] = _mm512_set1_epi32(start[m * blocks + b]);
+        for (int s = 0; s < PER; s++) {
+            const int64_t step = b * PER + s;
+            const uint8_t* at = codes + step * STEP_BYTES;
+            const __m512i p0 = _mm512_loadu_si512(at), p1 = _mm512_loadu_si512(at + 64);
+            if (MR <= 4) {  // with more rows the weights come slower than memory can bring them
+                _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH + 64), _MM_HINT_T0);
+            }
+            // vpermb looks at six bits of an index, and the table repeats every 16 entries: what the other nibble leaves
+            // above the code does no harm.
+            const __m512i w0 = _mm512_permutexvar_epi8(p0, table);
+            const __m512i w1 = _mm512_permutexvar_epi8(_mm512_srli_epi16(p0, 4), table);
+            const __m512i w2 = _mm512_permutexvar_epi8(p1, table);
+            const __m512i w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(p1, 4), table);
+            for (int m = 0; m < MR; m++) {
+                int32_t xs[4];
+                std::memcpy(xs, x + m * K + step * STEP, 16);
+                dot[m] = _mm512_dpbusd_epi32(dot[m], w0, _mm512_set1_epi32(xs[0]));
+                dot[m] = _mm512_dpbusd_epi32(dot[m], w1, _mm512_set1_epi32(xs[1]));
+                dot[m] = _mm512_dpbusd_epi32(dot[m], w2, _mm512_set1_epi32(xs[2]));
+                dot[m] = _mm512_dpbusd_epi32(dot[m], w3, _mm512_set1_epi32(xs[3]));
+            }
+        }
+        const __m512 sw = scales16<KIND>(scales + b * TILE);
+        for (int m = 0; m < MR; m++) {
+            const __m512 scale = BLOCKS ? _mm512_mul_ps(sw, _mm512_set1_ps(scale_x[m * blocks + b])) : sw;
+            acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), scale, acc[m]);
+        }
+    }
+    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * TILE, acc[m]);
+}
+
+template <int MR, int KIND>
+REQAT_AVX512 void float_tile_avx512(const Weight& w, const float* x, int64_t tile, float* out) {
+    constexpr int PER = KIND == 0 ? 1 : 2;
+    const int64_t K = w.steps * STEP, blocks = w.steps / PER;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    alignas(64) float values[16];
+    for (int i = 0; i < 16; i++) values[i] = w.values[i];
+    const __m512 table = _mm512_load_ps(values);
+    __m512 acc[MR];
+    for (int m = 0; m < MR; m++) acc[m] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++) {
+        __m512 block[MR];
+        for (int m = 0; m < MR; m++) block[m] = _mm512_setzero_ps();
+        for (int s = 0; s < PER; s++) {
+            const int64_t step = b * PER + s;
+            for (int l = 0; l < 2; l++) {
+                const uint8_t* at = codes + step * STEP_BYTES + 64 * l;
+                const __m512i packed = _mm512_loadu_si512(at);
+                if (MR <= 2) _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
+                const float* xs = x + step * STEP + 8 * l;
+                // vpermps looks at four bits of an index.
+#define REQAT_COLUMN(c, shift)                                                                      \
+    {                                                                                               \
+        const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(packed, shift), table);            \
+        for (int m = 0; m < MR; m++) block[m] = _mm512_fmadd_ps(v, _mm512_set1_ps(xs[m * K + c]), block[m]); \
+    }
+                REQAT_COLUMN(0, 0)
+                REQAT_COLUMN(1, 8)
+                REQAT_COLUMN(2, 16)
+                REQAT_COLUMN(3, 24)
+                REQAT_COLUMN(4, 4)
+                REQAT_COLUMN(5, 12)
+                REQAT_COLUMN(6, 20)
+                REQAT_COLUMN(7, 28)
+#undef REQAT_COLUMN
+            }
+        }
+        const __m512 sw = scales16<KIND>(scales + b * TILE);
+        for (int m = 0; m < MR; m++) acc[m] = _mm512_fmadd_ps(block[m], sw, acc[m]);
+    }
+    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * TILE, acc[m]);
+}
+
+#endif  // REQAT_X86
+
+// --- all rows of x against one tile ------------------------------------------------------------------------------------
+
+// Rows of x are taken in groups of 16, 8, 4, 2, 1, whose accumulators fit into registers.
+#define REQAT_BY_ROWS(CALL)                                    \
+    for (int64_t m = 0; m < M;) {                              \
+        const int64_t left = M - m;                            \
+        if (left >= 16) { CALL(16); m += 16; }                 \
+        else if (left >= 8) { CALL(8); m += 8; }               \
+        else if (left >= 4) { CALL(4); m += 4; }               \
+        else if (left >= 2) { CALL(2); m += 2; }               \
+        else { CALL(1); m += 1; }                              \
+    }
+
+template <int KIND>
+void int_tile(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, int64_t tile, int64_t M,
+              float* out) {
+#if REQAT_X86
+    const int64_t K = w.steps * STEP, blocks = K / w.block;
+    if (isa() == AVX512) {
+#define CALL(MR)                                                                                                  \
+    (scale_x ? int_tile_avx512<MR, KIND, true>(w, x + m * K, start + m * blocks, scale_x + m * blocks, tile,      \
+                                               out + m * TILE)                                                   \
+             : int_tile_avx512<MR, KIND, false>(w, x + m * K, start + m * blocks, nullptr, tile, out + m * TILE))
+        REQAT_BY_ROWS(CALL)
+#undef CALL
+        return;
+    }
+    if (isa() == AVX2) {
+        for (int64_t m = 0; m < M;) {
+            const float* s = scale_x ? scale_x + m * blocks : nullptr;
+            if (M - m >= 4) {
+                int_tile_avx2<4, KIND>(w, x + m * K, start + m * blocks, s, tile, out + m * TILE);
+                m += 4;
+            } else {
+                int_tile_avx2<1, KIND>(w, x + m * K, start + m * blocks, s, tile, out + m * TILE);
+                m += 1;
+            }
+        }
+        return;
+    }
+#endif
+    int_tile_portable(w, x, start, scale_x, tile, M, out);
+}
+
+template <int KIND>
+void float_tile(const Weight& w, const float* x, int64_t tile, int64_t M, float* out) {
+#if REQAT_X86
+    const int64_t K = w.steps * STEP;
+    if (isa() == AVX512) {
+        // Two registers a row of x (block and sum), and one for each column's values: eight rows at most.
+        for (int64_t m = 0; m < M;) {
+            const int64_t left = M - m;
+            if (left >= 8) { float_tile_avx512<8, KIND>(w, x + m * K, tile, out + m * TILE); m += 8; }
+            else if (left >= 4) { float_tile_avx512<4, KIND>(w, x + m * K, tile, out + m * TILE); m += 4; }
+            else if (left >= 2) { float_tile_avx512<2, KIND>(w, x + m * K, tile, out + m * TILE); m += 2; }
+            else { float_tile_avx512<1, KIND>(w, x + m * K, tile, out + m * TILE); m += 1; }
+        }
+        return;
+    }
+    if (isa() == AVX2) {
+        for (int64_t m = 0; m < M;) {
+            if (M - m >= 4) { float_tile_avx2<4, KIND>(w, x + m * K, tile, out + m * TILE); m += 4; }
+            else { float_tile_avx2<1, KIND>(w, x + m * K, tile, out + m * TILE); m += 1; }
+        }
+        return;
+    }
+#endif
+    float_tile_portable(w, x, tile, M, out);
+}
+
+void store(const Weight& w, int64_t tile, int64_t M, const float* out, const float* row_scale, const float* bias,
+           float* y, int64_t stride_y) {
+    const int64_t first = tile * TILE, count = w.rows - first < TILE ? w.rows - first : TILE;
+    for (int64_t m = 0; m < M; m++) {
+        const float factor = row_scale ? w.alpha * row_scale[m] : w.alpha;
+        for (int64_t r = 0; r < count; r++) {
+            const float value = out[m * TILE + r] * factor;
+            y[m * stride_y + first + r] = bias ? value + bias[first + r] : value;
+        }
+    }
+}
+
+constexpr int64_t ROWS_AT_ONCE = 64;  // rows of x whose results wait on the stack
+
+}  // namespace
+
+void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, const float* row_scale,
+              const float* bias, float* y, int64_t M, int64_t stride_y, int threads) {
+    const int64_t tiles = (w.rows + TILE - 1) / TILE, K = w.steps * STEP, blocks = K / w.block;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        alignas(64) float out[ROWS_AT_ONCE * TILE];
+        for (int64_t m = 0; m < M; m += ROWS_AT_ONCE) {
+            const int64_t rows = M - m < ROWS_AT_ONCE ? M - m : ROWS_AT_ONCE;
+            const float* s = scale_x ? scale_x + m * blocks : nullptr;
+            if (w.scale_kind == 0) int_tile<0>(w, x + m * K, start + m * blocks, s, tile, rows, out);
+            else int_tile<1>(w, x + m * K, start + m * blocks, s, tile, rows, out);
+            store(w, tile, rows, out, row_scale ? row_scale + m : nullptr, bias, y + m * stride_y, stride_y);
+        }
+    }
+}
+
+void gemm_float(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y,
+                int threads) {
+    const int64_t tiles = (w.rows + TILE - 1) / TILE, K = w.steps * STEP;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        alignas(64) float out[ROWS_AT_ONCE * TILE];
+        for (int64_t m = 0; m < M; m += ROWS_AT_ONCE) {
+            const int64_t rows = M - m < ROWS_AT_ONCE ? M - m : ROWS_AT_ONCE;
+            if (w.scale_kind == 0) float_tile<0>(w, x + m * K, tile, rows, out);
+            else float_tile<1>(w, x + m * K, tile, rows, out);
+            store(w, tile, rows, out, nullptr, bias, y + m * stride_y, stride_y);
+        }
+    }
+}
+
+}  // namespace reqat
+
+using namespace reqat;
+
+REQAT_API void reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* start, const float* scale_x,
+                              const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
+                              int threads) {
+    gemm_int(*w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
+}
+
+REQAT_API void reqat_gemm_float(const Weight* w, const float* x, const float* bias, float* y, int64_t M,
+                                int64_t stride_y, int threads) {
+    gemm_float(*w, x, bias, y, M, stride_y, threads);
+}
+
+// Round rows of x [M, K] to int8: scale = amax / 127 (1 for a row of zeros), value = x / scale to nearest even. Columns
+// K to `padded` become 0. Returns 0 if x holds NaN or infinity.
+REQAT_API int reqat_int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values,
+                               int32_t* start, float* row_scale) {
+    for (int64_t m = 0; m < M; m++) {
+        const float* row = x + m * K;
+        uint32_t top = 0;
+        for (int64_t k = 0; k < K; k++) {
+            const uint32_t bits = float_to_bits(row[k]) & 0x7FFFFFFF;
+            top = bits > top ? bits : top;
+        }
+        if (top >= 0x7F800000) return 0;
+        const float scale = top ? bits_to_float(top) / 127.0f : 1.0f;
+        int8_t* out = values + m * padded;
+        for (int64_t k = 0; k < K; k++) {
+            // Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. (amax / scale may be 127 and a bit.)
+            const float y = row[k] / scale + 0x1.8p23f;
+            out[k] = int8_t(int32_t(float_to_bits(y)) - 0x4B400000);
+        }
+        for (int64_t k = K; k < padded; k++) out[k] = 0;
+        for (int64_t b = 0; b < padded / block; b++) {
+            int32_t sum = 0;
+            for (int32_t i = 0; i < block; i++) sum += out[b * block + i];
+            start[m * (padded / block) + b] = -OFFSET * sum;
+        }
+        row_scale[m] = scale;
+    }
+    return 1;
+}
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+// Ask for huge pages under [data, data + bytes); nothing happens where the system has none to give.
+REQAT_API void reqat_advise_huge(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t huge = uintptr_t(1) << 21, first = (uintptr_t(data) + huge - 1) / huge * huge;
+    const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / huge * huge;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}

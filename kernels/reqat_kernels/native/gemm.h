@@ -1,0 +1,39 @@
+// The packed weight that the matrix kernels read.
+//
+// Rows go in tiles of 16 and columns in steps of 16. A step of a tile is 128 bytes of codes, two loads of 64: in load l
+// byte 4 * row + i holds the code of column 8 * l + i in its low nibble and that of column 8 * l + 4 + i in the high
+// one. So one 512-bit register is four neighbouring columns of all 16 rows, a lane a row, which is what a dot product
+// of bytes wants; nothing is shuffled. A tile's steps follow each other; its scales stand in an array of their own, 16
+// bytes (a byte a row) for each block of columns. Rows and columns are padded with code 0, blocks with scale 0.
+#pragma once
+
+#include <cstdint>
+
+namespace reqat {
+
+constexpr int TILE = 16;   // rows of a tile
+constexpr int STEP = 16;   // columns of a step
+constexpr int STEP_BYTES = TILE * STEP / 2;
+constexpr int OFFSET = 16;  // added to a value so that it is an unsigned byte
+
+struct Weight {
+    const uint8_t* codes;   // [tiles][steps][128]
+    const uint8_t* scales;  // [tiles][blocks][16], E4M3 or E8M0
+    int64_t rows;           // N, not padded
+    int64_t steps;          // padded columns / 16
+    int32_t block;          // columns that share a scale: 16 or 32
+    int32_t scale_kind;     // 0: E4M3, 1: E8M0
+    int8_t values[16];      // what each code stands for, doubled for E2M1 and E1M2
+    float alpha;            // factor of the result: 1 / g, and 1/2 where values are doubled
+};
+
+// y [M, N] = alpha * sum over blocks of scale_w * scale_x * (integer dot product) + bias.
+//   x: int8 [M, 16 * steps]; start: int32 [M, blocks], -OFFSET times the sum of x over each block;
+//   scale_x: float32 [M, blocks], or null (then 1); row_scale: float32 [M], or null; bias: float32 [N], or null.
+void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, const float* row_scale,
+              const float* bias, float* y, int64_t M, int64_t stride_y, int threads);
+
+// The same with x float32 [M, 16 * steps].
+void gemm_float(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y, int threads);
+
+}  // namespace reqat
