@@ -1,0 +1,586 @@
+"""Decode attention that reads its keys and values as four-bit codes and never writes them out in a wider type.
+
+Decoding is a question of bytes: each new token reads the whole cache once, so a cache of 4.5 bits an element takes a
+quarter of the time of a bf16 one, as long as the numbers are unpacked in registers. Four ideas:
+
+- *A scaled code is exact in bf16.* A code has three significant bits at most, an E4M3 scale four: the product fits
+  bf16's eight. So the tensor cores get exact operands, and only the float32 global scale, which would not fit, is taken
+  out: logits are divided by the keys' g and probabilities by the values' g, one number a token.
+- *Halves instead of shuffles.* A byte holds elements 2i and 2i + 1. Interleaving them costs register shuffles; taking
+  the sum over even and odd channels as two products, with the query split the same way, costs nothing.
+- *One program a KV head.* The query heads that share a KV head (GQA) are rows of one tile, so the cache is read and
+  unpacked once for all of them. Rows are padded to 16, the least that a tensor core takes.
+- *Split over the sequence* (flash decoding): with few heads and a long cache, ``splits`` programs share a KV head; each
+  keeps a running maximum, sum and weighted values, and a second kernel merges them. Each row splits its own length.
+
+The Q-FIT shift needs nothing here: stored keys are K - m, which moves all logits of a query equally, and softmax does
+not see that; the append kernel subtracts m.
+
+Trade-off: the queries of float32 are multiplied in true float32, off the tensor cores; float16 ones as tf32, which
+holds them exactly and has the exponent range that E8M0 scales ask for.
+
+Sources: online softmax, arXiv:1805.02867; FlashAttention, arXiv:2205.14135; ReQAT's cache format and Q-FIT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from reqat.formats import Format, get_format
+from reqat_kernels.triton.elements import as_float32, cast, decode_e4m3, decode_e8m0, decode_element, spread
+from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
+
+#: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
+HIDDEN = -1e30
+_LOG2_E = 1.4426950408889634
+_QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class KVSide:
+    """Packed keys, or packed values, of one layer; ``S`` is the capacity.
+
+    ``codes``: uint8 [B, G, S, D/2], the low nibble holds the even channel. ``scales``: uint8 [B, G, S, D/block], the
+    bits of E4M3 or E8M0. ``global_scale``: None for MXFP4; else float32, a scalar, [S], or [B, G, S] (anything that
+    broadcasts to it). ``format``: NVFP4, NVFP4-4/6 or MXFP4, with its element. Raises ValueError for parts that do not
+    fit together.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    global_scale: Tensor | None
+    format: Format
+
+    def __post_init__(self) -> None:
+        check_format(self.format)
+        codes, scales, block = self.codes, self.scales, self.format.block
+        if codes.ndim != 4 or codes.dtype != torch.uint8:
+            raise ValueError(f"codes must be uint8 [B, G, S, D/2], got {codes.dtype} {tuple(codes.shape)}")
+        assert block is not None
+        if codes.shape[-1] * 2 % block:
+            raise ValueError(_ragged(codes.shape[-1] * 2, self.format))
+        wanted = (*codes.shape[:3], codes.shape[-1] * 2 // block)
+        if scales.dtype != torch.uint8 or tuple(scales.shape) != wanted:
+            raise ValueError(
+                f"scales must be uint8 {wanted} for codes of {tuple(codes.shape)} in {self.format}, got {scales.dtype} "
+                f"{tuple(scales.shape)}; view float8 scales as torch.uint8"
+            )
+        if codes.stride(-1) != 1 or scales.stride(-1) != 1:
+            raise ValueError("the last axis of codes and scales must be contiguous: call .contiguous() once")
+        if codes.device != scales.device:
+            raise ValueError(f"codes are on {codes.device}, scales on {scales.device}: move them to one device")
+        if (self.global_scale is None) == self.format.has_global_scale:
+            needs = "needs a global_scale" if self.format.has_global_scale else "has no global scale: pass None"
+            raise ValueError(f"{self.format} {needs}")
+        if self.global_scale is not None:
+            self.global_scale_BGS()
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        fmt: Format | str,
+        *,
+        global_scale: Tensor | float | None = None,
+        device: torch.device | str | None = None,
+    ) -> KVSide:
+        """An empty cache of tokens to append.
+
+        ``global_scale`` of NVFP4: the calibrated number (or [S] or [B, G, S] of them), which makes the format
+        ``static``; None keeps one a row, [B, G, S], computed as tokens come, and makes it ``row``.
+        """
+        fmt = get_format(fmt)
+        shape = (batch, kv_heads, capacity)
+        g: Tensor | None = None
+        if fmt.has_global_scale:
+            fmt = fmt.replace(global_scale="row" if global_scale is None else "static")
+            g = torch.ones(shape, device=device)
+            if global_scale is not None:
+                g = torch.as_tensor(global_scale, dtype=torch.float32, device=device)
+        elif global_scale is not None:
+            raise ValueError(f"{fmt} has no global scale: pass None")
+        check_format(fmt)
+        assert fmt.block is not None
+        if head_dim % fmt.block:
+            raise ValueError(_ragged(head_dim, fmt))
+        codes = torch.zeros(*shape, head_dim // 2, dtype=torch.uint8, device=device)
+        scales = torch.zeros(*shape, head_dim // fmt.block, dtype=torch.uint8, device=device)
+        return cls(codes, scales, g, fmt)
+
+    @property
+    def head_dim(self) -> int:
+        """D."""
+        return self.codes.shape[-1] * 2
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, as allocated."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.global_scale is None else self.global_scale.nbytes)
+
+    def global_scale_BGS(self) -> Tensor:
+        """The global scale seen as float32 [B, G, S], without a copy: stride 0 along the axes that share it."""
+        g = self.global_scale
+        if g is None:  # never read by a kernel; any float32 pointer does
+            return torch.ones((), device=self.codes.device).expand(self.codes.shape[:3])
+        if g.dtype != torch.float32 or g.device != self.codes.device:
+            raise ValueError(f"global_scale must be float32 on {self.codes.device}, got {g.dtype} on {g.device}")
+        if g.ndim == 4 and g.shape[-1] == 1:
+            g = g[..., 0]
+        try:
+            return g.reshape(()).expand(self.codes.shape[:3]) if g.numel() == 1 else g.expand(self.codes.shape[:3])
+        except RuntimeError as error:
+            raise ValueError(
+                f"global_scale of shape {tuple(g.shape)} must be a scalar, [S] or [B, G, S] for codes of "
+                f"{tuple(self.codes.shape)}"
+            ) from error
+
+
+def check_format(fmt: Format) -> Format:
+    """``fmt`` itself; raises ValueError unless it stores one E4M3 or E8M0 scale a block of E2M1 or E1M2."""
+    if fmt.name not in ("NVFP4", "NVFP4-4/6", "MXFP4"):
+        raise ValueError(f"the cache kernels take NVFP4, NVFP4-4/6 and MXFP4, not {fmt}: use the PyTorch path for it")
+    return fmt
+
+
+def _ragged(head_dim: int, fmt: Format) -> str:
+    return (
+        f"head_dim {head_dim} is not a multiple of {fmt}'s block of {fmt.block}: pad the heads with zeros, or choose a "
+        "format of a smaller block"
+    )
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+# M: rows, the n query heads of a KV head times T tokens. S: keys. C: half of head_dim, D/2, padded to a power of two.
+
+
+@triton.jit
+def _load_halves(
+    codes,  # pointer to the first row's codes
+    scales,
+    offset_S,  # int64 rows
+    stride_code,
+    stride_scale,
+    visible_S,
+    E1M2: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF_DIM: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Even and odd channels of a tile of rows, code times block scale, float32 [BLOCK_S, C] each; zeros if hidden."""
+    c = tl.arange(0, C)
+    BLOCKS: tl.constexpr = C * 2 // BLOCK
+    b = tl.arange(0, BLOCKS)
+    code_mask = visible_S[:, None] & (c < HALF_DIM)[None, :]
+    scale_mask = visible_S[:, None] & (b < HALF_DIM * 2 // BLOCK)[None, :]
+    packed = tl.load(codes + offset_S[:, None] * stride_code + c[None, :], mask=code_mask, other=0).to(tl.int32)
+    bits = tl.load(scales + offset_S[:, None] * stride_scale + b[None, :], mask=scale_mask, other=0)
+    scale = decode_e4m3(bits) if SCALE == "E4M3" else decode_e8m0(bits)
+    scale = spread(scale, BLOCK_S, BLOCKS, BLOCK // 2)
+    return decode_element(packed & 0xF, E1M2) * scale, decode_element(packed >> 4, E1M2) * scale
+
+
+@triton.jit
+def decode_attention_kernel(
+    query,
+    out,  # [B, H, T, D] contiguous: the answer where there is one split
+    partial,  # float32 [splits, B*H*T, D]: weighted values of each split
+    partial_stats,  # float32 [2, splits, B*H*T]: maximum (base-2 logits) and sum
+    key_codes,
+    key_scales,
+    key_global,
+    value_codes,
+    value_scales,
+    value_global,
+    mask,
+    lengths,
+    query_b,
+    query_h,
+    query_t,
+    key_codes_b,
+    key_codes_g,
+    key_codes_s,
+    key_scales_b,
+    key_scales_g,
+    key_scales_s,
+    key_global_b,
+    key_global_g,
+    key_global_s,
+    value_codes_b,
+    value_codes_g,
+    value_codes_s,
+    value_scales_b,
+    value_scales_g,
+    value_scales_s,
+    value_global_b,
+    value_global_g,
+    value_global_s,
+    mask_b,
+    mask_h,
+    mask_t,
+    mask_s,
+    length,  # keys in use, where there are no lengths a row
+    heads,
+    tokens,
+    kv_heads,
+    scale_log2,  # softmax scale times log2(e)
+    GROUP: tl.constexpr,  # query heads a KV head
+    HALF_DIM: tl.constexpr,
+    C: tl.constexpr,
+    KEY_E1M2: tl.constexpr,
+    KEY_SCALE: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    VALUE_E1M2: tl.constexpr,
+    VALUE_SCALE: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "bool", "add"
+    HAS_LENGTHS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIRECT: tl.constexpr,  # one split: write the answer itself
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    COMPUTE: tl.constexpr,  # type of the products' operands
+    PRECISION: tl.constexpr,  # of float32 products
+):
+    """One split of one KV head's rows: grid (splits, B * G, row tiles)."""
+    split = tl.program_id(0)
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    group = (tl.program_id(1) % kv_heads).to(tl.int64)
+
+    row_M = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_is_real = row_M < GROUP * tokens
+    token_M = row_M // GROUP
+    head_M = (group * GROUP + row_M % GROUP).to(tl.int64)
+    c = tl.arange(0, C)
+    channel_is_real = c < HALF_DIM
+    row_mask = row_is_real[:, None] & channel_is_real[None, :]
+    query_M = query + batch * query_b + head_M * query_h + token_M.to(tl.int64) * query_t
+    query_even = tl.load(query_M[:, None] + 2 * c[None, :], mask=row_mask, other=0.0)
+    query_odd = tl.load(query_M[:, None] + 2 * c[None, :] + 1, mask=row_mask, other=0.0)
+    query_even, query_odd = as_float32(query_even).to(COMPUTE), as_float32(query_odd).to(COMPUTE)
+
+    if HAS_LENGTHS:
+        length = tl.load(lengths + batch).to(tl.int32)
+    # Each split takes as many whole tiles as the row's own length asks for; the last ones may be left without any.
+    tiles = tl.cdiv(tl.cdiv(length, BLOCK_S), tl.num_programs(0))
+    first = split * tiles * BLOCK_S
+    last = tl.minimum(first + tiles * BLOCK_S, length)
+
+    key_codes += batch * key_codes_b + group * key_codes_g
+    key_scales += batch * key_scales_b + group * key_scales_g
+    key_global += batch * key_global_b + group * key_global_g
+    value_codes += batch * value_codes_b + group * value_codes_g
+    value_scales += batch * value_scales_b + group * value_scales_g
+    value_global += batch * value_global_b + group * value_global_g
+
+    maximum_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    even = tl.zeros([BLOCK_M, C], tl.float32)
+    odd = tl.zeros([BLOCK_M, C], tl.float32)
+    for start in range(first, last, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        offset_S = s.to(tl.int64)
+        in_use = s < last
+        key_even, key_odd = _load_halves(
+            key_codes,
+            key_scales,
+            offset_S,
+            key_codes_s,
+            key_scales_s,
+            in_use,
+            KEY_E1M2,
+            KEY_SCALE,
+            KEY_BLOCK,
+            HALF_DIM,
+            C,
+            BLOCK_S,
+        )
+        logits = tl.dot(query_even, tl.trans(key_even.to(COMPUTE)), input_precision=PRECISION)
+        logits = tl.dot(query_odd, tl.trans(key_odd.to(COMPUTE)), logits, input_precision=PRECISION)
+        if KEY_SCALE == "E4M3":
+            key_inverse_S = 1.0 / tl.load(key_global + offset_S * key_global_s, mask=in_use, other=1.0)
+            logits = logits * (key_inverse_S * scale_log2)[None, :]
+        else:
+            logits = logits * scale_log2
+
+        visible = in_use[None, :] & row_is_real[:, None]
+        if CAUSAL:  # the last token sees all keys in use
+            visible = visible & (s[None, :] <= (length - tokens + token_M)[:, None])
+        if MASK != "none":
+            mask_M = mask + batch * mask_b + head_M * mask_h + token_M.to(tl.int64) * mask_t
+            pointer = mask_M[:, None] + offset_S[None, :] * mask_s
+            if MASK == "bool":
+                visible = visible & (tl.load(pointer, mask=visible, other=0) != 0)
+            else:
+                bias = as_float32(tl.load(pointer, mask=visible, other=0.0))
+                visible = visible & (bias > -1e30)
+                logits += bias * 1.4426950408889634
+        logits = tl.where(visible, logits, float("-inf"))
+
+        new_maximum_M = tl.maximum(maximum_M, tl.max(logits, 1))
+        # Where nothing was visible so far the maximum is -inf, and -inf - -inf would be NaN.
+        reference_M = tl.where(new_maximum_M == float("-inf"), 0.0, new_maximum_M)
+        weights = tl.exp2(logits - reference_M[:, None])
+        decay_M = tl.exp2(maximum_M - reference_M)
+        sum_M = sum_M * decay_M + tl.sum(weights, 1)
+        maximum_M = new_maximum_M
+
+        if VALUE_SCALE == "E4M3":
+            weights = weights / tl.load(value_global + offset_S * value_global_s, mask=in_use, other=1.0)[None, :]
+        value_even, value_odd = _load_halves(
+            value_codes,
+            value_scales,
+            offset_S,
+            value_codes_s,
+            value_scales_s,
+            in_use,
+            VALUE_E1M2,
+            VALUE_SCALE,
+            VALUE_BLOCK,
+            HALF_DIM,
+            C,
+            BLOCK_S,
+        )
+        weights = weights.to(COMPUTE)
+        even = tl.dot(weights, value_even.to(COMPUTE), even * decay_M[:, None], input_precision=PRECISION)
+        odd = tl.dot(weights, value_odd.to(COMPUTE), odd * decay_M[:, None], input_precision=PRECISION)
+
+    flat_M = (batch * heads + head_M) * tokens + token_M
+    if DIRECT:
+        # Where a row saw no key its sum is 0, and so are its weighted values.
+        inverse = (1.0 / tl.where(sum_M > 0, sum_M, 1.0))[:, None]
+        target = out + flat_M[:, None] * (2 * HALF_DIM) + 2 * c[None, :]
+        tl.store(target, cast(even * inverse, out.dtype.element_ty), mask=row_mask)
+        tl.store(target + 1, cast(odd * inverse, out.dtype.element_ty), mask=row_mask)
+    else:
+        rows = (tl.num_programs(1) // kv_heads).to(tl.int64) * heads * tokens
+        target = partial + (split * rows + flat_M)[:, None] * (2 * HALF_DIM) + 2 * c[None, :]
+        tl.store(target, even, mask=row_mask)
+        tl.store(target + 1, odd, mask=row_mask)
+        tl.store(partial_stats + split * rows + flat_M, maximum_M, mask=row_is_real)
+        tl.store(partial_stats + (tl.num_programs(0) + split) * rows + flat_M, sum_M, mask=row_is_real)
+
+
+@triton.jit
+def merge_splits_kernel(
+    out,  # [rows, D]
+    partial,  # float32 [splits, rows, D]
+    partial_stats,  # float32 [2, splits, rows]
+    splits,
+    HEAD_DIM: tl.constexpr,
+    D: tl.constexpr,  # HEAD_DIM padded to a power of two
+    SPLITS: tl.constexpr,  # splits padded to a power of two
+    CHUNK: tl.constexpr,
+):
+    """Put the splits of a row together: grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    d = tl.arange(0, D)
+    every = tl.arange(0, SPLITS)
+    maxima = tl.load(partial_stats + every * rows + row, mask=every < splits, other=float("-inf"))
+    maximum = tl.max(maxima, 0)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    sums = tl.load(partial_stats + (splits + every) * rows + row, mask=every < splits, other=0.0)
+    total = tl.sum(sums * tl.exp2(maxima - maximum), 0)
+    answer = tl.zeros([D], tl.float32)
+    for start in range(0, splits, CHUNK):
+        k = start + tl.arange(0, CHUNK)
+        weights = tl.exp2(tl.load(partial_stats + k * rows + row, mask=k < splits, other=float("-inf")) - maximum)
+        pointer = partial + (k * rows + row)[:, None] * HEAD_DIM + d[None, :]
+        values = tl.load(pointer, mask=(k < splits)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+        answer += tl.sum(values * weights[:, None], 0)
+    answer = answer / tl.where(total > 0, total, 1.0)
+    tl.store(out + row * HEAD_DIM + d, cast(answer, out.dtype.element_ty), mask=d < HEAD_DIM)
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    query: Tensor,
+    key: KVSide,
+    value: KVSide,
+    *,
+    length: int | None = None,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """Attention of ``query`` [B, H, T, D] (bf16, fp16 or fp32) over a packed cache; returns its shape and type.
+
+    ``softmax(q . k * scale + mask) v`` with k, v as the cache's codes stand for, H a multiple of the cache's G.
+
+    Args:
+        length: keys in use, the same for every row of the batch; by default the capacity.
+        lengths: integers [B] in place of it, each at most the capacity (not checked on a GPU, where it would wait for
+            the device; a greater one reads other memory).
+        mask: boolean (True: visible) or floating (added to the logits; -1e30 or less hides), [B, S] or broadcastable to
+            [B, H, T, S], where S is at least ``length``.
+        causal: token t of T sees the keys before ``length - T + t + 1``. Nothing changes for T = 1.
+        scale: softmax scale, by default ``D ** -0.5``.
+        splits: programs that share a KV head's cache; by default chosen to fill the device.
+
+    A query that sees no key gives zeros. Raises ValueError for shapes, types, devices or lengths that do not fit.
+    """
+    _check(query, key, value, mask, length, lengths)
+    B, H, T, D = query.shape
+    G, capacity = key.codes.shape[1:3]
+    require(query, key.codes, value.codes, mask, lengths)
+    if query.numel() == 0:
+        return torch.empty_like(query)
+    if query.stride(-1) != 1:
+        query = query.contiguous()
+    longest = capacity if length is None else length
+    rows = H // G * T
+    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    block_s = 64
+    row_tiles = triton.cdiv(rows, block_m)
+    if splits is None:
+        splits = _splits(B * G * row_tiles, triton.cdiv(longest, block_s), query.device)
+    if splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
+
+    # The interpreter multiplies bf16 as if it were integers: float32 there.
+    half = query.dtype == torch.bfloat16 and not INTERPRETED
+    out = torch.empty(B, H, T, D, device=query.device, dtype=query.dtype)
+    direct = splits == 1
+    partial = out if direct else torch.empty(splits, B * H * T, D, device=query.device)
+    stats = out if direct else torch.empty(2, splits, B * H * T, device=query.device)
+    key_global, value_global = key.global_scale_BGS(), value.global_scale_BGS()
+    mask_BHTS = _mask_BHTS(mask, B, H, T)
+    mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "add"
+    if mask_BHTS is None:
+        mask_BHTS = stats.reshape(1, 1, 1, -1)  # not read
+    elif mask_kind == "bool":
+        mask_BHTS = mask_BHTS.view(torch.uint8)
+    half_dim = D // 2
+    c = max(16, triton.next_power_of_2(half_dim))
+    decode_attention_kernel[(splits, B * G, row_tiles)](
+        query,
+        out,
+        partial,
+        stats,
+        key.codes,
+        key.scales,
+        key_global,
+        value.codes,
+        value.scales,
+        value_global,
+        mask_BHTS,
+        stats if lengths is None else lengths,
+        *query.stride()[:3],
+        *key.codes.stride()[:3],
+        *key.scales.stride()[:3],
+        *key_global.stride(),
+        *value.codes.stride()[:3],
+        *value.scales.stride()[:3],
+        *value_global.stride(),
+        *mask_BHTS.stride(),
+        longest,
+        H,
+        T,
+        G,
+        (D**-0.5 if scale is None else scale) * _LOG2_E,
+        GROUP=H // G,
+        HALF_DIM=half_dim,
+        C=c,
+        KEY_E1M2=key.format.element == "E1M2",
+        KEY_SCALE=key.format.scale,
+        KEY_BLOCK=key.format.block,
+        VALUE_E1M2=value.format.element == "E1M2",
+        VALUE_SCALE=value.format.scale,
+        VALUE_BLOCK=value.format.block,
+        MASK=mask_kind,
+        HAS_LENGTHS=lengths is not None,
+        CAUSAL=causal and T > 1,
+        DIRECT=direct,
+        BLOCK_M=block_m,
+        BLOCK_S=block_s,
+        COMPUTE=tl.bfloat16 if half else tl.float32,
+        PRECISION="tf32" if query.dtype == torch.float16 else "ieee",
+        num_warps=4,
+        num_stages=2,
+    )
+    if not direct:
+        merge_splits_kernel[(B * H * T,)](
+            out,
+            partial,
+            stats,
+            splits,
+            HEAD_DIM=D,
+            D=triton.next_power_of_2(D),
+            SPLITS=triton.next_power_of_2(splits),
+            CHUNK=min(16, triton.next_power_of_2(splits)),
+            num_warps=4,
+        )
+    return out
+
+
+def _splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Enough programs for two on each multiprocessor, no split of less than one tile."""
+    return max(1, min(tiles, triton.cdiv(2 * _multiprocessors(device), programs), 128))
+
+
+@lru_cache(maxsize=32)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _mask_BHTS(mask: Tensor | None, B: int, H: int, T: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        mask = mask[:, None, None, :]
+    return mask.expand(B, H, T, mask.shape[-1])
+
+
+def _check(
+    query: Tensor, key: KVSide, value: KVSide, mask: Tensor | None, length: int | None, lengths: Tensor | None
+) -> None:
+    """Raise ValueError for arguments of decode_attention that do not fit together."""
+    if query.ndim != 4 or query.dtype not in _QUERY_DTYPES:
+        raise ValueError(f"query must be [B, H, T, D] in bf16, fp16 or fp32, got {query.dtype} {tuple(query.shape)}")
+    B, H, T, D = query.shape
+    batch, G, capacity = key.codes.shape[:3]
+    if key.codes.shape != value.codes.shape:
+        raise ValueError(f"keys {tuple(key.codes.shape)} and values {tuple(value.codes.shape)} must have one shape")
+    if batch != B or key.head_dim != D or G == 0 or H % G:
+        raise ValueError(
+            f"query {tuple(query.shape)} does not fit a cache of batch {batch}, {G} KV heads, head_dim {key.head_dim}"
+        )
+    if not query.device == key.codes.device == value.codes.device:
+        raise ValueError(f"query on {query.device}, keys on {key.codes.device}, values on {value.codes.device}")
+    if length is not None and lengths is not None:
+        raise ValueError("give length or lengths, not both")
+    if length is not None and not 0 <= length <= capacity:
+        raise ValueError(f"length {length} is outside the cache's capacity of {capacity}")
+    if lengths is not None:
+        if tuple(lengths.shape) != (B,) or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
+        if lengths.device != query.device or not lengths.is_contiguous():
+            raise ValueError(f"lengths must be contiguous on {query.device}")
+        if lengths.device.type == "cpu" and B and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
+            raise ValueError(f"lengths {lengths.tolist()} are outside the cache's capacity of {capacity}")
+    if mask is None:
+        return
+    if mask.ndim not in (2, 4) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
+        raise ValueError(f"mask must be boolean or floating, [B, S] or 4D, got {mask.dtype} {tuple(mask.shape)}")
+    lead = mask.shape[:1] if mask.ndim == 2 else mask.shape[:3]
+    wanted = (B,) if mask.ndim == 2 else (B, H, T)
+    needed = capacity if length is None else length
+    if any(have not in (1, want) for have, want in zip(lead, wanted, strict=True)) or mask.shape[-1] < needed:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} must broadcast to {(B, H, T)} and have at least {needed} keys"
+        )
+    if mask.device != query.device:
+        raise ValueError(f"mask is on {mask.device}, query on {query.device}")
