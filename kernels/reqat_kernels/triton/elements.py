@@ -2,7 +2,8 @@
 
 One trick does all the rounding. A small float with m mantissa bits is evenly spaced within a binade, by 2^(e - m);
 below its smallest normal exponent the spacing stays. Adding M = 2^(23 - m) * 2^e to a magnitude makes the adder round
-it to that spacing, ties to even, and *the low bits of the sum are the count of spacings*: with n = bits(a + M) - bits(M),
+it to that spacing, ties to even, and *the low bits of the sum are the count of spacings*:
+with n = bits(a + M) - bits(M),
 
     code = n + (e - emin) * 2^m          E2M1: m 1, emin 0    E1M2: m 2, emin 1    E4M3: m 3, emin -6
 
@@ -162,24 +163,15 @@ def decode_e8m0(code):
 def encode_e8m0(amax, RULE: tl.constexpr, E1M2: tl.constexpr):
     """E8M0 bytes (int32, 0..254) for float32 block maxima: ``ceil``, ``floor`` or ``even``, as reqat.formats.scales."""
     if RULE == "ceil":
-        if E1M2:
-            quotient = tl.div_rn(amax, 3.5)
-        else:
-            quotient = tl.div_rn(amax, 6.0)
+        quotient = tl.div_rn(amax, 3.5 if E1M2 else 6.0)
         # Below 2^-126 bits are no exponents. Up to 2^-127 the answer is 0; from there on the carry does the rest.
         bits = float_bits(tl.where(quotient > 5.877471754111438e-39, quotient, 0.0))
         return (bits + 0x7FFFFF) >> 23
     else:
         bits = float_bits(amax)
         if RULE == "even":  # carry where the element's own rounding would: mantissa 1.75 (E2M1), 1.875 (E1M2)
-            if E1M2:
-                bits += 1 << 20
-            else:
-                bits += 1 << 21
-        if E1M2:
-            return tl.maximum((bits >> 23) - 1, 0)
-        else:
-            return tl.maximum((bits >> 23) - 2, 0)
+            bits += 1 << (20 if E1M2 else 21)
+        return tl.maximum((bits >> 23) - (1 if E1M2 else 2), 0)
 
 
 @triton.jit
@@ -188,18 +180,9 @@ def nvfp4_global_scale(amax, E1M2: tl.constexpr, RULE: tl.constexpr):
 
     Under ``reciprocal`` ``1 / (amax / (448 * emax))``.
     """
-    if RULE == "reciprocal":
-        if E1M2:
-            kept = tl.div_rn(amax, 1568.0)
-        else:
-            kept = tl.div_rn(amax, 2688.0)
-        g = tl.div_rn(1.0, kept)
-    else:
-        g = tl.div_rn(1.0, amax)
-        if E1M2:
-            g = g * 1568.0
-        else:
-            g = g * 2688.0
+    TOP: tl.constexpr = 1568.0 if E1M2 else 2688.0
+    t = tl.where(amax == 0, TOP, amax)
+    g = tl.div_rn(1.0, tl.div_rn(t, TOP)) if RULE == "reciprocal" else tl.div_rn(1.0, t) * TOP
     return tl.where(amax == 0, 1.0, tl.minimum(g, 3.4028234663852886e38))
 
 
@@ -207,25 +190,18 @@ def nvfp4_global_scale(amax, E1M2: tl.constexpr, RULE: tl.constexpr):
 def nvfp4_scale_bits(amax, g, E1M2: tl.constexpr, RULE: tl.constexpr):
     """E4M3 bits (int32) of block scales for float32 block maxima and ``g``; a zero scale is stored as 0.125.
 
-    RULE: ``divide`` ``(amax / emax) * g``; ``multiply`` ``amax * (g / emax)``; ``reciprocal`` ``(amax / emax) / (1 / g)``,
-    at least 2^-6.
+    RULE: ``divide``: ``(amax / emax) * g``; ``multiply``: ``amax * (g / emax)``; ``reciprocal``:
+    ``(amax / emax) / (1 / g)``, at least 2^-6.
     """
+    EMAX: tl.constexpr = 3.5 if E1M2 else 6.0
     if RULE == "multiply":
-        if E1M2:
-            t = amax * tl.div_rn(g, 3.5)
-        else:
-            t = amax * tl.div_rn(g, 6.0)
+        t = amax * tl.div_rn(g, EMAX)
+    elif RULE == "reciprocal":
+        t = tl.maximum(tl.div_rn(tl.div_rn(amax, EMAX), tl.div_rn(1.0, g)), 0.015625)
     else:
-        if E1M2:
-            t = tl.div_rn(amax, 3.5)
-        else:
-            t = tl.div_rn(amax, 6.0)
-        if RULE == "reciprocal":
-            t = tl.maximum(tl.div_rn(t, tl.div_rn(1.0, g)), 0.015625)
-        else:
-            t = t * g
+        t = tl.div_rn(amax, EMAX) * g
     code = encode_e4m3(t)
-    return tl.where(code == 0, 32, code)  # 32 is 0.125; e4m3 code 0 means t rounded to nothing
+    return tl.where(code == 0, 32, code)  # 32 is 0.125
 
 
 @triton.jit

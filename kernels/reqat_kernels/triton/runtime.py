@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _REMEDY = "Triton kernels need the package triton: pip install 'reqat[kernels]', or use reqat.quantize and PyTorch"
-
-triton: Any
-tl: Any
 
 
 class _Missing:
@@ -38,11 +36,11 @@ try:
     import triton
     import triton.language as tl
 
-    #: Whether kernels run in triton's interpreter. Read when they are defined: later changes of the environment are void.
+    #: Whether kernels run in triton's interpreter; settled when they are defined, whatever the environment says later.
     INTERPRETED: bool = triton.knobs.runtime.interpret
     AVAILABLE = True
 except ImportError:
-    triton = tl = _Missing()
+    triton = tl = _Missing()  # type: ignore[assignment]
     INTERPRETED = AVAILABLE = False
 
 
@@ -63,8 +61,6 @@ def require(*tensors: Tensor | None) -> None:
 
 def capability(t: Tensor) -> int:
     """Compute capability of the tensor's GPU as 10 * major + minor (90, 100, 120); 0 in the interpreter."""
-    import torch
-
     if INTERPRETED or t.device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(t.device)
@@ -73,8 +69,6 @@ def capability(t: Tensor) -> int:
 
 def status() -> str:
     """One line for people: whether Triton kernels can be used here."""
-    import torch
-
     if not AVAILABLE:
         return "Triton kernels: none (pip install 'reqat[kernels]')"
     if INTERPRETED:

@@ -1,0 +1,301 @@
+"""Quantize activations on the GPU: numbers in, packed FP4 codes and block scales out, optionally rotated on the way.
+
+A tile of rows and columns is read once; each block's maximum, scale and codes follow in registers (elements.py has the
+arithmetic). What costs extra is NVFP4's global scale g:
+
+- ``static``: known beforehand. One pass: 2 bytes read and 0.56 written an element, the way to serve.
+- ``row`` and ``dynamic``: g needs the row's or tensor's maximum, so a first pass reads everything (and rotates, since
+  the maximum is that of the rotated numbers). Tiles meet in an atomic maximum of bits, whose result has no order; g is
+  then computed by the second kernel, so the host never waits for it.
+
+The rotation is a block Hadamard by sums and differences in float32, rounded to the input's type as the unfused one is
+by ``reqat.quant.block_hadamard``. Its order of summation is fixed (see elements.py), so codes are the same on every
+device, but it is not a matrix product's: promised are bits equal to ``naive.block_hadamard``, and closeness to the product.
+
+Trade-off: refusing NaN and infinity, as the reference does, makes the host wait for one number. ``check=False`` is for
+CUDA graphs and for callers who know; the codes of non-finite input are then garbage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reqat.formats import Format, PackedTensor, get_format
+from reqat_kernels.triton.elements import (
+    as_float32,
+    bits_float,
+    block_maxima,
+    cast,
+    decode_e4m3,
+    decode_e8m0,
+    encode_e8m0,
+    encode_element,
+    float_bits,
+    hadamard_butterfly,
+    nvfp4_effective_scale,
+    nvfp4_global_scale,
+    nvfp4_scale_bits,
+    pack_pairs,
+    spread,
+)
+from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
+
+ROTATIONS = (2, 4, 8, 16, 32, 64, 128)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INFINITY_BITS = 0x7F800000
+# The smallest g lets the largest block scale, 448 / g, still be a float32; as in reqat.formats.
+_SMALLEST_G = 1.01 * 448.0 / torch.finfo(torch.float32).max
+
+
+@triton.jit
+def _load_tile(
+    x_ptr,
+    rows,
+    columns,
+    M,
+    K,
+    HADAMARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows and columns of row-major x [M, K], rotated, as float32 [BLOCK_M, BLOCK_K]; zeros outside."""
+    mask = (rows < M)[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=mask, other=0.0)
+    y = as_float32(x)
+    if HADAMARD:
+        y = hadamard_butterfly(y, BLOCK_M, BLOCK_K // HADAMARD, HADAMARD)
+        y = as_float32(cast(y, x.dtype))
+    return y
+
+
+@triton.jit
+def amax_kernel(
+    x_ptr,  # [M, K]
+    amax_ptr,  # int32 [1] or [M], zeros: takes the bits of max |x|
+    M,
+    K,
+    ROW: tl.constexpr,
+    HADAMARD: tl.constexpr,  # size of the rotation, or 0
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """First pass: the largest magnitude of x, or of each row, after rotation."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    y = _load_tile(x_ptr, rows, columns, M, K, HADAMARD, BLOCK_M, BLOCK_K)
+    top = tl.max(float_bits(y) & 0x7FFFFFFF, axis=1)
+    if ROW:
+        tl.atomic_max(amax_ptr + rows, top, mask=rows < M)
+    else:
+        tl.atomic_max(amax_ptr, tl.max(top, axis=0))
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr,  # [M, K] float16, bfloat16 or float32
+    packed_ptr,  # uint8 [M, K / 2]
+    scales_ptr,  # uint8 [M, K / BLOCK]: E8M0, or the bits of E4M3
+    g_ptr,  # float32 [1] or [M]; written if DYNAMIC
+    amax_ptr,  # int32 [1] or [M]: read if DYNAMIC, else [1] and raised to the largest magnitude if TRACK
+    M,
+    K,
+    BLOCK: tl.constexpr,  # 16 or 32 elements a scale
+    E1M2: tl.constexpr,
+    RULE: tl.constexpr,  # of the scales: ceil, floor, even (E8M0); divide, multiply, reciprocal (E4M3)
+    NVFP4: tl.constexpr,
+    ROW: tl.constexpr,  # g and amax are [M]
+    DYNAMIC: tl.constexpr,
+    TRACK: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Codes and scales of a tile of rows and columns."""
+    BLOCKS: tl.constexpr = BLOCK_K // BLOCK
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    y = _load_tile(x_ptr, rows, columns, M, K, HADAMARD, BLOCK_M, BLOCK_K)
+    amax = block_maxima(y, BLOCK_M, BLOCKS, BLOCK)
+    if NVFP4:
+        if ROW:
+            if DYNAMIC:
+                top = tl.load(amax_ptr + rows, mask=rows < M, other=0)
+                g = nvfp4_global_scale(bits_float(top), E1M2, RULE)
+                if tl.program_id(1) == 0:
+                    tl.store(g_ptr + rows, g, mask=rows < M)
+            else:
+                g = tl.load(g_ptr + rows, mask=rows < M, other=1.0)
+            g = g[:, None]
+        else:
+            if DYNAMIC:
+                g = nvfp4_global_scale(bits_float(tl.load(amax_ptr)), E1M2, RULE)
+                if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+                    tl.store(g_ptr, g)
+            else:
+                g = tl.load(g_ptr)
+        stored = nvfp4_scale_bits(amax, g, E1M2, RULE)
+        s = decode_e4m3(stored)
+        if RULE == "reciprocal":
+            kept = tl.minimum(tl.div_rn(1.0, tl.div_rn(1.0, g)), 3.4028234663852886e38)
+            inverse = tl.minimum(tl.div_rn(kept, s), 3.4028234663852886e38)
+            y = y * spread(inverse, BLOCK_M, BLOCKS, BLOCK)
+        else:
+            y = tl.div_rn(y, spread(nvfp4_effective_scale(s, g, RULE), BLOCK_M, BLOCKS, BLOCK))
+    else:
+        stored = encode_e8m0(amax, RULE, E1M2)
+        y = tl.div_rn(y, spread(decode_e8m0(stored), BLOCK_M, BLOCKS, BLOCK))
+    if TRACK:
+        tl.atomic_max(amax_ptr, tl.max(tl.max(float_bits(amax), axis=1), axis=0))
+
+    packed = pack_pairs(encode_element(y, E1M2), BLOCK_M, BLOCK_K // 2)
+    first = rows.to(tl.int64)[:, None]
+    pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
+    tl.store(
+        packed_ptr + first * (K // 2) + pairs[None, :], packed, mask=(rows < M)[:, None] & (pairs < K // 2)[None, :]
+    )
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    in_range = (rows < M)[:, None] & (blocks < K // BLOCK)[None, :]
+    tl.store(scales_ptr + first * (K // BLOCK) + blocks[None, :], stored.to(tl.uint8), mask=in_range)
+
+
+@torch.no_grad()
+def quantize(
+    x: Tensor,
+    fmt: str | Format,
+    *,
+    rotation: int | None = None,
+    global_scale: Tensor | float | str | None = None,
+    check: bool = True,
+    name: str | None = None,
+    **options: str | None,
+) -> PackedTensor:
+    """``reqat.quantize(x, fmt, ...).pack()`` along the last axis, bit for bit.
+
+    Args:
+        x: [..., K] float16, bfloat16, float32 or float64 (rounded to float32 first), K a multiple of the block.
+        fmt: NVFP4 or MXFP4, by name or as a Format, with ``options`` as for ``reqat.quantize``.
+        rotation: size of a block Hadamard along the last axis, applied first; a power of two from 2 to 128.
+        global_scale: ``dynamic``, ``row`` or ``static``, or the value of g: a scalar, or [..., 1].
+        check: refuse NaN and infinity (the host waits for the kernel), and a bad g.
+        name: what to call ``x`` in an error.
+
+    Raises:
+        ImportError: triton is not installed.
+        ValueError: a format, rounding, shape or device that the kernel does not take; NaN or infinity in ``x``.
+    """
+    label = name or "tensor"
+    fmt, given = _resolve(fmt, global_scale, options)
+    require(x, given if isinstance(given, Tensor) and given.numel() > 1 else None)
+    block = fmt.block or 1
+    if x.dtype not in _DTYPES:
+        raise ValueError(f"{label} has dtype {x.dtype}; formats take {', '.join(map(str, _DTYPES))}")
+    if x.ndim == 0 or x.shape[-1] % block:
+        raise ValueError(
+            f"{label} of shape {tuple(x.shape)}: the last axis must be a multiple of {fmt.name}'s block of {block}; "
+            "pad it with zeros"
+        )
+    K = x.shape[-1]
+    if rotation is not None and (rotation not in ROTATIONS or K % rotation):
+        raise ValueError(
+            f"rotation={rotation} of {label} with last axis {K}: take a power of two from 2 to 128 that divides the "
+            "axis, or None"
+        )
+    x_MK = (x.float() if x.dtype == torch.float64 else x.detach()).reshape(-1, K).contiguous()
+    M = x_MK.shape[0]
+    row = fmt.global_scale == "row" if given is None else False
+    dynamic = fmt.has_global_scale and given is None
+    g = torch.ones(M if row else 1, dtype=torch.float32, device=x.device)
+    if given is not None:
+        g = _given_g(given, x, check)
+        row = g.numel() != 1 or g.ndim > 0
+        g = g.reshape(-1)
+    packed = torch.empty(M, K // 2, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(M, K // block, dtype=torch.uint8, device=x.device)
+    if x_MK.numel():
+        amax = torch.zeros(M if row and dynamic else 1, dtype=torch.int32, device=x.device)
+        BM, BK = _tile(M, K, max(block, rotation or 0))
+        grid = (triton.cdiv(M, BM), triton.cdiv(K, BK))
+        # No a * b + c in one rounding: the reference rounds twice.
+        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK, "enable_fp_fusion": False}
+        if dynamic:
+            amax_kernel[grid](x_MK, amax, M, K, ROW=row, **tile)
+        quantize_kernel[grid](
+            x_MK,
+            packed,
+            scales,
+            g,
+            amax,
+            M,
+            K,
+            BLOCK=block,
+            E1M2=fmt.element == "E1M2",
+            RULE=fmt.scale_rule,
+            NVFP4=fmt.has_global_scale,
+            ROW=row,
+            DYNAMIC=dynamic,
+            TRACK=check and not dynamic,
+            **tile,
+        )
+        if check and int(amax.amax()) >= _INFINITY_BITS:
+            rotated = " (after rotation)" if rotation else ""
+            raise ValueError(
+                f"{label} of shape {tuple(x.shape)} holds NaN or infinity{rotated}; only finite numbers can be "
+                "quantized"
+            )
+    lead = x.shape[:-1]
+    return PackedTensor(
+        packed.view(*lead, K // 2),
+        (scales if fmt.scale == "E8M0" else scales.view(torch.float8_e4m3fn)).view(*lead, K // block),
+        None if not fmt.has_global_scale else g.view(*lead, 1) if row else g.view(()),
+        fmt,
+        x.ndim - 1,
+        x.shape,
+        x.dtype,
+    )
+
+
+def _resolve(
+    fmt: str | Format, global_scale: Tensor | float | str | None, options: dict[str, str | None]
+) -> tuple[Format, Tensor | float | None]:
+    """The format, and the global scale if it was given by value; ValueError for what the kernel does not take."""
+    if isinstance(global_scale, str):
+        options = {**options, "global_scale": global_scale}
+        global_scale = None
+    fmt = get_format(fmt, **options)
+    if fmt.name not in ("NVFP4", "MXFP4") or fmt.rounding != "even":
+        raise ValueError(
+            f"the Triton quantizer takes NVFP4 and MXFP4 with rounding 'even', not {fmt.name} with {fmt.rounding!r}: "
+            "use reqat.quantize"
+        )
+    if global_scale is not None and not fmt.has_global_scale:
+        raise ValueError(f"{fmt.name} has no global scale: leave global_scale out, or quantize to NVFP4")
+    if global_scale is None and fmt.global_scale == "static":
+        raise ValueError(
+            f"{fmt.name} with global_scale='static' needs the calibrated value: pass global_scale=<number or tensor>, "
+            "or choose 'dynamic' or 'row'"
+        )
+    return fmt, global_scale
+
+
+def _given_g(given: Tensor | float, x: Tensor, check: bool) -> Tensor:
+    """g as float32 on x's device: a scalar, or ``x``'s shape with a last axis of 1."""
+    g = torch.as_tensor(given, dtype=torch.float32, device=x.device)
+    if check and not bool((torch.isfinite(g) & (g > _SMALLEST_G)).all()):
+        raise ValueError(f"global_scale must be finite and above {_SMALLEST_G:.2g}, got {given}")
+    if g.numel() == 1:
+        return g.reshape(())
+    shape = (*x.shape[:-1], 1)
+    try:
+        return g.broadcast_to(shape).contiguous()
+    except RuntimeError as error:
+        raise ValueError(f"global_scale of shape {tuple(g.shape)} must be a scalar or of shape {shape}") from error
+
+
+def _tile(M: int, K: int, at_least: int) -> tuple[int, int]:
+    """Rows and columns a program: 32 elements a thread; the interpreter pays by program, so it gets large ones."""
+    columns = max(at_least, min(triton.next_power_of_2(K), 512 if INTERPRETED else 256))
+    elements = 32768 if INTERPRETED else 4096
+    return min(triton.next_power_of_2(M), max(1, elements // columns)), columns
