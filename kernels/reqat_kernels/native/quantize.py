@@ -1,0 +1,315 @@
+"""Quantizing on the CPU: reqat.formats' arithmetic in two passes over memory, bit for bit.
+
+The reference takes some thirty passes of elementwise PyTorch over a tensor. Here one finds the largest magnitude of
+every block (and with it NaN and infinity), one rounds; a format with a global scale a row, or with none, needs only one
+from memory, since a row is still in the cache when it is rounded. What the native loops do not take (float64, other
+devices, subclasses, lengths that want padding) goes to :mod:`reqat.formats`, and so does every error: the reference
+raises it, so that its words are the same.
+
+Trade-offs: results are equal to the reference's to the last bit, so the loops divide where a multiplication by a
+reciprocal would do for a GPU; four-over-six adds its squared errors in torch.sum's order.
+
+The torch operators ``reqat::fake_quantize`` and ``reqat::quantize`` have no gradient of their own: the
+straight-through estimator is :func:`reqat.quant.fake_quantize`'s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reqat.formats import Format, PackedTensor, QuantizedTensor, get_format
+from reqat.formats import quantize as reference_quantize
+from reqat.formats import quantize_dequantize as reference_quantize_dequantize
+from reqat.formats.scales import SCALE_TYPES
+from reqat_kernels.native.library import OPERATORS, library
+
+_ELEMENTS = ("E2M1", "E1M2", "INT4")
+_SCALES = ("E8M0", "E4M3", "E5M2", "FP16", "FP32")
+_RULES = ("ceil", "floor", "even", "divide", "multiply", "reciprocal", "nearest")
+_GLOBAL_SCALES = ("none", "dynamic", "row", "static")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Elements that make another thread worth starting: some 15 microseconds of work.
+_PER_THREAD = 32768
+_OK = 0
+
+
+class Spec(ctypes.Structure):
+    """``reqat::Spec`` of quantize.h, field by field."""
+
+    _fields_ = [
+        ("element", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("scale", ctypes.c_int32),
+        ("rule", ctypes.c_int32),
+        ("away", ctypes.c_int32),
+        ("asymmetric", ctypes.c_int32),
+        ("adaptive", ctypes.c_int32),
+        ("global_scale", ctypes.c_int32),
+        ("emax", ctypes.c_float),
+        ("cap", ctypes.c_float),
+    ]
+
+
+@lru_cache(maxsize=256)
+def spec_of(fmt: Format) -> Spec:
+    """The format as the native code reads it. Shared: do not write to it."""
+    return Spec(
+        _ELEMENTS.index(fmt.element),
+        fmt.block or 0,
+        _SCALES.index(fmt.scale),
+        _RULES.index(fmt.scale_rule),
+        int(fmt.rounding == "away"),
+        int(fmt.asymmetric),
+        int(fmt.adaptive),
+        _GLOBAL_SCALES.index(fmt.global_scale),
+        fmt.element_type.emax,
+        fmt.scale_cap,
+    )
+
+
+@lru_cache(maxsize=256)
+def format_key(fmt: Format) -> str:
+    """A format as the string that operators take: its name and options."""
+    return "|".join((fmt.name, fmt.element, fmt.scale, fmt.scale_rule, fmt.rounding, fmt.global_scale))
+
+
+@lru_cache(maxsize=256)
+def format_from_key(key: str) -> Format:
+    """The inverse of :func:`format_key`; the name of a format alone stands for its defaults. ValueError as get_format."""
+    name, *options = key.split("|")
+    fields = ("element", "scale", "scale_rule", "rounding", "global_scale")
+    return get_format(name, **dict(zip(fields, options, strict=False)))
+
+
+# --- calling the library ----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _call_of(fmt: Format) -> tuple[Any, Spec, int, bool, bool, bool]:
+    """What a call needs to know of a format: the function, Spec, block, and how it scales."""
+    lib = library()
+    function = None
+    if lib is not None:
+        function = lib.reqat_quantize
+        pointer = ctypes.c_void_p
+        function.argtypes = [
+            ctypes.POINTER(Spec),
+            ctypes.c_int32,
+            pointer,
+            ctypes.c_int64,
+            ctypes.c_int64,
+            pointer,
+            ctypes.c_int64,
+            ctypes.c_int32,
+            *[pointer] * 5,
+        ]
+        function.restype = ctypes.c_int32
+    return function, spec_of(fmt), fmt.block or 0, fmt.has_global_scale, fmt.global_scale == "static", fmt.asymmetric
+
+
+def _threads(numel: int) -> int:
+    return 1 if numel < 2 * _PER_THREAD else max(1, min(torch.get_num_threads(), numel // _PER_THREAD))
+
+
+def _takes(x: Tensor, block: int) -> bool:
+    """Whether the native loops take ``x`` along its last axis."""
+    if x.dtype not in _DTYPES or x.ndim == 0 or x.device.type != "cpu":
+        return False
+    length = x.shape[-1]
+    return length > 0 and not (block and length % block) and not x.is_neg() and not x.is_conj()
+
+
+def _given(global_scale: Tensor | float, ordered: Tensor, order: tuple[int, ...] | None) -> Tensor | None:
+    """g as contiguous float32, a scalar or one a row of ``ordered`` (axes in ``order``); None if it has another shape."""
+    g = global_scale if isinstance(global_scale, Tensor) else torch.tensor(global_scale, dtype=torch.float32)
+    if g.device.type != "cpu":
+        return None
+    g = g.detach().to(torch.float32)
+    if g.numel() == 1:
+        return g
+    wanted = [*ordered.shape[:-1], 1]
+    shape = wanted if order is None else [wanted[order.index(axis)] for axis in range(len(order))]
+    try:
+        g = g.broadcast_to(shape)
+    except RuntimeError:
+        return None
+    return (g if order is None else g.permute(order)).contiguous()
+
+
+def _memory_order(x: Tensor) -> tuple[int, ...] | None:
+    """The order of axes that makes ``x`` contiguous without moving the last one; None if it is already."""
+    if x.is_contiguous():
+        return None
+    return (*sorted(range(x.ndim - 1), key=x.stride, reverse=True), x.ndim - 1)
+
+
+def _back(t: Tensor, order: tuple[int, ...] | None) -> Tensor:
+    if order is None:
+        return t
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return t.permute(*inverse, *range(len(order), t.ndim))
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor with memory of its own that nothing traces."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _fake(x: Tensor, fmt: Format, global_scale: Tensor | float | None, name: str | None) -> Tensor:
+    function, spec, block, has_global, static, _ = _call_of(fmt)
+    if function is not None and _takes(x, block) and (has_global or global_scale is None):
+        order = _memory_order(x)
+        y = x if order is None else x.permute(order).contiguous()
+        g = None if global_scale is None else _given(global_scale, y, order)
+        if (g is not None) == (global_scale is not None) and not (static and g is None):
+            out = torch.empty(y.shape, dtype=y.dtype)
+            length, numel = y.shape[-1], y.numel()
+            status = function(
+                spec,
+                _DTYPES[y.dtype],
+                y.data_ptr(),
+                numel // length,
+                length,
+                None if g is None else g.data_ptr(),
+                0 if g is None else g.numel(),
+                _threads(numel),
+                out.data_ptr(),
+                None,
+                None,
+                None,
+                None,
+            )
+            if status == _OK:
+                return _back(out, order)
+    return reference_quantize_dequantize(x, fmt, global_scale=global_scale, name=name)
+
+
+def _codes(
+    x: Tensor, fmt: Format, global_scale: Tensor | float | None, packed: bool, name: str | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes (packed or not), scales and g of ``x`` along its last axis."""
+    function, spec, block, has_global, static, asymmetric = _call_of(fmt)
+    if function is not None and _takes(x, block) and (has_global or global_scale is None):
+        order = _memory_order(x)
+        y = x if order is None else x.permute(order).contiguous()
+        given = None if global_scale is None else _given(global_scale, y, order)
+        if (given is not None) == (global_scale is not None) and not (static and given is None):
+            leading, length, numel = y.shape[:-1], y.shape[-1], y.numel()
+            blocks = length // (block or length)
+            codes = torch.empty(*leading, (length + 1) // 2 if packed else length, dtype=torch.uint8)
+            scales = torch.empty(*leading, blocks, *([2] if asymmetric else []), dtype=SCALE_TYPES[fmt.scale].dtype)
+            g = None
+            if has_global:
+                per_row = given.numel() > 1 if given is not None else fmt.global_scale == "row"
+                g = torch.empty((*leading, 1) if per_row else (), dtype=torch.float32)
+            status = function(
+                spec,
+                _DTYPES[y.dtype],
+                y.data_ptr(),
+                numel // length,
+                length,
+                None if given is None else given.data_ptr(),
+                0 if given is None else given.numel(),
+                _threads(numel),
+                None,
+                None if packed else codes.data_ptr(),
+                codes.data_ptr() if packed else None,
+                scales.data_ptr(),
+                None if g is None else g.data_ptr(),
+            )
+            if status == _OK:
+                codes = _back(codes, order) if not packed else _back(codes, order).contiguous()
+                scales = _back(scales, order).contiguous()
+                return codes, scales, g if g is None or g.ndim == 0 else _back(g, order).contiguous()
+    q = reference_quantize(x, fmt, global_scale=global_scale, name=name)
+    return (q.pack().packed if packed else q.codes), q.scales, q.global_scale
+
+
+# --- for Python -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fake_quantize(
+    x: Tensor, fmt: Format | str, global_scale: Tensor | float | None = None, name: str | None = None
+) -> Tensor:
+    """``reqat.quantize_dequantize(x, fmt, global_scale=global_scale, name=name)`` along the last axis, bit for bit.
+
+    Same shape, dtype and strides; no gradient. Native for float32, bfloat16 and float16 on the CPU, else the reference.
+    Raises its errors: ValueError for NaN or infinity (naming ``name``), a length that the block does not divide, a
+    global scale that is missing, out of range or of another shape.
+    """
+    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    if _plain(x):
+        return _fake(x, fmt, global_scale, name)
+    if isinstance(x, Tensor) and (global_scale is None or isinstance(global_scale, Tensor)):
+        return torch.ops.reqat.fake_quantize(x, format_key(fmt), global_scale)
+    return reference_quantize_dequantize(x, fmt, global_scale=global_scale, name=name)
+
+
+@torch.no_grad()
+def quantize(
+    x: Tensor, fmt: Format | str, global_scale: Tensor | float | None = None, name: str | None = None
+) -> QuantizedTensor:
+    """``reqat.quantize(x, fmt, global_scale=global_scale, name=name)`` along the last axis, bit for bit. Same errors."""
+    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return reference_quantize(x, fmt, global_scale=global_scale, name=name)
+    codes, scales, g = _codes(x, fmt, global_scale, False, name)
+    return QuantizedTensor(codes, scales, g, fmt, x.ndim - 1, x.shape, x.dtype)
+
+
+@torch.no_grad()
+def quantize_packed(
+    x: Tensor, fmt: Format | str, global_scale: Tensor | float | None = None, name: str | None = None
+) -> PackedTensor:
+    """``quantize(...).pack()``, written packed at once. Same errors."""
+    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    if not isinstance(x, Tensor) or x.ndim == 0:
+        return reference_quantize(x, fmt, global_scale=global_scale, name=name).pack()
+    packed, scales, g = _codes(x, fmt, global_scale, True, name)
+    return PackedTensor(packed, scales, g, fmt, x.ndim - 1, x.shape, x.dtype)
+
+
+# --- torch operators --------------------------------------------------------------------------------------------------
+
+OPERATORS.define("fake_quantize(Tensor x, str format, Tensor? global_scale=None) -> Tensor")
+# g is a scalar, one a row, or, for formats without a global scale, empty.
+OPERATORS.define("quantize(Tensor x, str format, Tensor? global_scale=None) -> (Tensor, Tensor, Tensor)")
+
+
+def _fake_operator(x: Tensor, key: str, global_scale: Tensor | None = None) -> Tensor:
+    return _fake(x, format_from_key(key), global_scale, None)
+
+
+def _quantize_operator(x: Tensor, key: str, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    packed, scales, g = _codes(x, format_from_key(key), global_scale, True, None)
+    return packed, scales, torch.empty(0) if g is None else g
+
+
+def _fake_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> Tensor:
+    order = _memory_order(x)
+    return _back(torch.empty_like(x if order is None else x.permute(order).contiguous()), order)
+
+
+def _quantize_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    fmt = format_from_key(key)
+    *leading, length = x.shape
+    signs = [2] if fmt.asymmetric else []
+    packed = x.new_empty((*leading, (length + 1) // 2), dtype=torch.uint8)
+    blocks = length // fmt.block if fmt.block else 1
+    scales = x.new_empty((*leading, blocks, *signs), dtype=SCALE_TYPES[fmt.scale].dtype)
+    if not fmt.has_global_scale:
+        return packed, scales, x.new_empty((0,), dtype=torch.float32)
+    per_row = fmt.global_scale == "row" if global_scale is None else global_scale.numel() > 1
+    return packed, scales, x.new_empty((*leading, 1) if per_row else (), dtype=torch.float32)
+
+
+OPERATORS.impl("fake_quantize", _fake_operator, "CompositeExplicitAutograd")
+OPERATORS.impl("quantize", _quantize_operator, "CompositeExplicitAutograd")
+torch.library.register_fake("reqat::fake_quantize", _fake_shape, lib=OPERATORS)
+torch.library.register_fake("reqat::quantize", _quantize_shape, lib=OPERATORS)
