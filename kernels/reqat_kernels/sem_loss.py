@@ -394,10 +394,8 @@ def _check_finite(lse_N: Tensor) -> None:
 
 def _rows_for(x: Tensor) -> ModuleType:
     if x.is_cuda and x.dtype != torch.float64:
-        try:
-            from reqat_kernels.triton import sem_loss
-        except ImportError:  # no triton: torch's own operations do the same, in more passes
-            pass
-        else:
+        from reqat_kernels.triton import runtime, sem_loss
+
+        if runtime.AVAILABLE:  # without triton torch's own operations do the same, in more passes
             return sem_loss
     return sys.modules[__name__]

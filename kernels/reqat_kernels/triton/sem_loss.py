@@ -17,9 +17,9 @@ Shapes: C tokens of a chunk, V vocabulary.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from reqat_kernels.triton.runtime import require, tl, triton
 
 # Logits a program holds at once; long rows keep the memory busy with few programs.
 _BLOCK = 4096
@@ -76,6 +76,7 @@ def row_statistics(logits_CV: Tensor, *, entropy: bool = True) -> tuple[Tensor, 
 
     Without ``entropy`` the second is zeros. Rows must be contiguous.
     """
+    require(logits_CV)
     C, V = _shape(logits_CV)
     lse_C = torch.empty(C, dtype=torch.float32, device=logits_CV.device)
     entropy_C = torch.zeros_like(lse_C)
@@ -88,6 +89,7 @@ def row_statistics(logits_CV: Tensor, *, entropy: bool = True) -> tuple[Tensor, 
 
 def row_gradient_(logits_CV: Tensor, lse_C: Tensor, entropy_C: Tensor, pull_C: Tensor | None, nll: float) -> Tensor:
     """Logits ``[C, V]`` become ``p * (nll - pull * (log p + H))``, in place; a pull of None stands for zeros."""
+    require(logits_CV, lse_C, entropy_C, pull_C)
     C, V = _shape(logits_CV)
     block = _block(V)
     if C:
