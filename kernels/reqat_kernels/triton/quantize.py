@@ -9,8 +9,9 @@ arithmetic). What costs extra is NVFP4's global scale g:
   then computed by the second kernel, so the host never waits for it.
 
 The rotation is a block Hadamard by sums and differences in float32, rounded to the input's type as the unfused one is
-by ``reqat.quant.block_hadamard``. Its order of summation is fixed (see elements.py), so codes are the same on every
-device, but it is not a matrix product's: promised are bits equal to ``naive.block_hadamard``, and closeness to the product.
+by ``reqat.quant.block_hadamard``. Its order of summation is fixed (see elements.py), so codes are alike on every
+device, but it is not a matrix product's: promised are the bits of ``naive.block_hadamard``, and closeness to the
+product.
 
 Trade-off: refusing NaN and infinity, as the reference does, makes the host wait for one number. ``check=False`` is for
 CUDA graphs and for callers who know; the codes of non-finite input are then garbage.
