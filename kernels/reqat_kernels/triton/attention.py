@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, get_format
-from reqat_kernels.triton.elements import as_float32, cast, decode_e4m3, decode_e8m0, decode_element, spread
+from reqat_kernels.triton.elements import as_float32, bits_float, cast, decode_e4m3, decode_e8m0, spread
 from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
@@ -161,6 +161,20 @@ def _ragged(head_dim: int, fmt: Format) -> str:
 
 
 @triton.jit
+def _signed_values(packed, SHIFT: tl.constexpr, E1M2: tl.constexpr):
+    """Float32 values of the nibbles of ``packed`` (int32) that begin at bit SHIFT, times 2^-126 (E1M2: 2^-127).
+
+    A code is a tiny float: with its sign at float32's sign and its exponent at the low end of float32's exponent, it is
+    one, subnormal where the code is. Two shifts and two logical operations; a multiplication puts the range right.
+    """
+    sign = (packed << (28 - SHIFT)) & -0x80000000
+    if E1M2:
+        return bits_float(sign | ((packed << (21 - SHIFT)) & 0x00E00000))
+    else:
+        return bits_float(sign | ((packed << (22 - SHIFT)) & 0x01C00000))
+
+
+@triton.jit
 def _load_halves(
     codes,  # pointer to the first row's codes
     scales,
@@ -175,7 +189,11 @@ def _load_halves(
     C: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Even and odd channels of a tile of rows, code times block scale, float32 [BLOCK_S, C] each; zeros if hidden."""
+    """Even and odd channels of a tile of rows, float32 [BLOCK_S, C] each; zeros if hidden.
+
+    Code times block scale; in NVFP4 times 2^-8 (E1M2: 2^-9), which the caller undoes together with the global scale.
+    """
+    RANGE: tl.constexpr = 2.0**127 if E1M2 else 2.0**126
     c = tl.arange(0, C)
     BLOCKS: tl.constexpr = C * 2 // BLOCK
     b = tl.arange(0, BLOCKS)
@@ -183,9 +201,14 @@ def _load_halves(
     scale_mask = visible_S[:, None] & (b < HALF_DIM * 2 // BLOCK)[None, :]
     packed = tl.load(codes + offset_S[:, None] * stride_code + c[None, :], mask=code_mask, other=0).to(tl.int32)
     bits = tl.load(scales + offset_S[:, None] * stride_scale + b[None, :], mask=scale_mask, other=0)
-    scale = decode_e4m3(bits) if SCALE == "E4M3" else decode_e8m0(bits)
+    even, odd = _signed_values(packed, 0, E1M2), _signed_values(packed, 4, E1M2)
+    if SCALE == "E4M3":
+        scale = decode_e4m3(bits) * 3.32306998946229e35  # 2^118: as far as 448 may go
+    else:  # scales that may be as large as float32 itself: bring the codes to their own size first
+        scale = decode_e8m0(bits)
+        even, odd = even * RANGE, odd * RANGE
     scale = spread(scale, BLOCK_S, BLOCKS, BLOCK // 2)
-    return decode_element(packed & 0xF, E1M2) * scale, decode_element(packed >> 4, E1M2) * scale
+    return even * scale, odd * scale
 
 
 @triton.jit
@@ -251,6 +274,8 @@ def decode_attention_kernel(
     PRECISION: tl.constexpr,  # of float32 products
 ):
     """One split of one KV head's rows: grid (splits, B * G, row tiles)."""
+    KEY_UNDO: tl.constexpr = 512.0 if KEY_E1M2 else 256.0  # see _load_halves
+    VALUE_UNDO: tl.constexpr = 512.0 if VALUE_E1M2 else 256.0
     split = tl.program_id(0)
     batch = (tl.program_id(1) // kv_heads).to(tl.int64)
     group = (tl.program_id(1) % kv_heads).to(tl.int64)
@@ -306,7 +331,7 @@ def decode_attention_kernel(
         logits = tl.dot(query_even, tl.trans(key_even.to(COMPUTE)), input_precision=PRECISION)
         logits = tl.dot(query_odd, tl.trans(key_odd.to(COMPUTE)), logits, input_precision=PRECISION)
         if KEY_SCALE == "E4M3":
-            key_inverse_S = 1.0 / tl.load(key_global + offset_S * key_global_s, mask=in_use, other=1.0)
+            key_inverse_S = KEY_UNDO / tl.load(key_global + offset_S * key_global_s, mask=in_use, other=1.0)
             logits = logits * (key_inverse_S * scale_log2)[None, :]
         else:
             logits = logits * scale_log2
@@ -322,7 +347,7 @@ def decode_attention_kernel(
             else:
                 bias = as_float32(tl.load(pointer, mask=visible, other=0.0))
                 visible = visible & (bias > -1e30)
-                logits += bias * 1.4426950408889634
+                logits += tl.where(visible, bias, 0.0) * 1.4426950408889634
         logits = tl.where(visible, logits, float("-inf"))
 
         new_maximum_M = tl.maximum(maximum_M, tl.max(logits, 1))
@@ -334,7 +359,8 @@ def decode_attention_kernel(
         maximum_M = new_maximum_M
 
         if VALUE_SCALE == "E4M3":
-            weights = weights / tl.load(value_global + offset_S * value_global_s, mask=in_use, other=1.0)[None, :]
+            value_inverse_S = VALUE_UNDO / tl.load(value_global + offset_S * value_global_s, mask=in_use, other=1.0)
+            weights = weights * value_inverse_S[None, :]
         value_even, value_odd = _load_halves(
             value_codes,
             value_scales,
@@ -509,7 +535,7 @@ def decode_attention(
         COMPUTE=tl.bfloat16 if half else tl.float32,
         PRECISION="tf32" if query.dtype == torch.float16 else "ieee",
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
     )
     if not direct:
         merge_splits_kernel[(B * H * T,)](
