@@ -9,8 +9,8 @@ there is no error but that of float32 additions and of the output's type.
   fit; it is taken relative to the weight's largest one, 2^12, and what falls below 2^-24 then lies 36 binades below the
   top. float32 activations are multiplied in true float32, off the tensor cores.
 - *W4A4* gives codes and scales to the tensor core as they are (``tl.dot_scaled``), where it has such an instruction:
-  MXFP4 everywhere (below sm_100 triton unpacks it to bfloat16), NVFP4 from sm_100. Elsewhere, and for E1M2, which no
-  tensor core knows, a branch unpacks both operands and uses the plain instruction.
+  MXFP4 from sm_90 (where triton unpacks it to bfloat16), NVFP4 from sm_100. Elsewhere, and for E1M2, which no tensor
+  core knows, a branch unpacks both operands and uses the plain instruction.
 
 In the interpreter ``tl.dot`` on bfloat16 multiplies raw bits and ``dot_scaled`` reads E4M3 scales as E8M0, so there the
 compute type is float32 and NVFP4 takes the unpacking branch: same numbers.
@@ -284,7 +284,8 @@ def linear_w4a4(
     M, K = a_MK.shape[0], x.shape[-1]
     if out.numel():
         if scaled is None:
-            scaled = not w.e1m2 and (not w.nvfp4 or capability(out) >= 100)
+            level = capability(out)  # MXFP4 on sm_80 would spill registers
+            scaled = not w.e1m2 and (level >= 100 or (not w.nvfp4 and (INTERPRETED or level >= 90)))
         elif scaled and (w.e1m2 or (w.nvfp4 and INTERPRETED)):
             raise ValueError(
                 "scaled=True: tensor cores have no E1M2, and the interpreter reads E4M3 scales wrongly; leave it out"
@@ -404,7 +405,13 @@ def _prepare(
 def _tile(M: int, N: int, depth: int) -> tuple[int, int, int, dict[str, Any]]:
     """Tile sizes and launch options. The interpreter pays by program and operation: large tiles."""
     if INTERPRETED:
-        return min(128, triton.next_power_of_2(M)), min(256, triton.next_power_of_2(N)), 256, {}
+        return (
+            min(128, triton.next_power_of_2(M)),
+            min(256, triton.next_power_of_2(N)),
+            256,
+            {"enable_fp_fusion": False},
+        )
     BM = min(128, max(16, triton.next_power_of_2(M)))
     BN = 128 if BM >= 64 else 64
-    return BM, BN, depth, {"num_warps": 8 if BM == 128 else 4, "num_stages": 2 if depth == 128 else 3}
+    options = {"num_warps": 8 if BM == 128 else 4, "num_stages": 2 if depth == 128 else 3, "enable_fp_fusion": False}
+    return BM, BN, depth, options
