@@ -391,9 +391,42 @@ void gemm_float(const Weight& w, const float* x, const float* bias, float* y, in
     }
 }
 
+bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
+               float* scale) {
+    const int64_t block = format.block, blocks = K / block;
+    if (format.global_scale == DYNAMIC) {
+        const int32_t top = amax_bits(x, DTYPE_F32, M * K);
+        if (top >= 0x7F800000) return false;
+        g = global_scale_of(format, bits_to_float(uint32_t(top)));
+    }
+    for (int64_t m = 0; m < M; m++) {
+        if (format.global_scale == ROW) {
+            const int32_t top = amax_bits(x + m * K, DTYPE_F32, K);
+            if (top >= 0x7F800000) return false;
+            g = global_scale_of(format, bits_to_float(uint32_t(top)));
+        }
+        RowOut out;
+        out.doubled = values + m * K;
+        out.effective = scale + m * blocks;
+        if (!quantize_row(format, x + m * K, DTYPE_F32, K, g, out)) return false;
+        for (int64_t b = 0; b < blocks; b++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < block; i++) sum += values[m * K + b * block + i];
+            start[m * blocks + b] = -OFFSET * sum;
+            scale[m * blocks + b] *= 0.5f;
+        }
+    }
+    return true;
+}
+
 }  // namespace reqat
 
 using namespace reqat;
+
+REQAT_API int reqat_fp4_input(const Spec* format, const float* x, int64_t M, int64_t K, float g, int8_t* values,
+                              int32_t* start, float* scale) {
+    return fp4_input(*format, x, M, K, g, values, start, scale);
+}
 
 REQAT_API void reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* start, const float* scale_x,
                               const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "quantize.h"
+
 namespace reqat {
 
 constexpr int TILE = 16;   // rows of a tile
@@ -26,6 +28,13 @@ struct Weight {
     int8_t values[16];      // what each code stands for, doubled for E2M1 and E1M2
     float alpha;            // factor of the result: 1 / g, and 1/2 where values are doubled
 };
+
+// Round rows of x [M, K] to an FP4 format whose block is that of the weight and divides K.
+//   g: the global scale of a static format; otherwise it follows from x, per tensor or per row, as the format says.
+//   values: int8 [M, K], doubled; start: int32 [M, blocks]; scale: float32 [M, blocks], of doubled values.
+// False if x holds NaN or infinity.
+bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
+               float* scale);
 
 // y [M, N] = alpha * sum over blocks of scale_w * scale_x * (integer dot product) + bias.
 //   x: int8 [M, 16 * steps]; start: int32 [M, blocks], -OFFSET times the sum of x over each block;

@@ -26,6 +26,7 @@ from torch import Tensor
 from reqat.formats import Format, QuantizedTensor, quantize
 from reqat.formats.elements import ELEMENTS
 from reqat_kernels.native.library import OPERATORS, library, threads
+from reqat_kernels.native.quantize import Spec, spec_of
 
 _TILE, _STEP, _OFFSET = 16, 16, 16  # gemm.h
 _SCALES = ("E4M3", "E8M0")
@@ -158,6 +159,9 @@ def quantize_input(
         return _int8_input(x_MK, block, x.shape, x.dtype, name)
     if inputs.block != block or inputs.element == "INT4" or inputs.asymmetric:
         raise ValueError(f"inputs in {inputs.name} (block {inputs.block}) do not fit weights in blocks of {block}")
+    lib = _library()
+    if lib is not None and (global_scale is None or global_scale.numel() == 1):
+        return _fp4_input(lib, x_MK, inputs, global_scale, x, name)
     q = quantize(x_MK, inputs, global_scale=global_scale, pad=True, name=name)
     values = (inputs.element_type.decode(q.codes) * 2).to(torch.int8)
     start = _start(values, block)
@@ -269,6 +273,9 @@ def _library() -> ctypes.CDLL | None:
         lib.reqat_gemm_int.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 6, number, number, ctypes.c_int]
         lib.reqat_gemm_float.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 3, number, number, ctypes.c_int]
         lib.reqat_int8_input.argtypes = [pointer, number, number, number, ctypes.c_int32, pointer, pointer, pointer]
+        lib.reqat_fp4_input.argtypes = [
+            ctypes.POINTER(Spec), pointer, number, number, ctypes.c_float, pointer, pointer, pointer,
+        ]  # fmt: skip
         lib.reqat_advise_huge.argtypes = [pointer, number]
     return lib
 
@@ -349,6 +356,30 @@ def _int8_input(x_MK: Tensor, block: int, shape: torch.Size, dtype: torch.dtype,
             f"{name or 'input'} of shape {tuple(shape)} holds NaN or infinity; only finite numbers can be quantized"
         )
     return QuantizedInput(values, start, None, row_scale, block, shape, dtype)
+
+
+def _fp4_input(
+    lib: ctypes.CDLL, x_MK: Tensor, fmt: Format, global_scale: Tensor | None, x: Tensor, name: str | None
+) -> QuantizedInput:
+    block = fmt.block or 1
+    if global_scale is None:
+        g = 0.0
+        if fmt.global_scale == "static":
+            quantize(x_MK[:1], fmt, pad=True)  # raises: it says what is missing
+    else:
+        g = float(global_scale)
+        fmt = fmt.replace(global_scale="static")
+    ragged = -x_MK.shape[1] % block
+    x_MK = F.pad(x_MK.float(), (0, ragged)) if ragged else x_MK.float().contiguous()
+    M, K = x_MK.shape
+    values = torch.empty(M, K, dtype=torch.int8)
+    start = torch.empty(M, K // block, dtype=torch.int32)
+    scale = torch.empty(M, K // block)
+    if not lib.reqat_fp4_input(
+        spec_of(fmt), x_MK.data_ptr(), M, K, g, values.data_ptr(), start.data_ptr(), scale.data_ptr()
+    ):
+        quantize(x, fmt, global_scale=global_scale, pad=True, name=name)  # raises: it counts what is not finite
+    return QuantizedInput(values, start, scale, None, block, x.shape, x.dtype)
 
 
 def _start(values: Tensor, block: int) -> Tensor:

@@ -1,0 +1,62 @@
+"""A linear layer with a bfloat16 weight that is not quantized (the output head), for few rows, on a CPU.
+
+One row of float32 against a bfloat16 weight runs at the speed of memory here, two to three times as fast as torch's
+own product, whose kernel is made for many rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reqat_kernels.native.library import OPERATORS, library, threads
+
+#: Up to so many rows the native kernel is the faster one.
+MOST_ROWS = 8
+_WORK_PER_THREAD = 1 << 18
+
+OPERATORS.define("dense_bf16(Tensor x, Tensor weight) -> Tensor")
+
+
+def dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T`` in float32: x [M, K], converted to float32; weight bfloat16 [N, K]. Not differentiable.
+
+    Raises ValueError for other shapes or another type of weight.
+    """
+    if weight.dtype != torch.bfloat16 or weight.ndim != 2 or x.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x [M, K] and a bfloat16 weight [N, K] are needed, got {tuple(x.shape)} and {weight.dtype} "
+            f"{tuple(weight.shape)}"
+        )
+    result: Tensor = torch.ops.reqat.dense_bf16(x, weight)
+    return result
+
+
+def _dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    x = x.float()
+    lib = _library()
+    if lib is None or len(x) > MOST_ROWS:
+        return F.linear(x.bfloat16(), weight).float() if len(x) > MOST_ROWS else F.linear(x, weight.float())
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty(len(x), len(weight))
+    n = threads(y.numel() * x.shape[1], _WORK_PER_THREAD)
+    lib.reqat_dense_bf16(weight.data_ptr(), x.data_ptr(), y.data_ptr(), len(x), len(weight), x.shape[1], n)
+    return y
+
+
+OPERATORS.impl("dense_bf16", _dense_bf16, "CPU")
+torch.library.register_fake(
+    "reqat::dense_bf16", lambda x, weight: x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    lib = library()
+    if lib is not None:
+        lib.reqat_dense_bf16.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 3, ctypes.c_int]
+    return lib
