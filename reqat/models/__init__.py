@@ -12,8 +12,10 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
 from reqat.models.cache import Fp4Cache  # noqa: E402
 from reqat.models.kv import KVQuantizer, kv_quantizers  # noqa: E402
-from reqat.models.linear import QuantLinear, quant_linears  # noqa: E402
+from reqat.models.linear import QuantLinear, quant_linears, weights_quantized_once  # noqa: E402
 from reqat.models.loading import load_model, load_tokenizer  # noqa: E402
+from reqat.models.packed import is_packed, memory, pack  # noqa: E402
+from reqat.models.packed_cache import PackedCache  # noqa: E402
 from reqat.models.prepare import (  # noqa: E402
     Report,
     calibrate_static,
@@ -27,16 +29,21 @@ __all__ = [
     "ATTENTION",
     "Fp4Cache",
     "KVQuantizer",
+    "PackedCache",
     "QuantLinear",
     "Report",
     "calibrate_static",
     "freeze",
+    "is_packed",
     "kv_quantizers",
     "load_model",
     "load_tokenizer",
+    "memory",
+    "pack",
     "precision_of",
     "prepare",
     "quant_linears",
     "save_model",
     "softmax_attention",
+    "weights_quantized_once",
 ]

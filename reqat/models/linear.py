@@ -4,12 +4,19 @@
 names, so optimizers, tied weights and state dicts go on working. Until frozen it fake-quantizes the weight in every
 forward pass (QAT); frozen, it keeps the codes and multiplies with their dense dequantized values.
 
+Within :func:`weights_quantized_once` an unfrozen weight is quantized once, not once a forward pass: the micro-batches
+of one optimizer step, and the second forward pass of gradient checkpointing, all see the same weight. What is kept is
+the quantized weight in the type that the product reads: 2 bytes a parameter under autocast to bfloat16, which autograd
+keeps for the backward pass anyway, and which stay through the step here.
+
 Layers that read the same tensor (q, k and v; gate and up) share one :class:`InputQuantizer`, which quantizes that
 tensor once a forward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,12 +25,31 @@ from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
 from reqat.formats import QuantizedTensor, quantize
-from reqat.quant import Precision, Quantizer, block_hadamard
+from reqat.quant import Precision, Quantizer, block_hadamard, straight_through
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized linear layers of a prepared model, by name, in the order of the module tree."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+@contextmanager
+def weights_quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Within this block the unfrozen layers of ``model`` keep their quantized weights; at its end they drop them.
+
+    Values and gradients are those of quantizing in every forward pass, bit for bit: a kept weight is used only while
+    parameter, memory, version, scale and type are what it was made of. Only a write that torch does not see
+    (``weight.data.add_()``) would be missed, so end the block before one.
+    """
+    layers = list(quant_linears(model).values()) if enabled else []
+    layers = [layer for layer in layers if layer.weight_quantizer.format is not None]
+    for layer in layers:
+        layer.keeping = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keeping, layer._kept = False, None
 
 
 class InputQuantizer(Quantizer):
@@ -73,13 +99,36 @@ class QuantLinear(nn.Linear):
         self.input_quantizer = input_quantizer
         self.quantized: QuantizedTensor | None = None
         self.frozen = False
+        self.keeping = False  # see weights_quantized_once
+        self._kept: tuple[Tensor, Tensor | None, tuple[Any, ...], Tensor] | None = None
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = Q(x) Q(W)^T + b; once frozen, Q(W) is the stored weight."""
         x = self.input_quantizer(x)
-        weight = self.weight if self.frozen else self.weight_quantizer(self.weight)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, self.weight if self.frozen else self._quantized_weight(), self.bias)
+
+    def _quantized_weight(self) -> Tensor:
+        """Q(W) with W's gradient, kept if :func:`weights_quantized_once` says so."""
+        weight, quantizer = self.weight, self.weight_quantizer
+        # Inference tensors have no version, and must not get into a graph.
+        if not self.keeping or quantizer.observing or torch.is_inference_mode_enabled() or weight.is_inference():
+            return quantizer(weight)
+        g = quantizer.global_scale
+        scale_version = None if g is None or g.is_inference() else g._version
+        dtype, device = weight.dtype, weight.device.type
+        if dtype != torch.float64 and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)  # what F.linear would make of it
+        key = (weight._version, weight.data_ptr(), scale_version, quantizer.format, dtype)
+        kept = self._kept
+        if kept is None or kept[0] is not weight or kept[1] is not g or kept[2] != key:
+            with torch.no_grad():
+                kept = self._kept = (weight, g, key, quantizer(weight.detach()).to(dtype))
+        return straight_through(weight, kept[3], rotation=self.rotation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles carry no quantized weight, and are no part of the block that keeps them.
+        return {**self.__dict__, "keeping": False, "_kept": None}
 
     @torch.no_grad()
     def rotated_weight(self) -> Tensor:

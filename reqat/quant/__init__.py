@@ -1,9 +1,18 @@
-"""Precision specs, fake quantization and rotations (floor 1: imports reqat.formats and torch alone)."""
+"""Precision specs, fake quantization and rotations (floor 1: imports reqat.formats, reqat_kernels and torch alone)."""
 
 from __future__ import annotations
 
-from reqat.quant.fake import Quantizer, fake_quantize, observing
+from reqat.quant.fake import Quantizer, fake_quantize, observing, straight_through
 from reqat.quant.hadamard import block_hadamard, hadamard
 from reqat.quant.precision import KNOWN, Precision
 
-__all__ = ["KNOWN", "Precision", "Quantizer", "block_hadamard", "fake_quantize", "hadamard", "observing"]
+__all__ = [
+    "KNOWN",
+    "Precision",
+    "Quantizer",
+    "block_hadamard",
+    "fake_quantize",
+    "hadamard",
+    "observing",
+    "straight_through",
+]

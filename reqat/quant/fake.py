@@ -1,8 +1,9 @@
 """Fake quantization: round to four bits, carry on in float, pass the gradient straight through.
 
 ``quantize_dequantize`` of :mod:`reqat.formats` is the arithmetic, shared with packing and export, so what training
-sees is what the packed model computes. Rounding has no useful gradient; the straight-through estimator takes the
-identity for it (ReQAT section 1), so nothing is kept for the backward pass.
+sees is what the packed model computes; on a CPU the native operator stands in for it, equal to the last bit. Rounding
+has no useful gradient; the straight-through estimator takes the identity for it (ReQAT section 1), so nothing is kept
+for the backward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from reqat.config.errors import ReqatError
 from reqat.formats import Format, get_format, global_scale_for, quantize_dequantize
 from reqat.quant.hadamard import block_hadamard
+from reqat_kernels.native import quantize as native
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -40,7 +42,32 @@ class _FakeQuantize(torch.autograd.Function):
 def _quantized(x: Tensor, fmt: Format, global_scale: Tensor | None, rotation: int | None, name: str | None) -> Tensor:
     if rotation is not None:
         x = block_hadamard(x, rotation)
+    if x.device.type == "cpu":
+        return native.fake_quantize(x, fmt, global_scale, name)
     return quantize_dequantize(x, fmt, global_scale=global_scale, name=name)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The gradient of :class:`_FakeQuantize` for a result that is at hand, and may be narrower than ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantized: Tensor, rotation: int | None) -> Tensor:  # type: ignore[override]
+        ctx.rotation, ctx.dtype = rotation, x.dtype
+        return quantized.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad = grad.to(ctx.dtype)
+        return (grad if ctx.rotation is None else block_hadamard(grad, ctx.rotation)), None, None
+
+
+def straight_through(x: Tensor, quantized: Tensor, *, rotation: int | None = None) -> Tensor:
+    """``quantized``, which :func:`fake_quantize` made of ``x`` before, as if it were made of it now: same memory, and
+    the gradient (converted to ``x``'s dtype, rotated back) passes straight through to ``x``.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _StraightThrough.apply(x, quantized, rotation)
+    return quantized
 
 
 def fake_quantize(

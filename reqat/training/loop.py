@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
+from reqat.models import weights_quantized_once
 from reqat.training import checkpoint
 from reqat.training.objective import Objective, TermContext
 from reqat.training.progress import StepProgress
@@ -170,22 +171,23 @@ def train(
             divisor = sum(b.n_response_tokens for b in group_batches)
             sums: dict[str, float] = {}
             total = 0.0
-            for cpu_batch in group_batches:
-                batch = Batch(
-                    *(getattr(cpu_batch, f).to(device) for f in ("input_ids", "labels", "position_ids", "segment_ids"))
-                )
-                keep = batch.labels != IGNORE
-                with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-                    logits = response_logits(model, batch, keep)
-                    teacher_logits = None
-                    if teacher is not None and objective.needs_teacher:
-                        with torch.no_grad():
-                            teacher_logits = response_logits(teacher, batch, keep)
-                loss, parts = objective(TermContext(logits, batch.labels[keep], teacher_logits))
-                (loss / divisor).backward()
-                total += float(loss.detach()) / divisor
-                for name, value in parts.items():
-                    sums[name] = sums.get(name, 0.0) + value / divisor
+            reused = len(group_batches) > 1 or settings.gradient_checkpointing
+            with weights_quantized_once(model, enabled=reused):
+                for cpu_batch in group_batches:
+                    fields = ("input_ids", "labels", "position_ids", "segment_ids")
+                    batch = Batch(*(getattr(cpu_batch, f).to(device) for f in fields))
+                    keep = batch.labels != IGNORE
+                    with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+                        logits = response_logits(model, batch, keep)
+                        teacher_logits = None
+                        if teacher is not None and objective.needs_teacher:
+                            with torch.no_grad():
+                                teacher_logits = response_logits(teacher, batch, keep)
+                    loss, parts = objective(TermContext(logits, batch.labels[keep], teacher_logits))
+                    (loss / divisor).backward()
+                    total += float(loss.detach()) / divisor
+                    for name, value in parts.items():
+                        sums[name] = sums.get(name, 0.0) + value / divisor
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):
                 raise ValueError(

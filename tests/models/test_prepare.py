@@ -135,13 +135,13 @@ def test_each_distinct_tensor_is_quantized_once_a_forward(
     model = tiny("llama").train()
     prepare(model, "NVFP4-W4A4KV4")
     seen: list[str] = []
-    original = reqat.quant.fake.quantize_dequantize
+    original = reqat.quant.fake._quantized
 
-    def counted(x: Tensor, fmt: Any, **options: Any) -> Tensor:
-        seen.append(options["name"])
-        return original(x, fmt, **options)
+    def counted(x: Tensor, fmt: Any, global_scale: Any, rotation: Any, name: str) -> Tensor:
+        seen.append(name)
+        return original(x, fmt, global_scale, rotation, name)
 
-    monkeypatch.setattr(reqat.quant.fake, "quantize_dequantize", counted)
+    monkeypatch.setattr(reqat.quant.fake, "_quantized", counted)
     for _ in range(2):
         seen.clear()
         model(ids, use_cache=False).logits.sum().backward()

@@ -161,7 +161,9 @@ REQAT_INLINE float round_element(float y) {
     }
     if (AWAY) {
         const float spacing = twice * 0.5f;
-        const float magnitude = float(int32_t(__builtin_fabsf(y) / spacing + BELOW_HALF)) * spacing;
+        float inverse = ELEMENT == INT4 ? 1.0f : 2.0f;  // of 0.5, 1 or 2: exact, and so is the product
+        if (ELEMENT == E2M1) inverse = bits_to_float(0x7F000000u - float_to_bits(twice)) * 2.0f;
+        const float magnitude = float(int32_t(__builtin_fabsf(y) * inverse + BELOW_HALF)) * spacing;
         return __builtin_copysignf(magnitude, y) + 0.0f;  // + 0.0 makes -0.0 positive
     }
     const float magic = twice * 0x1.8p22f;

@@ -80,7 +80,7 @@ def format_key(fmt: Format) -> str:
 
 @lru_cache(maxsize=256)
 def format_from_key(key: str) -> Format:
-    """The inverse of :func:`format_key`; the name of a format alone stands for its defaults. ValueError as get_format."""
+    """The inverse of :func:`format_key`; a name alone stands for that format's defaults. Errors are get_format's."""
     name, *options = key.split("|")
     fields = ("element", "scale", "scale_rule", "rounding", "global_scale")
     return get_format(name, **dict(zip(fields, options, strict=False)))
@@ -93,9 +93,8 @@ def format_from_key(key: str) -> Format:
 def _call_of(fmt: Format) -> tuple[Any, Spec, int, bool, bool, bool]:
     """What a call needs to know of a format: the function, Spec, block, and how it scales."""
     lib = library()
-    function = None
-    if lib is not None:
-        function = lib.reqat_quantize
+    function = None if lib is None else lib.reqat_quantize
+    if function is not None:
         pointer = ctypes.c_void_p
         function.argtypes = [
             ctypes.POINTER(Spec),
@@ -125,7 +124,7 @@ def _takes(x: Tensor, block: int) -> bool:
 
 
 def _given(global_scale: Tensor | float, ordered: Tensor, order: tuple[int, ...] | None) -> Tensor | None:
-    """g as contiguous float32, a scalar or one a row of ``ordered`` (axes in ``order``); None if it has another shape."""
+    """g as contiguous float32, a scalar or one a row of ``ordered`` (axes in ``order``); None if it does not fit."""
     g = global_scale if isinstance(global_scale, Tensor) else torch.tensor(global_scale, dtype=torch.float32)
     if g.device.type != "cpu":
         return None
@@ -255,7 +254,7 @@ def fake_quantize(
 def quantize(
     x: Tensor, fmt: Format | str, global_scale: Tensor | float | None = None, name: str | None = None
 ) -> QuantizedTensor:
-    """``reqat.quantize(x, fmt, global_scale=global_scale, name=name)`` along the last axis, bit for bit. Same errors."""
+    """``reqat.quantize(x, fmt, global_scale=global_scale, name=name)`` along the last axis, bit for bit; its errors."""
     fmt = get_format(fmt) if isinstance(fmt, str) else fmt
     if not isinstance(x, Tensor) or x.ndim == 0:
         return reference_quantize(x, fmt, global_scale=global_scale, name=name)

@@ -185,8 +185,26 @@ REQAT_TARGET static void make_scales(
         case DIVIDE: return loop_scales(known(f, E4M3, DIVIDE), amax, n, g, expand, s, S, D);
         case MULTIPLY: return loop_scales(known(f, E4M3, MULTIPLY), amax, n, g, expand, s, S, D);
         case RECIPROCAL: return loop_scales(known(f, E4M3, RECIPROCAL), amax, n, g, expand, s, S, D);
-        default: return loop_scales(f, amax, n, g, expand, s, S, D);
+        default: break;
     }
+    // NEAREST: the scale types of AMXFP4, whose scales round as its elements do, and of INT4, whose scales round to even.
+    Spec copy = known(f, f.scale, NEAREST);
+    copy.away = f.away && f.asymmetric;
+    if (f.scale == FP32) return loop_scales(known(f, FP32, NEAREST), amax, n, g, expand, s, S, D);
+#define REQAT_LOOP(SCALE)                                                                 \
+    if (f.scale == SCALE) {                                                               \
+        copy.scale = SCALE, copy.asymmetric = 1;                                          \
+        if (copy.away) {                                                                  \
+            copy.away = 1;                                                                \
+            return loop_scales(copy, amax, n, g, expand, s, S, D);                        \
+        }                                                                                 \
+        copy.away = 0;                                                                    \
+        return loop_scales(copy, amax, n, g, expand, s, S, D);                            \
+    }
+    REQAT_LOOP(E5M2)
+    REQAT_LOOP(E4M3)
+    REQAT_LOOP(FP16)
+#undef REQAT_LOOP
 }
 
 // Four-over-six: the squared error of 16 numbers at scale S, in units of the block's binade. Which scale wins may hang
