@@ -10,6 +10,8 @@ an error that names the cell and the command that makes it; it is never left out
     analysis.tables     Tables 1, 2, 4, 5, the PTQ and global-scale tables, the claims
     analysis.style      one look for all figures
     analysis.figures    Figures 1(b) and 1(c), losses, the Q-FIT map, Table 1 as dots and intervals
+    analysis.roofline   what datasheets alone say about decoding on a GPU
+    analysis.throughput the benchmark's rows -> Figure 6 and its tables
     analysis.build      build_tables(), build_figures(): what `reqat tables` and `reqat figures` call
 
 Importing this package imports neither torch nor matplotlib.

@@ -207,6 +207,7 @@ _TEX = {
     MINUS: "$-$",
     "\u00b1": r"$\pm$",
     "\u0394": r"$\Delta$",
+    "\u00b5": r"$\mu$",
     "\u03b1": r"$\alpha$",
     "\u03b2": r"$\beta$",
     "\u03bb": r"$\lambda$",

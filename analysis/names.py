@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from reqat.config.plan import Cell, Plan
+    from reqat.config.throughput import Throughput
 
 BF16 = "BF16"
 REFERENCE_PRECISION = "NVFP4-W4A4KV4"  # where the claims rest
@@ -22,6 +23,8 @@ FIGURES: dict[str, str | None] = {
     "losses": "table1",
     "qfit": None,
 }
+# Made of the throughput benchmark (config/throughput.yaml) alone, on tiers that have one.
+THROUGHPUT_FIGURES = ("figure6",)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ def table_names(plan: Plan) -> list[str]:
     tabled.
     """
     return [*(name for name in plan.artifacts if name != "figure1"), *(["claims"] if has_claims(plan) else [])]
+
+
+def throughput_names(bench: Throughput | None) -> tuple[list[str], list[str]]:
+    """File stems of the tables and of the figures that a benchmark makes; none where a tier has no benchmark."""
+    if bench is None:
+        return [], []
+    kernels = [name for name in ("linear", "decode") if getattr(bench, name) is not None]
+    return [*(f"throughput-{name}" for name in kernels), "figure6-error", "figure6-memory"], [*THROUGHPUT_FIGURES]
 
 
 def figure_names(plan: Plan) -> dict[str, tuple[str, str]]:

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.recipe import Catalogue
+from reqat.config.throughput import ThroughputFile
 from reqat.config.tier import Tier
 
 FILE = "schema.json"
 
 
 def schema() -> dict[str, Any]:
-    """Schemas of a tier file (`tier`, all keys optional where the file extends another) and of `recipes.yaml`
-    (`recipes`)."""
+    """Schemas of a tier file (`tier`, all keys optional where the file extends another), of `recipes.yaml`
+    (`recipes`) and of `throughput.yaml` (`throughput`)."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "reqat configuration",
         "tier": Tier.model_json_schema(),
         "recipes": Catalogue.model_json_schema(),
+        "throughput": ThroughputFile.model_json_schema(),
     }
 
 

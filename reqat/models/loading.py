@@ -51,7 +51,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         ReqatError: only pickled weights, a truncated file, or weights of another model than ``config.json`` describes.
     """
     if str(path).startswith(PACKAGE):
-        file = _package_gguf(str(path))
+        file = package_gguf(str(path))
         with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
@@ -92,7 +92,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or ``package:NAME``, as for :func:`load_model`."""
     with quiet():
         if str(path).startswith(PACKAGE):
-            file = _package_gguf(str(path))
+            file = package_gguf(str(path))
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         folder = _folder(path, needs="tokenizer_config.json")
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -180,7 +180,8 @@ def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
         raise ReqatError(f"{folder}: the weights are not those of the model in config.json: {'; '.join(problems)}")
 
 
-def _package_gguf(path: str) -> Path:
+def package_gguf(path: str) -> Path:
+    """The GGUF file of an installed package, ``package:NAME``. Raises CheckpointNotFoundError."""
     name = path.removeprefix(PACKAGE)
     try:
         files = importlib.metadata.files(name) or []

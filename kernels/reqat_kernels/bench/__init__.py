@@ -1,0 +1,26 @@
+"""Timing kernels so that the numbers can be believed: what is compared runs in one process, in turns, on cold data.
+
+    bench.machine   what else the machine does: cache size, bandwidth probe, neighbours
+    bench.measure   cases, providers, the round-robin clock, rows
+    bench.linear    the matrix product of a linear layer: torch, oneDNN, aten, ours
+    bench.ggml      the same by llama.cpp's ggml, where llama-cpp-python is installed
+
+A kernel that is to be timed is a :class:`~reqat_kernels.bench.measure.Kernel`: a name, its cases, and providers. A
+provider is one function from a case to a :class:`~reqat_kernels.bench.measure.Work`, registered with
+``@KERNEL.provider(...)``; :data:`KERNELS` lists what the benchmark knows. Decoding with a whole model is timed by
+``reqat.evaluation.throughput``, because this package knows formats and no models; the rows are the same.
+"""
+
+from __future__ import annotations
+
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Row, Work, Wrong, measure
+
+__all__ = ["Absent", "Case", "Kernel", "Row", "Work", "Wrong", "kernels", "measure"]
+
+
+def kernels() -> dict[str, Kernel]:
+    """Name -> kernel, with all of its providers registered."""
+    from reqat_kernels.bench import ggml, linear  # noqa: F401  (ggml registers its providers with linear's kernel)
+
+    found = [linear.LINEAR]
+    return {kernel.name: kernel for kernel in found}

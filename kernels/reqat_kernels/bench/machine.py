@@ -1,0 +1,117 @@
+"""What else the machine does while something is timed.
+
+Three witnesses. The **probe** reads a buffer that no cache holds; its best rate over a whole run is the read roofline,
+its rate in a round says how much of the memory bus a neighbour (perhaps in another virtual machine) left over.
+**/proc/stat** says how many cores other processes here kept busy, and what the hypervisor took (steal). The
+scheduler's own account (**schedstat**) says how long this thread stood ready and did not run, to the nanosecond.
+
+Where the system does not say (no Linux), the answer is NaN, never zero.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_FALLBACK_CACHE_BYTES = 64 * 2**20  # larger than most, so that data is cold where the size is unknown
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+@cache
+def last_level_cache_bytes(folder: Path = _CACHES) -> int:
+    """Size of the largest data cache that core 0 can reach, from sysfs; 64 MiB where sysfs does not say."""
+    sizes = [0]
+    for path in folder.glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
+        kind = path.with_name("type")
+        if found and not (kind.is_file() and kind.read_text().strip() == "Instruction"):
+            sizes.append(int(found[1]) * _UNITS[found[2]])
+    return max(sizes) or _FALLBACK_CACHE_BYTES
+
+
+@dataclass(frozen=True)
+class Load:
+    """What others took over a stretch of time. NaN: the system does not say."""
+
+    neighbour_cores: float
+    """Cores that other processes of this machine kept busy, on average."""
+    steal: float
+    """Cores that the hypervisor gave to somebody else."""
+
+
+class Neighbours:
+    """Watches the machine from its creation on: ``load()`` is what others took since then."""
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._start = self._read()
+
+    def load(self) -> Load:
+        """What others took since the start."""
+        now, then = self._read(), self._start
+        if now is None or then is None or now[0] <= then[0]:
+            return Load(math.nan, math.nan)
+        wall, busy, stolen, own = (a - b for a, b in zip(now, then, strict=True))
+        return Load(max(0.0, busy - own) / wall, stolen / wall)
+
+    def _read(self) -> tuple[float, float, float, float] | None:
+        """Seconds: wall clock; all processes' time on all cores; stolen; this process's time."""
+        try:
+            first = self._stat.read_text().split("\n", 1)[0].split()
+            user, nice, system, _, _, irq, softirq, steal = (int(field) for field in first[1:9])
+        except (OSError, ValueError):
+            return None
+        tick = os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        busy = (user + nice + system + irq + softirq) / tick
+        return time.monotonic(), busy, steal / tick, own.user + own.system
+
+
+def waited_ns() -> int:
+    """Nanoseconds that this thread has stood ready without a core, since it began; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class Probe:
+    """Reads a buffer of at least twice the last-level cache and says how fast that went.
+
+    A plain sum of float32 by torch, with torch's threads: on the CPUs tried it reads as fast as a bare loop of loads.
+    """
+
+    def __init__(self, bytes: int | None = None, device: str = "cpu") -> None:
+        size = bytes or 2 * last_level_cache_bytes()
+        self.buffer: Tensor = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+        self.rates: list[float] = []
+
+    def __call__(self) -> float:
+        """Bytes a second, this time. Every rate is kept in ``rates``."""
+        synchronize(self.buffer.device.type)
+        start = time.perf_counter_ns()
+        self.buffer.sum()
+        synchronize(self.buffer.device.type)
+        rate = self.buffer.nbytes / max(1, time.perf_counter_ns() - start) * 1e9
+        self.rates.append(rate)
+        return rate
+
+    @property
+    def best(self) -> float:
+        """The best rate so far: the read roofline. NaN before the first reading."""
+        return max(self.rates, default=math.nan)
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device: a GPU computes while the clock is read."""
+    if device == "cuda":
+        torch.cuda.synchronize()

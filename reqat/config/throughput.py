@@ -1,0 +1,66 @@
+"""What the throughput benchmark measures: `config/throughput.yaml`, a section a tier.
+
+A file of its own, outside the tiers: how fast a kernel is changes no trained weight, so none of this may enter the
+digest that names a stage. The benchmark has its own name, the digest of its own section.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from reqat.config.base import Strict, digest, parse, read_yaml
+
+FILE = "throughput.yaml"
+
+
+class LinearBench(Strict):
+    """The matrix product: every M with every N = K."""
+
+    m: list[int] = Field(min_length=1)
+    nk: list[int] = Field(min_length=1)
+    rounds: int = Field(default=30, gt=0)
+
+
+class DecodeBench(Strict):
+    """Decoding with a whole model through `generate()`."""
+
+    model: str
+    """`pinned` (the base checkpoint in results/base), a folder, or `package:NAME`."""
+    precision: str = "NVFP4-W4A4KV4"
+    batches: list[int] = Field(min_length=1)
+    prompt_tokens: int = Field(default=64, gt=0)
+    output_tokens: list[int] = Field(min_length=1)
+    """Each a row; all from generations of the longest."""
+    rounds: int = Field(default=1, gt=0)
+
+
+class Throughput(Strict):
+    """One tier's benchmark."""
+
+    threads: int = Field(default=1, gt=0)
+    linear: LinearBench
+    decode: DecodeBench | None = None
+    ring_bytes: int = Field(default=0, ge=0)
+    """Bytes that rotating copies of weights must exceed; 0: twice the last-level cache."""
+    burst_ms: float = Field(default=2.0, gt=0)
+
+    @property
+    def id(self) -> str:
+        """Names the benchmark's folder."""
+        return f"throughput-{digest(self, 12)}"
+
+
+class ThroughputFile(Strict):
+    """`config/throughput.yaml`: tier -> benchmark. A tier without a section has no Figure 6."""
+
+    tiers: dict[str, Throughput]
+
+
+def load_throughput(tier: str, folder: Path) -> Throughput | None:
+    """The benchmark of a tier; None if it has none. Raises `ReqatError` on a fault in the file."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    return parse(ThroughputFile, read_yaml(path), f"config/{FILE}").tiers.get(tier)

@@ -1,0 +1,156 @@
+"""llama.cpp as a peer in the benchmark of decoding: the same weights, in its own formats and with its own kernels.
+
+Needs the optional package llama-cpp-python and a model that comes as a GGUF file (``package:NAME``): metadata and
+tokenizer are copied from there, the weights are dequantized and rounded anew to BF16, Q4_0 and MXFP4 by the gguf
+package. Matrices of the decoder take that type; embedding and lm_head are BF16 in the BF16 file and Q8_0 in the 4-bit
+ones, close to what llama.cpp's own converter leaves them in. Its KV cache is float16, its default.
+
+Called one token at a time through ``eval`` like a program that samples for itself; the next token is the largest logit.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reqat_kernels.bench.machine import waited_ns
+from reqat_kernels.bench.measure import Wrong
+
+if TYPE_CHECKING:
+    from reqat.evaluation.throughput import Decoder
+
+TYPES = ("BF16", "Q4_0", "MXFP4")
+NAME = "llama.cpp"
+
+
+def decoders(
+    path: str, scratch: Path, reference: Any, ids: Tensor, skipped: list[str], refused: list[str], *, context: int
+) -> Iterator[Decoder]:
+    """A decoder for each weight type, of contexts up to ``context`` tokens; files go to ``scratch``.
+
+    Each is held against ``reference``, a float32 model, with weights rounded like its own, on prompts ``ids``. Where
+    one is missing or wrong, why is appended to ``skipped`` or ``refused``.
+    """
+    from reqat.evaluation.throughput import CHECKED_TOKENS, agrees
+    from reqat.models.loading import PACKAGE, package_gguf
+
+    if importlib.util.find_spec("llama_cpp") is None:
+        skipped.append(f"decode, {NAME}: llama-cpp-python is not installed (pip install llama-cpp-python builds it).")
+        return
+    if not path.startswith(PACKAGE):
+        skipped.append(f"decode, {NAME}: it needs a model that comes as a GGUF file ({PACKAGE}NAME), {path} does not.")
+        return
+    source = package_gguf(path)
+    scratch.mkdir(parents=True, exist_ok=True)
+    for name in TYPES:
+        target = scratch / f"{source.stem}-{name}.gguf"
+        try:
+            if not target.is_file():
+                convert(source, target, name)
+            decoder = _decoder(target, name, context)
+            tokens = decoder.generate(ids, CHECKED_TOKENS).tokens
+            agrees(rounded(reference, name), ids, tokens, f"{NAME} {name}")
+        except Wrong as error:
+            refused.append(f"decode, not timed: {error}")
+        except Exception as error:  # whatever a foreign library raises costs its row, with the reason
+            skipped.append(f"decode, {NAME} {name}: {type(error).__name__}: {error}")
+        else:
+            yield decoder
+
+
+def convert(source: Path, target: Path, type_name: str) -> None:
+    """Write a copy of a GGUF file whose decoder matrices are of one type (see the module). Whole or not at all."""
+    import gguf
+
+    reader = gguf.GGUFReader(source)
+    kind = gguf.GGMLQuantizationType[type_name]
+    outer = kind if type_name == "BF16" else gguf.GGMLQuantizationType.Q8_0
+    partial = target.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, str(reader.fields["general.architecture"].contents()))
+    given = ("general.architecture", "general.file_type", "general.quantization_version")
+    for key, entry in reader.fields.items():
+        if key.startswith("GGUF.") or key in given:
+            continue
+        inner = entry.types[1] if len(entry.types) > 1 else None
+        writer.add_key_value(key, entry.contents(), entry.types[0], inner)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for tensor in reader.tensors:
+        values = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1])
+        if values.ndim < 2:
+            writer.add_tensor(tensor.name, values.astype(np.float32))
+            continue
+        wanted = kind if tensor.name.startswith("blk.") else outer
+        writer.add_tensor(tensor.name, gguf.quantize(values.astype(np.float32), wanted), raw_dtype=wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.replace(target)
+
+
+@torch.no_grad()
+def rounded(reference: Any, type_name: str) -> Any:
+    """A copy of a float32 model with the weights that :func:`convert` writes for a type: what llama.cpp is held to.
+
+    transformers orders rows of queries and keys in another way than GGUF; blocks lie along columns, so each row rounds
+    to the same numbers.
+    """
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[type_name]
+    outer = kind if type_name == "BF16" else gguf.GGMLQuantizationType.Q8_0
+    model: Any = copy.deepcopy(reference)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            wanted = kind if ".layers." in name else outer
+            values = gguf.dequantize(gguf.quantize(parameter.numpy(), wanted), wanted)
+            parameter.copy_(torch.from_numpy(values.reshape(tuple(parameter.shape))))
+    return model
+
+
+def _decoder(file: Path, type_name: str, context: int) -> Decoder:
+    from llama_cpp import Llama, llama_cpp
+
+    from reqat.evaluation.throughput import Decoder, Steps
+
+    threads = torch.get_num_threads()
+    llama: Any = Llama(
+        model_path=str(file),
+        n_ctx=context,
+        n_batch=min(context, 512),
+        n_threads=threads,
+        n_threads_batch=threads,
+        logits_all=False,
+        verbose=False,
+    )
+    model, vocabulary = llama.model, llama.n_vocab()
+
+    def generate(ids: Tensor, tokens: int) -> Steps:
+        if len(ids) != 1:
+            raise ValueError(f"{NAME} decodes one sequence here, not {len(ids)}")
+        llama.reset()
+        given: list[int] = ids[0].tolist()
+        out, stamps, waits = [], [], []
+        for _ in range(tokens):
+            llama.eval(given)
+            logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (vocabulary,))
+            given = [int(logits.argmax())]
+            out += given
+            stamps.append(time.perf_counter_ns())
+            waits.append(waited_ns())
+        return Steps(torch.tensor([out]), stamps, waits)
+
+    heads, layers = llama_cpp.llama_model_n_head_kv(model), llama_cpp.llama_model_n_layer(model)
+    width = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
+    cache = 2 * 2 * layers * heads * width * llama.n_ctx()
+    weights = int(llama_cpp.llama_model_size(model))
+    fmt = "BF16" if type_name == "BF16" else f"{type_name} W4A8"
+    return Decoder(NAME, fmt, generate, weights, lambda _: int(cache), batches=(1,))

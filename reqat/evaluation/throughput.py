@@ -1,0 +1,299 @@
+"""How fast a whole model decodes: tokens a second through ``generate()``, and what weights and cache take.
+
+The kernels' benchmark (:mod:`reqat_kernels.bench`) knows no models, so decoding is timed here, one floor above them,
+and gives the same rows. Each step of a generation is a sample: the clock is read where transformers asks whether to
+stop. Providers take whole generations in turns, with a reading of the bandwidth probe between them. Before it is
+timed a provider has to generate what the reference agrees with.
+
+Throughput counts decoding alone: B rows times the steps after the first token, over their time. A generation of T
+tokens holds the shorter ones, so one run gives a row for every output length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reqat.models import load_model, prepare
+from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
+from reqat_kernels.bench.measure import Absent, Result, Row, Wrong, percentile, undisturbed
+
+SEED = 6
+#: By how many standard deviations of a step's logits the token that was chosen may stand below the reference's best.
+#: Rounding moves logits by hundredths of one; a token chosen by a broken kernel stands several below.
+MARGIN = 0.5
+CHECKED_TOKENS = 16
+"""Tokens that a decoder generates for its check."""
+
+
+@dataclass
+class Steps:
+    """One generation on the clock: nanoseconds at which each new token was there, and time spent waiting for a core."""
+
+    tokens: Tensor
+    """[B, T], new tokens only."""
+    stamps_ns: list[int]
+    waits_ns: list[int]
+    cache: Any = None
+
+    def durations_us(self, tokens: int) -> list[float]:
+        """Of each step after the first token, up to ``tokens``."""
+        stamps = self.stamps_ns[:tokens]
+        return [(b - a) / 1e3 for a, b in zip(stamps, stamps[1:], strict=False)]
+
+    def waits(self, tokens: int) -> list[float]:
+        """Share of each of these steps that the thread waited."""
+        waits = self.waits_ns[:tokens]
+        took = self.durations_us(tokens)
+        return [(b - a) / 1e3 / max(t, 1e-3) for a, b, t in zip(waits, waits[1:], took, strict=False)]
+
+
+@dataclass
+class Decoder:
+    """Somebody who decodes. ``generate(ids_BP, tokens)`` gives :class:`Steps`; bytes are as allocated."""
+
+    name: str
+    format: str
+    generate: Callable[[Tensor, int], Steps]
+    weight_bytes: int
+    cache_bytes: Callable[[Any], int | None]
+    batches: tuple[int, ...] | None = None
+    """Batches that it can decode; None: any."""
+    ours: bool = False
+    samples: dict[int, list[Steps]] = field(default_factory=dict)
+
+
+class _Clock:
+    """A stopping criterion that never stops and reads the clock."""
+
+    def __init__(self) -> None:
+        self.stamps_ns: list[int] = []
+        self.waits_ns: list[int] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.stamps_ns.append(time.perf_counter_ns())
+        self.waits_ns.append(waited_ns())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+@torch.no_grad()
+def timed_generate(model: Any, ids: Tensor, tokens: int) -> Steps:
+    """Greedy ``model.generate`` of exactly ``tokens`` new tokens for ids [B, P], on the clock."""
+    from transformers import StoppingCriteriaList
+
+    clock = _Clock()
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        return_dict_in_generate=True,
+        stopping_criteria=StoppingCriteriaList([clock]),
+        pad_token_id=0,
+    )
+    return Steps(out.sequences[:, ids.shape[1] :], clock.stamps_ns, clock.waits_ns, out.past_key_values)
+
+
+def allocated_bytes(*roots: Any) -> int:
+    """Bytes of all storages that the tensors inside ``roots`` hold, each storage once.
+
+    Looks into modules, mappings, sequences and plain objects' attributes: a packed weight or cache is one of those.
+    """
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    pending = list(roots)
+    while pending:
+        item = pending.pop()
+        if id(item) in seen or item is None or isinstance(item, str | bytes | int | float | type):
+            continue
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            storage = item.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, list | tuple | set):
+            pending += item
+        elif hasattr(item, "__dict__") and not callable(item):
+            pending += vars(item).values()
+        elif isinstance(item, torch.nn.Module):
+            pending += [*item.parameters(), *item.buffers()]
+    return sum(storages.values())
+
+
+@torch.no_grad()
+def agrees(reference: Any, ids: Tensor, tokens: Tensor, what: str) -> None:
+    """Raise Wrong unless the reference finds every token of [B, T] as good as its own, within MARGIN.
+
+    The reference reads prompt and response in one forward pass and so says, for each step, what it would have chosen
+    after the same tokens: a tie that falls the other way does not count against the steps after it.
+    """
+    logits = reference(input_ids=torch.cat([ids, tokens], 1)).logits[:, ids.shape[1] - 1 : -1].float()
+    short = logits.amax(-1) - logits.gather(-1, tokens[..., None])[..., 0]
+    worst = float((short / logits.std(-1)).max())
+    if not worst <= MARGIN:
+        raise Wrong(f"{what} chose a token {worst:.2f} standard deviations of the logits below the best")
+
+
+def transformers_decoders(path: str, reference: Any, ids: Tensor) -> Iterator[Decoder]:
+    """transformers' own bfloat16 model, with each of its attention functions that runs here, checked."""
+    model: Any = load_model(path, dtype=torch.bfloat16)
+    weights = allocated_bytes(*model.parameters(), *model.buffers())
+    for attention in ("sdpa", "eager"):
+
+        def generate(ids: Tensor, tokens: int, attention: str = attention) -> Steps:
+            model.set_attn_implementation(attention)
+            return timed_generate(model, ids, tokens)
+
+        name = f"transformers, {attention}"
+        agrees(reference, ids, generate(ids, CHECKED_TOKENS).tokens, name)
+        yield Decoder(name, "BF16", generate, weights, allocated_bytes)
+
+
+def packed_decoder(path: str, precision: str, ids: Tensor) -> Decoder:
+    """Our packed model, held against the same model fake-quantized. Raises Absent where there is no packing."""
+    try:
+        from reqat.models.packed import memory, pack
+    except ImportError:
+        raise Absent("reqat.pack is not there yet.") from None
+    model: Any = load_model(path, dtype=torch.bfloat16)
+    prepare(model, precision)
+    packed: Any = pack(model)
+    steps = timed_generate(packed, ids, CHECKED_TOKENS)
+    fake: Any = load_model(path, dtype=torch.bfloat16)
+    prepare(fake, precision)
+    agrees(fake, ids, steps.tokens, "reqat.pack")
+    del fake
+
+    def cache_bytes(cache: Any) -> int:
+        return int(memory(packed, cache).cache_bytes)
+
+    taken = memory(packed)
+    return Decoder(
+        "reqat.pack",
+        precision,
+        lambda ids, tokens: timed_generate(packed, ids, tokens),
+        taken.total_bytes,
+        cache_bytes,
+        ours=True,
+    )
+
+
+def measure_decoding(
+    path: str,
+    precision: str,
+    *,
+    batches: Sequence[int],
+    prompt_tokens: int,
+    output_tokens: Sequence[int],
+    rounds: int = 1,
+    probe: Probe | None = None,
+    scratch: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Time every decoder that runs here on one model.
+
+    Args:
+        path: as for :func:`reqat.models.load_model`.
+        precision: of our packed model.
+        batches: rows decoded together, prompts of ``prompt_tokens`` random tokens each.
+        output_tokens: a row for each, from generations of the longest.
+        scratch: folder for the files that llama.cpp reads its weights from; None: llama.cpp is left out.
+        say: told what is being measured.
+
+    Raises Wrong if our packed model does not generate what the fake-quantized one agrees with.
+    """
+    probe, out = probe or Probe(), Result()
+    reference: Any = load_model(path)
+    vocabulary = int(reference.config.vocab_size)
+    ids = torch.randint(0, vocabulary, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(SEED))
+    decoders = list(transformers_decoders(path, reference, ids[:1]))
+    with _skipping(out):
+        decoders.append(packed_decoder(path, precision, ids[:1]))
+    longest = max(output_tokens)
+    if scratch is not None:
+        from reqat.evaluation.llama_cpp import decoders as peers
+
+        context = prompt_tokens + max(longest, CHECKED_TOKENS)
+        decoders += peers(path, scratch, reference, ids[:1], out.skipped, out.refused, context=context)
+    del reference
+    for batch in batches:
+        able = [decoder for decoder in decoders if decoder.batches is None or batch in decoder.batches]
+        watch, first = Neighbours(), len(probe.rates)
+        caches: dict[int, int | None] = {}
+        for turn in range(rounds):
+            at = turn % len(able)
+            for decoder in able[at:] + able[:at]:
+                say(f"decode, batch {batch}: {decoder.name} {decoder.format}")
+                probe()
+                steps = decoder.generate(ids[:batch], longest)
+                caches[id(decoder)] = decoder.cache_bytes(steps.cache)
+                steps.cache = None
+                decoder.samples.setdefault(batch, []).append(steps)
+        load, rate = watch.load(), percentile(probe.rates[first:], 0.5)
+        for decoder in able:
+            for tokens in sorted(output_tokens):
+                row = _row(decoder, batch, prompt_tokens, tokens, longest, caches[id(decoder)])
+                out.rows.append(
+                    Row(**row, probe_gb_per_s=rate / 1e9, neighbour_cores=load.neighbour_cores, steal=load.steal)
+                )
+    return out
+
+
+@contextlib.contextmanager
+def _skipping(out: Result) -> Iterator[None]:
+    """Collect why somebody is not there."""
+    try:
+        yield
+    except Absent as reason:
+        out.skipped.append(f"decode: {reason}")
+
+
+def _row(
+    decoder: Decoder, batch: int, prompt: int, tokens: int, longest: int, cache_bytes: int | None
+) -> dict[str, Any]:
+    runs = decoder.samples[batch]
+    durations = [us for steps in runs for us in steps.durations_us(tokens)]
+    waits = [wait for steps in runs for wait in steps.waits(tokens)]
+    kept = undisturbed(durations, waits)
+    median = percentile(kept, 0.5)
+    # The cache grows evenly, so half of what the last step reads is what an average one does beyond the prompt's.
+    read = 0 if cache_bytes is None else cache_bytes * (prompt + tokens / 2) / (prompt + longest)
+    moved = round(decoder.weight_bytes + read)
+    return {
+        "kernel": "decode",
+        "provider": decoder.name,
+        "shape": f"B={batch} P={prompt} T={tokens}",
+        "m": batch,
+        "format": decoder.format,
+        "device": "cpu",
+        "arithmetic": "native",
+        "threads": torch.get_num_threads(),
+        "n": len(kept),
+        "median_us": median,
+        "min_us": min(kept, default=math.nan),
+        "p10_us": percentile(kept, 0.1),
+        "p90_us": percentile(kept, 0.9),
+        "bytes_moved": moved,
+        "gb_per_s": moved / median / 1e3,
+        "roofline_gb_per_s": math.nan,
+        "roofline_fraction": math.nan,
+        "cold": decoder.weight_bytes > last_level_cache_bytes(),
+        "waited": sum(w * d for w, d in zip(waits, durations, strict=True)) / sum(durations),
+        "set_aside": len(durations) - len(kept),
+        "ours": decoder.ours,
+        "output_tokens": tokens,
+        "tokens_per_s": batch * len(kept) / sum(kept) * 1e6,
+        "weight_bytes": decoder.weight_bytes,
+        "cache_bytes": cache_bytes,
+    }
