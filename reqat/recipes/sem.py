@@ -12,9 +12,9 @@ smallest, ``tau`` its 75th percentile. The weight falls linearly from 1 at ``H_m
 ``tau`` are constants for the gradient. The percentile interpolates linearly between order statistics (Hyndman-Fan
 type 7, the default of numpy and torch).
 
-``tau`` needs the entropies of the whole minibatch, so where logits are too large to hold (25k tokens of a 152k-word
-vocabulary) go over them twice, chunk by chunk: :func:`token_entropies` first, :func:`sem_weights` once over all,
-:func:`weighted_entropy_sum` second.
+This file computes it from logits that are there. Where they are too large to hold (25k tokens of a 152k-word
+vocabulary) the same loss comes from the hidden states, chunk by chunk (:mod:`reqat_kernels.sem_loss`); the training
+loop chooses.
 
 Shapes: N response tokens, V vocabulary.
 """
@@ -22,13 +22,15 @@ Shapes: N response tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from reqat.training.objective import TermContext
+from reqat.training.objective import FusedPart, TermContext
+from reqat_kernels.sem_loss import sem_weights
+
+__all__ = ["SEM", "sem_weights", "token_entropies", "weighted_entropy_sum"]
 
 
 def _plogp(log_probs_NV: Tensor) -> Tensor:
@@ -43,39 +45,6 @@ def token_entropies(log_probs_NV: Tensor) -> Tensor:
     """
     with torch.no_grad():
         return _plogp(log_probs_NV).sum(dim=-1).neg_()
-
-
-def sem_weights(entropies_N: Tensor, *, percentile: float = 0.75, binary: bool = False, eps: float = 1e-12) -> Tensor:
-    """SEM's token weights ``[N]`` in [0, 1] for one minibatch of entropies in nats, without gradient.
-
-    ``binary`` is the paper's ablation ``w = 1[H < tau]``. Where all entropies are equal (one token, say),
-    ``tau = H_min``: the formula gives every token weight 1, the binary mask weight 0. No tokens give no weights.
-
-    Raises:
-        ValueError: an entropy is not finite (the model has diverged).
-    """
-    entropies = entropies_N.detach()
-    if entropies.numel() == 0:
-        return torch.zeros_like(entropies)
-    if not torch.isfinite(entropies).all():
-        bad = int((~torch.isfinite(entropies)).sum())
-        raise ValueError(
-            f"SEM: {bad} of {entropies.numel()} token entropies are not finite: the logits hold NaN or infinity; "
-            "lower the learning rate, or start from another checkpoint"
-        )
-    tau, lowest = _quantile(entropies, percentile), entropies.min()
-    if binary:
-        return (entropies < tau).to(entropies.dtype)
-    return (1 - (entropies - lowest) / (tau - lowest + eps)).clamp_(min=0)
-
-
-def _quantile(x_N: Tensor, q: float) -> Tensor:
-    """``torch.quantile(x, q)``, which refuses more than 16M elements, by the two order statistics around it."""
-    ordered = x_N.sort().values
-    position = q * (x_N.numel() - 1)
-    low = min(int(position), x_N.numel() - 1)
-    high = min(low + 1, x_N.numel() - 1)
-    return torch.lerp(ordered[low], ordered[high], position - low)
 
 
 class _WeightedEntropySum(torch.autograd.Function):
@@ -135,3 +104,10 @@ class SEM:
         entropies_N = token_entropies(log_probs_NV)
         weights_N = sem_weights(entropies_N, percentile=self.percentile, binary=self.binary, eps=self.eps)
         return weighted_entropy_sum(log_probs_NV, weights_N, entropies_N)
+
+    def fused(self) -> FusedPart | None:
+        """Its place in the fused loss. None at weight 0, where that would leave the sum, a metric here, uncomputed."""
+        if self.weight == 0:
+            return None
+        settings = {"percentile": self.percentile, "binary": self.binary, "eps": self.eps}
+        return FusedPart("sem", {"lam": self.weight, **settings})

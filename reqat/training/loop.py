@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.data import Batch, PackedRows, batches
@@ -25,6 +25,11 @@ from reqat.models import weights_quantized_once
 from reqat.training import checkpoint
 from reqat.training.objective import Objective, TermContext
 from reqat.training.progress import StepProgress
+from reqat_kernels.sem_loss import CHUNK_BYTES
+
+# A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
+# objective allows; smaller ones keep the plain arithmetic of full logits.
+FUSE_ABOVE_BYTES = CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -90,15 +95,47 @@ def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
-    """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; lm_head runs on those alone."""
+def response_hidden(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
+    """Hidden states ``[N, D]`` that the head sees at the positions where ``keep`` ``[B, T]`` holds."""
     hidden = model.get_decoder()(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask(),
         position_ids=batch.position_ids,
         use_cache=False,
     ).last_hidden_state
-    return model.get_output_embeddings()(hidden[keep])
+    return hidden[keep]
+
+
+def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
+    """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; lm_head runs on those alone."""
+    return model.get_output_embeddings()(response_hidden(model, batch, keep))
+
+
+def batch_loss(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, *, autocast: bool
+) -> tuple[Tensor, dict[str, float]]:
+    """The objective on one micro-batch: its sum over response tokens (differentiable), and each term's.
+
+    Large logits are not held where they need not be (:data:`FUSE_ABOVE_BYTES`).
+    """
+    keep = batch.labels != IGNORE
+    labels = batch.labels[keep]
+    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=autocast):
+        hidden = response_hidden(model, batch, keep)
+        head = model.get_output_embeddings()
+        if objective.fusable and _is_plain(head) and 4 * len(labels) * len(head.weight) > FUSE_ABOVE_BYTES:
+            return objective.from_hidden(hidden, head.weight, labels)
+        logits = head(hidden)
+        teacher_logits = None
+        if teacher is not None and objective.needs_teacher:
+            with torch.no_grad():
+                teacher_logits = response_logits(teacher, batch, keep)
+    return objective(TermContext(logits, labels, teacher_logits))
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the head is ``hidden @ weight.T`` and nothing else: no bias, no hook, no other class."""
+    return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
 
 def train(
@@ -176,14 +213,10 @@ def train(
                 for cpu_batch in group_batches:
                     fields = ("input_ids", "labels", "position_ids", "segment_ids")
                     batch = Batch(*(getattr(cpu_batch, f).to(device) for f in fields))
-                    keep = batch.labels != IGNORE
-                    with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-                        logits = response_logits(model, batch, keep)
-                        teacher_logits = None
-                        if teacher is not None and objective.needs_teacher:
-                            with torch.no_grad():
-                                teacher_logits = response_logits(teacher, batch, keep)
-                    loss, parts = objective(TermContext(logits, batch.labels[keep], teacher_logits))
+                    try:
+                        loss, parts = batch_loss(model, teacher, objective, batch, autocast=settings.autocast)
+                    except ValueError as error:
+                        raise ValueError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
                     (loss / divisor).backward()
                     total += float(loss.detach()) / divisor
                     for name, value in parts.items():

@@ -4,16 +4,23 @@ Every published loss here is a sum over response tokens of something computed fr
 distillation, the teacher's): negative log-likelihood, SEM's selective entropy, QAD's KL. A :class:`Term` returns that
 *sum*; the loop divides all terms by one token count, that of the whole accumulated batch, so gradient accumulation
 changes nothing but memory (ReQAT section 3.3: both terms are divided by the same count).
+
+Logits of a large vocabulary do not fit in memory. An objective whose terms all say how (:class:`Fusable`) can also be
+computed from the hidden states before the head, chunk by chunk: :meth:`Objective.from_hidden`. Same value and
+gradients up to float32 rounding; terms that need the logits themselves (distillation) rule it out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from reqat_kernels.sem_loss import fused_sem_loss
 
 
 @dataclass
@@ -57,6 +64,22 @@ class Term(Protocol):
 
 
 @dataclass(frozen=True)
+class FusedPart:
+    """A term's place in :func:`reqat_kernels.sem_loss.fused_sem_loss`: which of its sums it is, by which arguments."""
+
+    part: str
+    arguments: Mapping[str, float | bool]
+
+
+@runtime_checkable
+class Fusable(Protocol):
+    """A term that the fused loss can compute."""
+
+    def fused(self) -> FusedPart | None:
+        """Its place there; None where these settings have none."""
+
+
+@dataclass(frozen=True)
 class NLL:
     """Negative log-likelihood of the trace, the ``L_SFT`` of every recipe (ReQAT section 3.2)."""
 
@@ -67,6 +90,10 @@ class NLL:
     def __call__(self, ctx: TermContext) -> Tensor:
         """Sum over response tokens of ``-log p(label)`` in nats."""
         return F.nll_loss(ctx.log_probs(), ctx.labels, reduction="sum")
+
+    def fused(self) -> FusedPart:
+        """Its place in the fused loss."""
+        return FusedPart("nll", {"nll": self.weight})
 
 
 @dataclass(frozen=True)
@@ -87,6 +114,34 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether any term looks at the teacher's logits."""
         return any(t.needs_teacher for t in self.terms)
+
+    @property
+    def fusable(self) -> bool:
+        """Whether :meth:`from_hidden` can compute it: every term has a place of its own in the fused loss."""
+        return self._fused_parts() is not None
+
+    def _fused_parts(self) -> dict[str, FusedPart] | None:
+        parts = {t.name: t.fused() if isinstance(t, Fusable) else None for t in self.terms}
+        found = {name: part for name, part in parts.items() if part is not None}
+        places = {part.part for part in found.values()}
+        return found if len(places) == len(parts) else None
+
+    def from_hidden(self, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """What calling it with the logits ``hidden @ head.T`` gives, without holding more of them than a chunk.
+
+        Call it under the autocast of the forward pass. Raises ``ValueError`` where it is not :attr:`fusable`, where
+        hidden or logits are not finite, and for shapes, dtypes or labels that do not fit.
+        """
+        parts = self._fused_parts()
+        if parts is None:
+            raise ValueError(
+                f"objective {[t.name for t in self.terms]} cannot be fused: a term needs logits; call it with a context"
+            )
+        arguments: dict[str, Any] = {"nll": 0.0, "lam": 0.0}  # of terms that are not there
+        for part in parts.values():
+            arguments.update(part.arguments)
+        total, sums = fused_sem_loss(hidden_ND, head_VD, labels_N, **arguments)
+        return total, {name: sums[part.part] for name, part in parts.items()}
 
     def __call__(self, ctx: TermContext) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum over response tokens (scalar, differentiable) and each term's unweighted sum."""

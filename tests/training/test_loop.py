@@ -18,7 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reqat.data import Trace, pack
 from reqat.data.packing import IGNORE
 from reqat.models import freeze, prepare
-from reqat.training import NLL, Objective, TermContext, TrainSettings, learning_rate, response_logits, train
+from reqat.recipes.qad import QAD
+from reqat.recipes.sem import SEM
+from reqat.training import NLL, Objective, TermContext, TrainSettings, learning_rate, loop, response_logits, train
 from reqat.training.checkpoint import FILE
 
 VOCABULARY, BOS, PAD = 40, 1, 0
@@ -222,6 +224,87 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="at step 1"):
         train(model, rows(), Objective(), TrainSettings(), tmp_path, progress=False)
+
+
+def gradients(model: LlamaForCausalLM, objective: Objective) -> tuple[float, dict[str, torch.Tensor]]:
+    packed = rows(20)
+    loss, parts = loop.batch_loss(model, None, objective, packed.batch(range(len(packed))), autocast=False)
+    loss.backward()
+    assert list(parts) == [t.name for t in objective.terms]
+    value = float(loss.detach())
+    assert value == pytest.approx(sum(t.weight * parts[t.name] for t in objective.terms), rel=1e-6)
+    return value, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "terms", [(NLL(),), (NLL(0.5), SEM(0.3, binary=True)), (SEM(0.3, name="selective"), NLL()), (SEM(0.1),)]
+)
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_large_logits_are_not_held_and_change_nothing(terms, frozen_head: bool, monkeypatch) -> None:
+    """In float64, with the tied embedding of the tiny model: its gradient comes from both ends."""
+    held = tiny_model().double()
+    fused = tiny_model().double()
+    for model in (held, fused):
+        model.get_output_embeddings().weight.requires_grad_(not frozen_head)
+        model.model.norm.weight.data.fill_(10.0)  # entropies far apart: SEM's weights magnify differences of equal ones
+    loss, grads = gradients(held, Objective(terms))
+    monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", 0)
+    fused.get_output_embeddings().forward = None  # the whole logits, had anyone asked for them
+    fused_loss, fused_grads = gradients(fused, Objective(terms))
+    # From logits the terms are computed in float32, whatever the model's dtype; the fused loss stays in float64.
+    assert fused_loss == pytest.approx(loss, rel=1e-6, abs=1e-6)
+    assert grads.keys() == fused_grads.keys()
+    for name, grad in grads.items():
+        assert (fused_grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-12, name
+
+
+def test_only_large_logits_of_a_plain_head_are_fused(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("fused")
+
+    monkeypatch.setattr(Objective, "from_hidden", refuse)
+    model, packed = tiny_model(), rows(20)
+    batch = packed.batch(range(len(packed)))
+    size = 4 * int((batch.labels != IGNORE).sum()) * VOCABULARY
+
+    def loss(objective: Objective, teacher: LlamaForCausalLM | None = None) -> None:
+        loop.batch_loss(model, teacher, objective, batch, autocast=False)
+
+    loss(Objective())  # far below the default
+    monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", size)
+    loss(Objective())
+    monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", size - 1)
+    with pytest.raises(AssertionError, match="fused"):
+        loss(Objective())
+    loss(Objective((NLL(), QAD())), tiny_model(1))  # a term wants the logits
+    loss(Objective((NLL(), SEM(weight=0.0))))  # whose sum the fused loss would not compute
+    loss(Objective((SEM(), SEM(name="again"))))
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, out: out * 0.5)
+    loss(Objective())
+    hook.remove()
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    loss(Objective())
+
+
+def test_an_objective_that_needs_logits_refuses_hidden_states() -> None:
+    assert Objective((NLL(), SEM())).fusable and not Objective((NLL(), QAD())).fusable
+    with pytest.raises(ValueError, match="cannot be fused"):
+        Objective((QAD(),)).from_hidden(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long))
+
+
+def test_training_on_a_fused_loss_follows_training_on_logits(tmp_path: Path, monkeypatch) -> None:
+    losses = []
+    for i, limit in enumerate((loop.FUSE_ABOVE_BYTES, 0)):
+        monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", limit)
+        settings = TrainSettings(lr=1e-3, rows_per_batch=4, autocast=False)
+        result = train(tiny_model(), rows(), Objective((NLL(), SEM())), settings, tmp_path / str(i), progress=False)
+        losses.append([h["loss"] for h in result.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # AdamW magnifies rounding of gradients near 0
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="at step 1 of .*hidden holds"):
+        train(model, rows(), Objective(), TrainSettings(), tmp_path / "nan", progress=False)
 
 
 def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
