@@ -11,6 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import torch
+
+# Without a GPU, Triton kernels run in triton's interpreter, which has to be chosen before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 # Deadlines measure the neighbours' load, not the code. CI repeats itself; elsewhere new examples are tried each time.

@@ -56,9 +56,10 @@ def round_to_bfloat16(x):
 @triton.jit
 def cast(x, dtype: tl.constexpr):
     """float32 ``x`` as ``dtype``, rounded to nearest even in the interpreter too."""
-    if dtype == tl.bfloat16:
-        x = round_to_bfloat16(x)
-    return x.to(dtype)
+    if dtype == tl.bfloat16:  # by its bits: the interpreter's conversion also loses subnormals
+        return (float_bits(round_to_bfloat16(x)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit

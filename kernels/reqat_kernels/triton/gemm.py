@@ -352,8 +352,9 @@ class Parts:
         self.block = fmt.block or 1
         self.nvfp4 = fmt.has_global_scale
         self.e1m2 = fmt.element == "E1M2"
-        self.packed = t.packed.reshape(-1, t.packed.shape[-1]).contiguous()
-        self.scales = t.scales.view(torch.uint8).reshape(-1, t.scales.shape[-1]).contiguous()
+        rows = t.shape[:-1].numel()
+        self.packed = t.packed.reshape(rows, t.packed.shape[-1]).contiguous()
+        self.scales = t.scales.view(torch.uint8).reshape(rows, t.scales.shape[-1]).contiguous()
         g = t.global_scale
         self.mode = 0 if g is None else 1 if g.numel() == 1 else 2
         self.g = self.packed.new_empty(1, dtype=torch.float32) if g is None else g.float().reshape(-1).contiguous()

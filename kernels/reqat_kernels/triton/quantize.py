@@ -204,8 +204,8 @@ def quantize(
             f"rotation={rotation} of {label} with last axis {K}: take a power of two from 2 to 128 that divides the "
             "axis, or None"
         )
-    x_MK = (x.float() if x.dtype == torch.float64 else x.detach()).reshape(-1, K).contiguous()
-    M = x_MK.shape[0]
+    M = x.shape[:-1].numel()
+    x_MK = (x.float() if x.dtype == torch.float64 else x.detach()).reshape(M, K).contiguous()
     row = fmt.global_scale == "row" if given is None else False
     dynamic = fmt.has_global_scale and given is None
     g = torch.ones(M if row else 1, dtype=torch.float32, device=x.device)
