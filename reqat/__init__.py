@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
-    from reqat.models import freeze, load_model, prepare
+    from reqat.models import freeze, load_model, pack, prepare
     from reqat.quant.precision import Precision
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "freeze",
     "get_format",
     "load_model",
+    "pack",
     "prepare",
     "quantize",
     "quantize_dequantize",
@@ -39,6 +40,7 @@ _HOMES = {
     "Precision": "reqat.quant.precision",
     "freeze": "reqat.models",
     "load_model": "reqat.models",
+    "pack": "reqat.models",
     "prepare": "reqat.models",
 }
 

@@ -87,7 +87,7 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
         attentions = [
-            m for m in layer.modules() if all(isinstance(getattr(m, p, None), nn.Linear) for p in _PROJECTIONS)
+            m for m in layer.modules() if all(_is_linear(getattr(m, p, None)) for p in _PROJECTIONS)
         ]
         if len(attentions) != 1:
             raise UnsupportedModelError(
@@ -98,6 +98,11 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
         found.append(DecoderLayer(index, name, layer, attentions[0]))
     _check_attention(model, found)
     return found
+
+
+def _is_linear(module: object) -> bool:
+    # A packed layer is no nn.Linear: it has no weight that one could look at.
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Module) and hasattr(module, "in_features"))
 
 
 def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer]) -> None:

@@ -40,6 +40,11 @@ def save_model(
     Raises ReqatError if the disk is full or not writable, naming the folder; nothing is left behind then.
     """
     folder = Path(folder)
+    if getattr(model, "_reqat_packed", False):
+        raise ReqatError(
+            "a packed model has no dense weights to save: save the frozen model before pack(), and pack it again after "
+            "loading"
+        )
     if folder.exists() and not folder.is_dir():
         raise ReqatError(f"{folder} is a file, not a folder; choose another place for the model")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")

@@ -34,17 +34,17 @@ void int_tile_portable(const Weight& w, const int8_t* x, const int32_t* start, c
     const int64_t K = w.steps * STEP, blocks = K / w.block;
     const int per = w.block / STEP;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
     (void)start;
     for (int64_t m = 0; m < M; m++) {
-        float acc[TILE] = {};
+        float acc[LANES] = {};
         for (int64_t b = 0; b < blocks; b++) {
-            int32_t dot[TILE] = {};
+            int32_t dot[LANES] = {};
             for (int s = 0; s < per; s++) {
                 const uint8_t* step = codes + (b * per + s) * STEP_BYTES;
                 const int8_t* xs = x + m * K + (b * per + s) * STEP;
                 for (int l = 0; l < 2; l++)
-                    for (int r = 0; r < TILE; r++)
+                    for (int r = 0; r < LANES; r++)
                         for (int i = 0; i < 4; i++) {
                             const uint8_t byte = step[64 * l + 4 * r + i];
                             dot[r] += int(w.values[byte & 15]) * xs[8 * l + i];
@@ -52,10 +52,10 @@ void int_tile_portable(const Weight& w, const int8_t* x, const int32_t* start, c
                         }
             }
             const float sx = scale_x ? scale_x[m * blocks + b] : 1.0f;
-            for (int r = 0; r < TILE; r++)
-                acc[r] = std::fma(float(dot[r]), scale_of(scales[b * TILE + r], w.scale_kind) * sx, acc[r]);
+            for (int r = 0; r < LANES; r++)
+                acc[r] = std::fma(float(dot[r]), scale_of(scales[b * LANES + r], w.scale_kind) * sx, acc[r]);
         }
-        for (int r = 0; r < TILE; r++) out[m * TILE + r] = acc[r];
+        for (int r = 0; r < LANES; r++) out[m * LANES + r] = acc[r];
     }
 }
 
@@ -63,9 +63,9 @@ void float_tile_portable(const Weight& w, const float* x, int64_t tile, int64_t 
     const int64_t K = w.steps * STEP, blocks = K / w.block;
     const int per = w.block / STEP;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
     for (int64_t m = 0; m < M; m++)
-        for (int r = 0; r < TILE; r++) {
+        for (int r = 0; r < LANES; r++) {
             float acc = 0;
             for (int64_t b = 0; b < blocks; b++) {
                 float block = 0;
@@ -75,9 +75,9 @@ void float_tile_portable(const Weight& w, const float* x, int64_t tile, int64_t 
                         const float v = float(w.values[(c / 4) % 2 ? byte >> 4 : byte & 15]);
                         block = std::fma(v, x[m * K + (b * per + s) * STEP + c], block);
                     }
-                acc = std::fma(block, scale_of(scales[b * TILE + r], w.scale_kind), acc);
+                acc = std::fma(block, scale_of(scales[b * LANES + r], w.scale_kind), acc);
             }
-            out[m * TILE + r] = acc;
+            out[m * LANES + r] = acc;
         }
 }
 
@@ -98,7 +98,7 @@ REQAT_AVX2 void int_tile_avx2(const Weight& w, const int8_t* x, const int32_t* s
     const int64_t K = w.steps * STEP, blocks = K / w.block;
     const int per = w.block / STEP;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
     alignas(16) uint8_t shifted[16];
     for (int i = 0; i < 16; i++) shifted[i] = uint8_t(w.values[i] + OFFSET);
     const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(shifted)));
@@ -107,7 +107,7 @@ REQAT_AVX2 void int_tile_avx2(const Weight& w, const int8_t* x, const int32_t* s
         __m256 acc[MR];
         for (int m = 0; m < MR; m++) acc[m] = _mm256_setzero_ps();
         for (int64_t b = 0; b < blocks; b++) {
-            const __m256 sw = scales8<KIND>(scales + b * TILE + 8 * half);
+            const __m256 sw = scales8<KIND>(scales + b * LANES + 8 * half);
             __m256i dot[MR];
             for (int m = 0; m < MR; m++) dot[m] = _mm256_set1_epi32(start[m * blocks + b]);
             for (int s = 0; s < per; s++)
@@ -132,7 +132,7 @@ REQAT_AVX2 void int_tile_avx2(const Weight& w, const int8_t* x, const int32_t* s
                 acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), scale, acc[m]);
             }
         }
-        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * TILE + 8 * half, acc[m]);
+        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * LANES + 8 * half, acc[m]);
     }
 }
 
@@ -141,7 +141,7 @@ REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, f
     const int64_t K = w.steps * STEP, blocks = K / w.block;
     const int per = w.block / STEP;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
     float lower[8], upper[8];
     for (int i = 0; i < 8; i++) lower[i] = w.values[i], upper[i] = w.values[i + 8];
     const __m256 table0 = _mm256_loadu_ps(lower), table1 = _mm256_loadu_ps(upper);
@@ -165,10 +165,10 @@ REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, f
                             block[m] = _mm256_fmadd_ps(v, _mm256_set1_ps(x[m * K + step * STEP + 8 * l + c]), block[m]);
                     }
                 }
-            const __m256 sw = scales8<KIND>(scales + b * TILE + 8 * half);
+            const __m256 sw = scales8<KIND>(scales + b * LANES + 8 * half);
             for (int m = 0; m < MR; m++) acc[m] = _mm256_fmadd_ps(block[m], sw, acc[m]);
         }
-        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * TILE + 8 * half, acc[m]);
+        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * LANES + 8 * half, acc[m]);
     }
 }
 
@@ -187,7 +187,7 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
     constexpr int PER = KIND == 0 ? 1 : 2;
     const int64_t K = w.steps * STEP, blocks = w.steps / PER;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
     alignas(64) uint8_t shifted[64];
     for (int i = 0; i < 64; i++) shifted[i] = uint8_t(w.values[i & 15] + OFFSET);
     const __m512i table = _mm512_load_si512(shifted);
@@ -219,13 +219,13 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
                 dot[m] = _mm512_dpbusd_epi32(dot[m], w3, _mm512_set1_epi32(xs[3]));
             }
         }
-        const __m512 sw = scales16<KIND>(scales + b * TILE);
+        const __m512 sw = scales16<KIND>(scales + b * LANES);
         for (int m = 0; m < MR; m++) {
             const __m512 scale = BLOCKS ? _mm512_mul_ps(sw, _mm512_set1_ps(scale_x[m * blocks + b])) : sw;
             acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m]), scale, acc[m]);
         }
     }
-    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * TILE, acc[m]);
+    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * LANES, acc[m]);
 }
 
 template <int MR, int KIND>
@@ -233,7 +233,7 @@ REQAT_AVX512 void float_tile_avx512(const Weight& w, const float* x, int64_t til
     constexpr int PER = KIND == 0 ? 1 : 2;
     const int64_t K = w.steps * STEP, blocks = w.steps / PER;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * TILE;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
     alignas(64) float values[16];
     for (int i = 0; i < 16; i++) values[i] = w.values[i];
     const __m512 table = _mm512_load_ps(values);
@@ -266,10 +266,10 @@ REQAT_AVX512 void float_tile_avx512(const Weight& w, const float* x, int64_t til
 #undef REQAT_COLUMN
             }
         }
-        const __m512 sw = scales16<KIND>(scales + b * TILE);
+        const __m512 sw = scales16<KIND>(scales + b * LANES);
         for (int m = 0; m < MR; m++) acc[m] = _mm512_fmadd_ps(block[m], sw, acc[m]);
     }
-    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * TILE, acc[m]);
+    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * LANES, acc[m]);
 }
 
 #endif  // REQAT_X86
@@ -295,8 +295,8 @@ void int_tile(const Weight& w, const int8_t* x, const int32_t* start, const floa
     if (isa() == AVX512) {
 #define CALL(MR)                                                                                                  \
     (scale_x ? int_tile_avx512<MR, KIND, true>(w, x + m * K, start + m * blocks, scale_x + m * blocks, tile,      \
-                                               out + m * TILE)                                                   \
-             : int_tile_avx512<MR, KIND, false>(w, x + m * K, start + m * blocks, nullptr, tile, out + m * TILE))
+                                               out + m * LANES)                                                   \
+             : int_tile_avx512<MR, KIND, false>(w, x + m * K, start + m * blocks, nullptr, tile, out + m * LANES))
         REQAT_BY_ROWS(CALL)
 #undef CALL
         return;
@@ -305,10 +305,10 @@ void int_tile(const Weight& w, const int8_t* x, const int32_t* start, const floa
         for (int64_t m = 0; m < M;) {
             const float* s = scale_x ? scale_x + m * blocks : nullptr;
             if (M - m >= 4) {
-                int_tile_avx2<4, KIND>(w, x + m * K, start + m * blocks, s, tile, out + m * TILE);
+                int_tile_avx2<4, KIND>(w, x + m * K, start + m * blocks, s, tile, out + m * LANES);
                 m += 4;
             } else {
-                int_tile_avx2<1, KIND>(w, x + m * K, start + m * blocks, s, tile, out + m * TILE);
+                int_tile_avx2<1, KIND>(w, x + m * K, start + m * blocks, s, tile, out + m * LANES);
                 m += 1;
             }
         }
@@ -326,17 +326,17 @@ void float_tile(const Weight& w, const float* x, int64_t tile, int64_t M, float*
         // Two registers a row of x (block and sum), and one for each column's values: eight rows at most.
         for (int64_t m = 0; m < M;) {
             const int64_t left = M - m;
-            if (left >= 8) { float_tile_avx512<8, KIND>(w, x + m * K, tile, out + m * TILE); m += 8; }
-            else if (left >= 4) { float_tile_avx512<4, KIND>(w, x + m * K, tile, out + m * TILE); m += 4; }
-            else if (left >= 2) { float_tile_avx512<2, KIND>(w, x + m * K, tile, out + m * TILE); m += 2; }
-            else { float_tile_avx512<1, KIND>(w, x + m * K, tile, out + m * TILE); m += 1; }
+            if (left >= 8) { float_tile_avx512<8, KIND>(w, x + m * K, tile, out + m * LANES); m += 8; }
+            else if (left >= 4) { float_tile_avx512<4, KIND>(w, x + m * K, tile, out + m * LANES); m += 4; }
+            else if (left >= 2) { float_tile_avx512<2, KIND>(w, x + m * K, tile, out + m * LANES); m += 2; }
+            else { float_tile_avx512<1, KIND>(w, x + m * K, tile, out + m * LANES); m += 1; }
         }
         return;
     }
     if (isa() == AVX2) {
         for (int64_t m = 0; m < M;) {
-            if (M - m >= 4) { float_tile_avx2<4, KIND>(w, x + m * K, tile, out + m * TILE); m += 4; }
-            else { float_tile_avx2<1, KIND>(w, x + m * K, tile, out + m * TILE); m += 1; }
+            if (M - m >= 4) { float_tile_avx2<4, KIND>(w, x + m * K, tile, out + m * LANES); m += 4; }
+            else { float_tile_avx2<1, KIND>(w, x + m * K, tile, out + m * LANES); m += 1; }
         }
         return;
     }
@@ -346,11 +346,11 @@ void float_tile(const Weight& w, const float* x, int64_t tile, int64_t M, float*
 
 void store(const Weight& w, int64_t tile, int64_t M, const float* out, const float* row_scale, const float* bias,
            float* y, int64_t stride_y) {
-    const int64_t first = tile * TILE, count = w.rows - first < TILE ? w.rows - first : TILE;
+    const int64_t first = tile * LANES, count = w.rows - first < LANES ? w.rows - first : LANES;
     for (int64_t m = 0; m < M; m++) {
         const float factor = row_scale ? w.alpha * row_scale[m] : w.alpha;
         for (int64_t r = 0; r < count; r++) {
-            const float value = out[m * TILE + r] * factor;
+            const float value = out[m * LANES + r] * factor;
             y[m * stride_y + first + r] = bias ? value + bias[first + r] : value;
         }
     }
@@ -362,10 +362,10 @@ constexpr int64_t ROWS_AT_ONCE = 64;  // rows of x whose results wait on the sta
 
 void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, const float* row_scale,
               const float* bias, float* y, int64_t M, int64_t stride_y, int threads) {
-    const int64_t tiles = (w.rows + TILE - 1) / TILE, K = w.steps * STEP, blocks = K / w.block;
+    const int64_t tiles = (w.rows + LANES - 1) / LANES, K = w.steps * STEP, blocks = K / w.block;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t tile = 0; tile < tiles; tile++) {
-        alignas(64) float out[ROWS_AT_ONCE * TILE];
+        alignas(64) float out[ROWS_AT_ONCE * LANES];
         for (int64_t m = 0; m < M; m += ROWS_AT_ONCE) {
             const int64_t rows = M - m < ROWS_AT_ONCE ? M - m : ROWS_AT_ONCE;
             const float* s = scale_x ? scale_x + m * blocks : nullptr;
@@ -378,10 +378,10 @@ void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const floa
 
 void gemm_float(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y,
                 int threads) {
-    const int64_t tiles = (w.rows + TILE - 1) / TILE, K = w.steps * STEP;
+    const int64_t tiles = (w.rows + LANES - 1) / LANES, K = w.steps * STEP;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t tile = 0; tile < tiles; tile++) {
-        alignas(64) float out[ROWS_AT_ONCE * TILE];
+        alignas(64) float out[ROWS_AT_ONCE * LANES];
         for (int64_t m = 0; m < M; m += ROWS_AT_ONCE) {
             const int64_t rows = M - m < ROWS_AT_ONCE ? M - m : ROWS_AT_ONCE;
             if (w.scale_kind == 0) float_tile<0>(w, x + m * K, tile, rows, out);

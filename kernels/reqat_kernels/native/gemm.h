@@ -13,9 +13,9 @@
 
 namespace reqat {
 
-constexpr int TILE = 16;   // rows of a tile
+constexpr int LANES = 16;  // rows of a tile, one a lane
 constexpr int STEP = 16;   // columns of a step
-constexpr int STEP_BYTES = TILE * STEP / 2;
+constexpr int STEP_BYTES = LANES * STEP / 2;
 constexpr int OFFSET = 16;  // added to a value so that it is an unsigned byte
 
 struct Weight {

@@ -1,0 +1,195 @@
+// A decoder layer of the Llama kind, for one new token in each of B rows:
+//
+//     h = rms_norm(x);  q, k, v = h Wq, h Wk, h Wv;  q, k = rope(q), rope(k);  cache <- quantize(k - shift), quantize(v)
+//     x += attention(q, cache) Wo;   h = rms_norm(x);   x += (silu(h Wgate) * (h Wup)) Wdown
+//
+// with every product's input rounded as the precision says. What transformers' modules do in some thirty calls a layer,
+// each of which costs more than its work when there is one token, happens here in one. Sums of squares are in double,
+// everything else in float32.
+
+#include "decode.h"
+
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "common.h"
+
+REQAT_API int reqat_kv_append(const reqat::AppendArgs* args);
+REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args);
+
+namespace reqat {
+namespace {
+
+void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* out) {
+    double parts[8] = {};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        for (int lane = 0; lane < 8; lane++) parts[lane] += double(x[i + lane]) * double(x[i + lane]);
+    double sum = 0;
+    for (double part : parts) sum += part;
+    for (; i < n; i++) sum += double(x[i]) * double(x[i]);
+    const float factor = float(1.0 / std::sqrt(sum / double(n) + eps));
+    for (int64_t k = 0; k < n; k++) out[k] = weight[k] * (x[k] * factor);
+}
+
+// Rotary embedding of one head, halves rotated against each other.
+void rope(float* x, const float* cos, const float* sin, int64_t D) {
+    for (int64_t i = 0; i < D / 2; i++) {
+        const float a = x[i], b = x[i + D / 2];
+        x[i] = a * cos[i] + -b * sin[i];
+        x[i + D / 2] = b * cos[i + D / 2] + a * sin[i + D / 2];
+    }
+}
+
+// e^x within 2 ulps for |x| <= 87, in a form that compilers vectorize: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+inline float exp_clamped(float x) {
+    x = x > 87.0f ? 87.0f : x;
+    x = x < -87.0f ? -87.0f : x;
+    const float shifted = x * 0x1.715476p+0f + 0x1.8p23f;
+    const float n = shifted - 0x1.8p23f;
+    const float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+    float p = 0x1.6ab96ep-10f;
+    p = p * r + 0x1.126d1ep-7f;
+    p = p * r + 0x1.55589ap-5f;
+    p = p * r + 0x1.55540ap-3f;
+    p = p * r + 0x1.fffffap-2f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    return p * bits_to_float((float_to_bits(shifted) + 127u) << 23);
+}
+
+void silu_times(const float* gate, const float* up, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + exp_clamped(-gate[i])) * up[i];
+}
+
+// Blocks of n (a power of two) by the normalized Hadamard matrix, in place.
+void hadamard(float* x, int64_t length, int64_t n) {
+    const float norm = float(1.0 / std::sqrt(double(n)));
+    for (float* block = x; block < x + length; block += n) {
+        for (int64_t half = 1; half < n; half *= 2)
+            for (int64_t i = 0; i < n; i += 2 * half)
+                for (int64_t j = i; j < i + half; j++) {
+                    const float a = block[j], b = block[j + half];
+                    block[j] = a + b;
+                    block[j + half] = a - b;
+                }
+        for (int64_t i = 0; i < n; i++) block[i] *= norm;
+    }
+}
+
+struct Scratch {
+    std::vector<float> hidden, query, key, value, attended, gate, up, scale;
+    std::vector<int8_t> rounded;
+    std::vector<int32_t> start;
+};
+
+// The input of some products: rotated and rounded once, then multiplied with each weight.
+struct Input {
+    const DecodeLayer& layer;
+    Scratch& scratch;
+    float* x;
+    int64_t B, K;
+    int threads;
+    bool finite = true;
+
+    Input(const DecodeLayer& layer, Scratch& scratch, float* x, int64_t B, int64_t K, float g, int threads)
+        : layer(layer), scratch(scratch), x(x), B(B), K(K), threads(threads) {
+        if (layer.rotation) hadamard(x, B * K, layer.rotation);
+        if (!layer.inputs) return;
+        scratch.rounded.resize(size_t(B * K));
+        scratch.start.resize(size_t(B * K / layer.inputs->block));
+        scratch.scale.resize(scratch.start.size());
+        finite = fp4_input(*layer.inputs, x, B, K, g, scratch.rounded.data(), scratch.start.data(), scratch.scale.data());
+    }
+
+    void times(const Linear& linear, float* y) const {
+        const Weight& w = linear.weight;
+        if (layer.inputs)
+            gemm_int(w, scratch.rounded.data(), scratch.start.data(), scratch.scale.data(), nullptr, linear.bias, y, B,
+                     w.rows, threads);
+        else
+            gemm_float(w, x, linear.bias, y, B, w.rows, threads);
+    }
+};
+
+int step(const DecodeLayer& layer, const DecodeStep& s) {
+    thread_local Scratch scratch;
+    const int64_t B = s.B, hidden = layer.hidden, D = layer.D, H = layer.H, G = layer.G;
+    const int threads = int(s.threads);
+    scratch.hidden.resize(size_t(B * (hidden > layer.mlp ? hidden : layer.mlp)));
+    scratch.query.resize(size_t(B * H * D));
+    scratch.key.resize(size_t(B * G * D));
+    scratch.value.resize(size_t(B * G * D));
+    scratch.attended.resize(size_t(B * H * D));
+    scratch.gate.resize(size_t(B * layer.mlp));
+    scratch.up.resize(size_t(B * layer.mlp));
+    float *h = scratch.hidden.data(), *q = scratch.query.data(), *k = scratch.key.data(), *v = scratch.value.data();
+
+    for (int64_t b = 0; b < B; b++) rms_norm(s.x + b * hidden, layer.input_norm, hidden, layer.eps, h + b * hidden);
+    {
+        const Input input(layer, scratch, h, B, hidden, layer.global_scale[0], threads);
+        if (!input.finite) return 3;
+        input.times(*layer.query, q);
+        input.times(*layer.key, k);
+        input.times(*layer.value, v);
+    }
+    for (int64_t b = 0; b < B; b++) {
+        const float *cos = s.cos + b * s.stride, *sin = s.sin + b * s.stride;
+        for (int64_t i = 0; i < H; i++) {
+            float* head = q + (b * H + i) * D;
+            if (layer.query_norm) rms_norm(head, layer.query_norm, D, layer.eps, head);
+            rope(head, cos, sin, D);
+        }
+        for (int64_t i = 0; i < G; i++) {
+            float* head = k + (b * G + i) * D;
+            if (layer.key_norm) rms_norm(head, layer.key_norm, D, layer.eps, head);
+            rope(head, cos, sin, D);
+        }
+    }
+    AppendArgs* appended[2] = {s.key, s.value};
+    for (AppendArgs* append : appended) {
+        append->x = append == s.key ? k : v;
+        append->dtype = DTYPE_F32;
+        append->x_b = G * D, append->x_g = append->x_t = D;
+        append->T = 1;
+        if (const int error = reqat_kv_append(append)) return error == 2 ? (append == s.key ? 4 : 5) : error;
+    }
+    s.attention->query = q;
+    s.attention->out = scratch.attended.data();
+    if (const int error = reqat_kv_attention(s.attention)) return error;
+    {
+        const Input input(layer, scratch, scratch.attended.data(), B, H * D, layer.global_scale[1], threads);
+        if (!input.finite) return 6;
+        input.times(*layer.out, h);
+    }
+    for (int64_t i = 0; i < B * hidden; i++) s.x[i] += h[i];
+
+    for (int64_t b = 0; b < B; b++) rms_norm(s.x + b * hidden, layer.attention_norm, hidden, layer.eps, h + b * hidden);
+    {
+        const Input input(layer, scratch, h, B, hidden, layer.global_scale[2], threads);
+        if (!input.finite) return 7;
+        input.times(*layer.gate, scratch.gate.data());
+        input.times(*layer.up, scratch.up.data());
+    }
+    silu_times(scratch.gate.data(), scratch.up.data(), B * layer.mlp, scratch.gate.data());
+    {
+        const Input input(layer, scratch, scratch.gate.data(), B, layer.mlp, layer.global_scale[3], threads);
+        if (!input.finite) return 8;
+        input.times(*layer.down, h);
+    }
+    for (int64_t i = 0; i < B * hidden; i++) s.x[i] += h[i];
+    return 0;
+}
+
+}  // namespace
+}  // namespace reqat
+
+// 0; 1: no memory; 3 to 8: something is not finite, in the order in which the parts come (decode.py names them).
+REQAT_API int reqat_decode_layer(const reqat::DecodeLayer* layer, const reqat::DecodeStep* step) {
+    try {
+        return reqat::step(*layer, *step);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}

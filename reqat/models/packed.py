@@ -1,0 +1,123 @@
+"""A packed model: weights and key/value cache really in four bits, inputs rounded to integers, products by kernels.
+
+``pack`` takes a prepared model and replaces each quantized linear layer by a
+:class:`~reqat.models.packed_linear.PackedLinear`, which holds the
+codes and scales in the order in which the kernel streams them, and the dense weight no more. Everything else stays:
+transformers' model code, its ``generate()``, the attention function. A cache that ``generate()`` makes is exchanged for
+a :class:`~reqat.models.packed_cache.PackedCache` at the first forward pass.
+
+The numbers are those of the frozen fake-quantized model up to the order of float32 summation: inputs are rounded by
+the same functions, weights are the same codes. Where that order moves an activation across a rounding threshold its
+code changes, so logits agree closely, not bit for bit.
+
+The packed model only runs: it cannot be trained or saved. Save the frozen model, and pack it again after loading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from reqat.config.errors import ReqatError
+from reqat.models.architecture import decoder_layers, head_shape
+from reqat.models.linear import InputQuantizer, quant_linears
+from reqat.models.packed_cache import PackedCache
+from reqat.models.packed_layer import native_layers
+from reqat.models.packed_linear import HalfHead, PackedInput, PackedLinear
+from reqat.models.prepare import freeze, precision_of
+from reqat.quant import Precision
+from reqat_kernels.native import gemm
+from reqat_kernels.native.attention import unsupported
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes as allocated: packed weights of linear layers, all other parameters and buffers, and a cache if given."""
+
+    linear_bytes: int
+    other_bytes: int
+    cache_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The sum."""
+        return self.linear_bytes + self.other_bytes + self.cache_bytes
+
+
+@torch.no_grad()
+def pack(model: PreTrainedModel) -> PreTrainedModel:
+    """Turn a prepared ``model`` into one whose weights and cache take four bits, in place; returns it. Idempotent.
+
+    Freezes it first, if need be. Linear layers whose format has no kernel (INT4, AMXFP4; weights left at 16 bits) stay
+    as they are, frozen. Raises ReqatError for a model that was not prepared, or that is not on a CPU; static scales
+    must be calibrated before.
+    """
+    precision = precision_of(model)
+    if precision is None:
+        raise ReqatError("pack needs a prepared model: call prepare(model, precision) first")
+    if is_packed(model):
+        return model
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        raise ReqatError(f"pack runs models on a CPU, and this one is on {', '.join(sorted(devices))}: model.to('cpu')")
+    uncalibrated = [m.name for m in model.modules() if isinstance(m, InputQuantizer) and m.needs_calibration]
+    if uncalibrated:
+        raise ReqatError(f"{uncalibrated[0]}: its static scale is not calibrated; run calibrate_static(model, batches)")
+    freeze(model)
+    shared: dict[int, PackedInput] = {}
+    for name, linear in quant_linears(model).items():
+        fmt = linear.weight_quantizer.format
+        if fmt is None or fmt.block is None or not gemm.supports(fmt) or not _fits(precision, fmt.block):
+            continue
+        source = linear.input_quantizer
+        inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block))
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs))
+    if not any(unsupported(fmt, head_shape(model).head_dim) for fmt in (precision.keys, precision.values)):
+        model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
+        native_layers(model, decoder_layers(model), head_shape(model))
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16:
+        model.set_output_embeddings(HalfHead(head))
+    model._reqat_packed = True  # type: ignore[assignment]
+    return model
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether :func:`pack` was called on ``model``."""
+    return bool(getattr(model, "_reqat_packed", False))
+
+
+def memory(model: nn.Module, cache: PackedCache | None = None) -> Memory:
+    """What ``model`` (packed or not) and a cache take, each storage counted once."""
+    layers = [layer.module for layer in decoder_layers(model)]
+    linear = {id(m): m for layer in layers for m in layer.modules() if isinstance(m, PackedLinear | nn.Linear)}
+    storages: dict[int, int] = {}
+    inside = 0
+    for module in linear.values():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in storages:
+                storages[storage.data_ptr()] = storage.nbytes()
+                inside += storage.nbytes()
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+    return Memory(inside, sum(storages.values()) - inside, 0 if cache is None else cache.nbytes)
+
+
+def _fits(precision: Precision, block: int) -> bool:
+    inputs = precision.inputs
+    return inputs is None or (gemm.supports(inputs) and inputs.block == block)
+
+
+def _use_packed_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Exchange an empty cache of transformers' own for a packed one; the model hands it back with its output."""
+    cache = kwargs.get("past_key_values")
+    wanted = cache is None and kwargs.get("use_cache")
+    if wanted or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+        kwargs["past_key_values"] = PackedCache(model)
+    return args, kwargs
