@@ -6,6 +6,7 @@ included, so that fine-tuning, QAT and evaluation share one code path; it differ
 1. Keys and values pass through the layer's :class:`~reqat.models.kv.KVQuantizer` (``module.reqat_kv``), if it has one.
    Keys arrive here after RoPE, which is where the paper quantizes them (ReQAT, section 1); queries are left alone.
    Tensors that come from :class:`~reqat.models.cache.Fp4Cache` were quantized when they were appended and are marked.
+   Those of :class:`~reqat.models.packed_cache.PackedCache` hold no numbers; the cache layer behind them attends.
 2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
    times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
 
@@ -14,7 +15,7 @@ Shapes: B batch, H query heads, G key/value heads, T query tokens, S key tokens,
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from reqat.config.errors import ReqatError
 
 ATTENTION = "reqat"
 _MARK = "_reqat_quantized"
+_PACKED = "_reqat_packed"
 
 
 def mark_quantized(tensor_BGSD: Tensor) -> Tensor:
@@ -37,6 +39,28 @@ def mark_quantized(tensor_BGSD: Tensor) -> Tensor:
 def is_quantized(tensor_BGSD: Tensor) -> bool:
     """Whether :func:`mark_quantized` was called on this very tensor object."""
     return getattr(tensor_BGSD, _MARK, False)
+
+
+class PackedLayer(Protocol):
+    """What stands behind the keys of a packed cache: see ``PackedCacheLayer.attend``."""
+
+    def attend(
+        self,
+        query_BHTD: Tensor,
+        length: int,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float | None,
+        dropout: float,
+        is_causal: bool,
+    ) -> Tensor:
+        """Attention over its first ``length`` tokens; returns [B, H, T, D]."""
+
+
+def mark_packed(tensor_BGSD: Tensor, layer: PackedLayer) -> Tensor:
+    """Mark keys or values as a stand-in for what ``layer`` holds; the attention function then calls ``attend``."""
+    setattr(tensor_BGSD, _PACKED, layer)
+    return tensor_BGSD
 
 
 def softmax_attention(
@@ -131,9 +155,15 @@ def reqat_attention(
             key, value = kv(key, value)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    out_BHTD = softmax_attention(
-        query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
-    )
+    packed: PackedLayer | None = getattr(key, _PACKED, None)
+    if packed is not None:
+        out_BHTD = packed.attend(
+            query, key.shape[2], attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
+        )
+    else:
+        out_BHTD = softmax_attention(
+            query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
+        )
     return out_BHTD.transpose(1, 2).to(dtype), None
 
 

@@ -420,3 +420,13 @@ REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
     delete[] partial;
     return 0;
 }
+
+// The exponential of the kernel's softmax, for its test: n a multiple of 16.
+REQAT_API void reqat_kv_exp(const float* x, float* out, int64_t n) {
+    using namespace reqat;
+#if REQAT_X86
+    if (isa() == AVX512) return avx512::exp_all<avx512::Lanes>(x, out, n);
+    if (isa() == AVX2) return avx2::exp_all<avx2::Lanes>(x, out, n);
+#endif
+    portable::exp_all<portable::Lanes>(x, out, n);
+}

@@ -9,11 +9,15 @@ and one table look-up make 16 floats, all query heads of a key/value head share 
     score_t = q . k^_t * scaling (+ mask);   p = softmax(score);   out = sum_t p_t v^_t
 
 in float32, over spans of 512 tokens whose results are then weighed by their maxima. Spans do not depend on the batch
-or the number of threads, so neither does a row's result. Scales multiply sums of q times code values, not each value;
-the exponential is within 2 ulps. Against exact arithmetic a score errs by at most ``(block + D / block + 4) * 2^-24``
-of ``sum |q_d k^_d| * scaling``, and the output by twice the largest score error plus ``48 * 2^-24`` of
-``sum p |v^|`` (more by one unit for every 512 tokens). :meth:`PackedStates.append` stores the codes and scales of
-``reqat.quantize`` bit for bit.
+or the number of threads, so neither does a row's result. Scales multiply sums of q times code values, not each value.
+Rounding, with u = 2^-24, against exact arithmetic on the same codes:
+
+    |score error_t| <= (block + D / block + 6) u * scaling * sum_d |q_d k^_td|
+    |out error_d|   <= sum_t p_t e_t (|v^_td| + |out_d|)
+                       + (min(S, 512) + S / 512 + 12) u * (sum_t p_t |v^_td| + |out_d|)
+    with e_t = |score error_t| + u |score_t - max| + 4 u  (the exponential is within 2 ulps)
+
+:meth:`PackedStates.append` stores the codes and scales of ``reqat.quantize`` bit for bit.
 
 Without the native library the same functions compute from the same bytes in PyTorch.
 """
@@ -182,6 +186,8 @@ class PackedStates:
             )
         if shift is not None and tuple(shift.shape) != (G, D):
             raise ValueError(f"shift of shape {tuple(shift.shape)} for {G} heads of {D} channels")
+        if not states.numel():
+            return
         if states.dtype == torch.float64:  # rounded once, after the subtraction, as the reference does
             states = (states if shift is None else states - shift[:, None]).float()
             shift = None

@@ -13,3 +13,8 @@ TARGET static inline typename L::F exp_not_positive(typename L::F x) {
     for (int i = 5; i >= 0; --i) value = L::fma(value, r, L::set(EXP_C[i]));
     return L::scale_by_power(value, rounded, x);
 }
+
+template <class L>
+TARGET static void exp_all(const float* x, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) L::store(out + i, exp_not_positive<L>(L::load(x + i)));
+}
