@@ -36,6 +36,8 @@ from reqat_kernels.triton.elements import (
 )
 from reqat_kernels.triton.runtime import require, tl, triton
 
+#: How the kernel is launched.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -296,8 +298,7 @@ def append(
         ROTATE=rotate,
         **_constants("KEY", key_cache),
         **_constants("VALUE", value_cache),
-        num_warps=4,
-        enable_fp_fusion=False,
+        **OPTIONS,
     )
 
 

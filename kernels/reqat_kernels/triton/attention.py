@@ -36,6 +36,9 @@ from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
 HIDDEN = -1e30
+#: How the kernel is launched: keys a tile, and what tells triton to keep three tiles of codes in flight.
+BLOCK_S = 64
+OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -469,10 +472,9 @@ def decode_attention(
     longest = capacity if length is None else length
     rows = H // G * T
     block_m = max(16, min(64, triton.next_power_of_2(rows)))
-    block_s = 64
     row_tiles = triton.cdiv(rows, block_m)
     if splits is None:
-        splits = _splits(B * G * row_tiles, triton.cdiv(longest, block_s), query.device)
+        splits = _splits(B * G * row_tiles, triton.cdiv(longest, BLOCK_S), query.device)
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
 
@@ -531,11 +533,10 @@ def decode_attention(
         CAUSAL=causal and T > 1,
         DIRECT=direct,
         BLOCK_M=block_m,
-        BLOCK_S=block_s,
+        BLOCK_S=BLOCK_S,
         COMPUTE=tl.bfloat16 if half else tl.float32,
         PRECISION="tf32" if query.dtype == torch.float16 else "ieee",
-        num_warps=4,
-        num_stages=3,
+        **OPTIONS,
     )
     if not direct:
         merge_splits_kernel[(B * H * T,)](
@@ -548,6 +549,7 @@ def decode_attention(
             SPLITS=triton.next_power_of_2(splits),
             CHUNK=min(16, triton.next_power_of_2(splits)),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out
 
