@@ -38,8 +38,8 @@ def weights_quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[N
     """Within this block the unfrozen layers of ``model`` keep their quantized weights; at its end they drop them.
 
     Values and gradients are those of quantizing in every forward pass, bit for bit: a kept weight is used only while
-    parameter, memory, version, scale and type are what it was made of. Only a write that torch does not see
-    (``weight.data.add_()``) would be missed, so end the block before one.
+    parameter, memory, version, scale and type are what it was made of. Only a write that torch does not count as one
+    (by its fused optimizers, or ``weight.data.add_()``) would be missed, so end the block before it.
     """
     layers = list(quant_linears(model).values()) if enabled else []
     layers = [layer for layer in layers if layer.weight_quantizer.format is not None]
@@ -62,13 +62,17 @@ class InputQuantizer(Quantizer):
     def __init__(self, precision: Precision, consumers: int, name: str) -> None:
         super().__init__(precision.inputs, rotation=precision.rotation, name=name)
         self.consumers = consumers
-        self._memo: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
+        self._memo: tuple[Tensor, tuple[Any, ...], Any] | None = None
         self._uses = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate and fake-quantize ``x`` along its last axis."""
+    def compute(self, x: Tensor) -> Any:
+        """What consumers get: ``x`` rotated and fake-quantized along its last axis."""
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Any:
+        """:meth:`compute`, once for all consumers."""
         if self.consumers == 1 or (self.format is None and self.rotation is None):
-            return super().forward(x)
+            return self.compute(x)
         version = None if x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), self.observing)
         if self._memo is not None and self._memo[0] is x and self._memo[1] == key:
@@ -77,7 +81,7 @@ class InputQuantizer(Quantizer):
             if self._uses >= self.consumers:
                 self._memo = None
             return out
-        out = super().forward(x)
+        out = self.compute(x)
         self._memo, self._uses = (x, key, out), 1
         return out
 

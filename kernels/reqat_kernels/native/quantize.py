@@ -120,7 +120,7 @@ def _takes(x: Tensor, block: int) -> bool:
     if x.dtype not in _DTYPES or x.ndim == 0 or x.device.type != "cpu":
         return False
     length = x.shape[-1]
-    return length > 0 and not (block and length % block) and not x.is_neg() and not x.is_conj()
+    return x.numel() > 0 and not (block and length % block) and not x.is_neg() and not x.is_conj()
 
 
 def _given(global_scale: Tensor | float, ordered: Tensor, order: tuple[int, ...] | None) -> Tensor | None:
