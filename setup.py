@@ -5,18 +5,21 @@ one file serves every CPU of an architecture: each kernel chooses its instructio
 compiler the installation goes on and the kernels fall back to PyTorch (`reqat doctor` says which).
 """
 
-import glob
+import runpy
 
 from setuptools import Extension, setup
 
 NATIVE = "kernels/reqat_kernels/native"
+FINGERPRINT = runpy.run_path(f"{NATIVE}/fingerprint.py")["fingerprint"]()
+FILES = [f"{NATIVE}/{path.name}" for path in runpy.run_path(f"{NATIVE}/fingerprint.py")["sources"]()]
 
 setup(
     ext_modules=[
         Extension(
             "reqat_kernels._native",
-            sources=sorted(glob.glob(f"{NATIVE}/*.cpp")),
-            depends=sorted(glob.glob(f"{NATIVE}/*.h")),
+            sources=[file for file in FILES if file.endswith(".cpp")],
+            depends=[file for file in FILES if file.endswith(".h")],
+            define_macros=[("REQAT_FINGERPRINT", FINGERPRINT)],
             language="c++",
             # No contraction of a * b + c: the kernels round exactly where the reference does.
             extra_compile_args="-std=c++17 -O3 -g0 -fopenmp -ffp-contract=off -fno-math-errno".split(),

@@ -68,6 +68,17 @@ def imports_in(file: Path, package: str) -> Iterator[tuple[int, str, bool]]:
             yield node.lineno, node.args[0].value, top
 
 
+def outside_of_kernels(root: Path) -> list[str]:
+    """Imports of ``reqat_kernels`` beyond torch, triton, numpy and ``reqat.formats``; one line each."""
+    allowed = {"torch", "triton", "numpy", "reqat_kernels"} | set(sys.stdlib_module_names)
+    return [
+        f"{file.relative_to(root)}:{line} imports {name}: kernels stand between reqat.formats and reqat.quant"
+        for file in sorted((root / "kernels").rglob("*.py"))
+        for line, name, _ in imports_in(file, package_of(file, root / "kernels"))
+        if name.split(".")[0] not in allowed and name.split(".")[:2] != ["reqat", "formats"]
+    ]
+
+
 def package_of(file: Path, root: Path) -> str:
     """Dotted name of the package that a file's relative imports start from."""
     return ".".join(file.relative_to(root).parent.parts)
@@ -169,6 +180,20 @@ def test_narrow_rooms_stay_narrow(room: str) -> None:
         if name.split(".")[0] not in allowed
     ]
     assert outside == []
+
+
+def test_kernels_know_the_formats_alone() -> None:
+    assert outside_of_kernels(ROOT) == []
+
+
+def test_formats_and_config_do_not_know_the_kernels() -> None:
+    assert [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for room in ("config", "formats")
+        for file in sorted((ROOT / "reqat" / room).rglob("*.py"))
+        for line, name, _ in imports_in(file, package_of(file, ROOT))
+        if name.split(".")[0] == "reqat_kernels"
+    ] == []
 
 
 def test_slow_packages_load_where_they_are_used() -> None:

@@ -78,6 +78,8 @@ def doctor(
     plans = {name: session.plan(name) for name in ([tier] if tier else names)}
     import torch
 
+    from reqat_kernels import native as kernels
+
     machine, free = provenance.hardware(), shutil.disk_usage(session.paths.root).free
     commit = provenance.commit(session.paths.root)
     gib = 2**30
@@ -85,6 +87,7 @@ def doctor(
     print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / gib:.0f} GiB of memory")
     print(f"{free / gib:.0f} GiB of free disk")
     print("GPUs: " + (", ".join(f"{g['name']} {g['memory_bytes'] / gib:.0f} GiB" for g in machine["gpus"]) or "none"))
+    print(kernels.status())
     base = pinned_base(session.paths)
     print(f"pinned base: {base[:12] if base else 'none - `snakemake base`, then `reqat pin-base`'}")
     troubles = []

@@ -21,8 +21,14 @@ int isa() { return detected < limit ? detected : limit; }
 
 }  // namespace reqat
 
-// Bumped with every change of a signature below any REQAT_API, so that a stale library is refused, not called.
-REQAT_API int reqat_abi() { return 1; }
+#ifndef REQAT_FINGERPRINT
+#define REQAT_FINGERPRINT unknown
+#endif
+#define REQAT_STRING_OF(x) #x
+#define REQAT_STRING(x) REQAT_STRING_OF(x)
+
+// Of the sources this was built from (fingerprint.py): a stale library is refused, not called.
+REQAT_API const char* reqat_fingerprint() { return REQAT_STRING(REQAT_FINGERPRINT); }
 REQAT_API int reqat_isa() { return reqat::isa(); }
 // Use nothing better than this instruction set from now on (not thread-safe: meant for start-up and tests).
 REQAT_API void reqat_limit_isa(int best) { reqat::limit = best; }

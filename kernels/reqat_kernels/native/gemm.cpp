@@ -174,6 +174,9 @@ REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, f
 
 // --- AVX-512: a register holds four columns of all 16 rows ------------------------------------------------------------
 
+// Four int8 values, read as the word that is given to all lanes.
+using Four = int32_t __attribute__((may_alias, aligned(1)));
+
 template <int KIND>
 REQAT_AVX512 inline __m512 scales16(const uint8_t* bytes) {
     const __m512i bits = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
@@ -188,9 +191,9 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
     const int64_t K = w.steps * STEP, blocks = w.steps / PER;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
     const uint8_t* scales = w.scales + tile * blocks * LANES;
-    alignas(64) uint8_t shifted[64];
-    for (int i = 0; i < 64; i++) shifted[i] = uint8_t(w.values[i & 15] + OFFSET);
-    const __m512i table = _mm512_load_si512(shifted);
+    const __m512i table =
+        _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.values))),
+                        _mm512_set1_epi8(OFFSET));
     __m512 acc[MR];
     for (int m = 0; m < MR; m++) acc[m] = _mm512_setzero_ps();
     for (int64_t b = 0; b < blocks; b++) {
@@ -211,8 +214,7 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
             const __m512i w2 = _mm512_permutexvar_epi8(p1, table);
             const __m512i w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(p1, 4), table);
             for (int m = 0; m < MR; m++) {
-                int32_t xs[4];
-                std::memcpy(xs, x + m * K + step * STEP, 16);
+                const Four* xs = reinterpret_cast<const Four*>(x + m * K + step * STEP);
                 dot[m] = _mm512_dpbusd_epi32(dot[m], w0, _mm512_set1_epi32(xs[0]));
                 dot[m] = _mm512_dpbusd_epi32(dot[m], w1, _mm512_set1_epi32(xs[1]));
                 dot[m] = _mm512_dpbusd_epi32(dot[m], w2, _mm512_set1_epi32(xs[2]));

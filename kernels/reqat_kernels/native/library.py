@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+from reqat_kernels.native.fingerprint import fingerprint
+
 ISAS = ("portable", "avx2", "avx512")  # by reqat::Isa
 _HERE = Path(__file__).resolve().parent
 
@@ -40,13 +41,14 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         lib = ctypes.CDLL(str(path))
-        found = lib.reqat_abi()
+        lib.reqat_fingerprint.restype = ctypes.c_char_p
+        found = lib.reqat_fingerprint().decode()
     except (OSError, AttributeError) as error:
         warnings.warn(f"{path} cannot be used ({error}): FP4 kernels run in PyTorch, slowly", stacklevel=2)
         return None
-    if found != ABI:
+    if found != fingerprint():
         warnings.warn(
-            f"{path} was built from other sources (interface {found}, needed {ABI}): FP4 kernels run in PyTorch; "
+            f"{path} was built from other sources ({found}, not {fingerprint()}): FP4 kernels run in PyTorch, slowly; "
             "run `make env` again to build it",
             stacklevel=2,
         )
