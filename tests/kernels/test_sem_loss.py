@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # counts if nothing has imported triton yet
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,16 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reqat_kernels import sem_loss
 from reqat_kernels.sem_loss import fused_sem_loss
-from reqat_kernels.triton import runtime
 from reqat_kernels.triton import sem_loss as triton_sem_loss
 
 U = 2.0**-24  # unit roundoff of float32
 U_BF16 = 2.0**-9  # half an ulp of bfloat16, relative to the value
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_triton = pytest.mark.skipif(
-    not (runtime.INTERPRETED or (runtime.AVAILABLE and torch.cuda.is_available())),
-    reason="needs triton, interpreted or with a GPU",
-)
+needs_triton = pytest.mark.usefixtures("device")  # skips without a GPU or the interpreter
 BOTH = [
     pytest.param(sem_loss, id="torch"),
     pytest.param(triton_sem_loss, id="triton", marks=needs_triton),
