@@ -24,14 +24,16 @@ from reqat.config.errors import ReqatError
 from reqat.records import record
 
 CSV = "throughput.csv"
-NEEDED = ("kernel", "provider", "format", "shape", "m", "median_us", "min_us", "roofline_fraction", "ours")
+NEEDED = (
+    *("kernel", "provider", "format", "shape", "m", "threads", "median_us", "roofline_fraction", "cold", "ours"),
+    *("neighbour_cores", "set_aside", "output_tokens", "tokens_per_s", "weight_bytes", "cache_bytes"),
+)
 GIB, MIB = 2**30, 2**20
 # Figure 6(c): so many requests at a time, each a prompt and a reasoning trace.
 MEMORY_SEQUENCES, MEMORY_TOKENS = 64, roofline.PROMPT_TOKENS + 8192
 DEVICE_COLOURS = {"B200": style.BLUE, "DGX Spark": style.VERMILION, "H100": style.GREY}
 DEVICE_MARKERS = {"B200": "o", "DGX Spark": "s", "H100": "^"}
-OURS, PEER = style.GREEN, style.PURPLE
-MEASURED_LENGTHS_SHOWN = 3
+OURS = style.GREEN
 
 
 @dataclass(frozen=True)
@@ -431,12 +433,16 @@ def _over_batch(ax: Axes, ours: pd.DataFrame) -> None:
     for point in roofline.points():
         if point.output_tokens in (2048, 8192):
             _reported(ax, batches[-1], point)
+            if point.method == "ReQAT":
+                label = paper_tokens(point.output_tokens)
+                ax.text(batches[-1] * 1.3, point.reported, label, va="center", fontsize=5.6, clip_on=False)
     longest = sorted(ours.output_tokens.unique())[-1:] if len(ours) else []
     for tokens in longest:
         part = ours[ours.output_tokens == tokens]
         ax.plot(part.batch, part.ratio, color=OURS, marker="D", ms=5, lw=1.0, mec="white", mew=0.4, zorder=4)
     ax.set_xscale("log", base=2)
     ax.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+    ax.set_xlim(right=400)
     ax.set_xlabel("batch (requests)")
     style.panel(ax, "a", "2k (solid), 8k (dashed) tokens")
 
@@ -455,7 +461,13 @@ def _over_length(ax: Axes, ours: pd.DataFrame) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks([64, 256, 1024, 4096, 16384], ["64", "256", "1k", "4k", "16k"])
     ax.set_xlabel("output length (tokens)")
-    style.panel(ax, "b", f"{roofline.REQUESTS} requests")
+    cpu = f" (CPU: {ours.batch.min()})" if len(ours) else ""
+    style.panel(ax, "b", f"{roofline.REQUESTS} requests{cpu}")
+
+
+def paper_tokens(n: int) -> str:
+    """2048 -> "2k"."""
+    return f"{n // 1024}k"
 
 
 def _reported(ax: Axes, x: float, point: roofline.Point) -> None:
@@ -484,13 +496,11 @@ def _memory(ax: Axes, data: pd.DataFrame) -> None:
         start = at
         for r in part.itertuples():
             weights, cache = 100 * r.weight_bytes / total, 100 * r.cache_bytes / total
-            ax.bar(at, weights, 0.78, color=style.SKY, edgecolor="white", lw=0.5)
-            ax.bar(at, cache, 0.78, bottom=weights, color=style.ORANGE, edgecolor="white", lw=0.5)
+            ax.bar(at, weights, 0.92, color=style.SKY, edgecolor="white", lw=0.5)
+            ax.bar(at, cache, 0.92, bottom=weights, color=style.ORANGE, edgecolor="white", lw=0.5)
             for low, height, value in ((0.0, weights, r.weight_bytes), (weights, cache, r.cache_bytes)):
-                if height >= 7:
-                    ax.text(
-                        at, low + height / 2, size(value).replace(" ", "\n"), ha="center", va="center", fontsize=5.6
-                    )
+                if height >= 5:
+                    ax.text(at, low + height / 2, size(value), ha="center", va="center", fontsize=5.4)
             ax.text(at, weights + cache + 1.5, size(r.weight_bytes + r.cache_bytes), ha="center", fontsize=5.6)
             ticks.append(at)
             labels.append(r.precision.removeprefix("NVFP4-"))
@@ -507,14 +517,14 @@ def _memory(ax: Axes, data: pd.DataFrame) -> None:
 
 def _handles(measured: bool) -> list[Any]:
     out: list[Any] = [
-        Line2D([], [], color=DEVICE_COLOURS[d.name], lw=1.3, label=f"{d.name}, modelled") for d in roofline.DEVICES
+        Line2D([], [], color=DEVICE_COLOURS[d.name], lw=1.3, label=f"modelled, {d.name}") for d in roofline.DEVICES
     ]
-    for name, colour in list(DEVICE_COLOURS.items())[:2]:
-        mark: dict[str, Any] = {"ls": "none", "marker": DEVICE_MARKERS[name], "ms": 5, "mec": "white", "mew": 0.4}
-        out.append(Line2D([], [], color=colour, label=f"{name}, reported (hollow: plain NVFP4)", **mark))
+    mark: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 5}
+    out.append(Line2D([], [], color=style.BLACK, mec="white", mew=0.4, label="reported, ReQAT", **mark))
+    out.append(Line2D([], [], mfc="none", mec=style.BLACK, mew=0.9, label="reported, plain NVFP4", **mark))
     if measured:
         out.append(
-            Line2D([], [], color=OURS, marker="D", ms=5, mec="white", mew=0.4, lw=1.0, label="CPU, measured here")
+            Line2D([], [], color=OURS, marker="D", ms=5, mec="white", mew=0.4, lw=1.0, label="measured, this CPU")
         )
     return [*out, Patch(color=style.SKY, label="weights"), Patch(color=style.ORANGE, label="KV cache")]
 

@@ -9,25 +9,27 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names
+from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names, throughput_names
 from reqat.config import Paths, ReqatError, digest, load, unknown
 from reqat.config.paths import made
 from reqat.config.resources import need, require
+from reqat.config.throughput import load_throughput
 
 KEYS = ("tier", "build", "models", "reqat")
 
 
 def read_plan():
-    """The configuration that --config gives, checked, as (plan, paths)."""
+    """The configuration that --config gives, checked, as (plan, paths, benchmark or None)."""
     for key in config:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where="--config")
     paths = Paths(build=Path(config.get("build", "build")), models=Path(config.get("models", "models")))
-    return load(config.get("tier", "laptop"), paths), paths
+    tier = config.get("tier", "laptop")
+    return load(tier, paths), paths, load_throughput(tier, paths.config)
 
 
 try:
-    PLAN, PATHS = read_plan()
+    PLAN, PATHS, BENCH = read_plan()
 except ReqatError as error:
     raise WorkflowError(f"configuration: {error}") from None
 
@@ -56,6 +58,17 @@ LOG = f"{BUILD}/logs/{{id}}.log"
 RECORDS = [(PATHS.evaluation(evaluation) / "record.json").as_posix() for evaluation in PLAN.evaluations.values()]
 TABLES = [f"{BUILD}/tables/{TIER}/{name}" for name in table_names(PLAN)]
 PLOTS = [f"{BUILD}/plots/{TIER}/{name}" for name in figure_names(PLAN)]
+# The benchmark of kernels and decoding, on tiers that have one; it measures this code, so it follows its sources.
+BENCH_FOLDER = f"{BUILD}/throughput/{BENCH.id}" if BENCH else ""
+BENCH_TABLES, BENCH_PLOTS = (
+    [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), throughput_names(BENCH))
+)
+KERNELS = sorted(
+    path.as_posix()
+    for folder in ("kernels/reqat_kernels", "reqat/models")
+    for path in Path(folder).rglob("*")
+    if path.suffix in (".py", ".cpp", ".h")
+)
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
 PINNED = next((tier for tier in (TIER, "overnight", "claims", "laptop") if Path(f"results/{tier}/plan.json").exists()), TIER)
 # Tables and plots cost seconds, so they follow their sources; trainings follow their settings alone.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.names import figure_names, table_names
+from analysis.names import figure_names, table_names, throughput_names
 from reqat.config import Paths, load
+from reqat.config.throughput import load_throughput
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "ARTIFACT.md").read_text()
@@ -29,7 +30,8 @@ def listed() -> dict[str, list[str]]:
 @cache
 def made_by(tier: str) -> dict[str, set[str]]:
     plan = load(tier, Paths(ROOT))
-    return {"tables": set(table_names(plan)), "plots": set(figure_names(plan))}
+    tables, figures = throughput_names(load_throughput(tier, Paths(ROOT).config))
+    return {"tables": {*table_names(plan), *tables}, "plots": {*figure_names(plan), *figures}}
 
 
 def test_everything_that_the_paper_reports_is_listed() -> None:

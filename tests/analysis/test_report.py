@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.names import FIGURES, figure_names, table_names
+from analysis.names import FIGURES, figure_names, table_names, throughput_names
 from reqat.config.paths import Paths, load
+from reqat.config.throughput import load_throughput
 from reqat.config.tier import tier_names
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,8 @@ FIELDS = {"tier", "title", "problems", "split", "sampling_seeds", "training_seed
 @pytest.mark.parametrize("tier", tier_names(ROOT / "config"))
 def test_every_table_and_figure_has_a_caption(tier: str) -> None:
     plan = load(tier, Paths(ROOT))
-    names = [*table_names(plan), *(figure for figure, _ in figure_names(plan).values())]
+    tables, figures = throughput_names(load_throughput(tier, ROOT / "config"))
+    names = [*table_names(plan), *(figure for figure, _ in figure_names(plan).values()), *tables, *figures]
     assert [n for n in names if not (ROOT / "report" / f"{n}.rst").is_file()] == []
 
 

@@ -17,7 +17,7 @@ def main() -> None:
     options = {k: arguments[i + 1] for i, k in enumerate(arguments) if k.startswith("--")}
     verb, *rest = arguments[6:]  # after --build B --models M --plan P
     build, tier = Path(options["--build"]), options["--tier"]
-    subject = rest[0] if verb in ("data", "stage", "evaluate") else verb
+    subject = rest[0] if verb in ("data", "stage", "evaluate", "bench") else verb
     with Path("calls").open("a") as log:
         log.write(f"{subject}\n")
     for trap in ("fail", "hang"):
@@ -32,8 +32,30 @@ def main() -> None:
         (out / "outcomes.parquet").write_text(subject)
         (out / "record.json").write_text(subject)
         return
-    from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names
+    if verb == "bench":
+        out = build / "throughput" / subject
+        out.mkdir(parents=True, exist_ok=True)
+        time.sleep(1)  # whoever shared the machine would log a call meanwhile
+        for name in ("throughput.csv", "record.json"):
+            (out / name).write_text(subject)
+        with Path("calls").open("a") as log:
+            log.write(f"{subject}-ends\n")
+        return
+    from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names, throughput_names
     from reqat.config import Paths, load
+    from reqat.config.throughput import load_throughput
+
+    if verb == "throughput":
+        tables, figures = throughput_names(load_throughput(tier, Paths().config))
+        for folder, stems, suffixes in (
+            (options["--tables"], tables, TABLE_SUFFIXES),
+            (options["--plots"], figures, FIGURE_SUFFIXES),
+        ):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            for stem in stems:
+                for suffix in suffixes:
+                    (Path(folder) / f"{stem}.{suffix}").write_text(f"{tier} {stem}")
+        return
 
     plan, out = load(tier, Paths()), Path(options["--out"])
     names, suffixes = (table_names, TABLE_SUFFIXES) if verb == "tables" else (figure_names, FIGURE_SUFFIXES)

@@ -18,6 +18,7 @@ import yaml
 
 from reqat.config import Paths, load
 from reqat.config.paths import made
+from reqat.config.throughput import Throughput
 
 ROOT = Path(__file__).parents[2]
 STUB = Path(__file__).parent / "stub.py"
@@ -27,6 +28,7 @@ TINY = {
     "only": {"recipes": ["base", "reqat-tq"], "precisions": ["NVFP4-W4A4KV4"]},
     "models": {"testbed": {"artifacts": ["table1", "figure1"]}},
 }
+BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": {"model": "pinned", "batches": [1], "output_tokens": [2]}}
 
 
 @pytest.fixture
@@ -38,6 +40,7 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "Snakefile", tmp_path)
     (tmp_path / "config" / "tiers" / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "config" / "throughput.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": BENCH}}))
     return tmp_path
 
 
@@ -64,7 +67,8 @@ def calls(folder: Path) -> list[str]:
 def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(checkout: Path):
     plan = load("tiny", Paths(root=checkout))
     stages = {id for id, stage in plan.needed.items() if made(stage)}
-    jobs = sorted([*stages, *plan.evaluations, "tables", "figures"])
+    bench = Throughput.model_validate(BENCH).id
+    jobs = sorted([*stages, *plan.evaluations, "tables", "figures", bench, f"{bench}-ends", "throughput"])
 
     (checkout / "fail").write_text("qat-")
     first = snakemake(checkout, "figures/")
@@ -72,6 +76,7 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     assert first.returncode != 0 and "told to fail" in first.stdout, first.stdout
     assert not (checkout / "figures").exists()
     assert not list((checkout / "build").glob("stages/qat-*/record.json"))
+    assert done.index(f"{bench}-ends") == done.index(bench) + 1, "the benchmark had the machine to itself"
 
     (checkout / "fail").unlink()
     second = snakemake(checkout, "figures/")
@@ -81,6 +86,7 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     assert sorted(finished + again) == jobs, "each job ran once, the failed one again"
     names = {path.name for path in (checkout / "figures").iterdir()}
     assert {"table1.csv", "table1.md", "table1.tex", "figure1b.png", "figure1b.pdf", "figure1c.png"} <= names
+    assert {"throughput-linear.csv", "figure6-error.md", "figure6.png", "figure6.pdf"} <= names
 
     os.utime(checkout / "config" / "recipes.yaml")  # new file times alone change no name
     third = snakemake(checkout, "figures/")
@@ -108,7 +114,7 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
             time.sleep(0.1)
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(timeout=120) != 0
-    finished = [id for id in calls(checkout) if not id.startswith("qfit-")]
+    finished = [id for id in calls(checkout) if not id.startswith(("qfit-", "throughput"))]
     assert finished and not list((checkout / "build").glob("stages/qfit-*/record.json"))
 
     (checkout / "hang").unlink()

@@ -60,7 +60,8 @@ def row_steps(x: Tensor, block: int | None = None) -> Tensor:
     rounding of a block's scale (2^-11 of the value) where blocks store one."""
     x = x.double()
     if block is None:
-        return x.abs().amax(1, keepdim=True).expand_as(x) * INT8_STEP * (1 + 1e-6)
+        # Scale, quotient and product are float32: three roundings, 2^-24 of x each.
+        return x.abs().amax(1, keepdim=True).expand_as(x) * INT8_STEP + x.abs() * 2.0**-22
     blocks = x.view(len(x), -1, block)
     steps = blocks.abs().amax(2, keepdim=True).expand_as(blocks) * INT8_STEP
     return (steps + blocks.abs() * 2.0**-11).reshape_as(x) * (1 + 2.0**-10)

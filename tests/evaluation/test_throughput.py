@@ -1,0 +1,107 @@
+"""Timing of decoding: every step once, whoever is wrong is found out, bytes are those of storages. On no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from reqat.evaluation import llama_cpp, throughput
+from reqat.evaluation.throughput import Steps, agrees, allocated_bytes, measure_decoding, timed_generate
+from reqat.models import save_model
+from reqat_kernels.bench import Wrong
+from reqat_kernels.bench.machine import Probe
+
+IDS = torch.tensor([[1, 5, 9, 7]])
+
+
+@pytest.fixture
+def checkpoint(tiny: Callable[..., LlamaForCausalLM], tmp_path: Path) -> str:
+    """A saved tiny model whose sizes any FP4 format divides."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    save_model(tiny(hidden_size=128, intermediate_size=128), tokenizer, tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_steps_count_from_the_first_token() -> None:
+    steps = Steps(torch.zeros(1, 4), [0, 2000, 5000, 9000], [0, 0, 1500, 1500])
+    assert steps.durations_us(4) == [2.0, 3.0, 4.0] and steps.durations_us(3) == [2.0, 3.0]
+    assert steps.waits(4) == [0.0, 0.5, 0.0]
+
+
+def test_generation_on_the_clock_is_the_ordinary_one(tiny: Callable[..., LlamaForCausalLM]) -> None:
+    model = tiny()
+    steps = timed_generate(model, IDS.repeat(2, 1), 6)
+    plain = model.generate(  # type: ignore[operator]
+        IDS, max_new_tokens=6, min_new_tokens=6, do_sample=False, attention_mask=torch.ones_like(IDS)
+    )
+    assert torch.equal(steps.tokens, plain[:, 4:].repeat(2, 1))
+    assert len(steps.stamps_ns) == len(steps.waits_ns) == 6 and steps.stamps_ns == sorted(steps.stamps_ns)
+    # Two layers, keys and values, 2 rows, 2 heads, 4 + 6 - 1 tokens, 32 wide, float32
+    assert allocated_bytes(steps.cache) == 2 * 2 * 2 * 2 * 9 * 32 * 4
+
+
+def test_who_chooses_what_the_reference_would_not_is_found_out(tiny: Callable[..., LlamaForCausalLM]) -> None:
+    model = tiny()
+    tokens = timed_generate(model, IDS, 5).tokens
+    agrees(model, IDS, tokens, "itself")
+    with torch.no_grad():
+        worst = model(torch.cat([IDS, tokens[:, :-1]], 1)).logits[0, -1].argmin()
+    with pytest.raises(Wrong, match="somebody chose a token .* standard deviations of the logits below the best"):
+        agrees(model, IDS, torch.cat([tokens[:, :-1], worst.reshape(1, 1)], 1), "somebody")
+
+
+def test_bytes_are_those_of_storages_each_once() -> None:
+    x = torch.zeros(100)
+    assert allocated_bytes([x, x[:3]], {"a": (x.view(10, 10),)}, None, "text") == 400
+    layer = torch.nn.Linear(4, 4)
+    assert allocated_bytes(*layer.parameters()) == 4 * 20
+
+
+def test_every_batch_and_length_has_a_row_of_every_decoder(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "MARGIN", 3.0)  # random weights: four bits of them choose other tokens
+    said: list[str] = []
+    result = measure_decoding(
+        checkpoint,
+        "NVFP4-W4A4KV4",
+        batches=[1, 2],
+        prompt_tokens=4,
+        output_tokens=[3, 5],
+        rounds=2,
+        probe=Probe(1024),
+        scratch=Path("unused"),
+        say=said.append,
+    )
+    names = ["transformers, sdpa", "transformers, eager", "reqat.pack"]
+    assert [(r.provider, r.m, r.output_tokens) for r in result.rows] == [
+        (name, batch, tokens) for batch in (1, 2) for name in names for tokens in (3, 5)
+    ]
+    # In turns: who came first in one round comes last in the next.
+    turns = [line.split(": ")[1].rpartition(" ")[0] for line in said if "batch 1" in line]
+    assert turns == [*names, *names[1:], names[0]]
+    for row in result.rows:
+        assert row.n + row.set_aside == 2 * (row.output_tokens - 1)
+        assert row.kernel == "decode" and row.ours == (row.provider == "reqat.pack")
+        assert row.tokens_per_s > 0 and row.cache_bytes > 0 and not row.cold
+    weights = {row.provider: row.weight_bytes for row in result.rows}
+    assert weights["reqat.pack"] < 0.6 * weights["transformers, sdpa"] == 0.6 * weights["transformers, eager"]
+    assert len(result.skipped) == 1 and result.skipped[0].startswith("decode, llama.cpp: ")
+
+
+def test_weights_for_llama_cpp_round_like_its_types(tiny: Callable[..., LlamaForCausalLM]) -> None:
+    model: Any = tiny()
+    rounded = llama_cpp.rounded(model, "Q4_0")
+    w, q = (m.model.layers[0].mlp.up_proj.weight.detach().view(-1, 32) for m in (model, rounded))
+    step = w.abs().amax(1, keepdim=True) / 8  # signed maximum / -8, stored in float16
+    assert not torch.equal(w, q) and ((q - w).abs() <= step * (1 + 2**-10)).all()
+    assert max(len(row.unique()) for row in q) <= 16
+    head, rounded_head = model.lm_head.weight.detach(), rounded.lm_head.weight.detach()
+    assert (head - rounded_head).abs().max() <= head.abs().max() / 127  # Q8_0
+    assert torch.equal(model.model.norm.weight, rounded.model.norm.weight)
+    bf16 = llama_cpp.rounded(model, "BF16").model.layers[0].mlp.up_proj.weight
+    assert torch.equal(bf16, model.model.layers[0].mlp.up_proj.weight.to(torch.bfloat16).float())

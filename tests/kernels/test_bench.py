@@ -1,0 +1,187 @@
+"""The benchmark's own arithmetic: who is timed, in which order, on which copies, and what a row says. No test reads a
+clock: times come from a fake one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from reqat.formats import quantize
+from reqat_kernels.bench import Absent, Case, Kernel, Work, Wrong, kernels, linear, machine, measure
+from reqat_kernels.bench import measure as measure_function
+from reqat_kernels.bench.measure import against_roofline, chunks, percentile, undisturbed
+
+clock = __import__("reqat_kernels.bench.measure", fromlist=["time"])
+SMALL = Case("linear", (("M", 3), ("N", 48), ("K", 64)), ring_bytes=1)
+
+
+def provider_of(kernel: Kernel, calls: list[str], name: str, copies: int = 4, **options: object) -> None:
+    def make(case: Case) -> Work:
+        return Work(lambda i: calls.append(f"{name}{i}"), copies, bytes_moved=1000, check=lambda: None)
+
+    kernel.provider(name, format="BF16", **options)(make)  # type: ignore[arg-type]
+
+
+def test_providers_take_turns_and_every_call_takes_the_next_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_burst_calls", lambda *_: 2)
+    kernel, calls = Kernel("k"), list[str]()
+    for name in "ab":
+        provider_of(kernel, calls, name)
+    result = measure_function(Case("k", (("M", 1),)), kernel.providers, rounds=3, probe=machine.Probe(64))
+    # One burst of two copies each; whoever came first comes last in the next round.
+    assert calls == ["a0", "a1", "b0", "b1", "b2", "b3", "a2", "a3", "a0", "a1", "b0", "b1"]
+    assert [row.n for row in result.rows] == [3, 3] and [row.m for row in result.rows] == [1, 1]
+
+
+def test_a_ring_is_larger_than_the_cache() -> None:
+    cache = machine.last_level_cache_bytes()
+    for each in (1000, cache // 3, 5 * cache):
+        assert Case("k", ()).copies(each) * each >= 2 * cache
+    assert Case("k", (), ring_bytes=10).copies(4) == 3
+    assert [list(c) for c, _ in zip(chunks(5, 2), range(4), strict=False)] == [[0, 1], [2, 3], [4], [0, 1]]
+    assert list(next(chunks(3, 100))) == [0, 1, 2]
+
+
+def test_what_is_wrong_is_not_timed_and_ours_ends_the_run() -> None:
+    def broken(case: Case) -> Work:
+        def check() -> None:
+            raise Wrong("it is off")
+
+        return Work(lambda i: pytest.fail("timed before it was right"), 1, 1, check)
+
+    def absent(case: Case) -> Work:
+        raise Absent("nobody installed it.")
+
+    kernel = Kernel("k")
+    kernel.provider("theirs", format="BF16")(broken)
+    kernel.provider("missing", format="BF16")(absent)
+    result = measure(Case("k", (("M", 1),)), kernel.providers, rounds=1, probe=machine.Probe(64))
+    assert not result.rows
+    assert result.refused == ["k M=1, theirs BF16, not timed: it is off"]
+    assert result.skipped == ["k, missing: nobody installed it."]
+    kernel.provider("mine", format="BF16", ours=True)(broken)
+    with pytest.raises(Wrong, match="k M=1, mine BF16: it is off"):
+        measure(Case("k", (("M", 1),)), kernel.providers, rounds=1, probe=machine.Probe(64))
+
+
+def test_names_are_taken_once() -> None:
+    kernel = Kernel("k")
+    provider_of(kernel, [], "a")
+    with pytest.raises(ValueError, match="has a provider 'a' of BF16 already"):
+        provider_of(kernel, [], "a")
+    with pytest.raises(ValueError, match="arithmetic 'magic': choose one of native"):
+        provider_of(kernel, [], "b", arithmetic="magic")
+
+
+@pytest.mark.parametrize(
+    ("samples", "q", "value"), [([3.0, 1.0, 2.0], 0.5, 2.0), ([1.0, 2.0], 0.5, 1.5), ([5.0], 0.9, 5.0)]
+)
+def test_percentiles(samples: Sequence[float], q: float, value: float) -> None:
+    assert percentile(samples, q) == value
+    many = torch.randn(101).tolist()
+    assert percentile(many, 0.1) == pytest.approx(float(torch.tensor(many).quantile(0.1)), rel=1e-6)
+    assert math.isnan(percentile([], 0.5))
+
+
+def test_samples_that_waited_for_a_core_are_set_aside_whatever_their_time() -> None:
+    assert undisturbed([1.0, 9.0, 2.0], [0.0, 0.0, 0.5]) == [1.0, 9.0]
+    assert undisturbed([1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.5, 0.5]) == [1.0, 2.0, 3.0, 4.0]  # too few would remain
+
+
+def test_rows_are_held_against_the_best_probe_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter(range(0, 10**9, 2000))  # each look at the clock, 2 microseconds later
+    monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: next(now))
+    monkeypatch.setattr(clock, "_burst_calls", lambda *_: 4)
+    monkeypatch.setattr(clock, "waited_ns", lambda: 0)
+    kernel = Kernel("k")
+    provider_of(kernel, [], "a")
+    probe = machine.Probe(64)
+    (row,) = measure(Case("k", (("M", 1),)), kernel.providers, rounds=3, probe=probe).rows
+    assert row.median_us == row.min_us == row.p90_us == 0.5  # 2 microseconds, 4 calls
+    assert row.gb_per_s == 2.0  # 1000 bytes in half a microsecond
+    assert math.isnan(row.roofline_fraction) and not row.cold
+    (row,) = against_roofline([row], best_bytes_per_s=4e9)
+    assert (row.roofline_gb_per_s, row.roofline_fraction) == (4.0, 0.5)
+
+
+def test_cache_size_from_sysfs(tmp_path: Path) -> None:
+    for i, (size, kind) in enumerate((("32K", "Data"), ("9999M", "Instruction"), ("24M", "Unified"))):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(size + "\n")
+        (tmp_path / f"index{i}" / "type").write_text(kind + "\n")
+    assert machine.last_level_cache_bytes(tmp_path) == 24 * 2**20
+    assert machine.last_level_cache_bytes(tmp_path / "none") == 64 * 2**20
+
+
+def test_neighbours_are_what_is_busy_without_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    tick, stat = os.sysconf("SC_CLK_TCK"), tmp_path / "stat"
+    seconds, own = iter([100.0, 110.0]), iter([2.0, 8.0])
+    monkeypatch.setattr(machine.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(machine.os, "times", lambda: type("T", (), {"user": next(own), "system": 1.0})())
+    stat.write_text("cpu 0 0 0 0 0 0 0 0 0 0\n")
+    watch = machine.Neighbours(stat)
+    # In 10 seconds: 15 of user, 4 of system, 2 of interrupts, 5 stolen; 6 were ours.
+    stat.write_text(f"cpu {15 * tick} 0 {4 * tick} 99 99 {tick} {tick} {5 * tick} 0 0\n")
+    assert watch.load() == machine.Load(neighbour_cores=1.5, steal=0.5)
+    unknown = machine.Neighbours(tmp_path / "absent").load()
+    assert math.isnan(unknown.neighbour_cores) and math.isnan(unknown.steal)
+
+
+# -- the matrix product ------------------------------------------------------------------------------------------------
+
+
+def test_every_provider_computes_the_product() -> None:
+    """Each provider that runs here passes its check at an odd M; ragged shapes are refused with a sentence."""
+    found = set()
+    for provider in kernels()["linear"].providers:
+        case = Case("linear", (("M", 3), ("N", 64), ("K", 128)), ring_bytes=1)
+        try:
+            work = provider.make(case)
+        except Absent as reason:
+            assert str(reason).endswith(".")
+            continue
+        work.check()
+        work.burst(range(work.copies))()
+        found.add(provider.name)
+    assert {"torch", "aten int4pack", "reqat"} <= found
+
+
+def test_the_check_sees_a_wrong_product() -> None:
+    x, w = linear.operands(SMALL)
+    y = torch.nn.functional.linear(x, w)
+    linear.check(y, x, w)
+    wrong = y.clone()
+    wrong[1, 7] *= 1.02  # more than two roundings to bfloat16 can do
+    with pytest.raises(Wrong, match="times what its arithmetic allows"):
+        linear.check(wrong, x, w)
+    with pytest.raises(Wrong, match="off by up to nan"):
+        linear.check(y * math.nan, x, w)
+    with pytest.raises(Wrong, match="has shape"):
+        linear.check(y[:1], x, w)
+    swapped = quantize(w, "NVFP4").dequantize().roll(1, 0)
+    with pytest.raises(Wrong):
+        linear.check(y, x, swapped, linear.row_steps(x))
+
+
+def test_steps_of_int8_inputs_bound_their_rounding() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    scale = x.float().abs().amax(1, keepdim=True) / 127
+    rounded = (x.float() / scale).round() * scale
+    assert ((rounded - x.float()).abs() <= linear.row_steps(x)).all()
+    blocks = x.float().view(5, 2, 32)
+    d = (blocks.abs().amax(2, keepdim=True) / 127).half().float()  # ggml's Q8_0 stores the scale in float16
+    rounded = ((blocks * (127 / blocks.abs().amax(2, keepdim=True))).round() * d).view(5, 64)
+    assert ((rounded - x.float()).abs() <= linear.row_steps(x, 32)).all()
+
+
+def test_cases_name_their_sizes() -> None:
+    first, *_ = cases = linear.cases([1, 8], [64, 128])
+    assert len(cases) == 4 and first.label == "M=1 N=64 K=64" and (first.M, first.N, first.K) == (1, 64, 64)
+    with pytest.raises(AttributeError, match="M=1 N=64 K=64 has no size 'B'"):
+        _ = first.B
