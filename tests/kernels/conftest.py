@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where Triton kernels run in this session."""
+    """Where Triton kernels run in this process."""
     runtime = pytest.importorskip("reqat_kernels.triton.runtime")
     if not runtime.AVAILABLE:
         pytest.skip("triton is not installed")

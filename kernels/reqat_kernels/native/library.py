@@ -4,7 +4,7 @@ The library is built by the package's own installation (setup.py). Where it is m
 from other sources, every kernel still works by its PyTorch path; :func:`status` says so in one line.
 
 Environment: ``REQAT_ISA`` limits the instruction set: ``avx512``, ``avx2``, ``portable``, or ``torch`` for no native
-code at all.
+code at all. ``REQAT_LIBRARY`` names another build of the library (with sanitizers, say).
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ def threads(work: int, per_thread: int) -> int:
 
 
 def _path() -> Path | None:
+    if given := os.environ.get("REQAT_LIBRARY"):
+        return Path(given)
     for suffix in EXTENSION_SUFFIXES:
         path = _HERE.parent / f"_native{suffix}"
         if path.exists():
