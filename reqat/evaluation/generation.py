@@ -33,6 +33,8 @@ from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
 from reqat.models.attention import ATTENTION
 from reqat.models.cache import Fp4Cache
+from reqat.models.packed import is_packed, packs_cache
+from reqat.models.packed_cache import PackedCache
 
 if TYPE_CHECKING:
     from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -204,8 +206,12 @@ def _default_batch_rows(model: PreTrainedModel, prompt_tokens: int, max_new_toke
 def _new_cache(model: PreTrainedModel, capacity: int) -> tuple[Cache, Callable[[Tensor], None]]:
     """A cache for a new batch, and the function that selects its rows.
 
-    Prepared models get the quantized cache, of fixed capacity; others transformers' own, which grows by concatenation.
+    Packed models get the packed cache, prepared ones the fake-quantized one, both of fixed capacity; others transformers'
+    own, which grows by concatenation.
     """
+    if is_packed(model) and packs_cache(model):
+        packed = PackedCache(model, capacity)
+        return packed, packed.select_rows
     if model.config._attn_implementation == ATTENTION:
         cache = Fp4Cache(model, capacity)
         return cache, cache.select_rows

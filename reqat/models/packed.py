@@ -77,7 +77,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
         inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block))
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs))
-    if not any(unsupported(fmt, head_shape(model).head_dim) for fmt in (precision.keys, precision.values)):
+    if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
         native_layers(model, decoder_layers(model), head_shape(model))
     head = model.get_output_embeddings()
@@ -90,6 +90,12 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
 def is_packed(model: nn.Module) -> bool:
     """Whether :func:`pack` was called on ``model``."""
     return bool(getattr(model, "_reqat_packed", False))
+
+
+def packs_cache(model: PreTrainedModel) -> bool:
+    """Whether a prepared model's keys and values can be held in a :class:`~reqat.models.packed_cache.PackedCache`."""
+    precision, head_dim = precision_of(model), head_shape(model).head_dim
+    return precision is not None and not any(unsupported(f, head_dim) for f in (precision.keys, precision.values))
 
 
 def memory(model: nn.Module, cache: PackedCache | None = None) -> Memory:
