@@ -206,8 +206,8 @@ def _default_batch_rows(model: PreTrainedModel, prompt_tokens: int, max_new_toke
 def _new_cache(model: PreTrainedModel, capacity: int) -> tuple[Cache, Callable[[Tensor], None]]:
     """A cache for a new batch, and the function that selects its rows.
 
-    Packed models get the packed cache, prepared ones the fake-quantized one, both of fixed capacity; others transformers'
-    own, which grows by concatenation.
+    Packed models get the packed cache, prepared ones the fake-quantized one, both of fixed capacity; others have
+    transformers' own, which grows by concatenation.
     """
     if is_packed(model) and packs_cache(model):
         packed = PackedCache(model, capacity)

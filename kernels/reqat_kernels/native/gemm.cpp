@@ -9,7 +9,8 @@
 // Float path (W4A16): block = sum of x * value by fma in the order of the columns, acc = fma(block, scale_w, acc).
 //
 // All variants do these operations in this order, and so does a row whatever else is in the batch: results are equal
-// bit for bit between instruction sets, thread counts and batch sizes.
+// bit for bit between instruction sets, thread counts and batch sizes. (One exception: for x in bfloat16 AVX-512 adds
+// the products of two columns at a time, in its own instruction's way. Batches and threads still change nothing.)
 //
 // What bounds it: one row of x reads 0.56 bytes a weight and executes about 15 instructions for 256 of them, so memory
 // decides; from some 8 rows on it is the byte dot product, one 512-bit instruction a cycle for 64 weights and one row.
@@ -17,6 +18,7 @@
 #include "gemm.h"
 
 #include <cmath>
+#include <vector>
 
 #include "common.h"
 
@@ -274,6 +276,53 @@ REQAT_AVX512 void float_tile_avx512(const Weight& w, const float* x, int64_t til
     for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * LANES, acc[m]);
 }
 
+// x: pairs of bfloat16 in the order of paired().
+template <int MR, int KIND>
+REQAT_AVX512 void bf16_tile_avx512(const Weight& w, const uint32_t* x, int64_t tile, float* out) {
+    constexpr int PER = KIND == 0 ? 1 : 2;
+    const int64_t pairs = w.steps * STEP / 2, blocks = w.steps / PER;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
+    alignas(64) uint16_t values[32];
+    for (int i = 0; i < 32; i++) values[i] = float_to_bf16(float(w.values[i & 15]));
+    const __m512i table = _mm512_load_si512(values);
+    __m512 acc[MR];
+    for (int m = 0; m < MR; m++) acc[m] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < blocks; b++) {
+        __m512 block[MR];
+        for (int m = 0; m < MR; m++) block[m] = _mm512_setzero_ps();
+        for (int s = 0; s < PER; s++)
+            for (int l = 0; l < 2; l++) {
+                const int64_t step = b * PER + s;
+                const uint8_t* at = codes + step * STEP_BYTES + 64 * l;
+                const __m512i packed = _mm512_loadu_si512(at);
+                if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
+                // vpermw looks at five bits of an index, and the table repeats after four.
+                const __m512i v[4] = {_mm512_permutexvar_epi16(packed, table),
+                                      _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
+                                      _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table),
+                                      _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 12), table)};
+                for (int m = 0; m < MR; m++) {
+                    const uint32_t* xs = x + m * pairs + step * (STEP / 2) + 4 * l;
+                    for (int j = 0; j < 4; j++)
+                        block[m] = _mm512_dpbf16_ps(block[m], (__m512bh)v[j], (__m512bh)_mm512_set1_epi32(int(xs[j])));
+                }
+            }
+        const __m512 sw = scales16<KIND>(scales + b * LANES);
+        for (int m = 0; m < MR; m++) acc[m] = _mm512_fmadd_ps(block[m], sw, acc[m]);
+    }
+    for (int m = 0; m < MR; m++) _mm512_storeu_ps(out + m * LANES, acc[m]);
+}
+
+// Nibble j of a lane's two 16-bit halves belongs to these two columns of a load.
+constexpr int PAIRS[4][2] = {{0, 2}, {4, 6}, {1, 3}, {5, 7}};
+
+void paired(const uint16_t* x, int64_t columns, uint32_t* out) {
+    for (int64_t load = 0; load < columns / 8; load++)
+        for (int j = 0; j < 4; j++)
+            out[4 * load + j] = x[8 * load + PAIRS[j][0]] | uint32_t(x[8 * load + PAIRS[j][1]]) << 16;
+}
+
 #endif  // REQAT_X86
 
 // --- all rows of x against one tile ------------------------------------------------------------------------------------
@@ -393,6 +442,39 @@ void gemm_float(const Weight& w, const float* x, const float* bias, float* y, in
     }
 }
 
+void gemm_bf16(const Weight& w, const uint16_t* x, const float* bias, float* y, int64_t M, int64_t stride_y,
+               int threads) {
+    const int64_t tiles = (w.rows + LANES - 1) / LANES, K = w.steps * STEP;
+#if REQAT_X86
+    if (isa() == AVX512) {
+        std::vector<uint32_t> pairs(size_t(M * K / 2));
+        for (int64_t m = 0; m < M; m++) paired(x + m * K, K, pairs.data() + m * K / 2);
+        const uint32_t* xs = pairs.data();
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+        for (int64_t tile = 0; tile < tiles; tile++) {
+            alignas(64) float out[8 * LANES];
+            for (int64_t m = 0; m < M;) {
+                const int64_t left = M - m, rows = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                const uint32_t* at = xs + m * K / 2;
+#define CALL(MR)                                                                       \
+    (w.scale_kind == 0 ? bf16_tile_avx512<MR, 0>(w, at, tile, out) : bf16_tile_avx512<MR, 1>(w, at, tile, out))
+                if (rows == 8) CALL(8);
+                else if (rows == 4) CALL(4);
+                else if (rows == 2) CALL(2);
+                else CALL(1);
+#undef CALL
+                store(w, tile, rows, out, nullptr, bias, y + m * stride_y, stride_y);
+                m += rows;
+            }
+        }
+        return;
+    }
+#endif
+    std::vector<float> wide(size_t(M * K));
+    for (int64_t i = 0; i < M * K; i++) wide[size_t(i)] = bf16_to_float(x[i]);
+    gemm_float(w, wide.data(), bias, y, M, stride_y, threads);
+}
+
 bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
                float* scale) {
     const int64_t block = format.block, blocks = K / block;
@@ -434,6 +516,11 @@ REQAT_API void reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* s
                               const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
                               int threads) {
     gemm_int(*w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
+}
+
+REQAT_API void reqat_gemm_bf16(const Weight* w, const uint16_t* x, const float* bias, float* y, int64_t M,
+                               int64_t stride_y, int threads) {
+    gemm_bf16(*w, x, bias, y, M, stride_y, threads);
 }
 
 REQAT_API void reqat_gemm_float(const Weight* w, const float* x, const float* bias, float* y, int64_t M,

@@ -205,9 +205,9 @@ OPERATORS.define(
 def _fp4_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int, element: int, scale: int, g: float
 ) -> Tensor:
-    x = x.float()
     bias = None if bias is None else bias.float().contiguous()
     lib = _library()
+    x = x if x.dtype == torch.bfloat16 and lib is not None else x.float()
     if lib is None:
         return F.linear(x, _dense(weight, rows, columns, element, scale).mul_(0.5 / g), bias)
     padded = _padded(columns, scale)
@@ -215,7 +215,8 @@ def _fp4_linear(
     y = torch.empty(len(x), rows)
     n = threads(x.numel() * rows, _WORK_PER_THREAD)
     w = _struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
-    lib.reqat_gemm_float(w, x.data_ptr(), _pointer(bias), y.data_ptr(), len(x), rows, n)
+    call = lib.reqat_gemm_bf16 if x.dtype == torch.bfloat16 else lib.reqat_gemm_float
+    call(w, x.data_ptr(), _pointer(bias), y.data_ptr(), len(x), rows, n)
     return y
 
 
@@ -271,7 +272,8 @@ def _library() -> ctypes.CDLL | None:
     if lib is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         lib.reqat_gemm_int.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 6, number, number, ctypes.c_int]
-        lib.reqat_gemm_float.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 3, number, number, ctypes.c_int]
+        for call in (lib.reqat_gemm_float, lib.reqat_gemm_bf16):
+            call.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 3, number, number, ctypes.c_int]
         lib.reqat_int8_input.argtypes = [pointer, number, number, number, ctypes.c_int32, pointer, pointer, pointer]
         lib.reqat_fp4_input.argtypes = [
             ctypes.POINTER(Spec), pointer, number, number, ctypes.c_float, pointer, pointer, pointer,
