@@ -220,7 +220,8 @@ def quantize(
         BM, BK = _tile(M, K, max(block, rotation or 0))
         grid = (triton.cdiv(M, BM), triton.cdiv(K, BK))
         # No a * b + c in one rounding: the reference rounds twice.
-        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK, "enable_fp_fusion": False}
+        launch = {"num_warps": 4, "enable_fp_fusion": False}
+        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK, **launch}
         if dynamic:
             amax_kernel[grid](x_MK, amax, M, K, ROW=row, **tile)
         quantize_kernel[grid](
@@ -296,7 +297,7 @@ def _given_g(given: Tensor | float, x: Tensor, check: bool) -> Tensor:
 
 
 def _tile(M: int, K: int, at_least: int) -> tuple[int, int]:
-    """Rows and columns a program: 32 elements a thread; the interpreter pays by program, so it gets large ones."""
+    """Rows and columns a program: 16 elements a thread rotate without spilling; the interpreter gets large tiles."""
     columns = max(at_least, min(triton.next_power_of_2(K), 512 if INTERPRETED else 256))
-    elements = 32768 if INTERPRETED else 4096
+    elements = 32768 if INTERPRETED else 2048
     return min(triton.next_power_of_2(M), max(1, elements // columns)), columns
