@@ -205,7 +205,7 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
             const int64_t step = b * PER + s;
             const uint8_t* at = codes + step * STEP_BYTES;
             const __m512i p0 = _mm512_loadu_si512(at), p1 = _mm512_loadu_si512(at + 64);
-            if (MR <= 4) {  // with more rows the weights come slower than memory can bring them
+            if (MR <= 8) {  // with more rows the weights come slower than memory can bring them
                 _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
                 _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH + 64), _MM_HINT_T0);
             }
@@ -296,7 +296,7 @@ REQAT_AVX512 void bf16_tile_avx512(const Weight& w, const uint32_t* x, int64_t t
                 const int64_t step = b * PER + s;
                 const uint8_t* at = codes + step * STEP_BYTES + 64 * l;
                 const __m512i packed = _mm512_loadu_si512(at);
-                if (MR <= 4) _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
+                if (MR <= 8) _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
                 // vpermw looks at five bits of an index, and the table repeats after four.
                 const __m512i v[4] = {_mm512_permutexvar_epi16(packed, table),
                                       _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
