@@ -18,6 +18,7 @@ from reqat.formats import Format, get_format, quantize
 from reqat_kernels.native import attention
 from reqat_kernels.native.attention import PackedStates, kv_attention
 from reqat_kernels.native.library import ISAS, library
+from reqat_kernels.native.quantize import format_key
 
 U = 2.0**-24
 NVFP4 = get_format("NVFP4", element="E1M2", global_scale="row")
@@ -344,8 +345,12 @@ def test_empty_inputs(isa: str) -> None:
 
 
 def test_operators_have_a_schema_and_a_fake_that_hold() -> None:
-    torch.manual_seed(0)
-    key, value = (filled(kind, NVFP4, torch.randn(1, 2, 5, 32)) for kind in ("key", "value"))
-    sides = [(side.codes, side.scales, side.global_scale, "E1M2") for side in (key, value)]
+    torch.manual_seed(0)  # MXFP4: opcheck cannot copy float8 scales
+    fmt = get_format("MXFP4")
+    key, value = (filled(kind, fmt, torch.randn(1, 2, 5, 32)) for kind in ("key", "value"))
+    sides = [(side.codes, side.scales, None, "E2M1") for side in (key, value)]
     args = (torch.randn(1, 4, 1, 32), *sides[0], *sides[1], 5, 0.2, None, None, True)
-    torch.library.opcheck(torch.ops.reqat.kv_attention.default, args, test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.reqat.kv_attention.default, args, test_utils=checks)
+    states = (torch.randn(1, 2, 1, 32), None, key.codes, key.scales, None, 5, False, format_key(fmt))
+    torch.library.opcheck(torch.ops.reqat.kv_append.default, states, test_utils=checks)
