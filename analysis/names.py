@@ -25,6 +25,7 @@ FIGURES: dict[str, str | None] = {
 }
 # Made of the throughput benchmark (config/throughput.yaml) alone, on tiers that have one.
 THROUGHPUT_FIGURES = ("figure6",)
+THROUGHPUT_KERNELS = ("linear", "attention", "fake_quantize", "sem_loss", "decode")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ def throughput_names(bench: Throughput | None) -> tuple[list[str], list[str]]:
     """File stems of the tables and of the figures that a benchmark makes; none where a tier has no benchmark."""
     if bench is None:
         return [], []
-    kernels = [name for name in ("linear", "decode") if getattr(bench, name) is not None]
-    return [*(f"throughput-{name}" for name in kernels), "figure6-error", "figure6-memory"], [*THROUGHPUT_FIGURES]
+    kernels = [name for name in THROUGHPUT_KERNELS if getattr(bench, name) is not None]
+    return [*(f"throughput-{name.replace('_', '-')}" for name in kernels), "figure6-error", "figure6-memory"], [
+        *THROUGHPUT_FIGURES
+    ]
 
 
 def figure_names(plan: Plan) -> dict[str, tuple[str, str]]:

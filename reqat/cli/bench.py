@@ -16,6 +16,7 @@ from reqat.config.throughput import Throughput, load_throughput
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
+_FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
 
 
 def settings_of(tier: str) -> Throughput:
@@ -60,24 +61,32 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
     """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics."""
     import pandas as pd
 
-    from reqat_kernels.bench import kernels, linear, measure
+    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure
     from reqat_kernels.bench.machine import Probe, last_level_cache_bytes
     from reqat_kernels.bench.measure import Result, against_roofline
 
     say = say or (lambda _: None)
+    if sys.modules.get("torchao", ...) is None:  # start_computing keeps it from other verbs; here it is a peer
+        del sys.modules["torchao"]
     probe, result = Probe(), Result()
-    wanted = settings.linear
-    for case in linear.cases(wanted.m, wanted.nk, ring_bytes=settings.ring_bytes):
-        say(f"{case.kernel}, {case.label}")
-        result.add(
-            measure(
-                case,
-                kernels()["linear"].providers,
-                rounds=wanted.rounds,
-                burst_s=settings.burst_ms / 1e3,
-                probe=probe,
-            )
+    for _ in range(_FIRST_READINGS):
+        probe()
+    ring, known = settings.ring_bytes, kernels()
+    asked = [(settings.linear.rounds, linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring))]
+    if settings.attention is not None:
+        wanted = settings.attention
+        asked.append((wanted.rounds, attention.cases(wanted.batches, wanted.contexts, ring_bytes=ring)))
+    if settings.fake_quantize is not None:
+        asked.append(
+            (settings.fake_quantize.rounds, fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring))
         )
+    if settings.sem_loss is not None:
+        asked.append((settings.sem_loss.rounds, loss.cases(settings.sem_loss.shape)))
+    for rounds, cases in asked:
+        for case in cases:
+            say(f"{case.kernel}, {case.label}")
+            providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
+            result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
     if settings.decode is not None:
         result.add(decode(settings, probe, out, say))
     rows = against_roofline(result.rows, probe.best)

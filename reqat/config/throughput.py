@@ -7,6 +7,7 @@ digest that names a stage. The benchmark has its own name, the digest of its own
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -21,6 +22,29 @@ class LinearBench(Strict):
     m: list[int] = Field(min_length=1)
     nk: list[int] = Field(min_length=1)
     rounds: int = Field(default=30, gt=0)
+
+
+class AttentionBench(Strict):
+    """Decode attention: every batch with every number of tokens in the cache."""
+
+    batches: list[int] = Field(min_length=1)
+    contexts: list[int] = Field(min_length=1)
+    rounds: int = Field(default=15, gt=0)
+
+
+class FakeQuantizeBench(Strict):
+    """Fake quantization of square float32 tensors."""
+
+    sizes: list[int] = Field(min_length=1)
+    rounds: int = Field(default=9, gt=0)
+
+
+class SEMLossBench(Strict):
+    """The fused SEM loss with its gradients."""
+
+    shape: Literal["a", "b", "small", "tiny"]
+    """As in `reqat_kernels.bench.sem_loss`."""
+    rounds: int = Field(default=3, gt=0)
 
 
 class DecodeBench(Strict):
@@ -41,6 +65,9 @@ class Throughput(Strict):
 
     threads: int = Field(default=1, gt=0)
     linear: LinearBench
+    attention: AttentionBench | None = None
+    fake_quantize: FakeQuantizeBench | None = None
+    sem_loss: SEMLossBench | None = None
     decode: DecodeBench | None = None
     ring_bytes: int = Field(default=0, ge=0)
     """Bytes that rotating copies of weights must exceed; 0: twice the last-level cache."""

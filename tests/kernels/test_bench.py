@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from reqat.formats import quantize
-from reqat_kernels.bench import Absent, Case, Kernel, Work, Wrong, kernels, linear, machine, measure
+from reqat_kernels.bench import Absent, Case, Kernel, Work, Wrong, attention, kernels, linear, loss, machine, measure
 from reqat_kernels.bench import measure as measure_function
 from reqat_kernels.bench.measure import against_roofline, chunks, percentile, undisturbed
 
@@ -150,6 +150,33 @@ def test_every_provider_computes_the_product() -> None:
         work.burst(range(work.copies))()
         found.add(provider.name)
     assert {"torch", "aten int4pack", "reqat"} <= found
+
+
+def test_attention_and_loss_agree_with_their_references() -> None:
+    for case in [*attention.cases([2], [33], ring_bytes=1), *loss.cases("tiny")]:
+        found = set()
+        for provider in kernels()[case.kernel].providers:
+            work = provider.make(case)
+            work.check()
+            work.burst(range(work.copies))()
+            found.add(provider.name)
+        assert {"attention": {"torch, sdpa", "torch, eager", "reqat"}, "sem_loss": {"naive", "reqat"}}[
+            case.kernel
+        ] <= found
+    with pytest.raises(ValueError, match="no shape 'huge' of the SEM loss; there are a, b"):
+        loss.cases("huge")
+
+
+def test_the_check_of_attention_sees_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = attention.cases([1], [40], ring_bytes=1)
+    right = attention._ours(case, "E2M1")
+    right.check()
+    from reqat_kernels.native import attention as native
+
+    honest = native.kv_attention
+    monkeypatch.setattr(native, "kv_attention", lambda q, k, v, length: honest(q, k, v, length - 1))
+    with pytest.raises(Wrong, match="the output is off by"):
+        attention._ours(case, "E2M1").check()
 
 
 def test_the_check_sees_a_wrong_product() -> None:

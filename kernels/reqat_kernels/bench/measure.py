@@ -83,6 +83,8 @@ class Work:
     ring_bytes: int = 0
     """Bytes of the whole ring (0: ``copies * bytes_moved``)."""
     chain: Callable[[Sequence[int]], Callable[[], Any]] | None = None
+    peak_bytes: Callable[[], float] | None = None
+    """What a call needs beyond inputs and results, measured apart from the clock."""
 
     def burst(self, indices: Sequence[int]) -> Callable[[], Any]:
         """A function without arguments that computes with each of these copies."""
@@ -180,6 +182,7 @@ class Row:
     tokens_per_s: float | None = None
     weight_bytes: int | None = None
     cache_bytes: int | None = None
+    peak_extra_bytes: float | None = None
 
 
 @dataclass
@@ -257,8 +260,8 @@ class Result:
     def add(self, other: Result) -> None:
         """Take over another's rows and sentences, each sentence once."""
         self.rows += other.rows
-        self.skipped += [line for line in other.skipped if line not in self.skipped]
-        self.refused += [line for line in other.refused if line not in self.refused]
+        self.skipped += [line for line in dict.fromkeys(other.skipped) if line not in self.skipped]
+        self.refused += [line for line in dict.fromkeys(other.refused) if line not in self.refused]
 
 
 def measure(
@@ -328,7 +331,7 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
         kernel=case.kernel,
         provider=provider.name,
         shape=case.label,
-        m=dict(case.shape).get("M", 1),
+        m=dict(case.shape).get("M", dict(case.shape).get("B", 1)),
         format=provider.format,
         device=case.device,
         arithmetic=provider.arithmetic,
@@ -349,6 +352,7 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
         waited=clock.waited_ns / clock.total_ns if clock.total_ns else math.nan,
         set_aside=len(clock.samples_us) - len(samples),
         ours=provider.ours,
+        peak_extra_bytes=None if work.peak_bytes is None else work.peak_bytes(),
     )
 
 

@@ -48,13 +48,13 @@ class Shape:
     N: int
     D: int
     V: int
-    chunk_mib: int = 256
+    chunk_mib: int = 320
 
 
 SHAPES = {
     "a": Shape(8192, 576, 49152),
     "b": Shape(2048, 4096, 151936),
-    "small": Shape(1024, 576, 49152, chunk_mib=32),  # an eighth of a, in as many chunks
+    "small": Shape(1024, 576, 49152, chunk_mib=40),  # an eighth of a, in as many chunks
     "tiny": Shape(64, 32, 512, chunk_mib=1),
 }
 

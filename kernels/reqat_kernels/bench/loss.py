@@ -1,0 +1,80 @@
+"""The SEM loss on the common clock: one call is the loss and its gradients, providers are those of ``sem_loss``.
+
+Losses of the same kernel (with the entropy term or without) are held against each other before the clock starts; the
+first of each is written apart from our code. Bytes moved are what any implementation must touch: hidden states, the
+output matrix, and the gradients of both, once. These are matrix products, so their share of the read roofline is low.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+
+from reqat_kernels.bench import sem_loss
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, Wrong
+
+SEM_LOSS = Kernel("sem_loss")
+_TOLERANCE = 1e-5  # of a sum of float32 roundings, see sem_loss.measure
+_OURS = ("reqat", "reqat-ce")
+
+
+def cases(shape: str, *, device: str = "cpu") -> list[Case]:
+    """The case of a name in ``sem_loss.SHAPES``. Raises ValueError for another."""
+    if shape not in sem_loss.SHAPES:
+        raise ValueError(f"no shape {shape!r} of the SEM loss; there are {', '.join(sem_loss.SHAPES)}")
+    s = sem_loss.SHAPES[shape]
+    return [Case("sem_loss", (("tokens", s.N), ("D", s.D), ("V", s.V), ("MiB", s.chunk_mib)), device)]
+
+
+@lru_cache(maxsize=1)
+def _inputs(shape: sem_loss.Shape, device: str) -> Any:
+    return sem_loss.operands(shape, device)
+
+
+@lru_cache(maxsize=8)
+def _expected(shape: sem_loss.Shape, device: str, name: str) -> float:
+    """The loss by a peer."""
+    loss = sem_loss.providers(shape, torch.float32)[name][1]
+    return float(sem_loss.step(loss, _inputs(shape, device), torch.float32))
+
+
+def _make(case: Case, name: str) -> Work:
+    shape = sem_loss.Shape(case.tokens, case.D, case.V, case.MiB)
+    loss = sem_loss.providers(shape, torch.float32)[name][1]
+    with_entropy = name in ("naive", "reqat")
+    if with_entropy and not sem_loss.fits(shape):
+        if name == "naive":
+            raise Absent("its logits do not fit in the memory that is free.")
+        with_entropy = False
+    inputs = _inputs(shape, case.device)
+    call = partial(sem_loss.step, loss, inputs, torch.float32)
+
+    def check() -> None:
+        if name == "reqat" and not with_entropy:  # nobody is left to hold it against; its tests do
+            return
+        found, wanted = float(call()), _expected(shape, case.device, "naive" if with_entropy else "ce-forward")
+        if not abs(found - wanted) <= _TOLERANCE * abs(wanted):
+            raise Wrong(f"the loss is {found}, should be {wanted}")
+
+    moved = 2 * 4 * case.D * (case.tokens + case.V)
+    return Work(
+        run=lambda i: call(),
+        copies=1,
+        bytes_moved=moved,
+        check=check,
+        peak_bytes=lambda: sem_loss.peak_extra_mib(call, inputs) * 2**20,
+    )
+
+
+def _register() -> None:
+    for name in ("naive", "ce-forward", "ce-recompute", *_OURS):
+
+        def make(case: Case, name: str = name) -> Work:
+            return _make(case, name)
+
+        SEM_LOSS.provider(name, format="FP32", devices=("cpu", "cuda"), ours=name in _OURS)(make)
+
+
+_register()
