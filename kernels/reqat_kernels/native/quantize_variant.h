@@ -243,12 +243,16 @@ REQAT_HERE void round_span(const float* x, int64_t n, const float* D, const floa
     const float d = D[0], d_negative = MODE == SIGNED ? D[1] : 0.0f;
     const float s = S[0], s_negative = MODE == SIGNED ? S[1] : 0.0f;
     for (int64_t i = 0; i < n; i++) {
-        const float divisor = MODE == SIGNED && x[i] < 0.0f ? d_negative : d;
+        const float divisor = MODE == SIGNED ? by_sign(x[i], d, d_negative) : d;
         float v = round_element<ELEMENT, AWAY>(MODE == INVERTED ? x[i] * divisor : x[i] / divisor);
         if (SCALED) {
-            v *= MODE == SIGNED && v < 0.0f ? s_negative : s;
-            v = v > FLOAT_MAX ? FLOAT_MAX : v;
-            v = v < -FLOAT_MAX ? -FLOAT_MAX : v;
+            v *= MODE == SIGNED ? by_sign(v, s, s_negative) : s;
+            if (MODE == SIGNED || AWAY) {
+                v = __builtin_copysignf(least(__builtin_fabsf(v), FLOAT_MAX), v);
+            } else {
+                v = v > FLOAT_MAX ? FLOAT_MAX : v;
+                v = v < -FLOAT_MAX ? -FLOAT_MAX : v;
+            }
         }
         out[i] = v;
     }
