@@ -217,7 +217,7 @@ dependencies:
 
 
 def stamp_of(folder: Path) -> Path:
-    """Where the stamp lies; its name hashes what the environment depends on: pins, metadata, this file, native sources, our place."""
+    """Where the stamp lies; its name hashes what the environment depends on: pins, sources that are built, our place."""
     digest = hashlib.sha256(str(ROOT).encode())
     native = sorted((ROOT / "kernels" / "reqat_kernels" / "native").glob("*.[ch]*"))
     for file in (LOCK, ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__), *native):

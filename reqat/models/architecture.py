@@ -86,9 +86,7 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     found = []
     for index, layer in enumerate(layers):
         name = f"{prefix}.{index}"
-        attentions = [
-            m for m in layer.modules() if all(_is_linear(getattr(m, p, None)) for p in _PROJECTIONS)
-        ]
+        attentions = [m for m in layer.modules() if all(_is_linear(getattr(m, p, None)) for p in _PROJECTIONS)]
         if len(attentions) != 1:
             raise UnsupportedModelError(
                 f"model type {model_type!r}, layer {name}: unsupported attention, found {len(attentions)} modules with "

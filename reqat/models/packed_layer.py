@@ -53,8 +53,8 @@ class NativeForward:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's output, and its new token in the cache; arguments are those of the layer."""
-        cache = kwargs.get("past_key_values")
-        position = kwargs.get("position_embeddings")
+        cache: Any = kwargs.get("past_key_values")
+        position: Any = kwargs.get("position_embeddings")
         plain = (
             type(cache) is PackedCache
             and position is not None
@@ -112,7 +112,8 @@ def _weights(layer: nn.Module, heads: HeadShape) -> LayerWeights | None:
     norms = [modules.get(name) for name in (*_NORMS, *_HEAD_NORMS)]
     given = [norm for norm in norms if norm is not None]
     eps = {getattr(norm, "variance_epsilon", None) for norm in given}
-    attention, mlp = layer.self_attn, layer.mlp
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
     kv = getattr(attention, "reqat_kv", None)
     activation = getattr(mlp, "act_fn", None)
     inputs = [linear.input_quantizer for linear in linears]  # type: ignore[union-attr]
@@ -145,7 +146,7 @@ def _weights(layer: nn.Module, heads: HeadShape) -> LayerWeights | None:
         global_scales=[inputs[i].global_scale for i in (0, 3, 4, 6)],
         rotation=first.rotation or 0,
         shift=kv.shift,
-        scaling=float(attention.scaling),  # type: ignore[arg-type]
+        scaling=float(attention.scaling),
     )
 
 

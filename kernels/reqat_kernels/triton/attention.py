@@ -36,8 +36,11 @@ from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
 HIDDEN = -1e30
-#: How the kernel is launched: keys a tile, and what tells triton to keep three tiles of codes in flight.
-BLOCK_S = 64
+#: How the kernel is launched: keys a tile (64 would spill registers; the interpreter pays by operation, whatever its
+#: size), rows a tile at most, and what tells triton to keep three tiles of codes in flight.
+BLOCK_S = 64 if INTERPRETED else 32
+BLOCK_S_FLOAT32 = 64 if INTERPRETED else 16  # products off the tensor cores hold more in registers
+MAX_BLOCK_M = 32
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -471,10 +474,11 @@ def decode_attention(
         query = query.contiguous()
     longest = capacity if length is None else length
     rows = H // G * T
-    block_m = max(16, min(64, triton.next_power_of_2(rows)))
+    block_m = max(16, min(MAX_BLOCK_M, triton.next_power_of_2(rows)))
+    block_s = BLOCK_S_FLOAT32 if query.dtype == torch.float32 else BLOCK_S
     row_tiles = triton.cdiv(rows, block_m)
     if splits is None:
-        splits = _splits(B * G * row_tiles, triton.cdiv(longest, BLOCK_S), query.device)
+        splits = _splits(B * G * row_tiles, triton.cdiv(longest, block_s), query.device)
     if splits < 1:
         raise ValueError(f"splits must be at least 1, got {splits}")
 
@@ -533,7 +537,7 @@ def decode_attention(
         CAUSAL=causal and T > 1,
         DIRECT=direct,
         BLOCK_M=block_m,
-        BLOCK_S=BLOCK_S,
+        BLOCK_S=block_s,
         COMPUTE=tl.bfloat16 if half else tl.float32,
         PRECISION="tf32" if query.dtype == torch.float16 else "ieee",
         **OPTIONS,
