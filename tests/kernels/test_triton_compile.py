@@ -59,7 +59,7 @@ def test_core_kernels_compile_within_their_budgets(tmp_path: Path) -> None:
 def test_every_kernel_compiles_for_every_generation_within_its_budget(tmp_path: Path) -> None:
     rows = compile_in_a_process(tmp_path, seconds=3600)
     assert len(rows) == len(cases()) * len(CAPABILITIES)
-    assert {row["status"] for row in rows} <= {"compiled", "impossible"}
+    assert {row["status"] for row in rows} <= {"compiled", "unused", "impossible"}
 
 
 def test_core_meets_every_generation() -> None:
@@ -93,7 +93,7 @@ GOOD = Row(
     capability=90,
     status="compiled",
     registers=100,
-    register_budget=224,
+    register_budget=192,
     shared=1000,
     shared_limit=232448,
     matrix="mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
@@ -108,7 +108,7 @@ def test_a_row_within_budget_is_no_violation() -> None:
     "change, message",
     [
         ({"status": "failed", "note": "CompilationError: no"}, r"does not compile \(CompilationError: no\)"),
-        ({"registers": 225}, "225 registers, budget 224"),
+        ({"registers": 193}, "193 registers, budget 192"),
         ({"spilled": 8}, "8 bytes spilled"),
         ({"shared": 300_000}, "300000 bytes of shared memory, limit 232448"),
         ({"tensor_memory": 513}, "513 columns of tensor memory"),
@@ -144,7 +144,7 @@ def test_tables(tmp_path: Path) -> None:
     ]
     lines = to_markdown(rows).splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    assert "100 (224)" in lines[2] and "impossible: no fp8e4nv" in lines[3]
+    assert "100 (192)" in lines[2] and "impossible: no fp8e4nv" in lines[3]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="triton compiles in this process")

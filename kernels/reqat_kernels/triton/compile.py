@@ -55,8 +55,8 @@ class Case:
     ``types``: triton's type of each argument (``*u8``, ``fp32``); integers need no mention. ``registers``: the budget,
     a thread's. ``matrix``: by capability, what the name of every matrix instruction must contain ("" : there is none).
     ``impossible``: by capability, why it does not compile. ``unused``: why the launcher takes another way there;
-    no budget holds then. ``spilled``: bytes allowed, where it is not 0. ``subnormals``: whether small numbers must not be
-    flushed. ``core``: capabilities in the test that always runs.
+    no budget holds then. ``spilled``: bytes allowed, where it is not 0. ``subnormals``: whether small numbers must not
+    be flushed. ``core``: capabilities in the test that always runs.
     """
 
     name: str
@@ -475,11 +475,11 @@ def _attention_cases() -> list[Case]:
     narrow: dict[str, Any] = {"HALF_DIM": 32, "C": 32, "DIRECT": True}
     tf32: dict[str, Any] = {"PRECISION": "tf32", "COMPUTE": tl.float32}
     return [
-        case("decode attention: NVFP4", "NVFP4", "NVFP4", 224, bf16, core=(90,)),
-        case("decode attention: NVFP4 E1M2", "NVFP4 E1M2", "NVFP4 E1M2", 224, bf16),
-        case("decode attention: MXFP4", "MXFP4", "MXFP4", 240, bf16),
-        case("decode attention: NVFP4, boolean mask", "NVFP4", "NVFP4", 240, bf16, MASK="bool"),
-        case("decode attention: NVFP4, head_dim 64, one split", "NVFP4", "NVFP4", 168, bf16, **narrow),
+        case("decode attention: NVFP4", "NVFP4", "NVFP4", 192, bf16, core=(90,)),
+        case("decode attention: NVFP4 E1M2", "NVFP4 E1M2", "NVFP4 E1M2", 192, bf16),
+        case("decode attention: MXFP4", "MXFP4", "MXFP4", 160, bf16),
+        case("decode attention: NVFP4, boolean mask", "NVFP4", "NVFP4", 200, bf16, MASK="bool"),
+        case("decode attention: NVFP4, head_dim 64, one split", "NVFP4", "NVFP4", 128, bf16, **narrow),
         case(
             "decode attention: NVFP4, 32 rows, causal",
             "NVFP4",
