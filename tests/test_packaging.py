@@ -208,6 +208,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeInstallation:
         (tmp_path / name).write_text("torch==2.0\n")
         monkeypatch.setattr(environment, name, tmp_path / name)
     (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "setup.py").touch()
     monkeypatch.setattr(environment, "ROOT", tmp_path)
     return FakeInstallation(monkeypatch, tmp_path / "venv")
 
@@ -236,6 +237,18 @@ def test_new_pins_are_installed_into_the_old_environment(fake: FakeInstallation)
     environment.create(fake.folder)
     assert (fake.made, fake.installed) == (1, 2)
     assert len(list(fake.folder.glob(f"{environment.STAMP}*"))) == 1
+
+
+def test_a_new_native_source_or_compiler_is_installed(fake: FakeInstallation, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.create(fake.folder)
+    native = environment.ROOT / "kernels" / "reqat_kernels" / "native"
+    native.mkdir(parents=True)
+    (native / "kernel.cpp").write_text("int f() { return 1; }\n")
+    environment.create(fake.folder)
+    assert fake.installed == 2
+    monkeypatch.setattr(environment.shutil, "which", lambda name: None)
+    environment.create(fake.folder)
+    assert fake.installed == 3
 
 
 def test_a_failed_update_leaves_no_stamp(fake: FakeInstallation) -> None:
