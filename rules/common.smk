@@ -70,7 +70,7 @@ KERNELS = sorted(
     if path.suffix in (".py", ".cpp", ".h")
 )
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
-PINNED = next((tier for tier in (TIER, "overnight", "claims", "laptop") if Path(f"results/{tier}/plan.json").exists()), TIER)
+PINNED = next((tier for tier in (TIER, "overnight", "laptop") if Path(f"results/{tier}/plan.json").exists()), TIER)
 # Tables and plots cost seconds, so they follow their sources; trainings follow their settings alone.
 ANALYSIS = sorted(path.as_posix() for path in Path("analysis").glob("*.py"))
 CAPTION = {

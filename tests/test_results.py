@@ -34,6 +34,6 @@ def test_a_pinned_run_is_whole_and_every_table_can_be_made_of_it_alone(tier: str
 
 
 def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:
-    tier = pin.restore("claims", PATHS).tier
+    tier = pin.restore("overnight", PATHS).tier
     assert tier.evaluation.split == "test" and tier.evaluation.n >= 1000 and len(tier.evaluation.seeds) >= 8
     assert len({*tier.training_seeds, *tier.claim_seeds.seeds}) >= 3
