@@ -1,0 +1,536 @@
+"""Entropies of a model's choices, collected while it generates or over responses that are there already.
+
+Everything is of the raw logits at temperature 1: the entropy in nats, the most likely tokens, the probability of the
+token taken, and the tail mass ``1 - p(top1)``. Tail and entropy are summed without the most likely token, because at
+the tokens that matter here it holds all but 1e-6 of the mass and a plain sum would round the rest away:
+with ``r = sum of exp(z - max)`` over the others, ``H = log1p(r) + sum(exp(z - max) * (max - z)) / (1 + r)``.
+
+* :class:`EntropyRecorder` rides along in :func:`reqat.evaluation.generation.generate` as a logits processor. It looks
+  at each step's logits once, keeps a few dozen steps in memory and spools the rest to a temporary file, so traces may
+  be of any length.
+* :func:`force_traces` runs several models over the same tokens (teacher forcing): whole responses in one forward pass
+  without a cache, logits by the chunk. This is how precisions are compared token by token.
+
+Which of the two: they agree up to the order of summation, where quantizers look at a token alone (``row`` or
+``static`` global scales). Per-tensor ``dynamic`` scales see a step's batch in one and a batch of whole responses in
+the other, so there the numbers are of two different models.
+
+Shapes: B rows, N tokens, K most likely tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from reqat.config.errors import ReqatError
+from reqat.data import prompt_ids
+from reqat.evaluation.decoding import Decoding
+from reqat.evaluation.generation import BatchStart, generate
+from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+# Steps that a recorder keeps in memory before it spools them.
+_SPOOL_STEPS = 64
+# Logits of a forward pass are computed for as many positions at a time as fit in this.
+_LOGITS_BYTES = 64 * 2**20
+# Statistics of this many tokens are held until their traces are put back into order.
+_WINDOW_TOKENS = 262_144
+# exp(-200) is 0 in float32; stands in for the logits of forbidden tokens, for 0 * inf would be NaN.
+_LOWEST = -200.0
+
+
+class Statistics(NamedTuple):
+    """What is said of N distributions: ``best`` and ``total`` (max, and sum of exp(z - max)) give any probability."""
+
+    entropy_N: Tensor
+    tail_N: Tensor
+    top_NK: Tensor
+    top_prob_NK: Tensor
+    best_N1: Tensor
+    total_N: Tensor
+
+    def prob(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        """Probability of one token a row, [N]."""
+        return (logits_NV.gather(1, tokens_N[:, None]).float() - self.best_N1).exp_()[:, 0] / self.total_N
+
+
+def token_statistics(logits_NV: Tensor, k: int = 5) -> Statistics:
+    """Entropy, tail mass and the ``k`` most likely tokens of each row of logits; all float32.
+
+    Logits of -inf (forbidden tokens) are fine. Rows that are no distribution (NaN, +inf, all -inf) give NaN.
+    """
+    z_NV = logits_NV.float()
+    top_score_NK, top_NK = z_NV.topk(min(k, z_NV.shape[-1]), dim=-1)
+    best_N1 = top_score_NK[:, :1]
+    shifted_NV = z_NV - best_N1
+    entropy_N, rest_N = _entropy(shifted_NV, top_NK)
+    if not bool(torch.isfinite(entropy_N).all()):
+        entropy_N, rest_N = _entropy(shifted_NV.clamp_(min=_LOWEST), top_NK)
+        # Where the largest logit is infinite, and so the difference NaN, the clamp must not hide it.
+        entropy_N = torch.where(torch.isfinite(best_N1[:, 0]), entropy_N, torch.nan)
+    total_N = 1 + rest_N
+    top_prob_NK = (top_score_NK - best_N1).exp_() / total_N[:, None]
+    return Statistics(entropy_N, rest_N / total_N, top_NK, top_prob_NK, best_N1, total_N)
+
+
+def _entropy(shifted_NV: Tensor, top_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy, and the sum of exp over all tokens but the most likely, of logits minus their maximum."""
+    mass_NV = shifted_NV.exp()
+    mass_NV.scatter_(1, top_NK[:, :1], 0.0)
+    rest_N = mass_NV.sum(dim=-1)
+    return torch.log1p(rest_N) - torch.linalg.vecdot(mass_NV, shifted_NV) / (1 + rest_N), rest_N
+
+
+class Prompted(Protocol):
+    """A problem: :class:`reqat.tasks.Problem` is one."""
+
+    @property
+    def id(self) -> str:
+        """A stable name."""
+
+    @property
+    def family(self) -> str:
+        """The family, or where it is from."""
+
+    @property
+    def prompt(self) -> str:
+        """The text a model is given."""
+
+    @property
+    def answer(self) -> str:
+        """The expected answer; empty where there is none."""
+
+
+class RecordedTrace(NamedTuple):
+    """A row of :func:`generate`'s ``prompts`` after its batch ended; an end-of-sequence token is the last of
+    ``tokens``.
+    """
+
+    row: int
+    tokens: NDArray[np.int32]
+    columns: TokenColumns
+    finished: bool
+
+
+class EntropyRecorder:
+    """A logits processor that changes nothing and remembers what each distribution was like.
+
+    Put it first among the ``processors``, so that it sees the raw logits. ``on_trace`` is called for every row once
+    its batch is over (when the next begins, or at :meth:`close`), rows in the batch's order.
+
+    Args:
+        on_trace: takes each finished :class:`RecordedTrace`.
+        k: most likely tokens kept.
+        names: what errors call each row of the prompts; their numbers if None.
+        spool: folder of the temporary file; the system's if None.
+
+    Raises `ReqatError` naming the row at the first distribution that is not finite. Rows of earlier batches were
+    handed over by then.
+    """
+
+    def __init__(
+        self,
+        on_trace: Callable[[RecordedTrace], object],
+        *,
+        k: int = 5,
+        names: Sequence[str] | None = None,
+        spool: Any = None,
+    ) -> None:
+        self.on_trace, self.k, self.names, self._spool_folder = on_trace, k, names, spool
+        self._start: BatchStart | None = None
+        self._file: IO[bytes] | None = None
+
+    def begin_batch(self, start: BatchStart) -> None:
+        """Hand over the batch before, and get ready for this one."""
+        self._finish()
+        self._start = start
+        self._alive_B = torch.arange(len(start.rows))
+        self._done_B = torch.zeros(len(start.rows), dtype=torch.bool)
+        self._pieces: list[tuple[int, int, NDArray[np.int64]]] = []  # bytes before, steps, columns of the batch
+        self._file = tempfile.TemporaryFile(dir=self._spool_folder)  # noqa: SIM115  (closed when the batch is over)
+        self._eos = torch.tensor(start.eos_ids, dtype=torch.int64)
+        self._buffer: NDArray[Any] | None = None
+        self._filled = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Look at ``scores`` [B, V]; returns them as they are."""
+        k = min(self.k, scores.shape[-1])
+        found = token_statistics(scores, k)
+        self._check(found.entropy_N)
+        if self._buffer is None:
+            self._buffer = np.empty((_SPOOL_STEPS, len(scores)), dtype=_record(k))
+        step = self._buffer[self._filled]
+        step["entropy"], step["tail"] = found.entropy_N.cpu().numpy(), found.tail_N.cpu().numpy()
+        step["top"], step["top_prob"] = found.top_NK.cpu().numpy(), found.top_prob_NK.cpu().numpy()
+        self._last = found, scores
+        return scores
+
+    def take_tokens(self, tokens_B: Tensor) -> None:
+        """The tokens that were taken from the distributions just looked at."""
+        assert self._buffer is not None
+        found, scores_BV = self._last
+        step = self._buffer[self._filled]
+        step["prob"], step["token"] = found.prob(scores_BV, tokens_B).cpu().numpy(), tokens_B.cpu().numpy()
+        self._filled += 1
+        if len(self._eos):
+            self._done_B |= torch.isin(tokens_B.cpu(), self._eos)
+        if self._filled == _SPOOL_STEPS:
+            self._spool()
+
+    def select_rows(self, index: Tensor) -> None:
+        """Go on with these rows."""
+        self._spool()
+        self._alive_B, self._done_B, self._buffer = self._alive_B[index.cpu()], self._done_B[index.cpu()], None
+
+    def close(self, *, only_finished: bool = False) -> None:
+        """Hand over the last batch; of a batch that was broken off, only the rows that had finished."""
+        self._finish(only_finished)
+
+    def _check(self, entropy_B: Tensor) -> None:
+        finite_B = torch.isfinite(entropy_B)
+        if bool(finite_B.all()):
+            return
+        start = self._start
+        assert start is not None
+        # A finished row is fed its end again; what follows is no part of its response.
+        bad = (~finite_B.cpu() & ~self._done_B).nonzero()[:, 0].tolist()
+        if bad:
+            row = start.rows[int(self._alive_B[bad[0]])]
+            name = self.names[row] if self.names is not None else f"row {row}"
+            step = sum(steps for _, steps, _ in self._pieces) + self._filled
+            raise ReqatError(
+                f"{name}: the distribution at position {step} is not finite; look for NaN weights, a diverged run, or "
+                "a logits processor that forbids every token."
+            )
+
+    def _spool(self) -> None:
+        if not self._filled:
+            return
+        assert self._file is not None and self._buffer is not None
+        self._pieces.append((self._file.tell(), self._filled, self._alive_B.numpy()))
+        self._file.write(self._buffer[: self._filled].data)
+        self._filled = 0
+
+    def _finish(self, only_finished: bool = False) -> None:
+        if self._start is None or self._file is None:
+            return
+        self._spool()
+        self._file.flush()
+        dtype = _record(self.k) if self._buffer is None else self._buffer.dtype
+        maps = [
+            (np.memmap(self._file, dtype=dtype, mode="r", offset=at, shape=(steps, len(alive))), alive)
+            for at, steps, alive in self._pieces
+        ]
+        column_of = [dict(zip(alive.tolist(), range(len(alive)), strict=True)) for _, alive in maps]
+        ends = self._eos.numpy()
+        for i, row in enumerate(self._start.rows):
+            parts = [m[:, where[i]] for (m, _), where in zip(maps, column_of, strict=True) if i in where]
+            records = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+            is_end = np.isin(records["token"], ends)
+            finished = bool(is_end.any())
+            if only_finished and not finished:
+                continue
+            records = records[: int(is_end.argmax()) + 1] if finished else records
+            self.on_trace(RecordedTrace(row, records["token"].copy(), _columns(records), finished))
+        self._file.close()
+        self._start = self._file = None
+
+
+def _record(k: int) -> np.dtype[Any]:
+    """What is kept of a row and step."""
+    return np.dtype(
+        [
+            ("token", np.int32),
+            ("entropy", np.float32),
+            ("tail", np.float32),
+            ("prob", np.float32),
+            ("top", np.int32, (k,)),
+            ("top_prob", np.float32, (k,)),
+        ]
+    )
+
+
+def _columns(records: NDArray[Any]) -> TokenColumns:
+    take = {name: np.ascontiguousarray(records[name]) for name in ("entropy", "tail", "prob", "top", "top_prob")}
+    return TokenColumns(**take)
+
+
+def sample_traces(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Prompted],
+    writer: TraceWriter,
+    *,
+    label: str,
+    seeds: Sequence[int],
+    decoding: Decoding | str,
+    max_new_tokens: int,
+    verify: Callable[[Any, str], bool | None],
+    processors: LogitsProcessorList | None = None,
+    **options: Any,
+) -> int:
+    """Sample a response to every problem and seed, its entropies in the same pass; returns the number of traces.
+
+    Rows are written batch by batch, in the order in which :func:`generate` batches them. The same problems and seeds
+    give the tokens that :func:`reqat.evaluation.evaluate` grades.
+
+    Args:
+        writer: of the one label ``label``.
+        verify: ``verify(problem, response)`` says whether the response is right, None where nothing tells.
+        processors: further logits processors, after the recorder.
+        options: of :func:`generate` (``batch_rows``, ``autocast``, ``eos_id``, ``progress``).
+
+    Raises ``ValueError`` as :func:`generate` does, and `ReqatError` naming the trace for a distribution that is not
+    finite; what earlier batches gave is in the writer by then, and so are the batch's rows that had finished.
+    """
+    from transformers import LogitsProcessorList
+
+    decoding = Decoding.parse(decoding) if isinstance(decoding, str) else decoding
+    if writer.labels != (label,):
+        raise ReqatError(f"sampling records one precision, {label!r}; the writer is for {', '.join(writer.labels)}.")
+    rows = [(problem, seed) for problem in problems for seed in seeds]
+
+    def info(row: int, response: str, finished: bool) -> TraceInfo:
+        problem, seed = rows[row]
+        correct = verify(problem, response) if response or finished else None
+        answer = problem.answer
+        return TraceInfo(problem.id, problem.family, seed, label, problem.prompt, response, answer, correct, finished)
+
+    def keep(trace: RecordedTrace) -> None:
+        ids = trace.tokens[:-1] if trace.finished else trace.tokens
+        response = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        assert isinstance(response, str)
+        problem, seed = rows[trace.row]
+        info = TraceInfo(
+            problem=problem.id,
+            family=problem.family,
+            seed=seed,
+            source=label,
+            prompt=problem.prompt,
+            response=response,
+            answer=problem.answer,
+            correct=verify(problem, response),
+            finished=trace.finished,
+        )
+        writer.add(info, trace.tokens, {label: trace.columns})
+
+    names = [f"trace of problem {problem.id!r}, seed {seed}, source {label!r}" for problem, seed in rows]
+    recorder = EntropyRecorder(keep, k=writer.k, names=names, spool=writer.folder)
+    before = writer.n_traces
+    distinct = {problem.id: encode_prompt(tokenizer, problem.prompt) for problem in problems}
+    try:
+        generate(
+            model,
+            tokenizer,
+            [distinct[problem.id] for problem, _ in rows],
+            seeds=[seed for _, seed in rows],
+            row_keys=[problem.id for problem, _ in rows],
+            decoding=decoding,
+            max_new_tokens=max_new_tokens,
+            processors=LogitsProcessorList([recorder, *(processors or [])]),  # type: ignore[list-item]
+            **options,
+        )
+    except BaseException:
+        recorder.close(only_finished=True)
+        raise
+    recorder.close()
+    return writer.n_traces - before
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """``<bos>`` (if the tokenizer has one) and the prompt, as every evaluation feeds it."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + prompt_ids(tokenizer, prompt)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+    """The text of each token id below ``size``, as it reads on its own."""
+    known = len(tokenizer)
+    texts = tokenizer.batch_decode([[i] for i in range(min(size, known))], skip_special_tokens=False)
+    return [*texts, *(f"<{i}>" for i in range(known, size))]
+
+
+@dataclass(frozen=True)
+class ForcedTrace:
+    """A response that is there already, to be looked at by several models.
+
+    ``prompt_ids`` and ``response_ids`` are what the models read; ``logprobs_at`` are the positions of the response
+    whose whole distributions are kept.
+    """
+
+    info: TraceInfo
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs_at: tuple[int, ...] = ()
+
+
+@torch.no_grad()
+def force_traces(
+    models: Mapping[str, PreTrainedModel],
+    traces: Iterable[ForcedTrace],
+    writer: TraceWriter,
+    *,
+    batch_tokens: int = 8192,
+    skip_bad: bool = False,
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> int:
+    """Run every model over every response, token by token as given; returns the number of traces written.
+
+    Responses are read in windows, batched by length and padded on the right (under causal attention nothing looks at
+    what follows it, so there is no mask), and written in the order given. Only one window's statistics and one
+    chunk's logits are in memory.
+
+    Args:
+        models: the precisions by label, those of the writer; all are in memory at once.
+        traces: what to run over; may be a generator.
+        batch_tokens: padded tokens of a batch; one long response may exceed it.
+        skip_bad: leave out a trace at fault and say so in the writer, instead of raising.
+        autocast: e.g. ``torch.bfloat16`` to run the models under ``torch.autocast``.
+        progress: called with the traces and tokens done so far.
+
+    Raises `ReqatError` naming the trace that is empty, holds an unknown token id, is too long for a model, or has a
+    distribution that is not finite (unless ``skip_bad``).
+    """
+    if tuple(models) != writer.labels:
+        raise ReqatError(f"models for {', '.join(models)}, but the writer is for {', '.join(writer.labels)}.")
+    before = writer.n_traces
+    training = {label: model.training for label, model in models.items()}
+    try:
+        for model in models.values():
+            model.eval()
+        for window in _windows(traces):
+            good = []
+            for trace in window:
+                try:
+                    good.append(_checked(trace, models, writer))
+                except ReqatError as error:
+                    if not skip_bad:
+                        raise
+                    writer.leave_out(trace.info, str(error))
+            columns: list[dict[str, TokenColumns]] = [{} for _ in good]
+            for batch in _batches(good, batch_tokens):
+                for label, model in models.items():
+                    for i, found in zip(
+                        batch, _force(model, [good[i] for i in batch], writer.k, autocast), strict=True
+                    ):
+                        columns[i][label] = found
+            for trace, by_label in zip(good, columns, strict=True):
+                try:
+                    writer.add(trace.info, trace.response_ids, by_label)
+                except ReqatError as error:
+                    if not skip_bad:
+                        raise
+                    writer.leave_out(trace.info, str(error))
+            if progress is not None:
+                progress(writer.n_traces, writer.n_tokens)
+    finally:
+        for label, model in models.items():
+            model.train(training[label])
+    return writer.n_traces - before
+
+
+def _windows(traces: Iterable[ForcedTrace]) -> Iterator[list[ForcedTrace]]:
+    window: list[ForcedTrace] = []
+    tokens = 0
+    for trace in traces:
+        window.append(trace)
+        tokens += len(trace.response_ids)
+        if tokens >= _WINDOW_TOKENS:
+            yield window
+            window, tokens = [], 0
+    if window:
+        yield window
+
+
+def _checked(trace: ForcedTrace, models: Mapping[str, PreTrainedModel], writer: TraceWriter) -> ForcedTrace:
+    """The trace, after checking what can be checked without running a model."""
+    writer.check(trace.info, trace.response_ids)
+    if not trace.prompt_ids:
+        raise ReqatError(f"{trace.info.name}: its prompt has no token; give it at least <bos>.")
+    writer.check(trace.info, trace.prompt_ids)
+    length = len(trace.prompt_ids) + len(trace.response_ids)
+    for label, model in models.items():
+        if max(*trace.prompt_ids, *trace.response_ids) >= model.config.vocab_size:
+            raise ReqatError(
+                f"{trace.info.name}: token id {max(*trace.prompt_ids, *trace.response_ids)} is unknown to {label}, "
+                f"whose vocabulary has {model.config.vocab_size} tokens."
+            )
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and length - 1 > limit:
+            raise ReqatError(f"{trace.info.name}: {length} tokens, but {label} has {limit} positions.")
+    outside = [p for p in trace.logprobs_at if not 0 <= p < len(trace.response_ids)]
+    if outside:
+        raise ReqatError(
+            f"{trace.info.name}: no position {outside[0]} in a response of {len(trace.response_ids)} tokens."
+        )
+    return trace
+
+
+def _batches(traces: Sequence[ForcedTrace], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of traces of like length whose padded tokens fit in a batch."""
+    size = [len(trace.prompt_ids) + len(trace.response_ids) - 1 for trace in traces]
+    batch: list[int] = []
+    for i in sorted(range(len(traces)), key=lambda i: (size[i], i)):  # ascending: the last one is the longest
+        if batch and (len(batch) + 1) * size[i] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _force(
+    model: PreTrainedModel, traces: Sequence[ForcedTrace], k: int, autocast: torch.dtype | None
+) -> list[TokenColumns]:
+    """Statistics of the responses of a batch under one model."""
+    device = model.device
+    # The last token is read by nobody.
+    ids = [[*trace.prompt_ids, *trace.response_ids][:-1] for trace in traces]
+    longest = max(map(len, ids))
+    ids_BT = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in ids], device=device)
+    rows = [b for b, trace in enumerate(traces) for _ in trace.response_ids]
+    at = [len(trace.prompt_ids) - 1 + i for trace in traces for i in range(len(trace.response_ids))]
+    tokens_N = torch.tensor([token for trace in traces for token in trace.response_ids], device=device)
+    wanted = {}
+    first = 0
+    for b, trace in enumerate(traces):
+        wanted.update({first + p: (b, p) for p in trace.logprobs_at})
+        first += len(trace.response_ids)
+    head = model.get_output_embeddings()
+    region = (
+        torch.autocast(device.type, autocast) if autocast is not None else torch.autocast(device.type, enabled=False)
+    )
+    parts: list[tuple[Statistics, Tensor]] = []
+    logprobs: list[dict[int, NDArray[np.float32]]] = [{} for _ in traces]
+    with region:
+        base: Any = model.base_model
+        hidden_NH = base(input_ids=ids_BT, use_cache=False).last_hidden_state[rows, at]
+        chunk = max(1, _LOGITS_BYTES // (4 * model.config.vocab_size))
+        for low in range(0, len(hidden_NH), chunk):
+            logits_NV = head(hidden_NH[low : low + chunk]).float()
+            found = token_statistics(logits_NV, k)
+            parts.append((found, found.prob(logits_NV, tokens_N[low : low + chunk])))
+            for n in [n for n in wanted if low <= n < low + chunk]:
+                b, p = wanted[n]
+                logprobs[b][p] = logits_NV[n - low].log_softmax(dim=-1).cpu().numpy()
+    joined = {
+        "entropy": torch.cat([s.entropy_N for s, _ in parts]),
+        "tail": torch.cat([s.tail_N for s, _ in parts]),
+        "prob": torch.cat([p for _, p in parts]),
+        "top": torch.cat([s.top_NK for s, _ in parts]).int(),
+        "top_prob": torch.cat([s.top_prob_NK for s, _ in parts]),
+    }
+    lengths = [len(trace.response_ids) for trace in traces]
+    split = {name: [x.cpu().numpy() for x in values.split(lengths)] for name, values in joined.items()}
+    return [TokenColumns(**{name: x[b] for name, x in split.items()}, logprobs=logprobs[b]) for b in range(len(traces))]
