@@ -25,7 +25,7 @@ FIGURES: dict[str, str | None] = {
 }
 # Made of the throughput benchmark (config/throughput.yaml) alone, on tiers that have one.
 THROUGHPUT_FIGURES = ("figure6",)
-THROUGHPUT_KERNELS = ("linear", "attention", "fake_quantize", "sem_loss", "decode")
+THROUGHPUT_KERNELS = ("linear", "attention", "fake_quantize", "sem_loss", "decode", "train_step", "agreement")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def throughput_names(bench: Throughput | None) -> tuple[list[str], list[str]]:
     """File stems of the tables and of the figures that a benchmark makes; none where a tier has no benchmark."""
     if bench is None:
         return [], []
-    kernels = [name for name in THROUGHPUT_KERNELS if getattr(bench, name) is not None]
+    kernels = [name for name in THROUGHPUT_KERNELS if getattr(bench, name)]
     return [*(f"throughput-{name.replace('_', '-')}" for name in kernels), "figure6-error", "figure6-memory"], [
         *THROUGHPUT_FIGURES
     ]

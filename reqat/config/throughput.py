@@ -42,7 +42,7 @@ class FakeQuantizeBench(Strict):
 class SEMLossBench(Strict):
     """The fused SEM loss with its gradients."""
 
-    shape: Literal["a", "b", "small", "tiny"]
+    shapes: list[Literal["a", "b", "small", "tiny"]] = Field(min_length=1)
     """As in `reqat_kernels.bench.sem_loss`."""
     rounds: int = Field(default=3, gt=0)
 
@@ -60,6 +60,28 @@ class DecodeBench(Strict):
     rounds: int = Field(default=1, gt=0)
 
 
+class TrainStepBench(Strict):
+    """A QAT step against a BF16 step of the same model."""
+
+    model: str
+    """As in `DecodeBench`."""
+    precision: str = "NVFP4-W4A4KV4"
+    rows: int = Field(gt=0)
+    row_tokens: int = Field(gt=0)
+    rounds: int = Field(default=6, gt=0)
+
+
+class AgreementBench(Strict):
+    """Greedy responses of the packed model against its fake-quantized twin's (no clock)."""
+
+    model: str
+    precision: str = "NVFP4-W4A4KV4"
+    families: list[str] = Field(min_length=1)
+    prompts: int = Field(default=100, gt=0)
+    max_new_tokens: int = Field(gt=0)
+    batch_rows: int | None = Field(default=None, gt=0)
+
+
 class Throughput(Strict):
     """One tier's benchmark."""
 
@@ -68,7 +90,9 @@ class Throughput(Strict):
     attention: AttentionBench | None = None
     fake_quantize: FakeQuantizeBench | None = None
     sem_loss: SEMLossBench | None = None
-    decode: DecodeBench | None = None
+    decode: list[DecodeBench] = []
+    train_step: list[TrainStepBench] = []
+    agreement: list[AgreementBench] = []
     ring_bytes: int = Field(default=0, ge=0)
     """Bytes that rotating copies of weights must exceed; 0: twice the last-level cache."""
     burst_ms: float = Field(default=2.0, gt=0)

@@ -11,7 +11,6 @@ tokens holds the shorter ones, so one run gives a row for every output length.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reqat.models import load_model, prepare
+from reqat.models import calibrate_static, load_model, memory, pack, prepare
 from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
-from reqat_kernels.bench.measure import Absent, Result, Row, Wrong, percentile, undisturbed
+from reqat_kernels.bench.measure import Result, Row, Wrong, percentile, undisturbed
 
 SEED = 6
 #: By how many standard deviations of a step's logits the token that was chosen may stand below the reference's best.
 #: Sums in another order move an activation across a rounding threshold here and there, which moves logits by tenths of
 #: one; a token chosen by a broken kernel stands several below. A guard against nonsense: kernels have their own tests.
 MARGIN = 1.0
-# A token's codes depend on that token alone, so that decoding can be held against one pass over the whole sequence.
-_GLOBAL_SCALE = "row"
+# Calibrated once, as engines serve it: a token's codes depend on that token alone, so that decoding can be held against
+# one pass over the whole sequence, and the cache stores no scale a token.
+_GLOBAL_SCALE = "static"
 CHECKED_TOKENS = 16
 """Tokens that a decoder generates for its check."""
 
@@ -164,17 +164,17 @@ def transformers_decoders(path: str, reference: Any, ids: Tensor) -> Iterator[De
 
 
 def packed_decoder(path: str, precision: str, ids: Tensor) -> Decoder:
-    """Our packed model, held against the same model fake-quantized. Raises Absent where there is no packing."""
-    try:
-        from reqat.models.packed import memory, pack
-    except ImportError:
-        raise Absent("reqat.pack is not there yet.") from None
-    model: Any = load_model(path, dtype=torch.bfloat16)
-    prepare(model, precision, global_scale=_GLOBAL_SCALE)
-    packed: Any = pack(model)
+    """Our packed model, held against the same model fake-quantized."""
+
+    def prepared() -> Any:
+        model: Any = load_model(path, dtype=torch.bfloat16)
+        prepare(model, precision, global_scale=_GLOBAL_SCALE)
+        calibrate_static(model, [ids])
+        return model
+
+    packed: Any = pack(prepared())
     steps = timed_generate(packed, ids, CHECKED_TOKENS)
-    fake: Any = load_model(path, dtype=torch.bfloat16)
-    prepare(fake, precision, global_scale=_GLOBAL_SCALE)
+    fake = prepared()
     agrees(fake, ids, steps.tokens, "reqat.pack")
     del fake
 
@@ -221,8 +221,7 @@ def measure_decoding(
     vocabulary = int(reference.config.vocab_size)
     ids = torch.randint(0, vocabulary, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(SEED))
     decoders = list(transformers_decoders(path, reference, ids[:1]))
-    with _skipping(out):
-        decoders.append(packed_decoder(path, precision, ids[:1]))
+    decoders.append(packed_decoder(path, precision, ids[:1, :512]))
     longest = max(output_tokens)
     if scratch is not None:
         from reqat.evaluation.llama_cpp import decoders as peers
@@ -251,15 +250,6 @@ def measure_decoding(
                     Row(**row, probe_gb_per_s=rate / 1e9, neighbour_cores=load.neighbour_cores, steal=load.steal)
                 )
     return out
-
-
-@contextlib.contextmanager
-def _skipping(out: Result) -> Iterator[None]:
-    """Collect why somebody is not there."""
-    try:
-        yield
-    except Absent as reason:
-        out.skipped.append(f"decode: {reason}")
 
 
 def _row(

