@@ -68,12 +68,16 @@ class BatchStart:
 
     ``input_ids`` [B, P] are the padded prompts, ``attention`` [B, P] is False on padding, ``rows`` are the indices of
     the batch's rows in the caller's prompts, and ``capacity`` is the most tokens that a row can come to hold.
+    ``streams`` are the states of the rows' random streams (:func:`reqat.evaluation.sampling.row_state`): whoever draws
+    numbers for a row derives its own stream from them. A row whose last token is one of ``eos_ids`` has finished.
     """
 
     input_ids: Tensor
     attention: Tensor
     rows: tuple[int, ...]
     capacity: int
+    streams: tuple[int, ...] = ()
+    eos_ids: tuple[int, ...] = ()
 
 
 class StatefulProcessor(Protocol):
@@ -84,6 +88,9 @@ class StatefulProcessor(Protocol):
 
     def select_rows(self, index: Tensor) -> None:
         """Only the rows ``index`` of the batch go on, in that order."""
+
+    def take_tokens(self, tokens_B: Tensor) -> None:
+        """The rows took ``tokens_B``; a finished row is fed its end again, which is no token of its response."""
 
 
 def generate(
@@ -105,7 +112,8 @@ def generate(
 
     Args:
         model: a decoder of transformers: plain, prepared, or prepared and frozen (fast: weights are quantized once).
-        tokenizer: only its ``eos_token_id`` is used, where ``eos_id`` is not given; may be None.
+        tokenizer: only its ``eos_token_id`` is used, where ``eos_id`` is not given; may be None, but for a ``reset``
+            policy, which reads the text of tokens.
         prompts: token ids of each row.
         seeds: one sampling seed a row.
         row_keys: one stable name a row (a problem's id): with the seed it fixes the row's random numbers.
@@ -126,6 +134,14 @@ def generate(
     eos_ids = _check(model, tokenizer, prompts, seeds, row_keys, decoding, max_new_tokens, eos_id, batch_rows)
     if not prompts:
         return []
+    if decoding.rule is not None:
+        from transformers import LogitsProcessorList
+
+        from reqat.evaluation.reset import ReSET
+
+        if tokenizer is None:
+            raise ValueError(f"decoding {decoding} needs the tokenizer: the text of tokens says where steps end")
+        processors = LogitsProcessorList([*(processors or []), ReSET(decoding.rule, tokenizer)])
     # Like lengths together, equal prompts side by side; the caller's order breaks ties, so batches are reproducible.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     rows = batch_rows or _default_batch_rows(model, max(map(len, prompts)), max_new_tokens)
@@ -137,7 +153,7 @@ def generate(
     with _evaluating(model), torch.no_grad(), _Progress(len(prompts), progress) as bar:
         for low, high in zip(bounds, bounds[1:], strict=False):
             chosen = order[low:high]
-            batch = _Batch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
+            batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
             tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, bar)
             for row, generation in zip(chosen, _split(tokens_NB, eos_ids), strict=True):
                 out[row] = generation
@@ -221,7 +237,7 @@ def _new_cache(model: PreTrainedModel, capacity: int) -> tuple[Cache, Callable[[
     return past, past.batch_select_indices
 
 
-class _Batch:
+class RunningBatch:
     """The rows that are being decoded together: the model's cache, positions and mask, and one step of the model."""
 
     def __init__(
@@ -304,7 +320,7 @@ class _Batch:
 
 
 def _decode(
-    batch: _Batch,
+    batch: RunningBatch,
     rows: list[int],
     states_B: np.ndarray[Any, np.dtype[np.uint64]],
     decoding: Decoding,
@@ -315,8 +331,11 @@ def _decode(
     """Tokens of all rows of a batch, int64 [N, B] on the CPU; a row ends at its first end-of-sequence id."""
     device = batch.device
     stateful = [p for p in processors or [] if hasattr(p, "begin_batch")]
+    takers = [p for p in processors or [] if hasattr(p, "take_tokens")]
     for processor in stateful:
-        processor.begin_batch(BatchStart(batch.input_ids, batch.attention, tuple(rows), batch.capacity))
+        processor.begin_batch(
+            BatchStart(batch.input_ids, batch.attention, tuple(rows), batch.capacity, tuple(states_B.tolist()), eos_ids)
+        )
     max_new_tokens = batch.capacity - batch.length
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=device)
     out_NB = torch.full((max_new_tokens, len(rows)), eos_ids[0] if eos_ids else 0, dtype=torch.int64, device=device)
@@ -337,6 +356,8 @@ def _decode(
         if n_done:
             tokens_B = torch.where(done_B, eos[0], tokens_B)
         out_NB[step].index_copy_(0, alive_B, tokens_B)
+        for processor in takers:
+            processor.take_tokens(tokens_B)
         step += 1
         bar.advance(tokens=len(alive_B) - n_done)
         if eos_ids:

@@ -127,7 +127,7 @@ def test_left_padding_changes_no_logits(tiny: Tiny, prompts: list[list[int]], at
     rows = sorted(prompts, key=lambda p: (len(p), p))
     fed = torch.arange(len(rows)) + 3
     with torch.no_grad():
-        batch = module._Batch(model, rows, 4, None)
+        batch = module.RunningBatch(model, rows, 4, None)
         prefill, _ = batch.logits, batch.step(fed)
         for i, row in enumerate(rows):
             plain = model(torch.tensor([[*row, int(fed[i])]])).logits[0, -2:]
@@ -142,7 +142,7 @@ def test_padding_computes_what_the_first_token_computes(tiny: Tiny) -> None:
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        module._Batch(model, [[9, 5], [7, 5, 4, 6, 8]], 4, None)
+        module.RunningBatch(model, [[9, 5], [7, 5, 4, 6, 8]], 4, None)
     for x_UPC in seen:
         torch.testing.assert_close(x_UPC[0, :3], x_UPC[0, 3:4].expand(3, -1), rtol=1e-5, atol=1e-5)
 
