@@ -106,7 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     import reqat.cli.bench
     import reqat.cli.inspect
     import reqat.cli.results
-    import reqat.cli.run  # noqa: F401  (they register their verbs)
+    import reqat.cli.run
+    import reqat.cli.view  # noqa: F401  (they register their verbs)
 
     given = sys.argv[1:] if arguments is None else arguments
     session.debug = "--debug" in given

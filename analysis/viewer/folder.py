@@ -1,0 +1,314 @@
+"""Reads a folder of token traces, one trace at a time, and refuses what cannot be right.
+
+A folder holds ``meta.json``, ``traces.parquet`` (one row a trace) and ``tokens.parquet`` (one row a token, sorted by
+trace and position), see the columns below. ``tokens.parquet`` may be far larger than memory, so it is read in batches,
+and only the trace at hand is held. Every trouble names the file or the trace that it is in.
+
+Shapes: N tokens of a trace, M entries of its top-k lists laid end to end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from analysis.viewer.vocabulary import Vocabulary
+from reqat.config.errors import ReqatError
+
+_REMEDY = "collect the traces again"
+_TRACE_COLUMNS = (
+    "trace", "problem", "family", "seed", "source", "prompt", "response", "answer", "correct", "finished", "tokens",
+)  # fmt: skip
+_TOKEN_COLUMNS = ("trace", "position", "token")
+_LABEL_COLUMNS = ("entropy", "prob", "top", "top_prob")
+_BATCH_ROWS = 32_768
+# Entropies are of float32 logits: a distribution that puts everything on one token may come out a little below zero.
+_SLACK = 1e-3
+
+
+class TraceError(ReqatError):
+    """Something is wrong with one trace; the others are not touched by it."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A row of ``traces.parquet``; ``correct`` is None where nobody graded the response."""
+
+    number: int
+    problem: str
+    family: str
+    seed: int
+    source: str
+    prompt: str
+    response: str
+    answer: str
+    correct: bool | None
+    finished: bool
+    tokens: int
+
+    def __str__(self) -> str:
+        """How messages name it."""
+        return f"trace {self.number} (problem {self.problem!r}, seed {self.seed}, source {self.source})"
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """What one precision says at each token of a trace.
+
+    ``entropy`` and ``prob`` are float32 [N], nats and the probability of the token that follows; ``top`` int32 [M] and
+    ``top_prob`` float32 [M] are the most probable tokens, ``count`` int32 [N] of them at each token, best first.
+    """
+
+    entropy: NDArray[np.float32]
+    prob: NDArray[np.float32]
+    top: NDArray[np.int32]
+    top_prob: NDArray[np.float32]
+    count: NDArray[np.int32]
+
+    @property
+    def best(self) -> NDArray[np.int32]:
+        """The most probable token at each position, int32 [N]."""
+        return self.top[np.cumsum(self.count) - self.count]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a trace, int32 [N], and the distributions of each precision by its label."""
+
+    token: NDArray[np.int32]
+    by_label: Mapping[str, Distributions]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """An opened folder: ``traces`` by number, in the file's order; ``labels`` with the reference first."""
+
+    path: Path
+    labels: tuple[str, ...]
+    vocabulary: Vocabulary
+    meta: Mapping[str, Any]
+    traces: Mapping[int, Trace]
+    about: Sequence[tuple[str, str]] = field(default_factory=tuple)
+
+    def read(self, wanted: set[int] | None = None) -> Iterator[tuple[Trace, Tokens | TraceError]]:
+        """Each trace with its tokens, in the file's order, or with what is wrong with it.
+
+        Args:
+            wanted: numbers of the traces to read; None reads all. Reading ends after the last of them.
+
+        Raises:
+            ReqatError: for a file that is missing, damaged, unsorted, or without a column.
+        """
+        left = set(self.traces) if wanted is None else set(wanted)
+        for number, columns in self._pieces():
+            trace = self.traces.get(number)
+            if trace is None:
+                raise ReqatError(
+                    f"{self.path / 'tokens.parquet'} holds tokens of trace {number}, which traces.parquet does not "
+                    f"list; {_REMEDY}"
+                )
+            if number not in left:
+                continue
+            left.remove(number)
+            try:
+                yield trace, self._check(trace, columns)
+            except TraceError as error:
+                yield trace, error
+            if not left:
+                return
+        for number in sorted(left):
+            trace = self.traces[number]
+            if trace.tokens == 0:  # the model ended at once: nothing to store, and nothing wrong
+                yield trace, self._nothing()
+            else:
+                yield trace, TraceError(f"{trace}: tokens.parquet holds none of its {trace.tokens} tokens; {_REMEDY}")
+
+    def _nothing(self) -> Tokens:
+        none, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
+        return Tokens(none, {label: Distributions(nothing, nothing, none, nothing, none) for label in self.labels})
+
+    def _pieces(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(trace, columns) of each run of rows with one trace number; columns are arrow arrays of N rows."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.path / "tokens.parquet"
+        names = [*_TOKEN_COLUMNS, *(f"{name}_{label}" for label in self.labels for name in _LABEL_COLUMNS)]
+        held: list[Any] = []
+        seen: set[int] = set()
+        last: int | None = None
+
+        def finish() -> tuple[int, dict[str, Any]]:
+            table = pa.Table.from_batches(held)
+            held.clear()
+            assert last is not None
+            seen.add(last)
+            return last, {name: table[name].combine_chunks() for name in names}
+
+        with _damage(path, lambda: f"after trace {last}" if last is not None else "before the first trace"):
+            with pq.ParquetFile(path) as file:
+                _require(path, names, file.schema_arrow.names)
+                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
+                    number_N = np.asarray(batch.column("trace").to_numpy(zero_copy_only=False))
+                    if batch.column("trace").null_count:
+                        raise ReqatError(f"{path}: a token without a trace after trace {last}; {_REMEDY}")
+                    starts = [0, *(np.flatnonzero(np.diff(number_N)) + 1).tolist()] if len(number_N) else []
+                    for start, stop in zip(starts, [*starts[1:], len(number_N)], strict=True):
+                        number = int(number_N[start])
+                        if last is not None and number != last:
+                            yield finish()
+                        if number in seen:
+                            raise ReqatError(f"{path} is not sorted: trace {number} comes twice; {_REMEDY}")
+                        last = number
+                        held.append(batch.slice(start, stop - start))
+            if held:
+                yield finish()
+
+    def _check(self, trace: Trace, columns: Mapping[str, Any]) -> Tokens:
+        """Arrow columns as arrays. Raises `TraceError` for what cannot be."""
+        n = len(columns["token"])
+
+        def wrong(what: str, where_N: NDArray[np.bool_] | None = None) -> TraceError:
+            at = "" if where_N is None else f" at position {int(np.flatnonzero(where_N)[0])}"
+            return TraceError(f"{trace}: {what}{at}; {_REMEDY}")
+
+        def flat(name: str, dtype: type) -> NDArray[Any]:
+            column = columns[name]
+            values = column.flatten() if name.startswith("top_") else column
+            if column.null_count or values.null_count:
+                raise wrong(f"a value of {name} is missing")
+            return np.asarray(values.to_numpy(zero_copy_only=False)).astype(dtype, copy=False)
+
+        if n != trace.tokens:
+            raise wrong(f"tokens.parquet holds {n} of its {trace.tokens} tokens")
+        position_N, token_N = flat("position", np.int64), flat("token", np.int32)
+        if (position_N != np.arange(n)).any():
+            raise wrong("the positions of its tokens are not 0, 1, 2, ...", position_N != np.arange(n))
+        unknown_N = ~self.vocabulary.knows(token_N)
+        if unknown_N.any():
+            raise wrong(f"token id {token_N[unknown_N][0]} is not in the {self.vocabulary}", unknown_N)
+        found = {}
+        for label in self.labels:
+            entropy_N, prob_N = flat(f"entropy_{label}", np.float32), flat(f"prob_{label}", np.float32)
+            top_M, top_prob_M = flat(f"top_{label}", np.int32), flat(f"top_prob_{label}", np.float32)
+            count_N, count_prob_N = (
+                np.diff(np.asarray(columns[f"{name}_{label}"].offsets)).astype(np.int32) for name in ("top", "top_prob")
+            )
+            row_M = np.repeat(np.arange(n), count_N)
+            if (count_N != count_prob_N).any() or (count_N < 1).any():
+                bad_N = (count_N != count_prob_N) | (count_N < 1)
+                raise wrong(f"the most probable tokens of {label} have no probabilities, or there are none", bad_N)
+            bad_N = ~(np.isfinite(entropy_N) & (entropy_N >= -_SLACK))
+            if bad_N.any():
+                raise wrong(f"the entropy of {label} is {entropy_N[bad_N][0]}", bad_N)
+            bad_N = ~_probable(prob_N)
+            if bad_N.any():
+                raise wrong(f"the probability of {label} is {prob_N[bad_N][0]}", bad_N)
+            bad_M = ~_probable(top_prob_M)
+            if bad_M.any():
+                where_N = np.isin(np.arange(n), row_M[bad_M])
+                raise wrong(f"a probability among the most probable of {label} is {top_prob_M[bad_M][0]}", where_N)
+            bad_M = ~self.vocabulary.allows(top_M)
+            if bad_M.any():
+                where_N = np.isin(np.arange(n), row_M[bad_M])
+                raise wrong(f"token id {top_M[bad_M][0]} of {label} is not in the {self.vocabulary}", where_N)
+            order_M = np.lexsort((-top_prob_M, row_M))  # stable: best first, ties as they were
+            found[label] = Distributions(entropy_N.clip(min=0), prob_N, top_M[order_M], top_prob_M[order_M], count_N)
+        return Tokens(token_N, found)
+
+
+def _probable(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    return (values >= 0) & (values <= 1 + _SLACK)  # False for NaN
+
+
+class _damage:
+    """Turns what pyarrow raises for a damaged file into one line that names it."""
+
+    def __init__(self, path: Path, where: Any) -> None:
+        self.path, self.where = path, where
+
+    def __enter__(self) -> None:
+        if not self.path.is_file():
+            raise ReqatError(
+                f"no {self.path.name} in {self.path.parent}; a folder of traces is what `reqat view` shows"
+            )
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        import pyarrow as pa
+
+        if isinstance(error, ReqatError):
+            return
+        if isinstance(error, pa.ArrowException | OSError):
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ReqatError(
+                f"{self.path} is damaged or cut short {self.where()} ({line}); delete it and {_REMEDY}"
+            ) from error
+
+
+def _require(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise ReqatError(f"{path} has no column {', '.join(missing)} (it has {', '.join(there)}); {_REMEDY}")
+
+
+def open_folder(path: Path) -> Folder:
+    """Read ``meta.json`` and ``traces.parquet`` of a folder; its tokens are read by :meth:`Folder.read`.
+
+    Raises ``ReqatError`` for a folder or file that is missing or damaged, no traces, or traces with one number.
+    """
+    if not path.is_dir():
+        raise ReqatError(f"no folder {path}; give the folder that holds tokens.parquet, traces.parquet and meta.json")
+    meta = _read_meta(path / "meta.json")
+    labels = meta.get("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
+        raise ReqatError(f"{path / 'meta.json'}: labels is {labels!r}, not a list of precisions; {_REMEDY}")
+    if len(set(labels)) != len(labels):
+        raise ReqatError(f"{path / 'meta.json'}: labels {labels} name a precision twice; {_REMEDY}")
+    vocabulary = Vocabulary.from_meta(meta, path)
+    about = [(key, _short(value)) for key, value in meta.items() if key not in ("vocabulary", "labels")]
+    traces = _read_traces(path / "traces.parquet")
+    return Folder(path, tuple(labels), vocabulary, meta, traces, tuple(about))
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ReqatError(f"no meta.json in {path.parent}; a folder of traces is what `reqat view` shows")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReqatError(f"{path} is damaged ({error}); {_REMEDY}") from error
+    if not isinstance(meta, dict):
+        raise ReqatError(f"{path} holds no object but {type(meta).__name__}; {_REMEDY}")
+    return meta
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _read_traces(path: Path) -> dict[int, Trace]:
+    import pyarrow.parquet as pq
+
+    with _damage(path, lambda: "somewhere"), open(path, "rb") as file:
+        table = pq.read_table(file)
+    _require(path, _TRACE_COLUMNS, table.column_names)
+    traces: dict[int, Trace] = {}
+    for row in table.select(_TRACE_COLUMNS).to_pylist():
+        number = row.pop("trace")
+        missing = [name for name, value in row.items() if value is None and name not in ("correct", "answer")]
+        if number is None or missing:
+            raise ReqatError(f"{path}: trace {number} has no {', '.join(missing) or 'number'}; {_REMEDY}")
+        if number in traces:
+            raise ReqatError(f"{path}: trace {number} comes twice; {_REMEDY}")
+        row["answer"] = "" if row["answer"] is None else row["answer"]
+        traces[number] = Trace(number, **row)
+    if not traces:
+        raise ReqatError(f"{path} holds no trace; {_REMEDY}")
+    return traces

@@ -1,0 +1,48 @@
+"""The verb that shows token traces: `view`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from reqat.cli.app import app
+
+
+@app.command()
+def view(
+    folder: Annotated[Path, typer.Argument(help="Folder of token traces (tokens.parquet, traces.parquet, meta.json).")],
+    out: Annotated[Path | None, typer.Option(help="The page (default: FOLDER/view.html).")] = None,
+    title: Annotated[str | None, typer.Option(help="The page's heading (default: the labels).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many problems and seeds.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only problems of one task family.")] = None,
+    floor: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Leave less probable tokens out of the lists of most probable ones.")
+    ] = 5e-4,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="Leave out damaged traces, each named, instead of stopping.")
+    ] = False,
+) -> None:
+    """Write one HTML page that shows the traces of two precisions side by side; it needs no server and no network."""
+    from analysis.viewer import write_page
+    from analysis.viewer.page import COMFORTABLE_BYTES
+
+    path = folder / "view.html" if out is None else out
+    page = write_page(
+        folder,
+        path,
+        title=title,
+        limit=limit,
+        family=family,
+        floor=floor,
+        keep_going=keep_going,
+        warn=lambda line: print(f"reqat: warning: {line}", file=sys.stderr),
+    )
+    size = len(page.text)
+    print(
+        f"{path}: {page.n_problems:,} problems, {page.n_traces:,} traces, {page.n_tokens:,} tokens, {size / 1e6:.1f} MB"
+    )
+    if size > COMFORTABLE_BYTES:
+        print("reqat: warning: a page of this size opens slowly; --limit or --floor make it smaller.", file=sys.stderr)
