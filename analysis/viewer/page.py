@@ -221,7 +221,7 @@ def _place(trace: Trace, labels: Sequence[str]) -> tuple[int, int]:
 
 
 def _parting(members: Sequence[_Seen]) -> int:
-    """Position where the traces of a problem part; -1 where they never do. A trace that only ends earlier parts there."""
+    """Position where the traces of a problem part; -1 where they never do. One that ends earlier parts there."""
     if len(members) == 1:
         return members[0].parts
     first, found = members[0].token, []

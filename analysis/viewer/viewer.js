@@ -150,6 +150,7 @@
     }
   }
 
+  const isCut = (item) => item.t.some((t) => !traces[t].e);
   const longest = (item) => Math.max(...item.t.map((t) => traces[t].n));
   const ORDERS = {
     file: null,
@@ -168,7 +169,7 @@
     const current = items[state.shown[state.at]];
     state.query = query;
     const matches = (item) =>
-      (!outcome || "=" + item.o === outcome) && (!family || "=" + item.f === family) &&
+      (!outcome || "=" + item.o === outcome || (outcome === "cut" && isCut(item))) && (!family || "=" + item.f === family) &&
       (!query || [item.p, item.q, item.a].some((field) => field.toLowerCase().includes(query)) ||
         item.t.some((t) => said[t].includes(query)));
     state.shown = items.map((_, at) => at).filter((at) => matches(items[at]));
@@ -194,7 +195,7 @@
       const marks = make("span", { class: "verdict" });
       const words = item.t.map((t) => {
         const [sign, look, word] = verdict(traces[t].c);
-        marks.append(make("span", { class: look, text: sign }));
+        marks.append(make("span", { class: look, text: sign, title: `${traces[t].s}: ${word}` }));
         return word;
       });
       const parts = item.d < 0 ? "no divergence" : `\u25C6 ${number(item.d)}`;
@@ -203,7 +204,7 @@
         {
           class: "row", role: "option", id: `row-${place}`, "aria-selected": place === state.at ? "true" : "false",
           "aria-setsize": state.shown.length, "aria-posinset": place + 1,
-          "aria-label": `${item.q.trim()}, seed ${item.s}, ${words.join(", ")}, ` +
+          "aria-label": `${item.q.trim().slice(0, 120)}, seed ${item.s}, ${words.join(", ")}, ` +
             (item.d < 0 ? "no divergence" : `first divergence at token ${item.d}`),
         },
         make("div", { class: "what", text: item.q.trim().replace(/\s+/g, " ") || item.p }),
@@ -347,6 +348,7 @@
     $("problem").replaceChildren(head, prompt, grid);
     drawStrips();
     $("main").scrollTop = 0;
+    if ($("main").getBoundingClientRect().top < 0) $("main").scrollIntoView({ behavior: "instant" });
   }
 
   function drawColumn(column, at) {
@@ -378,14 +380,13 @@
       const span = make("span", {
         class: tokenClass(column, i), role: "option", "aria-selected": "false", tabindex: i ? "-1" : "0",
       });
-      // A line break shows as a sign, then breaks the line; an empty piece would be nowhere to point at.
-      if (/[\n\r]/.test(written) || !written) {
-        span.append(...(written || "\u2205").split(/(\r\n|\n|\r)/).map((part) =>
-          /[\n\r]/.test(part) ? make("span", { class: "break", text: "\u23CE\n" }) : part));
-      } else span.textContent = written;
+      // A line break shows as a sign and breaks the line after its token; an empty piece would be nowhere to point at.
+      const breaks = written.match(/\r\n|\n|\r/g)?.length ?? 0;
+      span.textContent = written.replace(/\r\n|\n|\r/g, "\u23CE") || "\u2205";
       span.dataset.i = i;
       column.spans.push(span);
       pieces.append(span);
+      for (let line = 0; line < breaks; line++) pieces.append(make("br"));
     }
     if (item.d === n && !lone) pieces.append(fork("ends here"));
     if (!n) pieces.append(make("span", { class: "none", text: "no tokens: the model ended at once" }));
@@ -558,6 +559,14 @@
     say(by > 0 ? "No further stop in this response; j shows the next problem." : "No stop before this token.");
   }
 
+  /** To the first divergence of the problem, if there is one. */
+  function part() {
+    const { item, columns } = state.view ?? {};
+    if (!item) return;
+    if (item.d < 0) say("These traces never part.");
+    else choose(state.column, Math.min(item.d, columns[state.column].spans.length - 1));
+  }
+
   function swap() {
     if (!state.view || state.view.columns.length < 2) return;
     const at = (state.column + 1) % state.view.columns.length;
@@ -584,12 +593,14 @@
     const steps = [];
     if (changing) {
       for (let at = -edges.length; at <= edges.length; at++) {
-        steps.push(["d" + at, at > 0 ? "+" + edges[at - 1] : at < 0 && -at < edges.length ? "\u2212" + edges[-at] : at ? "less" : "\u2212" + edges[0]]);
+        const edge = at > 0 ? "+" + edges[at - 1] : "\u2212" + edges[-at]; // the lower bound of the step
+        steps.push(["d" + at, at === -edges.length ? "" : edge]);
       }
     } else for (let at = 0; at <= edges.length; at++) steps.push(["h" + at, String(at ? edges[at - 1] : 0)]);
     const name = { entropy: "entropy, nats", change: `change against ${labels[0]}, nats`, surprise: "\u2212ln p(token), nats" }[state.mode];
     legend.setAttribute("aria-label", `Colour: ${name}, ${steps.length} steps, ` +
       (changing ? "blue is less, orange is more" : "stronger colour is more, from 0 to above " + edges.at(-1)));
+    legend.classList.toggle("wide", changing);
     legend.replaceChildren(
       make("span", { class: "name", text: name }),
       make("ol", {}, ...steps.map(([look, word]) => make("li", {}, make("div", { class: "swatch " + look }), make("span", { text: word })))),
@@ -686,7 +697,7 @@
 
     const keys = {
       j: () => go(1), ArrowDown: () => go(1), k: () => go(-1), ArrowUp: () => go(-1),
-      ArrowRight: () => move(1), ArrowLeft: () => move(-1), n: () => stop(1), p: () => stop(-1), s: swap,
+      ArrowRight: () => move(1), ArrowLeft: () => move(-1), n: () => stop(1), p: () => stop(-1), d: part, s: swap,
       t: redress, "?": help,
       c: () => {
         $("colour").value = state.mode = MODES[(MODES.indexOf(state.mode) + 1) % MODES.length];
@@ -741,6 +752,8 @@
     dress();
     drawLegend();
     fillSelect($("outcome"), "any", items.map((item) => item.o));
+    const cut = items.filter(isCut).length;
+    if (cut) $("outcome").append(make("option", { value: "cut", text: `cut off by the limit (${number(cut)})` }));
     fillSelect($("family"), "any", items.map((item) => item.f));
     const about = [["precisions", labels.join(", ") + ` (reference: ${labels[0]})`], ...index.about,
       ["left out of the lists", `tokens less probable than ${index.floor}, but for the first`],

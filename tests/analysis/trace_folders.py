@@ -20,10 +20,10 @@ LABELS = ("BF16", "NVFP4-W4A4KV4")
 def trace_schema() -> pa.Schema:
     """Columns of traces.parquet."""
     text = {name: pa.string() for name in ("problem", "family", "source", "prompt", "response", "answer")}
-    order = "trace problem family seed source prompt response answer correct finished tokens".split()
-    whole = {"trace": pa.int32(), "seed": pa.int32(), "tokens": pa.int32()}
-    flags = {"correct": pa.bool_(), "finished": pa.bool_()}
-    return pa.schema([(name, (text | whole | flags)[name]) for name in order])
+    types = text | {"trace": pa.int32(), "seed": pa.int32(), "tokens": pa.int32()}
+    types |= {"correct": pa.bool_(), "finished": pa.bool_()}
+    order = ("trace", "problem", "family", "seed", "source", "prompt", "response", "answer", "correct", "finished")
+    return pa.schema([(name, types[name]) for name in (*order, "tokens")])
 
 
 def token_schema(labels: tuple[str, ...]) -> pa.Schema:
