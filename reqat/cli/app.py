@@ -104,6 +104,7 @@ def start_computing(threads: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits with 0; 2 for what a user can mend; 130 if interrupted; 1 for a defect."""
     import reqat.cli.bench
+    import reqat.cli.entropy
     import reqat.cli.inspect
     import reqat.cli.results
     import reqat.cli.run

@@ -261,8 +261,10 @@ def _record(k: int) -> np.dtype[Any]:
 
 
 def _columns(records: NDArray[Any]) -> TokenColumns:
-    take = {name: np.ascontiguousarray(records[name]) for name in ("entropy", "tail", "prob", "top", "top_prob")}
-    return TokenColumns(**take)
+    entropy, tail, prob, top, top_prob = (
+        np.ascontiguousarray(records[name]) for name in ("entropy", "tail", "prob", "top", "top_prob")
+    )
+    return TokenColumns(entropy, tail, prob, top, top_prob)
 
 
 def sample_traces(

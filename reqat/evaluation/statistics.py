@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -240,6 +241,86 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
+
+
+@dataclass(frozen=True)
+class ClusteredMeans:
+    """Means of G groups of observations with their intervals; NaN where a group is empty, and an interval of NaN where
+    a single cluster leaves nothing to estimate it from. ``n_G`` counts observations, ``clusters_G`` clusters.
+    """
+
+    value_G: NDArray[np.float64]
+    lo_G: NDArray[np.float64]
+    hi_G: NDArray[np.float64]
+    n_G: NDArray[np.int64]
+    clusters_G: NDArray[np.int64]
+
+
+def clustered_means(
+    values_N: NDArray[Any],
+    group_N: NDArray[Any],
+    cluster_N: NDArray[Any],
+    n_groups: int,
+    *,
+    weights_N: NDArray[Any] | None = None,
+    proportion: bool = False,
+    level: float = 0.95,
+) -> ClusteredMeans:
+    """The mean of each group, ``sum(values) / sum(weights)``, clustered: observations of a cluster are not independent.
+
+    A ratio of two sums over clusters, with the linearized (sandwich) variance and a Student quantile of one degree of
+    freedom less than the group has clusters: ``variance = C / (C - 1) * sum_c (values_c - mean * weights_c)^2 /
+    (sum of weights)^2``.
+
+    Args:
+        values_N: what is averaged, or the numerator of a ratio.
+        group_N: the group of each observation, 0 to ``n_groups - 1``; negative: none.
+        cluster_N: whole numbers from 0; a cluster may have observations in several groups.
+        weights_N: the denominator of the ratio; 1 each if None.
+        proportion: values are 0 or 1: Wilson's interval on the effective sample size, as for accuracies.
+
+    Raises ``ValueError`` for arrays of different lengths.
+    """
+    _check_level(level)
+    if not len(values_N) == len(group_N) == len(cluster_N) == (len(values_N) if weights_N is None else len(weights_N)):
+        raise ValueError(
+            f"clustered_means wants one group and cluster an observation: got {len(values_N)} values, {len(group_N)} "
+            f"groups and {len(cluster_N)} clusters"
+        )
+    inside_N = np.asarray(group_N) >= 0
+    group_N, cluster_N = np.asarray(group_N)[inside_N].astype(np.int64), np.asarray(cluster_N)[inside_N]
+    values_N = np.asarray(values_N)[inside_N].astype(np.float64)
+    n_clusters = int(cluster_N.max()) + 1 if len(cluster_N) else 1
+    # Only the pairs of group and cluster that occur, so that many small groups cost no more than a few large ones.
+    pairs, pair_N = np.unique(group_N * n_clusters + cluster_N, return_inverse=True)
+    group_P = pairs // n_clusters
+    value_P = np.bincount(pair_N, values_N, len(pairs))
+    count_P = np.bincount(pair_N, minlength=len(pairs))
+    weight_P = count_P if weights_N is None else np.bincount(pair_N, np.asarray(weights_N)[inside_N], len(pairs))
+    n_G = np.bincount(group_P, count_P, n_groups).astype(np.int64)
+    clusters_G = np.bincount(group_P, minlength=n_groups)
+    weight_G = np.bincount(group_P, weight_P, n_groups)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value_G = np.bincount(group_P, value_P, n_groups) / weight_G
+        squares_G = np.bincount(group_P, (value_P - value_G[group_P] * weight_P) ** 2, n_groups)
+        variance_G = clusters_G / (clusters_G - 1) * squares_G / weight_G**2
+    lo_G, hi_G = np.full(n_groups, np.nan), np.full(n_groups, np.nan)
+    for g in range(n_groups):
+        value, variance, clusters = float(value_G[g]), float(variance_G[g]), int(clusters_G[g])
+        if clusters == 0 or (clusters == 1 and not proportion):
+            continue
+        quantile = _t_quantile(level, clusters - 1 if clusters > 1 else math.inf)
+        if not proportion:
+            half = quantile * math.sqrt(variance)
+            lo_G[g], hi_G[g] = value - half, value + half
+            continue
+        n_eff = float(n_G[g])
+        if clusters == 1 or value in (0.0, 1.0):  # as in accuracy(): no variance to speak of
+            n_eff = clusters
+        elif variance > 0:
+            n_eff = min(value * (1 - value) / variance, n_eff)
+        lo_G[g], hi_G[g] = _wilson(value, n_eff, quantile)
+    return ClusteredMeans(value_G, lo_G, hi_G, n_G, clusters_G)
 
 
 @dataclass(frozen=True)

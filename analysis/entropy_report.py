@@ -1,0 +1,345 @@
+"""What `reqat entropy` says of a pair of models: one table of headlines, every statistic as CSV, and three figures.
+
+All of it is made of a trace folder alone, by the functions of :mod:`analysis.entropy`; a statistic that the folder has
+no traces for (no sampled pair, no graded response) is left out of the table, and its CSV is empty but for the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import entropy
+from analysis.document import EMPTY, Column, Table, Text, number, percent, write_text
+from reqat.evaluation.trace_files import TraceFolder
+
+# Of the tokens with the lowest and the highest mean entropy, so many are named in the table.
+_NAMED_TOKENS = 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """Data frames by name, as :mod:`analysis.entropy` gives them, and the table of headlines."""
+
+    reference: str
+    candidate: str
+    frames: dict[str, pd.DataFrame]
+    table: Table
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write ``summary.csv``, ``summary.md`` and ``tables/<name>.csv``; returns the files."""
+        tables = folder / "tables"
+        tables.mkdir(parents=True, exist_ok=True)
+        files = {folder / "summary.csv": self.table.csv(), folder / "summary.md": self.table.markdown()}
+        for name, frame in self.frames.items():
+            files[tables / f"{name}.csv"] = frame.to_csv(index=False, lineterminator="\n")
+        for path, text in files.items():
+            write_text(path, text)
+        return list(files)
+
+    def headline(self, statistic: str, where: str = "") -> dict[str, Any]:
+        """A row of the table. Raises KeyError if it has no such row."""
+        rows = self.table.data
+        found = rows[(rows["statistic"] == statistic) & (rows["where"] == where)]
+        if found.empty:
+            raise KeyError(f"{statistic}, {where}")
+        return found.iloc[0].to_dict()
+
+
+def report(
+    folder: TraceFolder,
+    reference: str,
+    candidate: str,
+    *,
+    bins: int = 20,
+    eps: float = entropy.EPS,
+    more_than: int = 100,
+) -> Report:
+    """Every statistic of a pair of labels.
+
+    With fewer tokens than bins there are as many bins as tokens. Raises `ReqatError` for labels that the folder does
+    not have, and for damaged or non-finite columns, naming the trace.
+    """
+    where = entropy.trace_source(folder, reference)
+    shared = int(entropy._tokens_of(folder, where).sum())
+    bins = min(bins, shared)
+    sources = set(folder.traces["source"])
+    frames = {
+        "accuracy": entropy.accuracies(folder),
+        "accuracy-by-length": entropy.accuracy_by_length(folder),
+        "tail-and-mismatch": entropy.damage_by_bin(folder, reference, candidate, bins=bins, eps=eps, source=where),
+        "entropy-change": entropy.entropy_change(folder, reference, candidate, bins=min(4, shared), source=where),
+        "kinds-by-bin": entropy.kinds_by_bin(folder, reference, bins=bins, source=where),
+        "entropy-by-token": entropy.entropy_by_token(folder, reference, more_than=more_than, source=where),
+    }
+    if {reference, candidate} <= sources:
+        frames["first-divergences"] = entropy.first_divergences(folder, reference, candidate)
+        frames["divergence-shares"] = entropy.divergence_shares(frames["first-divergences"])
+        frames["derailments"] = entropy.derailments(folder, reference, candidate)
+        if len(frames["derailments"]):
+            frames["derailment-shares"] = entropy.derailment_shares(frames["derailments"])
+    return Report(reference, candidate, frames, _table(folder, reference, candidate, frames, eps, where))
+
+
+def _rows(
+    reference: str, candidate: str, frames: dict[str, pd.DataFrame]
+) -> Iterator[tuple[str, str, str, pd.Series | dict[str, Any]]]:
+    """(statistic, where, how its value reads, row) of each line of the table."""
+    for _, row in frames["accuracy"].iterrows():
+        yield "accuracy", row["source"], "%", row
+    damage = frames["tail-and-mismatch"]
+    last = int(damage["bin"].max())
+    ends = ((0, f"lowest of {last + 1} bins"), (last, f"highest of {last + 1} bins"))
+    for statistic in ("tail ratio (geometric mean)", "tail ratio (of means)", "tail ratio (mean)", "top-1 mismatch"):
+        for bin, words in ends:
+            row = damage[(damage["statistic"] == statistic) & (damage["bin"] == bin)].iloc[0]
+            yield statistic, words, "%" if statistic == "top-1 mismatch" else "x", row
+    kinds = frames["kinds-by-bin"]
+    for kind in ("digit", "operator"):
+        for bin, words in ends:
+            yield f"{kind}s", words, "%", kinds[(kinds["kind"] == kind) & (kinds["bin"] == bin)].iloc[0]
+    change = frames["entropy-change"]
+    top = int(change["bin"].max())
+    for bin, words in ((0, f"lowest of {top + 1} bins"), (top, f"highest of {top + 1} bins")):
+        for statistic, unit in (("change", "nats"), ("normalized", "x")):
+            row = change[(change["statistic"] == statistic) & (change["bin"] == bin)].iloc[0]
+            yield f"entropy, {statistic}", words, unit, row
+    shares = frames.get("divergence-shares")
+    if shares is not None:
+        for _, row in shares.iterrows():
+            if row["percentile"] == 0:
+                yield ("pairs that part" if row["pairs"] == "all" else "pairs that derail"), "", "%", row
+            else:
+                words = f"below percentile {row['percentile']}"
+                yield f"first divergence, {row['pairs']} pairs", words, "%", row
+    errors = frames.get("derailment-shares")
+    if errors is not None:
+        for _, row in errors.iterrows():
+            if row["statistic"] == "error":
+                yield "first error", row["which"], "%", row
+            else:
+                yield "first error, its token", f"below percentile {row['which']}", "%", row
+    for _, row in frames["accuracy-by-length"].iterrows():
+        yield f"accuracy, {row['source']}", f"{row['length_lo']} to {row['length_hi']} tokens", "%", row
+
+
+def _table(
+    folder: TraceFolder,
+    reference: str,
+    candidate: str,
+    frames: dict[str, pd.DataFrame],
+    eps: float,
+    where: str | None,
+) -> Table:
+    lines, data = [], []
+    for statistic, place, unit, row in _rows(reference, candidate, frames):
+        value, lo, hi = float(row["value"]), float(row["lo"]), float(row["hi"])
+        if np.isnan(value):
+            continue
+        show = (lambda x: percent(x) + "%") if unit == "%" else (lambda x: number(x, 3))
+        detail = EMPTY if np.isnan(lo) else f"[{show(lo)}, {show(hi)}]"
+        n, clusters = int(row["n"]), int(row["clusters"])
+        lines.append(
+            (
+                Text(statistic),
+                Text(place or EMPTY),
+                Text(show(value)),
+                Text(detail),
+                Text(f"{n:,}"),
+                Text(f"{clusters:,}"),
+            )
+        )
+        data.append(
+            {
+                "statistic": statistic,
+                "where": place,
+                "unit": {"%": "share", "x": "ratio"}.get(unit, unit),
+                "value": value,
+                "lo": lo,
+                "hi": hi,
+                "n": n,
+                "clusters": clusters,
+            }
+        )
+    traces, meta = folder.traces, folder.meta
+    counts = ", ".join(f"{n:,} of {source}" for source, n in traces["source"].value_counts().sort_index().items())
+    tokens = frames["entropy-by-token"]
+    named = [
+        f"{which} mean entropy: "
+        + ", ".join(f"{t!r} {v:.4f}" for t, v in zip(part["token"], part["value"], strict=True))
+        for which, part in (("Lowest", tokens.head(_NAMED_TOKENS)), ("Highest", tokens.tail(_NAMED_TOKENS)[::-1]))
+        if len(part)
+    ]
+    thresholds = entropy.entropy_thresholds(folder, reference, where)
+    notes = [
+        f"{len(traces):,} traces ({counts}), {folder.n_tokens:,} tokens, {traces['problem'].nunique():,} problems; "
+        f"{int((~traces['finished']).sum()):,} without an end marker (kept), {len(meta.get('left_out', []))} left out.",
+        f"Seeds: {', '.join(map(str, meta.get('seeds', []))) or 'none'}. Decoding: {meta.get('decoding', 'none')}. "
+        f"Reference: {reference}; candidate: {candidate}.",
+        "Percentiles of the reference's entropy: "
+        + ", ".join(f"{p}% {value:.4g} nats" for p, value in thresholds.items())
+        + f". Tail ratio with eps = {eps:g}.",
+        *named,
+    ]
+    columns = (
+        Column("statistic", align="l"),
+        Column("where", align="l"),
+        Column("value"),
+        Column("95% interval"),
+        Column("n"),
+        Column("problems"),
+    )
+    return Table(
+        name="summary",
+        title=f"Entropies: {candidate} against {reference}",
+        caption=(
+            "Bins are of the reference's token entropy, equal in count; both models read the same tokens "
+            f"({'the traces of ' + where if where else 'all traces'}). Intervals are clustered by problem."
+        ),
+        footer=tuple(notes),
+        columns=columns,
+        sections=(tuple(lines),),
+        data=pd.DataFrame(data),
+    )
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+def draw(found: Report, folder: Path) -> list[Path]:
+    """Draw the figures that the report has numbers for, as PNG and PDF; returns the files."""
+    from analysis import style
+
+    figures = {"entropy-damage": _damage, "entropy-kinds": _kinds}
+    if "divergence-shares" in found.frames:
+        figures["entropy-errors"] = _errors
+    written = []
+    for name, make in figures.items():
+        with style.context():
+            written += style.save(make(found), folder, name)
+    return written
+
+
+def _band(ax: Any, x: Any, rows: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    value, lo, hi = (rows[name].to_numpy() for name in ("value", "lo", "hi"))
+    known = ~np.isnan(lo)
+    error = np.where(known, [value - lo, hi - value], 0.0).clip(min=0)
+    ax.errorbar(x, value, yerr=error, color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=label)
+
+
+def _percentiles(rows: pd.DataFrame) -> Any:
+    """The middle of each bin, in percentiles of the reference's entropy."""
+    return (rows["bin"].to_numpy() + 0.5) * 100 / (rows["bin"].max() + 1)
+
+
+def _damage(found: Report) -> Any:
+    from analysis import style
+
+    fig = style.figure(2.7)
+    left, right = fig.subplots(1, 2)
+    frame = found.frames["tail-and-mismatch"]
+    for statistic, colour, marker in (
+        ("tail ratio (geometric mean)", style.BLUE, "o"),
+        ("tail ratio (of means)", style.ORANGE, "s"),
+    ):
+        rows = frame[frame["statistic"] == statistic]
+        words = statistic.removeprefix("tail ratio (").removesuffix(")")
+        _band(left, _percentiles(rows), rows, colour, marker, words)
+    left.axhline(1, color=style.GREY, linewidth=0.8)
+    left.set_yscale("log")
+    left.set_ylabel("tail-mass ratio")
+    left.legend(loc="best")
+    style.panel(left, "a", "Tail mass, candidate over reference")
+    rows = frame[frame["statistic"] == "top-1 mismatch"]
+    _band(
+        right,
+        _percentiles(rows),
+        rows.assign(**{c: 100 * rows[c] for c in ("value", "lo", "hi")}),
+        style.VERMILION,
+        "D",
+        "",
+    )
+    right.set_ylabel("top-1 mismatch, %")
+    right.set_ylim(bottom=0)
+    style.panel(right, "b", "Another most likely token")
+    for ax in (left, right):
+        ax.set_xlabel(f"percentile of token entropy under {found.reference}")
+        ax.set_xlim(0, 100)
+    style.footer(fig, found.table.footer[:2])
+    return fig
+
+
+def _kinds(found: Report) -> Any:
+    from analysis import style
+
+    fig = style.figure(2.5, width_in=style.WIDTH_IN / 1.6)
+    ax = fig.subplots()
+    frame = found.frames["kinds-by-bin"]
+    for kind, colour, marker in (("digit", style.BLUE, "o"), ("operator", style.VERMILION, "s")):
+        rows = frame[frame["kind"] == kind]
+        scaled = rows.assign(**{c: 100 * rows[c] for c in ("value", "lo", "hi")})
+        _band(ax, _percentiles(rows), scaled, colour, marker, f"{kind}s")
+    ax.set_ylabel("share of tokens, %")
+    ax.set_xlabel(f"percentile of token entropy under {found.reference}")
+    ax.set_xlim(0, 100)
+    ax.set_ylim(bottom=0)
+    ax.legend(loc="best")
+    style.footer(fig, found.table.footer[:2])
+    return fig
+
+
+def _errors(found: Report) -> Any:
+    from analysis import style
+
+    fig = style.figure(2.7)
+    left, right = fig.subplots(1, 2)
+    shares, errors = found.frames["divergence-shares"], found.frames.get("derailment-shares")
+    series = [
+        ("first divergence, all pairs", shares[(shares["pairs"] == "all") & (shares["percentile"] > 0)], style.SKY),
+        (
+            "first divergence, derailed",
+            shares[(shares["pairs"] == "derailed") & (shares["percentile"] > 0)],
+            style.BLUE,
+        ),
+    ]
+    if errors is not None:
+        series.append(("first error, derailed", errors[errors["statistic"] == "low entropy"], style.VERMILION))
+    ticks = [f"below percentile {p}" for p in entropy.LOW_PERCENTILES]
+    _bars(left, ticks, series)
+    for i, p in enumerate(entropy.LOW_PERCENTILES):
+        left.plot([i - 0.45, i + 0.45], [p, p], color=style.BLACK, linewidth=0.9, linestyle="--")
+    left.set_ylim(0, 100)
+    left.set_ylabel("share, %")
+    left.legend(loc="upper left")
+    style.panel(left, "a", "Where responses part (dashed: by chance)")
+    if errors is None:
+        right.set_axis_off()
+    else:
+        kinds = errors[errors["statistic"] == "error"]
+        _bars(right, [k.replace(" ", "\n") for k in kinds["which"]], [("", kinds, style.VERMILION)])
+        right.set_ylabel("share of derailed responses, %")
+        style.panel(right, "b", "What went wrong first")
+    style.footer(fig, found.table.footer[:2])
+    return fig
+
+
+def _bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, str]]) -> None:
+    width = 0.8 / len(series)
+    for j, (label, rows, colour) in enumerate(series):
+        value, lo, hi = (100 * rows[name].to_numpy(dtype=float) for name in ("value", "lo", "hi"))
+        x = np.arange(len(ticks)) + (j - (len(series) - 1) / 2) * width
+        known = ~np.isnan(value)
+        error = np.array([value - lo, hi - value])[:, known].clip(min=0)
+        ax.bar(
+            x[known],
+            value[known],
+            width * 0.92,
+            yerr=error,
+            color=colour,
+            label=label or None,
+            error_kw={"linewidth": 0.9},
+        )
+    ax.set_xticks(np.arange(len(ticks)), ticks)

@@ -1,0 +1,459 @@
+"""The verb `entropy`: hold any two models, or two precisions of one, against each other token by token."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import reqat
+from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.config.errors import ReqatError
+from reqat.config.precision import family as check_precision
+from reqat.records import provenance, record
+
+if TYPE_CHECKING:
+    from reqat.evaluation.entropies import ForcedTrace
+    from reqat.evaluation.trace_files import TraceInfo
+
+_KEYS = {"prompt", "response", "response_ids", "answer", "id", "family", "seed", "finished"}
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Given:
+    """A line of a file of problems."""
+
+    id: str
+    family: str
+    prompt: str
+    answer: str = ""
+    response: str | None = None
+    response_ids: tuple[int, ...] | None = None
+    seed: int = 0
+    finished: bool = True
+    problem: Any = field(default=None, repr=False)  # of a task family, with a verifier of its own
+
+    @property
+    def has_response(self) -> bool:
+        """Whether a response came with it."""
+        return self.response is not None or self.response_ids is not None
+
+
+@app.command()
+def entropy(
+    reference: Annotated[str, typer.Option(help="A model's folder (safetensors), or package:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder to write: traces, tables, plots and a record.")],
+    candidate: Annotated[str | None, typer.Option(help="The model to hold against it (default: the same one).")] = None,
+    problems: Annotated[
+        Path | None, typer.Option(help="JSON lines with prompt and, where there are, response, answer, id.")
+    ] = None,
+    families: Annotated[str | None, typer.Option(help="Task families in place of a file, a,b (see --tier).")] = None,
+    tier: Tier = "laptop",
+    n: Annotated[int, typer.Option("--n", min=1, help="Problems of the task families, or of the file at most.")] = 200,
+    split: Annotated[str, typer.Option(help="Split of the task families.")] = "test",
+    problem_seed: Annotated[int, typer.Option(help="Seed that problems of task families are drawn with.")] = 1,
+    reference_precision: Annotated[str, typer.Option(help="Precision that the reference runs in.")] = "BF16",
+    candidate_precision: Annotated[str, typer.Option(help="And the candidate.")] = "NVFP4-W4A4KV4",
+    global_scale: Annotated[str, typer.Option(help="dynamic or row (NVFP4; row: independent of the batch).")] = "row",
+    kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
+    seeds: Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")] = "0",
+    decoding: Annotated[str, typer.Option(help="greedy, or sample(temperature=0.6, top_p=0.95).")] = "sample",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest sampled response.")] = 352,
+    batch_rows: Annotated[int | None, typer.Option(min=1, help="Rows decoded together (default: by memory).")] = None,
+    sample: Annotated[
+        bool | None, typer.Option("--sample/--no-sample", help="Sample responses (default: where none is given).")
+    ] = None,
+    end_marker: Annotated[
+        str | None, typer.Option(help="Text that a whole response holds, such as </think>; those without are flagged.")
+    ] = None,
+    logprobs: Annotated[
+        list[str] | None, typer.Option(help="PROBLEM:POSITION whose whole distributions are kept (repeatable).")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Most likely tokens kept a position.")] = 5,
+    bins: Annotated[int, typer.Option(min=2, help="Bins of the reference's entropy.")] = 20,
+    more_than: Annotated[int, typer.Option(help="Name token types seen more often than this.")] = 100,
+    quiet: Quiet = False,
+    threads: Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")] = 1,
+) -> None:
+    """Collect the entropies of two models over the same tokens, and say where the second one differs.
+
+    Both sample a response to every problem and seed (same random numbers); then both read every response, given or
+    sampled, token by token.
+    """
+    for name in (reference_precision, candidate_precision):
+        check_precision(name)
+    if (problems is None) == (families is None):
+        raise ReqatError("give either --problems FILE or --families a,b: one source of problems.")
+    numbers = _numbers(seeds, "--seeds")
+    paths = {"reference": _absolute(reference), "candidate": _absolute(candidate or reference)}
+    out = out.absolute()
+    rows = (
+        read_problems(problems.absolute(), n)
+        if problems is not None
+        else _of_families(str(families), tier, split, n, problem_seed)
+    )
+    settings = {
+        "reference": paths["reference"],
+        "candidate": paths["candidate"],
+        "precisions": [reference_precision, candidate_precision],
+        "global_scale": global_scale,
+        "kv_element": kv_element,
+        "problems": problems.name if problems is not None else families,
+        "split": None if problems is not None else split,
+        "problem_seed": None if problems is not None else problem_seed,
+        "n": len(rows),
+        "seeds": numbers,
+        "decoding": decoding,
+        "max_new_tokens": max_new_tokens,
+        "end_marker": end_marker,
+        "top": top,
+    }
+    start_computing(threads)
+    root = Path(reqat.__file__).parents[1]
+    partial = out.with_name(f".{out.name}.partial")
+    with record.job("entropy", out.name, settings, root=root, out=out, partial=partial) as job:
+        job.seeds = numbers
+        job.metrics = collect(
+            paths,
+            (reference_precision, candidate_precision),
+            {"global_scale": global_scale, "kv_element": kv_element},
+            rows,
+            partial,
+            seeds=numbers,
+            decoding=decoding,
+            max_new_tokens=max_new_tokens,
+            batch_rows=batch_rows,
+            sample=sample,
+            end_marker=end_marker,
+            logprobs=_positions(logprobs or [], rows),
+            k=top,
+            bins=bins,
+            more_than=more_than,
+            root=root,
+            progress=not quiet,
+        )
+    print((out / "summary.md").read_text(encoding="utf-8"))
+    print(f"written: {out}")
+
+
+def collect(
+    paths: dict[str, str],
+    precisions: tuple[str, str],
+    options: dict[str, Any],
+    rows: Sequence[Given],
+    out: Path,
+    *,
+    seeds: Sequence[int],
+    decoding: str,
+    max_new_tokens: int,
+    batch_rows: int | None,
+    sample: bool | None,
+    end_marker: str | None,
+    logprobs: dict[str, tuple[int, ...]],
+    k: int,
+    bins: int,
+    more_than: int,
+    root: Path,
+    progress: bool,
+) -> dict[str, Any]:
+    """Sample, force, analyse, draw: all files but the record; returns the record's metrics."""
+    from analysis.entropy_report import draw, report
+    from reqat.evaluation import Decoding
+    from reqat.evaluation.entropies import force_traces, vocabulary_of
+    from reqat.evaluation.trace_files import TraceFolder, TraceWriter
+    from reqat.models import freeze, load_model, load_tokenizer, prepare
+
+    policy = Decoding.parse(decoding)
+    used = policy.effective_seeds(seeds)
+    labels = _labels(paths, precisions)
+    tokenizer = load_tokenizer(paths["reference"])
+    if paths["candidate"] != paths["reference"]:
+        check_tokenizers(tokenizer, load_tokenizer(paths["candidate"]), paths)
+    models: dict[str, Any] = {}
+    for label, path, precision in zip(labels, paths.values(), precisions, strict=True):
+        models[label] = load_model(path)
+        prepare(models[label], precision, **{name: value for name, value in options.items() if value is not None})
+        freeze(models[label])
+    faults: list[tuple[TraceInfo, str]] = []
+    traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
+    asked = [row for row in rows if sample or (sample is None and not row.has_response)]
+    for label, model in models.items():
+        caption = f"sampling {label}" if progress else False
+        traces += _sampled_traces(
+            model, tokenizer, asked, label, used, policy, max_new_tokens, batch_rows, end_marker, logprobs, caption
+        )
+    metadata = {
+        "decoding": str(policy),
+        "seeds": list(used),
+        "models": dict(zip(labels, provenance.scrub(list(paths.values()), root), strict=True)),
+        "precisions": dict(zip(labels, precisions, strict=True)),
+        "tokenizer": provenance.scrub(paths["reference"], root),
+    }
+    width = max(int(model.config.vocab_size) for model in models.values())
+    with TraceWriter(
+        out, labels, vocabulary_of(tokenizer, width), k=k, logprobs=bool(logprobs), metadata=metadata
+    ) as writer:
+        for info, reason in faults:
+            writer.leave_out(info, reason)
+        force_traces(models, traces, writer, skip_bad=True)
+        left_out = list(writer.left_out)
+    for entry in left_out:
+        print(f"reqat: warning: left out: {entry['reason']}", file=sys.stderr)
+    folder = TraceFolder(out)
+    found = report(folder, *labels, bins=bins, more_than=more_than)
+    found.write(out)
+    draw(found, out / "plots")
+    return {
+        "labels": labels,
+        "traces": len(folder.traces),
+        "tokens": folder.n_tokens,
+        "unfinished": int((~folder.traces["finished"]).sum()),
+        "left_out": len(left_out),
+        "headlines": found.table.data.to_dict("records"),
+    }
+
+
+def _labels(paths: dict[str, str], precisions: tuple[str, str]) -> list[str]:
+    """The precisions, or with the folder's name in front where both are in one."""
+    if precisions[0] != precisions[1]:
+        return list(precisions)
+    names = [f"{Path(path).name}:{precision}" for path, precision in zip(paths.values(), precisions, strict=True)]
+    if names[0] != names[1]:
+        return names
+    if paths["reference"] == paths["candidate"]:
+        raise ReqatError(f"reference and candidate are the same model in {precisions[0]}; change one of them.")
+    return [f"reference:{precisions[0]}", f"candidate:{precisions[1]}"]
+
+
+def check_tokenizers(a: Any, b: Any, paths: dict[str, str]) -> None:
+    """Raises `ReqatError` with the first difference where two tokenizers are not the same."""
+    known_a, known_b = a.get_vocab(), b.get_vocab()
+    if known_a == known_b:
+        if (a.bos_token_id, a.eos_token_id) == (b.bos_token_id, b.eos_token_id):
+            return
+        what = f"end a response with ids {a.eos_token_id} and {b.eos_token_id}"
+    else:
+        token = min(t for t in known_a.keys() | known_b.keys() if known_a.get(t) != known_b.get(t))
+        what = (
+            f"hold {len(known_a)} and {len(known_b)} tokens; {token!r} has id {known_a.get(token)} in one and "
+            f"{known_b.get(token)} in the other"
+        )
+    raise ReqatError(
+        f"{paths['reference']} and {paths['candidate']} have different tokenizers: they {what}. Tokens of one mean "
+        "nothing to the other; compare models that share a tokenizer."
+    )
+
+
+def _given_traces(
+    tokenizer: Any,
+    rows: Sequence[Given],
+    end_marker: str | None,
+    logprobs: dict[str, tuple[int, ...]],
+    faults: list[tuple[TraceInfo, str]],
+) -> list[ForcedTrace]:
+    """Responses that came with the problems. A response's text is followed by the end of sequence, if it has one.
+
+    Those with text that the tokenizer does not know go to ``faults``.
+    """
+    from reqat.evaluation.entropies import ForcedTrace, encode_prompt
+    from reqat.evaluation.trace_files import TraceInfo
+
+    out = []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row.prompt)
+        finished = row.finished
+        if row.response_ids is not None:
+            ids = list(row.response_ids)
+            finished = finished and ids[-1:] == [tokenizer.eos_token_id]
+            known = [i for i in ids if 0 <= i < len(tokenizer)]
+            text = row.response if row.response is not None else tokenizer.decode(known, skip_special_tokens=True)
+        else:
+            text = str(row.response)
+            ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt + ids:
+                # The id that stands for "no such token" tells nothing; forced on it, a model is judged by noise.
+                where = "prompt" if tokenizer.unk_token_id in prompt else "response"
+                info = TraceInfo(row.id, row.family, row.seed, "given", row.prompt, text, row.answer, None, finished)
+                faults.append(
+                    (
+                        info,
+                        f"{info.name}: its {where} has text that the tokenizer knows no token for (an unknown token).",
+                    )
+                )
+                continue
+            if finished and ids and ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
+                ids.append(tokenizer.eos_token_id)
+        finished = finished and (end_marker is None or end_marker in text)
+        correct = grade(row, text) if ids else None
+        info = TraceInfo(row.id, row.family, row.seed, "given", row.prompt, text, row.answer, correct, finished)
+        at = tuple(p for p in logprobs.get(row.id, ()) if p < len(ids))
+        out.append(ForcedTrace(info, tuple(prompt), tuple(ids), at))
+    return out
+
+
+def _sampled_traces(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Given],
+    label: str,
+    seeds: Sequence[int],
+    decoding: Any,
+    max_new_tokens: int,
+    batch_rows: int | None,
+    end_marker: str | None,
+    logprobs: dict[str, tuple[int, ...]],
+    progress: bool | str,
+) -> list[ForcedTrace]:
+    """A response of one model to each problem and seed."""
+    from reqat.evaluation import generate
+    from reqat.evaluation.entropies import ForcedTrace, encode_prompt
+    from reqat.evaluation.trace_files import TraceInfo
+
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
+    pairs = [(row, prompt, seed) for row, prompt in zip(rows, prompts, strict=True) for seed in seeds]
+    found = generate(
+        model,
+        tokenizer,
+        [prompt for _, prompt, _ in pairs],
+        seeds=[seed for _, _, seed in pairs],
+        row_keys=[row.id for row, _, _ in pairs],
+        decoding=decoding,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        progress=progress,
+    )
+    out = []
+    for (row, prompt, seed), generation in zip(pairs, found, strict=True):
+        text = tokenizer.decode(list(generation.token_ids), skip_special_tokens=True)
+        ids = [*generation.token_ids, *([tokenizer.eos_token_id] if generation.finished else [])]
+        finished = generation.finished and (end_marker is None or end_marker in text)
+        info = TraceInfo(row.id, row.family, seed, label, row.prompt, text, row.answer, grade(row, text), finished)
+        at = tuple(p for p in logprobs.get(row.id, ()) if p < len(ids))
+        out.append(ForcedTrace(info, tuple(prompt), tuple(ids), at))
+    return out
+
+
+def grade(row: Given, response: str) -> bool | None:
+    """Whether a response is right: by the family's verifier, else by its last announced answer; None without one."""
+    if row.problem is not None:
+        from reqat.tasks import verify
+
+        return verify(row.problem, response)
+    if not row.answer:
+        return None
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", response)
+    _, announced, tail = response.rpartition("answer is")
+    if boxed:
+        said = boxed[-1]
+    elif announced:
+        said = tail.strip().lstrip(":").strip().splitlines()[0] if tail.strip() else ""
+    else:
+        said = (_NUMBER.findall(response) or [""])[-1]
+    return _same(said, row.answer)
+
+
+def _same(said: str, answer: str) -> bool:
+    said, answer = said.strip().strip("$").rstrip(".").strip(), answer.strip()
+    try:
+        number = _NUMBER.search(said)
+        return number is not None and Decimal(number[0].replace(",", "")) == Decimal(answer.replace(",", ""))
+    except InvalidOperation:
+        return said.casefold() == answer.casefold()
+
+
+def read_problems(path: Path, n: int | None = None) -> list[Given]:
+    """The first ``n`` problems of a JSON-lines file.
+
+    Keys of a line: ``prompt``, and optionally ``response`` (text) or ``response_ids``, ``answer``, ``id`` (default:
+    the line's number), ``family``, ``seed``, ``finished`` (false: cut off, without an end). Raises `ReqatError` naming
+    the line.
+    """
+    if not path.is_file():
+        raise ReqatError(f"{path}: no such file of problems (JSON lines with at least a prompt).")
+    rows: list[Given] = []
+    seen: set[tuple[str, int]] = set()
+    for number, line in _lines(path):
+        where = f"{path.name}, line {number}"
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ReqatError(f"{where}: not a JSON object ({error}).") from None
+        if not isinstance(found, dict) or not isinstance(found.get("prompt"), str) or not found["prompt"].strip():
+            raise ReqatError(f"{where}: it needs a prompt (text), and has {sorted(found) if found else 'nothing'}.")
+        ids = found.get("response_ids")
+        if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+            raise ReqatError(f"{where}: response_ids must be a list of whole numbers.")
+        row = Given(
+            id=str(found.get("id", f"line-{number}")),
+            family=str(found.get("family", path.stem)),
+            prompt=found["prompt"],
+            answer="" if found.get("answer") is None else str(found["answer"]),
+            response=found.get("response"),
+            response_ids=None if ids is None else tuple(ids),
+            seed=int(found.get("seed", 0)),
+            finished=bool(found.get("finished", True)),
+        )
+        if row.response is not None and not isinstance(row.response, str):
+            raise ReqatError(f"{where}: response must be text, not {type(row.response).__name__}.")
+        if (row.id, row.seed) in seen:
+            raise ReqatError(f"{where}: problem {row.id!r} with seed {row.seed} was there before; give ids once.")
+        seen.add((row.id, row.seed))
+        rows.append(row)
+        if n is not None and len(rows) == n:
+            break
+    if not rows:
+        raise ReqatError(f"{path}: it holds no problem.")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    except UnicodeDecodeError as error:
+        raise ReqatError(f"{path}: not a text file in UTF-8 ({error}).") from None
+
+
+def _of_families(names: str, tier: str, split: str, n: int, seed: int) -> list[Given]:
+    """Problems of task families, with the generator's options of the tier where it has the family."""
+    from reqat.tasks import problems
+
+    plan = session.plan(tier)
+    options = next((e.problems.families for e in plan.evaluations.values()), {})
+    chosen = {name.strip(): options.get(name.strip(), {}) for name in names.split(",") if name.strip()}
+    return [Given(p.id, p.family, p.prompt, p.answer, problem=p) for p in problems(chosen, split, n, seed)]
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ReqatError(f"{option} {text!r}: write whole numbers with commas, 0,1,2.") from None
+    if len(set(found)) != len(found):
+        raise ReqatError(f"{option} {text!r}: a seed stands twice.")
+    return found
+
+
+def _positions(asked: Sequence[str], rows: Sequence[Given]) -> dict[str, tuple[int, ...]]:
+    """PROBLEM:POSITION options by problem."""
+    out: dict[str, tuple[int, ...]] = {}
+    known = {row.id for row in rows}
+    for text in asked:
+        id, colon, position = text.rpartition(":")
+        if not colon or not position.isdigit() or id not in known:
+            raise ReqatError(f"--logprobs {text!r}: write PROBLEM:POSITION with the id of one of the problems.")
+        out[id] = (*out.get(id, ()), int(position))
+    return out
+
+
+def _absolute(path: str) -> str:
+    """The path from the root, for the working directory may change; names of packages as they are."""
+    return path if path.startswith("package:") else str(Path(path).absolute())
