@@ -11,10 +11,10 @@ Both ask where quantization does its damage, by doing something to the decisions
   at each step, as published, or those below (above) a threshold measured beforehand. The first makes a row's tokens
   depend on the rows beside it; the second does not, and is the better experiment where batches differ.
 
-Both are logits processors of the one generation path (:func:`reqat.evaluation.generation.generate`), so batches, dropped
-rows, random numbers and grading are those of any other evaluation. Noise draws from a stream of its own a row, by
-counter: the same problem and seed meet the same ``eta`` at a step for every sigma, every model and every mask, so that
-comparisons are paired. Trade-off: routing costs two forward passes a token, whoever chooses.
+Both are logits processors of the one generation path (:func:`reqat.evaluation.generation.generate`), so batches,
+dropped rows, random numbers and grading are those of any other evaluation. Noise draws from a stream of its own a row,
+by counter: the same problem and seed meet the same ``eta`` at a step for every sigma, every model and every mask, so
+that comparisons are paired. Trade-off: routing costs two forward passes a token, whoever chooses.
 
 Source: arXiv:2606.15682, section 3 (Figures 2c to 2e and 8).
 
@@ -141,7 +141,7 @@ class Router(LogitsProcessor):
         return torch.where(theirs_B[:, None], other_BV, scores)
 
     def decisions(self, n_tokens: Sequence[int]) -> list[NDArray[np.bool_]]:
-        """Of each row of the call to ``generate``: was the entropy low, did the candidate choose; bool [n_tokens, 2]."""
+        """Of each row of the call to ``generate``: was entropy low, did the candidate choose; bool [n_tokens, 2]."""
         return collect_rows(self._steps, n_tokens)
 
 
@@ -250,7 +250,7 @@ def normals(states_N: NDArray[np.uint64], step: int, size: int) -> Tensor:
     radius_NP = np.sqrt(-2 * np.log(((bits_NP >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32))
     angle_NP = ((bits_NP & np.uint64(0xFFFFFFFF)).astype(np.float64) + 0.5) * (2 * math.pi * 2.0**-32)
     both_NP2 = np.stack([radius_NP * np.cos(angle_NP), radius_NP * np.sin(angle_NP)], axis=-1)
-    return torch.from_numpy(both_NP2.reshape(len(states_N), -1)[:, :size].astype(np.float32))
+    return torch.from_numpy(both_NP2.reshape(len(states_N), 2 * pairs)[:, :size].astype(np.float32))
 
 
 @dataclass(frozen=True)

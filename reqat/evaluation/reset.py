@@ -15,12 +15,12 @@ A step ends where the last token's text holds a blank line, or the last two toke
 model's own token entropies on a few held-out problems: :func:`fit_tau0`.
 
 The state of a row is a few sums, and every decision is made for all rows at once. Means are compared that are often
-*equal* by definition (up to token ``window`` the window is the whole trace), so rounding must not decide: entropies are
-rounded to 2^-32 nats, whose float64 sums are exact up to two million nats, and every mean is one division of two of them.
+*equal* by definition (up to token ``window`` the window is the whole trace), so rounding must not decide: entropies
+are rounded to 2^-32 nats, whose float64 sums are exact up to two million nats, and every mean is one division of such.
 
 Trade-off: transformers has no hook for rows that beam search reorders or for tokens that an assistant proposes; both
-are out of scope. Source: arXiv:2606.13233. That raw logits are those *after* other processors (routing, noise), and that
-``fit_tau0`` samples with the usual policy, is inferred.
+are out of scope. Source: arXiv:2606.13233. That raw logits are those *after* other processors (routing, noise), and
+that ``fit_tau0`` samples with the usual policy, is inferred.
 
 Shapes: B rows, V vocabulary, W window, N tokens.
 """

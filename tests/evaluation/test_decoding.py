@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reqat.evaluation import Decoding
+from reqat.evaluation.decoding import ReSETRule
 
 
 @given(st.floats(1e-3, 100), st.floats(1e-6, 1))
@@ -19,6 +20,26 @@ def test_spelling() -> None:
     assert Decoding.parse("sample(top_p=1)") == Decoding.sample(0.6, 1.0)
     assert str(Decoding.parse("greedy")) == "greedy"
     assert Decoding("greedy", 0.3, 0.5) == Decoding.greedy()
+
+
+@given(st.floats(1e-3, 10), st.floats(0, 20), st.floats(1e-3, 10), st.integers(1, 99), st.floats(1e-6, 1))
+def test_text_round_trip_of_reset(t_low: float, tau0: float, t_high: float, window: int, top_p: float) -> None:
+    for step in ("paragraph", "line", "sentence"):
+        policy = Decoding.reset(t_low, tau0, top_p=top_p, t_high=t_high, window=window, step=step)
+        assert Decoding.parse(str(policy)) == policy and not policy.is_greedy
+
+
+def test_spelling_of_reset() -> None:
+    full = "reset(t_low=0.1, tau0=0.5505, t_high=1.0, top_p=0.95, window=32, step=paragraph)"
+    assert str(Decoding.parse("reset(t_low=0.1, tau0=0.5505)")) == full
+    assert Decoding.parse(full) == Decoding.reset(0.1, 0.5505) == Decoding("reset", 0.7, rule=ReSETRule(0.1, 0.5505))
+    assert Decoding.parse(full).temperature == 1.0
+
+
+def test_a_rule_belongs_to_reset_alone() -> None:
+    for make in (lambda: Decoding("sample", rule=ReSETRule(0.1, 0.5)), lambda: Decoding("reset")):
+        with pytest.raises(ValueError, match="'reset' wants a ReSETRule, others none"):
+            make()
 
 
 def test_effective_seeds() -> None:
@@ -39,6 +60,15 @@ def test_effective_seeds() -> None:
         ("sample(top_p=high)", "'high'"),
         ("greedy(temperature=0.6)", "temperature"),
         ("sample(0.6", "sample\\(0.6"),
+        ("reset(t_low=0.1)", "lacks tau0; `reqat fit-reset`"),
+        ("reset", "lacks t_low and tau0"),
+        ("reset(t_low=0, tau0=0.5)", "t_low=0"),
+        ("reset(t_low=0.1, tau0=-1)", "tau0=-1"),
+        ("reset(t_low=0.1, tau0=0.5, window=0)", "window=0"),
+        ("reset(t_low=0.1, tau0=0.5, window=1.5)", "'1.5', not a number"),
+        ("reset(t_low=0.1, tau0=0.5, step=word)", "'word' is none of paragraph, line, sentence"),
+        ("reset(t_low=0.1, tau0=0.5, temperature=0.6)", "option 'temperature'"),
+        ("sample(t_low=0.1)", "option 't_low'"),
         ("", "''"),
     ],
 )

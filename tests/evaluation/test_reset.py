@@ -81,22 +81,24 @@ def by_definition(ids: list[int], prompt: int, entropies: list[float], rule: ReS
             step = []
         if t > 0 and rule.step == "sentence" and any(mark in before[-1] for mark in ".?!\n"):
             step = []
-        H = Fraction(value)
+        h_t = Fraction(value)
         if not seen:
-            H_step = H
+            H_step = h_t
         elif len(step) < rule.window:
             H_step = sum(seen[-rule.window :]) / Fraction(len(seen[-rule.window :]))
         else:
             H_step = sum(step) / Fraction(len(step))
         H_bar = sum(seen) / Fraction(len(seen)) if seen else H_step
         threshold = Fraction(rule.tau0) if H_step <= H_bar else H_step
-        found.append(rule.t_high if H >= threshold else rule.t_low)
-        seen.append(H)
-        step.append(H)
+        found.append(rule.t_high if h_t >= threshold else rule.t_low)
+        seen.append(h_t)
+        step.append(h_t)
     return found
 
 
-def replay(rule: ReSETRule, ids_BT: Tensor, prompt: int, entropies_BN: Tensor, drop: random.Random) -> list[list[float]]:
+def replay(
+    rule: ReSETRule, ids_BT: Tensor, prompt: int, entropies_BN: Tensor, drop: random.Random
+) -> list[list[float]]:
     """Temperatures of all rows by one processor; some rows leave now and then, the rest changes places."""
     processor = ReSET(rule, TEXTS)  # type: ignore[arg-type]
     rows = torch.arange(len(ids_BT))
@@ -196,7 +198,9 @@ def test_tables_hold_every_named_end() -> None:
 
 @pytest.mark.parametrize("vocabulary", [2, 260, 5000])
 def test_entropy(vocabulary: int) -> None:
-    logits_BV = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 3, 50)[:, None]
+    logits_BV = (
+        torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 3, 50)[:, None]
+    )
     p_BV = logits_BV.double().softmax(-1)
     expected_B = -torch.special.xlogy(p_BV, p_BV).sum(-1)
     # Sums of V float32 numbers of at most log V: a few ulps of it.
@@ -249,36 +253,33 @@ def test_it_starts_anew_with_other_ids() -> None:
 
 @pytest.mark.parametrize("batch_rows", [None, 5])
 def test_in_our_generation(tiny: Tiny, prompts: list[list[int]], batch_rows: int | None) -> None:
-    """Left padding, several batches, rows that end and are dropped."""
-    model, rule = tiny(), ReSETRule(0.3, 1.0, 1.2, window=4)
+    """Left padding, several batches, rows that end and are dropped. The policy is the same processor as one given."""
+    model, rule = tiny(), ReSETRule(0.3, 3.35, 1.2, window=4)  # tau0 is this model's median entropy
+    prompts = prompts[::2] + prompts[-2:]
     watched = Watched(rule, TEXTS)  # type: ignore[arg-type]
+    policy = Decoding.reset(0.3, 3.35, t_high=1.2, window=4)
     settings: dict[str, Any] = {
         "seeds": list(range(len(prompts))),
         "row_keys": [str(i) for i in range(len(prompts))],
-        "max_new_tokens": 40,
+        "eos_id": [EOS, 8, 9],
+        "max_new_tokens": 25,
         "batch_rows": batch_rows,
     }
-    out = generate(
-        model,
-        TEXTS,  # type: ignore[arg-type]
-        prompts,
-        decoding=Decoding.sample(1.0, 0.95),
-        processors=LogitsProcessorList([watched]),
-        **settings,
-    )
+    by_hand: dict[str, Any] = {"decoding": Decoding.sample(1.0), "processors": LogitsProcessorList([watched])}
+    out = generate(model, None, prompts, **by_hand, **settings)
     assert any(g.finished for g in out) and any(not g.finished for g in out)
-    for prompt, g, noted in zip(
-        prompts, out, collect_rows(watched.steps, [g.n_tokens for g in out]), strict=True
-    ):
+    used: set[float] = set()
+    for prompt, g, noted in zip(prompts, out, collect_rows(watched.steps, [g.n_tokens for g in out]), strict=True):
         ids = [*prompt, *g.token_ids]
         assert len(noted) == g.n_tokens
         assert noted[:, 0].tolist() == by_definition(ids, len(prompt), noted[:, 1].tolist(), rule)
         with torch.no_grad():
             logits_NV = model(torch.tensor([ids])).logits[0, len(prompt) - 1 :]
         assert np.abs(noted[:, 1] - entropy_nats(logits_NV).numpy()[: len(noted)]).max() < 1e-3
-    # The policy is the same processor, and T for T's sake is plain sampling.
-    policy = Decoding.reset(0.3, 1.0, t_high=1.2, window=4)
+        used |= set(noted[:, 0].tolist())
+    assert used == {0.3, 1.2}
     assert generate(model, TEXTS, prompts, decoding=policy, **settings) == out  # type: ignore[arg-type]
+    # One temperature for all is plain sampling.
     constant = Decoding.reset(0.6, 1.0, t_high=0.6)
     plain = generate(model, TEXTS, prompts, decoding=Decoding(), **settings)  # type: ignore[arg-type]
     assert generate(model, TEXTS, prompts, decoding=constant, **settings) == plain  # type: ignore[arg-type]
@@ -288,8 +289,8 @@ def test_in_our_generation(tiny: Tiny, prompts: list[list[int]], batch_rows: int
 
 def test_in_transformers_generation(tiny: Tiny, prompts: list[list[int]]) -> None:
     """A padded batch in which rows end gives each row the temperatures that the row has alone."""
-    model, rule = tiny(), ReSETRule(0.3, 1.0, 1.2, window=4)
-    rows = sorted(prompts, key=len)[4:14]
+    model, rule = tiny(), ReSETRule(0.3, 3.35, 1.2, window=4)
+    rows = sorted(prompts, key=len)[6:13]
     longest = max(map(len, rows))
 
     def run(batch: list[list[int]], width: int) -> tuple[Tensor, list[np.ndarray[Any, Any]]]:
