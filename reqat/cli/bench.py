@@ -81,15 +81,22 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
         asked.append(
             (settings.fake_quantize.rounds, fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring))
         )
-    if settings.sem_loss is not None:
-        asked += [(settings.sem_loss.rounds, loss.cases(shape)) for shape in settings.sem_loss.shapes]
+    losses = [] if settings.sem_loss is None else settings.sem_loss.shapes
+
+    def time_kernel(case: Any, rounds: int) -> None:
+        say(f"{case.kernel}, {case.label}")
+        providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
+        result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
+
     for rounds, cases in asked:
         for case in cases:
-            say(f"{case.kernel}, {case.label}")
-            providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
-            result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
+            time_kernel(case, rounds)
+    # What takes microseconds first; what takes seconds a call can bear a neighbour.
     for wanted_decode in settings.decode:
         result.add(decode(wanted_decode, probe, out, say))
+    for shape in losses:
+        for case in loss.cases(shape):
+            time_kernel(case, settings.sem_loss.rounds if settings.sem_loss else 1)
     for step in settings.train_step:
         result.add(train_step(step, settings.threads, probe, say))
     agreements = [agreement(wanted, say) for wanted in settings.agreement]

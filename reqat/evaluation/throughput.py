@@ -26,8 +26,8 @@ from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_byte
 from reqat_kernels.bench.measure import Result, Row, Wrong, percentile, undisturbed
 
 SEED = 6
-#: By how many standard deviations of a step's logits the tokens that were chosen may stand below the reference's best, on
-#: average. Sums in another order move an activation across a rounding threshold here and there, which moves single
+#: By how many standard deviations of a step's logits the tokens that were chosen may stand below the reference's best,
+#: on average. Sums in another order move an activation across a rounding threshold here and there, which moves single
 #: tokens by as much as one; those of a broken kernel all stand several below. A guard against nonsense: kernels have
 #: their own tests, and packed models the table of agreement.
 MARGIN = 0.5
