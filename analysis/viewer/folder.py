@@ -9,8 +9,9 @@ Shapes: N tokens of a trace, M entries of its top-k lists laid end to end.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from numpy.typing import NDArray
 from analysis.viewer.vocabulary import Vocabulary
 from reqat.config.errors import ReqatError
 
+TOKENS, TRACES, META = "tokens.parquet", "traces.parquet", "meta.json"
 _REMEDY = "collect the traces again"
+_WHENCE = "`reqat entropy` writes a folder of traces"
 _TRACE_COLUMNS = (
     "trace", "problem", "family", "seed", "source", "prompt", "response", "answer", "correct", "finished", "tokens",
 )  # fmt: skip
@@ -96,21 +99,25 @@ class Folder:
     traces: Mapping[int, Trace]
     about: Sequence[tuple[str, str]] = field(default_factory=tuple)
 
-    def read(self, wanted: set[int] | None = None) -> Iterator[tuple[Trace, Tokens | TraceError]]:
+    def read(
+        self, wanted: set[int] | None = None, damaged: Callable[[ReqatError], None] | None = None
+    ) -> Iterator[tuple[Trace, Tokens | TraceError]]:
         """Each trace with its tokens, in the file's order, or with what is wrong with it.
 
         Args:
             wanted: numbers of the traces to read; None reads all. Reading ends after the last of them.
+            damaged: told of each row group that cannot be read, whose traces are then wrong, and the others are read
+                all the same; None raises the first.
 
         Raises:
             ReqatError: for a file that is missing, damaged, unsorted, or without a column.
         """
         left = set(self.traces) if wanted is None else set(wanted)
-        for number, columns in self._pieces():
+        for number, columns in self._pieces(damaged):
             trace = self.traces.get(number)
             if trace is None:
                 raise ReqatError(
-                    f"{self.path / 'tokens.parquet'} holds tokens of trace {number}, which traces.parquet does not "
+                    f"{self.path / TOKENS} holds tokens of trace {number}, which traces.parquet does not "
                     f"list; {_REMEDY}"
                 )
             if number not in left:
@@ -133,12 +140,12 @@ class Folder:
         none, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
         return Tokens(none, {label: Distributions(nothing, nothing, none, nothing, none) for label in self.labels})
 
-    def _pieces(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _pieces(self, damaged: Callable[[ReqatError], None] | None) -> Iterator[tuple[int, dict[str, Any]]]:
         """(trace, columns) of each run of rows with one trace number; columns are arrow arrays of N rows."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = self.path / "tokens.parquet"
+        path = self.path / TOKENS
         names = [*_TOKEN_COLUMNS, *(f"{name}_{label}" for label in self.labels for name in _LABEL_COLUMNS)]
         held: list[Any] = []
         seen: set[int] = set()
@@ -151,24 +158,38 @@ class Folder:
             seen.add(last)
             return last, {name: table[name].combine_chunks() for name in names}
 
-        with _damage(path, lambda: f"after trace {last}" if last is not None else "before the first trace"):
-            with pq.ParquetFile(path) as file:
-                _require(path, names, file.schema_arrow.names)
-                for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=names):
-                    number_N = np.asarray(batch.column("trace").to_numpy(zero_copy_only=False))
+        with _damage(path):
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+        with file:
+            _require(path, names, file.schema_arrow.names)
+            for group in range(file.num_row_groups):
+                batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=names)
+                while True:
+                    try:
+                        with _damage(path, f"in row group {group}" + ("" if last is None else f", after trace {last}")):
+                            batch = next(batches, None)
+                    except ReqatError as error:
+                        if damaged is None:
+                            raise
+                        damaged(error)
+                        held.clear()  # its end is lost
+                        break
+                    if batch is None:
+                        break
                     if batch.column("trace").null_count:
                         raise ReqatError(f"{path}: a token without a trace after trace {last}; {_REMEDY}")
+                    number_N = np.asarray(batch.column("trace").to_numpy(zero_copy_only=False))
                     starts = [0, *(np.flatnonzero(np.diff(number_N)) + 1).tolist()] if len(number_N) else []
                     for start, stop in zip(starts, [*starts[1:], len(number_N)], strict=True):
                         number = int(number_N[start])
-                        if last is not None and number != last:
+                        if held and number != last:
                             yield finish()
                         if number in seen:
                             raise ReqatError(f"{path} is not sorted: trace {number} comes twice; {_REMEDY}")
                         last = number
                         held.append(batch.slice(start, stop - start))
-            if held:
-                yield finish()
+        if held:
+            yield finish()
 
     def _check(self, trace: Trace, columns: Mapping[str, Any]) -> Tokens:
         """Arrow columns as arrays. Raises `TraceError` for what cannot be."""
@@ -186,7 +207,7 @@ class Folder:
             return np.asarray(values.to_numpy(zero_copy_only=False)).astype(dtype, copy=False)
 
         if n != trace.tokens:
-            raise wrong(f"tokens.parquet holds {n} of its {trace.tokens} tokens")
+            raise wrong(f"tokens.parquet holds {n} of its {trace.tokens} tokens in a row")
         position_N, token_N = flat("position", np.int64), flat("token", np.int32)
         if (position_N != np.arange(n)).any():
             raise wrong("the positions of its tokens are not 0, 1, 2, ...", position_N != np.arange(n))
@@ -227,28 +248,19 @@ def _probable(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return (values >= 0) & (values <= 1 + _SLACK)  # False for NaN
 
 
-class _damage:
-    """Turns what pyarrow raises for a damaged file into one line that names it."""
+@contextlib.contextmanager
+def _damage(path: Path, where: str = "") -> Iterator[None]:
+    """Turns what pyarrow raises for a file that is missing or damaged into one line that names it."""
+    import pyarrow as pa
 
-    def __init__(self, path: Path, where: Any) -> None:
-        self.path, self.where = path, where
-
-    def __enter__(self) -> None:
-        if not self.path.is_file():
-            raise ReqatError(
-                f"no {self.path.name} in {self.path.parent}; a folder of traces is what `reqat view` shows"
-            )
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        import pyarrow as pa
-
-        if isinstance(error, ReqatError):
-            return
-        if isinstance(error, pa.ArrowException | OSError):
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ReqatError(
-                f"{self.path} is damaged or cut short {self.where()} ({line}); delete it and {_REMEDY}"
-            ) from error
+    if not path.is_file():
+        raise ReqatError(f"no {path.name} in {path.parent}; {_WHENCE}")
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        at = f" {where}" if where else ""
+        raise ReqatError(f"{path} is damaged or cut short{at} ({line}); {_REMEDY}") from error
 
 
 def _require(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:
@@ -263,8 +275,8 @@ def open_folder(path: Path) -> Folder:
     Raises ``ReqatError`` for a folder or file that is missing or damaged, no traces, or traces with one number.
     """
     if not path.is_dir():
-        raise ReqatError(f"no folder {path}; give the folder that holds tokens.parquet, traces.parquet and meta.json")
-    meta = _read_meta(path / "meta.json")
+        raise ReqatError(f"no folder {path}; give one that holds {TOKENS}, {TRACES} and {META} ({_WHENCE})")
+    meta = _read_meta(path / META)
     labels = meta.get("labels")
     if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
         raise ReqatError(f"{path / 'meta.json'}: labels is {labels!r}, not a list of precisions; {_REMEDY}")
@@ -272,13 +284,13 @@ def open_folder(path: Path) -> Folder:
         raise ReqatError(f"{path / 'meta.json'}: labels {labels} name a precision twice; {_REMEDY}")
     vocabulary = Vocabulary.from_meta(meta, path)
     about = [(key, _short(value)) for key, value in meta.items() if key not in ("vocabulary", "labels")]
-    traces = _read_traces(path / "traces.parquet")
+    traces = _read_traces(path / TRACES)
     return Folder(path, tuple(labels), vocabulary, meta, traces, tuple(about))
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ReqatError(f"no meta.json in {path.parent}; a folder of traces is what `reqat view` shows")
+        raise ReqatError(f"no {META} in {path.parent}; {_WHENCE}")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -296,8 +308,8 @@ def _short(value: Any) -> str:
 def _read_traces(path: Path) -> dict[int, Trace]:
     import pyarrow.parquet as pq
 
-    with _damage(path, lambda: "somewhere"), open(path, "rb") as file:
-        table = pq.read_table(file)
+    with _damage(path):
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
     _require(path, _TRACE_COLUMNS, table.column_names)
     traces: dict[int, Trace] = {}
     for row in table.select(_TRACE_COLUMNS).to_pylist():

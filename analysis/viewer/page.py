@@ -105,7 +105,10 @@ def build_page(
     groups = _groups(opened, limit, family)
     wanted = {number for numbers in groups.values() for number in numbers}
     seen, used, left_out = _pack(opened, wanted, floor, keep_going, warn)
-    items, traces, blobs, responses = [], [], [], []
+    items: list[dict[str, Any]] = []
+    traces: list[dict[str, Any]] = []
+    blobs: list[str] = []
+    responses: list[str] = []
     for (problem, seed), numbers in groups.items():
         members = sorted((seen[n] for n in numbers if n in seen), key=lambda kept: _place(kept.trace, opened.labels))
         if not members:
@@ -119,7 +122,7 @@ def build_page(
                 "q": first.prompt,
                 "a": first.answer,
                 "t": list(range(len(traces), len(traces) + len(members))),
-                "o": _outcome(members, opened.labels),
+                "o": _outcome(members),
                 "d": _parting(members),
                 "m": round(max(kept.change for kept in members), 4),
             }
@@ -127,8 +130,8 @@ def build_page(
         for kept in members:
             trace = kept.trace
             graded = None if trace.correct is None else int(trace.correct)
-            traces.append({"i": trace.number, "s": trace.source, "c": graded, "e": int(trace.finished)})
-            traces[-1]["n"] = len(kept.token)
+            about = {"i": trace.number, "s": trace.source, "c": graded, "e": int(trace.finished)}
+            traces.append(about | {"n": len(kept.token)})
             blobs.append(kept.blob)
             responses.append(trace.response)
     if not items:
@@ -178,27 +181,23 @@ def _pack(
     seen: dict[int, _Seen] = {}
     used: set[int] = set()
     left_out: list[str] = []
-    try:
-        for trace, tokens in opened.read(wanted):
-            if isinstance(tokens, TraceError):
-                if not keep_going:
-                    raise tokens
-                left_out.append(str(tokens))
-                warn(f"left out: {tokens}")
-                continue
-            data, ids = encode.encode(tokens, opened.labels, width, floor)
-            if len(ids) and int(ids[-1]) >= 1 << (8 * width):
-                raise ReqatError(f"{trace}: token id {ids[-1]} is far beyond the {opened.vocabulary}")
-            used.update(ids.tolist())
-            parts, change = _differences(tokens, opened.labels)
-            seen[trace.number] = _Seen(trace, tokens.token, encode.pack(data), parts, change)
-    except ReqatError as error:
-        if not keep_going or not seen:
-            raise
-        lost = sorted(wanted - set(seen))  # the file ends here; what was whole before is kept
-        if not isinstance(error, TraceError):
-            left_out.append(f"{error}; {len(lost)} traces from {lost[0] if lost else '-'} on are lost")
-            warn(f"left out: {left_out[-1]}")
+
+    def leave_out(error: ReqatError) -> None:
+        left_out.append(str(error))
+        warn(f"left out: {error}")
+
+    for trace, tokens in opened.read(wanted, leave_out if keep_going else None):
+        if isinstance(tokens, TraceError):
+            if not keep_going:
+                raise tokens
+            leave_out(tokens)
+            continue
+        data, ids = encode.encode(tokens, opened.labels, width, floor)
+        if len(ids) and int(ids[-1]) >= 1 << (8 * width):
+            raise ReqatError(f"{trace}: token id {ids[-1]} is far beyond the {opened.vocabulary}")
+        used.update(ids.tolist())
+        parts, change = _differences(tokens, opened.labels)
+        seen[trace.number] = _Seen(trace, tokens.token, encode.pack(data), parts, change)
     return seen, sorted(used), left_out
 
 
@@ -235,10 +234,10 @@ def _parting(members: Sequence[_Seen]) -> int:
     return min(found, default=-1)
 
 
-def _outcome(members: Sequence[_Seen], labels: Sequence[str]) -> str:
+def _outcome(members: Sequence[_Seen]) -> str:
     """In words, as the filter shows it."""
-    graded = [kept.trace.correct for kept in members]
-    if any(right is None for right in graded):
+    graded = [bool(kept.trace.correct) for kept in members]
+    if any(kept.trace.correct is None for kept in members):
         return "not graded"
     if len(members) == 1:
         return "right" if graded[0] else "wrong"
