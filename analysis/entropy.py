@@ -10,13 +10,14 @@ Tokens of one problem are not independent, so every interval is clustered by pro
 * By bin of the reference's entropy, both models on the same tokens: tail-mass ratio, top-1 mismatch, entropy change.
 * By response: accuracy by length, where two samples of one problem part, and what went wrong in those that derailed.
 
-What the paper leaves open: the eps of the tail-mass ratio (here 1e-6, above the rounding of float32 logits), and
-whether the mean of the ratio is arithmetic or geometric. Both are given; the arithmetic one lives off its largest
-values.
+What the paper leaves open: the eps of the tail-mass ratio (here 1e-12, as in SEM; it decides wherever it is no longer
+small against the mass), and whether the mean of the ratio is arithmetic or geometric. Both are given; the arithmetic
+one lives off its largest values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +32,15 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.evaluation.trace_files import TraceFolder
 
-EPS = 1e-6
+EPS = 1e-12
+# Resolution of 1 - p for a float32 p near 1: the least eps where a file has no tail column.
+_EPS_OF_PROBABILITIES = 2.0**-24
 KINDS = ("other", "digit", "operator")
 ERRORS = ("wrong digit", "wrong operator", "dropped step", "loop", "no answer", "other")
+# Below which a token counts as low-entropy: percentiles of the reference's entropy (25: the noise experiment, 75: SEM's
+# tau), and the paper's fixed threshold of entropy-routed decoding.
 LOW_PERCENTILES = (25, 75)
+LOW_NATS = 0.6
 
 _DIGITS = re.compile(r"\d+")
 _OPERATORS = frozenset("+-*/=<>^%\u00d7\u00f7\u2212\u00b7\u2264\u2265\u2260\u00b1") | {
@@ -150,6 +156,15 @@ def kinds_by_bin(folder: TraceFolder, label: str, *, bins: int = 20, source: str
     )
 
 
+def _on_log_scale(means: ClusteredMeans) -> ClusteredMeans:
+    """Means of positive numbers whose interval is symmetric in the logarithm (delta method): its lower end stays above
+    0.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        factor_G = np.exp((means.hi_G - means.value_G) / means.value_G)
+        return dataclasses.replace(means, lo_G=means.value_G / factor_G, hi_G=means.value_G * factor_G)
+
+
 def _edges(entropy_N: NDArray[Any], bin_N: NDArray[np.int64], bins: int) -> dict[str, Any]:
     """Lowest, highest and mean entropy of each bin."""
     order = np.argsort(bin_N, kind="stable")
@@ -183,18 +198,19 @@ def damage_by_bin(
     bin_N = equal_count_bins(entropy, bins)
     problem = _problems(folder)[folder.trace_index[keep]]
     edges = _edges(entropy, bin_N, bins)
+    eps = eps if folder.has_tail else max(eps, _EPS_OF_PROBABILITIES)
     mass_ref = folder.tail(reference)[keep] + eps
     mass_cand = folder.tail(candidate)[keep] + eps
     log_rho = np.log(mass_cand / mass_ref)
     log_mean = clustered_means(log_rho, bin_N, problem, bins)
-    geometric = ClusteredMeans(
-        np.exp(log_mean.value_G), np.exp(log_mean.lo_G), np.exp(log_mean.hi_G), log_mean.n_G, log_mean.clusters_G
+    geometric = dataclasses.replace(
+        log_mean, value_G=np.exp(log_mean.value_G), lo_G=np.exp(log_mean.lo_G), hi_G=np.exp(log_mean.hi_G)
     )
     mismatch = (folder.top1(reference) != folder.top1(candidate))[keep]
     found = {
         "tail ratio (geometric mean)": geometric,
-        "tail ratio (mean)": clustered_means(mass_cand / mass_ref, bin_N, problem, bins),
-        "tail ratio (of means)": clustered_means(mass_cand, bin_N, problem, bins, weights_N=mass_ref),
+        "tail ratio (mean)": _on_log_scale(clustered_means(mass_cand / mass_ref, bin_N, problem, bins)),
+        "tail ratio (of means)": _on_log_scale(clustered_means(mass_cand, bin_N, problem, bins, weights_N=mass_ref)),
         "top-1 mismatch": clustered_means(mismatch, bin_N, problem, bins, proportion=True),
     }
     return pd.concat(
@@ -217,7 +233,7 @@ def entropy_change(
     edges = _edges(before, bin_N, bins)
     found = {
         "change": clustered_means(after - before, bin_N, problem, bins),
-        "normalized": clustered_means(after, bin_N, problem, bins, weights_N=before),
+        "normalized": _on_log_scale(clustered_means(after, bin_N, problem, bins, weights_N=before)),
     }
     return pd.concat(
         [_frame(means, statistic=name, bin=np.arange(bins), **edges) for name, means in found.items()],
@@ -266,12 +282,28 @@ def accuracies(folder: TraceFolder) -> pd.DataFrame:
     return whole.drop(columns=["length_lo", "length_hi"])
 
 
-def entropy_thresholds(folder: TraceFolder, label: str, source: str | None = None) -> dict[int, float]:
-    """The percentiles of ``label``'s entropy below which a token counts as low-entropy, over the tokens of
-    ``source``.
+def low_entropy(folder: TraceFolder, label: str, source: str | None = None) -> pd.DataFrame:
+    """What counts as a low-entropy token: one row a threshold.
+
+    Columns: ``threshold`` (``percentile 25``, ``percentile 75``, ``0.6 nats``), ``nats`` and ``chance``, the share of
+    ``source``'s tokens below it.
     """
     entropy = folder.entropy(label)[_tokens_of(folder, source)]
-    return {p: float(np.percentile(entropy, p)) for p in LOW_PERCENTILES}
+    nats = [*np.percentile(entropy, LOW_PERCENTILES).tolist(), LOW_NATS]
+    names = [*(f"percentile {p}" for p in LOW_PERCENTILES), f"{LOW_NATS} nats"]
+    return pd.DataFrame({"threshold": names, "nats": nats, "chance": [float((entropy < x).mean()) for x in nats]})
+
+
+def _shares_below(
+    entropy_R: NDArray[np.float64], which_R: NDArray[np.bool_], problem_R: NDArray[np.int64], low: pd.DataFrame
+) -> pd.DataFrame:
+    """Share of the rows ``which_R`` whose entropy is known and below each threshold."""
+    group = np.where(which_R & ~np.isnan(entropy_R), 0, -1)
+    frames = [
+        _frame(clustered_means(entropy_R < nats, group, problem_R, 1, proportion=True), threshold=name, chance=chance)
+        for name, nats, chance in low.itertuples(index=False)
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def first_divergences(folder: TraceFolder, reference: str, candidate: str) -> pd.DataFrame:
@@ -279,7 +311,6 @@ def first_divergences(folder: TraceFolder, reference: str, candidate: str) -> pd
 
     Columns: ``problem``, ``seed``, ``trace_reference``, ``trace_candidate`` (indices), ``position`` (of the first
     different token; -1 where there is none), ``entropy`` (the reference's there, NaN where there is none),
-    ``below_25`` and ``below_75`` (of the percentiles of the reference's entropy over its own traces),
     ``correct_reference``, ``correct_candidate``, ``derailed`` (right without quantization, wrong with).
 
     Raises `ReqatError` where the folder has no traces of either, or no pair.
@@ -296,7 +327,6 @@ def first_divergences(folder: TraceFolder, reference: str, candidate: str) -> pd
     if not pairs:
         raise ReqatError(f"{folder.folder}: no problem and seed that both {reference} and {candidate} answered.")
     token, entropy = folder.column("token"), folder.entropy(reference)
-    low = entropy_thresholds(folder, reference, reference)
     out = []
     for pair in pairs:
         a, b = rows[reference][pair], rows[candidate][pair]
@@ -318,7 +348,6 @@ def first_divergences(folder: TraceFolder, reference: str, candidate: str) -> pd
                 "trace_candidate": int(traces["trace"].iloc[b]),
                 "position": at,
                 "entropy": at_entropy,
-                **{f"below_{p}": bool(inside and at_entropy < low[p]) for p in LOW_PERCENTILES},
                 "correct_reference": correct_a,
                 "correct_candidate": correct_b,
                 "derailed": bool(known and correct_a and not correct_b),
@@ -327,24 +356,20 @@ def first_divergences(folder: TraceFolder, reference: str, candidate: str) -> pd
     return pd.DataFrame(out)
 
 
-def divergence_shares(divergences: pd.DataFrame) -> pd.DataFrame:
-    """Share of first divergences at low-entropy tokens, of all pairs that part and of those that derailed.
+def divergence_shares(divergences: pd.DataFrame, low: pd.DataFrame) -> pd.DataFrame:
+    """Share of first divergences at tokens below each threshold of :func:`low_entropy`, of all pairs that part and of
+    those that derailed.
 
-    Columns: ``pairs`` (``all`` or ``derailed``) and ``percentile``; by chance the share would be the percentile.
-    Another row, ``percentile`` 0, is the share of pairs that part at all (or derailed).
+    Columns: ``pairs`` (``all`` or ``derailed``), ``threshold`` and ``chance``. The row with an empty threshold is the
+    share of pairs that part at all (or derailed).
     """
     problem = pd.factorize(divergences["problem"])[0]
     parted = divergences["position"].to_numpy() >= 0
-    derailed = divergences["derailed"].to_numpy() & parted
     frames = []
-    for name, which in (("all", parted), ("derailed", derailed)):
+    for name, which in (("all", parted), ("derailed", divergences["derailed"].to_numpy() & parted)):
         everything = clustered_means(which, np.zeros(len(which), dtype=int), problem, 1, proportion=True)
-        frames.append(_frame(everything, pairs=name, percentile=0))
-        at = which & divergences["entropy"].notna().to_numpy()
-        for p in LOW_PERCENTILES:
-            group = np.where(at, 0, -1)
-            shares = clustered_means(divergences[f"below_{p}"], group, problem, 1, proportion=True)
-            frames.append(_frame(shares, pairs=name, percentile=p))
+        frames.append(_frame(everything, threshold="", chance=np.nan).assign(pairs=name))
+        frames.append(_shares_below(divergences["entropy"].to_numpy(), which, problem, low).assign(pairs=name))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -455,8 +480,10 @@ def first_error(
         answer: the expected answer, to tell a wrong last line from a right one.
         finished: whether the response has its end marker; a loop is looked for in those that have none.
 
-    A repeated step is a ``loop``; steps left out before the one at hand, or at the end, are a ``dropped step``; a
-    wrong sign counts as a ``wrong operator``; any other deviation of a number is a ``wrong digit``.
+    A step that is done again is a ``loop``, and so is a text that repeats itself to its end; steps left out before the
+    one at hand, or at the end, are a ``dropped step``; a wrong sign counts as a ``wrong operator``; any other
+    deviation of a number is a ``wrong digit``. The first wrong token decides: a step with both another operator and
+    another number is a ``wrong operator``.
     """
     found = steps(response)
     done = 0
@@ -473,7 +500,8 @@ def first_error(
         if any(step.pieces == earlier.pieces for earlier in found[:i]):
             return Derailment("loop", step.start)
         if done == len(expected):
-            return Derailment("wrong digit", step.at[3]) if not step.holds else Derailment("other", step.start)
+            again = bool(expected) and step.pieces[1:3] == expected[-1].pieces[1:3]
+            return Derailment("loop" if again else "other", step.start)
         return _deviation(step, found[i + 1] if i + 1 < len(found) else None, expected, done)
     end = found[-1].at[3] + len(found[-1].pieces[3]) if found else 0
     if not finished:
@@ -497,6 +525,10 @@ def _deviation(step: Step, following: Step | None, expected: Sequence[Step], don
     """How a step differs from the one that should stand there."""
     left, op, right, result = step.pieces
     want = expected[done]
+    if (op, right) != want.pieces[1:3] and op != "has" and done:
+        again = (op, right) == expected[done - 1].pieces[1:3] and left == want.pieces[0]
+        if again and following is not None and following.pieces[1:3] == want.pieces[1:3]:
+            return Derailment("loop", step.at[1] if op != want.pieces[1] else step.at[2])
     if (op, right) != want.pieces[1:3] or op == "has":
         for ahead in range(done + 1, min(done + 1 + _DROPPED_AT_MOST, len(expected))):
             later = expected[ahead]
@@ -547,12 +579,10 @@ def derailments(folder: TraceFolder, reference: str, candidate: str) -> pd.DataF
 
     Columns: ``problem``, ``family``, ``seed``, ``trace``, ``error``, ``at`` (in the text), ``position`` (token, -1
     where the text does not tell), ``entropy`` (the reference's at that token, on the candidate's trace: everything
-    before it is right), ``below_25``, ``below_75``, ``solution`` (whether a verified solution was at hand). Empty
-    where there is none.
+    before it is right), ``solution`` (whether a verified solution was at hand). Empty where there is none.
     """
     pairs = first_divergences(folder, reference, candidate)
     entropy, token = folder.entropy(reference), folder.column("token")
-    low = entropy_thresholds(folder, reference, reference)
     row_of = {int(trace): i for i, trace in enumerate(folder.traces["trace"])}
     out = []
     for pair in pairs[pairs["derailed"]].itertuples():
@@ -575,12 +605,11 @@ def derailments(folder: TraceFolder, reference: str, candidate: str) -> pd.DataF
                 "at": error.at,
                 "position": position,
                 "entropy": at_entropy,
-                **{f"below_{p}": bool(position >= 0 and at_entropy < low[p]) for p in LOW_PERCENTILES},
                 "solution": expected is not None,
             }
         )
-    columns = ["problem", "family", "seed", "trace", "error", "at", "position", "entropy", "below_25", "below_75"]
-    return pd.DataFrame(out, columns=[*columns, "solution"])
+    columns = ["problem", "family", "seed", "trace", "error", "at", "position", "entropy", "solution"]
+    return pd.DataFrame(out, columns=columns)
 
 
 def token_at(folder: TraceFolder, ids: NDArray[Any], response: str, at: int) -> int:
@@ -592,10 +621,10 @@ def token_at(folder: TraceFolder, ids: NDArray[Any], response: str, at: int) -> 
     return min(int(np.searchsorted(ends, at, side="right")), len(ids) - 1)
 
 
-def derailment_shares(found: pd.DataFrame) -> pd.DataFrame:
-    """Share of each kind of error, and share of errors that begin at low-entropy tokens.
+def derailment_shares(found: pd.DataFrame, low: pd.DataFrame) -> pd.DataFrame:
+    """Share of each kind of error, and of errors whose token is below each threshold of :func:`low_entropy`.
 
-    Columns: ``statistic`` (``error`` or ``low entropy``) and ``which`` (the kind, or the percentile).
+    Columns: ``statistic`` (``error`` or ``low entropy``), ``which`` (the kind, or the threshold) and ``chance``.
     """
     problem = pd.factorize(found["problem"])[0]
     zero = np.zeros(len(found), dtype=np.int64)
@@ -607,8 +636,6 @@ def derailment_shares(found: pd.DataFrame) -> pd.DataFrame:
         )
         for kind in ERRORS
     ]
-    at = np.where(found["position"].to_numpy() >= 0, 0, -1) if len(found) else zero
-    for p in LOW_PERCENTILES:
-        means = clustered_means(found[f"below_{p}"].to_numpy(), at, problem, 1, proportion=True)
-        frames.append(_frame(means, statistic="low entropy", which=str(p)))
+    below = _shares_below(found["entropy"].to_numpy(dtype=float), np.ones(len(found), dtype=bool), problem, low)
+    frames.append(below.rename(columns={"threshold": "which"}).assign(statistic="low entropy"))
     return pd.concat(frames, ignore_index=True)

@@ -79,10 +79,11 @@ def report(
     }
     if {reference, candidate} <= sources:
         frames["first-divergences"] = entropy.first_divergences(folder, reference, candidate)
-        frames["divergence-shares"] = entropy.divergence_shares(frames["first-divergences"])
+        low = entropy.low_entropy(folder, reference, reference)
+        frames["divergence-shares"] = entropy.divergence_shares(frames["first-divergences"], low)
         frames["derailments"] = entropy.derailments(folder, reference, candidate)
         if len(frames["derailments"]):
-            frames["derailment-shares"] = entropy.derailment_shares(frames["derailments"])
+            frames["derailment-shares"] = entropy.derailment_shares(frames["derailments"], low)
     return Report(reference, candidate, frames, _table(folder, reference, candidate, frames, eps, where))
 
 
@@ -112,20 +113,25 @@ def _rows(
     shares = frames.get("divergence-shares")
     if shares is not None:
         for _, row in shares.iterrows():
-            if row["percentile"] == 0:
+            if not row["threshold"]:
                 yield ("pairs that part" if row["pairs"] == "all" else "pairs that derail"), "", "%", row
             else:
-                words = f"below percentile {row['percentile']}"
-                yield f"first divergence, {row['pairs']} pairs", words, "%", row
+                yield f"first divergence, {row['pairs']} pairs", _below(row["threshold"], row["chance"]), "%", row
     errors = frames.get("derailment-shares")
     if errors is not None:
         for _, row in errors.iterrows():
             if row["statistic"] == "error":
                 yield "first error", row["which"], "%", row
             else:
-                yield "first error, its token", f"below percentile {row['which']}", "%", row
+                yield "first error, its token", _below(row["which"], row["chance"]), "%", row
     for _, row in frames["accuracy-by-length"].iterrows():
         yield f"accuracy, {row['source']}", f"{row['length_lo']} to {row['length_hi']} tokens", "%", row
+
+
+def _below(threshold: str, chance: float) -> str:
+    """A threshold, with the share of tokens below it where the name does not say that."""
+    words = f"below {threshold}"
+    return words if threshold.startswith("percentile") else f"{words} ({percent(chance)}% of tokens)"
 
 
 def _table(
@@ -175,14 +181,14 @@ def _table(
         for which, part in (("Lowest", tokens.head(_NAMED_TOKENS)), ("Highest", tokens.tail(_NAMED_TOKENS)[::-1]))
         if len(part)
     ]
-    thresholds = entropy.entropy_thresholds(folder, reference, where)
+    low = entropy.low_entropy(folder, reference, where)
     notes = [
         f"{len(traces):,} traces ({counts}), {folder.n_tokens:,} tokens, {traces['problem'].nunique():,} problems; "
         f"{int((~traces['finished']).sum()):,} without an end marker (kept), {len(meta.get('left_out', []))} left out.",
         f"Seeds: {', '.join(map(str, meta.get('seeds', []))) or 'none'}. Decoding: {meta.get('decoding', 'none')}. "
         f"Reference: {reference}; candidate: {candidate}.",
-        "Percentiles of the reference's entropy: "
-        + ", ".join(f"{p}% {value:.4g} nats" for p, value in thresholds.items())
+        "Thresholds of the reference's entropy: "
+        + ", ".join(f"{row.threshold} = {row.nats:.4g} nats" for row in low.head(-1).itertuples())
         + f". Tail ratio with eps = {eps:g}.",
         *named,
     ]
@@ -298,19 +304,19 @@ def _errors(found: Report) -> Any:
     left, right = fig.subplots(1, 2)
     shares, errors = found.frames["divergence-shares"], found.frames.get("derailment-shares")
     series = [
-        ("first divergence, all pairs", shares[(shares["pairs"] == "all") & (shares["percentile"] > 0)], style.SKY),
+        ("first divergence, all pairs", shares[(shares["pairs"] == "all") & (shares["threshold"] != "")], style.SKY),
         (
             "first divergence, derailed",
-            shares[(shares["pairs"] == "derailed") & (shares["percentile"] > 0)],
+            shares[(shares["pairs"] == "derailed") & (shares["threshold"] != "")],
             style.BLUE,
         ),
     ]
     if errors is not None:
         series.append(("first error, derailed", errors[errors["statistic"] == "low entropy"], style.VERMILION))
-    ticks = [f"below percentile {p}" for p in entropy.LOW_PERCENTILES]
-    _bars(left, ticks, series)
-    for i, p in enumerate(entropy.LOW_PERCENTILES):
-        left.plot([i - 0.45, i + 0.45], [p, p], color=style.BLACK, linewidth=0.9, linestyle="--")
+    low = shares[(shares["pairs"] == "all") & (shares["threshold"] != "")]
+    _bars(left, [f"below\n{name}" for name in low["threshold"]], series)
+    for i, chance in enumerate(low["chance"]):
+        left.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color=style.BLACK, linewidth=0.9, linestyle="--")
     left.set_ylim(0, 100)
     left.set_ylabel("share, %")
     left.legend(loc="upper left")

@@ -184,7 +184,8 @@ def collect(
         freeze(models[label])
     faults: list[tuple[TraceInfo, str]] = []
     traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
-    asked = [row for row in rows if sample or (sample is None and not row.has_response)]
+    wanted = [row for row in rows if sample or (sample is None and not row.has_response)]
+    asked = list({row.id: row for row in wanted}.values())  # one problem may come with several responses
     for label, model in models.items():
         caption = f"sampling {label}" if progress else False
         traces += _sampled_traces(
@@ -363,10 +364,11 @@ def grade(row: Given, response: str) -> bool | None:
 def _same(said: str, answer: str) -> bool:
     said, answer = said.strip().strip("$").rstrip(".").strip(), answer.strip()
     try:
-        number = _NUMBER.search(said)
-        return number is not None and Decimal(number[0].replace(",", "")) == Decimal(answer.replace(",", ""))
+        wanted = Decimal(answer.replace(",", ""))
     except InvalidOperation:
         return said.casefold() == answer.casefold()
+    number = _NUMBER.search(said)
+    return number is not None and Decimal(number[0].replace(",", "")) == wanted
 
 
 def read_problems(path: Path, n: int | None = None) -> list[Given]:

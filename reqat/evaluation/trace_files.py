@@ -307,7 +307,8 @@ class TraceFolder:
     """A trace folder, read by column.
 
     ``traces`` is the data frame of ``traces.parquet``; ``labels``, ``vocabulary``, ``k`` and ``meta`` are those of
-    ``meta.json``. Arrays over tokens have one order: by trace, then position.
+    ``meta.json``; ``has_tail`` says whether tail masses are stored or follow from ``top_prob``. Arrays over tokens have
+    one order: by trace, then position.
 
     Args:
         folder: what :class:`TraceWriter` wrote, or another program that keeps the contract.
@@ -352,7 +353,7 @@ class TraceFolder:
         except (pa.ArrowException, OSError) as error:
             raise ReqatError(f"{path} is damaged or cut short ({error}); collect the traces again.") from None
         missing = [name for name in token_schema(self.labels).names if name not in self._file.schema_arrow.names]
-        self._has_tail = not any(name.startswith("tail_") for name in missing)
+        self.has_tail = not any(name.startswith("tail_") for name in missing)
         missing = [name for name in missing if not name.startswith("tail_")]
         if missing:
             raise ReqatError(f"{path} lacks the columns {', '.join(missing)}; meta.json says it has {self.labels}.")
@@ -442,7 +443,7 @@ class TraceFolder:
 
     def tail(self, label: str) -> NDArray[np.float64]:
         """1 minus the probability of the most likely token, [N]; from ``top_prob`` where a file has no such column."""
-        if self._has_tail:
+        if self.has_tail:
             return self.column(f"tail_{self._label(label)}").astype(np.float64)
         return np.maximum(1.0 - self._first(f"top_prob_{self._label(label)}").astype(np.float64), 0.0)
 

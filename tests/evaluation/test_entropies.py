@@ -1,0 +1,338 @@
+"""Entropies against float64, and while sampling against teacher forcing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, LogitsProcessorList
+
+from reqat.config.errors import ReqatError
+from reqat.data.tokenizer import build_tokenizer
+from reqat.evaluation import BatchStart, Decoding, generate
+from reqat.evaluation import entropies as module
+from reqat.evaluation.entropies import (
+    EntropyRecorder,
+    ForcedTrace,
+    RecordedTrace,
+    encode_prompt,
+    force_traces,
+    sample_traces,
+    token_statistics,
+    vocabulary_of,
+)
+from reqat.evaluation.trace_files import TraceFolder, TraceInfo, TraceWriter
+from reqat.models import freeze, prepare
+
+EOS = 2
+Tiny = Callable[..., LlamaForCausalLM]
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    prompt: str
+    family: str = "sums"
+    answer: str = "4"
+
+
+TOKENIZER = build_tokenizer(["2 + 2 = 4. So 2 + 1 gives 3, and the answer is 3.\n"])
+QUESTIONS = [Question(f"q{i}", "2 + 2 =\n" if i % 3 else f"{i} + 1 + 1 =\n") for i in range(7)]
+
+
+def reference(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropy, tail mass and probabilities in float64; the tail summed over all but the most likely."""
+    p_NV = logits_NV.double().softmax(dim=-1)
+    entropy_N = torch.special.entr(p_NV).sum(dim=-1)
+    tail_N = p_NV.scatter(1, p_NV.argmax(dim=-1, keepdim=True), 0.0).sum(dim=-1)
+    return entropy_N, tail_N, p_NV
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0, 40.0])
+@pytest.mark.parametrize("size", [3, 41, 3000])
+def test_statistics_equal_float64_in_relative_terms(scale: float, size: int) -> None:
+    torch.manual_seed(size)
+    logits = torch.randn(64, size) * scale
+    found = token_statistics(logits, k=2)
+    entropy, tail, p = reference(logits)
+    # Every term of tail and entropy is positive or summed alike, so relative errors are a few float32 roundings of the
+    # exponents' arguments: 2^-24 of up to 8 * 40, times a factor for the sum.
+    bound = 16 * 2.0**-24 * max(1.0, 8 * scale)
+    torch.testing.assert_close(found.tail_N.double(), tail, rtol=bound, atol=1e-37)
+    torch.testing.assert_close(found.entropy_N.double(), entropy, rtol=bound, atol=1e-37)
+    top = p.topk(2, dim=-1)
+    assert torch.equal(found.top_NK, top.indices)
+    torch.testing.assert_close(found.top_prob_NK.double(), top.values, rtol=bound, atol=1e-37)
+    tokens = torch.randint(size, (64,))
+    expected = p.gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(found.prob(logits, tokens).double(), expected, rtol=bound, atol=1e-37)
+
+
+def test_a_tail_far_below_float32_resolution_of_one_is_kept() -> None:
+    logits = torch.tensor([[30.0, 0.0, 0.0]])
+    found = token_statistics(logits)
+    tail = 2 * math.exp(-30)
+    assert found.tail_N.item() == pytest.approx(tail, rel=1e-5)
+    assert found.entropy_N.item() == pytest.approx(tail * 31, rel=1e-5)  # r + r * 30, to first order in r
+    assert found.top_prob_NK.shape == (1, 3)  # no more than there are
+
+
+def test_forbidden_tokens_are_no_fault_and_broken_rows_are_nan() -> None:
+    inf, nan = torch.inf, torch.nan
+    logits = torch.tensor([[1.0, -inf, 0.0], [nan, 0.0, 0.0], [inf, 0.0, 0.0], [-inf, -inf, -inf], [0.0, 0.0, 0.0]])
+    found = token_statistics(logits).entropy_N
+    assert torch.isnan(found).tolist() == [False, True, True, True, False]
+    expected, _, _ = reference(torch.tensor([[1.0, 0.0]]))
+    assert found[0].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found[4].item() == pytest.approx(math.log(3), rel=1e-6)
+
+
+def forced_by_hand(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Float64 entropy, tail and probability of each token, from one plain forward pass of one response."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    entropy, tail, p = reference(logits)
+    return entropy, tail, p.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("batch_rows", [None, 5, 1])
+def test_recording_changes_no_token_and_records_what_was_seen(
+    tiny: Tiny, prompts: list[list[int]], batch_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SPOOL_STEPS", 3)  # several pieces a batch
+    model = tiny()
+    settings: dict[str, Any] = {
+        "seeds": list(range(len(prompts))),
+        "row_keys": [f"p{i}" for i in range(len(prompts))],
+        "decoding": Decoding(temperature=1.5),
+        "max_new_tokens": 11,
+        "eos_id": EOS,
+        "batch_rows": batch_rows,
+    }
+    plain = generate(model, None, prompts, **settings)
+    seen: dict[int, RecordedTrace] = {}
+    recorder = EntropyRecorder(lambda trace: seen.setdefault(trace.row, trace), k=3)
+    recorded = generate(model, None, prompts, processors=LogitsProcessorList([recorder]), **settings)
+    recorder.close()
+    assert recorded == plain
+    assert {g.finished for g in plain} == {True, False}  # both ways to end
+    assert sorted(seen) == list(range(len(prompts)))
+    for row, generation in enumerate(plain):
+        trace = seen[row]
+        tokens = [*generation.token_ids, *([EOS] if generation.finished else [])]
+        assert trace.tokens.tolist() == tokens and trace.finished == generation.finished
+        entropy, tail, prob = forced_by_hand(model, prompts[row], tokens)
+        # Another order of summation in the model: logits differ by about 1e-6 of their size (up to 30).
+        for found, expected in (
+            (trace.columns.entropy, entropy),
+            (trace.columns.tail, tail),
+            (trace.columns.prob, prob),
+        ):
+            np.testing.assert_allclose(found, expected.numpy(), rtol=3e-4, atol=1e-6)
+        assert trace.columns.top.shape == (len(tokens), 3)
+
+
+def test_recorder_sees_raw_logits_before_later_processors(tiny: Tiny, prompts: list[list[int]]) -> None:
+    class Forbid:
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            scores = scores.clone()
+            scores[:, 10:] = -torch.inf
+            return scores
+
+    seen: list[RecordedTrace] = []
+    recorder = EntropyRecorder(seen.append, k=1)
+    generate(
+        tiny(),
+        None,
+        prompts[:4],
+        seeds=[0] * 4,
+        row_keys=list("abcd"),
+        decoding=Decoding.greedy(),
+        max_new_tokens=5,
+        processors=LogitsProcessorList([recorder, Forbid()]),
+    )
+    recorder.close()
+    assert all((trace.tokens < 10).all() for trace in seen)
+    assert any((trace.columns.top >= 10).any() for trace in seen)
+
+
+def write(folder: Path, labels: list[str], vocabulary: list[str], **options: Any) -> TraceWriter:
+    return TraceWriter(folder, labels, vocabulary, **options)
+
+
+@pytest.mark.parametrize("precision", ["BF16", "NVFP4-W4A4KV4"])
+def test_sampled_and_forced_agree(tiny: Tiny, tmp_path: Path, precision: str) -> None:
+    model = tiny(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id)
+    prepare(model, precision, global_scale="row")
+    freeze(model)
+    vocabulary = vocabulary_of(TOKENIZER, len(TOKENIZER))
+    with write(tmp_path / "sampled", [precision], vocabulary) as writer:
+        n = sample_traces(
+            model,
+            TOKENIZER,
+            QUESTIONS,
+            writer,
+            label=precision,
+            seeds=[3, 4],
+            decoding="sample(temperature=1.0, top_p=1.0)",
+            max_new_tokens=20,
+            verify=lambda problem, response: problem.answer in response,
+            batch_rows=6,
+        )
+    sampled = TraceFolder(tmp_path / "sampled")
+    assert n == 14 and sampled.traces[["problem", "seed"]].drop_duplicates().shape == (14, 2)
+    assert set(sampled.traces["source"]) == {precision}
+    forced_traces = []
+    token = sampled.column("token")
+    for i, row in enumerate(sampled.traces.itertuples()):
+        ids = token[sampled.starts[i] : sampled.starts[i] + sampled.lengths[i]].tolist()
+        assert (ids[-1] == TOKENIZER.eos_token_id) == row.finished
+        info = TraceInfo(
+            row.problem, row.family, row.seed, row.source, row.prompt, row.response, row.answer, row.correct, row.finished
+        )
+        forced_traces.append(ForcedTrace(info, tuple(encode_prompt(TOKENIZER, row.prompt)), tuple(ids)))
+    with write(tmp_path / "forced", [precision], vocabulary) as writer:
+        force_traces({precision: model}, forced_traces, writer, batch_tokens=90)
+    forced = TraceFolder(tmp_path / "forced")
+    assert forced.traces.equals(sampled.traces)
+    assert (forced.column("token") == token).all()
+    for name in ("entropy", "prob", "tail"):
+        a, b = sampled.column(f"{name}_{precision}"), forced.column(f"{name}_{precision}")
+        if precision == "BF16":
+            np.testing.assert_allclose(a, b, rtol=3e-4, atol=1e-6)
+        else:
+            # A last bit may fall on the other side of a rounding to four bits and move everything after it a little.
+            assert np.mean(np.abs(a - b) <= 3e-4 * np.abs(b) + 1e-6) > 0.9
+
+
+def trace_of(tokens: list[int], prompt: tuple[int, ...] = (1, 5), problem: str = "p", **options: Any) -> ForcedTrace:
+    info = TraceInfo(problem, "f", 0, "given", "prompt", "response", "", None, False)
+    return ForcedTrace(info, prompt, tuple(tokens), **options)
+
+
+WORDS = [f"<{i}>" for i in range(41)]
+
+
+def test_forcing_two_models_keeps_order_and_whole_distributions_where_asked(tiny: Tiny, tmp_path: Path) -> None:
+    a, b = tiny(), tiny()
+    with torch.no_grad():
+        b.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    a.train()
+    rng = np.random.default_rng(0)
+    traces = [
+        trace_of(rng.integers(3, 41, size=size).tolist(), tuple(range(1, 2 + size % 4)), f"p{i}", logprobs_at=at)
+        for i, (size, at) in enumerate([(5, (0, 4)), (30, ()), (1, ()), (12, (7,)), (30, ())])
+    ]
+    with write(tmp_path, ["A", "B"], WORDS, logprobs=True, group_tokens=20) as writer:
+        assert force_traces({"A": a, "B": b}, iter(traces), writer, batch_tokens=40) == 5
+    assert a.training and not b.training
+    folder = TraceFolder(tmp_path)
+    assert folder.traces["problem"].tolist() == [f"p{i}" for i in range(5)]
+    a.eval()
+    for label, model in (("A", a), ("B", b)):
+        for i, trace in enumerate(traces):
+            where = slice(folder.starts[i], folder.starts[i] + folder.lengths[i])
+            entropy, _, prob = forced_by_hand(model, list(trace.prompt_ids), list(trace.response_ids))
+            np.testing.assert_allclose(folder.entropy(label)[where], entropy.numpy(), rtol=3e-4, atol=1e-6)
+            np.testing.assert_allclose(folder.column(f"prob_{label}")[where], prob.numpy(), rtol=3e-4, atol=1e-6)
+        import pyarrow.parquet as pq
+
+        kept = pq.read_table(tmp_path / "tokens.parquet", columns=[f"logprobs_{label}"])[0].to_pylist()
+        assert [n for n, row in enumerate(kept) if row is not None] == [0, 4, 36 + 7]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*traces[3].prompt_ids, *traces[3].response_ids]])).logits[0, len(traces[3].prompt_ids) + 6]
+        np.testing.assert_allclose(kept[43], logits.log_softmax(-1).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("trace", "says"),
+    [
+        (trace_of([], problem="nothing"), "trace of problem 'nothing', seed 0, source 'given' is empty"),
+        (trace_of([3, 99], problem="x"), "unknown token id 99 at position 1"),
+        (trace_of([3, -1]), "unknown token id -1 at position 1"),
+        (trace_of([3], prompt=()), "its prompt has no token"),
+        (trace_of([3], prompt=(77,)), "unknown token id 77"),
+        (trace_of([3] * 120), "but A has 96 positions"),
+        (trace_of([3], logprobs_at=(1,)), "no position 1 in a response of 1 tokens"),
+    ],
+)
+def test_a_faulty_trace_is_named_and_costs_no_other(tiny: Tiny, tmp_path: Path, trace: ForcedTrace, says: str) -> None:
+    model, good = tiny(), [trace_of([4, 5, 6], problem="first"), trace_of([7], problem="last")]
+    with pytest.raises(ReqatError, match=says), write(tmp_path / "strict", ["A"], WORDS) as writer:
+        force_traces({"A": model}, [good[0], trace, good[1]], writer)
+    assert not list((tmp_path / "strict").iterdir())
+    with write(tmp_path / "lenient", ["A"], WORDS) as writer:
+        force_traces({"A": model}, [good[0], trace, good[1]], writer, skip_bad=True)
+    folder = TraceFolder(tmp_path / "lenient")
+    assert folder.traces["problem"].tolist() == ["first", "last"]
+    assert [entry["problem"] for entry in folder.meta["left_out"]] == [trace.info.problem]
+    assert says in folder.meta["left_out"][0]["reason"]
+
+
+def poisoned(model: LlamaForCausalLM, token: int) -> LlamaForCausalLM:
+    """A model that breaks down once it reads ``token``."""
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = torch.nan
+    return model
+
+
+def test_a_distribution_of_nan_is_named_and_costs_no_other(tiny: Tiny, tmp_path: Path) -> None:
+    model = poisoned(tiny(), 9)
+    traces = [trace_of([4, 5], problem="good"), trace_of([4, 9, 5], problem="bad"), trace_of([9], problem="last only")]
+    with (
+        pytest.raises(ReqatError, match="problem 'bad'.*distribution of A at position 2 is not finite"),
+        write(tmp_path / "strict", ["A"], WORDS) as writer,
+    ):
+        force_traces({"A": model}, traces, writer)
+    with write(tmp_path / "lenient", ["A"], WORDS) as writer:
+        force_traces({"A": model}, traces, writer, skip_bad=True)
+    # A last token is taken, and read by nobody.
+    assert TraceFolder(tmp_path / "lenient").traces["problem"].tolist() == ["good", "last only"]
+
+
+def test_nan_while_sampling_names_the_trace(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id)
+    poisoned(model, TOKENIZER.get_vocab()[" 1"])
+    questions = [Question("fine", "2 + 2 =\n"), Question("bad", "2 + 1 =\n")]
+    vocabulary = vocabulary_of(TOKENIZER, len(TOKENIZER))
+    settings: dict[str, Any] = {"seeds": [0], "decoding": "greedy", "max_new_tokens": 4, "verify": lambda *_: None}
+    says = "trace of problem 'bad', seed 0, source 'A': the distribution at position 0"
+    with pytest.raises(ReqatError, match=says), write(tmp_path, ["A"], vocabulary) as writer:
+        sample_traces(model, TOKENIZER, questions, writer, label="A", **settings)
+
+
+def test_rows_that_had_finished_survive_a_batch_that_breaks_off() -> None:
+    seen: list[RecordedTrace] = []
+    recorder = EntropyRecorder(seen.append, k=2)
+    ids = torch.ones(2, 1, dtype=torch.int64)
+    recorder.begin_batch(BatchStart(ids, ids.bool(), (7, 3), 9, eos_ids=(EOS,)))
+    recorder(ids, torch.randn(2, 5))
+    recorder.take_tokens(torch.tensor([EOS, 4]))
+    broken = torch.randn(2, 5)
+    broken[0] = torch.nan  # that row is over: what follows its end is of no interest
+    recorder(ids, broken)
+    recorder.take_tokens(torch.tensor([EOS, 1]))
+    broken[1] = torch.nan
+    with pytest.raises(ReqatError, match="row 3: the distribution at position 2 is not finite"):
+        recorder(ids, broken)
+    recorder.close(only_finished=True)
+    assert [(trace.row, trace.tokens.tolist(), trace.finished) for trace in seen] == [(7, [EOS], True)]
+
+
+def test_labels_of_models_and_writer_must_match(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ReqatError, match="models for B, but the writer is for A"), write(tmp_path, ["A"], WORDS) as w:
+        force_traces({"B": tiny()}, [trace_of([3])], w)
+
+
+def test_vocabulary_reads_as_text_and_pads_to_the_models_width() -> None:
+    vocabulary = vocabulary_of(TOKENIZER, len(TOKENIZER) + 2)
+    assert len(vocabulary) == len(TOKENIZER) + 2
+    ids = TOKENIZER("2 + 1 gives 3")["input_ids"]
+    assert "".join(vocabulary[i] for i in ids) == "2 + 1 gives 3"

@@ -1,0 +1,206 @@
+"""Trace folders: what is written is what is read, and what is damaged is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reqat.config.errors import ReqatError
+from reqat.evaluation.trace_files import META, TOKENS, TRACES, TokenColumns, TraceFolder, TraceInfo, TraceWriter
+
+WORDS = [f"w{i}" for i in range(20)]
+
+
+def info(i: int, **changes: Any) -> TraceInfo:
+    given = {
+        "problem": f"p{i // 2}",
+        "family": "f",
+        "seed": i,
+        "source": "A" if i % 2 else "B",
+        "prompt": "what?",
+        "response": f"text {i}",
+        "answer": "4",
+        "correct": [True, False, None][i % 3],
+        "finished": i != 1,
+    }
+    return TraceInfo(**{**given, **changes})
+
+
+def columns(n: int, k: int = 3, seed: int = 0) -> TokenColumns:
+    rng = np.random.default_rng(seed)
+    entropy, tail, prob = rng.random((3, n)).astype(np.float32)
+    return TokenColumns(entropy, tail, prob, rng.integers(0, 20, (n, k)).astype(np.int32), rng.random((n, k)).astype(np.float32))
+
+
+def write(folder: Path, lengths: list[int], **options: Any) -> list[dict[str, TokenColumns]]:
+    written = []
+    with TraceWriter(folder, ["A", "B"], WORDS, k=3, **options) as writer:
+        for i, n in enumerate(lengths):
+            found = {"A": columns(n, seed=i), "B": columns(n, seed=100 + i)}
+            writer.add(info(i), np.arange(n) % 20, found)
+            written.append(found)
+    return written
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    lengths = [4, 1, 30, 7]
+    written = write(tmp_path, lengths, group_tokens=5, metadata={"decoding": "greedy"})
+    folder = TraceFolder(tmp_path)
+    assert folder.labels == ("A", "B") and folder.k == 3 and folder.vocabulary == WORDS
+    assert folder.meta["n"] == 4 and folder.meta["tokens"] == 42 and folder.meta["decoding"] == "greedy"
+    assert folder.traces["tokens"].tolist() == lengths and folder.traces["trace"].tolist() == [0, 1, 2, 3]
+    assert folder.traces["correct"].tolist() == [True, False, None, True]
+    assert folder.traces["finished"].tolist() == [True, False, True, True]
+    assert folder.trace_index.tolist() == np.repeat(range(4), lengths).tolist()
+    for label in ("A", "B"):
+        parts = [w[label] for w in written]
+        assert (folder.entropy(label) == np.concatenate([p.entropy for p in parts])).all()
+        assert (folder.tail(label) == np.concatenate([p.tail for p in parts])).all()
+        assert (folder.column(f"prob_{label}") == np.concatenate([p.prob for p in parts])).all()
+        assert (folder.top1(label) == np.concatenate([p.top[:, 0] for p in parts])).all()
+    assert pq.ParquetFile(tmp_path / TOKENS).num_row_groups == 3  # 5 and 30 tokens, and the rest
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([META, TOKENS, TRACES])
+
+
+def test_the_columns_are_those_of_the_contract(tmp_path: Path) -> None:
+    write(tmp_path, [2])
+    found = pq.read_schema(tmp_path / TOKENS)
+    assert found.names[:7] == ["trace", "position", "token", "entropy_A", "prob_A", "top_A", "top_prob_A"]
+    assert found.field("top_A").type == pa.list_(pa.int32()) and found.field("entropy_A").type == pa.float32()
+    assert found.field("trace").type == found.field("position").type == found.field("token").type == pa.int32()
+
+
+def test_without_tails_they_follow_from_the_probabilities(tmp_path: Path) -> None:
+    written = write(tmp_path, [6])
+    table = pq.read_table(tmp_path / TOKENS)
+    pq.write_table(table.drop_columns(["tail_A", "tail_B"]), tmp_path / TOKENS)
+    folder = TraceFolder(tmp_path)
+    assert not folder.has_tail
+    assert (folder.tail("A") == 1 - written[0]["A"].top_prob[:, 0].astype(np.float64)).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "change", "says"),
+    [
+        ([], {}, "trace of problem 'p0', seed 0, source 'B' is empty"),
+        ([3, 20], {}, "unknown token id 20 at position 1; the vocabulary has 20 tokens"),
+        ([3, 4], {"entropy": np.array([0.1, np.nan], dtype=np.float32)}, "distribution of A at position 1 is not finite"),
+        ([3, 4, 5], {}, "2 statistics of A for 3 tokens"),
+    ],
+)
+def test_a_faulty_trace_is_refused_and_the_others_stay(
+    tmp_path: Path, tokens: list[int], change: dict[str, Any], says: str
+) -> None:
+    with TraceWriter(tmp_path, ["A"], WORDS, k=3) as writer:
+        writer.add(info(7), [1, 2], {"A": columns(2)})
+        bad = columns(2)
+        vars(bad).update(change)
+        with pytest.raises(ReqatError, match=says):
+            writer.add(info(0), tokens, {"A": bad})
+        with pytest.raises(ReqatError, match="no statistics of A"):
+            writer.add(info(0), [1, 2], {"C": columns(2)})
+        writer.add(info(9), [1, 2], {"A": columns(2)})
+    assert TraceFolder(tmp_path).traces["seed"].tolist() == [7, 9]
+
+
+def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), TraceWriter(tmp_path, ["A"], WORDS) as writer:
+        writer.add(info(0), [1, 2], {"A": columns(2)})
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ReqatError, match="no traces to write"), TraceWriter(tmp_path, ["A"], WORDS):
+        pass
+    with pytest.raises(ReqatError, match="different labels"):
+        TraceWriter(tmp_path, ["A", "A"], WORDS)
+
+
+def test_a_new_run_makes_the_old_folder_unwhole_until_it_ends(tmp_path: Path) -> None:
+    write(tmp_path, [2])
+    writer = TraceWriter(tmp_path, ["A"], WORDS)
+    with pytest.raises(FileNotFoundError, match="meta.json is not there"):
+        TraceFolder(tmp_path)
+    writer.abort()
+
+
+def damage(folder: Path, group: int) -> None:
+    """Flip a byte in the middle of a row group's first entropies."""
+    found = pq.ParquetFile(folder / TOKENS).metadata.row_group(group).column(3)
+    data = bytearray((folder / TOKENS).read_bytes())
+    data[found.data_page_offset + found.total_compressed_size // 2] ^= 0x55
+    (folder / TOKENS).write_bytes(data)
+
+
+def test_a_damaged_row_group_costs_its_traces_and_names_them(tmp_path: Path) -> None:
+    written = write(tmp_path, [40, 40, 40, 40, 40], group_tokens=80)
+    damage(tmp_path, 1)
+    with pytest.raises(ReqatError, match=r"tokens.parquet: row group 1 \(traces 2 to 3: trace 2 of problem 'p1', seed 2"):
+        TraceFolder(tmp_path)
+    folder = TraceFolder(tmp_path, lost="skip")
+    assert folder.skipped == [2, 3] and folder.traces["trace"].tolist() == [0, 1, 4]
+    expected = np.concatenate([written[i]["B"].entropy for i in (0, 1, 4)])
+    assert (folder.entropy("B") == expected).all() and folder.n_tokens == 120
+
+
+@pytest.mark.parametrize("name", [TOKENS, TRACES])
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, name: str, how: str) -> None:
+    write(tmp_path, [5, 5])
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"hello" * 100}[how])
+    with pytest.raises(ReqatError, match=f"{name} is damaged or cut short"):
+        TraceFolder(tmp_path)
+
+
+def rewritten(folder: Path, name: str, change: Any) -> None:
+    table = pq.read_table(folder / name)
+    pq.write_table(change(table), folder / name)
+
+
+def test_nan_in_a_file_names_trace_and_position(tmp_path: Path) -> None:
+    write(tmp_path, [3, 3])
+
+    def spoil(table: pa.Table) -> pa.Table:
+        values = table["entropy_B"].to_numpy().copy()
+        values[4] = np.nan
+        return table.set_column(table.schema.get_field_index("entropy_B"), "entropy_B", pa.array(values))
+
+    rewritten(tmp_path, TOKENS, spoil)
+    folder = TraceFolder(tmp_path)
+    assert len(folder.entropy("A")) == 6  # the other columns are read all the same
+    with pytest.raises(ReqatError, match="entropy_B is nan in trace 1 of problem 'p0', seed 1, source 'A' at position 1"):
+        folder.entropy("B")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        (TOKENS, lambda t: t.slice(0, 5), "trace 1 of problem 'p0', seed 1, source 'A' has 2 tokens, traces.parquet says 3"),
+        (TOKENS, lambda t: t.slice(0, 3), "no tokens of trace 1 of problem 'p0'"),
+        (TOKENS, lambda t: t.take([1, 0, 2, 3, 4, 5]), "positions within a trace do not count up"),
+        (TOKENS, lambda t: t.drop_columns(["prob_A"]), "lacks the columns prob_A"),
+        (TRACES, lambda t: t.drop_columns(["seed"]), "lacks the columns seed"),
+    ],
+)
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, name: str, change: Any, says: str) -> None:
+    write(tmp_path, [3, 3])
+    rewritten(tmp_path, name, change)
+    with pytest.raises(ReqatError, match=says):
+        TraceFolder(tmp_path)
+
+
+def test_unknown_names_are_answered_with_known_ones(tmp_path: Path) -> None:
+    write(tmp_path, [3])
+    folder = TraceFolder(tmp_path)
+    with pytest.raises(ReqatError, match="unknown precision label 'C'.*Known: A, B"):
+        folder.entropy("C")
+    with pytest.raises(ReqatError, match="unknown column 'entropies_A'. Did you mean 'entropy_A'"):
+        folder.column("entropies_A")
+    (tmp_path / META).write_text(json.dumps({"labels": ["A"]}))
+    with pytest.raises(ReqatError, match="meta.json is damaged"):
+        TraceFolder(tmp_path)
