@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
-    from reqat.models import freeze, load_model, pack, prepare
+    from reqat.models import calibrate_static, freeze, load_model, pack, prepare
     from reqat.quant.precision import Precision
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "Precision",
     "QuantizedTensor",
     "__version__",
+    "calibrate_static",
     "freeze",
     "get_format",
     "load_model",
@@ -38,6 +39,7 @@ _HOMES = {
     "quantize": "reqat.formats",
     "quantize_dequantize": "reqat.formats",
     "Precision": "reqat.quant.precision",
+    "calibrate_static": "reqat.models",
     "freeze": "reqat.models",
     "load_model": "reqat.models",
     "pack": "reqat.models",
