@@ -106,6 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
     import reqat.cli.bench
     import reqat.cli.entropy
     import reqat.cli.inspect
+    import reqat.cli.intervene
+    import reqat.cli.reset
     import reqat.cli.results
     import reqat.cli.run
     import reqat.cli.view  # noqa: F401  (they register their verbs)

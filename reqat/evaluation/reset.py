@@ -79,14 +79,16 @@ STEP_ENDS: Final[Mapping[str, StepEnds]] = {
 def entropy_nats(logits_BV: Tensor) -> Tensor:
     """Shannon entropy of ``softmax(logits)`` over the vocabulary, float32 [B]; -inf is a token of probability 0.
 
-    NaN where a row holds NaN, +inf or nothing but -inf. ``H = log Z - sum(p * z)`` over logits less their largest: one
-    exponential an element, and no logarithm.
+    NaN where a row holds NaN, +inf or nothing but -inf. The largest logit is taken off and left out of the sums, so
+    that sure rows keep their order far below the rounding of 1: ``H = log1p(r) - sum(e^z * z) / (1 + r)``, ``r`` the
+    sum of the other ``e^z``.
     """
     shifted_BV = logits_BV.float()
-    shifted_BV = (shifted_BV - shifted_BV.amax(dim=-1, keepdim=True)).clamp_(min=_LOWEST)
-    weights_BV = shifted_BV.exp()
-    total_B = weights_BV.sum(dim=-1)
-    return (total_B.log() - torch.linalg.vecdot(weights_BV, shifted_BV) / total_B).clamp_(min=0)
+    best_B1, where_B1 = shifted_BV.max(dim=-1, keepdim=True)
+    shifted_BV = (shifted_BV - best_B1).clamp_(min=_LOWEST)
+    weights_BV = shifted_BV.exp().scatter_(-1, where_B1, 0.0)
+    others_B = weights_BV.sum(dim=-1)
+    return others_B.log1p() - torch.linalg.vecdot(weights_BV, shifted_BV) / (1 + others_B)
 
 
 class ReSET(LogitsProcessor):
@@ -200,7 +202,7 @@ def _tables(tokenizer: PreTrainedTokenizerBase, ends: StepEnds) -> tuple[Tensor,
     return torch.tensor(holds), torch.tensor([text == ends.doubled for text in texts])
 
 
-class EntropyRecorder:
+class EntropyLog:
     """A logits processor that changes nothing and keeps every row's token entropies, whatever batches it comes in."""
 
     def __init__(self) -> None:
@@ -287,7 +289,7 @@ def fit_tau0(
 
     if not 0 < quantile < 1:
         raise ValueError(f"quantile={quantile} must lie between 0 and 1; ReSET's is 0.8")
-    recorder = EntropyRecorder()
+    recorder = EntropyLog()
     outcomes = evaluate(
         model,
         tokenizer,

@@ -18,7 +18,7 @@ from reqat.evaluation import Decoding, generate
 from reqat.evaluation.decoding import ReSETRule
 from reqat.evaluation.reset import (
     STEP_ENDS,
-    EntropyRecorder,
+    EntropyLog,
     ReSET,
     StepEnds,
     collect_rows,
@@ -211,6 +211,10 @@ def test_entropy(vocabulary: int) -> None:
     p_BV = masked_BV.double().softmax(-1)
     assert (entropy_nats(masked_BV) + torch.special.xlogy(p_BV, p_BV).sum(-1)).abs().max() < bound
     assert (entropy_nats(logits_BV) >= 0).all()
+    # A sure row: float64 needs the same care, log(1 + r) + r * gap / (1 + r) for one other token.
+    gap, r = 30.0, float(np.exp(-30.0))
+    exact = np.log1p(r) + r * gap / (1 + r)
+    assert float(entropy_nats(torch.tensor([[gap, 0.0]]))[0]) == pytest.approx(exact, rel=2.0**-20)
     assert entropy_nats(torch.zeros(1, vocabulary))[0] == pytest.approx(np.log(vocabulary), abs=bound)
     assert entropy_nats(torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])).isnan().all()
 
@@ -319,7 +323,7 @@ def test_in_transformers_generation(tiny: Tiny, prompts: list[list[int]]) -> Non
 
 
 def test_recorder_keeps_each_row_apart(tiny: Tiny, prompts: list[list[int]]) -> None:
-    model, recorder = tiny(), EntropyRecorder()
+    model, recorder = tiny(), EntropyLog()
     out = generate(
         model,
         None,
@@ -352,7 +356,7 @@ def test_fit_tau0(tiny: Tiny) -> None:
     fit = fit_tau0(model, tokenizer, asked, **settings)
     assert fit.n_problems == 5 and fit.n_seeds == 2 and fit.lo <= fit.value <= fit.hi
     assert fit_tau0(model, tokenizer, asked, batch_rows=3, **settings).value == pytest.approx(fit.value, rel=1e-5)
-    recorder = EntropyRecorder()
+    recorder = EntropyLog()
     bos = tokenizer.bos_token_id
     out = generate(
         model,

@@ -1,0 +1,293 @@
+"""Verbs that intervene in decoding: `route` (who chooses sure and unsure tokens), `noise` (what noise does to either).
+
+Each grades several conditions on the same problems and seeds, and writes a folder: `CONDITION.parquet` with the
+outcomes, `summary.json` with accuracies, intervals and paired differences from the first condition, and a record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+import reqat
+from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.precision import PrecisionSpec, family
+from reqat.records import record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from reqat.evaluation import Outcomes
+    from reqat.evaluation.interventions import Intervened
+    from reqat.tasks import Problem
+
+Threads = Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")]
+Problems = Annotated[int, typer.Option("--n", min=1, help="Problems of the tier's evaluation split.")]
+Seeds = Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Held = Annotated[int, typer.Option("--held-out", min=1, help="Validation problems that percentiles are measured on.")]
+Policy = Annotated[str, typer.Option(help="Decoding: greedy, sample(...) or reset(...).")]
+T = TypeVar("T", int, float)
+SAMPLE = "sample(temperature=0.6, top_p=0.95)"
+
+
+@dataclass(frozen=True)
+class Task:
+    """The problems of a tier, and how long a response may be."""
+
+    families: dict[str, dict[str, Any]]
+    split: str
+    seed: int
+    max_new_tokens: int
+    batch_rows: int
+
+    @classmethod
+    def of_tier(cls, tier: str) -> Task:
+        """Those that the tier grades its own models on."""
+        given = session.plan(tier).tier
+        how = given.evaluation
+        families = how.families if how.families is not None else given.data.families
+        return cls(
+            dict(sorted(families.items())),
+            how.split,
+            how.problem_seed,
+            how.decoding.max_new_tokens,
+            how.decoding.batch_rows,
+        )
+
+    def problems(self, n: int, split: str | None = None) -> list[Problem]:
+        """The first `n` problems of the split (default: the one that is graded)."""
+        from reqat.tasks import problems
+
+        return problems(self.families, split or self.split, n, self.seed)
+
+    def options(self, seeds: Sequence[int], decoding: str, quiet: bool, caption: str) -> dict[str, Any]:
+        """What `evaluate` is told, besides models and problems."""
+        from reqat.evaluation import Decoding
+
+        policy = Decoding.parse(decoding)
+        return {
+            "seeds": policy.effective_seeds(seeds),
+            "decoding": policy,
+            "max_new_tokens": self.max_new_tokens,
+            "batch_rows": self.batch_rows,
+            "progress": False if quiet else caption,
+        }
+
+
+def load(folder: str, precision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model at a precision, weights quantized once, with its tokenizer. NVFP4 has one global scale a row."""
+    from reqat.models import freeze, load_model, load_tokenizer, prepare
+
+    family(precision)  # says what is wrong in one line
+    spec = PrecisionSpec(name=precision)
+    model = load_model(folder)
+    prepare(model, spec.name, **spec.options())
+    return freeze(model), load_tokenizer(folder)
+
+
+def numbers(text: str, option: str, kind: type[T]) -> list[T]:
+    """Numbers between commas, each once. Raises `ReqatError` naming the option."""
+    try:
+        found = [kind(part) for part in text.split(",")]  # type: ignore[call-arg]
+    except ValueError:
+        raise ReqatError(f"{option} {text!r}: write {'whole ' * (kind is int)}numbers with commas, 0,1,2.") from None
+    if len(set(found)) != len(found):
+        raise ReqatError(f"{option} {text!r}: a number stands twice.")
+    return found
+
+
+def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
+    """Refuse two models whose ids mean different tokens. Raises `ReqatError` naming the first one."""
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if different:
+        token = different[0]
+        raise ReqatError(
+            f"the models have different tokenizers: {token!r} is id {ours.get(token)} in the reference and "
+            f"{theirs.get(token)} in the candidate ({len(different)} tokens differ). Take models of one tokenizer."
+        )
+
+
+def weights(folder: str) -> dict[str, str]:
+    """sha256 of a model's weight files, by name; empty for a model out of a package."""
+    return {path.name: record.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+@contextlib.contextmanager
+def writing(
+    kind: str, out: Path, settings: dict[str, Any], models: dict[str, str], seeds: Sequence[int]
+) -> Iterator[Any]:
+    """A job with a record whose inputs are `models` (role -> folder); `add(name, outcomes, ...)` takes conditions."""
+    root = Path(reqat.__file__).parents[1]
+    partial = out.with_name(f".{out.name}.partial")
+    with record.job(kind, out.name, settings, root=root, out=out, partial=partial) as job:
+        job.inputs = {role: {"id": Path(folder).name, "weights": weights(folder)} for role, folder in models.items()}
+        job.seeds = list(seeds)
+        conditions = Conditions(partial)
+        yield conditions
+        job.metrics = {"conditions": conditions.rows}
+        (partial / "summary.json").write_text(json.dumps(conditions.rows, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {out}")
+
+
+class Conditions:
+    """Graded conditions, each printed and written when it is there, and compared with the first."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows: list[dict[str, Any]] = []
+        self._first: Outcomes | None = None
+
+    def add(self, name: str, outcomes: Outcomes, **more: Any) -> None:
+        """One condition; `more` goes into its row."""
+        from reqat.evaluation import accuracy, paired
+
+        outcomes.to_parquet(self.folder / f"{name}.parquet")
+        found = accuracy(outcomes)
+        row = {
+            "condition": name,
+            **{key: outcomes.metadata[key] for key in ("decoding", "intervention") if key in outcomes.metadata},
+            "accuracy": found.value,
+            "lo": found.lo,
+            "hi": found.hi,
+            "problems": found.n_problems,
+            "seeds": found.n_seeds,
+            "unfinished": found.n_unfinished,
+            "mean_tokens": float(outcomes.n_tokens.mean()),
+            **more,
+        }
+        said = f"{name}: {found}"
+        if self._first is None:
+            self._first = outcomes
+        elif outcomes.seeds == self._first.seeds:
+            d = paired(outcomes, self._first)
+            row |= {"difference": d.value, "difference_lo": d.lo, "difference_hi": d.hi, "p": d.p}
+            said += f", {100 * d.value:+.1f} [{100 * d.lo:+.1f}, {100 * d.hi:+.1f}] from {self.rows[0]['condition']}"
+        self.rows.append(row)
+        print(said, flush=True)
+
+    def add_intervened(self, name: str, found: Intervened) -> None:
+        """One condition with what the intervention touched."""
+        self.add(name, found.outcomes, touched=found.touched, low=found.low)
+
+
+def nats(text: str, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool) -> float:
+    """A threshold: nats as they are, or `p75`, the percentile of the model's entropies on held-out problems."""
+    percentile = text.startswith("p")
+    try:
+        value = float(text.removeprefix("p"))
+    except ValueError:
+        raise ReqatError(f"threshold {text!r}: write nats (0.6) or a percentile (p75).") from None
+    if not percentile:
+        return value
+    if not 0 < value < 100:
+        raise ReqatError(f"threshold {text!r}: a percentile lies between p0 and p100.")
+    from reqat.evaluation.reset import fit_tau0
+
+    options = task.options([0], SAMPLE, quiet, "measuring entropies")
+    found = fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=value / 100, **options)
+    print(f"threshold {text}: {found}", flush=True)
+    return found.value
+
+
+@app.command()
+def route(
+    reference: Annotated[str, typer.Option(help="Folder of the model whose entropy decides.")],
+    out: Out,
+    candidate: Annotated[str | None, typer.Option(help="Folder of the other model (default: the same).")] = None,
+    candidate_precision: Annotated[str, typer.Option(help="The candidate's precision.")] = "NVFP4-W4A4KV4",
+    reference_precision: Annotated[str, typer.Option(help="The reference's precision.")] = "BF16",
+    threshold: Annotated[str, typer.Option(help="In nats, or p75: a percentile of the reference's entropies.")] = "0.6",
+    policy: Annotated[list[str] | None, typer.Option(help="A policy's name (default: all four).")] = None,
+    tier: Tier = "laptop",
+    problems: Problems = 200,
+    seeds: Seeds = "0",
+    decoding: Policy = SAMPLE,
+    held_out: Held = 20,
+    quiet: Quiet = False,
+    threads: Threads = 1,
+) -> None:
+    """Entropy-routed decoding: sure tokens from one model, unsure ones from the other; four policies, graded."""
+    task = Task.of_tier(tier)
+    start_computing(threads)
+    from reqat.evaluation.interventions import evaluate_routed, policies
+
+    used = numbers(seeds, "--seeds", int)
+    names = policy or list(policies(0.0))
+    for name in names:
+        if name not in policies(0.0):
+            raise unknown("policy", name, policies(0.0))
+    other = candidate or reference
+    first, tokenizer = load(reference, reference_precision)
+    second, their_tokenizer = load(other, candidate_precision)
+    same_tokens(tokenizer, their_tokenizer)
+    value = nats(threshold, first, tokenizer, task, held_out, quiet)
+    settings = {
+        "reference": reference, "candidate": other, "reference_precision": reference_precision,
+        "candidate_precision": candidate_precision,
+        "threshold": threshold, "threshold_nats": value, "policies": names, "tier": tier, "problems": problems,
+        "decoding": decoding, "held_out": held_out,
+    }  # fmt: skip
+    asked, given = task.problems(problems), policies(value)
+    with writing("route", out, settings, {"reference": reference, "candidate": other}, used) as conditions:
+        for name in names:
+            options = task.options(used, decoding, quiet, name)
+            conditions.add_intervened(name, evaluate_routed(first, second, tokenizer, asked, given[name], **options))
+
+
+@app.command()
+def noise(
+    model: Annotated[str, typer.Option(help="The model's folder.")],
+    out: Out,
+    sigmas: Annotated[str, typer.Option(help="Relative sizes of the noise, 0.1,0.3.")],
+    precision: Annotated[str, typer.Option(help="The model's precision.")] = "BF16",
+    share: Annotated[float, typer.Option(help="Share of the decisions that meet noise, at either end.")] = 0.25,
+    by: Annotated[
+        str, typer.Option(help="batch: the share of each step's batch; percentile: a threshold measured beforehand.")
+    ] = "batch",
+    tier: Tier = "laptop",
+    problems: Problems = 200,
+    seeds: Seeds = "0",
+    decoding: Policy = SAMPLE,
+    held_out: Held = 20,
+    quiet: Quiet = False,
+    threads: Threads = 1,
+) -> None:
+    """Noise on the logits of the lowest- or highest-entropy decisions, over sigma; graded beside no noise."""
+    task = Task.of_tier(tier)
+    start_computing(threads)
+    from reqat.evaluation import evaluate
+    from reqat.evaluation.interventions import Noise, evaluate_noisy
+
+    used, sizes = numbers(seeds, "--seeds", int), numbers(sigmas, "--sigmas", float)
+    if by not in ("batch", "percentile"):
+        raise unknown("way to pick decisions", by, ("batch", "percentile"))
+    for value in sizes:
+        Noise(value, "low", share)  # refuses what makes no sense before anything is loaded
+    loaded, tokenizer = load(model, precision)
+    ends: dict[str, float | None] = {"low": None, "high": None}
+    if by == "percentile":
+        for side, percentile in (("low", 100 * share), ("high", 100 * (1 - share))):
+            ends[side] = nats(f"p{percentile:g}", loaded, tokenizer, task, held_out, quiet)
+    settings = {
+        "model": model, "precision": precision, "sigmas": sizes, "share": share, "by": by, "thresholds_nats": ends,
+        "tier": tier, "problems": problems, "decoding": decoding, "held_out": held_out,
+    }  # fmt: skip
+    asked = task.problems(problems)
+    with writing("noise", out, settings, {"model": model}, used) as conditions:
+        options = task.options(used, decoding, quiet, "no noise")
+        conditions.add("none", evaluate(loaded, tokenizer, asked, **options))
+        for value in sizes:
+            for side in ("low", "high"):
+                given = Noise(value, side, share, ends[side])  # type: ignore[arg-type]
+                name = f"{side}-{value:g}"
+                options = task.options(used, decoding, quiet, name)
+                conditions.add_intervened(name, evaluate_noisy(loaded, tokenizer, asked, given, **options))

@@ -1,0 +1,140 @@
+"""Verbs of ReSET: `fit-reset` measures its threshold on held-out problems, `reset` grades it beside plain decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import reqat
+from reqat.cli.app import Quiet, Tier, app, start_computing
+from reqat.cli.intervene import (
+    SAMPLE,
+    Out,
+    Policy,
+    Problems,
+    Seeds,
+    Task,
+    Threads,
+    load,
+    numbers,
+    same_tokens,
+    weights,
+    writing,
+)
+from reqat.config.errors import ReqatError
+from reqat.records import provenance, record
+
+SCHEMA = "reqat.reset/1"
+
+
+@app.command("fit-reset")
+def fit_reset(
+    model: Annotated[str, typer.Option(help="The model's folder.")],
+    precision: Annotated[str, typer.Option(help="The precision that it will be used at.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    problems: Annotated[int, typer.Option(min=1, help="Held-out (validation) problems.")] = 5,
+    seeds: Seeds = "0",
+    t_low: Annotated[float, typer.Option(help="Temperature where the model is sure.")] = 0.3,
+    t_high: Annotated[float, typer.Option(help="Temperature where it is not.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of the policy.")] = 0.95,
+    window: Annotated[int, typer.Option(help="Tokens that stand for a step shorter than that.")] = 32,
+    step: Annotated[str, typer.Option(help="What ends a step: paragraph, line or sentence.")] = "paragraph",
+    quantile: Annotated[float, typer.Option(help="Of the entropies that becomes tau0.")] = 0.8,
+    decoding: Policy = SAMPLE,
+    tier: Tier = "laptop",
+    quiet: Quiet = False,
+    threads: Threads = 1,
+) -> None:
+    """Fit ReSET's tau0 to a quantized model; the file's `policy` is what `--decoding` and `reqat reset` take."""
+    task = Task.of_tier(tier)
+    start_computing(threads)
+    from reqat.evaluation import Decoding
+    from reqat.evaluation.reset import fit_tau0
+
+    used = numbers(seeds, "--seeds", int)
+    rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
+    Decoding.reset(t_low, 0.0, **rule)  # refuses what makes no sense before anything is loaded
+    loaded, tokenizer = load(model, precision)
+    options = task.options(used, decoding, quiet, "fitting tau0")
+    fit = fit_tau0(loaded, tokenizer, task.problems(problems, "validation"), quantile=quantile, **options)
+    policy = Decoding.reset(t_low, fit.value, **rule)
+    root = Path(reqat.__file__).parents[1]
+    made = {
+        "schema": SCHEMA,
+        "policy": str(policy),
+        "tau0": dataclasses.asdict(fit),
+        "model": {"folder": model, "weights": weights(model)},
+        "precision": precision,
+        "tier": tier,
+        "decoding": decoding,
+        "seeds": used,
+        **provenance.commit(root),
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(),
+        "command": provenance.command(root),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record.write(out, provenance.scrub(made, root))
+    print(f"tau0: {fit}\n{policy}\nwritten: {out}")
+
+
+def read_fit(path: Path) -> str:
+    """The policy in a file of `fit-reset`. Raises `ReqatError` where there is none."""
+    from reqat.evaluation import Decoding
+
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if made["schema"] != SCHEMA:
+            raise ReqatError(f"{path}: schema {made['schema']!r}, this version reads {SCHEMA!r}; fit it again.")
+        return str(Decoding.parse(made["policy"]))
+    except FileNotFoundError:
+        raise ReqatError(f"{path}: no such file; `reqat fit-reset` writes one.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ReqatError(f"{path}: not a file of `reqat fit-reset` ({error}); fit it again.") from None
+
+
+@app.command("reset")
+def grade_reset(
+    model: Annotated[str, typer.Option(help="The model's folder.")],
+    fit: Annotated[Path, typer.Option(help="The file that `reqat fit-reset` wrote.")],
+    out: Out,
+    precision: Annotated[str, typer.Option(help="The quantized model's precision.")] = "NVFP4-W4A4KV4",
+    reference: Annotated[str | None, typer.Option(help="Folder of the BF16 model (default: the same).")] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(help="Another decoding of the quantized model: a control. Can be repeated.")
+    ] = None,
+    tier: Tier = "laptop",
+    problems: Problems = 200,
+    seeds: Seeds = "0",
+    decoding: Policy = SAMPLE,
+    quiet: Quiet = False,
+    threads: Threads = 1,
+) -> None:
+    """ReSET's ablation: the quantized model, the same with ReSET, and BF16, on the same problems and seeds."""
+    task = Task.of_tier(tier)
+    start_computing(threads)
+    from reqat.evaluation import evaluate
+
+    fitted, used_seeds = read_fit(fit), numbers(seeds, "--seeds", int)
+    unquantized = reference or model
+    quantized, tokenizer = load(model, precision)
+    plain, other_tokenizer = load(unquantized, "BF16")
+    same_tokens(other_tokenizer, tokenizer)
+    conditions = [("quantized", quantized, decoding), ("reset", quantized, fitted), ("bf16", plain, decoding)]
+    conditions += [(f"also-{i}", quantized, text) for i, text in enumerate(also or [])]
+    settings = {
+        "model": model, "reference": unquantized, "precision": precision, "tier": tier, "problems": problems,
+        "decodings": {name: text for name, _, text in conditions},
+    }  # fmt: skip
+    asked = task.problems(problems)
+    for _, _, text in conditions:
+        task.options(used_seeds, text, quiet, "")  # refuses a text that is no policy before the first hour
+    with writing("reset", out, settings, {"model": model, "reference": unquantized}, used_seeds) as found:
+        for name, used, text in conditions:
+            found.add(name, evaluate(used, tokenizer, asked, **task.options(used_seeds, text, quiet, name)))
