@@ -64,7 +64,9 @@ def test_means_of_groups_and_ratios_against_the_formula() -> None:
         ratio = values[inside].sum() / weights[inside].sum()
         present = np.unique(cluster[inside])
         C = len(present)
-        parts = [values[inside & (cluster == c)].sum() - ratio * weights[inside & (cluster == c)].sum() for c in present]
+        parts = [
+            values[inside & (cluster == c)].sum() - ratio * weights[inside & (cluster == c)].sum() for c in present
+        ]
         se = math.sqrt(C / (C - 1) * sum(d * d for d in parts)) / weights[inside].sum()
         half = stats.t.ppf(0.975, C - 1) * se
         assert (found.value_G[g], found.lo_G[g], found.hi_G[g]) == pytest.approx((ratio, ratio - half, ratio + half))
@@ -182,7 +184,7 @@ def test_a_known_tail_ratio_is_found(tmp_path: Path) -> None:
             cand.top[:10, 0] = (cand.top[:10, 0] + 1) % len(WORDS)
             writer.add(info(f"p{p}", 0, "given"), np.full(40, 3), {REF: ref, CAND: cand})
     folder = TraceFolder(tmp_path)
-    found = entropy.damage_by_bin(folder, REF, CAND, bins=2)
+    found = entropy.damage_by_bin(folder, REF, CAND, bins=2, eps=0.0)
     ratios = found[found["statistic"].str.startswith("tail")]
     np.testing.assert_allclose(ratios[["value", "lo", "hi"]], 3.0, rtol=1e-5)
     mismatch = found[found["statistic"] == "top-1 mismatch"]
@@ -240,7 +242,10 @@ def test_first_divergence(folder: TraceFolder) -> None:
     assert len(found) == 28
     token, H = folder.column("token"), folder.entropy(REF)
     for row in found.itertuples():
-        a, b = (token[folder.starts[t] : folder.starts[t] + folder.lengths[t]].tolist() for t in (row.trace_reference, row.trace_candidate))
+        a, b = (
+            token[folder.starts[t] : folder.starts[t] + folder.lengths[t]].tolist()
+            for t in (row.trace_reference, row.trace_candidate)
+        )
         at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), -1)
         assert row.position == at
         assert row.entropy == pytest.approx(float(H[folder.starts[row.trace_reference] + at]))
@@ -263,7 +268,9 @@ def test_equal_traces_and_cut_ones(tmp_path: Path) -> None:
     with TraceWriter(tmp_path, [REF, CAND], WORDS, k=2) as writer:
         for problem, a, b in (("same", [1, 2, 0], [1, 2, 0]), ("cut", [1, 2], [1, 2, 3]), ("long", [1, 2, 3], [1, 2])):
             for source, tokens in ((REF, a), (CAND, b)):
-                writer.add(info(problem, 0, source), tokens, {label: columns(len(tokens), rng) for label in (REF, CAND)})
+                writer.add(
+                    info(problem, 0, source), tokens, {label: columns(len(tokens), rng) for label in (REF, CAND)}
+                )
     found = entropy.first_divergences(TraceFolder(tmp_path), REF, CAND).set_index("problem")
     assert found["position"].to_dict() == {"same": -1, "cut": 2, "long": 2}
     assert np.isnan(found.loc["same", "entropy"]) and np.isnan(found.loc["cut", "entropy"])
@@ -326,7 +333,7 @@ GOOD = "First, 5 + 7 = 12. Then 12 - 3 makes 9. That leaves 9. Next, 9 + 20 = 29
         ("So 29 - 4 = 25", "So 19 - 4 = 15", "wrong digit", "19 - 4"),
         ("12 - 3 makes 9", "12 + 3 makes 15", "wrong operator", "+ 3"),
         ("12 - 3 makes 9", "12 - 3 makes -9", "wrong operator", "-9. That"),  # a wrong sign
-        ("Then 12 - 3 makes 9. That leaves 9. Next, 9 + 20 = 29. So 29", "Then 12 + 20 = 32. So 32", "dropped step", "+ 20"),
+        ("12 - 3 makes 9. That leaves 9. Next, 9 + 20 = 29. So 29", "12 + 20 = 32. So 32", "dropped step", "+ 20"),
         ("So 29 - 4 = 25. ", "", "dropped step", ". The answer"),
         ("Next, 9 + 20 = 29", "Next, 12 - 3 makes 9. Next, 9 + 20 = 29", "loop", "12 - 3 makes 9. Next, 9"),
         ("Next, 9 + 20", "Next, 9 - 3 = 6. Next, 6 + 20", "loop", "- 3 = 6"),  # the same term once more
@@ -364,10 +371,15 @@ def test_without_a_solution_arithmetic_is_checked() -> None:
 
 def test_legs_looked_up_wrongly() -> None:
     prompt = "How many legs have 3 cats, 2 spiders?\n"
-    good = "A cat has 4 legs, so 3 * 4 = 12. Each spider has 8 legs, and 2 * 8 = 16. Now 12 + 16 = 28. The answer is 28."
+    good = (
+        "A cat has 4 legs, so 3 * 4 = 12. Each spider has 8 legs, and 2 * 8 = 16. Now 12 + 16 = 28. The answer is 28."
+    )
     expected = solution_steps("leg_counting", prompt)
     assert first_error(good, expected, answer="28").kind == "other"
-    text = good.replace("has 8 legs, and 2 * 8 = 16. Now 12 + 16 = 28. The answer is 28", "has 6 legs, and 2 * 6 = 12. Now 12 + 12 = 24. The answer is 24")
+    text = good.replace(
+        "has 8 legs, and 2 * 8 = 16. Now 12 + 16 = 28. The answer is 28",
+        "has 6 legs, and 2 * 6 = 12. Now 12 + 12 = 24. The answer is 24",
+    )
     assert first_error(text, expected, answer="28") == Derailment("wrong digit", text.index("6 legs"))
     text = good.replace("Now 12 + 16 = 28. ", "").replace("28", "16")
     assert first_error(text, expected, answer="28").kind == "dropped step"
@@ -387,7 +399,14 @@ def derailed(tmp_path_factory: pytest.TempPathFactory) -> TraceFolder:
                 tokens = [*(letters.index(c) for c in text), 0]
                 both = {label: columns(len(tokens), rng, top=np.zeros(len(tokens), int)) for label in (REF, CAND)}
                 about = info(
-                    f"p{p}", 0, source, family="chain_sum", prompt=PROMPT, response=text, answer="25", correct=text == GOOD
+                    f"p{p}",
+                    0,
+                    source,
+                    family="chain_sum",
+                    prompt=PROMPT,
+                    response=text,
+                    answer="25",
+                    correct=text == GOOD,
                 )
                 writer.add(about, tokens, both)
     return TraceFolder(path)
@@ -398,7 +417,9 @@ def test_derailments_find_the_token(derailed: TraceFolder) -> None:
     assert found["error"].to_dict() == {"p0": "wrong digit", "p1": "wrong operator"}
     text = {row.problem: row.response for row in derailed.traces.itertuples() if row.source == CAND}
     assert text["p0"][found.loc["p0", "position"]] == "8" and text["p1"][found.loc["p1", "position"]] == "+"
-    start = derailed.starts[derailed.traces.index[(derailed.traces["problem"] == "p0") & (derailed.traces["source"] == CAND)][0]]
+    start = derailed.starts[
+        derailed.traces.index[(derailed.traces["problem"] == "p0") & (derailed.traces["source"] == CAND)][0]
+    ]
     expected = derailed.entropy(REF)[start + found.loc["p0", "position"]]
     assert found.loc["p0", "entropy"] == pytest.approx(float(expected)) and found["solution"].all()
     low = entropy.low_entropy(derailed, REF, REF)
@@ -419,7 +440,13 @@ def test_report_writes_tables_and_figures(folder: TraceFolder, derailed: TraceFo
         found = report(source, REF, CAND, bins=6, more_than=20)
         written = [*found.write(tmp_path / name), *draw(found, tmp_path / name / "plots")]
         assert all(path.stat().st_size > 0 for path in written)
-        assert {p.name for p in written} >= {"summary.csv", "summary.md", "tail-and-mismatch.csv", "entropy-damage.pdf", "entropy-errors.png"}
+        assert {p.name for p in written} >= {
+            "summary.csv",
+            "summary.md",
+            "tail-and-mismatch.csv",
+            "entropy-damage.pdf",
+            "entropy-errors.png",
+        }
         kept = pd.read_csv(tmp_path / name / "summary.csv")
         assert not kept["value"].isna().any() and {"statistic", "where", "value", "lo", "hi", "n"} <= set(kept.columns)
         row = found.headline("top-1 mismatch", "lowest of 6 bins")

@@ -70,7 +70,9 @@ def lines(path: Path, *rows: dict[str, Any]) -> Path:
 SAMPLED = [{"prompt": "2 + 2 =\n", "answer": "4", "id": "two"}, {"prompt": "2 + 1 =\n", "answer": 3}]
 
 
-def test_a_pair_of_precisions_sampled_and_forced(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pair_of_precisions_sampled_and_forced(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     problems = lines(tmp_path / "p.jsonl", *SAMPLED)
     out = tmp_path / "out"
     args = ("--problems", problems, "--out", out, "--seeds", "0,5", "--max-new-tokens", 12, "--bins", 4, "-q")

@@ -195,7 +195,15 @@ def test_sampled_and_forced_agree(tiny: Tiny, tmp_path: Path, precision: str) ->
         ids = token[sampled.starts[i] : sampled.starts[i] + sampled.lengths[i]].tolist()
         assert (ids[-1] == TOKENIZER.eos_token_id) == row.finished
         info = TraceInfo(
-            row.problem, row.family, row.seed, row.source, row.prompt, row.response, row.answer, row.correct, row.finished
+            row.problem,
+            row.family,
+            row.seed,
+            row.source,
+            row.prompt,
+            row.response,
+            row.answer,
+            row.correct,
+            row.finished,
         )
         forced_traces.append(ForcedTrace(info, tuple(encode_prompt(TOKENIZER, row.prompt)), tuple(ids)))
     with write(tmp_path / "forced", [precision], vocabulary) as writer:
@@ -247,7 +255,9 @@ def test_forcing_two_models_keeps_order_and_whole_distributions_where_asked(tiny
         kept = pq.read_table(tmp_path / "tokens.parquet", columns=[f"logprobs_{label}"])[0].to_pylist()
         assert [n for n, row in enumerate(kept) if row is not None] == [0, 4, 36 + 7]
         with torch.no_grad():
-            logits = model(torch.tensor([[*traces[3].prompt_ids, *traces[3].response_ids]])).logits[0, len(traces[3].prompt_ids) + 6]
+            logits = model(torch.tensor([[*traces[3].prompt_ids, *traces[3].response_ids]])).logits[
+                0, len(traces[3].prompt_ids) + 6
+            ]
         np.testing.assert_allclose(kept[43], logits.log_softmax(-1).numpy(), rtol=1e-4, atol=1e-4)
 
 

@@ -35,7 +35,9 @@ def info(i: int, **changes: Any) -> TraceInfo:
 def columns(n: int, k: int = 3, seed: int = 0) -> TokenColumns:
     rng = np.random.default_rng(seed)
     entropy, tail, prob = rng.random((3, n)).astype(np.float32)
-    return TokenColumns(entropy, tail, prob, rng.integers(0, 20, (n, k)).astype(np.int32), rng.random((n, k)).astype(np.float32))
+    return TokenColumns(
+        entropy, tail, prob, rng.integers(0, 20, (n, k)).astype(np.int32), rng.random((n, k)).astype(np.float32)
+    )
 
 
 def write(folder: Path, lengths: list[int], **options: Any) -> list[dict[str, TokenColumns]]:
@@ -90,7 +92,11 @@ def test_without_tails_they_follow_from_the_probabilities(tmp_path: Path) -> Non
     [
         ([], {}, "trace of problem 'p0', seed 0, source 'B' is empty"),
         ([3, 20], {}, "unknown token id 20 at position 1; the vocabulary has 20 tokens"),
-        ([3, 4], {"entropy": np.array([0.1, np.nan], dtype=np.float32)}, "distribution of A at position 1 is not finite"),
+        (
+            [3, 4],
+            {"entropy": np.array([0.1, np.nan], dtype=np.float32)},
+            "distribution of A at position 1 is not finite",
+        ),
         ([3, 4, 5], {}, "2 statistics of A for 3 tokens"),
     ],
 )
@@ -139,7 +145,9 @@ def damage(folder: Path, group: int) -> None:
 def test_a_damaged_row_group_costs_its_traces_and_names_them(tmp_path: Path) -> None:
     written = write(tmp_path, [40, 40, 40, 40, 40], group_tokens=80)
     damage(tmp_path, 1)
-    with pytest.raises(ReqatError, match=r"tokens.parquet: row group 1 \(traces 2 to 3: trace 2 of problem 'p1', seed 2"):
+    with pytest.raises(
+        ReqatError, match=r"tokens.parquet: row group 1 \(traces 2 to 3: trace 2 of problem 'p1', seed 2"
+    ):
         TraceFolder(tmp_path)
     folder = TraceFolder(tmp_path, lost="skip")
     assert folder.skipped == [2, 3] and folder.traces["trace"].tolist() == [0, 1, 4]
@@ -173,14 +181,20 @@ def test_nan_in_a_file_names_trace_and_position(tmp_path: Path) -> None:
     rewritten(tmp_path, TOKENS, spoil)
     folder = TraceFolder(tmp_path)
     assert len(folder.entropy("A")) == 6  # the other columns are read all the same
-    with pytest.raises(ReqatError, match="entropy_B is nan in trace 1 of problem 'p0', seed 1, source 'A' at position 1"):
+    with pytest.raises(
+        ReqatError, match="entropy_B is nan in trace 1 of problem 'p0', seed 1, source 'A' at position 1"
+    ):
         folder.entropy("B")
 
 
 @pytest.mark.parametrize(
     ("name", "change", "says"),
     [
-        (TOKENS, lambda t: t.slice(0, 5), "trace 1 of problem 'p0', seed 1, source 'A' has 2 tokens, traces.parquet says 3"),
+        (
+            TOKENS,
+            lambda t: t.slice(0, 5),
+            "trace 1 of problem 'p0', seed 1, source 'A' has 2 tokens, traces.parquet says 3",
+        ),
         (TOKENS, lambda t: t.slice(0, 3), "no tokens of trace 1 of problem 'p0'"),
         (TOKENS, lambda t: t.take([1, 0, 2, 3, 4, 5]), "positions within a trace do not count up"),
         (TOKENS, lambda t: t.drop_columns(["prob_A"]), "lacks the columns prob_A"),
