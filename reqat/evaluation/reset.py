@@ -108,6 +108,13 @@ class ReSET(LogitsProcessor):
     Raises ``ValueError`` for ids and logits of different numbers of rows.
     """
 
+    # The state, of the rows that are left.
+    _ids_BT: Tensor | None
+    _sum_B: Tensor
+    _step_start_B: Tensor
+    _step_tokens_B: Tensor
+    _earlier_WB: Tensor
+
     def __init__(
         self, rule: ReSETRule, tokenizer: PreTrainedTokenizerBase, *, step_ends: StepEnds | None = None
     ) -> None:
@@ -117,7 +124,7 @@ class ReSET(LogitsProcessor):
 
     def forget(self) -> None:
         """The next call begins a new trace."""
-        self._ids_BT: Tensor | None = None
+        self._ids_BT = None
 
     def begin_batch(self, start: BatchStart) -> None:
         """A new batch begins."""
