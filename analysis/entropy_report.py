@@ -6,7 +6,7 @@ no traces for (no sampled pair, no graded response) is left out of the table, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,15 @@ import numpy as np
 import pandas as pd
 
 from analysis import entropy
-from analysis.document import EMPTY, Column, Table, Text, number, percent, write_text
+from analysis.document import EMPTY, MINUS, Column, Table, Text, number, percent, write_text
 from reqat.evaluation.trace_files import TraceFolder
 
+# How a value reads, by unit; entropies move by anything between 1e-6 and 1 nats.
+_SHOW: dict[str, Callable[[float], str]] = {
+    "%": lambda x: percent(x) + "%",
+    "x": lambda x: number(x, 3),
+    "nats": lambda x: f"{x:+.3g}".replace("-", MINUS),
+}
 # Of the tokens with the lowest and the highest mean entropy, so many are named in the table.
 _NAMED_TOKENS = 5
 
@@ -147,7 +153,7 @@ def _table(
         value, lo, hi = float(row["value"]), float(row["lo"]), float(row["hi"])
         if np.isnan(value):
             continue
-        show = (lambda x: percent(x) + "%") if unit == "%" else (lambda x: number(x, 3))
+        show = _SHOW[unit]
         detail = EMPTY if np.isnan(lo) else f"[{show(lo)}, {show(hi)}]"
         n, clusters = int(row["n"]), int(row["clusters"])
         lines.append(

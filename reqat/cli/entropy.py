@@ -314,6 +314,8 @@ def _sampled_traces(
     progress: bool | str,
 ) -> list[ForcedTrace]:
     """A response of one model to each problem and seed."""
+    if not rows:
+        return []
     from reqat.evaluation import generate
     from reqat.evaluation.entropies import ForcedTrace, encode_prompt
     from reqat.evaluation.trace_files import TraceInfo
