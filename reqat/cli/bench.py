@@ -73,7 +73,10 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
     for _ in range(_FIRST_READINGS):
         probe()
     ring, known = settings.ring_bytes, kernels()
-    asked = [(settings.linear.rounds, linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring))]
+    asked: list[tuple[int, Any]] = []
+    if settings.linear is not None:
+        cases = linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring)
+        asked.append((settings.linear.rounds, cases))
     if settings.attention is not None:
         wanted = settings.attention
         asked.append((wanted.rounds, attention.cases(wanted.batches, wanted.contexts, ring_bytes=ring)))
@@ -242,15 +245,15 @@ def throughput(
     tier: Tier = "laptop",
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for Figure 6.")] = None,
-    pinned: Annotated[bool, typer.Option("--pinned", help="From results/throughput instead of build/.")] = False,
+    pinned: Annotated[bool, typer.Option("--pinned", help="From results/throughput/ instead of build/.")] = False,
 ) -> None:
     """Make Figure 6 and its tables from the rows of `bench`."""
     from analysis.throughput import build_throughput
 
     paths = session.paths
-    source = paths.results / "throughput" if pinned else folder_of(settings_of(tier))
+    source = paths.results / "throughput" / tier if pinned else folder_of(settings_of(tier))
     folder = paths.work / "pinned" if pinned else paths.work
-    name = "throughput" if pinned else tier
+    name = f"throughput-{tier}" if pinned else tier
     tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
     for path in build_throughput(source, tables, plots):
         print(path)
@@ -258,19 +261,19 @@ def throughput(
 
 @app.command("pin-throughput")
 def pin_throughput(
-    tier: Tier = "overnight",
+    tier: Tier = "laptop",
     allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Keep rows of uncommitted code, too.")] = False,
 ) -> None:
-    """Keep a finished benchmark, its tables and its figure in results/throughput."""
+    """Keep a tier's finished benchmark, its tables and its figure in results/throughput/<tier>."""
     from analysis.throughput import build_throughput
 
-    source, target = folder_of(settings_of(tier)), session.paths.results / "throughput"
+    source, target = folder_of(settings_of(tier)), session.paths.results / "throughput" / tier
     made = record.verify(source)
     if made["dirty"] is not False and not allow_dirty:
         raise ReqatError(
             f"{source} was measured with uncommitted changes; commit and measure again, or pass --allow-dirty."
         )
-    draft = target.with_name(".throughput.draft")
+    draft = target.with_name(f".{tier}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft)
     build_throughput(draft, draft / "tables", draft / "plots")

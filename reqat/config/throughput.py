@@ -86,7 +86,7 @@ class Throughput(Strict):
     """One tier's benchmark."""
 
     threads: int = Field(default=1, gt=0)
-    linear: LinearBench
+    linear: LinearBench | None = None
     attention: AttentionBench | None = None
     fake_quantize: FakeQuantizeBench | None = None
     sem_loss: SEMLossBench | None = None

@@ -59,9 +59,9 @@ def test_from_clock_to_figure(checkout: Path, capsys: pytest.CaptureFixture[str]
     assert reqat("pin-throughput", "--tier", "smoke") == 2  # no checkout of git, so nobody knows the code
     assert "uncommitted changes" in capsys.readouterr().err
     assert reqat("pin-throughput", "--tier", "smoke", "--allow-dirty") == 0
-    kept = checkout / "results" / "throughput"
+    kept = checkout / "results" / "throughput" / "smoke"
     assert record.verify(kept, id=settings.id)["id"] == settings.id and (kept / "plots" / "figure6.png").exists()
-    assert reqat("throughput", "--pinned") == 0
+    assert reqat("throughput", "--pinned", "--tier", "smoke") == 0
 
 
 @pytest.mark.parametrize(
