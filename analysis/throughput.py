@@ -104,7 +104,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
     """
     rows = measured.of(kernel)
     shapes = list(dict.fromkeys(rows["shape"]))
-    names = [dict(part.split("=") for part in shape.split()) for shape in shapes]
+    names = [dict(part.split("=") for part in shape.split() if "=" in part) for shape in shapes]
     columns = [Column("provider", align="l"), Column("format", align="l")]
     for shape, n in zip(shapes, names, strict=True):
         square = "M" in n and n.get("N") == n.get("K")
