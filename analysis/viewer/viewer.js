@@ -374,9 +374,17 @@
     });
     column.spans = [];
     const pieces = document.createDocumentFragment();
+    // A word and what follows it without a space stay on one line, so that none begins with a comma; up to a length.
+    let whole = null, long = 0;
     for (let i = 0; i < n; i++) {
-      if (i === item.d) pieces.append(fork());
       const written = text.get(token[i]) ?? `<${token[i]}>`;
+      long += written.length;
+      if (!whole || i === item.d || long > 16 || /^\s/.test(written)) {
+        long = written.length;
+        whole = make("span", { class: "whole" });
+        pieces.append(whole);
+      }
+      if (i === item.d) whole.append(fork());
       const span = make("span", {
         class: tokenClass(column, i), role: "option", "aria-selected": "false", tabindex: i ? "-1" : "0",
       });
@@ -385,8 +393,8 @@
       span.textContent = written.replace(/\r\n|\n|\r/g, "\u23CE") || "\u2205";
       span.dataset.i = i;
       column.spans.push(span);
-      pieces.append(span);
-      for (let line = 0; line < breaks; line++) pieces.append(make("br"));
+      whole.append(span);
+      for (let line = 0; line < breaks; line++) whole.append(make("br"));
     }
     if (item.d === n && !lone) pieces.append(fork("ends here"));
     if (!n) pieces.append(make("span", { class: "none", text: "no tokens: the model ended at once" }));

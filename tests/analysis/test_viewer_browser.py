@@ -354,6 +354,9 @@ def test_what_models_wrote_is_text_and_nothing_else(browser: Any, pages: Pages) 
         browser.click(token(0, 0))
         browser.press("j")
         at_problem(browser, min(problem + 2, 3))
+    browser.resize(375, 812, phone=True)  # long tokens without a space break
+    assert browser.run("[...document.querySelectorAll('.tokens')].every(t => t.scrollWidth <= t.clientWidth)")
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     assert browser.run("document.title") == "Broken</title><script>1"
 
 
