@@ -297,8 +297,8 @@ def _kinds(found: Report) -> Any:
     ax.set_ylabel("share of tokens, %")
     ax.set_xlabel(f"percentile of token entropy under {found.reference}")
     ax.set_xlim(0, 100)
-    ax.set_ylim(bottom=0)
-    ax.legend(loc="best")
+    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(loc="upper left", ncols=2)
     style.footer(fig, found.table.footer[:2])
     return fig
 
@@ -323,7 +323,8 @@ def _errors(found: Report) -> Any:
     _bars(left, [f"below\n{name}" for name in low["threshold"]], series)
     for i, chance in enumerate(low["chance"]):
         left.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color=style.BLACK, linewidth=0.9, linestyle="--")
-    left.set_ylim(0, 100)
+    left.set_ylim(0, 150)  # room for the legend
+    left.set_yticks(range(0, 101, 25))
     left.set_ylabel("share, %")
     left.legend(loc="upper left")
     style.panel(left, "a", "Where responses part (dashed: by chance)")
