@@ -381,10 +381,10 @@
       long += written.length;
       if (!whole || i === item.d || long > 16 || /^\s/.test(written)) {
         long = written.length;
+        if (i === item.d) pieces.append(fork());
         whole = make("span", { class: "whole" });
         pieces.append(whole);
       }
-      if (i === item.d) whole.append(fork());
       const span = make("span", {
         class: tokenClass(column, i), role: "option", "aria-selected": "false", tabindex: i ? "-1" : "0",
       });

@@ -121,7 +121,7 @@ def test_opens_by_itself(browser: Any, pages: Pages) -> None:
 def test_marks_the_first_divergence(browser: Any, pages: Pages) -> None:
     position = first_difference(pages, 0)
     for column in (0, 1):
-        before = f"document.querySelector('{token(column, position)}').previousSibling.className"
+        before = f"document.querySelector('{token(column, position)}').parentNode.previousSibling.className"
         assert browser.run(before) == "fork"
     assert browser.count(".t.first") == 2
 
