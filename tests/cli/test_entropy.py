@@ -20,7 +20,7 @@ from reqat.models import save_model
 from reqat.records import record
 
 ROOT = Path(__file__).parents[2]
-CORPUS = "2 + 2 = 4. So 2 + 1 gives 3, and the answer is 3.\n How many legs have cats and spiders?"
+CORPUS = "So 2 + 2 = 4. So 2 + 1 gives 3, and the answer is 3.\n How many legs have cats and spiders?"
 
 
 def make(folder: Path, corpus: str = CORPUS, seed: int = 0) -> Path:
