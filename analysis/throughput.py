@@ -118,7 +118,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
             if row is None:
                 cells.append(Text())
                 continue
-            share = f"({100 * row.roofline_fraction:.0f}%)"
+            share = "" if math.isnan(row.roofline_fraction) else f"({100 * row.roofline_fraction:.0f}%)"
             cells.append(Text(_us(row.median_us), bold=row.median_us == fastest[shape], detail=share))
         return tuple(cells)
 
@@ -371,7 +371,8 @@ TITLES = {
         "Median time of y = x W with M rows of inputs; in brackets bytes read and written at that time, as a share of "
         "the read roofline. Inputs in bfloat16 (float32 for INT8 and ggml), rounding them included. Each provider's "
         "result was held against a float64 product first; copies of the weights take turns, so that caches do not "
-        "help. Bold: the fastest.",
+        "help. ggml and ours run the calls of a burst in native code, as a model does; of the others each is a call "
+        "from Python. Bold: the fastest.",
     ),
     "attention": (
         "Decode attention over the KV cache, \u00b5s",

@@ -28,7 +28,6 @@ from reqat_kernels.native.attention import TILE, PackedStates, kv_attention, uns
 # Up to so many new tokens the kernel decodes the cache once for every four query heads and tokens; beyond,
 # dequantizing once and a matrix product are faster.
 FEW_TOKENS = 8
-_FIRST_CAPACITY = 64
 
 
 class PackedCacheLayer(Fp4CacheLayer):
@@ -50,7 +49,7 @@ class PackedCacheLayer(Fp4CacheLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate, once the first tokens show batch size and device."""
         if self.grows:
-            self.capacity = _grown(0, key_states.shape[2])
+            self.capacity = _grown(key_states.shape[2])
         self.packed_keys = self._allocated("key", self.quantizer.key, key_states)
         self.packed_values = self._allocated("value", self.quantizer.value, value_states)
         # What Fp4Cache would hold: on a CPU never less than float32 (see reqat.models.kv).
@@ -122,7 +121,7 @@ class PackedCacheLayer(Fp4CacheLayer):
                 f"the cache holds {self.capacity} tokens and {end} are needed: make it with "
                 f"PackedCache(model, capacity={end}) or more, or with capacity=None to let it grow"
             )
-        self.capacity = _grown(self.capacity, end)
+        self.capacity = _grown(end)
         self.packed_keys = self.packed_keys.resized(self.capacity, self.length)
         self.packed_values = self.packed_values.resized(self.capacity, self.length)
 
@@ -192,7 +191,7 @@ class PackedCache(Cache):
 
     Args:
         model: prepared with NVFP4, NVFP4-4/6 or MXFP4 keys and values.
-        capacity: tokens a row (memory is allocated in tiles of 16), or None to grow by doubling.
+        capacity: tokens a row (memory is allocated in tiles of 16), or None to grow as it fills.
 
     Raises ValueError if the model was not prepared, or its keys or values cannot be packed; :class:`Fp4Cache` takes
     those.
@@ -227,10 +226,9 @@ class PackedCache(Cache):
             layer.select_rows(index)
 
 
-def _grown(capacity: int, needed: int) -> int:
-    """Doubled until ``needed`` tokens fit, whole tiles. The first time what is needed and half as much again."""
-    if capacity == 0:
-        return max(_FIRST_CAPACITY, -(-(needed + needed // 2) // TILE) * TILE)
-    while capacity < needed:
-        capacity *= 2
-    return capacity
+def _grown(needed: int) -> int:
+    """Room for ``needed`` tokens: whole tiles, and from a thousand tokens on a 64th more.
+
+    Small steps, because memory is what the cache is for; copying a few megabytes every 16 tokens is not felt.
+    """
+    return -(-needed // TILE) * TILE + needed // 1024 * TILE

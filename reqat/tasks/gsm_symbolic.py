@@ -32,7 +32,7 @@ class GsmSymbolic(Family):
         return f"{body}\nThe answer is {last}."
 
     def extract(self, response: str) -> str | None:
-        """The first number after the last ``answer is``; where nothing is announced, the last number of the response."""
+        """The first number after the last ``answer is``; where nothing is announced, the response's last number."""
         _, mark, tail = response.rpartition("answer is")
         found = _NUMBER.findall(tail)
         number = (found[0] if mark else found[-1]) if found else None

@@ -219,6 +219,27 @@ def test_one_rounding_serves_several_layers() -> None:
         assert torch.equal(gemm.linear(shared, packed), gemm.linear(x, packed, inputs=fmt))
 
 
+@pytest.mark.skipif(instruction_set() == "torch", reason="no native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [None, "A8", "A4"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_products_in_one_call_are_those_of_linear(fmt: str, kind: str | None, dtype: torch.dtype) -> None:
+    rounding = reqat.get_format(fmt.removesuffix("-4/6")) if kind == "A4" else kind
+    weights = [gemm.pack_weight(weight(N, 96, fmt, seed=N)) for N in (16, 33)]
+    x = inputs(5, 96).to(dtype)
+    products = gemm.Products(x, weights, inputs=rounding)
+    for _ in range(2):
+        for y, w in zip(products(), weights, strict=True):
+            assert torch.equal(y.to(dtype), gemm.linear(x, w, inputs=rounding))
+        x.mul_(-0.5)  # the next call reads x as it is then
+    if kind is not None:
+        x[3, 7] = float("nan")
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            products()
+    with pytest.raises(ValueError, match=r"\[M, 96\] in blocks"):
+        gemm.Products(inputs(2, 64), weights)
+
+
 def test_operators_are_well_formed() -> None:
     packed, x = gemm.pack_weight(weight(24, 64, "NVFP4")), inputs(3, 64)
     q = gemm.quantize_input(x, reqat.get_format("NVFP4"), block=16)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reqat.formats import QuantizedTensor, get_format, quantize, quantize_dequantize
 from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, within
+from reqat_kernels.native import instruction_set
 
 LINEAR = Kernel("linear")
 SEED = 6
@@ -74,8 +75,9 @@ def _work(
     call: Callable[[Any], Tensor],
     verify: Callable[[Tensor], None],
     clone: Callable[[Any], Any],
+    string: Callable[[list[Any]], Callable[[], Any]] | None = None,
 ) -> Work:
-    """A ring of copies of ``weights``, and how to call and check."""
+    """A ring of copies of ``weights``, and how to call and check. ``string`` makes one call of several copies."""
     ring = [weights, *(clone(weights) for _ in range(case.copies(bytes_each) - 1))]
     moved = bytes_each + 2 * case.M * (case.K + case.N)  # weights once, inputs and outputs as bfloat16
     return Work(
@@ -84,6 +86,7 @@ def _work(
         bytes_moved=moved,
         check=lambda: verify(call(ring[0])),
         ring_bytes=len(ring) * bytes_each,
+        chain=None if string is None else lambda indices: string([ring[i] for i in indices]),
     )
 
 
@@ -206,9 +209,14 @@ def _ours(case: Case, name: str, inputs: str) -> Work:
             error = row_steps(x) if inputs == "A8" else x.double().abs() * 2.0**-8
             check(y, x, dense, error)
 
-    return _work(
-        case, packed, q.nbytes, lambda w: gemm.linear(x, w, inputs=given), verify, lambda _: gemm.pack_weight(q)
-    )
+    def call(w: Any) -> Tensor:
+        return gemm.linear(x, w, inputs=given)
+
+    def string(weights: list[Any]) -> Callable[[], Any]:
+        return gemm.Products(x, weights, inputs=given)
+
+    native = instruction_set() != "torch" and case.K % (fmt.block or 1) == 0
+    return _work(case, packed, q.nbytes, call, verify, lambda _: gemm.pack_weight(q), string if native else None)
 
 
 def _register_ours() -> None:

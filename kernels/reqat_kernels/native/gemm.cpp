@@ -573,3 +573,52 @@ REQAT_API void reqat_advise_huge(void* data, int64_t bytes) {
     (void)data, (void)bytes;
 #endif
 }
+
+// One linear layer from its unrounded input to its output. Mirrored in gemm.py.
+struct Product {
+    const Weight* weight;
+    const void* x;       // [M, 16 * steps], bfloat16 or float32
+    float* y;            // [M, rows]
+    const Spec* format;  // of the input, or null
+    int64_t M;
+    int32_t bf16;   // the type of x
+    int32_t int8;   // round x to int8 by rows; only without a format
+    float g;        // the global scale of a static format
+};
+
+// Several linear layers after each other, as a decoder step runs them: the input of each is rounded anew. Returns 0 if
+// some input is not finite, in a layer that rounds it.
+REQAT_API int reqat_products(const Product* products, int64_t n, int threads) {
+    thread_local std::vector<float> wide, scale;
+    thread_local std::vector<int8_t> values;
+    thread_local std::vector<int32_t> start;
+    for (const Product* p = products; p < products + n; p++) {
+        const Weight& w = *p->weight;
+        const int64_t K = w.steps * STEP, count = p->M * K, blocks = count / w.block;
+        const bool rounds = p->format || p->int8;
+        if (!rounds && p->bf16) {
+            gemm_bf16(w, static_cast<const uint16_t*>(p->x), nullptr, p->y, p->M, w.rows, threads);
+            continue;
+        }
+        const float* x = static_cast<const float*>(p->x);
+        if (p->bf16) {
+            wide.resize(size_t(count));
+            for (int64_t i = 0; i < count; i++) wide[size_t(i)] = bf16_to_float(static_cast<const uint16_t*>(p->x)[i]);
+            x = wide.data();
+        }
+        if (!rounds) {
+            gemm_float(w, x, nullptr, p->y, p->M, w.rows, threads);
+            continue;
+        }
+        values.resize(size_t(count));
+        start.resize(size_t(blocks));
+        scale.resize(size_t(p->format ? blocks : p->M));
+        const bool finite =
+            p->format ? fp4_input(*p->format, x, p->M, K, p->g, values.data(), start.data(), scale.data())
+                      : reqat_int8_input(x, p->M, K, K, w.block, values.data(), start.data(), scale.data());
+        if (!finite) return 0;
+        gemm_int(w, values.data(), start.data(), p->format ? scale.data() : nullptr,
+                 p->format ? nullptr : scale.data(), nullptr, p->y, p->M, w.rows, threads);
+    }
+    return 1;
+}

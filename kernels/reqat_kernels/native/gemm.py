@@ -15,6 +15,7 @@ Without the native library the same functions compute from the same packed bytes
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Literal
@@ -48,6 +49,21 @@ class _Weight(ctypes.Structure):
         ("scale_kind", ctypes.c_int32),
         ("values", ctypes.c_int8 * 16),
         ("alpha", ctypes.c_float),
+    ]
+
+
+class _Product(ctypes.Structure):
+    """``Product`` of gemm.cpp."""
+
+    _fields_ = [
+        ("weight", ctypes.POINTER(_Weight)),
+        ("x", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("format", ctypes.POINTER(Spec)),
+        ("M", ctypes.c_int64),
+        ("bf16", ctypes.c_int32),
+        ("int8", ctypes.c_int32),
+        ("g", ctypes.c_float),
     ]
 
 
@@ -192,6 +208,59 @@ def linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], w.rows)
 
 
+class Products:
+    """``linear(x, w, inputs=...)`` for several weights ``w`` after each other, in one native call.
+
+    A decoder step is such a sequence. Through :func:`linear` each product costs some tens of microseconds in Python,
+    as much as the product of one row itself; here they are spent once. Everything but the numbers in ``x`` is fixed
+    when it is made.
+    """
+
+    def __init__(self, x_MK: Tensor, weights: Sequence[PackedWeight], *, inputs: Inputs = None) -> None:
+        """``x_MK``: [M, K] contiguous, float32 or bfloat16, K whole blocks. Raises ValueError where the native library
+        is missing, or x or ``inputs`` does not fit the weights."""
+        lib = _library()
+        if lib is None:
+            raise ValueError("no native library: use linear(), which computes in PyTorch")
+        if isinstance(inputs, Format) and inputs.global_scale == "static":
+            raise ValueError("a static global scale has no place here; use linear()")
+        M, K = x_MK.shape
+        for w in weights:
+            block = w.format.block or 1
+            fits = not isinstance(inputs, Format) or inputs.block == block
+            if w.columns != K or K % block or not fits or not x_MK.is_contiguous():
+                raise ValueError(f"contiguous [M, {w.columns}] in blocks of {block} is needed, got {tuple(x_MK.shape)}")
+        if x_MK.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"x is {x_MK.dtype}; float32 and bfloat16 are taken")
+        self.outputs = [torch.empty(M, w.rows) for w in weights]
+        structs = [_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale) for w in weights]
+        spec = ctypes.pointer(spec_of(inputs)) if isinstance(inputs, Format) else None
+        self._array = (_Product * len(weights))(
+            *(
+                _Product(
+                    ctypes.pointer(struct),
+                    x_MK.data_ptr(),
+                    y.data_ptr(),
+                    spec,
+                    M,
+                    x_MK.dtype == torch.bfloat16,
+                    inputs == "A8",
+                    0.0,
+                )
+                for struct, y in zip(structs, self.outputs, strict=True)
+            )
+        )
+        self._alive = (x_MK, list(weights), structs, spec)
+        self._call = lib.reqat_products
+        self._threads = threads(x_MK.numel() * max((w.rows for w in weights), default=0), _WORK_PER_THREAD)
+
+    def __call__(self) -> list[Tensor]:
+        """Compute; the outputs (float32 [M, N], overwritten by the next call). Raises ValueError for NaN, infinity."""
+        if not self._call(self._array, len(self._array), self._threads):
+            raise ValueError("x holds NaN or infinity; only finite numbers can be quantized")
+        return self.outputs
+
+
 # --- operators --------------------------------------------------------------------------------------------------------
 
 _LAYOUT = "int rows, int columns, int element, int scale, float global_scale"
@@ -278,6 +347,7 @@ def _library() -> ctypes.CDLL | None:
         lib.reqat_fp4_input.argtypes = [
             ctypes.POINTER(Spec), pointer, number, number, ctypes.c_float, pointer, pointer, pointer,
         ]  # fmt: skip
+        lib.reqat_products.argtypes = [ctypes.POINTER(_Product), number, ctypes.c_int]
         lib.reqat_advise_huge.argtypes = [pointer, number]
     return lib
 
