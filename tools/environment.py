@@ -217,7 +217,7 @@ dependencies:
 
 
 def stamp_of(folder: Path) -> Path:
-    """Where the stamp lies; its name hashes what the environment depends on: pins, sources that are built, our place."""
+    """Where the stamp lies; its name hashes what the environment depends on: pins, what is built, our place."""
     digest = hashlib.sha256(str(ROOT).encode())
     digest.update(b"native" if shutil.which(os.environ.get("CXX") or "g++") else b"")  # one that came later is used
     native = sorted((ROOT / "kernels" / "reqat_kernels" / "native").glob("*.[ch]*"))

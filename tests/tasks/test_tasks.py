@@ -37,7 +37,7 @@ def test_equations_that_differ_in_letter_or_wording_share_a_split() -> None:
 
 @pytest.mark.parametrize("family", SMALL)
 def test_every_equality_in_a_trace_is_true_and_the_verifier_accepts_it(family: str) -> None:
-    """Oracle: Python's own arithmetic on each ``a op b = c`` of the text, and reasoning-gym's verifier on the answer."""
+    """Oracle: Python's own arithmetic on each ``a op b = c`` of the text, and reasoning-gym's verifier."""
     rng = random.Random(0)
     pattern = re.compile(r"(-?\d+) ([-+*/]) (-?\d+) (?:=|gives|makes|is) (-?\d+)")
     seen = 0
