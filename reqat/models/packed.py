@@ -68,15 +68,19 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
     if uncalibrated:
         raise ReqatError(f"{uncalibrated[0]}: its static scale is not calibrated; run calibrate_static(model, batches)")
     freeze(model)
-    shared: dict[int, PackedInput] = {}
-    for name, linear in quant_linears(model).items():
-        fmt = linear.weight_quantizer.format
-        if fmt is None or fmt.block is None or not gemm.supports(fmt) or not _fits(precision, fmt.block):
-            continue
-        source = linear.input_quantizer
-        inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block))
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs))
+    fmt = precision.weights
+    linears = (
+        quant_linears(model) if fmt is not None and gemm.supports(fmt) and _fits(precision, fmt.block or 1) else {}
+    )
+    if fmt is not None and linears:
+        sizes = [gemm.packed_bytes(linear.out_features, linear.in_features, fmt) for linear in linears.values()]
+        rooms = gemm.allocate(sum(sizes)).split(sizes)
+        shared: dict[int, PackedInput] = {}
+        for (name, linear), room in zip(linears.items(), rooms, strict=True):
+            source = linear.input_quantizer
+            inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block or 1))
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs, room))
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
         native_layers(model, decoder_layers(model), head_shape(model))

@@ -34,10 +34,10 @@ class PackedInput(InputQuantizer):
 class PackedLinear(nn.Module):
     """``y = Q(x) W^T + b`` with W [N, K] packed; x [..., K]. Inference only."""
 
-    def __init__(self, linear: QuantLinear, inputs: PackedInput) -> None:
+    def __init__(self, linear: QuantLinear, inputs: PackedInput, room: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.name = linear.in_features, linear.out_features, linear.name
-        self.packed = gemm.pack_weight(linear.quantize_weight())
+        self.packed = gemm.pack_weight(linear.quantize_weight(), room)
         self.register_buffer("data", self.packed.data, persistent=False)
         self.bias = linear.bias
         self.input_quantizer = inputs

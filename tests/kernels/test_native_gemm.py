@@ -74,8 +74,13 @@ def test_packing_loses_nothing(fmt: str, N: int, K: int) -> None:
 
 def test_a_packed_weight_takes_four_and_a_half_bits() -> None:
     packed = gemm.pack_weight(weight(4096, 1024, "NVFP4"))
-    assert packed.data.nbytes * 8 == 4.5 * 4096 * 1024
-    assert packed.nbytes <= packed.data.nbytes + (1 << 21)
+    assert packed.nbytes * 8 == 4.5 * 4096 * 1024
+    assert packed.data.data_ptr() % (1 << 21) == 0  # whole huge pages
+    room = gemm.allocate(gemm.packed_bytes(33, 40, reqat.get_format("NVFP4")))
+    small = gemm.pack_weight(weight(33, 40, "NVFP4"), room)
+    assert small.data.data_ptr() == room.data_ptr() and room.data_ptr() % 64 == 0
+    with pytest.raises(ValueError, match="contiguous bytes"):
+        gemm.pack_weight(weight(33, 64, "NVFP4"), room)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

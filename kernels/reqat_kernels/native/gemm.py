@@ -31,6 +31,7 @@ from reqat_kernels.native.quantize import Spec, spec_of
 
 _TILE, _STEP, _OFFSET = 16, 16, 16  # gemm.h
 _SCALES = ("E4M3", "E8M0")
+_HUGE, _HUGE_FROM = 1 << 21, 1 << 20  # a huge page, and how much is worth one
 _ELEMENTS = tuple(ELEMENTS)
 # Multiply-adds that make a second thread worth starting.
 _WORK_PER_THREAD = 1 << 18
@@ -83,8 +84,8 @@ class PackedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, padding included."""
-        return self.data.untyped_storage().nbytes()
+        """Bytes of codes and scales, padded to whole tiles and blocks."""
+        return self.data.nbytes
 
     @property
     def layout(self) -> tuple[int, int, int, int, float]:
@@ -128,10 +129,33 @@ def supports(fmt: Format) -> bool:
     return fmt.name in ("NVFP4", "NVFP4-4/6", "MXFP4")
 
 
-def pack_weight(q: QuantizedTensor) -> PackedWeight:
+def packed_bytes(rows: int, columns: int, fmt: Format) -> int:
+    """Bytes of a packed weight, in whole cache lines."""
+    scale = _SCALES.index(fmt.scale)
+    width, tall = _padded(columns, scale), -(-rows // _TILE) * _TILE
+    return -(-(tall * width // 2 + tall * width // _block(scale)) // 64) * 64
+
+
+def allocate(n: int) -> Tensor:
+    """``n`` bytes, uint8, that start on a cache line; a megabyte or more in huge pages, where the system has them.
+
+    A weight is read once a step from end to end, and looking up small pages costs a third of the time. A model's
+    weights best share one such piece: each alone has an end that fills no huge page.
+    """
+    line = 64 if n < _HUGE_FROM else _HUGE
+    raw = torch.empty(n + line, dtype=torch.uint8)
+    offset = -raw.data_ptr() % line
+    data = raw[offset : offset + n]
+    if (lib := _library()) is not None:
+        lib.reqat_advise_huge(data.data_ptr(), n)
+    return data
+
+
+def pack_weight(q: QuantizedTensor, out: Tensor | None = None) -> PackedWeight:
     """Rearrange a weight [N, K], quantized along K, for :func:`linear`. Not differentiable; CPU.
 
-    Raises ValueError for a format that :func:`supports` refuses, another axis or rank, or a global scale a row.
+    ``out``: :func:`packed_bytes` of an :func:`allocate`\ d piece to put it in. Raises ValueError for a format that
+    :func:`supports` refuses, another axis or rank, a global scale a row, or an ``out`` of another size.
     """
     fmt = q.format
     reason = None
@@ -150,7 +174,12 @@ def pack_weight(q: QuantizedTensor) -> PackedWeight:
     codes_NK = F.pad(q.codes, (0, 0, 0, tiles * _TILE - rows)).view(tiles, _TILE, width // _STEP, 2, 2, 4)
     bytes_ = (codes_NK[:, :, :, :, 0] | (codes_NK[:, :, :, :, 1] << 4)).permute(0, 2, 3, 1, 4).reshape(-1)
     scales_NB = F.pad(q.scales.view(torch.uint8), (0, 0, 0, tiles * _TILE - rows)).view(tiles, _TILE, -1)
-    data = _aligned(bytes_.numel() + scales_NB.numel())
+    size = bytes_.numel() + scales_NB.numel()
+    if out is None:
+        out = allocate(size)
+    elif out.dtype != torch.uint8 or out.numel() < size or not out.is_contiguous():
+        raise ValueError(f"out must be {size} contiguous bytes, got {out.numel()} of {out.dtype}")
+    data = out[:size]
     data[: bytes_.numel()] = bytes_
     data[bytes_.numel() :] = scales_NB.transpose(1, 2).reshape(-1)
     g = 1.0 if q.global_scale is None else float(q.global_scale)
@@ -457,14 +486,3 @@ def _fp4_input(
 def _start(values: Tensor, block: int) -> Tensor:
     M, K = values.shape
     return values.view(M, K // block, block).sum(-1, dtype=torch.int32) * -_OFFSET
-
-
-def _aligned(n: int) -> Tensor:
-    """``n`` bytes, uint8, that start on a cache line; large ones ask for huge pages, which spare the TLB."""
-    line = 64 if n < 1 << 22 else 1 << 21
-    raw = torch.empty(n + line, dtype=torch.uint8)
-    offset = -raw.data_ptr() % line
-    data = raw[offset : offset + n]
-    if (lib := _library()) is not None:
-        lib.reqat_advise_huge(data.data_ptr(), n)
-    return data
