@@ -154,7 +154,7 @@ def allocate(n: int) -> Tensor:
 def pack_weight(q: QuantizedTensor, out: Tensor | None = None) -> PackedWeight:
     """Rearrange a weight [N, K], quantized along K, for :func:`linear`. Not differentiable; CPU.
 
-    ``out``: :func:`packed_bytes` of an :func:`allocate`\ d piece to put it in. Raises ValueError for a format that
+    ``out``: :func:`packed_bytes` bytes to put it in, from :func:`allocate`. Raises ValueError for a format that
     :func:`supports` refuses, another axis or rank, a global scale a row, or an ``out`` of another size.
     """
     fmt = q.format
