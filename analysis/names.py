@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from reqat.config.plan import Cell, Plan
+    from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
 
 BF16 = "BF16"
@@ -25,6 +28,9 @@ FIGURES: dict[str, str | None] = {
 }
 # Made of the throughput benchmark (config/throughput.yaml) alone, on tiers that have one.
 THROUGHPUT_FIGURES = ("figure6",)
+# Made of studies (config/studies.yaml): file stem -> the kinds of study that it needs, all of them.
+STUDY_TABLES: dict[str, tuple[str, ...]] = {"studies": ()}
+STUDY_FIGURES: dict[str, tuple[str, ...]] = {}
 THROUGHPUT_KERNELS = ("linear", "attention", "fake_quantize", "sem_loss", "decode", "train_step", "agreement")
 
 
@@ -85,6 +91,17 @@ def throughput_names(bench: Throughput | None) -> tuple[list[str], list[str]]:
     return [*(f"throughput-{name.replace('_', '-')}" for name in kernels), "figure6-error", "figure6-memory"], [
         *THROUGHPUT_FIGURES
     ]
+
+
+def study_names(studies: Mapping[str, PlannedStudy]) -> tuple[list[str], list[str]]:
+    """File stems of the tables and of the figures that a tier's studies make; none where it has no study."""
+    if not studies:
+        return [], []
+    kinds = {study.kind for study in studies.values()}
+    tables, figures = (
+        [name for name, needed in names.items() if kinds.issuperset(needed)] for names in (STUDY_TABLES, STUDY_FIGURES)
+    )
+    return tables, figures
 
 
 def figure_names(plan: Plan) -> dict[str, tuple[str, str]]:

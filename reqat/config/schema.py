@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.recipe import Catalogue
+from reqat.config.studies import StudiesFile
 from reqat.config.throughput import ThroughputFile
 from reqat.config.tier import Tier
 
@@ -17,12 +18,13 @@ FILE = "schema.json"
 
 def schema() -> dict[str, Any]:
     """Schemas of a tier file (`tier`, all keys optional where the file extends another), of `recipes.yaml`
-    (`recipes`) and of `throughput.yaml` (`throughput`)."""
+    (`recipes`), of `throughput.yaml` (`throughput`) and of `studies.yaml` (`studies`)."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "reqat configuration",
         "tier": Tier.model_json_schema(),
         "recipes": Catalogue.model_json_schema(),
+        "studies": StudiesFile.model_json_schema(),
         "throughput": ThroughputFile.model_json_schema(),
     }
 

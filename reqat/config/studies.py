@@ -1,0 +1,320 @@
+"""What is measured on models that a tier has already trained: `config/studies.yaml`, a list of studies a tier.
+
+A study changes no weight, so none of this may enter the digest that names a stage: hence a file of its own, outside
+the tiers. It names models as tables do, by recipe and precision, and `load_studies` looks them up among the cells of
+the tier's plan; a study thus stands on stages that the tables need anyway. Its id covers its own settings, the ids of
+those stages and the problems that it asks: a model trained anew is a study to be made anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from reqat.config.base import Strict, digest, parse, read_yaml
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.plan import Plan
+from reqat.config.precision import PrecisionSpec, family
+from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet
+
+FILE = "studies.yaml"
+SAMPLE = "sample(temperature=0.6, top_p=0.95)"
+_PERCENTILE = re.compile(r"^p\d+(\.\d+)?$")
+
+
+class ModelChoice(Strict):
+    """A model by the names that tables give it."""
+
+    recipe: str
+    """Of `config/recipes.yaml`; `ft-ptq` at an FP4 precision is the fine-tuned model, rounded as it is loaded."""
+    precision: str
+    total: int | None = Field(default=None, gt=0)
+    """Total budget in QAT budgets; null: the one that claims rest on."""
+    seed: int | None = None
+    """Training seed; null: the tier's first."""
+    model: str | None = None
+    """Label of the base model; null: the tier's first."""
+
+    @field_validator("precision")
+    @classmethod
+    def _known(cls, precision: str) -> str:
+        family(precision)
+        return precision
+
+
+class _Study(Strict):
+    name: str = ""
+    """Tells studies of one kind apart; empty: the kind."""
+    n: int = Field(gt=0)
+    """Problems."""
+    asks: ClassVar[Literal["tier", "validation", "nothing"]] = "tier"
+    """Whose problems the models answer: those that the tier grades on, those held out for choices, or none."""
+
+    def choices(self) -> dict[str, ModelChoice]:
+        """Role -> model: every field that names one, and each of `models` under its own label."""
+        out: dict[str, ModelChoice] = {}
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            if isinstance(value, ModelChoice):
+                out[name] = value
+            elif name == "models":
+                out |= value
+        return out
+
+    @property
+    def label(self) -> str:
+        """What messages and file names call the study."""
+        return self.name or str(self.kind)  # type: ignore[attr-defined]
+
+
+class _Sampled(_Study):
+    seeds: tuple[int, ...] = Field(min_length=1)
+    """Sampling seeds."""
+    decoding: str = SAMPLE
+    """As `reqat.evaluation.Decoding.parse` reads it."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ReqatError(f"seeds {list(seeds)}: one stands twice.")
+        return seeds
+
+
+class _TwoModels(_Sampled):
+    reference: ModelChoice
+    candidate: ModelChoice
+
+
+class PairStudy(_TwoModels):
+    """Entropies of two models over the same tokens, as `reqat entropy` collects them: Figures 2(a, b, f) and 9."""
+
+    kind: Literal["pair"]
+    top: int = Field(default=5, gt=0)
+    """Most likely tokens kept a position."""
+    bins: int = Field(default=20, ge=2)
+    more_than: int = Field(default=100, ge=0)
+    """Token types seen more often than this have an entropy of their own."""
+
+
+class RoutingStudy(_TwoModels):
+    """Entropy-routed decoding, the four policies of `reqat route` at one threshold: Figures 2(c, d) and 8."""
+
+    kind: Literal["routing"]
+    threshold: str
+    """In nats (`0.6`), or a percentile of the reference's entropies on held-out problems (`p75`)."""
+    held_out: int = Field(default=20, gt=0)
+    """Validation problems that a percentile is measured on."""
+
+    @field_validator("threshold", mode="before")
+    @classmethod
+    def _readable(cls, threshold: Any) -> str:
+        if isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0:
+            return f"{threshold:g}"
+        if isinstance(threshold, str) and _PERCENTILE.match(threshold) and 0 < float(threshold[1:]) < 100:
+            return threshold
+        raise ReqatError(f"threshold {threshold!r}: write nats (0.6) or a percentile (p75).")
+
+
+class NoiseStudy(_Sampled):
+    """Noise on the logits of the surest and of the least sure decisions, as in `reqat noise`: Figure 2(e)."""
+
+    kind: Literal["noise"]
+    model: ModelChoice
+    sigmas: tuple[float, ...] = Field(min_length=1)
+    """Size of the noise, relative to the logits."""
+    share: float = Field(default=0.25, gt=0, lt=1)
+    by: Literal["batch", "percentile"] = "batch"
+    held_out: int = Field(default=20, gt=0)
+
+
+class ResetStudy(_Sampled):
+    """ReSET beside plain decoding and beside BF16, as `reqat fit-reset` and `reqat reset` do it: table `reset`."""
+
+    kind: Literal["reset"]
+    quantized: ModelChoice
+    reference: ModelChoice
+    t_low: tuple[float, ...] = (0.3,)
+    """Temperatures where the model is sure, each a condition; tau0 is fitted once."""
+    t_high: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    window: int = Field(default=32, gt=0)
+    step: Literal["paragraph", "line", "sentence"] = "paragraph"
+    quantile: float = Field(default=0.8, gt=0, lt=1)
+    held_out: int = Field(default=5, gt=0)
+    """Validation problems that tau0 is fitted on."""
+    fit_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    controls: tuple[str, ...] = ()
+    """Other decodings of the quantized model."""
+
+
+class DynamicsStudy(_Study):
+    """What training does to entropies: models read the same verified traces, beside the base model: Figure 4."""
+
+    kind: Literal["dynamics"]
+    base: ModelChoice
+    models: dict[str, ModelChoice] = Field(min_length=1)
+    """Label in figures -> model."""
+    bins: int = Field(default=4, ge=2)
+    """Percentile bins of the base's entropy."""
+    trace_seed: int = 0
+    """Seed that the verified traces are written with."""
+    asks: ClassVar[Literal["tier", "validation", "nothing"]] = "validation"
+
+    @field_validator("models")
+    @classmethod
+    def _labels(cls, models: dict[str, ModelChoice]) -> dict[str, ModelChoice]:
+        if "base" in models:
+            raise ReqatError("models: 'base' is the label of the base model; call this one something else.")
+        return models
+
+
+class GradientsStudy(_Study):
+    """The share of low-entropy tokens in the gradient while a QAT stage is trained anew: Figure 7."""
+
+    kind: Literal["gradients"]
+    n: int = Field(default=1, gt=0)
+    """Packed rows that a probe looks at."""
+    model: ModelChoice
+    every_steps: int = Field(gt=0)
+    """Optimizer steps between probes."""
+    percentile: float = Field(default=0.75, gt=0, lt=1)
+    """Of the entropies; tokens below it are the low-entropy ones."""
+    asks: ClassVar[Literal["tier", "validation", "nothing"]] = "nothing"
+
+
+StudySettings = Annotated[
+    PairStudy | RoutingStudy | NoiseStudy | ResetStudy | DynamicsStudy | GradientsStudy, Field(discriminator="kind")
+]
+KINDS = ("pair", "routing", "noise", "reset", "dynamics", "gradients")
+
+
+class StudiesFile(Strict):
+    """`config/studies.yaml`: tier -> studies. A tier without a section has none of their tables and figures."""
+
+    tiers: dict[str, list[StudySettings]]
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> StudiesFile:
+        for tier, studies in self.tiers.items():
+            names = [(study.kind, study.label) for study in studies]
+            for name in names:
+                if names.count(name) > 1:
+                    raise ReqatError(f"{tier}: two studies of kind {name[0]!r} are called {name[1]!r}; give names.")
+        return self
+
+
+class StudiedModel(Strict):
+    """A stage's model at a precision."""
+
+    stage: str
+    precision: PrecisionSpec
+
+
+class PlannedStudy(Strict):
+    """A study with its models looked up: everything that its numbers depend on, and therefore its id."""
+
+    settings: StudySettings
+    models: dict[str, StudiedModel]
+    """Role -> model."""
+    given: dict[str, str] = Field(default_factory=dict)
+    """Role -> further stage whose folder is read (of a training made anew: its parent and its trace store)."""
+    problems: ProblemSet | None = None
+    decoding: Decoding | None = None
+    """The tier's limits of a response; how tokens are chosen is the study's own."""
+
+    @property
+    def kind(self) -> str:
+        """Of `KINDS`."""
+        return self.settings.kind
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Role -> id of the stage whose folder fills it."""
+        return {role: model.stage for role, model in self.models.items()} | self.given
+
+    @cached_property
+    def id(self) -> str:
+        """`study-<kind>-` and twelve hex digits of the sha256 over everything above."""
+        return f"study-{self.kind}-{digest(self, DIGEST_LENGTH)}"
+
+
+def resolve(plan: Plan, choice: ModelChoice, where: str) -> StudiedModel:
+    """The stage and precision of a model among the cells of a plan.
+
+    Raises `ReqatError` that opens with `where` if the plan has no such cell, saying what it has of the recipe.
+    """
+    tier = plan.tier
+    label = choice.model or next(iter(tier.models))
+    if label not in tier.models:
+        raise unknown("model", label, tier.models, where=where)
+    total = choice.total or tier.models[label].claim_total or tier.budget.claim_total
+    seed = tier.training_seeds[0] if choice.seed is None else choice.seed
+    of_recipe = [cell for cell in plan.cells if cell.model == label and cell.recipe == choice.recipe]
+    if not of_recipe:
+        raise unknown("recipe", choice.recipe, {cell.recipe for cell in plan.cells if cell.model == label}, where=where)
+    found = [
+        plan.evaluation(cell.evaluation)
+        for cell in of_recipe
+        if cell.precision == choice.precision
+        and cell.multiple in (None, total)
+        and (cell.multiple is None or cell.training_seed == seed)
+    ]
+    if not found:
+        there = sorted({f"{c.precision} (total {c.multiple}, seed {c.training_seed})" for c in of_recipe})
+        raise ReqatError(
+            f"{where}: tier {tier.name} has no model of recipe {choice.recipe!r} at {choice.precision}, total {total}, "
+            f"training seed {seed}; of that recipe it has {', '.join(there)}. Name one of them, or add the cell to an "
+            "artifact of config/recipes.yaml."
+        )
+    # An ablation of the global scale asks for one model in several modes; a study takes the one that is graded.
+    usual = [e for e in found if e.precision.global_scale in (None, tier.evaluation.global_scale)]
+    first = (usual or found)[0]
+    if first.precision.global_scale == "static":
+        raise ReqatError(f"{where}: a study calibrates nothing, so it takes no static global scales ({choice.recipe}).")
+    return StudiedModel(stage=first.stage, precision=first.precision)
+
+
+def plan_study(plan: Plan, settings: Any) -> PlannedStudy:
+    """A study on the models of a plan. Raises `ReqatError` as `resolve`, and for a study that trains a stage anew
+    which is no training."""
+    where = f"config/{FILE}: study {settings.label} of tier {plan.tier.name}"
+    models = {role: resolve(plan, choice, where) for role, choice in settings.choices().items()}
+    given: dict[str, str] = {}
+    if isinstance(settings, GradientsStudy):
+        stage = plan.stage(models["model"].stage)
+        if stage.kind != "qat":
+            raise ReqatError(f"{where}: {stage.id} is no QAT stage, so there is no training to look into.")
+        given = stage.inputs
+    if settings.asks == "nothing":
+        return PlannedStudy(settings=settings, models=models, given=given)
+    how = plan.tier.evaluation
+    families = how.families if how.families is not None else plan.tier.data.families
+    split = how.split if settings.asks == "tier" else "validation"
+    problems = ProblemSet(families=families, split=split, n=settings.n, seed=how.problem_seed)
+    return PlannedStudy(settings=settings, models=models, given=given, problems=problems, decoding=how.decoding)
+
+
+def load_studies(plan: Plan, folder: Path) -> dict[str, PlannedStudy]:
+    """The studies of a plan's tier by id, in the order of the file; none if it has no section.
+
+    Raises `ReqatError` on a fault in the file, or for a model that the plan does not have.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return {}
+    asked = parse(StudiesFile, read_yaml(path), f"config/{FILE}").tiers.get(plan.tier.name, [])
+    planned = [plan_study(plan, settings) for settings in asked]
+    return {study.id: study for study in planned}
+
+
+def study_called(studies: Mapping[str, PlannedStudy], id: str, tier: str) -> PlannedStudy:
+    """The study `id`; `ReqatError` with the closest one if the tier has none of that name."""
+    if id not in studies:
+        raise unknown("study", id, studies, where=f"tier {tier} (config/{FILE} says which)")
+    return studies[id]
