@@ -35,7 +35,7 @@ from reqat.recipes.qad import QAD
 from reqat.recipes.sem import SEM
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
-from reqat.training import NLL, Objective, Term, TrainResult, train
+from reqat.training import NLL, Objective, Observer, Term, TrainResult, train
 from reqat.training import TrainSettings as LoopSettings
 
 MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
@@ -186,6 +186,23 @@ def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
 def _finetune_or_qat(
     stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool
 ) -> dict[str, Any]:
+    model, tokenizer, result = train_again(stage, inputs, checkpoints, progress=progress)
+    save_model(model, tokenizer, out / MODEL)
+    return _training_metrics(result)
+
+
+def train_again(
+    stage: Stage,
+    inputs: Mapping[str, Path],
+    checkpoints: Path,
+    *,
+    observer: Observer | None = None,
+    progress: bool = True,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainResult]:
+    """The training of a `finetune` or `qat` stage: its trained model, the tokenizer, and the run's history.
+
+    ``observer`` looks on (:class:`reqat.training.Observer`); the weights are those of the stage without it.
+    """
     settings = stage.settings
     assert isinstance(settings, TrainSettings)
     model, tokenizer = _parent(inputs)
@@ -206,9 +223,9 @@ def _finetune_or_qat(
         checkpoints,
         teacher,
         progress,
+        observer,
     )
-    save_model(model, tokenizer, out / MODEL)
-    return _training_metrics(result)
+    return model, tokenizer, result
 
 
 def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
@@ -318,6 +335,7 @@ def _train(
     checkpoints: Path,
     teacher: PreTrainedModel | None,
     progress: bool,
+    observer: Observer | None = None,
 ) -> TrainResult:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     rows: PackedRows = pack(
@@ -341,7 +359,15 @@ def _train(
         gradient_checkpointing=training.gradient_checkpointing,
     )
     return train(
-        model, rows, objective(training), settings, checkpoints, teacher=teacher, label=stage.id, progress=progress
+        model,
+        rows,
+        objective(training),
+        settings,
+        checkpoints,
+        teacher=teacher,
+        observer=observer,
+        label=stage.id,
+        progress=progress,
     )
 
 

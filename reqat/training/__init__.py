@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from reqat.training.loop import TrainResult, TrainSettings, learning_rate, response_logits, train
+from reqat.training.loop import Observer, TrainResult, TrainSettings, learning_rate, response_logits, train
 from reqat.training.objective import NLL, Objective, Term, TermContext
 
 __all__ = [
     "NLL",
     "Objective",
+    "Observer",
     "Term",
     "TermContext",
     "TrainResult",

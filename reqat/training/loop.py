@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,15 @@ class TrainResult:
         return sum(h["loss"] for h in tail) / len(tail)
 
 
+class Observer(Protocol):
+    """Looks at a training from inside, and must leave model, gradients and random state as it found them."""
+
+    def __call__(self, model: PreTrainedModel, batch: Batch, step: int, loss: Callable[[], Tensor]) -> object:
+        """Called before each micro-batch. ``step`` counts from 0 and is not done yet; ``loss()`` runs the model on
+        ``batch`` and gives what the loop is about to differentiate, summed over response tokens.
+        """
+
+
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
     """Linear warm-up over ``warmup_ratio`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps
     count from 0.
@@ -133,6 +144,12 @@ def batch_loss(
     return objective(TermContext(logits, labels, teacher_logits))
 
 
+def _loss(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, autocast: bool
+) -> Tensor:
+    return batch_loss(model, teacher, objective, batch, autocast=autocast)[0]
+
+
 def _is_plain(head: nn.Module) -> bool:
     """Whether the head is ``hidden @ weight.T`` and nothing else: no bias, no hook, no other class."""
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
@@ -146,13 +163,15 @@ def train(
     checkpoints: Path,
     *,
     teacher: PreTrainedModel | None = None,
+    observer: Observer | None = None,
     label: str = "train",
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` in place on ``rows`` for ``settings.epochs`` and return the run's history.
 
     ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is
-    left for the caller to delete. Raises ``ValueError`` where the objective wants a teacher and has none, a
+    left for the caller to delete. ``observer`` sees every micro-batch and changes nothing; after a kill it sees again
+    the steps since the last checkpoint. Raises ``ValueError`` where the objective wants a teacher and has none, a
     checkpoint is damaged or of another run, or the loss is not finite (naming the step); ``OSError`` where a
     checkpoint cannot be written.
     """
@@ -214,6 +233,9 @@ def train(
                     fields = ("input_ids", "labels", "position_ids", "segment_ids")
                     batch = Batch(*(getattr(cpu_batch, f).to(device) for f in fields))
                     try:
+                        if observer is not None:
+                            same_loss = partial(_loss, model, teacher, objective, batch, settings.autocast)
+                            observer(model, batch, step, same_loss)
                         loss, parts = batch_loss(model, teacher, objective, batch, autocast=settings.autocast)
                     except ValueError as error:
                         raise ValueError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error

@@ -1,0 +1,173 @@
+"""The share of the gradient that low-entropy tokens carry, along a training stage (ReQAT Figure 7).
+
+The stage is trained anew from its own settings while a probe looks on (:mod:`reqat.training.gradients`); its weights
+must come out as they were, and where the stage's own weights are at hand they are compared. What counts as a
+low-entropy token is not said in the paper. Two kinds of threshold stand beside each other: percentiles of the
+micro-batch's own entropies (25, as in its noise experiment; 75, SEM's), which hold the share of tokens fixed while the
+model grows surer, and 0.6 nats, that of its routing experiment, which holds the meaning fixed while the share of
+tokens moves. A share of gradient means something beside the share of tokens that carries it; both are columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reqat.config.errors import ReqatError
+from reqat.config.stage import Stage, TrainSettings
+from reqat.evaluation.statistics import clustered_means
+from reqat.models import load_model
+from reqat.recipes.stages import MODEL, train_again
+from reqat.training.gradients import GradientProbe, TokenGradients
+
+GRADIENTS = "gradients.csv"
+PERCENTILES = (25, 75)
+NATS = 0.6
+COLUMNS = (
+    "step",
+    "steps",
+    "threshold",
+    "nats",
+    "c_low",
+    "lo",
+    "hi",
+    "c_high",
+    "low_share",
+    "low_tokens",
+    "tokens",
+    "clusters",
+)
+
+
+def shares(step: int, found: TokenGradients) -> list[dict[str, Any]]:
+    """Rows of ``gradients.csv`` of one look, a threshold each.
+
+    ``c_low`` is the share of the squared gradients at tokens below ``nats``, ``c_high`` that of the others; ``lo`` and
+    ``hi`` its 95% interval clustered by trace (a ratio of two sums; NaN for a single trace), cut to [0, 1];
+    ``low_share`` the share of the ``tokens`` that are below.
+    """
+    square_N, entropy_N, trace_N = found.square_N.numpy(), found.entropy_N.numpy(), found.trace_N.numpy()
+    named = [(f"percentile {p}", float(np.percentile(entropy_N, p))) for p in PERCENTILES]
+    rows = []
+    for name, nats in [*named, (f"{NATS} nats", NATS)]:
+        low_N = entropy_N < nats
+        one_N = np.zeros(len(low_N), dtype=np.int64)
+        means = clustered_means(square_N * low_N, one_N, trace_N, 1, weights_N=square_N)
+        high = clustered_means(square_N * ~low_N, one_N, trace_N, 1, weights_N=square_N)
+        rows.append(
+            {
+                "step": step,
+                "threshold": name,
+                "nats": nats,
+                "c_low": float(means.value_G[0]),
+                "lo": float(np.clip(means.lo_G[0], 0, 1)),
+                "hi": float(np.clip(means.hi_G[0], 0, 1)),
+                "c_high": float(high.value_G[0]),
+                "low_share": float(low_N.mean()),
+                "low_tokens": int(low_N.sum()),
+                "tokens": len(low_N),
+                "clusters": int(means.clusters_G[0]),
+            }
+        )
+    return rows
+
+
+def run_gradients(
+    stage: Stage,
+    inputs: Mapping[str, Path],
+    out: Path,
+    *,
+    every: int = 10,
+    trained: Path | None = None,
+    checkpoints: Path | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train ``stage`` anew with a probe every ``every`` steps; write ``gradients.csv`` into ``out``, return metrics.
+
+    Args:
+        stage: of kind `finetune` or `qat`.
+        inputs: folders of its stages by role, as for ``run_stage``.
+        out: made if need be.
+        trained: the stage's own folder, whose weights the new ones are compared with (``same_weights``).
+        checkpoints: where the training keeps its resumable state and what the probe saw so far; beside ``out`` if
+            None. A killed run goes on from there; removing it is the caller's, once the result is safe.
+        progress: whether to show it.
+
+    Warns where the new weights differ from the stage's. Raises `ReqatError` for another kind of stage, or an input
+    that is not there.
+    """
+    if not isinstance(stage.settings, TrainSettings):
+        raise ReqatError(f"{stage.id} is a {stage.kind} stage, which has no gradients; name a finetune or qat stage.")
+    for role, id in stage.inputs.items():
+        if role not in inputs or not Path(inputs[role]).is_dir():
+            raise ReqatError(f"{stage.id} needs its {role} stage {id}, which is not there; run that stage first.")
+    checkpoints = checkpoints or out.parent / f".{out.name}.checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    seen = checkpoints / "gradients.jsonl"
+    rows = {(row["step"], row["threshold"]): row for row in _read(seen)}
+
+    with seen.open("a") as file:
+
+        def take(step: int, found: TokenGradients) -> None:
+            # On disk before the step's checkpoint can be: a resumed run misses none.
+            for row in shares(step, found):
+                rows[step, row["threshold"]] = row
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        model, _, result = train_again(
+            stage, inputs, checkpoints, observer=GradientProbe(every, take), progress=progress
+        )
+    for row in rows.values():
+        row["steps"] = result.steps
+    table = [rows[key] for key in sorted(rows) if key[0] % every == 0]
+    with (out / GRADIENTS).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+    metrics: dict[str, Any] = {
+        "stage": stage.id,
+        "steps": result.steps,
+        "every": every,
+        "looks": len({row["step"] for row in table}),
+        "final_loss": result.final_loss,
+    }
+    if trained is not None:
+        different = _different(model.state_dict(), trained / MODEL)
+        metrics["same_weights"] = not different
+        if different:
+            warnings.warn(
+                f"{stage.id} trained anew differs from {trained} in {len(different)} tensors ({different[0]}, ...): "
+                "another version, machine or number of threads trained it. The gradients are of the new training.",
+                stacklevel=2,
+            )
+    return metrics
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """What an earlier attempt saw; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def _different(state: Mapping[str, Tensor], folder: Path) -> list[str]:
+    """Names of tensors that are not bit-identical in a saved model."""
+    kept = load_model(folder).state_dict()
+    names = sorted(set(state) | set(kept))
+    return [n for n in names if n not in state or n not in kept or not torch.equal(state[n].cpu(), kept[n])]
