@@ -242,6 +242,23 @@ def entropy_change(
 
 
 # -- responses -------------------------------------------------------------------------------------------------------
+def length_edges(tokens_T: NDArray[Any], bins: int) -> list[int]:
+    """Ends of equal-count bins of response lengths: bin i holds lengths above ``edges[i]`` up to ``edges[i + 1]``.
+
+    Lengths are whole numbers with many ties, so that bins are only about equal; fewer than ``bins`` come out where
+    quantiles coincide.
+    """
+    quantiles = np.quantile(tokens_T, np.linspace(0, 1, bins + 1), method="higher").astype(np.int64)
+    return np.unique(np.append(tokens_T.min() - 1, quantiles[1:])).tolist()
+
+
+def length_bins(tokens_T: NDArray[Any], edges: Sequence[int]) -> NDArray[np.int64]:
+    """The bin of each length between ascending ``edges`` (see :func:`length_edges`); -1 outside of them."""
+    bin_T = np.searchsorted(np.asarray(edges), tokens_T, side="left") - 1
+    bin_T[(bin_T < 0) | (bin_T >= len(edges) - 1)] = -1
+    return bin_T
+
+
 def accuracy_by_length(folder: TraceFolder, *, edges: Sequence[int] | None = None, bins: int = 4) -> pd.DataFrame:
     """Accuracy by response length in tokens, for each source.
 
@@ -252,12 +269,8 @@ def accuracy_by_length(folder: TraceFolder, *, edges: Sequence[int] | None = Non
     if not graded.any():
         return pd.DataFrame(columns=["source", "length_lo", "length_hi", "value", "lo", "hi", "n", "clusters"])
     length = folder.traces["tokens"].to_numpy()[graded]
-    if edges is None:
-        quantiles = np.quantile(length, np.linspace(0, 1, bins + 1), method="higher").astype(np.int64)
-        edges = np.unique(np.append(length.min() - 1, quantiles[1:])).tolist()
-    assert edges is not None
-    bin_T = np.searchsorted(np.asarray(edges), length, side="left") - 1
-    bin_T[(bin_T < 0) | (bin_T >= len(edges) - 1)] = -1
+    edges = length_edges(length, bins) if edges is None else edges
+    bin_T = length_bins(length, edges)
     problem = _problems(folder)[graded]
     correct = folder.traces["correct"].to_numpy()[graded].astype(bool)
     source = folder.traces["source"].to_numpy()[graded]
@@ -639,3 +652,68 @@ def derailment_shares(found: pd.DataFrame, low: pd.DataFrame) -> pd.DataFrame:
     below = _shares_below(found["entropy"].to_numpy(dtype=float), np.ones(len(found), dtype=bool), problem, low)
     frames.append(below.rename(columns={"threshold": "which"}).assign(statistic="low entropy"))
     return pd.concat(frames, ignore_index=True)
+
+
+# -- single decisions ------------------------------------------------------------------------------------------------
+_CONTEXT_TOKENS = 8
+
+
+def examples(
+    folder: TraceFolder, reference: str, candidate: str, divergences: pd.DataFrame, wrong: pd.DataFrame
+) -> pd.DataFrame:
+    """What both models would say next at two telling positions, one row a model and rank.
+
+    ``derailment``: of the first wrong tokens (``wrong``, see :func:`derailments`) where the reference's entropy is
+    below 0.6 nats, the one whose probability rose most from reference to candidate. ``high entropy``: of the first
+    divergences, the one where the reference's entropy is highest. Both rules pick an extreme, not a typical position.
+
+    Columns: ``example``, ``problem``, ``seed``, ``position``, ``context`` (the text just before), ``taken`` (the token
+    that stands there), ``entropy_reference``, ``entropy_candidate`` (nats), ``label``, ``rank`` (0: most likely),
+    ``token``, ``probability``. Empty where there is no such position.
+    """
+    at = _example_positions(folder, reference, candidate, divergences, wrong)
+    token = folder.column("token")
+    entropies = {label: folder.entropy(label) for label in (reference, candidate)}
+    out = []
+    for name, n in at.items():
+        trace = int(folder.trace_index[n])
+        start = int(folder.starts[trace])
+        before = token[max(start, n - _CONTEXT_TOKENS) : n]
+        for label in (reference, candidate):
+            for rank, (id, probability) in enumerate(zip(*folder.top_at(label, n), strict=True)):
+                out.append(
+                    {
+                        "example": name,
+                        "problem": folder.traces["problem"].iloc[trace],
+                        "seed": int(folder.traces["seed"].iloc[trace]),
+                        "position": n - start,
+                        "context": "".join(folder.vocabulary[i] for i in before),
+                        "taken": folder.vocabulary[token[n]],
+                        "entropy_reference": float(entropies[reference][n]),
+                        "entropy_candidate": float(entropies[candidate][n]),
+                        "label": label,
+                        "rank": rank,
+                        "token": folder.vocabulary[id],
+                        "probability": float(probability),
+                    }
+                )
+    columns = ["example", "problem", "seed", "position", "context", "taken", "entropy_reference", "entropy_candidate"]
+    return pd.DataFrame(out, columns=[*columns, "label", "rank", "token", "probability"])
+
+
+def _example_positions(
+    folder: TraceFolder, reference: str, candidate: str, divergences: pd.DataFrame, wrong: pd.DataFrame
+) -> dict[str, int]:
+    """Example -> token, of the N; ties go to the first."""
+    row_of = {int(trace): i for i, trace in enumerate(folder.traces["trace"])}
+    out = {}
+    sure = wrong[(wrong["position"] >= 0) & (wrong["entropy"] < LOW_NATS)]
+    if len(sure):
+        at = np.array([folder.starts[row_of[t]] + p for t, p in zip(sure["trace"], sure["position"], strict=True)])
+        rise = folder.column(f"prob_{candidate}")[at] - folder.column(f"prob_{reference}")[at]
+        out["derailment"] = int(at[int(rise.argmax())])
+    parted = divergences[divergences["entropy"].notna()]
+    if len(parted):
+        row = parted.loc[parted["entropy"].idxmax()]
+        out["high entropy"] = int(folder.starts[row_of[int(row["trace_reference"])]] + int(row["position"]))
+    return out

@@ -88,6 +88,9 @@ def report(
         low = entropy.low_entropy(folder, reference, reference)
         frames["divergence-shares"] = entropy.divergence_shares(frames["first-divergences"], low)
         frames["derailments"] = entropy.derailments(folder, reference, candidate)
+        frames["examples"] = entropy.examples(
+            folder, reference, candidate, frames["first-divergences"], frames["derailments"]
+        )
         if len(frames["derailments"]):
             frames["derailment-shares"] = entropy.derailment_shares(frames["derailments"], low)
     return Report(reference, candidate, frames, _table(folder, reference, candidate, frames, eps, where))
@@ -225,14 +228,24 @@ def draw(found: Report, folder: Path) -> list[Path]:
     """Draw the figures that the report has numbers for, as PNG and PDF; returns the files."""
     from analysis import style
 
-    figures = {"entropy-damage": _damage, "entropy-kinds": _kinds}
-    if "divergence-shares" in found.frames:
-        figures["entropy-errors"] = _errors
     written = []
-    for name, make in figures.items():
+    for name, fig in figures(found).items():
         with style.context():
-            written += style.save(make(found), folder, name)
+            written += style.save(fig, folder, name)
     return written
+
+
+def figures(found: Report) -> dict[str, Any]:
+    """The figures that the report has numbers for, by name: ``entropy-damage``, ``entropy-kinds``, and
+    ``entropy-errors`` where both models sampled.
+    """
+    from analysis import style
+
+    make = {"entropy-damage": _damage, "entropy-kinds": _kinds}
+    if "divergence-shares" in found.frames:
+        make["entropy-errors"] = _errors
+    with style.context():
+        return {name: one(found) for name, one in make.items()}
 
 
 def _band(ax: Any, x: Any, rows: pd.DataFrame, colour: str, marker: str, label: str) -> None:

@@ -77,10 +77,12 @@ def has_claims(plan: Plan) -> bool:
 
 
 def table_names(plan: Plan) -> list[str]:
-    """File stems of the plan's tables: one an artifact, the claims last (where it has any). `figure1` is drawn, not
-    tabled.
+    """File stems of the plan's tables: one an artifact, `table6` (other columns of the cells of `table2`), the claims
+    last (where it has any). `figure1` is drawn, not tabled.
     """
-    return [*(name for name in plan.artifacts if name != "figure1"), *(["claims"] if has_claims(plan) else [])]
+    tabled = [name for name in plan.artifacts if name != "figure1"]
+    by_length = ["table6"] if "table2" in tabled else []
+    return [*tabled, *by_length, *(["claims"] if has_claims(plan) else [])]
 
 
 def throughput_names(bench: Throughput | None) -> tuple[list[str], list[str]]:

@@ -451,6 +451,22 @@ class TraceFolder:
         """The most likely token, [N]."""
         return self._first(f"top_{self._label(label)}")
 
+    def top_at(self, label: str, at: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The most likely tokens at the token ``at`` (of the N), most likely first, and their probabilities; [k] each.
+
+        Reads one row group. Raises IndexError beyond the last token.
+        """
+        names = [f"top_{self._label(label)}", f"top_prob_{label}"]
+        row = at if self._keep is None else int(np.flatnonzero(self._keep)[at])
+        for group in self._groups:
+            rows = self._file.metadata.row_group(group).num_rows
+            if 0 <= row < rows:
+                table = self._file.read_row_group(group, columns=names, use_threads=False)
+                ids, probabilities = (table[name][row].as_py() for name in names)
+                return np.asarray(ids, dtype=np.int32), np.asarray(probabilities, dtype=np.float32)
+            row -= rows
+        raise IndexError(f"token {at} of {self.n_tokens}")
+
     def _first(self, column: str) -> NDArray[Any]:
         """The first entry of each list of a column. A row group at a time, so that whole lists are never in memory."""
         parts = []

@@ -48,7 +48,7 @@ def test_all_tables_of_the_plan_are_made(results: Results, made: dict) -> None:
     assert (
         list(made)
         == table_names(results.plan)
-        == ["table1", "table2", "table4", "table5", "ptq", "global-scale", "claims"]
+        == ["table1", "table2", "table4", "table5", "ptq", "global-scale", "table6", "claims"]
     )
 
 
