@@ -26,7 +26,7 @@ from reqat.config.errors import ReqatError
 from reqat.models.architecture import decoder_layers, head_shape
 from reqat.models.linear import InputQuantizer, quant_linears
 from reqat.models.packed_cache import PackedCache
-from reqat.models.packed_layer import native_layers
+from reqat.models.packed_decoder import native_decoder
 from reqat.models.packed_linear import HalfHead, PackedInput, PackedLinear
 from reqat.models.prepare import freeze, precision_of
 from reqat.quant import Precision
@@ -83,7 +83,7 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
             setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs, room))
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
-        native_layers(model, decoder_layers(model), head_shape(model))
+        native_decoder(model, decoder_layers(model), head_shape(model))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16:
         model.set_output_embeddings(HalfHead(head))

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, memory, pack, prepare, save_model
 from reqat.models.packed_cache import PackedCache
-from reqat.models.packed_layer import NativeForward
+from reqat.models.packed_decoder import NativeDecoder
 from reqat.models.packed_linear import HalfHead, PackedLinear
 from reqat_kernels.native import instruction_set
 from reqat_kernels.native.dense import dense_bf16
@@ -89,8 +89,8 @@ def test_the_native_call_does_what_the_modules_do(
     tiny: Tiny, family: str, ids: Tensor, name: str, options: dict[str, Any]
 ) -> None:
     _, packed = twins(tiny, ids, family, name, **options)
-    layers = packed.get_decoder().layers
-    assert all(isinstance(layer.forward, NativeForward) for layer in layers)
+    decoder = packed.get_decoder()
+    assert isinstance(decoder.forward, NativeDecoder)
     mask = torch.ones(3, 14, dtype=torch.int64)
     mask[1, :3] = 0
 
@@ -105,8 +105,7 @@ def test_the_native_call_does_what_the_modules_do(
         return torch.cat(steps, 1), cache
 
     native, cache = run()
-    for layer in layers:
-        layer.forward = layer.forward.own
+    decoder.forward = decoder.forward.own
     modules, other = run()
     assert cache.get_seq_length() == other.get_seq_length() == 14
     assert_agree(modules, native)
@@ -145,10 +144,27 @@ def test_layers_of_another_build_go_through_their_modules(tiny: Tiny, ids: Tenso
     model = tiny("llama", hidden_act="gelu")
     prepare(model, "NVFP4-W4A4KV4", global_scale="row")
     pack(model)
-    layers = model.get_decoder().layers
-    assert not any(isinstance(layer.forward, NativeForward) for layer in layers)
-    assert isinstance(layers[0].mlp.up_proj, PackedLinear)
+    assert not isinstance(model.get_decoder().forward, NativeDecoder)
+    assert isinstance(model.get_decoder().layers[0].mlp.up_proj, PackedLinear)
     assert greedy(model, ids, torch.ones_like(ids)).shape == (3, 38)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_what_the_native_call_does_not_give_comes_from_the_modules(tiny: Tiny, ids: Tensor) -> None:
+    _, packed = twins(tiny, ids, "llama", "NVFP4-W4A4KV4", global_scale="row")
+    cache = PackedCache(packed)
+    with torch.no_grad():
+        packed(ids, past_key_values=cache)
+        hidden = packed(ids[:, :1], past_key_values=cache, output_hidden_states=True).hidden_states
+        assert len(hidden) == 3  # the embeddings and each layer's output
+        embedded = packed.get_input_embeddings()(ids[:, :1])
+        by_ids = packed(ids[:, :1], past_key_values=cache).logits
+        cache = PackedCache(packed)
+        packed(ids, past_key_values=cache)
+        packed(ids[:, :1], past_key_values=cache)
+        assert torch.equal(packed(inputs_embeds=embedded, past_key_values=cache).logits, by_ids)
+        with pytest.raises(ReqatError, match="filled with 3 rows, 2 are to be appended"):
+            packed(ids[:2, :1], past_key_values=cache)
 
 
 def test_what_has_no_kernel_stays_frozen(tiny: Tiny, ids: Tensor) -> None:
@@ -179,7 +195,7 @@ def test_a_diverged_input_is_named(tiny: Tiny, ids: Tensor) -> None:
     with torch.no_grad():
         packed(ids, past_key_values=cache)
         packed.get_decoder().layers[1].input_layernorm.weight[3] = float("inf")
-        packed.get_decoder().layers[1].forward.native._alive[1][0][3] = float("inf")
+        packed.get_decoder().forward.stack._alive[1][1][0][3] = float("inf")
         with pytest.raises(ValueError, match=r"layers\.1.* input holds NaN or infinity"):
             packed(ids[:, :1], past_key_values=cache)
 

@@ -1,11 +1,11 @@
-// A decoder layer of the Llama kind, for one new token in each of B rows:
+// Decoder layers of the Llama kind, for one new token in each of B rows:
 //
 //     h = rms_norm(x);  q, k, v = h Wq, h Wk, h Wv;  q, k = rope(q), rope(k);  cache <- quantize(k - shift), quantize(v)
 //     x += attention(q, cache) Wo;   h = rms_norm(x);   x += (silu(h Wgate) * (h Wup)) Wdown
 //
 // with every product's input rounded as the precision says. What transformers' modules do in some thirty calls a layer,
-// each of which costs more than its work when there is one token, happens here in one. Sums of squares are in double,
-// everything else in float32.
+// each of which costs more than its work when there is one token, happens here in one for the whole stack. Sums of
+// squares are in double, everything else in float32.
 
 #include "decode.h"
 
@@ -113,7 +113,7 @@ struct Input {
     }
 };
 
-int step(const DecodeLayer& layer, const DecodeStep& s) {
+int one_layer(const DecodeLayer& layer, const DecodeStates& states, const DecodeStep& s) {
     thread_local Scratch scratch;
     const int64_t B = s.B, hidden = layer.hidden, D = layer.D, H = layer.H, G = layer.G;
     const int threads = int(s.threads);
@@ -147,17 +147,24 @@ int step(const DecodeLayer& layer, const DecodeStep& s) {
             rope(head, cos, sin, D);
         }
     }
-    AppendArgs* appended[2] = {s.key, s.value};
+    AppendArgs* appended[2] = {states.key, states.value};
     for (AppendArgs* append : appended) {
-        append->x = append == s.key ? k : v;
+        append->x = append == states.key ? k : v;
+        append->start = s.length;
         append->dtype = DTYPE_F32;
         append->x_b = G * D, append->x_g = append->x_t = D;
         append->T = 1;
-        if (const int error = reqat_kv_append(append)) return error == 2 ? (append == s.key ? 4 : 5) : error;
+        if (const int error = reqat_kv_append(append)) return error == 2 ? (append == states.key ? 4 : 5) : error;
     }
-    s.attention->query = q;
-    s.attention->out = scratch.attended.data();
-    if (const int error = reqat_kv_attention(s.attention)) return error;
+    AttentionArgs& attention = *states.attention;
+    attention.query = q;
+    attention.out = scratch.attended.data();
+    attention.S = s.length + 1;
+    attention.mask = s.mask;
+    attention.mask_kind = s.mask ? MASK_BOOL : MASK_NONE;
+    attention.mask_b = s.length + 1, attention.mask_h = attention.mask_t = 0, attention.mask_s = 1;
+    attention.threads = s.attention_threads;
+    if (const int error = reqat_kv_attention(&attention)) return error;
     {
         const Input input(layer, scratch, scratch.attended.data(), B, H * D, layer.global_scale[1], threads);
         if (!input.finite) return 6;
@@ -182,13 +189,24 @@ int step(const DecodeLayer& layer, const DecodeStep& s) {
     return 0;
 }
 
+int all_layers(const DecodeLayer* layers, const DecodeStates* states, int64_t count, const DecodeStep& s) {
+    for (int64_t i = 0; i < count; i++) {
+        if (const int error = one_layer(layers[i], states[i], s)) return error == 1 ? 1 : int(16 * i) + error;
+        if (s.half)
+            for (int64_t k = 0; k < s.B * layers[i].hidden; k++) s.x[k] = bf16_to_float(float_to_bf16(s.x[k]));
+    }
+    return 0;
+}
+
 }  // namespace
 }  // namespace reqat
 
-// 0; 1: no memory; 3 to 8: something is not finite, in the order in which the parts come (decode.py names them).
-REQAT_API int reqat_decode_layer(const reqat::DecodeLayer* layer, const reqat::DecodeStep* step) {
+// 0; 1: no memory; 16 * layer + 3 to 8: something is not finite, in the order in which the parts come (decode.py names
+// them).
+REQAT_API int reqat_decode(const reqat::DecodeLayer* layers, const reqat::DecodeStates* states, int64_t count,
+                           const reqat::DecodeStep* step) {
     try {
-        return reqat::step(*layer, *step);
+        return reqat::all_layers(layers, states, count, *step);
     } catch (const std::bad_alloc&) {
         return 1;
     }

@@ -1,4 +1,4 @@
-// One decoder layer of a packed model for one new token a row: everything between two residual additions in one call.
+// The decoder layers of a packed model for one new token a row, all in one call.
 #pragma once
 
 #include <cstdint>
@@ -24,16 +24,23 @@ struct DecodeLayer {
     float global_scale[4];     // of a static format: inputs of query/key/value, out, gate/up, down
 };
 
-// One step: x [B, hidden] in place; cos, sin [B, D] with the given stride between rows. The x, T, start and shift of
-// `key` and `value` and the query, out and S of `attention` are set here or by the caller as decode.cpp says.
+// What a layer reads and writes of the cache. The x of `key` and `value`, the query and out of `attention`, and all that
+// changes from token to token are set in decode.cpp.
+struct DecodeStates {
+    AppendArgs* key;
+    AppendArgs* value;
+    AttentionArgs* attention;
+};
+
+// One step of all layers: x [B, hidden] in place; cos, sin [B, D] with the given stride between rows.
 struct DecodeStep {
     float* x;
     const float *cos, *sin;
     int64_t stride, B;
-    AppendArgs* key;
-    AppendArgs* value;
-    AttentionArgs* attention;
-    int64_t threads;
+    int64_t length;       // tokens stored before this one; there is room for one more
+    const uint8_t* mask;  // bool [B, length + 1], contiguous, or null
+    int64_t half;         // round x to bfloat16 after each layer, as a model of that type does
+    int64_t threads, attention_threads;
 };
 
 }  // namespace reqat

@@ -1,8 +1,8 @@
-"""One decoder layer for one new token a row, in a single native call (decode.cpp).
+"""All decoder layers for one new token a row, in a single native call (decode.cpp).
 
 With one token at hand a layer's work is some tens of microseconds, and the thirty Python calls that transformers makes
-of it cost several times as much. :class:`NativeLayer` holds everything that stays the same from token to token as plain
-pointers; :meth:`NativeLayer.step` does the rest of the layer's forward pass. It needs the native library; callers that
+of it cost several times as much. :class:`NativeStack` holds everything that stays the same from token to token as plain
+pointers; :meth:`NativeStack.step` does the rest of the layers' forward pass. It needs the native library; callers that
 find :func:`available` false go the ordinary way, through the modules.
 """
 
@@ -12,8 +12,8 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from reqat.formats import Format
@@ -24,8 +24,8 @@ from reqat_kernels.native.quantize import Spec, spec_of
 
 #: Up to so many rows at once; beyond, the calls that are saved no longer count.
 MOST_ROWS = 64
-_WORK_PER_THREAD = 1 << 19
-# What reqat_decode_layer says is not finite, from 3 on.
+_WORK_PER_THREAD, _ATTENTION_PER_THREAD = 1 << 19, 1 << 17
+# What reqat_decode says is not finite, from 3 on, and 16 more for each layer.
 _PARTS = ("input", "keys", "values", "o_proj input", "gate_proj input", "down_proj input")
 
 _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
@@ -50,17 +50,24 @@ class _Layer(ctypes.Structure):
     ]
 
 
+class _States(ctypes.Structure):
+    """``reqat::DecodeStates``."""
+
+    _fields_ = [
+        ("key", ctypes.POINTER(_AppendArgs)),
+        ("value", ctypes.POINTER(_AppendArgs)),
+        ("attention", ctypes.POINTER(_AttentionArgs)),
+    ]
+
+
 class _Step(ctypes.Structure):
     """``reqat::DecodeStep``."""
 
     _fields_ = [
         *((name, _pointer) for name in ("x", "cos", "sin")),
-        ("stride", _i64),
-        ("B", _i64),
-        ("key", ctypes.POINTER(_AppendArgs)),
-        ("value", ctypes.POINTER(_AppendArgs)),
-        ("attention", ctypes.POINTER(_AttentionArgs)),
-        ("threads", _i64),
+        *((name, _i64) for name in ("stride", "B", "length")),
+        ("mask", _pointer),
+        *((name, _i64) for name in ("half", "threads", "attention_threads")),
     ]
 
 
@@ -69,7 +76,7 @@ def available() -> bool:
     """Whether the native library is there."""
     lib = library()
     if lib is not None:
-        lib.reqat_decode_layer.argtypes = [ctypes.POINTER(_Layer), ctypes.POINTER(_Step)]
+        lib.reqat_decode.argtypes = [ctypes.POINTER(_Layer), ctypes.POINTER(_States), _i64, ctypes.POINTER(_Step)]
     return lib is not None
 
 
@@ -94,101 +101,112 @@ class LayerWeights:
     scaling: float
 
 
-class NativeLayer:
-    """A layer ready to be stepped; see the module's docstring. Raises ValueError if the native library is missing."""
+class NativeStack:
+    """Layers ready to be stepped; see the module's docstring. Raises ValueError if the native library is missing."""
 
-    def __init__(self, weights: LayerWeights) -> None:
+    def __init__(self, layers: Sequence[LayerWeights]) -> None:
         if not available():
             raise ValueError("no native library: install a C++ compiler, then reinstall the package")
         lib = library()
         assert lib is not None
-        self._call = lib.reqat_decode_layer
-        norms = [None if norm is None else norm.detach().float().contiguous() for norm in weights.norms]
-        biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in weights.linears]
-        linears = [
-            _Linear(_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale), _address(bias))
-            for (w, _), bias in zip(weights.linears, biases, strict=True)
-        ]
-        self.shift = None if weights.shift is None else weights.shift.float().contiguous()
-        self._alive = (weights, norms, biases, linears)  # the structures below hold bare addresses
-        spec = None
-        if weights.inputs is not None:
-            static = any(g is not None for g in weights.global_scales)
-            spec = spec_of(weights.inputs.replace(global_scale="static") if static else weights.inputs)
-        H, G, D = weights.heads
-        hidden, mlp = weights.linears[0][0].columns, weights.linears[4][0].rows
-        self._layer = _Layer(
-            hidden,
-            mlp,
-            H,
-            G,
-            D,
-            weights.rotation,
-            weights.eps,
-            *(_address(norm) for norm in norms),
-            *(ctypes.pointer(linear) for linear in linears),
-            ctypes.pointer(spec) if spec is not None else None,
-            (ctypes.c_float * 4)(*(0.0 if g is None else float(g) for g in weights.global_scales)),
-        )
-        self._work = sum(w.rows * w.columns for w, _ in weights.linears)
-        self._append = (_AppendArgs(), _AppendArgs())
-        self._attention = _AttentionArgs(scaling=weights.scaling, T=1, causal=0, H=H, G=G, D=D)
-        self._step = _Step(key=ctypes.pointer(self._append[0]), value=ctypes.pointer(self._append[1]))
-        self._step.attention = ctypes.pointer(self._attention)
-        self._states: tuple[PackedStates, PackedStates] | None = None
+        self._call = lib.reqat_decode
+        self.hidden = layers[0].linears[0][0].columns
+        made = [_structure(layer) for layer in layers]
+        self._layers = (_Layer * len(layers))(*(structure for structure, _ in made))
+        self._alive = [alive for _, alive in made]  # the structures hold bare addresses
+        self._shifts = [None if layer.shift is None else layer.shift.float().contiguous() for layer in layers]
+        self._work = sum(w.rows * w.columns for w, _ in layers[0].linears)
+        self._states = [_LayerStates(layer) for layer in layers]
+        self._pointers = (_States * len(layers))(*(states.pointers for states in self._states))
+        self._step = _Step()
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
     def step(
         self,
         x_BC: Tensor,
         cos_BD: Tensor,
         sin_BD: Tensor,
-        key: PackedStates,
-        value: PackedStates,
+        states: Sequence[tuple[PackedStates, PackedStates]],
         length: int,
-        mask_BHTS: Tensor | None = None,
-    ) -> str | None:
-        """Run the layer on ``x_BC`` (float32, contiguous), in place, and append its token to ``key`` and ``value``.
+        mask_BS: Tensor | None = None,
+        *,
+        half: bool = False,
+    ) -> tuple[int, str] | None:
+        """Run the layers on ``x_BC`` (float32, contiguous), in place, and append their token to ``states``.
 
-        ``cos_BD``, ``sin_BD``: float32 [B or 1, D], the rotary embedding of the new token. ``length``: tokens stored
-        before; there must be room for one more. ``mask_BHTS``: [B or 1, H or 1, 1, length + 1], boolean or float32.
-        Returns None, or the name of the part that was not finite (``x_BC`` is then undefined).
+        ``cos_BD``, ``sin_BD``: float32 [B or 1, D], contiguous rows, the rotary embedding of the new token. ``states``:
+        keys and values of each layer; ``length``: tokens stored before, with room for one more. ``mask_BS``: boolean
+        [B, length + 1], contiguous, or None: every token may be seen. ``half``: round to bfloat16 after each layer.
+        Returns None, or the first layer that met something not finite, and what (``x_BC`` is then undefined). Raises
+        MemoryError.
         """
-        B = len(x_BC)
-        if self._states is None or self._states[0] is not key or self._states[1] is not value:
-            self._bind(key, value)
-        for append in self._append:
-            append.start = length
-        attention, step = self._attention, self._step
-        attention.S = length + 1
-        if mask_BHTS is None:
-            attention.mask, attention.mask_kind = None, 0
-        else:
-            attention.mask, attention.mask_kind = mask_BHTS.data_ptr(), 1 if mask_BHTS.dtype == torch.bool else 2
-            strides = (
-                stride if size > 1 else 0 for stride, size in zip(mask_BHTS.stride(), mask_BHTS.shape, strict=True)
-            )
-            attention.mask_b, attention.mask_h, attention.mask_t, attention.mask_s = strides
+        for own, shift, (key, value) in zip(self._states, self._shifts, states, strict=True):
+            if own.key is not key or own.value is not value:
+                own.bind(key, value, shift)
+        B, step, first = len(x_BC), self._step, self._layers[0]
         step.x, step.cos, step.sin = x_BC.data_ptr(), cos_BD.data_ptr(), sin_BD.data_ptr()
         step.stride = 0 if len(cos_BD) == 1 else cos_BD.stride(0)
-        step.B = B
+        step.B, step.length, step.half = B, length, half
+        step.mask = None if mask_BS is None else mask_BS.data_ptr()
         step.threads = threads(self._work * B, _WORK_PER_THREAD)
-        attention.threads = threads(2 * B * self._layer.G * (length + 1) * self._layer.D, 1 << 17)
-        status = self._call(self._layer, step)
+        step.attention_threads = threads(2 * B * first.G * (length + 1) * first.D, _ATTENTION_PER_THREAD)
+        status = self._call(self._layers, self._pointers, len(self._layers), step)
         if status == 1:
             raise MemoryError(f"no memory for one decoding step of {B} rows over {length} tokens")
-        return None if status == 0 else _PARTS[status - 3]
+        return None if status == 0 else (status // 16, _PARTS[status % 16 - 3])
 
-    def _bind(self, key: PackedStates, value: PackedStates) -> None:
+
+def _structure(weights: LayerWeights) -> tuple[_Layer, Any]:
+    """A layer as C reads it, and what must stay alive beside it."""
+    norms = [None if norm is None else norm.detach().float().contiguous() for norm in weights.norms]
+    biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in weights.linears]
+    linears = [
+        _Linear(_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale), _address(bias))
+        for (w, _), bias in zip(weights.linears, biases, strict=True)
+    ]
+    spec = None
+    if weights.inputs is not None:
+        static = any(g is not None for g in weights.global_scales)
+        spec = spec_of(weights.inputs.replace(global_scale="static") if static else weights.inputs)
+    layer = _Layer(
+        weights.linears[0][0].columns,
+        weights.linears[4][0].rows,
+        *weights.heads,
+        weights.rotation,
+        weights.eps,
+        *(_address(norm) for norm in norms),
+        *(ctypes.pointer(linear) for linear in linears),
+        ctypes.pointer(spec) if spec is not None else None,
+        (ctypes.c_float * 4)(*(0.0 if g is None else float(g) for g in weights.global_scales)),
+    )
+    return layer, (weights, norms, biases, linears, spec)
+
+
+class _LayerStates:
+    """The cache of one layer, as C reads it; bound anew when it has moved."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        H, G, D = weights.heads
+        self.key: PackedStates | None = None
+        self.value: PackedStates | None = None
+        self._append = (_AppendArgs(), _AppendArgs())
+        self._attention = _AttentionArgs(scaling=weights.scaling, T=1, causal=0, H=H, G=G, D=D)
+        self.pointers = _States(*(ctypes.pointer(part) for part in (*self._append, self._attention)))
+
+    def bind(self, key: PackedStates, value: PackedStates, shift: Tensor | None) -> None:
+        """Take over where ``key`` and ``value`` lie."""
         for append, states in zip(self._append, (key, value), strict=True):
             B, G, room, D = states.shape
             append.states = _states(states.codes, states.scales, states.global_scale, states.format.element)
             append.is_value = states.kind == "value"
-            append.shift = _address(self.shift) if states is key else None
+            append.shift = _address(shift) if states is key else None
             append.B, append.G, append.D, append.tiles, append.threads = B, G, D, room // 16, 1
             append.spec = spec_of(states.format)
         self._attention.key, self._attention.value = self._append[0].states, self._append[1].states
         self._attention.B, self._attention.tiles = self._append[0].B, self._append[0].tiles
-        self._states = (key, value)
+        self.key, self.value = key, value
 
 
 def _address(t: Tensor | None) -> int | None:

@@ -1,0 +1,228 @@
+"""A packed model's decoder that takes one token a row in a single native call.
+
+Which decoders qualify is found by what they are, as everywhere in this package, and then by trial: the decoder's own
+modules and the native call take the same few tokens through one layer, and only if the results agree is the native call
+used. A decoder of any other build goes on through its modules, and so does any call that asks for something else than
+one token a row over a packed cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from reqat.models.architecture import DecoderLayer, HeadShape
+from reqat.models.kv import KVQuantizer
+from reqat.models.linear import InputQuantizer
+from reqat.models.packed_cache import PackedCache, PackedCacheLayer
+from reqat.models.packed_linear import PackedLinear
+from reqat_kernels.native.decode import MOST_ROWS, LayerWeights, NativeStack, available
+
+_LINEARS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+_PARTS = {"layers", "norm", "embed_tokens", "rotary_emb"}  # of a decoder; one with more does more
+# The trial's tolerance, of the largest output. Both sides round the same inputs, so they differ by float summation; a
+# rounding threshold crossed by it moves one code of one input, which is far below what a wrong order of parts does.
+_TOLERANCE = 0.02
+
+
+class NativeDecoder:
+    """Takes the place of a decoder's ``forward``: native where it can be, the decoder's own otherwise."""
+
+    def __init__(self, decoder: Any, stack: NativeStack, names: list[str]) -> None:
+        self.decoder, self.stack, self.names = decoder, stack, names
+        self.own = decoder.forward
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The decoder's output, and its new token in the cache; arguments are those of the decoder."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        states = None
+        if given is not None and given.shape[1] == 1 and not any(_asks(*argument) for argument in kwargs.items()):
+            states = self._states(past_key_values, len(given), attention_mask, position_ids)
+        if states is None:
+            return self.own(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        embeddings = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        last = self._decode(embeddings, attention_mask, position_ids, states)
+        return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
+
+    def _states(self, cache: Any, rows: int, mask: Any, position_ids: Tensor | None) -> list[PackedCacheLayer] | None:
+        """The layers of the cache, with room for one more token; None where the native call cannot take it."""
+        config, norm = self.decoder.config, self.decoder.norm.weight
+        if (
+            type(cache) is not PackedCache
+            or rows > MOST_ROWS
+            or norm.dtype not in (torch.float32, torch.bfloat16)
+            or (torch.is_grad_enabled() and norm.requires_grad)
+            or getattr(config, "output_hidden_states", False)
+            or getattr(config, "output_attentions", False)
+        ):
+            return None
+        states: Any = cache.layers[: len(self.stack)]
+        if not all(layer.is_initialized for layer in states):
+            return None
+        length = states[0].length
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, length + 1)):
+            return None
+        if position_ids is not None and position_ids.shape not in ((rows, 1), (1, 1)):
+            return None
+        for layer in states:
+            layer.reserve(1, rows)
+        return states
+
+    @torch.no_grad()
+    def _decode(
+        self, x_B1C: Tensor, mask_BS: Tensor | None, position_ids: Tensor | None, states: list[PackedCacheLayer]
+    ) -> Tensor:
+        length = states[0].length
+        if position_ids is None:
+            position_ids = torch.full((1, 1), length)
+        cos_BD, sin_BD = (part[:, 0].float() for part in self.decoder.rotary_emb(x_B1C, position_ids))
+        if mask_BS is not None:
+            mask_BS = mask_BS.bool()
+            mask_BS = None if bool(mask_BS.all()) else mask_BS.contiguous()
+        x_BC = x_B1C[:, 0].to(torch.float32, copy=True).contiguous()
+        failed = self.stack.step(
+            x_BC,
+            cos_BD.contiguous(),
+            sin_BD.contiguous(),
+            [(layer.packed_keys, layer.packed_values) for layer in states],  # type: ignore[misc]
+            length,
+            mask_BS,
+            half=x_B1C.dtype == torch.bfloat16,
+        )
+        if failed is not None:
+            layer, part = failed
+            raise ValueError(
+                f"{self.names[layer]}: its {part} holds NaN or infinity; the model has diverged on this input"
+            )
+        for cached in states:
+            cached.length += 1
+        out: Tensor = self.decoder.norm(x_BC.to(x_B1C.dtype)[:, None])
+        return out
+
+
+def _asks(name: str, value: Any) -> bool:
+    """Whether an argument asks the decoder for more than its last hidden state."""
+    return value is not None and value is not False and not (name == "return_dict" and value is True)
+
+
+def native_decoder(model: Any, layers: list[DecoderLayer], heads: HeadShape) -> bool:
+    """Let the model's decoder take single tokens natively if it qualifies; returns whether it does."""
+    decoder = model.get_decoder()
+    sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    if not available() or sliding or {name for name, _ in decoder.named_children()} != _PARTS:
+        return False
+    weights = [_weights(layer.module, heads) for layer in layers]
+    if any(layer is None for layer in weights):
+        return False
+    known = [layer for layer in weights if layer is not None]
+    if not _agrees(model, NativeDecoder(decoder, NativeStack(known[:1]), [layers[0].name])):
+        return False
+    decoder.forward = NativeDecoder(decoder, NativeStack(known), [layer.name for layer in layers])
+    return True
+
+
+def _weights(layer: nn.Module, heads: HeadShape) -> LayerWeights | None:
+    """What the native call needs of a layer; None if the layer has a part that it does not know."""
+    modules = dict(layer.named_modules())
+    linears = [modules.get(name) for name in _LINEARS]
+    norms = [modules.get(name) for name in (*_NORMS, *_HEAD_NORMS)]
+    eps = {getattr(norm, "variance_epsilon", None) for norm in norms if norm is not None}
+    kv = getattr(modules.get("self_attn"), "reqat_kv", None)
+    if (
+        not all(isinstance(linear, PackedLinear) for linear in linears)
+        or None in norms[:2]
+        or (norms[2] is None) != (norms[3] is None)
+        or len(eps) != 1
+        or None in eps
+        or not isinstance(kv, KVQuantizer)
+        or kv.key.rotation is not None
+        or not _is_silu(getattr(modules.get("mlp"), "act_fn", None))
+        or not all(_is_known(name, module) for name, module in modules.items())
+    ):
+        return None
+    inputs = [linear.input_quantizer for linear in linears]  # type: ignore[union-attr]
+    if any(quantizer.rotation != inputs[0].rotation for quantizer in inputs):
+        return None
+    attention: Any = layer.self_attn
+    return LayerWeights(
+        linears=[(linear.packed, linear.bias) for linear in linears],  # type: ignore[union-attr, misc]
+        norms=[None if norm is None else norm.weight for norm in norms],  # type: ignore[misc]
+        eps=float(eps.pop()),  # type: ignore[arg-type]
+        heads=(heads.query_heads, heads.kv_heads, heads.head_dim),
+        inputs=inputs[0].format,
+        global_scales=[inputs[i].global_scale for i in (0, 3, 4, 6)],
+        rotation=inputs[0].rotation or 0,
+        shift=kv.shift,
+        scaling=float(attention.scaling),
+    )
+
+
+def _is_silu(activation: Any) -> bool:
+    return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+
+
+def _is_known(name: str, module: nn.Module) -> bool:
+    if name in ("", "self_attn", "mlp", "mlp.act_fn", *_LINEARS, *_NORMS, *_HEAD_NORMS):
+        return True
+    return isinstance(module, KVQuantizer | InputQuantizer) or ".reqat_kv" in name
+
+
+@contextmanager
+def _cut_to_one_layer(decoder: Any) -> Iterator[None]:
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList([layers[0]])
+    try:
+        yield
+    finally:
+        decoder.layers = layers
+
+
+@torch.no_grad()
+def _agrees(model: Any, native: NativeDecoder) -> bool:
+    """Whether native call and modules give the same for one token after three others, on two rows, one padded."""
+    generator = torch.Generator().manual_seed(0)
+    # Float32 whatever the model's type, so that rounding between its modules does not blur the comparison.
+    prompt, token = (torch.randn(2, T, native.stack.hidden, generator=generator) for T in (3, 1))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    results = []
+    with _cut_to_one_layer(native.decoder):
+        for function in (native.own, native):
+            cache = PackedCache(model)
+            for x, first, call in ((prompt, 0, native.own), (token, 3, function)):
+                out = call(
+                    inputs_embeds=x,
+                    attention_mask=mask[:, : first + x.shape[1]],
+                    position_ids=positions[:, first : first + x.shape[1]],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            results.append(out.last_hidden_state)
+    return bool((results[0] - results[1]).abs().max() <= _TOLERANCE * results[0].abs().max())
