@@ -1,10 +1,12 @@
 # The DAG: traces -> base -> fine-tuning -> Q-FIT -> QAT / PTQ -> evaluations -> tables and plots -> figures/
+#                         studies of the trained models -> Figures 2, 4, 7, 8, 9 and their tables -> figures/
 #                         benchmark of kernels and decoding -> Figure 6 and its tables -> figures/
 #
 #   snakemake --cores all figures/                        the default tier, `laptop`
 #   snakemake --cores all --config tier=smoke -- figures/ another: smoke, laptop, claims, overnight, smollm, paper
 #   snakemake --cores all pinned                          tables and figures from results/ alone, in seconds
 #   snakemake --cores all compare                         a fresh run against the pinned one
+#   snakemake --cores all studies                         only the studies of the models: entropies, interventions, ReSET
 #   snakemake --cores all throughput                      only the benchmark: its tables and Figure 6
 #   snakemake --cores all base                            train the base model anew (then `reqat pin-base`)
 #
@@ -34,6 +36,7 @@ include: "rules/train.smk"
 include: "rules/ptq.smk"
 include: "rules/evaluate.smk"
 include: "rules/tables.smk"
+include: "rules/studies.smk"
 include: "rules/throughput.smk"
 include: "rules/figures.smk"
 include: "rules/pinned.smk"

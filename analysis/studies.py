@@ -25,7 +25,7 @@ from reqat.config.errors import ReqatError
 from reqat.config.studies import PlannedStudy
 from reqat.records import record
 
-STUDIES, PIN = "studies.json", "pin.json"
+STUDIES = "studies.json"
 # File stem -> "module:function". Each takes the studies by kind and returns a Table, or a matplotlib Figure.
 MAKERS = {
     "studies": "analysis.studies:overview",
@@ -35,8 +35,6 @@ MAKERS = {
     "figure8": "analysis.study_figures:figure8",
     "figure9": "analysis.study_figures:figure9",
     "reset": "analysis.study_tables:reset",
-    "table6": "analysis.study_tables:table6",
-    "table15": "analysis.study_tables:table15",
 }
 ByKind = Mapping[str, Sequence["Study"]]
 
@@ -118,6 +116,23 @@ def load_study(study: PlannedStudy, folder: Path, *, pinned: bool = False) -> St
         | found["metrics"].get("measured", {})
     )
     return Study(study.id, study.kind, study.settings.label, folder, found | {"settings": settings})
+
+
+def pinned_studies(folder: Path) -> dict[str, PlannedStudy]:
+    """The studies that `reqat pin-studies` kept in a folder, by id, as they were planned. Raises `ReqatError` if there
+    are none."""
+    path = Path(folder) / STUDIES
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ReqatError(f"{folder}: no pinned studies; `reqat pin-studies` keeps finished ones.") from None
+    except json.JSONDecodeError as error:
+        raise ReqatError(f"{path}: not a list of studies ({error}); restore it from git.") from None
+    planned = {id: parse(PlannedStudy, value, str(path)) for id, value in kept.items()}
+    for id, study in planned.items():
+        if id != study.id:
+            raise ReqatError(f"{path}: {id} is {study.id} under this version's rules; use the version that wrote it.")
+    return planned
 
 
 def by_kind(studies: Sequence[Study]) -> dict[str, list[Study]]:

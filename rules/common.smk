@@ -9,27 +9,29 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names, throughput_names
+from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
 from reqat.config import Paths, ReqatError, digest, load, unknown
 from reqat.config.paths import made
 from reqat.config.resources import need, require
+from reqat.config.studies import load_studies, study_called
 from reqat.config.throughput import load_throughput
 
 KEYS = ("tier", "build", "models", "reqat")
 
 
 def read_plan():
-    """The configuration that --config gives, checked, as (plan, paths, benchmark or None)."""
+    """The configuration that --config gives, checked, as (plan, paths, studies by id, benchmark or None)."""
     for key in config:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where="--config")
     paths = Paths(build=Path(config.get("build", "build")), models=Path(config.get("models", "models")))
     tier = config.get("tier", "laptop")
-    return load(tier, paths), paths, load_throughput(tier, paths.config)
+    plan = load(tier, paths)
+    return plan, paths, load_studies(plan, paths.config), load_throughput(tier, paths.config)
 
 
 try:
-    PLAN, PATHS, BENCH = read_plan()
+    PLAN, PATHS, STUDIES, BENCH = read_plan()
 except ReqatError as error:
     raise WorkflowError(f"configuration: {error}") from None
 
@@ -53,11 +55,17 @@ REQAT = " ".join(
 DATA = f"{BUILD}/data/{{id}}/record.json"
 STAGE = f"{BUILD}/stages/{{id}}/record.json"
 EVALUATION = f"{BUILD}/evaluations/{{id}}/record.json"
+STUDY = f"{BUILD}/studies/{{id}}/record.json"
 OUTCOMES = f"{BUILD}/evaluations/{{id}}/outcomes.parquet"
 LOG = f"{BUILD}/logs/{{id}}.log"
 RECORDS = [(PATHS.evaluation(evaluation) / "record.json").as_posix() for evaluation in PLAN.evaluations.values()]
 TABLES = [f"{BUILD}/tables/{TIER}/{name}" for name in table_names(PLAN)]
 PLOTS = [f"{BUILD}/plots/{TIER}/{name}" for name in figure_names(PLAN)]
+# Studies of the tier's models, on tiers that have some.
+STUDY_RECORDS = [(PATHS.study(id) / "record.json").as_posix() for id in STUDIES]
+STUDY_TABLES, STUDY_PLOTS = (
+    [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), study_names(STUDIES))
+)
 # The benchmark of kernels and decoding, on tiers that have one; it measures this code, so it follows its sources.
 BENCH_FOLDER = f"{BUILD}/throughput/{BENCH.id}" if BENCH else ""
 BENCH_TABLES, BENCH_PLOTS = (
@@ -123,6 +131,14 @@ def evaluation_inputs(wildcards):
     """Records of the stages that an evaluation reads."""
     try:
         return [record_of(id) for id in PLAN.evaluation(wildcards.id).inputs.values()]
+    except ReqatError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def study_inputs(wildcards):
+    """Records of the stages that a study stands on."""
+    try:
+        return [record_of(id) for id in dict.fromkeys(study_called(STUDIES, wildcards.id, TIER).inputs.values())]
     except ReqatError as error:
         raise WorkflowError(str(error)) from None
 

@@ -30,6 +30,7 @@ rule figures:
     input:
         rules.tables.output,
         rules.plots.output if PLOTS else [],
+        rules.study_report.output if STUDIES else [],
         rules.throughput.output if BENCH else [],
     output:
         directory("figures"),

@@ -110,6 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     import reqat.cli.reset
     import reqat.cli.results
     import reqat.cli.run
+    import reqat.cli.study
     import reqat.cli.view  # noqa: F401  (they register their verbs)
 
     given = sys.argv[1:] if arguments is None else arguments

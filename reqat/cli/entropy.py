@@ -22,6 +22,7 @@ from reqat.records import provenance, record
 if TYPE_CHECKING:
     from reqat.evaluation.entropies import ForcedTrace
     from reqat.evaluation.trace_files import TraceInfo
+    from reqat.tasks import Problem
 
 _KEYS = {"prompt", "response", "response_ids", "answer", "id", "family", "seed", "finished"}
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -124,7 +125,7 @@ def entropy(
         job.metrics = collect(
             paths,
             (reference_precision, candidate_precision),
-            {"global_scale": global_scale, "kv_element": kv_element},
+            [{"global_scale": global_scale, "kv_element": kv_element}] * 2,
             rows,
             partial,
             seeds=numbers,
@@ -147,7 +148,7 @@ def entropy(
 def collect(
     paths: dict[str, str],
     precisions: tuple[str, str],
-    options: dict[str, Any],
+    options: Sequence[dict[str, Any]],
     rows: Sequence[Given],
     out: Path,
     *,
@@ -163,8 +164,12 @@ def collect(
     more_than: int,
     root: Path,
     progress: bool,
+    plots: bool = True,
 ) -> dict[str, Any]:
-    """Sample, force, analyse, draw: all files but the record; returns the record's metrics."""
+    """Sample, force, analyse, draw: all files but the record; returns the record's metrics.
+
+    ``paths`` are the folders of reference and candidate, ``precisions`` and ``options`` (of `prepare`) go with them.
+    """
     from analysis.entropy_report import draw, report
     from reqat.evaluation import Decoding
     from reqat.evaluation.entropies import force_traces, vocabulary_of
@@ -178,9 +183,9 @@ def collect(
     if paths["candidate"] != paths["reference"]:
         check_tokenizers(tokenizer, load_tokenizer(paths["candidate"]), paths)
     models: dict[str, Any] = {}
-    for label, path, precision in zip(labels, paths.values(), precisions, strict=True):
+    for label, path, precision, how in zip(labels, paths.values(), precisions, options, strict=True):
         models[label] = load_model(path)
-        prepare(models[label], precision, **{name: value for name, value in options.items() if value is not None})
+        prepare(models[label], precision, **{name: value for name, value in how.items() if value is not None})
         freeze(models[label])
     faults: list[tuple[TraceInfo, str]] = []
     traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
@@ -211,7 +216,8 @@ def collect(
     folder = TraceFolder(out)
     found = report(folder, *labels, bins=bins, more_than=more_than)
     found.write(out)
-    draw(found, out / "plots")
+    if plots:
+        draw(found, out / "plots")
     return {
         "labels": labels,
         "traces": len(folder.traces),
@@ -433,7 +439,12 @@ def _of_families(names: str, tier: str, split: str, n: int, seed: int) -> list[G
     plan = session.plan(tier)
     options = next((e.problems.families for e in plan.evaluations.values()), {})
     chosen = {name.strip(): options.get(name.strip(), {}) for name in names.split(",") if name.strip()}
-    return [Given(p.id, p.family, p.prompt, p.answer, problem=p) for p in problems(chosen, split, n, seed)]
+    return of_problems(problems(chosen, split, n, seed))
+
+
+def of_problems(asked: Sequence[Problem]) -> list[Given]:
+    """Problems of task families as lines of a file of problems."""
+    return [Given(p.id, p.family, p.prompt, p.answer, problem=p) for p in asked]
 
 
 def _numbers(text: str, option: str) -> list[int]:

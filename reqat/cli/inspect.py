@@ -16,6 +16,7 @@ from reqat.config.errors import ReqatError
 from reqat.config.paths import made, pinned_base
 from reqat.config.plan import Plan
 from reqat.config.stage import TrainSettings
+from reqat.config.studies import load_studies
 from reqat.config.tier import tier_names
 from reqat.records import provenance, record
 
@@ -25,7 +26,7 @@ def show_plan(
     tier: Tier = "laptop",
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
-    """Print a tier's stages, evaluations and cost, with what is done already."""
+    """Print a tier's stages, evaluations, studies and cost, with what is done already."""
     plan = session.plan(tier)
     if as_json:
         print(json.dumps(plan.dump(), indent=1))
@@ -50,6 +51,11 @@ def show_plan(
         method = next(cell.method for cell in plan.cells if cell.evaluation == evaluation.id)
         precision, cells = evaluation.precision.name, uses[evaluation.id]
         print(f"{evaluation.id}  {done:<5} {method:<22} {precision:<14} of {evaluation.stage}  ({cells} cells)")
+    studies = load_studies(plan, session.paths.config)
+    for study in studies.values():
+        done = "done" if (session.paths.study(study.id) / record.FILE).exists() else ""
+        of = ", ".join(dict.fromkeys(study.inputs.values()))
+        print(f"{study.id:<28}  {done:<5} {study.settings.label:<22} of {of}")
     print("\n" + cost(plan))
 
 

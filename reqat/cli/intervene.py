@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -19,11 +19,13 @@ import reqat
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec, family
+from reqat.config.studies import SAMPLE
 from reqat.records import record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from reqat.config.studies import PlannedStudy
     from reqat.evaluation import Outcomes
     from reqat.evaluation.interventions import Intervened
     from reqat.tasks import Problem
@@ -35,7 +37,6 @@ Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Held = Annotated[int, typer.Option("--held-out", min=1, help="Validation problems that percentiles are measured on.")]
 Policy = Annotated[str, typer.Option(help="Decoding: greedy, sample(...) or reset(...).")]
 T = TypeVar("T", int, float)
-SAMPLE = "sample(temperature=0.6, top_p=0.95)"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class Task:
             how.decoding.batch_rows,
         )
 
+    @classmethod
+    def of_study(cls, study: PlannedStudy) -> Task:
+        """Those that a study asks its models."""
+        asked, how = study.problems, study.decoding
+        assert asked is not None and how is not None
+        return cls(asked.families, asked.split, asked.seed, how.max_new_tokens, how.batch_rows)
+
     def problems(self, n: int, split: str | None = None) -> list[Problem]:
         """The first `n` problems of the split (default: the one that is graded)."""
         from reqat.tasks import problems
@@ -82,12 +90,14 @@ class Task:
         }
 
 
-def load(folder: str, precision: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model at a precision, weights quantized once, with its tokenizer. NVFP4 has one global scale a row."""
+def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model at a precision, weights quantized once, with its tokenizer. By its name alone, NVFP4 has one global scale
+    a row."""
     from reqat.models import freeze, load_model, load_tokenizer, prepare
 
-    family(precision)  # says what is wrong in one line
-    spec = PrecisionSpec(name=precision)
+    if isinstance(precision, str):
+        family(precision)  # says what is wrong in one line
+    spec = PrecisionSpec(name=precision) if isinstance(precision, str) else precision
     model = load_model(folder)
     prepare(model, spec.name, **spec.options())
     return freeze(model), load_tokenizer(folder)
@@ -133,8 +143,7 @@ def writing(
         job.seeds = list(seeds)
         conditions = Conditions(partial)
         yield conditions
-        job.metrics = {"conditions": conditions.rows}
-        (partial / "summary.json").write_text(json.dumps(conditions.rows, indent=1) + "\n", encoding="utf-8")
+        job.metrics = conditions.finish()
     print(f"written: {out}")
 
 
@@ -178,6 +187,12 @@ class Conditions:
         """One condition with what the intervention touched."""
         self.add(name, found.outcomes, touched=found.touched, low=found.low)
 
+    def finish(self) -> dict[str, Any]:
+        """Write `summary.json`; returns the record's metrics."""
+        text = json.dumps(self.rows, indent=1) + "\n"
+        (self.folder / "summary.json").write_text(text, encoding="utf-8")
+        return {"conditions": self.rows}
+
 
 def nats(text: str, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool) -> float:
     """A threshold: nats as they are, or `p75`, the percentile of the model's entropies on held-out problems."""
@@ -218,7 +233,7 @@ def route(
     """Entropy-routed decoding: sure tokens from one model, unsure ones from the other; four policies, graded."""
     task = Task.of_tier(tier)
     start_computing(threads)
-    from reqat.evaluation.interventions import evaluate_routed, policies
+    from reqat.evaluation.interventions import policies
 
     used = numbers(seeds, "--seeds", int)
     names = policy or list(policies(0.0))
@@ -236,11 +251,31 @@ def route(
         "threshold": threshold, "threshold_nats": value, "policies": names, "tier": tier, "problems": problems,
         "decoding": decoding, "held_out": held_out,
     }  # fmt: skip
-    asked, given = task.problems(problems), policies(value)
     with writing("route", out, settings, {"reference": reference, "candidate": other}, used) as conditions:
-        for name in names:
-            options = task.options(used, decoding, quiet, name)
-            conditions.add_intervened(name, evaluate_routed(first, second, tokenizer, asked, given[name], **options))
+        grade_routes(conditions, first, second, tokenizer, task, names, value, problems, used, decoding, quiet)
+
+
+def grade_routes(
+    conditions: Conditions,
+    reference: PreTrainedModel,
+    candidate: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    names: Sequence[str],
+    threshold_nats: float,
+    n: int,
+    seeds: Sequence[int],
+    decoding: str,
+    quiet: bool,
+) -> None:
+    """Grade each of the policies `names` on the first `n` problems."""
+    from reqat.evaluation.interventions import evaluate_routed, policies
+
+    asked, given = task.problems(n), policies(threshold_nats)
+    for name in names:
+        options = task.options(seeds, decoding, quiet, name)
+        found = evaluate_routed(reference, candidate, tokenizer, asked, given[name], **options)
+        conditions.add_intervened(name, found)
 
 
 @app.command()
@@ -264,8 +299,7 @@ def noise(
     """Noise on the logits of the lowest- or highest-entropy decisions, over sigma; graded beside no noise."""
     task = Task.of_tier(tier)
     start_computing(threads)
-    from reqat.evaluation import evaluate
-    from reqat.evaluation.interventions import Noise, evaluate_noisy
+    from reqat.evaluation.interventions import Noise
 
     used, sizes = numbers(seeds, "--seeds", int), numbers(sigmas, "--sigmas", float)
     if by not in ("batch", "percentile"):
@@ -273,21 +307,55 @@ def noise(
     for value in sizes:
         Noise(value, "low", share)  # refuses what makes no sense before anything is loaded
     loaded, tokenizer = load(model, precision)
-    ends: dict[str, float | None] = {"low": None, "high": None}
-    if by == "percentile":
-        for side, percentile in (("low", 100 * share), ("high", 100 * (1 - share))):
-            ends[side] = nats(f"p{percentile:g}", loaded, tokenizer, task, held_out, quiet)
+    ends = noise_ends(by, share, loaded, tokenizer, task, held_out, quiet)
     settings = {
         "model": model, "precision": precision, "sigmas": sizes, "share": share, "by": by, "thresholds_nats": ends,
         "tier": tier, "problems": problems, "decoding": decoding, "held_out": held_out,
     }  # fmt: skip
-    asked = task.problems(problems)
     with writing("noise", out, settings, {"model": model}, used) as conditions:
-        options = task.options(used, decoding, quiet, "no noise")
-        conditions.add("none", evaluate(loaded, tokenizer, asked, **options))
-        for value in sizes:
-            for side in ("low", "high"):
-                given = Noise(value, side, share, ends[side])  # type: ignore[arg-type]
-                name = f"{side}-{value:g}"
-                options = task.options(used, decoding, quiet, name)
-                conditions.add_intervened(name, evaluate_noisy(loaded, tokenizer, asked, given, **options))
+        grade_noise(conditions, loaded, tokenizer, task, sizes, share, ends, problems, used, decoding, quiet)
+
+
+def noise_ends(
+    by: str,
+    share: float,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    held_out: int,
+    quiet: bool,
+) -> dict[str, float | None]:
+    """Below and above which entropy (nats) a decision meets noise; None where each step's batch says it."""
+    ends: dict[str, float | None] = {"low": None, "high": None}
+    if by == "percentile":
+        for side, percentile in (("low", 100 * share), ("high", 100 * (1 - share))):
+            ends[side] = nats(f"p{percentile:g}", model, tokenizer, task, held_out, quiet)
+    return ends
+
+
+def grade_noise(
+    conditions: Conditions,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    sigmas: Sequence[float],
+    share: float,
+    ends: Mapping[str, float | None],
+    n: int,
+    seeds: Sequence[int],
+    decoding: str,
+    quiet: bool,
+) -> None:
+    """Grade no noise, and noise of every size at either end, on the first `n` problems."""
+    from reqat.evaluation import evaluate
+    from reqat.evaluation.interventions import Noise, evaluate_noisy
+
+    asked = task.problems(n)
+    options = task.options(seeds, decoding, quiet, "no noise")
+    conditions.add("none", evaluate(model, tokenizer, asked, **options))
+    for sigma in sigmas:
+        for side in ("low", "high"):
+            given = Noise(sigma, side, share, ends[side])  # type: ignore[arg-type]
+            name = f"{side}-{sigma:g}"
+            options = task.options(seeds, decoding, quiet, name)
+            conditions.add_intervened(name, evaluate_noisy(model, tokenizer, asked, given, **options))

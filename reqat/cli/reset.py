@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,7 @@ import reqat
 from reqat.cli.app import Quiet, Tier, app, start_computing
 from reqat.cli.intervene import (
     SAMPLE,
+    Conditions,
     Out,
     Policy,
     Problems,
@@ -29,7 +31,13 @@ from reqat.cli.intervene import (
 from reqat.config.errors import ReqatError
 from reqat.records import provenance, record
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from reqat.evaluation.reset import EntropyQuantile
+
 SCHEMA = "reqat.reset/1"
+BF16 = "bf16"
 
 
 @app.command("fit-reset")
@@ -54,14 +62,12 @@ def fit_reset(
     task = Task.of_tier(tier)
     start_computing(threads)
     from reqat.evaluation import Decoding
-    from reqat.evaluation.reset import fit_tau0
 
     used = numbers(seeds, "--seeds", int)
     rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
     Decoding.reset(t_low, 0.0, **rule)  # refuses what makes no sense before anything is loaded
     loaded, tokenizer = load(model, precision)
-    options = task.options(used, decoding, quiet, "fitting tau0")
-    fit = fit_tau0(loaded, tokenizer, task.problems(problems, "validation"), quantile=quantile, **options)
+    fit = fitted_tau0(loaded, tokenizer, task, problems, used, decoding, quantile, quiet)
     policy = Decoding.reset(t_low, fit.value, **rule)
     root = Path(reqat.__file__).parents[1]
     made = {
@@ -82,6 +88,23 @@ def fit_reset(
     out.parent.mkdir(parents=True, exist_ok=True)
     record.write(out, provenance.scrub(made, root))
     print(f"tau0: {fit}\n{policy}\nwritten: {out}")
+
+
+def fitted_tau0(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    n: int,
+    seeds: Sequence[int],
+    decoding: str,
+    quantile: float,
+    quiet: bool,
+) -> EntropyQuantile:
+    """ReSET's tau0 on the first `n` validation problems."""
+    from reqat.evaluation.reset import fit_tau0
+
+    options = task.options(seeds, decoding, quiet, "fitting tau0")
+    return fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=quantile, **options)
 
 
 def read_fit(path: Path) -> str:
@@ -119,22 +142,43 @@ def grade_reset(
     """ReSET's ablation: the quantized model, the same with ReSET, and BF16, on the same problems and seeds."""
     task = Task.of_tier(tier)
     start_computing(threads)
-    from reqat.evaluation import evaluate
-
     fitted, used_seeds = read_fit(fit), numbers(seeds, "--seeds", int)
     unquantized = reference or model
     quantized, tokenizer = load(model, precision)
     plain, other_tokenizer = load(unquantized, "BF16")
     same_tokens(other_tokenizer, tokenizer)
-    conditions = [("quantized", quantized, decoding), ("reset", quantized, fitted), ("bf16", plain, decoding)]
-    conditions += [(f"also-{i}", quantized, text) for i, text in enumerate(also or [])]
+    decodings = reset_decodings(decoding, {"reset": fitted}, also or [])
     settings = {
         "model": model, "reference": unquantized, "precision": precision, "tier": tier, "problems": problems,
-        "decodings": {name: text for name, _, text in conditions},
+        "decodings": decodings,
     }  # fmt: skip
-    asked = task.problems(problems)
-    for _, _, text in conditions:
+    for text in decodings.values():
         task.options(used_seeds, text, quiet, "")  # refuses a text that is no policy before the first hour
     with writing("reset", out, settings, {"model": model, "reference": unquantized}, used_seeds) as found:
-        for name, used, text in conditions:
-            found.add(name, evaluate(used, tokenizer, asked, **task.options(used_seeds, text, quiet, name)))
+        grade_resets(found, quantized, plain, tokenizer, task, decodings, problems, used_seeds, quiet)
+
+
+def reset_decodings(decoding: str, fits: Mapping[str, str], controls: Sequence[str]) -> dict[str, str]:
+    """Condition -> decoding: the quantized model as it is, with each fitted policy, BF16, then the controls."""
+    also = {f"also-{i}": text for i, text in enumerate(controls)}
+    return {"quantized": decoding, **fits, BF16: decoding, **also}
+
+
+def grade_resets(
+    conditions: Conditions,
+    quantized: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    decodings: Mapping[str, str],
+    n: int,
+    seeds: Sequence[int],
+    quiet: bool,
+) -> None:
+    """Grade every decoding on the first `n` problems: all of the quantized model, but for the condition `bf16`."""
+    from reqat.evaluation import evaluate
+
+    asked = task.problems(n)
+    for name, text in decodings.items():
+        model = reference if name == BF16 else quantized
+        conditions.add(name, evaluate(model, tokenizer, asked, **task.options(seeds, text, quiet, name)))

@@ -86,7 +86,7 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
         if not force and finished(out, id):
             print(f"{id}: already there")
             return
-        inputs, digests = _inputs(plan, todo.inputs, paths)
+        inputs, digests = input_folders(plan, todo.inputs, paths)
         _require(plan, todo)
         where = paths.partial(id)
         with record.job(todo.kind, id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
@@ -110,7 +110,7 @@ def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, 
         if not force and finished(out, id):
             print(f"{id}: already there")
             return
-        inputs, digests = _inputs(plan, todo.inputs, paths)
+        inputs, digests = input_folders(plan, todo.inputs, paths)
         _require(plan, plan.stage(todo.stage))
         where = paths.partial(id)
         with record.job("evaluation", id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
@@ -155,7 +155,7 @@ def locked(paths: Paths, id: str) -> Iterator[None]:
         yield
 
 
-def _inputs(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict[str, Path], dict[str, Any]]:
+def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict[str, Path], dict[str, Any]]:
     """Folder of each role, and what the record says of it; each checked to be the whole result of the stage it should
     be."""
     folders, digests = {}, {}

@@ -3,6 +3,7 @@
 build/data/<data id>/                      tokenizer/, train.jsonl, manifest.json, record.json
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
+build/studies/<study id>/                  what a study measured, record.json
 build/partial/<id>/                        where a job works until its output is whole
 build/checkpoints/<id>/                    from where a killed training goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders
@@ -70,6 +71,15 @@ class Paths:
     def evaluation(self, evaluation: Evaluation) -> Path:
         """Directory of an evaluation."""
         return self.work / "evaluations" / evaluation.id
+
+    @property
+    def studies(self) -> Path:
+        """Directory of all studies."""
+        return self.work / "studies"
+
+    def study(self, id: str) -> Path:
+        """Directory of a study."""
+        return self.studies / id
 
     def partial(self, id: str) -> Path:
         """Where the job that makes `id` works until its output is whole."""

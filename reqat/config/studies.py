@@ -50,8 +50,6 @@ class ModelChoice(Strict):
 class _Study(Strict):
     name: str = ""
     """Tells studies of one kind apart; empty: the kind."""
-    n: int = Field(gt=0)
-    """Problems."""
     asks: ClassVar[Literal["tier", "validation", "nothing"]] = "tier"
     """Whose problems the models answer: those that the tier grades on, those held out for choices, or none."""
 
@@ -72,7 +70,12 @@ class _Study(Strict):
         return self.name or str(self.kind)  # type: ignore[attr-defined]
 
 
-class _Sampled(_Study):
+class _Asked(_Study):
+    n: int = Field(gt=0)
+    """Problems."""
+
+
+class _Sampled(_Asked):
     seeds: tuple[int, ...] = Field(min_length=1)
     """Sampling seeds."""
     decoding: str = SAMPLE
@@ -153,7 +156,7 @@ class ResetStudy(_Sampled):
     """Other decodings of the quantized model."""
 
 
-class DynamicsStudy(_Study):
+class DynamicsStudy(_Asked):
     """What training does to entropies: models read the same verified traces, beside the base model: Figure 4."""
 
     kind: Literal["dynamics"]
@@ -162,8 +165,6 @@ class DynamicsStudy(_Study):
     """Label in figures -> model."""
     bins: int = Field(default=4, ge=2)
     """Percentile bins of the base's entropy."""
-    trace_seed: int = 0
-    """Seed that the verified traces are written with."""
     asks: ClassVar[Literal["tier", "validation", "nothing"]] = "validation"
 
     @field_validator("models")
@@ -178,13 +179,9 @@ class GradientsStudy(_Study):
     """The share of low-entropy tokens in the gradient while a QAT stage is trained anew: Figure 7."""
 
     kind: Literal["gradients"]
-    n: int = Field(default=1, gt=0)
-    """Packed rows that a probe looks at."""
     model: ModelChoice
     every_steps: int = Field(gt=0)
-    """Optimizer steps between probes."""
-    percentile: float = Field(default=0.75, gt=0, lt=1)
-    """Of the entropies; tokens below it are the low-entropy ones."""
+    """Optimizer steps from one look to the next."""
     asks: ClassVar[Literal["tier", "validation", "nothing"]] = "nothing"
 
 

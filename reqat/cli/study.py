@@ -1,0 +1,285 @@
+"""Verbs of studies: `study` measures on models that stages have trained, `study-report` draws, `pin-studies` keeps.
+
+What a study of a kind does is one function in `RUNNERS`, the same that the verb of its name calls (`entropy`, `route`,
+`noise`, `reset`); here models come from the stages of a tier's plan, and settings from config/studies.yaml.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.entropy import collect, of_problems
+from reqat.cli.intervene import Conditions, Task, grade_noise, grade_routes, load, nats, noise_ends, same_tokens
+from reqat.cli.reset import fitted_tau0, grade_resets, reset_decodings
+from reqat.cli.run import Force, Threads, finished, input_folders, locked
+from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths
+from reqat.config.plan import Plan
+from reqat.config.studies import (
+    FILE,
+    DynamicsStudy,
+    GradientsStudy,
+    NoiseStudy,
+    PairStudy,
+    PlannedStudy,
+    ResetStudy,
+    RoutingStudy,
+    load_studies,
+    study_called,
+)
+from reqat.records import record
+
+TRACES = "tokens.parquet"  # large, and made again by the study: never pinned
+
+
+@app.command()
+def study(
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Ids as `reqat plan` prints them (default: all of the tier's).")
+    ] = None,
+    tier: Tier = "laptop",
+    quiet: Quiet = False,
+    force: Force = False,
+    threads: Threads = 1,
+) -> None:
+    """Run studies: entropies, routed decoding, noise, ReSET and training dynamics of the tier's models."""
+    plan = session.plan(tier)
+    studies = studies_of(plan)
+    chosen = [study_called(studies, id, tier) for id in ids] if ids else list(studies.values())
+    start_computing(threads)
+    for one in chosen:
+        run_study(plan, one, session.paths, progress=not quiet, force=force)
+
+
+def studies_of(plan: Plan) -> dict[str, PlannedStudy]:
+    """The studies of a tier by id. Raises `ReqatError` if it has none."""
+    found = load_studies(plan, session.paths.config)
+    if not found:
+        raise ReqatError(f"tier {plan.tier.name} has no studies; give it a section in config/{FILE}.")
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A study at work."""
+
+    study: PlannedStudy
+    plan: Plan
+    inputs: Mapping[str, Path]
+    """Role -> folder of the stage that fills it."""
+    out: Path
+    checkpoints: Path
+    """For what goes on after a kill."""
+    quiet: bool
+
+    def load(self, role: str) -> tuple[Any, Any]:
+        """Model and tokenizer of a role, at its precision."""
+        return load(self.inputs[role] / "model", self.study.models[role].precision)
+
+
+def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
+    """Run one study, unless its result is there. Raises `ReqatError` if a stage that it stands on is missing or is not
+    what it was."""
+    out = paths.study(study.id)
+    with locked(paths, study.id):
+        if not force and finished(out, study.id):
+            print(f"{study.id}: already there")
+            return
+        inputs, digests = input_folders(plan, study.inputs, paths)
+        where, tier = paths.partial(study.id), plan.tier.name
+        with record.job("study", study.id, study, root=paths.root, out=out, partial=where, tier=tier) as job:
+            job.inputs = digests
+            job.seeds = list(getattr(study.settings, "seeds", ()))
+            job.resumed = paths.checkpoints(study.id).exists()
+            run = Run(study, plan, inputs, where, paths.checkpoints(study.id), not progress)
+            job.metrics = RUNNERS[study.kind](run)
+        shutil.rmtree(paths.checkpoints(study.id), ignore_errors=True)
+    print(f"{study.id}: done, {out}")
+
+
+def pair(run: Run) -> dict[str, Any]:
+    """As `reqat entropy`: traces sampled by both models, read by both."""
+    s = run.study.settings
+    assert isinstance(s, PairStudy)
+    task, models = Task.of_study(run.study), run.study.models
+    return collect(
+        {role: str(run.inputs[role] / "model") for role in models},
+        (models["reference"].precision.name, models["candidate"].precision.name),
+        [models[role].precision.options() for role in ("reference", "candidate")],
+        of_problems(task.problems(s.n)),
+        run.out,
+        seeds=s.seeds,
+        decoding=s.decoding,
+        max_new_tokens=task.max_new_tokens,
+        batch_rows=task.batch_rows,
+        sample=True,
+        end_marker=None,
+        logprobs={},
+        k=s.top,
+        bins=s.bins,
+        more_than=s.more_than,
+        root=session.paths.root.absolute(),
+        progress=not run.quiet,
+        plots=False,
+    )
+
+
+def routing(run: Run) -> dict[str, Any]:
+    """As `reqat route`: the four policies at one threshold."""
+    from reqat.evaluation.interventions import policies
+
+    s = run.study.settings
+    assert isinstance(s, RoutingStudy)
+    task, conditions = Task.of_study(run.study), Conditions(run.out)
+    task.options(s.seeds, s.decoding, True, "")  # refuses a text that is no policy before the first hour
+    reference, tokenizer = run.load("reference")
+    candidate, other = run.load("candidate")
+    same_tokens(tokenizer, other)
+    value = nats(s.threshold, reference, tokenizer, task, s.held_out, run.quiet)
+    names = list(policies(value))
+    grade_routes(conditions, reference, candidate, tokenizer, task, names, value, s.n, s.seeds, s.decoding, run.quiet)
+    return conditions.finish() | {"measured": {"threshold_nats": value}}
+
+
+def noise(run: Run) -> dict[str, Any]:
+    """As `reqat noise`: no noise, then every size at either end."""
+    s = run.study.settings
+    assert isinstance(s, NoiseStudy)
+    task, conditions = Task.of_study(run.study), Conditions(run.out)
+    task.options(s.seeds, s.decoding, True, "")
+    model, tokenizer = run.load("model")
+    ends = noise_ends(s.by, s.share, model, tokenizer, task, s.held_out, run.quiet)
+    grade_noise(conditions, model, tokenizer, task, s.sigmas, s.share, ends, s.n, s.seeds, s.decoding, run.quiet)
+    return conditions.finish() | {"measured": {"thresholds_nats": ends}}
+
+
+def reset(run: Run) -> dict[str, Any]:
+    """As `reqat fit-reset` and `reqat reset`: tau0 on held-out problems, then every decoding on the same problems."""
+    import dataclasses
+
+    from reqat.evaluation import Decoding
+
+    s = run.study.settings
+    assert isinstance(s, ResetStudy)
+    task, conditions = Task.of_study(run.study), Conditions(run.out)
+    rule: dict[str, Any] = {"top_p": s.top_p, "t_high": s.t_high, "window": s.window, "step": s.step}
+    for text in (s.decoding, *s.controls, *(str(Decoding.reset(t, 0.0, **rule)) for t in s.t_low)):
+        task.options(s.seeds, text, True, "")
+    quantized, tokenizer = run.load("quantized")
+    reference, other = run.load("reference")
+    same_tokens(other, tokenizer)
+    fit = fitted_tau0(quantized, tokenizer, task, s.held_out, s.fit_seeds, s.decoding, s.quantile, run.quiet)
+    print(f"tau0: {fit}", flush=True)
+    fits = {
+        "reset" if i == 0 else f"reset-{t_low:g}": str(Decoding.reset(t_low, fit.value, **rule))
+        for i, t_low in enumerate(s.t_low)
+    }
+    decodings = reset_decodings(s.decoding, fits, s.controls)
+    grade_resets(conditions, quantized, reference, tokenizer, task, decodings, s.n, s.seeds, run.quiet)
+    return conditions.finish() | {"measured": {"tau0": dataclasses.asdict(fit), "decodings": decodings}}
+
+
+def dynamics(run: Run) -> dict[str, Any]:
+    """The same verified traces read by every model, and how each moved the base's entropies."""
+    import pandas as pd
+
+    from analysis.entropy import entropy_change
+    from reqat.evaluation.dynamics import run_dynamics, verified_traces
+    from reqat.evaluation.trace_files import TraceFolder
+    from reqat.models import load_tokenizer
+
+    s, asked = run.study.settings, run.study.problems
+    assert isinstance(s, DynamicsStudy) and asked is not None
+    models = {role: (run.inputs[role] / "model", model.precision) for role, model in run.study.models.items()}
+    tokenizer = load_tokenizer(run.inputs["base"] / "model")
+    traces = verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
+    found = run_dynamics(models, traces, run.out, progress=not run.quiet)
+    folder = TraceFolder(run.out)
+    moved = [entropy_change(folder, "base", label, bins=s.bins).assign(label=label) for label in found["labels"][1:]]
+    pd.concat(moved, ignore_index=True).to_csv(run.out / "dynamics.csv", index=False, lineterminator="\n")
+    return found
+
+
+def gradients(run: Run) -> dict[str, Any]:
+    """A QAT stage trained anew while a probe looks on. A killed study goes on from the training's checkpoint."""
+    from reqat.recipes.gradients import run_gradients
+
+    s = run.study.settings
+    assert isinstance(s, GradientsStudy)
+    return run_gradients(
+        run.plan.stage(run.study.models["model"].stage),
+        {role: run.inputs[role] for role in run.study.given},
+        run.out,
+        every=s.every_steps,
+        trained=run.inputs["model"],
+        checkpoints=run.checkpoints,
+        progress=not run.quiet,
+    )
+
+
+RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "pair": pair,
+    "routing": routing,
+    "noise": noise,
+    "reset": reset,
+    "dynamics": dynamics,
+    "gradients": gradients,
+}
+"""Kind -> what measures it: writes its files into the run's folder and returns the record's metrics."""
+
+
+@app.command("study-report")
+def study_report(
+    tier: Tier = "laptop",
+    tables: Annotated[Path | None, typer.Option(help="Folder for the tables.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the figures.")] = None,
+    pinned: Annotated[bool, typer.Option("--pinned", help="From results/studies/ instead of build/.")] = False,
+) -> None:
+    """Make the tables and figures of a tier's finished studies."""
+    from analysis.studies import build_studies, pinned_studies
+
+    paths = session.paths
+    if pinned:
+        source = paths.results / "studies" / tier
+        planned, folder, name = pinned_studies(source), paths.work / "pinned", f"studies-{tier}"
+    else:
+        source = paths.studies
+        planned, folder, name = studies_of(session.plan(tier)), paths.work, tier
+    tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
+    for path in build_studies(planned, source, tables, plots, pinned=pinned):
+        print(path)
+
+
+@app.command("pin-studies")
+def pin_studies(
+    tier: Tier = "laptop",
+    allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Keep results of uncommitted code, too.")] = False,
+) -> None:
+    """Keep a tier's finished studies (not their token traces) and what is drawn of them in results/studies/<tier>."""
+    from analysis.studies import STUDIES, build_studies
+
+    paths, planned = session.paths, studies_of(session.plan(tier))
+    target = paths.results / "studies" / tier
+    draft = target.with_name(f".{tier}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for id in planned:
+        found = record.verify(paths.study(id), id=id)
+        if found["dirty"] is not False and not allow_dirty:
+            raise ReqatError(
+                f"{paths.study(id)} was made with uncommitted changes; commit and run it again (reqat study {id} "
+                f"--tier {tier} --force), or pass --allow-dirty."
+            )
+        shutil.copytree(paths.study(id), draft / id, ignore=shutil.ignore_patterns(TRACES, record.FILE))
+        record.write(draft / id / record.FILE, found | {"pinned_outputs": record.outputs(draft / id)})
+    record.write(draft / STUDIES, {id: study.model_dump(mode="json") for id, study in planned.items()})
+    build_studies(planned, draft, draft / "tables", draft / "plots", pinned=True)
+    record.install(draft, target)
+    print(f"pinned: {target}")
