@@ -24,7 +24,7 @@ from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet
 
 FILE = "studies.yaml"
 SAMPLE = "sample(temperature=0.6, top_p=0.95)"
-_PERCENTILE = re.compile(r"^p\d+(\.\d+)?$")
+_THRESHOLD = re.compile(r"^p?\d+(\.\d+)?$")
 
 
 class ModelChoice(Strict):
@@ -117,10 +117,9 @@ class RoutingStudy(_TwoModels):
     @field_validator("threshold", mode="before")
     @classmethod
     def _readable(cls, threshold: Any) -> str:
-        if isinstance(threshold, int | float) and not isinstance(threshold, bool) and threshold >= 0:
-            return f"{threshold:g}"
-        if isinstance(threshold, str) and _PERCENTILE.match(threshold) and 0 < float(threshold[1:]) < 100:
-            return threshold
+        text = f"{threshold:g}" if type(threshold) in (int, float) else threshold
+        if isinstance(text, str) and _THRESHOLD.match(text) and (text[0] != "p" or 0 < float(text[1:]) < 100):
+            return text
         raise ReqatError(f"threshold {threshold!r}: write nats (0.6) or a percentile (p75).")
 
 

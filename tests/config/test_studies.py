@@ -1,0 +1,147 @@
+"""Studies: what a user can get wrong in config/studies.yaml, where models are looked up, and what an id covers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from reqat.config import Paths, ReqatError, load
+from reqat.config.plan import Plan
+from reqat.config.studies import KINDS, PlannedStudy, load_studies, study_called
+
+ROOT = Path(__file__).parents[2]
+BF16, FP4 = {"recipe": "ft", "precision": "BF16"}, {"recipe": "ft-ptq", "precision": "NVFP4-W4A4KV4"}
+ROUTING: dict[str, Any] = {
+    "kind": "routing",
+    "reference": BF16,
+    "candidate": FP4,
+    "threshold": 0.6,
+    "n": 4,
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return load("smoke", Paths(ROOT))
+
+
+def written(folder: Path, *studies: dict[str, Any], tier: str = "smoke") -> Path:
+    (folder / "studies.yaml").write_text(yaml.safe_dump({"tiers": {tier: list(studies)}}))
+    return folder
+
+
+def one(folder: Path, plan: Plan, study: dict[str, Any]) -> PlannedStudy:
+    (found,) = load_studies(plan, written(folder, study)).values()
+    return found
+
+
+@pytest.mark.parametrize("tier", ["smoke", "laptop", "overnight"])
+def test_the_tiers_studies_stand_on_stages_that_its_tables_need(tier: str) -> None:
+    plan = load(tier, Paths(ROOT))
+    studies = load_studies(plan, ROOT / "config")
+    assert {study.kind for study in studies.values()} == set(KINDS)
+    for id, study in studies.items():
+        assert id == study.id and id.startswith(f"study-{study.kind}-")
+        assert PlannedStudy.model_validate(study.model_dump(mode="json")).id == id
+        assert set(study.inputs.values()) <= set(plan.needed)
+        for model in study.models.values():
+            graded = {(e.stage, e.precision) for e in plan.evaluations.values()}
+            assert (model.stage, model.precision) in graded, "a study measures a model that a table shows"
+
+
+def test_models_are_those_of_the_cells(tmp_path: Path, plan: Plan) -> None:
+    study = one(tmp_path, plan, ROUTING)
+    for role, choice in (("reference", BF16), ("candidate", FP4)):
+        (cell, *_) = [
+            c
+            for c in plan.cells
+            if (c.recipe, c.precision, c.training_seed) == (choice["recipe"], choice["precision"], 0)
+        ]
+        graded = plan.evaluation(cell.evaluation)
+        assert (study.models[role].stage, study.models[role].precision) == (graded.stage, graded.precision)
+    how = plan.tier.evaluation
+    assert study.problems is not None and study.decoding == how.decoding
+    assert (study.problems.split, study.problems.n, study.problems.seed) == (how.split, 4, how.problem_seed)
+
+
+def test_a_training_seed_can_be_chosen(tmp_path: Path) -> None:
+    plan = load("overnight", Paths(ROOT))
+    noise = {"kind": "noise", "sigmas": [0.1], "n": 4, "seeds": [0]}
+    asked = [noise | {"name": f"seed {seed}", "model": {**BF16, "seed": seed}} for seed in (0, 2)]
+    found = load_studies(plan, written(tmp_path, *asked, tier="overnight")).values()
+    assert [plan.stage(study.models["model"].stage).seed for study in found] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 5},
+        {"seeds": [0, 2]},
+        {"threshold": "p75"},
+        {"name": "another"},
+        {"candidate": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_changes_a_number_changes_the_id(tmp_path: Path, plan: Plan, change: dict[str, Any]) -> None:
+    assert one(tmp_path, plan, ROUTING).id != one(tmp_path, plan, ROUTING | change).id
+
+
+def test_problems_and_trained_stages_are_part_of_the_id(tmp_path: Path, plan: Plan) -> None:
+    before = one(tmp_path, plan, ROUTING)
+    longer = plan.tier.evaluation.decoding.model_copy(update={"max_new_tokens": 65})
+    evaluation = plan.tier.evaluation.model_copy(update={"decoding": longer})
+    changed = Plan(plan.tier.model_copy(update={"evaluation": evaluation}), plan.stages, plan.evaluations, plan.cells)
+    assert one(tmp_path, changed, ROUTING).id != before.id
+    trained_otherwise = before.models["reference"].model_copy(update={"stage": "finetune-0"})
+    models = before.models | {"reference": trained_otherwise}
+    assert PlannedStudy.model_validate(before.model_dump() | {"models": models}).id != before.id
+
+
+def test_a_training_made_anew_reads_what_the_stage_read(tmp_path: Path, plan: Plan) -> None:
+    qat = {"recipe": "reqat-tq", "precision": "NVFP4-W4A4KV4"}
+    study = one(tmp_path, plan, {"kind": "gradients", "model": qat, "every_steps": 2})
+    stage = plan.stage(study.models["model"].stage)
+    assert stage.kind == "qat" and study.inputs == {"model": stage.id, **stage.inputs}
+    assert study.problems is None
+
+
+@pytest.mark.parametrize(
+    ("study", "says"),
+    [
+        ({"treshold": 1}, "unknown key 'treshold'. Did you mean 'threshold'"),
+        ({"kind": "route"}, "'routing'"),
+        ({"threshold": "p100"}, "threshold 'p100': write nats (0.6) or a percentile (p75)"),
+        ({"threshold": "low"}, "threshold 'low'"),
+        ({"n": 0}, "greater than 0"),
+        ({"seeds": [1, 1]}, "seeds [1, 1]: one stands twice"),
+        ({"candidate": {**FP4, "precision": "NVFP4-W4A5"}}, "unknown precision 'NVFP4-W4A5'"),
+        ({"candidate": {**FP4, "recipe": "ft-ptqq"}}, "unknown recipe 'ft-ptqq'. Did you mean 'ft-ptq'"),
+        ({"candidate": {**FP4, "precision": "MXFP4-W4A4"}}, "has no model of recipe 'ft-ptq' at MXFP4-W4A4"),
+        ({"candidate": {**FP4, "total": 4}}, "total 4, training seed 0; of that recipe it has"),
+        ({"candidate": {**FP4, "seed": 7}}, "training seed 7"),
+        ({"candidate": {**FP4, "model": "testbet"}}, "unknown model 'testbet'. Did you mean 'testbed'"),
+    ],
+)
+def test_what_a_user_can_mend(tmp_path: Path, plan: Plan, study: dict[str, Any], says: str) -> None:
+    with pytest.raises(ReqatError) as error:
+        one(tmp_path, plan, ROUTING | study)
+    assert says in str(error.value) and "config/studies.yaml" in str(error.value)
+
+
+def test_no_gradients_without_a_training(tmp_path: Path, plan: Plan) -> None:
+    with pytest.raises(ReqatError, match="is no QAT stage"):
+        one(tmp_path, plan, {"kind": "gradients", "model": BF16, "every_steps": 2})
+
+
+def test_studies_are_told_apart(tmp_path: Path, plan: Plan) -> None:
+    with pytest.raises(ReqatError, match="two studies of kind 'routing' are called 'routing'"):
+        load_studies(plan, written(tmp_path, ROUTING, ROUTING | {"n": 5}))
+    assert load_studies(plan, written(tmp_path, tier="laptop")) == {}
+    found = load_studies(plan, written(tmp_path, ROUTING))
+    with pytest.raises(ReqatError, match="unknown study 'study-routing-0'"):
+        study_called(found, "study-routing-0", "smoke")
