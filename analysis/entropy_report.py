@@ -248,14 +248,15 @@ def figures(found: Report) -> dict[str, Any]:
         return {name: one(found) for name, one in make.items()}
 
 
-def _band(ax: Any, x: Any, rows: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+def draw_interval_line(ax: Any, x: Any, rows: pd.DataFrame, colour: str, marker: str, label: str) -> None:
+    """A line through ``rows``' values with their intervals; none where an interval is unknown."""
     value, lo, hi = (rows[name].to_numpy() for name in ("value", "lo", "hi"))
     known = ~np.isnan(lo)
     error = np.where(known, [value - lo, hi - value], 0.0).clip(min=0)
     ax.errorbar(x, value, yerr=error, color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=label)
 
 
-def _percentiles(rows: pd.DataFrame) -> Any:
+def percentiles(rows: pd.DataFrame) -> Any:
     """The middle of each bin, in percentiles of the reference's entropy."""
     return (rows["bin"].to_numpy() + 0.5) * 100 / (rows["bin"].max() + 1)
 
@@ -272,16 +273,16 @@ def _damage(found: Report) -> Any:
     ):
         rows = frame[frame["statistic"] == statistic]
         words = statistic.removeprefix("tail ratio (").removesuffix(")")
-        _band(left, _percentiles(rows), rows, colour, marker, words)
+        draw_interval_line(left, percentiles(rows), rows, colour, marker, words)
     left.axhline(1, color=style.GREY, linewidth=0.8)
     left.set_yscale("log")
     left.set_ylabel("tail-mass ratio")
     left.legend(loc="best")
     style.panel(left, "a", "Tail mass, candidate over reference")
     rows = frame[frame["statistic"] == "top-1 mismatch"]
-    _band(
+    draw_interval_line(
         right,
-        _percentiles(rows),
+        percentiles(rows),
         rows.assign(**{c: 100 * rows[c] for c in ("value", "lo", "hi")}),
         style.VERMILION,
         "D",
@@ -306,7 +307,7 @@ def _kinds(found: Report) -> Any:
     for kind, colour, marker in (("digit", style.BLUE, "o"), ("operator", style.VERMILION, "s")):
         rows = frame[frame["kind"] == kind]
         scaled = rows.assign(**{c: 100 * rows[c] for c in ("value", "lo", "hi")})
-        _band(ax, _percentiles(rows), scaled, colour, marker, f"{kind}s")
+        draw_interval_line(ax, percentiles(rows), scaled, colour, marker, f"{kind}s")
     ax.set_ylabel("share of tokens, %")
     ax.set_xlabel(f"percentile of token entropy under {found.reference}")
     ax.set_xlim(0, 100)
@@ -333,7 +334,7 @@ def _errors(found: Report) -> Any:
     if errors is not None:
         series.append(("first error, derailed", errors[errors["statistic"] == "low entropy"], style.VERMILION))
     low = shares[(shares["pairs"] == "all") & (shares["threshold"] != "")]
-    _bars(left, [f"below\n{name}" for name in low["threshold"]], series)
+    draw_bars(left, [f"below\n{name}" for name in low["threshold"]], series)
     for i, chance in enumerate(low["chance"]):
         left.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color=style.BLACK, linewidth=0.9, linestyle="--")
     left.set_ylim(0, 150)  # room for the legend
@@ -345,14 +346,15 @@ def _errors(found: Report) -> Any:
         right.set_axis_off()
     else:
         kinds = errors[errors["statistic"] == "error"]
-        _bars(right, [k.replace(" ", "\n") for k in kinds["which"]], [("", kinds, style.VERMILION)])
+        draw_bars(right, [k.replace(" ", "\n") for k in kinds["which"]], [("", kinds, style.VERMILION)])
         right.set_ylabel("share of derailed responses, %")
         style.panel(right, "b", "What went wrong first")
     style.footer(fig, found.table.footer[:2])
     return fig
 
 
-def _bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, str]]) -> None:
+def draw_bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, str]]) -> None:
+    """Groups of bars in percent, with intervals: one group a tick, one bar a series of (label, rows, colour)."""
     width = 0.8 / len(series)
     for j, (label, rows, colour) in enumerate(series):
         value, lo, hi = (100 * rows[name].to_numpy(dtype=float) for name in ("value", "lo", "hi"))

@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 # Okabe & Ito 2008, "Color Universal Design"
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -126,9 +126,9 @@ def figure(height_in: float, width_in: float = WIDTH_IN) -> Figure:
     return fig
 
 
-def footer(fig: Figure, notes: Sequence[str]) -> None:
-    """Tier, n, seeds, arithmetic, in small print under everything."""
-    width_chars = round(22 * fig.get_figwidth())  # of 6-point letters
+def footer(fig: Figure | SubFigure, notes: Sequence[str]) -> None:
+    """Tier, n, seeds, arithmetic, in small print under everything (of a figure of subfigures: under the last row)."""
+    width_chars = round(22 * fig.bbox.width / fig.dpi)  # of 6-point letters
     text = "\n".join(textwrap.wrap("  ".join(notes), width_chars, break_on_hyphens=False))
     # supxlabel takes part in the constrained layout, so that the axes make room for it.
     fig.supxlabel(text, fontsize=6, color="#555555", x=0.01, ha="left")

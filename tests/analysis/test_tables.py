@@ -167,7 +167,7 @@ def test_every_table_reads_in_markdown_and_latex(made: dict) -> None:
 
 def test_same_records_same_bytes(results: Results, made: dict, tmp_path: Path) -> None:
     written = build_tables(results.plan, results.root, tmp_path)
-    assert len(written) == 3 * len(made) == 21
+    assert len(written) == 3 * len(made) == 24
     for path in written:
         table = made[path.stem]
         assert path.read_text() == {".csv": table.csv, ".md": table.markdown, ".tex": table.latex}[path.suffix]()
