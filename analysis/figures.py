@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from analysis import paper, style
 from analysis.cells import Entry, Results
 from analysis.document import tokens
+from analysis.keys import error_maps
 from analysis.names import BF16, REFERENCE_PRECISION, qfit_cell
 from analysis.tables import Line, lines
 from reqat.config.errors import ReqatError
@@ -425,58 +426,8 @@ def qfit(results: Results, model: str) -> Figure:
     if missing:
         raise ReqatError(f"{results.folder(id)}: the record lacks {', '.join(missing)}; {results.remedy([id])}")
     errors = np.array(m["error_map"], dtype=float)  # [L, A, B]
-    before = errors[:, :1, :1]
-    change = 100 * np.where(before > 0, errors / np.where(before > 0, before, 1) - 1, 0)
-    n = len(change)
-    columns = min(n, 4 if n <= 8 else 8)
-    rows = -(-n // columns)
-    side = (style.WIDTH_IN - 1.2) / max(columns, 4)  # inches of a panel
-    fig = style.figure(1.0 + rows * (side + 0.2), 1.2 + columns * side)
-    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    # Beyond +50% worse is worse all the same; a symmetric scale keeps "no change" at the neutral colour.
-    reach = float(min(50.0, max(1.0, np.abs(change).max())))
-    step_a, step_b = _step(m["alphas"]), _step(m["betas"])
-    extent = (
-        m["betas"][0] - step_b / 2,
-        m["betas"][-1] + step_b / 2,
-        m["alphas"][0] - step_a / 2,
-        m["alphas"][-1] + step_a / 2,
-    )
-    image = None
-    for layer, ax in enumerate(axes.flat):
-        if layer >= n:
-            ax.set_visible(False)
-            continue
-        image = ax.imshow(
-            change[layer], origin="lower", extent=extent, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto"
-        )
-        ax.plot(
-            m["beta"][layer],
-            m["alpha"][layer],
-            marker="o",
-            ms=5.5 if columns <= 4 else 3.5,
-            mfc="white",
-            mec="black",
-            mew=1.1,
-        )
-        i, j = m["alphas"].index(m["alpha"][layer]), m["betas"].index(m["beta"][layer])
-        title = (
-            f"layer {layer}: {change[layer, i, j]:+.1f}%" if columns <= 4 else f"{layer}: {change[layer, i, j]:+.0f}%"
-        )
-        ax.set_title(title.replace("-", "\u2212"), fontsize=8 if columns <= 4 else 7, loc="left")
-        ax.grid(False)
-        ax.xaxis.set_major_locator(MaxNLocator(3))
-        for edge in ("top", "right"):
-            ax.spines[edge].set_visible(True)
-    for ax in axes[-1]:
-        ax.set_xlabel("shift \u03b2")
-    for ax in axes[:, 0]:
-        ax.set_ylabel("scale \u03b1")
-    assert image is not None
-    bar = fig.colorbar(
-        image, ax=axes, fraction=0.04, pad=0.01, extend="max" if np.abs(change).max() > reach else "neither"
-    )
-    bar.set_label("attention error vs. none (%)")
+    choice = [(m["alphas"].index(a), m["betas"].index(b)) for a, b in zip(m["alpha"], m["beta"], strict=True)]
+    fig = error_maps(errors, m["alphas"], m["betas"], choice)
     note = "Circle: the chosen point; its change of the error stands over each layer."
     made = results.provenance([entry])
     calibration = results.plan.stage(id).settings.calibration  # type: ignore[union-attr]
@@ -491,10 +442,6 @@ def qfit(results: Results, model: str) -> Figure:
         ],
     )
     return fig
-
-
-def _step(values: Sequence[float]) -> float:
-    return values[1] - values[0] if len(values) > 1 else 1.0
 
 
 DRAW: dict[str, Callable[[Results, str], Figure]] = {

@@ -324,6 +324,16 @@ class Activations:
     sin: Tensor
 
 
+def activations(model: PreTrainedModel, input_ids: Tensor) -> list[Activations]:
+    """What every layer's attention works on for ``input_ids`` [n, T] (whole sequences without padding): what
+    :func:`calibrate` searches on, for looking at keys.
+
+    Raises ``ReqatError`` for ids that the model does not know, and models without rotary embeddings.
+    """
+    heads = head_shape(model)
+    return [_capture(step, heads) for step in walk(model, input_ids)]
+
+
 def _has_qk_norm(attention: nn.Module) -> bool:
     return isinstance(getattr(attention, "q_norm", None), nn.Module)
 
