@@ -16,7 +16,7 @@ from typing import Any
 from reqat.config.base import Strict, parse
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec, family
-from reqat.config.recipe import Catalogue, PTQStep, QFitStep, Recipe, Rows, Step, TrainStep, amount
+from reqat.config.recipe import Catalogue, DecodingOptions, PTQStep, QFitStep, Recipe, Rows, Step, TrainStep, amount
 from reqat.config.stage import (
     BaseSettings,
     DataStageSettings,
@@ -225,16 +225,17 @@ class _Builder:
             finetuned |= step.step == "finetune"
         return current
 
-    def evaluate(self, stage: Stage, precision: PrecisionSpec, store: Stage) -> Evaluation:
+    def evaluate(self, stage: Stage, precision: PrecisionSpec, store: Stage, options: DecodingOptions) -> Evaluation:
         how = self.tier.evaluation
+        decoding = how.decoding.model_copy(update=options.model_dump(exclude_none=True))
         families = how.families if how.families is not None else self.tier.data.families
         problems = ProblemSet(families=families, split=how.split, n=how.n, seed=how.problem_seed)
-        seeds = how.seeds[:1] if how.decoding.greedy else how.seeds
+        seeds = how.seeds[:1] if decoding.greedy else how.seeds
         static: dict[str, Any] = {}
         if precision.global_scale == "static":
             static = {"calibration": self.tier.ptq.calibration, "data": store.id}
         evaluation = Evaluation(
-            stage=stage.id, precision=precision, problems=problems, decoding=how.decoding, seeds=tuple(seeds), **static
+            stage=stage.id, precision=precision, problems=problems, decoding=decoding, seeds=tuple(seeds), **static
         )
         return self.plan.evaluations.setdefault(evaluation.id, evaluation)
 
@@ -268,7 +269,8 @@ class _Builder:
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
                         scale = rows.global_scale or self.tier.evaluation.global_scale
-                        evaluation = self.evaluate(stage, self.precision(precision, recipe, scale), store)
+                        at = self.precision(precision, recipe, scale)
+                        evaluation = self.evaluate(stage, at, store, rows.decoding)
                         self.plan.cells.append(
                             Cell(
                                 artifact=artifact,

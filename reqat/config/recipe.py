@@ -131,6 +131,14 @@ class Recipe(Strict):
         return precision
 
 
+class DecodingOptions(Strict):
+    """What a block of cells decodes with in place of the tier's; null: as the tier does."""
+
+    greedy: bool | None = None
+    temperature: float | None = Field(default=None, gt=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+
+
 class Rows(Strict):
     """A block of cells of one artifact: every recipe x precision x total named."""
 
@@ -145,6 +153,8 @@ class Rows(Strict):
     numbers)."""
     global_scale: GlobalScale | None = None
     """Evaluate with this mode in place of the tier's."""
+    decoding: DecodingOptions = DecodingOptions()
+    """Decode like this in place of the tier's."""
 
 
 class Artifact(Strict):

@@ -206,7 +206,7 @@ def test_a_setting_renames_its_stage_and_what_stands_on_it_and_nothing_else():
         {"resources": {"threads": 2, "train_memory_mb": 1}},
         {
             "models": {
-                "testbed": {"artifacts": ["figure1", "table1", "table2", "table4", "table5", "ptq", "global-scale"]}
+                "testbed": {"artifacts": ["figure1", "table1", "table2", "table4", "table5", "table15", "ptq", "global-scale"]}
             }
         },
         {"training_seeds": [0]},

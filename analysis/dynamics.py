@@ -1,0 +1,226 @@
+"""Training, seen from inside: Figures 4 and 7 of studies of the kinds `dynamics` and `gradients`.
+
+Figure 4 asks what training did to a model's certainty: for each model, the entropy it has on the same verified traces,
+against the base's, in percentile bins of the base's entropy. Figure 7 asks which tokens training listened to: the share
+of the squared gradient at positions of low entropy, step by step. That share is drawn beside the share of *tokens*
+that are low, for 90% of the gradient from 90% of the tokens would say nothing.
+
+Each reads one CSV of its study (`dynamics.csv`, `gradients.csv`), never token traces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import style
+from analysis.study_figures import ByKind, one
+from reqat.config.errors import ReqatError
+
+if TYPE_CHECKING:
+    from analysis.studies import Study
+
+# How labels of models are drawn that are no method of their own: QAT on the traces of fine-tuning is ReQAT-T.
+_SAME, _DIFFERENT = "ReQAT-T", "FT+QAT"
+_FALLBACK = ("PTQ", "FT+PTQ", "ReQAT-TQ", "Baseline")
+_WINDOWS = 25  # points that a curve is cut down to, where there are more
+_THRESHOLDS = {
+    "percentile 25": ("below the 25th percentile", style.BLUE, "o"),
+    "percentile 75": ("below the 75th percentile", style.GREEN, "D"),
+    "0.6 nats": ("below 0.6 nats", style.VERMILION, "s"),
+}
+
+
+def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each model: those of the method that its label names, else one that is still free."""
+    spare = iter(_FALLBACK)
+    out: dict[str, dict[str, Any]] = {}
+    taken: set[str] = set()
+    for label in labels:
+        if re.search(r"\bsame\b", label):
+            method = _SAME
+        elif re.search(r"\bdifferent\b", label):
+            method = _DIFFERENT
+        else:
+            method = re.split(r"[ ,(]", label)[0]
+        while method not in style.COLOURS or method in taken:
+            try:
+                method = next(spare)
+            except StopIteration:
+                raise ReqatError(f"{label}: no look is left for a model of figure4; name fewer models.") from None
+        taken.add(method)
+        out[label] = style.line(method)
+    return out
+
+
+# -- Figure 4 --------------------------------------------------------------------------------------------------------
+def figure4(studies: ByKind) -> Figure:
+    """Figure 4: (a) mean change of entropy against the base, (b) entropy over the base's, by bin of the base's entropy.
+
+    Both axes are logarithmic in what they must be: the change spans orders of magnitude and either sign (a symmetric
+    logarithm), the ratio orders of magnitude. Raises `ReqatError` without a study of kind `dynamics`.
+    """
+    study = one(studies, "dynamics")
+    data = study.table("dynamics")
+    labels = list(dict.fromkeys(data["label"]))
+    fig = style.figure(3.3)
+    left, right = fig.subplots(1, 2)
+    _by_bin(left, data[data["statistic"] == "change"], labels)
+    _by_bin(right, data[data["statistic"] == "normalized"], labels)
+    change = data.loc[data["statistic"] == "change", "value"].abs()
+    left.set_yscale("symlog", linthresh=_linear_below(change), linscale=0.5)
+    left.axhline(0, color="#333333", lw=0.7)
+    low, high = left.get_ylim()
+    left.set_ylim(low * 2 if low < 0 else low, high * 2 if high > 0 else high)  # room beyond the outermost decade
+    left.set_ylabel("change of entropy (nats)")
+    right.set_yscale("log")
+    right.axhline(1, color="#333333", lw=0.7)
+    right.set_ylabel("entropy / base's entropy")
+    style.panel(left, "a", "Change against the base")
+    style.panel(right, "b", "Relative to the base")
+    handles, names = left.get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5), columnspacing=1.4)
+    style.footer(fig, _dynamics_notes(study, data, labels))
+    return fig
+
+
+def _dynamics_notes(study: Study, data: pd.DataFrame, labels: Sequence[str]) -> list[str]:
+    first = data[(data["label"] == labels[0]) & (data["statistic"] == "change")]
+    at: dict[str, list[str]] = {}
+    for label in ("base", *labels):
+        at.setdefault(study.settings["precisions"][label], []).append(label)
+    arithmetic = "; ".join(f"{precision}: {', '.join(names)}" for precision, names in at.items())
+    return [
+        f"Tier {study.settings['tier']}; verified solutions of {int(first['clusters'].max()):,} validation problems, "
+        f"{int(first['n'].sum()):,} tokens, read by all models.",
+        f"{arithmetic}.",
+        *_made(study),
+        "Bars: 95% intervals clustered by problem; one training run each. Bins hold equal counts of tokens.",
+    ]
+
+
+def _made(study: Study) -> list[str]:
+    """Arithmetic and commit, as every footer says them."""
+    from analysis.cells import _arithmetic, _commit
+
+    return [f"Arithmetic: {_arithmetic(study.record)}.", f"Commit {_commit(study.record)}."]
+
+
+def _by_bin(ax: Axes, data: pd.DataFrame, labels: Sequence[str]) -> None:
+    """One point a model and bin with its interval, models side by side."""
+    drawn = looks(labels)
+    step = 0.7 / max(len(labels), 2)
+    for i, label in enumerate(labels):
+        part = data[data["label"] == label].sort_values("bin")
+        x = part["bin"].to_numpy(dtype=float) + (i - (len(labels) - 1) / 2) * step
+        value, lo, hi = (part[name].to_numpy(dtype=float) for name in ("value", "lo", "hi"))
+        ax.errorbar(x, value, yerr=[value - lo, hi - value], ls="none", lw=0.9, label=label, **drawn[label])
+    first = data[data["label"] == labels[0]].sort_values("bin")
+    bins = len(first)
+    ends = [f"{100 * b / bins:.0f}\u2013{100 * (b + 1) / bins:.0f}%" for b in range(bins)]
+    means = [f"{value:.2g}" if value >= 0.01 else _power(value) for value in first["entropy_mean"]]
+    ax.set_xticks(range(bins), [f"{end}\n{mean}" for end, mean in zip(ends, means, strict=True)])
+    ax.set_xlim(-0.55, bins - 0.45)
+    for edge in range(bins - 1):
+        ax.axvline(edge + 0.5, color="#E3E3E3", lw=0.6)
+    ax.set_xlabel("percentile of the base's entropy; its mean (nats)")
+
+
+def _power(value: float) -> str:
+    """`1.1e-05` as a power of ten."""
+    if not value > 0:
+        return "0"
+    exponent = int(np.floor(np.log10(value)))
+    return rf"${value / 10.0**exponent:.1f}\cdot10^{{{exponent}}}$"
+
+
+def _linear_below(values: pd.Series) -> float:
+    """Where the symmetric logarithm turns linear: the power of ten below the smallest value."""
+    positive = values[values > 0]
+    return float(10.0 ** np.floor(np.log10(positive.min()))) if len(positive) else 1.0
+
+
+# -- Figure 7 --------------------------------------------------------------------------------------------------------
+def figure7(studies: ByKind) -> Figure:
+    """Figure 7: (a) the share of low-entropy tokens in the gradient along training, (b) over their share of tokens.
+
+    Raises `ReqatError` without a study of kind `gradients`.
+    """
+    study = one(studies, "gradients")
+    data = study.table("gradients")
+    fig = style.figure(3.0)
+    left, right = fig.subplots(1, 2)
+    for threshold, (name, colour, marker) in _THRESHOLDS.items():
+        part = data[data["threshold"] == threshold]
+        if part.empty:
+            continue
+        curve = smoothed(part)
+        x = curve["step"].to_numpy(dtype=float)
+        look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "lw": 1.1}
+        left.plot(x, 100 * curve["c_low"], label=name, **look)
+        left.fill_between(x, 100 * curve["lo"], 100 * curve["hi"], color=colour, alpha=0.15, lw=0)
+        left.plot(x, 100 * curve["low_share"], color=colour, lw=0.9, ls=":")
+        right.plot(x, curve["c_low"] / curve["low_share"], **look)
+    left.plot([], [], color=style.GREY, lw=0.9, ls=":", label="their share of tokens")
+    left.set_ylim(0, 100)
+    left.set_ylabel("share of squared gradient (%)")
+    right.axhline(1, color="#333333", lw=0.7)
+    right.set_ylim(bottom=0)
+    right.set_ylabel("gradient / tokens")
+    for ax in (left, right):
+        ax.set_xlabel("optimizer step")
+        ax.margins(x=0.02)
+    style.panel(left, "a", "Gradient of low-entropy tokens")
+    style.panel(right, "b", "Share of gradient over share of tokens")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, columnspacing=1.4)
+    style.footer(fig, _gradient_notes(study, data))
+    return fig
+
+
+def smoothed(part: pd.DataFrame) -> pd.DataFrame:
+    """The curve of one threshold: windows of neighbouring looks where there are many.
+
+    `c_low` and `low_share` are means of a window's looks; `lo` and `hi` add its looks' half widths as of independent
+    batches (one look alone keeps its own interval).
+    """
+    part = part.sort_values("step")
+    window = max(1, -(-len(part) // _WINDOWS))
+    rows = []
+    for at in range(0, len(part), window):
+        looks_at = part.iloc[at : at + window]
+        value, k = float(looks_at["c_low"].mean()), len(looks_at)
+        half = float(np.sqrt((((looks_at["hi"] - looks_at["lo"]) / 2) ** 2).sum())) / k
+        alone = k == 1
+        rows.append(
+            {
+                "step": float(looks_at["step"].mean()),
+                "c_low": value,
+                "lo": float(looks_at["lo"].iloc[0]) if alone else max(0.0, value - half),
+                "hi": float(looks_at["hi"].iloc[0]) if alone else min(1.0, value + half),
+                "low_share": float(looks_at["low_share"].mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _gradient_notes(study: Study, data: pd.DataFrame) -> list[str]:
+    model = study.settings["model"]
+    seen = data[data["threshold"] == data["threshold"].iloc[0]]
+    same = study.metrics.get("same_weights")
+    out = [
+        f"Tier {study.settings['tier']}; {model['recipe']} at {model['precision']}, one training run of "
+        f"{study.metrics['steps']:,} steps, a micro-batch every {study.metrics['every']} "
+        f"({len(seen):,} in all, {int(seen['tokens'].mean()):,} response tokens each).",
+        *_made(study),
+        "Entropy is that of the model in training; percentiles are the micro-batch's. Bands: 95% intervals clustered "
+        "by trace.",
+    ]
+    if same is not None:
+        out.append(f"Weights {'bit-identical to' if same else 'differ from'} those of the stage trained without probe.")
+    return out
