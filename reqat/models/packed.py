@@ -24,13 +24,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.models.architecture import decoder_layers, head_shape
+from reqat.models.backend import Choice, backend_for
 from reqat.models.linear import InputQuantizer, quant_linears
 from reqat.models.packed_cache import PackedCache
 from reqat.models.packed_decoder import native_decoder
 from reqat.models.packed_linear import HalfHead, PackedInput, PackedLinear
 from reqat.models.prepare import freeze, precision_of
-from reqat.quant import Precision
-from reqat_kernels.native import gemm
 from reqat_kernels.native.attention import unsupported
 
 
@@ -49,43 +48,48 @@ class Memory:
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel) -> PreTrainedModel:
+def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     """Turn a prepared ``model`` into one whose weights and cache take four bits, in place; returns it. Idempotent.
 
     Freezes it first, if need be. Linear layers whose format has no kernel (INT4, AMXFP4; weights left at 16 bits) stay
-    as they are, frozen. Raises ReqatError for a model that was not prepared, or that is not on a CPU; static scales
-    must be calibrated before.
+    as they are, frozen. ``backend``: ``native`` kernels on a CPU, ``triton`` ones on a CUDA device, or by the model's
+    device (``auto``). Raises ReqatError for a model that was not prepared, that lies on a device without kernels or on
+    several; static scales must be calibrated before.
     """
     precision = precision_of(model)
     if precision is None:
         raise ReqatError("pack needs a prepared model: call prepare(model, precision) first")
     if is_packed(model):
         return model
-    devices = {parameter.device.type for parameter in model.parameters()}
-    if devices != {"cpu"}:
-        raise ReqatError(f"pack runs models on a CPU, and this one is on {', '.join(sorted(devices))}: model.to('cpu')")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise ReqatError(f"pack runs a model on one device, and this one is on {names}: move it with model.to(device)")
+    kernels = backend_for(devices.pop(), backend)
     uncalibrated = [m.name for m in model.modules() if isinstance(m, InputQuantizer) and m.needs_calibration]
     if uncalibrated:
         raise ReqatError(f"{uncalibrated[0]}: its static scale is not calibrated; run calibrate_static(model, batches)")
     freeze(model)
     fmt = precision.weights
-    linears = (
-        quant_linears(model) if fmt is not None and gemm.supports(fmt) and _fits(precision, fmt.block or 1) else {}
-    )
+    linears = {} if fmt is None else quant_linears(model)
+    if fmt is not None:
+        linears = {k: v for k, v in linears.items() if kernels.fits(fmt, precision.inputs, v.in_features)}
     if fmt is not None and linears:
-        sizes = [gemm.packed_bytes(linear.out_features, linear.in_features, fmt) for linear in linears.values()]
-        rooms = gemm.allocate(sum(sizes)).split(sizes)
+        rooms = kernels.rooms([(linear.out_features, linear.in_features) for linear in linears.values()], fmt)
         shared: dict[int, PackedInput] = {}
         for (name, linear), room in zip(linears.items(), rooms, strict=True):
             source = linear.input_quantizer
-            inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block or 1))
+            inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block or 1, kernels))
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs, room))
+    model._reqat_backend = kernels  # type: ignore[assignment]
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
-        native_decoder(model, decoder_layers(model), head_shape(model))
+        if kernels.name == "native":
+            native_decoder(model, decoder_layers(model), head_shape(model))
     head = model.get_output_embeddings()
-    if isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16:
+    half = isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16
+    if kernels.name == "native" and isinstance(head, nn.Linear) and half:
         model.set_output_embeddings(HalfHead(head))
     model._reqat_packed = True  # type: ignore[assignment]
     return model
@@ -117,11 +121,6 @@ def memory(model: nn.Module, cache: PackedCache | None = None) -> Memory:
     for tensor in [*model.parameters(), *model.buffers()]:
         storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
     return Memory(inside, sum(storages.values()) - inside, 0 if cache is None else cache.nbytes)
-
-
-def _fits(precision: Precision, block: int) -> bool:
-    inputs = precision.inputs
-    return inputs is None or (gemm.supports(inputs) and inputs.block == block)
 
 
 def _use_packed_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

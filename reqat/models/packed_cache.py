@@ -5,13 +5,14 @@ scales: 4.5 bits a number in NVFP4, 4.25 in MXFP4, and 32 for each row, or token
 
 How the attention function gets at them: ``update`` returns stand-ins for keys and values, tensors of the right shape
 that own a single number, which is NaN, so that an attention function that does not know them cannot go unnoticed. Ours
-asks the layer behind them (:meth:`PackedCacheLayer.attend`). A few new tokens on a CPU are attended to by the kernel
-that reads the codes; a prompt, another device or float64 get the cache dequantized and then go the usual way.
+asks the layer behind them (:meth:`PackedCacheLayer.attend`). A few new tokens are attended to by the kernel that reads
+the codes (:mod:`reqat.models.backend` chooses it by device); a prompt or float64 get the cache dequantized and then go
+the usual way.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,24 +21,24 @@ from transformers.cache_utils import Cache
 
 from reqat.config.errors import ReqatError
 from reqat.models.attention import mark_packed, mark_quantized, softmax_attention
+from reqat.models.backend import Backend, States, backend_for
 from reqat.models.cache import Fp4CacheLayer
 from reqat.models.kv import KVQuantizer, kv_quantizers
 from reqat.quant import Quantizer, block_hadamard
-from reqat_kernels.native.attention import TILE, PackedStates, kv_attention, unsupported
-
-# Up to so many new tokens the kernel decodes the cache once for every four query heads and tokens; beyond,
-# dequantizing once and a matrix product are faster.
-FEW_TOKENS = 8
+from reqat_kernels.native.attention import TILE, unsupported
 
 
 class PackedCacheLayer(Fp4CacheLayer):
     """Packed keys and values of one layer, the first ``length`` tokens of them filled."""
 
-    packed_keys: PackedStates | None = None
-    packed_values: PackedStates | None = None
+    # What the backend allocates: PackedStates of the native kernels, KVSide of Triton's; ``States`` in common.
+    packed_keys: Any = None
+    packed_values: Any = None
 
-    def __init__(self, quantizer: KVQuantizer, capacity: int | None) -> None:
+    def __init__(self, quantizer: KVQuantizer, capacity: int | None, backend: Backend | None = None) -> None:
+        """``backend``: None chooses by the device of the first tokens."""
         super().__init__(quantizer, capacity or 0)
+        self.backend = backend
         self.grows = capacity is None
         self.dtype = torch.float32
 
@@ -50,6 +51,8 @@ class PackedCacheLayer(Fp4CacheLayer):
         """Allocate, once the first tokens show batch size and device."""
         if self.grows:
             self.capacity = _grown(key_states.shape[2])
+        if self.backend is None:
+            self.backend = backend_for(key_states.device)
         self.packed_keys = self._allocated("key", self.quantizer.key, key_states)
         self.packed_values = self._allocated("value", self.quantizer.value, value_states)
         # What Fp4Cache would hold: on a CPU never less than float32 (see reqat.models.kv).
@@ -57,25 +60,14 @@ class PackedCacheLayer(Fp4CacheLayer):
         self.dtype = torch.float32 if narrow else key_states.dtype
         self.is_initialized = True
 
-    def _allocated(self, kind: Any, quantizer: Quantizer, states: Tensor) -> PackedStates:
-        batch, heads, _, head_dim = states.shape
-        fmt = quantizer.format
-        assert fmt is not None
+    def _allocated(self, kind: Literal["key", "value"], quantizer: Quantizer, states: Tensor) -> States:
         if quantizer.needs_calibration:
             raise ReqatError(
                 f"{quantizer.name}: the global scale is static and not calibrated; run calibrate_static(model, "
                 "batches), or choose global_scale='row' or 'dynamic'"
             )
-        return PackedStates.allocate(
-            kind,
-            fmt,
-            batch,
-            heads,
-            self.capacity,
-            head_dim,
-            global_scale=quantizer.global_scale,
-            device=states.device,
-        )
+        assert self.backend is not None
+        return self.backend.allocate(kind, quantizer, states, self.capacity)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Quantize and append [B, G, T, D]; returns stand-ins for all keys and values so far.
@@ -87,17 +79,24 @@ class PackedCacheLayer(Fp4CacheLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.reserve(key_states.shape[2], key_states.shape[0])
-        assert self.packed_keys is not None and self.packed_values is not None
+        assert self.backend is not None
         shift, rotation = self.quantizer.shift, self.quantizer.key.rotation
-        if rotation is not None or key_states.device.type != "cpu":  # the kernel shifts, in float32, and no more
+        if rotation is not None or self.dtype != torch.float32:  # the kernel shifts, in float32, and no more
             key_states = key_states.to(self.dtype)
             if shift is not None:
                 key_states, shift = key_states - shift[:, None].to(self.dtype), None
             if rotation is not None:
                 key_states = block_hadamard(key_states, rotation)
         end = self.length + key_states.shape[2]
-        self.packed_keys.append(key_states, self.length, shift=shift, name=self.quantizer.key.name)
-        self.packed_values.append(value_states, self.length, name=self.quantizer.value.name)
+        self.backend.append(
+            self.packed_keys,
+            self.packed_values,
+            key_states,
+            value_states,
+            self.length,
+            shift_GD=shift,
+            names=(self.quantizer.key.name, self.quantizer.value.name),
+        )
         self.length = end
         return self._stand_in(self.packed_keys), self._stand_in(self.packed_values)
 
@@ -106,7 +105,6 @@ class PackedCacheLayer(Fp4CacheLayer):
 
         Raises ValueError when the cache is full and does not grow, or the batch is not the one it was filled with.
         """
-        assert self.packed_keys is not None and self.packed_values is not None
         batch = self.packed_keys.shape[0]
         if rows != batch:
             raise ReqatError(
@@ -125,7 +123,7 @@ class PackedCacheLayer(Fp4CacheLayer):
         self.packed_keys = self.packed_keys.resized(self.capacity, self.length)
         self.packed_values = self.packed_values.resized(self.capacity, self.length)
 
-    def _stand_in(self, states: PackedStates) -> Tensor:
+    def _stand_in(self, states: States) -> Tensor:
         B, G, _, D = states.shape
         nan = torch.full((), torch.nan, dtype=self.dtype, device=states.codes.device)
         return mark_packed(mark_quantized(nan.expand(B, G, self.length, D)), self)
@@ -141,16 +139,15 @@ class PackedCacheLayer(Fp4CacheLayer):
         is_causal: bool,
     ) -> Tensor:
         """Attention over the first ``length`` tokens; arguments and result are those of ``softmax_attention``."""
-        assert self.packed_keys is not None and self.packed_values is not None
-        native = (
-            query_BHTD.device.type == "cpu"
-            and query_BHTD.dtype != torch.float64
-            and query_BHTD.shape[2] <= FEW_TOKENS
+        assert self.backend is not None
+        reads_codes = (
+            query_BHTD.dtype != torch.float64
+            and query_BHTD.shape[2] <= self.backend.few_tokens
             and dropout == 0.0
             and not (torch.is_grad_enabled() and query_BHTD.requires_grad)
         )
-        if native:
-            return kv_attention(
+        if reads_codes:
+            return self.backend.attend(
                 query_BHTD,
                 self.packed_keys,
                 self.packed_values,
@@ -166,7 +163,6 @@ class PackedCacheLayer(Fp4CacheLayer):
 
     def dequantized(self, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` keys and values as numbers, [B, G, length, D]: what Fp4Cache holds."""
-        assert self.packed_keys is not None and self.packed_values is not None
         return self.packed_keys.dequantize(length, self.dtype), self.packed_values.dequantize(length, self.dtype)
 
     def get_max_length(self) -> int:
@@ -175,7 +171,7 @@ class PackedCacheLayer(Fp4CacheLayer):
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep these batch rows, in this order."""
-        if self.packed_keys is not None and self.packed_values is not None:
+        if self.packed_keys is not None:
             rows = rows.to(self.packed_keys.codes.device)
             self.packed_keys = self.packed_keys.select_rows(rows, self.length)
             self.packed_values = self.packed_values.select_rows(rows, self.length)
@@ -191,7 +187,7 @@ class PackedCache(Cache):
 
     Args:
         model: prepared with NVFP4, NVFP4-4/6 or MXFP4 keys and values.
-        capacity: tokens a row (memory is allocated in tiles of 16), or None to grow as it fills.
+        capacity: tokens a row (the native kernels allocate tiles of 16), or None to grow as it fills.
 
     Raises ValueError if the model was not prepared, or its keys or values cannot be packed; :class:`Fp4Cache` takes
     those.
@@ -206,7 +202,8 @@ class PackedCache(Cache):
                 reason = unsupported(quantizer.format, kv.shape[1])
                 if reason:
                     raise ReqatError(f"{quantizer.name} cannot be packed: {reason}; use Fp4Cache(model, capacity)")
-        self._packed_layers = [PackedCacheLayer(kv, capacity) for kv in quantizers]
+        backend = getattr(model, "_reqat_backend", None)  # the one it was packed for, if it was
+        self._packed_layers = [PackedCacheLayer(kv, capacity, backend) for kv in quantizers]
         super().__init__(layers=[*self._packed_layers])
 
     @property

@@ -1,34 +1,37 @@
-"""Linear layers of a packed model: four-bit codes and scales and no dense weight, inputs rounded to integers.
+"""Linear layers of a packed model: four-bit codes and scales and no dense weight, inputs rounded to codes.
 
 Layers that read the same tensor share one :class:`PackedInput`, as their fake-quantized twins share one
-:class:`~reqat.models.linear.InputQuantizer`.
+:class:`~reqat.models.linear.InputQuantizer`. What computes is the :class:`~reqat.models.backend.Backend` that the model
+was packed for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
+from reqat.config.errors import ReqatError
+from reqat.models.backend import Backend, TokenInput
 from reqat.models.linear import InputQuantizer, QuantLinear
-from reqat.quant import Precision, block_hadamard
-from reqat_kernels.native import gemm
+from reqat.quant import Precision
 from reqat_kernels.native.dense import dense_bf16
 
 
 class PackedInput(InputQuantizer):
     """Rounds the input of packed layers, once for all that read it."""
 
-    def __init__(self, source: InputQuantizer, precision: Precision, block: int) -> None:
+    def __init__(self, source: InputQuantizer, precision: Precision, block: int, backend: Backend) -> None:
         super().__init__(precision, source.consumers, source.name or "input")
         self.global_scale = source.global_scale
         self.block = block
+        self.backend = backend
 
-    def compute(self, x: Tensor) -> Tensor | gemm.QuantizedInput:
-        """Rotated and rounded to integers, or only rotated where the precision leaves inputs alone."""
-        if self.rotation is not None:
-            x = block_hadamard(x, self.rotation)
-        if self.format is None:
-            return x
-        return gemm.quantize_input(x, self.format, block=self.block, global_scale=self.global_scale, name=self.name)
+    def compute(self, x: Tensor) -> Any:
+        """Rotated and rounded to codes, or only rotated where the precision leaves inputs alone."""
+        how = TokenInput(self.format, self.block, self.rotation, self.global_scale, self.name or "input")
+        return self.backend.quantize_input(x, how)
 
 
 class PackedLinear(nn.Module):
@@ -37,15 +40,28 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: QuantLinear, inputs: PackedInput, room: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.name = linear.in_features, linear.out_features, linear.name
-        self.packed = gemm.pack_weight(linear.quantize_weight(), room)
-        self.register_buffer("data", self.packed.data, persistent=False)
+        self.backend = inputs.backend
+        self.packed = self.backend.pack_weight(linear.quantize_weight(), room)
+        for name, tensor in self.backend.tensors(self.packed).items():
+            self.register_buffer(name, tensor, persistent=False)
         self.bias = linear.bias
         self.input_quantizer = inputs
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, in x's dtype."""
-        return gemm.linear(self.input_quantizer(x), self.packed, self.bias)
+        return self.backend.linear(self.input_quantizer(x), self.packed, self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        # The order of codes is that of one device's kernels, and what the kernel holds would not move along.
+        for name, tensor in self.named_buffers(recurse=False):
+            new = fn(tensor)
+            if (new.device, new.dtype) != (tensor.device, tensor.dtype):
+                raise ReqatError(
+                    f"{self.name}: a packed model stays on {tensor.device} with its codes as they are, and {name} was "
+                    f"to become {new.dtype} on {new.device}: load the frozen model, move or convert it, then pack it"
+                )
+        return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         """Shape and size, for ``print(model)``."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from reqat.formats import Format, get_format
 from reqat_kernels.triton import attention as module
-from reqat_kernels.triton.attention import KVSide, decode_attention
+from reqat_kernels.triton.attention import decode_attention
+from reqat_kernels.triton.kv_side import KVSide
 from reqat_kernels.triton.naive_attention import append_naive, attention_naive, attention_weights_naive, dequantize_side
 from reqat_kernels.triton.runtime import INTERPRETED
 

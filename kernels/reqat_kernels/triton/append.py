@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reqat_kernels.triton.attention import KVSide
+from reqat.formats import Format
 from reqat_kernels.triton.elements import (
     as_float32,
     block_maxima,
@@ -34,6 +34,7 @@ from reqat_kernels.triton.elements import (
     pack_pairs,
     spread,
 )
+from reqat_kernels.triton.kv_side import KVSide, check_pair, check_rows
 from reqat_kernels.triton.runtime import require, tl, triton
 
 #: How the kernel is launched.
@@ -210,6 +211,11 @@ def append_kernel(
 # --- launching --------------------------------------------------------------------------------------------------------
 
 
+def writes(fmt: Format) -> bool:
+    """Whether :func:`append` quantizes to this format; others are quantized in PyTorch (``KVSide.store``)."""
+    return fmt.name in ("NVFP4", "MXFP4") and fmt.rounding == "even" and fmt.global_scale != "dynamic"
+
+
 def append(
     key: Tensor,
     value: Tensor,
@@ -325,19 +331,15 @@ def _check(
 ) -> None:
     """Raise ValueError for arguments of append that do not fit together."""
     for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
-        batch, G, capacity = cache.codes.shape[:3]
+        batch, G, capacity, _ = cache.shape
         if x.ndim != 4 or x.dtype not in _DTYPES:
             raise ValueError(f"{name} must be [B, G, T, D] in bf16, fp16 or fp32, got {x.dtype} {tuple(x.shape)}")
-        if (x.shape[0], x.shape[1], x.shape[3]) != (batch, G, cache.head_dim):
-            raise ValueError(
-                f"{name} {tuple(x.shape)} does not fit a cache of batch {batch}, {G} KV heads and head_dim "
-                f"{cache.head_dim}"
-            )
+        check_rows(name, x.shape, cache)
         fmt = cache.format
-        if fmt.adaptive or fmt.rounding != "even" or fmt.global_scale == "dynamic":
+        if not writes(fmt):
             raise ValueError(
                 f"append writes NVFP4 (global_scale row or static) and MXFP4, rounding even; the {name} cache's format "
-                f"is {fmt!r}: make the cache with KVSide.allocate, or quantize in PyTorch"
+                f"is {fmt!r}: make the cache with KVSide.allocate, or quantize in PyTorch and call KVSide.store"
             )
         g = cache.global_scale
         if fmt.global_scale == "row" and (g is None or tuple(g.shape) != (batch, G, capacity) or 0 in g.stride()):
@@ -356,8 +358,9 @@ def _check(
                 f"{x.shape[2]} tokens at {places if len(places) > 1 else places[0]} do not fit the cache's capacity of "
                 f"{capacity}: allocate a larger one"
             )
-    if key.shape != value.shape or key_cache.codes.shape != value_cache.codes.shape:
-        raise ValueError(f"key {tuple(key.shape)}, value {tuple(value.shape)} and their caches must have one shape")
+    check_pair(key_cache, value_cache)
+    if key.shape != value.shape:
+        raise ValueError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape")
     B, G, T, D = key.shape
     if shift_GD is not None and (tuple(shift_GD.shape) != (G, D) or shift_GD.dtype != torch.float32):
         raise ValueError(f"shift must be float32 {(G, D)}, got {shift_GD.dtype} {tuple(shift_GD.shape)}")

@@ -24,14 +24,13 @@ Sources: online softmax, arXiv:1805.02867; FlashAttention, arXiv:2205.14135; ReQ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from reqat.formats import Format, get_format
 from reqat_kernels.triton.elements import as_float32, bits_float, cast, decode_e4m3, decode_e8m0, spread
+from reqat_kernels.triton.kv_side import KVSide, check_pair, check_rows
 from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
@@ -44,123 +43,6 @@ MAX_BLOCK_M = 32
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@dataclass(frozen=True, eq=False)
-class KVSide:
-    """Packed keys, or packed values, of one layer; ``S`` is the capacity.
-
-    ``codes``: uint8 [B, G, S, D/2], the low nibble holds the even channel. ``scales``: uint8 [B, G, S, D/block], the
-    bits of E4M3 or E8M0. ``global_scale``: None for MXFP4; else float32, a scalar, [S], or [B, G, S] (anything that
-    broadcasts to it). ``format``: NVFP4, NVFP4-4/6 or MXFP4, with its element. Raises ValueError for parts that do not
-    fit together.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    global_scale: Tensor | None
-    format: Format
-
-    def __post_init__(self) -> None:
-        check_format(self.format)
-        codes, scales, block = self.codes, self.scales, self.format.block
-        if codes.ndim != 4 or codes.dtype != torch.uint8:
-            raise ValueError(f"codes must be uint8 [B, G, S, D/2], got {codes.dtype} {tuple(codes.shape)}")
-        assert block is not None
-        if codes.shape[-1] * 2 % block:
-            raise ValueError(_ragged(codes.shape[-1] * 2, self.format))
-        wanted = (*codes.shape[:3], codes.shape[-1] * 2 // block)
-        if scales.dtype != torch.uint8 or tuple(scales.shape) != wanted:
-            raise ValueError(
-                f"scales must be uint8 {wanted} for codes of {tuple(codes.shape)} in {self.format}, got {scales.dtype} "
-                f"{tuple(scales.shape)}; view float8 scales as torch.uint8"
-            )
-        if codes.stride(-1) != 1 or scales.stride(-1) != 1:
-            raise ValueError("the last axis of codes and scales must be contiguous: call .contiguous() once")
-        if codes.device != scales.device:
-            raise ValueError(f"codes are on {codes.device}, scales on {scales.device}: move them to one device")
-        if (self.global_scale is None) == self.format.has_global_scale:
-            needs = "needs a global_scale" if self.format.has_global_scale else "has no global scale: pass None"
-            raise ValueError(f"{self.format} {needs}")
-        if self.global_scale is not None:
-            self.global_scale_BGS()
-
-    @classmethod
-    def allocate(
-        cls,
-        batch: int,
-        kv_heads: int,
-        capacity: int,
-        head_dim: int,
-        fmt: Format | str,
-        *,
-        global_scale: Tensor | float | None = None,
-        device: torch.device | str | None = None,
-    ) -> KVSide:
-        """An empty cache of tokens to append.
-
-        ``global_scale`` of NVFP4: the calibrated number (or [S] or [B, G, S] of them), which makes the format
-        ``static``; None keeps one a row, [B, G, S], computed as tokens come, and makes it ``row``.
-        """
-        fmt = get_format(fmt)
-        shape = (batch, kv_heads, capacity)
-        g: Tensor | None = None
-        if fmt.has_global_scale:
-            fmt = fmt.replace(global_scale="row" if global_scale is None else "static")
-            g = torch.ones(shape, device=device)
-            if global_scale is not None:
-                g = torch.as_tensor(global_scale, dtype=torch.float32, device=device)
-        elif global_scale is not None:
-            raise ValueError(f"{fmt} has no global scale: pass None")
-        check_format(fmt)
-        assert fmt.block is not None
-        if head_dim % fmt.block:
-            raise ValueError(_ragged(head_dim, fmt))
-        codes = torch.zeros(*shape, head_dim // 2, dtype=torch.uint8, device=device)
-        scales = torch.zeros(*shape, head_dim // fmt.block, dtype=torch.uint8, device=device)
-        return cls(codes, scales, g, fmt)
-
-    @property
-    def head_dim(self) -> int:
-        """D."""
-        return self.codes.shape[-1] * 2
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all parts, as allocated."""
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.global_scale is None else self.global_scale.nbytes)
-
-    def global_scale_BGS(self) -> Tensor:
-        """The global scale seen as float32 [B, G, S], without a copy: stride 0 along the axes that share it."""
-        g = self.global_scale
-        if g is None:  # never read by a kernel; any float32 pointer does
-            return torch.ones((), device=self.codes.device).expand(self.codes.shape[:3])
-        if g.dtype != torch.float32 or g.device != self.codes.device:
-            raise ValueError(f"global_scale must be float32 on {self.codes.device}, got {g.dtype} on {g.device}")
-        if g.ndim == 4 and g.shape[-1] == 1:
-            g = g[..., 0]
-        try:
-            return g.reshape(()).expand(self.codes.shape[:3]) if g.numel() == 1 else g.expand(self.codes.shape[:3])
-        except RuntimeError as error:
-            raise ValueError(
-                f"global_scale of shape {tuple(g.shape)} must be a scalar, [S] or [B, G, S] for codes of "
-                f"{tuple(self.codes.shape)}"
-            ) from error
-
-
-def check_format(fmt: Format) -> Format:
-    """``fmt`` itself; raises ValueError unless it stores one E4M3 or E8M0 scale a block of E2M1 or E1M2."""
-    if fmt.name not in ("NVFP4", "NVFP4-4/6", "MXFP4"):
-        raise ValueError(f"the cache kernels take NVFP4, NVFP4-4/6 and MXFP4, not {fmt}: use the PyTorch path for it")
-    return fmt
-
-
-def _ragged(head_dim: int, fmt: Format) -> str:
-    return (
-        f"head_dim {head_dim} is not a multiple of {fmt}'s block of {fmt.block}: pad the heads with zeros, or choose a "
-        "format of a smaller block"
-    )
-
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 # M: rows, the n query heads of a KV head times T tokens. S: keys. C: half of head_dim, D/2, padded to a power of two.
@@ -582,16 +464,12 @@ def _check(
     """Raise ValueError for arguments of decode_attention that do not fit together."""
     if query.ndim != 4 or query.dtype not in _QUERY_DTYPES:
         raise ValueError(f"query must be [B, H, T, D] in bf16, fp16 or fp32, got {query.dtype} {tuple(query.shape)}")
-    B, H, T, D = query.shape
-    batch, G, capacity = key.codes.shape[:3]
-    if key.codes.shape != value.codes.shape:
-        raise ValueError(f"keys {tuple(key.codes.shape)} and values {tuple(value.codes.shape)} must have one shape")
-    if batch != B or key.head_dim != D or G == 0 or H % G:
-        raise ValueError(
-            f"query {tuple(query.shape)} does not fit a cache of batch {batch}, {G} KV heads, head_dim {key.head_dim}"
-        )
-    if not query.device == key.codes.device == value.codes.device:
-        raise ValueError(f"query on {query.device}, keys on {key.codes.device}, values on {value.codes.device}")
+    B, H, T, _ = query.shape
+    capacity = key.shape[2]
+    check_pair(key, value)
+    check_rows("query", query.shape, key, grouped=True)
+    if query.device != key.codes.device:
+        raise ValueError(f"query on {query.device}, keys on {key.codes.device}: move them to one device")
     if length is not None and lengths is not None:
         raise ValueError("give length or lengths, not both")
     if length is not None and not 0 <= length <= capacity:

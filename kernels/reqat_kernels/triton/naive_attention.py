@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from reqat.formats import pack_codes, quantize, unpack_codes
-from reqat_kernels.triton.attention import HIDDEN, KVSide
+from reqat_kernels.triton.attention import HIDDEN
+from reqat_kernels.triton.kv_side import KVSide
 
 
 def dequantize_side(side: KVSide, dtype: torch.dtype = torch.float64) -> Tensor:

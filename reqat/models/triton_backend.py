@@ -1,0 +1,136 @@
+"""The Triton kernels as a packed model calls them; see :mod:`reqat.models.backend`.
+
+Imported only where it is used, because it imports triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from reqat.formats import Format, PackedTensor, QuantizedTensor, quantize
+from reqat.models.backend import TokenInput
+from reqat.quant import Quantizer, block_hadamard
+from reqat_kernels.triton import append as triton_append
+from reqat_kernels.triton import attention as triton_attention
+from reqat_kernels.triton import gemm, gemv
+from reqat_kernels.triton import quantize as triton_quantize
+from reqat_kernels.triton.kv_side import KVSide
+
+
+class TritonBackend:
+    """Triton kernels on CUDA tensors (or, in the interpreter, any).
+
+    Rows of up to eight tokens take the GEMV, more the GEMM through ``dot_scaled``; inputs that are not quantized take
+    the weight-only GEMM. Formats that the fused quantizers do not write (NVFP4-4/6, a scale for all tokens appended
+    together) are quantized in PyTorch and then read by the same kernels. NaN and infinity are looked for in every
+    call, for which the host waits.
+    """
+
+    name = "triton"
+    few_tokens = 8
+
+    def fits(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
+        """FP4 weights in whole blocks; inputs at 16 bits, or of the same element, scale and block."""
+        block = weights.block or 1
+        if weights.name not in ("NVFP4", "NVFP4-4/6", "MXFP4") or in_features % block:
+            return False
+        same = inputs is None or (inputs.element, inputs.scale, inputs.block) == (
+            weights.element, weights.scale, weights.block,
+        )  # fmt: skip
+        return same and (inputs is None or inputs.name in ("NVFP4", "NVFP4-4/6", "MXFP4"))
+
+    def rooms(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
+        """PyTorch's allocator keeps them together."""
+        return [None for _ in shapes]
+
+    def pack_weight(self, weight: QuantizedTensor, room: Tensor | None = None) -> PackedTensor:
+        """Row after row, as checkpoints have them."""
+        return weight.pack()
+
+    def tensors(self, weight: PackedTensor) -> dict[str, Tensor]:
+        """Codes, scales and, in NVFP4, the global scale."""
+        parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def quantize_input(self, x: Tensor, how: TokenInput) -> Tensor | PackedTensor:
+        """Codes and scales; the rotation is fused where the kernel has its size."""
+        fmt, rotation = how.format, how.rotation
+        fused = fmt is not None and not fmt.adaptive and fmt.rounding == "even"
+        if rotation is not None and not (fused and rotation in triton_quantize.ROTATIONS):
+            x, rotation = block_hadamard(x, rotation), None
+        if fmt is None:
+            return x
+        if fused:
+            return triton_quantize.quantize(x, fmt, rotation=rotation, global_scale=how.global_scale, name=how.name)
+        return quantize(x, fmt, global_scale=how.global_scale, name=how.name).pack()
+
+    def linear(self, x: Tensor | PackedTensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+        """Exact products of codes, float32 sums."""
+        dtype = x.dtype
+        if bias is not None and bias.dtype not in gemm.DTYPES:
+            bias = bias.float()
+        if isinstance(x, Tensor):
+            narrow = x if dtype in gemm.DTYPES else x.float()
+            return gemm.linear_w4a16(narrow, weight, bias).to(dtype)
+        few = x.shape[:-1].numel() <= gemv.MAX_ROWS
+        product = gemv.gemv_w4a4 if few else gemm.linear_w4a4
+        return product(x, weight, bias).to(dtype)
+
+    def allocate(self, kind: Literal["key", "value"], quantizer: Quantizer, states: Tensor, capacity: int) -> KVSide:
+        """Token after token."""
+        batch, heads, _, head_dim = states.shape
+        fmt, g = quantizer.format, quantizer.global_scale
+        assert fmt is not None
+        if not fmt.has_global_scale:
+            g = None
+        elif g is None and fmt.global_scale == "dynamic":  # of the tokens appended together: one a token is kept
+            side = KVSide.allocate(
+                batch, heads, capacity, head_dim, fmt, global_scale=torch.ones(capacity), device=states.device
+            )
+            return replace(side, format=fmt)
+        return KVSide.allocate(batch, heads, capacity, head_dim, fmt, global_scale=g, device=states.device)
+
+    def append(
+        self,
+        keys: KVSide,
+        values: KVSide,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        start: int,
+        *,
+        shift_GD: Tensor | None,
+        names: tuple[str | None, str | None],
+    ) -> None:
+        """One launch for both."""
+        if key_BGTD.dtype == torch.float64:  # rounded once, after the subtraction, as the reference does
+            key_BGTD = (key_BGTD if shift_GD is None else key_BGTD - shift_GD[:, None]).float()
+            value_BGTD, shift_GD = value_BGTD.float(), None
+        finite = torch.isfinite(key_BGTD).all() & torch.isfinite(value_BGTD).all()
+        if bool(finite) and triton_append.writes(keys.format) and triton_append.writes(values.format):
+            triton_append.append(key_BGTD, value_BGTD, keys, values, start, shift_GD=shift_GD, check_finite=False)
+            return
+        key_BGTD = key_BGTD.float() if shift_GD is None else key_BGTD.float() - shift_GD[:, None]
+        for side, x, name in ((keys, key_BGTD, names[0]), (values, value_BGTD.float(), names[1])):
+            given = side.global_scale if side.format.global_scale == "static" else None
+            side.store(quantize(x, side.format, global_scale=given, name=name), start)
+
+    def attend(
+        self,
+        query_BHTD: Tensor,
+        keys: KVSide,
+        values: KVSide,
+        length: int,
+        *,
+        scaling: float | None,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """Split over the sequence; sums in float32, the result in the query's type."""
+        return triton_attention.decode_attention(
+            query_BHTD, keys, values, length=length, mask=mask, causal=is_causal and mask is None, scale=scaling
+        )

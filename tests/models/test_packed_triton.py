@@ -1,0 +1,254 @@
+"""A model packed for the Triton kernels gives what its frozen fake-quantized twin gives.
+
+With a CUDA device these tests run on it; without one, the same kernels run on CPU tensors in triton's interpreter,
+operation by operation, so models are tiny and responses short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reqat.config.errors import ReqatError
+from reqat.models import Fp4Cache, PackedCache, calibrate_static, freeze, kv_quantizers, memory, pack, prepare
+from reqat.models.backend import backend_for
+from reqat.models.linear import quant_linears
+from reqat.models.packed_linear import PackedLinear
+
+runtime = pytest.importorskip("reqat_kernels.triton.runtime")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif(
+    not runtime.AVAILABLE or (DEVICE.type == "cpu" and not runtime.INTERPRETED),
+    reason="no triton, or no CUDA device and triton was imported before TRITON_INTERPRET=1 was set",
+)
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+
+Tiny = Callable[..., PreTrainedModel]
+U = 2.0**-24
+NEW = 3
+PRECISIONS: list[tuple[str, dict[str, Any]]] = [
+    ("NVFP4-W4A4KV4", {"global_scale": "static"}),
+    ("NVFP4-W4A4KV4", {"global_scale": "row"}),
+    ("NVFP4-W4A4KV4", {"global_scale": "dynamic", "kv_element": "E2M1"}),
+    ("NVFP4-W4A16KV4", {"global_scale": "row"}),
+    ("NVFP4-4/6-W4A4KV4", {"global_scale": "row"}),
+    ("MXFP4-W4A4KV4", {}),
+]
+
+
+def twins(
+    tiny: Tiny, ids: Tensor, family: str, name: str, layers: int = 1, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same frozen model twice, the second one packed for Triton."""
+    models = []
+    for _ in range(2):
+        model = tiny(family, num_hidden_layers=layers).to(DEVICE)
+        prepare(model, name, **options)
+        for kv in kv_quantizers(model):
+            if kv.key.format is not None:
+                kv.set_shift(torch.linspace(-1, 1, 64, device=DEVICE).view(2, 32))
+        calibrate_static(model, [ids])
+        models.append(freeze(model))
+    return models[0], pack(models[1], backend="triton")
+
+
+def greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Tensor]:
+    """New tokens [B, NEW] and the logits that chose them [B, NEW, V]."""
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=NEW,
+        min_new_tokens=NEW,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, ids: Tensor, cache: Any, steps: list[int], mask: Tensor | None = None) -> Tensor:
+    """Logits [B, T, V] of all tokens, given to the model ``steps`` at a time."""
+    logits, start = [], 0
+    for step in steps:
+        end = start + step
+        seen = None if mask is None else mask[:, :end]
+        positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, start:end]
+        out = model(ids[:, start:end], past_key_values=cache, attention_mask=seen, position_ids=positions)
+        logits.append(out.logits)
+        start = end
+    return torch.cat(logits, 1)
+
+
+@pytest.fixture
+def prompts(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Three prompts of 14, 9 and 13 tokens, padded on the left, and their mask."""
+    mask = torch.ones_like(ids)
+    mask[1, :5], mask[2, :1] = 0, 0
+    return ids.to(DEVICE), mask.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "options"),
+    [
+        ("llama", "NVFP4-W4A4KV4", {"global_scale": "static"}),
+        ("qwen2", "MXFP4-W4A4KV4", {}),
+        ("qwen3", "NVFP4-W4A16KV4", {"global_scale": "row"}),
+    ],
+)
+def test_generate_gives_the_twins_tokens(
+    tiny: Tiny, prompts: tuple[Tensor, Tensor], family: str, name: str, options: dict[str, Any]
+) -> None:
+    """A row whose sums crossed a rounding threshold may go its own way from there on: one of three, and only where its
+    twin's two best logits lay closer than a crossing moves them."""
+    plain, packed = twins(tiny, prompts[0], family, name, **options)
+    expected, logits = greedy(plain, *prompts, Fp4Cache(plain, 14 + NEW))
+    ours, _ = greedy(packed, *prompts)
+    assert ours.shape == (3, NEW)
+    different = [row for row in range(3) if not torch.equal(ours[row], expected[row])]
+    assert len(different) <= 1
+    for row in different:
+        first = int((ours[row] != expected[row]).nonzero()[0])
+        best = logits[row, first].topk(2).values
+        assert best[0] - best[1] <= 0.05 * logits[row, first].abs().max()
+
+
+@pytest.mark.parametrize(("name", "options"), PRECISIONS)
+def test_a_packed_layer_multiplies_the_twins_codes(tiny: Tiny, ids: Tensor, name: str, options: dict[str, Any]) -> None:
+    """One row (GEMV) and nine (GEMM): off the exact product of the twin's rounded numbers by float32 sums alone.
+
+    A sum of K products in float32, in any order, with a division by each global scale and a bias: K + 4 roundings.
+    """
+    plain, packed = twins(tiny, ids, "qwen2", name, **options)
+    dense = quant_linears(plain)
+    picked = ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.down_proj")
+    generator = torch.Generator().manual_seed(3)
+    for layer in picked:
+        linear, twin = packed.get_submodule(layer), dense[layer]
+        assert isinstance(linear, PackedLinear)
+        K = twin.in_features
+        for rows in (1, 9):
+            x = torch.randn(rows, K, generator=generator).to(DEVICE)
+            with torch.no_grad():
+                y = linear(x).double()
+                rounded, w = twin.input_quantizer(x).double(), twin.weight.double()
+            exact = rounded @ w.T + (0 if twin.bias is None else twin.bias.double())
+            magnitude = rounded.abs() @ w.abs().T + (0 if twin.bias is None else twin.bias.double().abs())
+            # The dense weight is code * scale / g rounded once to float32: as much again as one rounding.
+            assert ((y - exact).abs() <= (K + 5) * U * magnitude).all(), (layer, rows)
+
+
+@pytest.mark.parametrize(("name", "options"), PRECISIONS)
+def test_the_cache_holds_the_twins_numbers(tiny: Tiny, ids: Tensor, name: str, options: dict[str, Any]) -> None:
+    """Bit for bit, after a prompt, single tokens, rows chosen, tokens cropped, and growth."""
+    plain, packed = twins(tiny, ids, "llama", name, **options)
+    ours, theirs = PackedCache(packed), Fp4Cache(plain, 40)
+    layer, other = ours.layers[0], theirs.layers[0]
+    generator = torch.Generator().manual_seed(5)
+
+    def append(rows: int, tokens: int) -> None:
+        states = torch.randn(2, rows, 2, tokens, 32, generator=generator).to(DEVICE)
+        for cache_layer in (layer, other):
+            cache_layer.update(*states)
+
+    append(3, 7)
+    append(3, 1)
+    for cache in (ours, theirs):
+        cache.select_rows([2, 0])
+        cache.crop(-2)
+    append(2, 1)
+    append(2, 12)
+    assert ours.get_seq_length() == 19 and ours.capacity == 32
+    keys, values = layer.dequantized(19)
+    assert torch.equal(keys, other.keys[:, :, :19]) and torch.equal(values, other.values[:, :, :19])
+    assert type(layer.packed_keys).__name__ == "KVSide"
+
+
+def test_logits_of_a_model_without_rounded_inputs_agree_closely(tiny: Tiny, prompts: tuple[Tensor, Tensor]) -> None:
+    """Two layers, one and several tokens at a time, left padding, Q-FIT shift. Nothing between the sums and the logits
+    rounds but the second layer's cache, and no key or value of this seed lies next to a threshold: what remains is the
+    order of float32 sums, K + S of them in each of two layers, amplified by the layers' norms."""
+    ids, mask = prompts
+    plain, packed = twins(tiny, ids, "llama", "NVFP4-W4A16KV4", layers=2, global_scale="row")
+    steps = [9, 1, 2]
+    ours = decode(packed, ids, PackedCache(packed), steps, mask)
+    theirs = decode(plain, ids, Fp4Cache(plain, 14), steps, mask)
+    visible = mask[:, : ours.shape[1]].bool()
+    assert (ours - theirs)[visible].abs().max() <= 2 * (96 + 14) * U * 4 * theirs.abs().max()
+
+
+def test_memory_is_measured_as_on_a_cpu(tiny: Tiny, ids: Tensor) -> None:
+    plain, packed = twins(tiny, ids, "llama", "NVFP4-W4A4KV4", global_scale="static")
+    before, after = memory(plain), memory(packed)
+    weights = before.linear_bytes // 4
+    assert 8 * after.linear_bytes == 4.5 * weights + 8 * 4 * 7  # and seven layers' global scales
+    assert after.other_bytes == before.other_bytes
+    layers = [module for layer in packed.get_decoder().layers for module in layer.modules()]
+    assert not any(isinstance(module, nn.Linear) for module in layers)
+    cache = PackedCache(packed, 64)
+    cache.layers[0].update(*torch.randn(2, 3, 2, 4, 32, device=DEVICE))
+    bf16 = 2 * 3 * 2 * 64 * 32 * 2  # keys and values, rows, heads, tokens, channels, bytes
+    assert memory(packed, cache).cache_bytes == cache.nbytes <= bf16 / 3.5
+
+
+def test_a_rotation_is_fused_and_the_result_stays_close(tiny: Tiny, ids: Tensor) -> None:
+    plain, packed = twins(tiny, ids, "llama", "NVFP4-W4A4KV4", global_scale="row", rotation=32)
+    name = "model.layers.0.self_attn.o_proj"
+    linear, twin = packed.get_submodule(name), quant_linears(plain)[name]
+    x = torch.randn(4, 128, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    with torch.no_grad():
+        ours, theirs = linear(x), twin(x)
+    # A code next to a threshold may differ by a step, of a block's 16; all others agree, so rows agree on average.
+    assert (ours - theirs).abs().mean() <= 2e-3 * theirs.abs().mean()
+
+
+def test_errors_name_the_remedy(tiny: Tiny, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama", num_hidden_layers=1)
+    prepare(model, "NVFP4-W4A4KV4", global_scale="row")
+    with pytest.raises(ReqatError, match="backend 'cuda': choose one of auto, native, triton"):
+        pack(model, backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ReqatError, match=r"no kernels for tensors on meta.*model.to\('cpu'\)"):
+        backend_for(torch.device("meta"))
+    with pytest.raises(ReqatError, match=r"no native kernels for tensors on cuda.*model.to\('cpu'\)"):
+        backend_for(torch.device("cuda"), "native")
+    assert backend_for(torch.device("cpu")).name == "native" and backend_for(torch.device("cuda")).name == "triton"
+    monkeypatch.setattr(runtime, "INTERPRETED", False)
+    with pytest.raises(ReqatError, match="need a CUDA device, and this model is on cpu"):
+        pack(model, backend="triton")
+    monkeypatch.setattr(runtime, "AVAILABLE", False)
+    with pytest.raises(ReqatError, match="pip install 'reqat"):
+        backend_for(torch.device("cuda"))
+    monkeypatch.undo()
+    model = model.to(DEVICE)
+    pack(model, backend="triton")
+    with pytest.raises(ReqatError, match=r"q_proj: a packed model stays on .* move or convert it, then pack it"):
+        model.to("meta")
+    with pytest.raises(ValueError, match=r"self_attn values.*holds 1 NaN"):
+        states = torch.randn(2, 1, 2, 1, 32, device=DEVICE)
+        states[1, 0, 0, 0, 5] = torch.nan
+        PackedCache(model).layers[0].update(*states)
+    with pytest.raises(ValueError, match=r"self_attn.*holds NaN or infinity"), torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.q_proj")(torch.full((1, 64), torch.inf, device=DEVICE))
+
+
+@needs_cuda
+def test_a_bfloat16_model_on_a_gpu(tiny: Tiny, ids: Tensor) -> None:
+    """``pack`` chooses Triton there by itself; products and attention are rounded to bfloat16 as the twin's are."""
+    models = []
+    for _ in range(2):
+        model = tiny("llama").to(DEVICE, torch.bfloat16)
+        prepare(model, "NVFP4-W4A16KV4", global_scale="row")
+        models.append(freeze(model))
+    plain, packed = models[0], pack(models[1])
+    assert packed._reqat_backend.name == "triton"
+    ours = decode(packed, ids.to(DEVICE), PackedCache(packed), [9, 1, 2]).float()
+    theirs = decode(plain, ids.to(DEVICE), Fp4Cache(plain, 14), [9, 1, 2]).float()
+    assert (ours - theirs).abs().mean() <= 2.0**-5 * theirs.abs().mean()
