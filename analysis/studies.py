@@ -50,8 +50,8 @@ class Study:
     path: Path
     """Its folder."""
     record: dict[str, Any]
-    """`record.json`; besides, `settings`: those of the study, `precisions` (role -> name), `tier`, and what was
-    measured before it began (`threshold_nats`)."""
+    """`record.json`; besides, `settings`: those of the study, `recipes` and `precisions` (by role, the first role
+    first), `tier`, and what was measured before it began (`threshold_nats`, `tau0`)."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,12 +109,12 @@ def load_study(study: PlannedStudy, folder: Path, *, pinned: bool = False) -> St
         record.verify(folder, id=study.id, deep=False)
     if found["id"] != study.id or digest(parse(PlannedStudy, found["config"], str(folder))) != digest(study):
         raise ReqatError(f"{folder} holds {found['id']}, not {study.id}; delete the folder and run the study again.")
-    precisions = {role: model.precision.name for role, model in study.models.items()}
-    settings = (
-        study.settings.model_dump(mode="json")
-        | {"precisions": precisions, "tier": found["tier"]}
-        | found["metrics"].get("measured", {})
-    )
+    names: dict[str, Any] = {
+        "recipes": {role: choice.recipe for role, choice in study.settings.choices().items()},
+        "precisions": {role: model.precision.name for role, model in study.models.items()},
+        "tier": found["tier"],
+    }
+    settings = study.settings.model_dump(mode="json") | names | found["metrics"].get("measured", {})
     return Study(study.id, study.kind, study.settings.label, folder, found | {"settings": settings})
 
 
@@ -149,7 +149,8 @@ def overview(studies: ByKind) -> Table:
     for group in studies.values():
         for study in group:
             planned = parse(PlannedStudy, study.record["config"], str(study.path))
-            models = {role: f"{c.recipe} at {c.precision}" for role, c in planned.settings.choices().items()}
+            recipes, precisions = study.settings["recipes"], study.settings["precisions"]
+            models = {role: f"{recipe} at {precisions[role]}" for role, recipe in recipes.items()}
             row = {
                 "kind": study.kind,
                 "name": study.name,

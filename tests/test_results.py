@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from analysis.build import build_tables
-from analysis.names import table_names
+from analysis.names import study_names, table_names
+from analysis.studies import build_studies, load_studies, pinned_studies
 from reqat.config import Paths, load
 from reqat.records import pin, record
 
@@ -31,6 +32,20 @@ def test_a_pinned_run_is_whole_and_every_table_can_be_made_of_it_alone(tier: str
     plan = pin.restore(tier, PATHS)
     written = build_tables(plan, PATHS.results / tier, tmp_path, pinned=True, paths=PATHS)
     assert {path.stem for path in written} == set(table_names(plan))
+
+
+@pytest.mark.parametrize(
+    "folder", sorted(PATHS.results.glob("studies/*/studies.json")), ids=lambda path: path.parent.name
+)
+def test_pinned_studies_are_whole_and_everything_can_be_drawn_of_them_alone(folder: Path, tmp_path: Path) -> None:
+    source = folder.parent
+    assert pin.verify(f"studies/{source.name}", PATHS) > 0
+    planned = pinned_studies(source)
+    written = build_studies(planned, source, tmp_path, tmp_path, pinned=True)
+    tables, figures = study_names(planned)
+    assert {path.stem for path in written} == {*tables, *figures}
+    for study in load_studies(planned, source, pinned=True):
+        assert study.record["dirty"] is False
 
 
 def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:

@@ -6,9 +6,11 @@ What a study of a kind does is one function in `RUNNERS`, the same that the verb
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +36,7 @@ from reqat.config.studies import (
     load_studies,
     study_called,
 )
-from reqat.records import record
+from reqat.records import pin, record
 
 TRACES = "tokens.parquet"  # large, and made again by the study: never pinned
 
@@ -279,7 +281,21 @@ def pin_studies(
             )
         shutil.copytree(paths.study(id), draft / id, ignore=shutil.ignore_patterns(TRACES, record.FILE))
         record.write(draft / id / record.FILE, found | {"pinned_outputs": record.outputs(draft / id)})
-    record.write(draft / STUDIES, {id: study.model_dump(mode="json") for id, study in planned.items()})
+    listed = {id: study.model_dump(mode="json") for id, study in planned.items()}
+    (draft / STUDIES).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")  # in the order of the file
     build_studies(planned, draft, draft / "tables", draft / "plots", pinned=True)
+    kept = [record.read(draft / id) for id in planned]
+    record.write(
+        draft / pin.PIN,
+        {
+            "schema_version": record.SCHEMA_VERSION,
+            "tier": tier,
+            "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commits": sorted({str(found["commit"]) for found in kept}),
+            "dirty": any(found["dirty"] is not False for found in kept),
+            "allow_dirty": allow_dirty,
+            "files": record.files(draft),
+        },
+    )
     record.install(draft, target)
     print(f"pinned: {target}")

@@ -1,0 +1,276 @@
+"""`reqat study`, `study-report` and `pin-studies`, for real, on stages of a few thousand random weights."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from analysis.studies import Study, by_kind, load_studies, pinned_studies
+from reqat.cli.app import main
+from reqat.config import Paths, load
+from reqat.config import studies as config
+from reqat.config.studies import PlannedStudy
+from reqat.data.tokenizer import build_tokenizer
+from reqat.evaluation import Outcomes
+from reqat.evaluation.trace_files import TraceFolder
+from reqat.models import save_model
+from reqat.records import pin, record
+from reqat.tasks import problems, write_trace
+
+ROOT = Path(__file__).parents[2]
+BF16, FP4 = {"recipe": "ft", "precision": "BF16"}, {"recipe": "ft-ptq", "precision": "NVFP4-W4A4KV4"}
+BOTH: dict[str, Any] = {"reference": BF16, "candidate": FP4, "n": 4, "seeds": [0, 3]}
+NOISE: dict[str, Any] = {"kind": "noise", "model": BF16, "sigmas": [0.5], "n": 4, "seeds": [0, 3]}
+STUDIES: list[dict[str, Any]] = [
+    {"kind": "pair", "bins": 4, "more_than": 5, **BOTH},
+    {"kind": "routing", "threshold": "p60", "held_out": 3, **BOTH},
+    NOISE,
+    {
+        "kind": "reset", "quantized": FP4, "reference": BF16, "n": 4, "seeds": [0, 3], "t_low": [0.3, 0.1],
+        "held_out": 3, "controls": ["greedy"],
+    },
+    {
+        "kind": "dynamics", "base": {"recipe": "base", "precision": "BF16"}, "bins": 3, "n": 4,
+        "models": {"FT": BF16, "QAT": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}},
+    },
+]  # fmt: skip
+
+
+def reqat(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(a) for a in arguments])
+    return int(end.value.code or 0)
+
+
+def ask(root: Path, *studies: dict[str, Any]) -> dict[str, PlannedStudy]:
+    """Write the smoke tier's studies; returns them as planned."""
+    (root / "config" / "studies.yaml").write_text(yaml.safe_dump({"tiers": {"smoke": list(studies)}}))
+    return config.load_studies(load("smoke", Paths(root)), root / "config")
+
+
+def train(root: Path, studies: dict[str, PlannedStudy]) -> None:
+    """Put models that answer nonsense where the studies' stages would be."""
+    families = next(study.problems.families for study in studies.values() if study.problems is not None)
+    asked = [
+        p for split, seed in (("train", 0), ("test", 1), ("validation", 1)) for p in problems(families, split, 40, seed)
+    ]
+    tokenizer = build_tokenizer([p.prompt for p in asked] + [write_trace(p, random.Random(0)) or "" for p in asked])
+    for seed, id in enumerate(sorted({id for study in studies.values() for id in study.inputs.values()})):
+        torch.manual_seed(seed)
+        shape = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=256,
+            initializer_range=0.3,
+        )
+        out, partial = root / "build" / "stages" / id, root / "build" / "partial" / id
+        with record.job(id.partition("-")[0], id, {}, root=root, out=out, partial=partial) as job:
+            save_model(LlamaForCausalLM(shape), tokenizer, job.partial / "model")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, PlannedStudy]]]:
+    """A checkout whose smoke tier's studies have all been run by one command."""
+    root = tmp_path_factory.mktemp("studies") / "checkout"
+    shutil.copytree(ROOT / "config", root / "config")
+    studies = ask(root, *STUDIES)
+    train(root, studies)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert reqat("study", "--tier", "smoke", "-q") == 0
+        yield root, studies
+
+
+@pytest.fixture
+def checkout(finished: tuple[Path, dict[str, PlannedStudy]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to spoil."""
+    root = Path(shutil.copytree(finished[0], tmp_path / "checkout"))
+    monkeypatch.chdir(root)
+    return root
+
+
+@pytest.fixture
+def loaded(finished: tuple[Path, dict[str, PlannedStudy]]) -> dict[str, Study]:
+    root, studies = finished
+    return {study.kind: study for study in load_studies(studies, root / "build" / "studies")}
+
+
+def test_a_study_says_what_it_stands_on(
+    finished: tuple[Path, dict[str, PlannedStudy]], loaded: dict[str, Study]
+) -> None:
+    root, studies = finished
+    assert list(loaded) == [study["kind"] for study in STUDIES]
+    for study in loaded.values():
+        found, planned = record.verify(study.path, id=study.id), studies[study.id]
+        assert (found["kind"], found["tier"], found["id"]) == ("study", "smoke", planned.id)
+        for role, id in planned.inputs.items():
+            stage = record.read(root / "build" / "stages" / id)
+            assert found["inputs"][role] == {"id": id, "sha256": record.outputs_digest(stage)}
+        assert found["seeds"] == ([0, 3] if study.kind != "dynamics" else [])
+        assert str(root) not in (study.path / "record.json").read_text()
+        assert study.settings["precisions"].keys() == planned.models.keys()
+
+
+def test_a_pair_is_read_token_by_token(loaded: dict[str, Study]) -> None:
+    pair = loaded["pair"]
+    folder = TraceFolder(pair.path)
+    assert folder.labels == ("BF16", "NVFP4-W4A4KV4") and len(folder.traces) == 4 * 2 * 2
+    assert folder.traces["correct"].notna().all()
+    assert set(pair.table("tail-and-mismatch")["statistic"]) >= {"top-1 mismatch"}
+    assert (pair.path / "summary.md").is_file() and not (pair.path / "plots").exists()
+
+
+def test_conditions_are_those_of_the_verbs(loaded: dict[str, Study]) -> None:
+    names = {kind: list(loaded[kind].conditions["condition"]) for kind in ("routing", "noise", "reset")}
+    assert names == {
+        "routing": ["all-reference", "low-reference", "low-candidate", "all-candidate"],
+        "noise": ["none", "low-0.5", "high-0.5"],
+        "reset": ["quantized", "reset", "reset-0.1", "bf16", "also-0"],
+    }
+    for kind in names:
+        study = loaded[kind]
+        for row in study.conditions.itertuples():
+            outcomes = Outcomes.from_parquet(study.path / f"{row.condition}.parquet")
+            assert row.accuracy == pytest.approx(float(outcomes.correct.mean())) and outcomes.n_problems == 4
+    reset = loaded["reset"].settings
+    assert f"tau0={reset['tau0']['value']}" in reset["decodings"]["reset"] and reset["tau0"]["n_problems"] == 3
+    assert "t_low=0.1" in reset["decodings"]["reset-0.1"]
+    assert loaded["routing"].settings["threshold_nats"] > 0
+
+
+def test_a_study_and_the_verb_of_its_kind_give_the_same_outcomes(checkout: Path, loaded: dict[str, Study]) -> None:
+    study = loaded["noise"]
+    model = checkout / "build" / "stages" / study.record["config"]["models"]["model"]["stage"] / "model"
+    told = ("--model", model, "--tier", "smoke", "--n", 4, "--seeds", "0,3", "--sigmas", "0.5", "-q")
+    assert reqat("noise", *told, "--out", "noisy") == 0
+    for name in study.conditions["condition"]:
+        ours, theirs = (Outcomes.from_parquet(folder / f"{name}.parquet") for folder in (study.path, Path("noisy")))
+        assert ours.digest == theirs.digest
+
+
+def test_dynamics_compare_each_model_with_the_base(loaded: dict[str, Study]) -> None:
+    study = loaded["dynamics"]
+    folder = TraceFolder(study.path)
+    assert folder.labels == ("base", "FT", "QAT") and folder.traces["correct"].all()
+    moved = study.table("dynamics")
+    assert set(moved["label"]) == {"FT", "QAT"} and set(moved["bin"]) == {0, 1, 2}
+    change = moved[(moved["label"] == "FT") & (moved["statistic"] == "change")]
+    mean = float((folder.entropy("FT").astype("f8") - folder.entropy("base").astype("f8")).mean())
+    assert (change["value"] * change["n"]).sum() / change["n"].sum() == pytest.approx(mean, abs=1e-9)
+
+
+def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
+    checkout: Path, loaded: dict[str, Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = loaded["noise"]
+    folder = checkout / "build" / "studies" / study.id
+    before = (folder / "record.json").read_bytes()
+    assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
+    assert f"{study.id}: already there" in capsys.readouterr().out
+    assert (folder / "record.json").read_bytes() == before
+    (folder / "summary.json").write_text("[")
+    assert reqat("study-report", "--tier", "smoke") == 2
+    assert "summary.json is not the file that its record describes" in capsys.readouterr().err
+    assert reqat("study", "--tier", "smoke", "-q") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("already there") == len(STUDIES) - 1 and f"{study.id}: done" in printed
+    assert json.loads((folder / "summary.json").read_text()) == study.metrics["conditions"]
+
+
+def test_pinned_studies_are_whole_and_give_the_same_report(
+    checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reqat("study-report", "--tier", "smoke") == 0
+    assert reqat("pin-studies", "--tier", "smoke") == 2  # no checkout of git, so nobody knows the code
+    assert "made with uncommitted changes" in capsys.readouterr().err
+    assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
+    kept = checkout / "results" / "studies" / "smoke"
+    assert not list(kept.rglob("tokens.parquet")) and list(kept.rglob("high-0.5.parquet"))
+    assert pinned_studies(kept) == finished[1] and pin.verify("studies/smoke", Paths(checkout)) > 20
+    shutil.rmtree(checkout / "build" / "studies")
+    assert reqat("study-report", "--pinned", "--tier", "smoke") == 0
+    for name in ("tables", "plots"):
+        fresh, again = checkout / "build" / name / "smoke", checkout / "build" / "pinned" / name / "studies-smoke"
+        assert {p.name for p in fresh.glob("*")} == {p.name for p in again.glob("*")}
+        for path in fresh.glob("*"):
+            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    rows = pd.read_csv(checkout / "build" / "tables" / "smoke" / "studies.csv")
+    assert list(rows["study"]) == list(finished[1]) and set(rows["problems"]) == {4}
+    damaged = next(kept.rglob("none.parquet"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    capsys.readouterr()
+    assert reqat("study-report", "--pinned", "--tier", "smoke") == 2
+    assert "none.parquet is not the file that was pinned" in capsys.readouterr().err
+
+
+def test_a_training_made_anew_gets_the_stage_and_what_it_read(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    studies = ask(
+        checkout, {"kind": "gradients", "model": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}, "every_steps": 3}
+    )
+    (study,) = studies.values()
+    told: dict[str, Any] = {}
+
+    def run(stage: Any, inputs: dict[str, Path], out: Path, **options: Any) -> dict[str, Any]:
+        told.update(options, stage=stage.id, inputs=inputs)
+        (out / "gradients.csv").write_text("step\n")
+        options["checkpoints"].mkdir(parents=True)
+        return {"looks": 0}
+
+    monkeypatch.setattr("reqat.recipes.gradients.run_gradients", run)
+    for id in study.inputs.values():
+        folder = checkout / "build" / ("data" if id.startswith("data-") else "stages") / id
+        shutil.rmtree(folder, ignore_errors=True)
+        partial = checkout / "build" / "partial" / id
+        with record.job("x", id, {}, root=checkout, out=folder, partial=partial):
+            (partial / "file").write_text(id)
+    assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
+    assert told["stage"] == study.models["model"].stage and told["every"] == 3 and not told["progress"]
+    assert {role: folder.name for role, folder in told["inputs"].items()} == study.given
+    assert told["trained"].name == told["stage"] and not told["checkpoints"].exists()
+    (found,) = by_kind(load_studies(studies, checkout / "build" / "studies"))["gradients"]
+    assert found.metrics == {"looks": 0} and found.seeds == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["study", "--tier", "claims"], "tier claims has no studies; give it a section in config/studies.yaml"),
+        (["study", "study-noise-0", "--tier", "smoke"], "unknown study 'study-noise-0'"),
+        (["study-report", "--tier", "claims"], "tier claims has no studies"),
+        (["study-report", "--pinned", "--tier", "laptop"], "no pinned studies; `reqat pin-studies` keeps"),
+    ],
+)
+def test_what_a_user_can_mend(
+    checkout: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reqat(*arguments) == 2
+    err = capsys.readouterr().err
+    assert says in err and "Traceback" not in err
+
+
+def test_what_is_missing_is_named_with_its_command(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (new,) = ask(checkout, NOISE | {"n": 3}).values()
+    assert reqat("study-report", "--tier", "smoke") == 2
+    assert f"study noise is not there; `reqat study {new.id}` makes it" in capsys.readouterr().err
+    shutil.rmtree(checkout / "build" / "stages" / new.models["model"].stage)
+    assert reqat("study", "--tier", "smoke") == 2
+    assert f"reqat stage {new.models['model'].stage} --tier smoke" in capsys.readouterr().err
+    ask(checkout, NOISE | {"decoding": "sampled"})
+    train(checkout, config.load_studies(load("smoke", Paths(checkout)), checkout / "config"))
+    assert reqat("study", "--tier", "smoke") == 2
+    assert "sampled" in capsys.readouterr().err
