@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from torch import Tensor
 
 import reqat
 from reqat_kernels.native import gemm
-from reqat_kernels.native.library import ISAS, instruction_set, library
+from reqat_kernels.native.library import ISAS, NO_MEMORY, instruction_set, library
+from reqat_kernels.native.quantize import spec_of
 
 FORMATS = ["NVFP4", "MXFP4", "NVFP4-4/6"]
 # rows of x, N, K: one row and many, tiles and blocks that do not come out even, more rows than go together
@@ -309,3 +311,20 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     script = "from reqat_kernels.native import status; status()"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert done.returncode != 0 and "REQAT_ISA='sse9'" in done.stderr
+
+
+@pytest.mark.skipif(library() is None, reason="no native library")
+@pytest.mark.parametrize("call", ["reqat_gemm_bf16", "reqat_products"])
+def test_a_call_without_memory_says_so(call: str) -> None:
+    """Fewer bytes than this there are nowhere; no exception may cross into Python, where it would end the process."""
+    lib, rows = library(), 1 << 44
+    assert lib is not None
+    packed = gemm.pack_weight(weight(16, 32, "MXFP4"))
+    w = gemm.weight_struct(packed.data.data_ptr(), *packed.layout[:4], 1.0)
+    if call == "reqat_gemm_bf16":
+        status = lib.reqat_gemm_bf16(w, None, None, None, rows, 16, 1)
+    else:
+        spec = ctypes.pointer(spec_of(reqat.get_format("MXFP4")))
+        product = gemm.Product(ctypes.pointer(w), None, None, spec, rows, 0, 0, 0.0)
+        status = lib.reqat_products(product, 1, 1)
+    assert status == NO_MEMORY

@@ -17,7 +17,7 @@ from reqat.formats import ELEMENTS, Format, get_format
 from reqat.formats import quantize as reference
 from reqat.formats import quantize_dequantize as reference_fake
 from reqat_kernels.native import quantize as native
-from reqat_kernels.native.library import ISAS, library
+from reqat_kernels.native.library import ISAS, NOT_FINITE, OK, library
 
 torch.set_num_threads(1)
 
@@ -214,7 +214,7 @@ def test_a_row_for_other_kernels(isa: str, fmt: Format) -> None:
         status = lib.reqat_quantize_row(
             spec, 0, ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(256), ctypes.c_float(g), *pointers
         )
-        assert status == 0
+        assert status == OK
         assert same(packed, q.pack().packed), label
         assert same(scales, q.scales) and same(effective, q.block_scales()), label
         values = fmt.element_type.decode(q.codes) * (1 if fmt.element == "INT4" else 2)
@@ -224,7 +224,7 @@ def test_a_row_for_other_kernels(isa: str, fmt: Format) -> None:
     status = lib.reqat_quantize_row(
         spec, 0, ctypes.c_void_p(bad.data_ptr()), ctypes.c_int64(256), ctypes.c_float(1.0), *pointers
     )
-    assert status == 1
+    assert status == NOT_FINITE
 
 
 # --- shapes, strides, types -------------------------------------------------------------------------------------------

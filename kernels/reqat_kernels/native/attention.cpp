@@ -364,7 +364,7 @@ int32_t amax_of(const AppendArgs& a) {
 }  // namespace
 }  // namespace reqat
 
-// Quantize new tokens and store them; 0, or 2 if a number is not finite (what was stored of the new tokens is then
+// Quantize new tokens and store them; OK, or NOT_FINITE if a number is not (what was stored of the new tokens is then
 // undefined, older tokens are as they were).
 REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
     using namespace reqat;
@@ -373,7 +373,7 @@ REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
     if (a.spec.global_scale == STATIC) g = *a.states.global_scale;
     if (a.spec.global_scale == DYNAMIC) {
         const int32_t bits = amax_of(a);
-        if (bits >= 0x7F800000) return 2;
+        if (bits >= 0x7F800000) return NOT_FINITE;
         g = global_scale_of(a.spec, bits_to_float(uint32_t(bits)));
         for (int64_t t = a.start; t < a.start + a.T; ++t) a.states.global_scale[t * a.states.global_t] = g;
     }
@@ -396,7 +396,7 @@ REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
     const int64_t spans = (a.S + SPAN - 1) / SPAN, rows = a.H / a.G * a.T, stride = (a.D + 2 + 15) / 16 * 16;
     const int64_t tasks = a.B * a.G * spans;
     float* partial = new (std::nothrow) float[size_t(tasks * rows * stride)];
-    if (!partial) return 1;
+    if (!partial) return NO_MEMORY;
     const Span span = choose_span();
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {

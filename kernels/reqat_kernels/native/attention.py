@@ -35,14 +35,13 @@ from torch import Tensor
 from reqat.formats import Format, QuantizedTensor, pack_codes, quantize, unpack_codes
 from reqat.formats.elements import ELEMENTS
 from reqat.formats.scales import e8m0_to_float
-from reqat_kernels.native.library import OPERATORS, library, threads
+from reqat_kernels.native.library import NO_MEMORY, NOT_FINITE, OPERATORS, library, threads
 from reqat_kernels.native.quantize import Spec, format_from_key, format_key, spec_of
 
 TILE = 16
 MAX_HEAD_DIM = 1024
 _ELEMENTS = ("E2M1", "E1M2")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by reqat::Dtype
-_NOT_FINITE = 2
 # Codes that make a second thread worth starting: those that one turns into numbers in some 20 microseconds.
 _CODES_PER_THREAD = 1 << 17
 
@@ -59,7 +58,7 @@ class _States(ctypes.Structure):
     ]
 
 
-class _AttentionArgs(ctypes.Structure):
+class AttentionArgs(ctypes.Structure):
     """``reqat::AttentionArgs``."""
 
     _fields_ = [
@@ -76,7 +75,7 @@ class _AttentionArgs(ctypes.Structure):
     ]
 
 
-class _AppendArgs(ctypes.Structure):
+class AppendArgs(ctypes.Structure):
     """``reqat::AppendArgs``."""
 
     _fields_ = [
@@ -322,12 +321,12 @@ def _append(
     if shift is not None:
         shift = shift.float().contiguous()
     B, G, T, D = states.shape
-    args = _AppendArgs(
+    args = AppendArgs(
         states.data_ptr(),
         _DTYPES.index(states.dtype),
         *states.stride()[:3],
         None if shift is None else shift.data_ptr(),
-        _states(codes, scales, global_scale, fmt.element),
+        states_struct(codes, scales, global_scale, fmt.element),
         is_value,
         B,
         G,
@@ -338,7 +337,7 @@ def _append(
         threads(states.numel(), _CODES_PER_THREAD),
         spec_of(fmt),
     )
-    return lib.reqat_kv_append(ctypes.byref(args)) != _NOT_FINITE
+    return lib.reqat_kv_append(ctypes.byref(args)) != NOT_FINITE
 
 
 def _append_torch(
@@ -414,11 +413,11 @@ def _attention(
     if start is not None:
         start = start.to(torch.int64).contiguous()
     G = key_codes.shape[1]
-    args = _AttentionArgs(
+    args = AttentionArgs(
         query.data_ptr(),
         out.data_ptr(),
-        _states(*key),
-        _states(*value),
+        states_struct(*key),
+        states_struct(*value),
         None if mask is None else mask.data_ptr(),
         kind,
         *mask_strides,
@@ -434,7 +433,7 @@ def _attention(
         scaling,
         is_causal,
     )
-    if lib.reqat_kv_attention(ctypes.byref(args)):
+    if lib.reqat_kv_attention(ctypes.byref(args)) == NO_MEMORY:
         raise MemoryError(f"no memory for the partial sums of {B} x {H} x {T} query rows over {length} tokens")
     return out
 
@@ -491,7 +490,8 @@ torch.library.register_fake("reqat::kv_attention", _attention_meta)
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _states(codes: Tensor, scales: Tensor, global_scale: Tensor | None, element: str) -> _States:
+def states_struct(codes: Tensor, scales: Tensor, global_scale: Tensor | None, element: str) -> _States:
+    """Keys or values as C reads them; the tensors must outlive it."""
     strides = (0, 0, 0)
     if global_scale is not None and global_scale.ndim:
         strides = (*(0,) * (3 - global_scale.ndim), *global_scale.stride())  # type: ignore[assignment]

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -25,6 +26,18 @@ enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 // The best instruction set that this CPU has and that reqat_limit_isa allows.
 int isa();
+
+// What entry points return where they can fail. No exception may leave them: their callers are not C++.
+enum Status : int { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, BAD_GLOBAL_SCALE = 3 };
+
+template <class Function>
+int guarded(Function&& function) {
+    try {
+        return function();
+    } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    }
+}
 
 inline float bits_to_float(uint32_t bits) {
     float value;

@@ -10,7 +10,6 @@
 #include "decode.h"
 
 #include <cmath>
-#include <new>
 #include <vector>
 
 #include "common.h"
@@ -154,7 +153,7 @@ int one_layer(const DecodeLayer& layer, const DecodeStates& states, const Decode
         append->dtype = DTYPE_F32;
         append->x_b = G * D, append->x_g = append->x_t = D;
         append->T = 1;
-        if (const int error = reqat_kv_append(append)) return error == 2 ? (append == states.key ? 4 : 5) : error;
+        if (const int error = reqat_kv_append(append)) return error == NOT_FINITE ? (append == states.key ? 4 : 5) : error;
     }
     AttentionArgs& attention = *states.attention;
     attention.query = q;
@@ -191,7 +190,7 @@ int one_layer(const DecodeLayer& layer, const DecodeStates& states, const Decode
 
 int all_layers(const DecodeLayer* layers, const DecodeStates* states, int64_t count, const DecodeStep& s) {
     for (int64_t i = 0; i < count; i++) {
-        if (const int error = one_layer(layers[i], states[i], s)) return error == 1 ? 1 : int(16 * i) + error;
+        if (const int error = one_layer(layers[i], states[i], s)) return error == NO_MEMORY ? error : int(16 * i) + error;
         if (s.half)
             for (int64_t k = 0; k < s.B * layers[i].hidden; k++) s.x[k] = bf16_to_float(float_to_bf16(s.x[k]));
     }
@@ -201,13 +200,9 @@ int all_layers(const DecodeLayer* layers, const DecodeStates* states, int64_t co
 }  // namespace
 }  // namespace reqat
 
-// 0; 1: no memory; 16 * layer + 3 to 8: something is not finite, in the order in which the parts come (decode.py names
+// 0; NO_MEMORY; 16 * layer + 3 to 8: something is not finite, in the order in which the parts come (decode.py names
 // them).
 REQAT_API int reqat_decode(const reqat::DecodeLayer* layers, const reqat::DecodeStates* states, int64_t count,
                            const reqat::DecodeStep* step) {
-    try {
-        return reqat::all_layers(layers, states, count, *step);
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    return reqat::guarded([&] { return reqat::all_layers(layers, states, count, *step); });
 }

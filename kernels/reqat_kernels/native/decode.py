@@ -17,9 +17,9 @@ from typing import Any
 from torch import Tensor
 
 from reqat.formats import Format
-from reqat_kernels.native.attention import PackedStates, _AppendArgs, _AttentionArgs, _states
-from reqat_kernels.native.gemm import PackedWeight, _struct, _Weight
-from reqat_kernels.native.library import library, threads
+from reqat_kernels.native.attention import AppendArgs, AttentionArgs, PackedStates, states_struct
+from reqat_kernels.native.gemm import PackedWeight, Weight, weight_struct
+from reqat_kernels.native.library import NO_MEMORY, library, threads
 from reqat_kernels.native.quantize import Spec, spec_of
 
 #: Up to so many rows at once; beyond, the calls that are saved no longer count.
@@ -34,7 +34,7 @@ _i64, _pointer = ctypes.c_int64, ctypes.c_void_p
 class _Linear(ctypes.Structure):
     """``reqat::Linear`` of decode.h."""
 
-    _fields_ = [("weight", _Weight), ("bias", _pointer)]
+    _fields_ = [("weight", Weight), ("bias", _pointer)]
 
 
 class _Layer(ctypes.Structure):
@@ -54,9 +54,9 @@ class _States(ctypes.Structure):
     """``reqat::DecodeStates``."""
 
     _fields_ = [
-        ("key", ctypes.POINTER(_AppendArgs)),
-        ("value", ctypes.POINTER(_AppendArgs)),
-        ("attention", ctypes.POINTER(_AttentionArgs)),
+        ("key", ctypes.POINTER(AppendArgs)),
+        ("value", ctypes.POINTER(AppendArgs)),
+        ("attention", ctypes.POINTER(AttentionArgs)),
     ]
 
 
@@ -153,7 +153,7 @@ class NativeStack:
         step.threads = threads(self._work * B, _WORK_PER_THREAD)
         step.attention_threads = threads(2 * B * first.G * (length + 1) * first.D, _ATTENTION_PER_THREAD)
         status = self._call(self._layers, self._pointers, len(self._layers), step)
-        if status == 1:
+        if status == NO_MEMORY:
             raise MemoryError(f"no memory for one decoding step of {B} rows over {length} tokens")
         return None if status == 0 else (status // 16, _PARTS[status % 16 - 3])
 
@@ -163,7 +163,7 @@ def _structure(weights: LayerWeights) -> tuple[_Layer, Any]:
     norms = [None if norm is None else norm.detach().float().contiguous() for norm in weights.norms]
     biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in weights.linears]
     linears = [
-        _Linear(_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale), _address(bias))
+        _Linear(weight_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale), _address(bias))
         for (w, _), bias in zip(weights.linears, biases, strict=True)
     ]
     spec = None
@@ -191,15 +191,15 @@ class _LayerStates:
         H, G, D = weights.heads
         self.key: PackedStates | None = None
         self.value: PackedStates | None = None
-        self._append = (_AppendArgs(), _AppendArgs())
-        self._attention = _AttentionArgs(scaling=weights.scaling, T=1, causal=0, H=H, G=G, D=D)
+        self._append = (AppendArgs(), AppendArgs())
+        self._attention = AttentionArgs(scaling=weights.scaling, T=1, causal=0, H=H, G=G, D=D)
         self.pointers = _States(*(ctypes.pointer(part) for part in (*self._append, self._attention)))
 
     def bind(self, key: PackedStates, value: PackedStates, shift: Tensor | None) -> None:
         """Take over where ``key`` and ``value`` lie."""
         for append, states in zip(self._append, (key, value), strict=True):
             B, G, room, D = states.shape
-            append.states = _states(states.codes, states.scales, states.global_scale, states.format.element)
+            append.states = states_struct(states.codes, states.scales, states.global_scale, states.format.element)
             append.is_value = states.kind == "value"
             append.shift = _address(shift) if states is key else None
             append.B, append.G, append.D, append.tiles, append.threads = B, G, D, room // 16, 1

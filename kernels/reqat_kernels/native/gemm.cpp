@@ -518,14 +518,18 @@ REQAT_API void reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* s
     gemm_int(*w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
 }
 
-REQAT_API void reqat_gemm_bf16(const Weight* w, const uint16_t* x, const float* bias, float* y, int64_t M,
-                               int64_t stride_y, int threads) {
-    gemm_bf16(*w, x, bias, y, M, stride_y, threads);
+REQAT_API int reqat_gemm_bf16(const Weight* w, const uint16_t* x, const float* bias, float* y, int64_t M,
+                              int64_t stride_y, int threads) {
+    return guarded([&] {
+        gemm_bf16(*w, x, bias, y, M, stride_y, threads);
+        return OK;
+    });
 }
 
-REQAT_API void reqat_gemm_float(const Weight* w, const float* x, const float* bias, float* y, int64_t M,
-                                int64_t stride_y, int threads) {
+REQAT_API int reqat_gemm_float(const Weight* w, const float* x, const float* bias, float* y, int64_t M,
+                               int64_t stride_y, int threads) {
     gemm_float(*w, x, bias, y, M, stride_y, threads);
+    return OK;
 }
 
 // Round rows of x [M, K] to int8: scale = amax / 127 (1 for a row of zeros), value = x / scale to nearest even. Columns
@@ -586,13 +590,13 @@ struct Product {
     float g;        // the global scale of a static format
 };
 
-// Several linear layers after each other, as a decoder step runs them: the input of each is rounded anew. Returns 0 if
-// some input is not finite, in a layer that rounds it.
-REQAT_API int reqat_products(const Product* products, int64_t n, int threads) {
+namespace {
+
+int products(const Product* first, int64_t n, int threads) {
     thread_local std::vector<float> wide, scale;
     thread_local std::vector<int8_t> values;
     thread_local std::vector<int32_t> start;
-    for (const Product* p = products; p < products + n; p++) {
+    for (const Product* p = first; p < first + n; p++) {
         const Weight& w = *p->weight;
         const int64_t K = w.steps * STEP, count = p->M * K, blocks = count / w.block;
         const bool rounds = p->format || p->int8;
@@ -616,9 +620,16 @@ REQAT_API int reqat_products(const Product* products, int64_t n, int threads) {
         const bool finite =
             p->format ? fp4_input(*p->format, x, p->M, K, p->g, values.data(), start.data(), scale.data())
                       : reqat_int8_input(x, p->M, K, K, w.block, values.data(), start.data(), scale.data());
-        if (!finite) return 0;
+        if (!finite) return NOT_FINITE;
         gemm_int(w, values.data(), start.data(), p->format ? scale.data() : nullptr,
                  p->format ? nullptr : scale.data(), nullptr, p->y, p->M, w.rows, threads);
     }
-    return 1;
+    return OK;
+}
+
+}  // namespace
+
+// Several linear layers after each other, as a decoder step runs them: the input of each is rounded anew. A Status.
+REQAT_API int reqat_products(const Product* first, int64_t n, int threads) {
+    return guarded([&] { return products(first, n, threads); });
 }

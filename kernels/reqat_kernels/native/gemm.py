@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reqat.formats import Format, QuantizedTensor, quantize
 from reqat.formats.elements import ELEMENTS
-from reqat_kernels.native.library import OPERATORS, library, threads
+from reqat_kernels.native.library import NO_MEMORY, NOT_FINITE, OPERATORS, library, threads
 from reqat_kernels.native.quantize import Spec, spec_of
 
 _TILE, _STEP, _OFFSET = 16, 16, 16  # gemm.h
@@ -38,7 +38,7 @@ _WORK_PER_THREAD = 1 << 18
 Inputs = Format | Literal["A8"] | None
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
     """``reqat::Weight`` of gemm.h."""
 
     _fields_ = [
@@ -53,11 +53,11 @@ class _Weight(ctypes.Structure):
     ]
 
 
-class _Product(ctypes.Structure):
+class Product(ctypes.Structure):
     """``Product`` of gemm.cpp."""
 
     _fields_ = [
-        ("weight", ctypes.POINTER(_Weight)),
+        ("weight", ctypes.POINTER(Weight)),
         ("x", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("format", ctypes.POINTER(Spec)),
@@ -262,11 +262,11 @@ class Products:
         if x_MK.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"x is {x_MK.dtype}; float32 and bfloat16 are taken")
         self.outputs = [torch.empty(M, w.rows) for w in weights]
-        structs = [_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale) for w in weights]
+        structs = [weight_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale) for w in weights]
         spec = ctypes.pointer(spec_of(inputs)) if isinstance(inputs, Format) else None
-        self._array = (_Product * len(weights))(
+        self._array = (Product * len(weights))(
             *(
-                _Product(
+                Product(
                     ctypes.pointer(struct),
                     x_MK.data_ptr(),
                     y.data_ptr(),
@@ -284,9 +284,15 @@ class Products:
         self._threads = threads(x_MK.numel() * max((w.rows for w in weights), default=0), _WORK_PER_THREAD)
 
     def __call__(self) -> list[Tensor]:
-        """Compute; the outputs (float32 [M, N], overwritten by the next call). Raises ValueError for NaN, infinity."""
-        if not self._call(self._array, len(self._array), self._threads):
+        """Compute; the outputs (float32 [M, N], overwritten by the next call).
+
+        Raises ValueError for NaN and infinity, MemoryError.
+        """
+        status = self._call(self._array, len(self._array), self._threads)
+        if status == NOT_FINITE:
             raise ValueError("x holds NaN or infinity; only finite numbers can be quantized")
+        if status == NO_MEMORY:
+            raise MemoryError("no memory for the rounded inputs of these products")
         return self.outputs
 
 
@@ -312,9 +318,10 @@ def _fp4_linear(
     x = F.pad(x, (0, padded - columns)) if padded != columns else x.contiguous()
     y = torch.empty(len(x), rows)
     n = threads(x.numel() * rows, _WORK_PER_THREAD)
-    w = _struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
+    w = weight_struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
     call = lib.reqat_gemm_bf16 if x.dtype == torch.bfloat16 else lib.reqat_gemm_float
-    call(w, x.data_ptr(), _pointer(bias), y.data_ptr(), len(x), rows, n)
+    if call(w, x.data_ptr(), _pointer(bias), y.data_ptr(), len(x), rows, n) == NO_MEMORY:
+        raise MemoryError(f"no memory for a product of {len(x)} rows of {columns} columns")
     return y
 
 
@@ -343,7 +350,7 @@ def _fp4_linear_int(
         y = y if row_scale is None else y.mul_(row_scale[:, None])
         return y if bias is None else y.add_(bias)
     n = threads(x.numel() * rows, _WORK_PER_THREAD)
-    w = _struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
+    w = weight_struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
     lib.reqat_gemm_int(
         w, x.data_ptr(), start.data_ptr(), _pointer(block_scale), _pointer(row_scale), _pointer(bias), y.data_ptr(),
         len(x), rows, n,
@@ -369,24 +376,25 @@ def _library() -> ctypes.CDLL | None:
     lib = library()
     if lib is not None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        lib.reqat_gemm_int.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 6, number, number, ctypes.c_int]
+        lib.reqat_gemm_int.argtypes = [ctypes.POINTER(Weight), *[pointer] * 6, number, number, ctypes.c_int]
         for call in (lib.reqat_gemm_float, lib.reqat_gemm_bf16):
-            call.argtypes = [ctypes.POINTER(_Weight), *[pointer] * 3, number, number, ctypes.c_int]
+            call.argtypes = [ctypes.POINTER(Weight), *[pointer] * 3, number, number, ctypes.c_int]
         lib.reqat_int8_input.argtypes = [pointer, number, number, number, ctypes.c_int32, pointer, pointer, pointer]
         lib.reqat_fp4_input.argtypes = [
             ctypes.POINTER(Spec), pointer, number, number, ctypes.c_float, pointer, pointer, pointer,
         ]  # fmt: skip
-        lib.reqat_products.argtypes = [ctypes.POINTER(_Product), number, ctypes.c_int]
+        lib.reqat_products.argtypes = [ctypes.POINTER(Product), number, ctypes.c_int]
         lib.reqat_advise_huge.argtypes = [pointer, number]
     return lib
 
 
 @lru_cache(maxsize=4096)
-def _struct(data: int, rows: int, columns: int, element: int, scale: int, alpha: float) -> _Weight:
+def weight_struct(data: int, rows: int, columns: int, element: int, scale: int, alpha: float) -> Weight:
+    """A packed weight at address ``data`` as C reads it, products times ``alpha``; the memory must outlive it."""
     padded = _padded(columns, scale)
     code_bytes = -(-rows // _TILE) * _TILE * padded // 2
     values = (ctypes.c_int8 * 16)(*_values(element))
-    return _Weight(data, data + code_bytes, rows, padded // _STEP, _block(scale), scale, values, alpha)
+    return Weight(data, data + code_bytes, rows, padded // _STEP, _block(scale), scale, values, alpha)
 
 
 def _values(element: int) -> list[int]:

@@ -21,6 +21,7 @@ import torch
 from reqat_kernels.native.fingerprint import fingerprint
 
 ISAS = ("portable", "avx2", "avx512")  # by reqat::Isa
+OK, NO_MEMORY, NOT_FINITE = 0, 1, 2  # what entry points return, by reqat::Status
 _HERE = Path(__file__).resolve().parent
 
 #: Operators of all kernels live in torch's namespace ``reqat``: ``torch.ops.reqat.<name>``.

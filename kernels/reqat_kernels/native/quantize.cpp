@@ -83,8 +83,6 @@ bool quantize_row(const Spec& f, const void* x, int32_t dtype, int64_t n, float 
     return n == 0 || run_row(best_loops(), job, dtype, 0, g);
 }
 
-enum Status : int32_t { OK = 0, NOT_FINITE = 1, BAD_GLOBAL_SCALE = 2, NO_MEMORY = 3 };
-
 // The smallest g lets the largest block scale, 448 / g, still be a float32.
 static bool valid_global_scale(float g) { return g > float(1.01 * 448.0 / double(FLOAT_MAX)) && g <= FLOAT_MAX; }
 

@@ -26,7 +26,7 @@ from reqat.formats import Format, PackedTensor, QuantizedTensor, get_format
 from reqat.formats import quantize as reference_quantize
 from reqat.formats import quantize_dequantize as reference_quantize_dequantize
 from reqat.formats.scales import SCALE_TYPES
-from reqat_kernels.native.library import OPERATORS, library
+from reqat_kernels.native.library import OK, OPERATORS, library
 
 _ELEMENTS = ("E2M1", "E1M2", "INT4")
 _SCALES = ("E8M0", "E4M3", "E5M2", "FP16", "FP32")
@@ -35,7 +35,6 @@ _GLOBAL_SCALES = ("none", "dynamic", "row", "static")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Elements that make another thread worth starting: some 15 microseconds of work.
 _PER_THREAD = 32768
-_OK = 0
 
 
 class Spec(ctypes.Structure):
@@ -183,7 +182,7 @@ def _fake(x: Tensor, fmt: Format, global_scale: Tensor | float | None, name: str
                 None,
                 None,
             )
-            if status == _OK:
+            if status == OK:
                 return _back(out, order)
     return reference_quantize_dequantize(x, fmt, global_scale=global_scale, name=name)
 
@@ -221,7 +220,7 @@ def _codes(
                 scales.data_ptr(),
                 None if g is None else g.data_ptr(),
             )
-            if status == _OK:
+            if status == OK:
                 codes = _back(codes, order) if not packed else _back(codes, order).contiguous()
                 scales = _back(scales, order).contiguous()
                 return codes, scales, g if g is None or g.ndim == 0 else _back(g, order).contiguous()
