@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import entropy, style
 from analysis.viewer import colours
@@ -64,7 +65,7 @@ def draw_entropies(folder: TraceFolder, labels: Sequence[str], *, notes: Sequenc
         ax.set_ylim(0, 100)
         ax.set_xlabel(f"token entropy, nats (dashed: {entropy.LOW_NATS})")
         ax.set_ylabel("tokens above it, %")
-        ax.legend(loc="upper right")
+        ax.legend(loc="upper center")
         style.footer(fig, [f"n = {int(keep.sum()):,} tokens that both models read.", *notes])
         return fig
 
@@ -76,7 +77,7 @@ def draw_token_types(frame: pd.DataFrame, *, each: int = 12, notes: Sequence[str
     """
     if frame.empty:
         raise ReqatError("no token type was seen often enough; collect more traces, or ask for a smaller more_than.")
-    parts = [(f"lowest {min(each, len(frame))}", frame.head(each)), ("highest", frame.iloc[::-1].head(each)[::-1])]
+    parts = [("Lowest", frame.head(each)), ("Highest", frame.iloc[::-1].head(each)[::-1])]
     with style.context():
         fig = style.figure(0.9 + 0.16 * min(each, len(frame)))
         for letter, ax, (title, part) in zip("ab", fig.subplots(1, 2), parts, strict=True):
@@ -91,9 +92,11 @@ def draw_token_types(frame: pd.DataFrame, *, each: int = 12, notes: Sequence[str
             ax.set_yticks(y, [visible(text) for text in part["token"]])
             ax.set_ylim(-0.6, len(part) - 0.4)
             ax.set_xlim(left=0)
+            ax.xaxis.set_major_locator(MaxNLocator(5))
+            ax.ticklabel_format(axis="x", scilimits=(-2, 3), useMathText=True)
             ax.grid(axis="x")
             ax.set_xlabel("mean entropy, nats")
-            style.panel(ax, letter, f"{title.split()[0]} mean entropy")
+            style.panel(ax, letter, f"{title} mean entropy")
         fig.axes[1].legend(loc="lower right")
         style.footer(fig, [f"{len(frame):,} token types; bars: 95% interval, clustered by problem.", *notes])
         return fig
@@ -167,7 +170,7 @@ def draw_around(
         ax.set_xticks(x, [visible(text) for text in frame["text"]], rotation=90 if _wide(frame["text"]) else 0)
         ax.set_xlim(x[0] - 0.6, x[-1] + 0.6)
         ax.set_xlabel(f"token (shaded: the first that differs, at {position})")
-        ax.legend(loc="best", ncols=len(labels))
+        fig.legend(loc="outside upper right", ncols=len(labels))
         style.footer(fig, [f"{folder.name(trace)}.", *notes])
         return fig
 

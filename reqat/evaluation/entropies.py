@@ -1,9 +1,7 @@
 """Entropies of a model's choices, collected while it generates or over responses that are there already.
 
-Everything is of the raw logits at temperature 1: the entropy in nats, the most likely tokens, the probability of the
-token taken, and the tail mass ``1 - p(top1)``. Tail and entropy are summed without the most likely token, because at
-the tokens that matter here it holds all but 1e-6 of the mass and a plain sum would round the rest away:
-with ``r = sum of exp(z - max)`` over the others, ``H = log1p(r) + sum(exp(z - max) * (max - z)) / (1 + r)``.
+Everything is of the raw logits at temperature 1 (:mod:`reqat.evaluation.distributions`): the entropy in nats, the most
+likely tokens, the probability of the token taken, and the tail mass ``1 - p(top1)``.
 
 * :class:`EntropyRecorder` rides along in :func:`reqat.evaluation.generation.generate` as a logits processor. It looks
   at each step's logits once, keeps a few dozen steps in memory and spools the rest to a temporary file, so traces may
@@ -33,6 +31,7 @@ from torch import Tensor
 from reqat.config.errors import ReqatError
 from reqat.data import prompt_ids
 from reqat.evaluation.decoding import Decoding
+from reqat.evaluation.distributions import Statistics, token_statistics
 from reqat.evaluation.generation import BatchStart, generate
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
 
@@ -45,50 +44,6 @@ _SPOOL_STEPS = 64
 _LOGITS_BYTES = 64 * 2**20
 # Statistics of this many tokens are held until their traces are put back into order.
 _WINDOW_TOKENS = 262_144
-# exp(-200) is 0 in float32; stands in for the logits of forbidden tokens, for 0 * inf would be NaN.
-_LOWEST = -200.0
-
-
-class Statistics(NamedTuple):
-    """What is said of N distributions: ``best`` and ``total`` (max, and sum of exp(z - max)) give any probability."""
-
-    entropy_N: Tensor
-    tail_N: Tensor
-    top_NK: Tensor
-    top_prob_NK: Tensor
-    best_N1: Tensor
-    total_N: Tensor
-
-    def prob(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
-        """Probability of one token a row, [N]."""
-        return (logits_NV.gather(1, tokens_N[:, None]).float() - self.best_N1).exp_()[:, 0] / self.total_N
-
-
-def token_statistics(logits_NV: Tensor, k: int = 5) -> Statistics:
-    """Entropy, tail mass and the ``k`` most likely tokens of each row of logits; all float32.
-
-    Logits of -inf (forbidden tokens) are fine. Rows that are no distribution (NaN, +inf, all -inf) give NaN.
-    """
-    z_NV = logits_NV.float()
-    top_score_NK, top_NK = z_NV.topk(min(k, z_NV.shape[-1]), dim=-1)
-    best_N1 = top_score_NK[:, :1]
-    shifted_NV = z_NV - best_N1
-    entropy_N, rest_N = _entropy(shifted_NV, top_NK)
-    if not bool(torch.isfinite(entropy_N).all()):
-        entropy_N, rest_N = _entropy(shifted_NV.clamp_(min=_LOWEST), top_NK)
-        # Where the largest logit is infinite, and so the difference NaN, the clamp must not hide it.
-        entropy_N = torch.where(torch.isfinite(best_N1[:, 0]), entropy_N, torch.nan)
-    total_N = 1 + rest_N
-    top_prob_NK = (top_score_NK - best_N1).exp_() / total_N[:, None]
-    return Statistics(entropy_N, rest_N / total_N, top_NK, top_prob_NK, best_N1, total_N)
-
-
-def _entropy(shifted_NV: Tensor, top_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy, and the sum of exp over all tokens but the most likely, of logits minus their maximum."""
-    mass_NV = shifted_NV.exp()
-    mass_NV.scatter_(1, top_NK[:, :1], 0.0)
-    rest_N = mass_NV.sum(dim=-1)
-    return torch.log1p(rest_N) - torch.linalg.vecdot(mass_NV, shifted_NV) / (1 + rest_N), rest_N
 
 
 class Prompted(Protocol):
@@ -301,12 +256,6 @@ def sample_traces(
     if writer.labels != (label,):
         raise ReqatError(f"sampling records one precision, {label!r}; the writer is for {', '.join(writer.labels)}.")
     rows = [(problem, seed) for problem in problems for seed in seeds]
-
-    def info(row: int, response: str, finished: bool) -> TraceInfo:
-        problem, seed = rows[row]
-        correct = verify(problem, response) if response or finished else None
-        answer = problem.answer
-        return TraceInfo(problem.id, problem.family, seed, label, problem.prompt, response, answer, correct, finished)
 
     def keep(trace: RecordedTrace) -> None:
         ids = trace.tokens[:-1] if trace.finished else trace.tokens

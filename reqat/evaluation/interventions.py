@@ -35,10 +35,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from reqat.evaluation.distributions import entropy_nats
 from reqat.evaluation.generation import BatchStart, RunningBatch
 from reqat.evaluation.grading import evaluate
 from reqat.evaluation.outcomes import Outcomes
-from reqat.evaluation.reset import collect_rows, entropy_nats
+from reqat.evaluation.reset import collect_rows
 from reqat.evaluation.sampling import random_bits
 
 if TYPE_CHECKING:

@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from reqat.evaluation.decoding import Decoding, ReSETRule
+from reqat.evaluation.distributions import entropy_nats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 # Entropies are whole multiples of this many nats: sums of them are exact in float64 below 2^53 * 2^-32 nats.
 _GRID = 2.0**-32
-# A logit so far below the largest has probability 0 in float32; -inf becomes it, so that 0 * -inf is 0.
-_LOWEST = -1e4
 
 
 @dataclass(frozen=True)
@@ -74,21 +73,6 @@ STEP_ENDS: Final[Mapping[str, StepEnds]] = {
     # One-line traces. A decimal point ends a "sentence" too where the tokenizer makes it a token of its own.
     "sentence": StepEnds((".", "?", "!", "\n")),
 }
-
-
-def entropy_nats(logits_BV: Tensor) -> Tensor:
-    """Shannon entropy of ``softmax(logits)`` over the vocabulary, float32 [B]; -inf is a token of probability 0.
-
-    NaN where a row holds NaN, +inf or nothing but -inf. The largest logit is taken off and left out of the sums, so
-    that sure rows keep their order far below the rounding of 1: ``H = log1p(r) - sum(e^z * z) / (1 + r)``, ``r`` the
-    sum of the other ``e^z``.
-    """
-    shifted_BV = logits_BV.float()
-    best_B1, where_B1 = shifted_BV.max(dim=-1, keepdim=True)
-    shifted_BV = (shifted_BV - best_B1).clamp_(min=_LOWEST)
-    weights_BV = shifted_BV.exp().scatter_(-1, where_B1, 0.0)
-    others_B = weights_BV.sum(dim=-1)
-    return others_B.log1p() - torch.linalg.vecdot(weights_BV, shifted_BV) / (1 + others_B)
 
 
 class ReSET(LogitsProcessor):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,6 @@ from reqat.evaluation.entropies import (
     encode_prompt,
     force_traces,
     sample_traces,
-    token_statistics,
     vocabulary_of,
 )
 from reqat.evaluation.trace_files import TraceFolder, TraceInfo, TraceWriter
@@ -55,45 +53,6 @@ def reference(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # log of the largest from the tail: of a p that rounds to 1 it would be 0, in float64 too
     entropy_N = torch.special.entr(others_NV).sum(dim=-1) - (1 - tail_N) * torch.log1p(-tail_N)
     return entropy_N, tail_N, p_NV
-
-
-@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0, 40.0])
-@pytest.mark.parametrize("size", [3, 41, 3000])
-def test_statistics_equal_float64_in_relative_terms(scale: float, size: int) -> None:
-    torch.manual_seed(size)
-    logits = torch.randn(64, size) * scale
-    found = token_statistics(logits, k=2)
-    entropy, tail, p = reference(logits)
-    # Every term of tail and entropy is positive or summed alike, so relative errors are a few float32 roundings of the
-    # exponents' arguments: 2^-24 of up to 8 * 40, times a factor for the sum.
-    bound = 16 * 2.0**-24 * max(1.0, 8 * scale)
-    torch.testing.assert_close(found.tail_N.double(), tail, rtol=bound, atol=1e-37)
-    torch.testing.assert_close(found.entropy_N.double(), entropy, rtol=bound, atol=1e-37)
-    top = p.topk(2, dim=-1)
-    assert torch.equal(found.top_NK, top.indices)
-    torch.testing.assert_close(found.top_prob_NK.double(), top.values, rtol=bound, atol=1e-37)
-    tokens = torch.randint(size, (64,))
-    expected = p.gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(found.prob(logits, tokens).double(), expected, rtol=bound, atol=1e-37)
-
-
-def test_a_tail_far_below_float32_resolution_of_one_is_kept() -> None:
-    logits = torch.tensor([[30.0, 0.0, 0.0]])
-    found = token_statistics(logits)
-    tail = 2 * math.exp(-30)
-    assert found.tail_N.item() == pytest.approx(tail, rel=1e-5)
-    assert found.entropy_N.item() == pytest.approx(tail * 31, rel=1e-5)  # r + r * 30, to first order in r
-    assert found.top_prob_NK.shape == (1, 3)  # no more than there are
-
-
-def test_forbidden_tokens_are_no_fault_and_broken_rows_are_nan() -> None:
-    inf, nan = torch.inf, torch.nan
-    logits = torch.tensor([[1.0, -inf, 0.0], [nan, 0.0, 0.0], [inf, 0.0, 0.0], [-inf, -inf, -inf], [0.0, 0.0, 0.0]])
-    found = token_statistics(logits).entropy_N
-    assert torch.isnan(found).tolist() == [False, True, True, True, False]
-    expected, _, _ = reference(torch.tensor([[1.0, 0.0]]))
-    assert found[0].item() == pytest.approx(expected.item(), rel=1e-6)
-    assert found[4].item() == pytest.approx(math.log(3), rel=1e-6)
 
 
 def forced_by_hand(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> tuple[Tensor, Tensor, Tensor]:

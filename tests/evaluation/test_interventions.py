@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokeni
 
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import BatchStart, Decoding, Generation, evaluate, generate
+from reqat.evaluation.distributions import entropy_nats
 from reqat.evaluation.interventions import (
     LogitNoise,
     Noise,
@@ -25,7 +26,6 @@ from reqat.evaluation.interventions import (
     normals,
     policies,
 )
-from reqat.evaluation.reset import entropy_nats
 from reqat.evaluation.sampling import row_state, sample_tokens, uniforms
 from reqat.models import freeze, prepare
 from reqat.tasks import Problem, problems, write_trace

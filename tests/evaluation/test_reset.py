@@ -16,13 +16,13 @@ from transformers import LlamaForCausalLM, LogitsProcessorList
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Decoding, generate
 from reqat.evaluation.decoding import ReSETRule
+from reqat.evaluation.distributions import entropy_nats
 from reqat.evaluation.reset import (
     STEP_ENDS,
     EntropyLog,
     ReSET,
     StepEnds,
     collect_rows,
-    entropy_nats,
     fit_tau0,
 )
 from reqat.tasks import problems, write_trace
@@ -194,29 +194,6 @@ def test_tables_hold_every_named_end() -> None:
         with pytest.raises(ValueError, match="at least one text"):
             bad()
     assert set(STEP_ENDS) == {"paragraph", "line", "sentence"}
-
-
-@pytest.mark.parametrize("vocabulary", [2, 260, 5000])
-def test_entropy(vocabulary: int) -> None:
-    logits_BV = (
-        torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 3, 50)[:, None]
-    )
-    p_BV = logits_BV.double().softmax(-1)
-    expected_B = -torch.special.xlogy(p_BV, p_BV).sum(-1)
-    # Sums of V float32 numbers of at most log V: a few ulps of it.
-    bound = 16 * 2.0**-24 * max(1.0, np.log(vocabulary))
-    assert (entropy_nats(logits_BV).double() - expected_B).abs().max() < bound
-    masked_BV = logits_BV.clone()
-    masked_BV[:, 0] = -torch.inf
-    p_BV = masked_BV.double().softmax(-1)
-    assert (entropy_nats(masked_BV) + torch.special.xlogy(p_BV, p_BV).sum(-1)).abs().max() < bound
-    assert (entropy_nats(logits_BV) >= 0).all()
-    # A sure row: float64 needs the same care, log(1 + r) + r * gap / (1 + r) for one other token.
-    gap, r = 30.0, float(np.exp(-30.0))
-    exact = np.log1p(r) + r * gap / (1 + r)
-    assert float(entropy_nats(torch.tensor([[gap, 0.0]]))[0]) == pytest.approx(exact, rel=2.0**-20)
-    assert entropy_nats(torch.zeros(1, vocabulary))[0] == pytest.approx(np.log(vocabulary), abs=bound)
-    assert entropy_nats(torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
