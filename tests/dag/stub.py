@@ -17,7 +17,7 @@ def main() -> None:
     options = {k: arguments[i + 1] for i, k in enumerate(arguments) if k.startswith("--")}
     verb, *rest = arguments[6:]  # after --build B --models M --plan P
     build, tier = Path(options["--build"]), options["--tier"]
-    subject = rest[0] if verb in ("data", "stage", "evaluate", "bench") else verb
+    subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else verb
     with Path("calls").open("a") as log:
         log.write(f"{subject}\n")
     for trap in ("fail", "hang"):
@@ -32,6 +32,11 @@ def main() -> None:
         (out / "outcomes.parquet").write_text(subject)
         (out / "record.json").write_text(subject)
         return
+    if verb == "study":
+        out = build / "studies" / subject
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "record.json").write_text(subject)
+        return
     if verb == "bench":
         out = build / "throughput" / subject
         out.mkdir(parents=True, exist_ok=True)
@@ -41,12 +46,16 @@ def main() -> None:
         with Path("calls").open("a") as log:
             log.write(f"{subject}-ends\n")
         return
-    from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, table_names, throughput_names
+    from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
     from reqat.config import Paths, load
+    from reqat.config.studies import load_studies
     from reqat.config.throughput import load_throughput
 
-    if verb == "throughput":
-        tables, figures = throughput_names(load_throughput(tier, Paths().config))
+    if verb in ("throughput", "study-report"):
+        if verb == "throughput":
+            tables, figures = throughput_names(load_throughput(tier, Paths().config))
+        else:
+            tables, figures = study_names(load_studies(load(tier, Paths()), Paths().config))
         for folder, stems, suffixes in (
             (options["--tables"], tables, TABLE_SUFFIXES),
             (options["--plots"], figures, FIGURE_SUFFIXES),

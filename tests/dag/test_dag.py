@@ -18,6 +18,7 @@ import yaml
 
 from reqat.config import Paths, load
 from reqat.config.paths import made
+from reqat.config.studies import load_studies
 from reqat.config.throughput import Throughput
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,16 @@ TINY = {
     "only": {"recipes": ["base", "reqat-tq"], "precisions": ["NVFP4-W4A4KV4"]},
     "models": {"testbed": {"artifacts": ["table1", "figure1"]}},
 }
+STUDIES = [
+    {
+        "kind": "noise", "model": {"recipe": "reqat-tq", "precision": "NVFP4-W4A4KV4"},
+        "sigmas": [0.1], "n": 2, "seeds": [0],
+    },
+    {
+        "kind": "noise", "name": "base", "model": {"recipe": "base", "precision": "BF16"},
+        "sigmas": [0.1], "n": 2, "seeds": [0],
+    },
+]  # fmt: skip
 BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": [{"model": "pinned", "batches": [1], "output_tokens": [2]}]}
 
 
@@ -40,6 +51,7 @@ def checkout(tmp_path: Path) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "Snakefile", tmp_path)
     (tmp_path / "config" / "tiers" / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    (tmp_path / "config" / "studies.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": STUDIES}}))
     (tmp_path / "config" / "throughput.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": BENCH}}))
     return tmp_path
 
@@ -68,7 +80,9 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     plan = load("tiny", Paths(root=checkout))
     stages = {id for id, stage in plan.needed.items() if made(stage)}
     bench = Throughput.model_validate(BENCH).id
-    jobs = sorted([*stages, *plan.evaluations, "tables", "figures", bench, f"{bench}-ends", "throughput"])
+    studies = load_studies(plan, checkout / "config")
+    jobs = [*stages, *plan.evaluations, *studies, bench, f"{bench}-ends"]
+    jobs = sorted([*jobs, "tables", "figures", "study-report", "throughput"])
 
     (checkout / "fail").write_text("qat-")
     first = snakemake(checkout, "figures/")
@@ -76,6 +90,9 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     assert first.returncode != 0 and "told to fail" in first.stdout, first.stdout
     assert not (checkout / "figures").exists()
     assert not list((checkout / "build").glob("stages/qat-*/record.json"))
+    assert set(studies).isdisjoint(done[: done.index(f"{bench}-ends")]), "a clock goes first"
+    trained = next(id for id, study in studies.items() if study.models["model"].stage.startswith("qat-"))
+    assert trained not in done, "a study waits for the stages that it stands on"
     assert done.index(f"{bench}-ends") == done.index(bench) + 1, "the benchmark had the machine to itself"
 
     (checkout / "fail").unlink()
@@ -86,6 +103,7 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     assert sorted(finished + again) == jobs, "each job ran once, the failed one again"
     names = {path.name for path in (checkout / "figures").iterdir()}
     assert {"table1.csv", "table1.md", "table1.tex", "figure1b.png", "figure1b.pdf", "figure1c.png"} <= names
+    assert {"studies.csv", "studies.tex"} <= names
     assert {"throughput-linear.csv", "figure6-error.md", "figure6.png", "figure6.pdf"} <= names
 
     os.utime(checkout / "config" / "recipes.yaml")  # new file times alone change no name
