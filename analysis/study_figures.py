@@ -12,7 +12,7 @@ Every figure is a function of the small files that a study leaves and that pinni
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -82,7 +82,7 @@ def notes(*chosen: Study) -> list[str]:
         f"Tier {', '.join(sorted({str(study.settings['tier']) for study in chosen}))}; {' and '.join(precisions)}.",
         *(f"{size}." for size in sizes),
         f"Arithmetic: {'; '.join(arithmetic)}.",
-        "Error bars: 95% intervals clustered by problem; one training run.",
+        "Intervals: 95%, clustered by problem; one training run.",
         f"Commit {', '.join(commits)}.",
     ]
 
@@ -104,7 +104,7 @@ def figure2(studies: ByKind) -> Figure:
     """
     pair, noise, routing = one(studies, "pair"), one(studies, "noise"), _in_nats(several(studies, "routing"))
     fig = style.figure(7.9)
-    rows = fig.subfigures(3, 1, height_ratios=[1.0, 1.0, 1.05])
+    rows: Any = fig.subfigures(3, 1, height_ratios=[1.0, 1.0, 1.05])
     first = rows[0].subplots(1, 3, width_ratios=[1, 1, 0.95])
     _clouds(first[0], first[1], pair)
     _kinds(first[2], pair)

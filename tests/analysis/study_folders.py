@@ -1,0 +1,139 @@
+"""Studies with known numbers: the files that studies leave, written without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.entropy_report import report
+from analysis.studies import Study
+from reqat.evaluation.trace_files import TokenColumns, TraceFolder, TraceInfo, TraceWriter
+
+REF, CAND = "BF16", "NVFP4-W4A4KV4"
+WORDS = ["<eos>", " so", " is", " 1", " 2", " 3", " +", " -", " ="]
+RIGHT, WRONG = " 1 + 1 = 2", " 1 + 1 = 3"
+TWO = {"reference": REF, "candidate": CAND}
+
+
+def study(path: Path, kind: str, name: str, precisions: dict[str, str], **settings: Any) -> Study:
+    about = {
+        "id": path.name,
+        "commit": "0123456789abcdef",
+        "dirty": False,
+        "hardware": {"device": "cpu"},
+        "seeds": [0, 1],
+        "metrics": {},
+        "settings": {"n": 12, "decoding": "greedy", "tier": "synthetic", "precisions": precisions, **settings},
+    }
+    return Study(path.name, kind, name, path, about)
+
+
+def conditions(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    common = {"problems": 12, "seeds": 2, "unfinished": 3, "mean_tokens": 40.5, "decoding": "greedy"}
+    full = [common | {"lo": row["accuracy"] - 0.1, "hi": row["accuracy"] + 0.05} | row for row in rows]
+    (path / "summary.json").write_text(json.dumps(full))
+
+
+def routing(path: Path, threshold: str, accuracies: tuple[float, ...]) -> Study:
+    touched = {"all-reference": 0.0, "low-reference": 0.3, "low-candidate": 0.7, "all-candidate": 1.0}
+    rows: list[dict[str, Any]] = [
+        {"condition": name, "accuracy": value, "touched": touched[name]}
+        for name, value in zip(touched, accuracies, strict=True)
+    ]
+    for row in rows[1:]:
+        row |= {"difference": row["accuracy"] - accuracies[0], "difference_lo": -1, "difference_hi": 1, "p": 0.25}
+    conditions(path, rows)
+    return study(path, "routing", path.name, TWO, threshold=threshold, threshold_nats=0.0042)
+
+
+def noise(path: Path) -> Study:
+    rows = [{"condition": "none", "accuracy": 0.9}]
+    rows += [
+        {"condition": f"{side}-{sigma}", "accuracy": value}
+        for side, sigma, value in (("low", "0.2", 0.5), ("high", "0.2", 0.8), ("low", "0.5", 0.1), ("high", "0.5", 0.7))
+    ]
+    conditions(path, rows)
+    return study(path, "noise", "noise", {"model": REF}, sigmas=[0.2, 0.5], share=0.25)
+
+
+def reset(path: Path) -> Study:
+    cold = "reset(t_low=0.3, tau0=0.05, t_high=1.0, top_p=0.95, window=32, step=paragraph)"
+    rows: list[dict[str, Any]] = [
+        {"condition": "quantized", "accuracy": 0.5, "decoding": "sample(temperature=0.6, top_p=0.95)"},
+        {"condition": "reset", "accuracy": 0.625, "decoding": cold, "difference": 0.125, "p": 0.0421},
+        {
+            "condition": "reset-0.1",
+            "accuracy": 0.55,
+            "decoding": cold.replace("0.3", "0.1"),
+            "difference": 0.05,
+            "p": 0.5,
+        },
+        {
+            "condition": "bf16",
+            "accuracy": 0.75,
+            "decoding": "sample(temperature=0.6, top_p=0.95)",
+            "difference": 0.25,
+            "p": 1e-4,
+        },
+        {"condition": "also-0", "accuracy": 0.45, "decoding": "greedy", "seeds": 1},
+    ]
+    for row in rows:
+        if "difference" in row:
+            row |= {"difference_lo": row["difference"] - 0.1, "difference_hi": row["difference"] + 0.1}
+    conditions(path, rows)
+    tau0 = {"value": 0.05, "lo": 0.01, "hi": 0.25, "quantile": 0.8, "n_tokens": 2903, "n_problems": 20, "n_seeds": 1}
+    return study(path, "reset", "reset", {"quantized": CAND, "reference": REF}, tau0=tau0)
+
+
+def traces(path: Path, wrong: tuple[int, ...]) -> TraceFolder:
+    """Twelve problems with two seeds: the reference answers 2, the candidate 3 for the problems in ``wrong``.
+
+    The wrong digit is the last token but one. Before it the responses differ in their first word, where the reference's
+    entropy is highest for problem 4.
+    """
+    rng = np.random.default_rng(3)
+    with TraceWriter(path, [REF, CAND], WORDS, k=3, metadata={"seeds": [0, 1], "decoding": "greedy"}) as writer:
+        for p in range(12):
+            for seed in (0, 1):
+                for source in (REF, CAND):
+                    bad = source == CAND and p in wrong
+                    text = (" so" if source == REF else " is") + (WRONG if bad else RIGHT)
+                    ids = [1 if source == REF else 2, 3, 6, 3, 8, 5 if bad else 4, 0]
+                    H = np.array([2.0 if p == 4 else 1.0 + 0.01 * p, 0.01, 0.02, 0.01, 0.03, 0.004, 1e-6])
+                    # With four bits the wrong digit is likelier by 0.05 for every problem.
+                    prob_ref = np.array([0.4, 0.99, 0.99, 0.99, 0.99, 0.001 if bad else 0.9, 1.0])
+                    prob_cand = prob_ref + np.where(np.arange(7) == 5, 0.05 * p / 12 if bad else 0.0, 0.0)
+                    made = {
+                        label: _columns(rng, ids, prob, scale * H)
+                        for label, prob, scale in ((REF, prob_ref, 1.0), (CAND, prob_cand, 2.0))
+                    }
+                    info = TraceInfo(
+                        f"p{p}", family="f", prompt="?", response=text, answer="2", seed=seed, source=source,
+                        correct=not bad, finished=True,
+                    )  # fmt: skip
+                    writer.add(info, np.array(ids), made)
+    return TraceFolder(path)
+
+
+def _columns(rng: np.random.Generator, ids: list[int], prob: np.ndarray, entropy: np.ndarray) -> TokenColumns:
+    n = len(ids)
+    top = np.stack([rng.permutation(len(WORDS))[:3] for _ in range(n)]).astype(np.int32)
+    top_prob = -np.sort(-rng.dirichlet(np.ones(4), n)[:, :3], axis=1)
+    tail = (1 - top_prob[:, 0]).clip(1e-9)
+    return TokenColumns(*(x.astype(np.float32) for x in (entropy, tail, prob)), top, top_prob.astype(np.float32))
+
+
+def pair(path: Path, wrong: tuple[int, ...] = (2, 7, 9)) -> Study:
+    folder = traces(path, wrong)
+    report(folder, REF, CAND, bins=4, more_than=10).write(path)
+    for name in (
+        "tokens.parquet",
+        "traces.parquet",
+        "meta.json",
+    ):  # pinning keeps no traces, so no figure may need them
+        (path / name).unlink()
+    return study(path, "pair", "pair", TWO)
