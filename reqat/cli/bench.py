@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +36,14 @@ def folder_of(settings: Throughput) -> Path:
     return session.paths.work / "throughput" / settings.id
 
 
+def kept_sections(settings: Throughput) -> Path | None:
+    """Where sections that are measured wait for the others, by commit; None for code that no commit holds."""
+    made = provenance.commit(session.paths.root)
+    if made["dirty"] is not False:
+        return None
+    return session.paths.work / "throughput" / f".{settings.id}.sections" / str(made["commit"])
+
+
 @app.command()
 def bench(
     id: Annotated[str | None, typer.Argument(help="Id of the tier's benchmark (default: what config/ says).")] = None,
@@ -41,7 +52,10 @@ def bench(
     force: Force = False,
     threads: Annotated[int, typer.Option(help="Threads to compute with (0: as the benchmark says).")] = 0,
 ) -> None:
-    """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it."""
+    """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it.
+
+    Interrupted, it goes on with the section that was cut off (where the code is committed).
+    """
     settings = settings_of(tier)
     if id is not None and id != settings.id:
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
@@ -54,56 +68,56 @@ def bench(
         where = session.paths.partial(settings.id)
         paths = session.paths
         with record.job("throughput", settings.id, settings, root=paths.root, out=out, partial=where, tier=tier) as job:
-            job.metrics = measure_all(settings, where, None if quiet else lambda line: print(line, flush=True))
+            kept = kept_sections(settings)
+            job.metrics = measure_all(settings, where, None if quiet else lambda line: print(line, flush=True), kept)
+            job.resumed = job.metrics["resumed_sections"] > 0
+        if kept is not None:
+            shutil.rmtree(kept.parent, ignore_errors=True)
     print(f"{settings.id}: done, {out}")
 
 
-def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, Any]:
-    """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics."""
+@dataclass
+class Section:
+    """A part of a benchmark that is measured in one go: rows, what is missing and why, agreement where it was asked."""
+
+    result: Any
+    probe_bytes_per_s: list[float]
+    agreement: list[dict[str, Any]]
+
+
+def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | None = None) -> dict[str, Any]:
+    """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics.
+
+    A finished section is written into the folder `kept` at once, and read from there if it is already in it.
+    """
     import pandas as pd
 
-    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure
     from reqat_kernels.bench.machine import Probe, last_level_cache_bytes
     from reqat_kernels.bench.measure import Result, against_roofline
 
     say = say or (lambda _: None)
     if sys.modules.get("torchao", ...) is None:  # start_computing keeps it from other verbs; here it is a peer
         del sys.modules["torchao"]
-    probe, result = Probe(), Result()
+    probe, whole = Probe(), Section(Result(), [], [])
     for _ in range(_FIRST_READINGS):
         probe()
-    ring, known = settings.ring_bytes, kernels()
-    asked: list[tuple[int, Any]] = []
-    if settings.linear is not None:
-        cases = linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring)
-        asked.append((settings.linear.rounds, cases))
-    if settings.attention is not None:
-        wanted = settings.attention
-        asked.append((wanted.rounds, attention.cases(wanted.batches, wanted.contexts, ring_bytes=ring)))
-    if settings.fake_quantize is not None:
-        asked.append(
-            (settings.fake_quantize.rounds, fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring))
-        )
-    losses = [] if settings.sem_loss is None else settings.sem_loss.shapes
-
-    def time_kernel(case: Any, rounds: int) -> None:
-        say(f"{case.kernel}, {case.label}")
-        providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
-        result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
-
-    for rounds, cases in asked:
-        for case in cases:
-            time_kernel(case, rounds)
-    # What takes microseconds first; what takes seconds a call can bear a neighbour.
-    for wanted_decode in settings.decode:
-        result.add(decode(wanted_decode, probe, out, say))
-    for shape in losses:
-        for case in loss.cases(shape):
-            time_kernel(case, settings.sem_loss.rounds if settings.sem_loss else 1)
-    for step in settings.train_step:
-        result.add(train_step(step, settings.threads, probe, say))
-    agreements = [agreement(wanted, say) for wanted in settings.agreement]
-    rows = against_roofline(result.rows, probe.best)
+    resumed = 0
+    for name, measured in sections(settings, probe, out, say).items():
+        file = None if kept is None else kept / f"{name}.json"
+        if file is not None and file.is_file():
+            say(f"{name}: measured before, kept")
+            section, resumed = _read_section(file), resumed + 1
+        else:
+            first = len(probe.rates)
+            result, agreed = measured()
+            section = Section(result, probe.rates[first:], agreed)
+            if file is not None:
+                _write_section(file, section)
+        whole.result.add(section.result)
+        whole.probe_bytes_per_s += section.probe_bytes_per_s
+        whole.agreement += section.agreement
+    rates = whole.probe_bytes_per_s or probe.rates
+    rows = against_roofline(whole.result.rows, max(rates))
     table = pd.DataFrame([dataclasses.asdict(row) for row in rows])
     made, machine = provenance.commit(session.paths.root), provenance.hardware()
     versions = provenance.versions()
@@ -112,17 +126,77 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
     table["versions"] = "; ".join(f"{name} {versions[name]}" for name in names if name in versions)
     table["hardware"] = f"{machine['cpu']}, {machine['cores']} cores"
     table.to_csv(out / CSV, index=False, lineterminator="\n")
-    for line in [*result.skipped, *result.refused]:
+    for line in [*whole.result.skipped, *whole.result.refused]:
         print(f"reqat: warning: {line}", file=sys.stderr)
     return {
         "rows": len(rows),
-        "skipped": result.skipped,
-        "refused": result.refused,
-        "roofline_bytes_per_s": probe.best,
-        "probe_bytes_per_s": {"n": len(probe.rates), "min": min(probe.rates, default=None)},
+        "skipped": whole.result.skipped,
+        "refused": whole.result.refused,
+        "roofline_bytes_per_s": max(rates),
+        "probe_bytes_per_s": {"n": len(rates), "min": min(rates)},
         "last_level_cache_bytes": last_level_cache_bytes(),
-        "agreement": agreements,
+        "agreement": whole.agreement,
+        "resumed_sections": resumed,
     }
+
+
+def _write_section(file: Path, section: Section) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_suffix(".tmp")
+    draft.write_text(json.dumps(dataclasses.asdict(section), default=float), encoding="utf-8")  # NaN stays NaN
+    draft.replace(file)
+
+
+def _read_section(file: Path) -> Section:
+    from reqat_kernels.bench.measure import Result, Row
+
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        given = found["result"]
+        result = Result([Row(**row) for row in given["rows"]], given["skipped"], given["refused"])
+        return Section(result, found["probe_bytes_per_s"], found["agreement"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ReqatError(f"{file}: damaged ({error}); remove it, and it is measured again.") from None
+
+
+def sections(settings: Throughput, probe: Any, out: Path, say: Any) -> dict[str, Any]:
+    """Name -> function that measures it, giving a `Result` and a list of agreements, in the order to be run.
+
+    What takes microseconds comes first; what takes seconds a call can bear a neighbour.
+    """
+    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure
+    from reqat_kernels.bench.measure import Result
+
+    ring, known = settings.ring_bytes, kernels()
+
+    def timed(rounds: int, cases: Any) -> tuple[Any, list[Any]]:
+        result = Result()
+        for case in cases:
+            say(f"{case.kernel}, {case.label}")
+            providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
+            result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
+        return result, []
+
+    asked: dict[str, Any] = {}
+    if settings.linear is not None:
+        cases = linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring)
+        asked["linear"] = partial(timed, settings.linear.rounds, cases)
+    if settings.attention is not None:
+        cases = attention.cases(settings.attention.batches, settings.attention.contexts, ring_bytes=ring)
+        asked["attention"] = partial(timed, settings.attention.rounds, cases)
+    if settings.fake_quantize is not None:
+        cases = fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring)
+        asked["fake_quantize"] = partial(timed, settings.fake_quantize.rounds, cases)
+    for i, wanted_decode in enumerate(settings.decode):
+        asked[f"decode-{i}"] = lambda wanted=wanted_decode: (decode(wanted, probe, out, say), [])
+    for i, step in enumerate(settings.train_step):
+        asked[f"train_step-{i}"] = lambda step=step: (train_step(step, settings.threads, probe, say), [])
+    for i, compared in enumerate(settings.agreement):
+        asked[f"agreement-{i}"] = lambda compared=compared: (Result(), [agreement(compared, say)])
+    if settings.sem_loss is not None:
+        for shape in settings.sem_loss.shapes:
+            asked[f"sem_loss-{shape}"] = partial(timed, settings.sem_loss.rounds, loss.cases(shape))
+    return asked
 
 
 def model_path(model: str) -> str:

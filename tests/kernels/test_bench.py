@@ -27,7 +27,7 @@ def provider_of(kernel: Kernel, calls: list[str], name: str, copies: int = 4, **
 
 
 def test_providers_take_turns_and_every_call_takes_the_next_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "_burst_calls", lambda *_: 2)
+    monkeypatch.setattr(clock, "_warm_up", lambda *_: (None, 2))
     kernel, calls = Kernel("k"), list[str]()
     for name in "ab":
         provider_of(kernel, calls, name)
@@ -95,7 +95,7 @@ def test_samples_that_waited_for_a_core_are_set_aside_whatever_their_time() -> N
 def test_rows_are_held_against_the_best_probe_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10**9, 2000))  # each look at the clock, 2 microseconds later
     monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: next(now))
-    monkeypatch.setattr(clock, "_burst_calls", lambda *_: 4)
+    monkeypatch.setattr(clock, "_warm_up", lambda *_: (None, 4))
     monkeypatch.setattr(clock, "waited_ns", lambda: 0)
     kernel = Kernel("k")
     provider_of(kernel, [], "a")

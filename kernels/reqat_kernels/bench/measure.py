@@ -84,7 +84,7 @@ class Work:
     """Bytes of the whole ring (0: ``copies * bytes_moved``)."""
     chain: Callable[[Sequence[int]], Callable[[], Any]] | None = None
     peak_bytes: Callable[[], float] | None = None
-    """What a call needs beyond inputs and results, measured apart from the clock."""
+    """Makes a call and says what it needed beyond inputs and results; called before the clock starts, as warm-up."""
 
     def burst(self, indices: Sequence[int]) -> Callable[[], Any]:
         """A function without arguments that computes with each of these copies."""
@@ -198,6 +198,7 @@ class Clock:
     """Share of each sample's time that the thread waited for a core."""
     total_ns: int = 0
     waited_ns: int = 0
+    peak_bytes: float | None = None
 
     def tick(self, device: str) -> None:
         """Time one burst."""
@@ -297,7 +298,8 @@ def measure(
                 raise Wrong(f"{case.kernel} {case.label}, {provider.name} {provider.format}: {error}") from error
             out.refused.append(f"{case.kernel} {case.label}, {provider.name} {provider.format}, not timed: {error}")
             continue
-        clocks.append(Clock(provider, work, chunks(work.copies, _burst_calls(work, burst_s, case.device))))
+        peak, calls = _warm_up(work, burst_s, case.device)
+        clocks.append(Clock(provider, work, chunks(work.copies, calls), peak_bytes=peak))
     watch = Neighbours()
     first_probe = len(probe.rates)
     for turn in range(rounds):
@@ -310,8 +312,17 @@ def measure(
     return out
 
 
-def _burst_calls(work: Work, burst_s: float, device: str) -> int:
-    """Warm up by two short bursts; how many calls make a burst of ``burst_s``."""
+_LONG_CALL_S = 1.0  # from here on, one call is warm-up enough
+
+
+def _warm_up(work: Work, burst_s: float, device: str) -> tuple[float | None, int]:
+    """What a call needs beyond inputs and results, if the work can say; how many calls make a burst of ``burst_s``."""
+    peak = None
+    if work.peak_bytes is not None:
+        start = time.perf_counter()
+        peak = work.peak_bytes()
+        if time.perf_counter() - start > _LONG_CALL_S:
+            return peak, 1
     times = []
     for indices, _ in zip(chunks(work.copies, 2), range(3), strict=False):
         burst = work.burst(indices)
@@ -320,7 +331,7 @@ def _burst_calls(work: Work, burst_s: float, device: str) -> int:
         burst()
         synchronize(device)
         times.append((time.perf_counter() - start) / len(indices))
-    return max(1, math.ceil(burst_s / max(min(times), 1e-9)))
+    return peak, max(1, math.ceil(burst_s / max(min(times), 1e-9)))
 
 
 def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
@@ -352,7 +363,7 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
         waited=clock.waited_ns / clock.total_ns if clock.total_ns else math.nan,
         set_aside=len(clock.samples_us) - len(samples),
         ours=provider.ours,
-        peak_extra_bytes=None if work.peak_bytes is None else work.peak_bytes(),
+        peak_extra_bytes=clock.peak_bytes,
     )
 
 
