@@ -116,6 +116,9 @@ def run_gradients(
     seen = checkpoints / "gradients.jsonl"
     rows = {(row["step"], row["threshold"]): row for row in _read(seen)}
 
+    draft = seen.with_suffix(".draft")  # without a line that a kill cut short, to which the next would be glued
+    draft.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+    os.replace(draft, seen)
     with seen.open("a") as file:
 
         def take(step: int, found: TokenGradients) -> None:
@@ -131,7 +134,7 @@ def run_gradients(
         )
     for row in rows.values():
         row["steps"] = result.steps
-    table = [rows[key] for key in sorted(rows) if key[0] % every == 0]
+    table = [rows[key] for key in sorted(rows, key=lambda key: key[0]) if key[0] % every == 0]
     with (out / GRADIENTS).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
