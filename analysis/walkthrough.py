@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import entropy, style
 from analysis.viewer import colours
 from reqat.config.errors import ReqatError
-from reqat.evaluation.trace_files import TOKENS, TraceFolder
+from reqat.evaluation.trace_files import TraceFolder, stream_tokens
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Image
@@ -126,10 +125,10 @@ def trace_frame(folder: TraceFolder, trace: int) -> pd.DataFrame:
     if not len(rows):
         raise ReqatError(f"{folder.folder} has no trace {trace}; it has {len(folder.traces)}.")
     names = [f"{name}_{label}" for label in folder.labels for name in ("entropy", "prob", "top", "top_prob")]
-    table = pq.read_table(
-        folder.folder / TOKENS, columns=["position", "token", *names], filters=[("trace", "=", trace)]
+    columns = next(
+        found for number, found in stream_tokens(folder.folder, ["position", "token", *names]) if number == trace
     )
-    frame = table.to_pandas()
+    frame = pd.DataFrame({name: values.to_pandas() for name, values in columns.items() if name != "trace"})
     frame.insert(2, "text", [folder.vocabulary[i] for i in frame["token"]])
     return frame
 

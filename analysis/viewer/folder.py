@@ -1,15 +1,14 @@
 """Reads a folder of token traces, one trace at a time, and refuses what cannot be right.
 
-A folder holds ``meta.json``, ``traces.parquet`` (one row a trace) and ``tokens.parquet`` (one row a token, sorted by
-trace and position), see the columns below. ``tokens.parquet`` may be far larger than memory, so it is read in batches,
-and only the trace at hand is held. Every trouble names the file or the trace that it is in.
+The files are those of :mod:`reqat.evaluation.trace_files`, which reads them; here every number of a trace is looked at
+before it goes into a page. Every trouble names the file or the trace that it is in, so that one damaged trace costs no
+other.
 
 Shapes: N tokens of a trace, M entries of its top-k lists laid end to end.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +20,10 @@ from numpy.typing import NDArray
 
 from analysis.viewer.vocabulary import Vocabulary
 from reqat.config.errors import ReqatError
+from reqat.evaluation.trace_files import META, TOKENS, TRACES, read_meta, read_traces, stream_tokens
 
-TOKENS, TRACES, META = "tokens.parquet", "traces.parquet", "meta.json"
 _REMEDY = "collect the traces again"
-_WHENCE = "`reqat entropy` writes a folder of traces"
-_TRACE_COLUMNS = (
-    "trace", "problem", "family", "seed", "source", "prompt", "response", "answer", "correct", "finished", "tokens",
-)  # fmt: skip
-_TOKEN_COLUMNS = ("trace", "position", "token")
 _LABEL_COLUMNS = ("entropy", "prob", "top", "top_prob")
-_BATCH_ROWS = 32_768
 # Entropies are of float32 logits: a distribution that puts everything on one token may come out a little below zero.
 _SLACK = 1e-3
 
@@ -110,10 +103,12 @@ class Folder:
                 all the same; None raises the first.
 
         Raises:
-            ReqatError: for a file that is missing, damaged, unsorted, or without a column.
+            FileNotFoundError: there is no ``tokens.parquet``.
+            ReqatError: for a file that is damaged, unsorted, or without a column.
         """
         left = set(self.traces) if wanted is None else set(wanted)
-        for number, columns in self._pieces(damaged):
+        names = ["position", "token", *(f"{name}_{label}" for label in self.labels for name in _LABEL_COLUMNS)]
+        for number, columns in stream_tokens(self.path, names, damaged=damaged):
             trace = self.traces.get(number)
             if trace is None:
                 raise ReqatError(
@@ -139,57 +134,6 @@ class Folder:
     def _nothing(self) -> Tokens:
         none, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
         return Tokens(none, {label: Distributions(nothing, nothing, none, nothing, none) for label in self.labels})
-
-    def _pieces(self, damaged: Callable[[ReqatError], None] | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(trace, columns) of each run of rows with one trace number; columns are arrow arrays of N rows."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        path = self.path / TOKENS
-        names = [*_TOKEN_COLUMNS, *(f"{name}_{label}" for label in self.labels for name in _LABEL_COLUMNS)]
-        held: list[Any] = []
-        seen: set[int] = set()
-        last: int | None = None
-
-        def finish() -> tuple[int, dict[str, Any]]:
-            table = pa.Table.from_batches(held)
-            held.clear()
-            assert last is not None
-            seen.add(last)
-            return last, {name: table[name].combine_chunks() for name in names}
-
-        with _damage(path):
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-        with file:
-            _require(path, names, file.schema_arrow.names)
-            for group in range(file.num_row_groups):
-                batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=names)
-                while True:
-                    try:
-                        with _damage(path, f"in row group {group}" + ("" if last is None else f", after trace {last}")):
-                            batch = next(batches, None)
-                    except ReqatError as error:
-                        if damaged is None:
-                            raise
-                        damaged(error)
-                        held.clear()  # its end is lost
-                        break
-                    if batch is None:
-                        break
-                    if batch.column("trace").null_count:
-                        raise ReqatError(f"{path}: a token without a trace after trace {last}; {_REMEDY}")
-                    number_N = np.asarray(batch.column("trace").to_numpy(zero_copy_only=False))
-                    starts = [0, *(np.flatnonzero(np.diff(number_N)) + 1).tolist()] if len(number_N) else []
-                    for start, stop in zip(starts, [*starts[1:], len(number_N)], strict=True):
-                        number = int(number_N[start])
-                        if held and number != last:
-                            yield finish()
-                        if number in seen:
-                            raise ReqatError(f"{path} is not sorted: trace {number} comes twice; {_REMEDY}")
-                        last = number
-                        held.append(batch.slice(start, stop - start))
-        if held:
-            yield finish()
 
     def _check(self, trace: Trace, columns: Mapping[str, Any]) -> Tokens:
         """Arrow columns as arrays. Raises `TraceError` for what cannot be."""
@@ -248,56 +192,21 @@ def _probable(values: NDArray[np.float32]) -> NDArray[np.bool_]:
     return (values >= 0) & (values <= 1 + _SLACK)  # False for NaN
 
 
-@contextlib.contextmanager
-def _damage(path: Path, where: str = "") -> Iterator[None]:
-    """Turns what pyarrow raises for a file that is missing or damaged into one line that names it."""
-    import pyarrow as pa
-
-    if not path.is_file():
-        raise ReqatError(f"no {path.name} in {path.parent}; {_WHENCE}")
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        at = f" {where}" if where else ""
-        raise ReqatError(f"{path} is damaged or cut short{at} ({line}); {_REMEDY}") from error
-
-
-def _require(path: Path, wanted: Sequence[str], there: Sequence[str]) -> None:
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise ReqatError(f"{path} has no column {', '.join(missing)} (it has {', '.join(there)}); {_REMEDY}")
-
-
 def open_folder(path: Path) -> Folder:
     """Read ``meta.json`` and ``traces.parquet`` of a folder; its tokens are read by :meth:`Folder.read`.
 
-    Raises ``ReqatError`` for a folder or file that is missing or damaged, no traces, or traces with one number.
+    Raises ``ReqatError`` for a folder that is missing, a damaged file, no traces, or traces with one number, and
+    FileNotFoundError for a missing file.
     """
     if not path.is_dir():
-        raise ReqatError(f"no folder {path}; give one that holds {TOKENS}, {TRACES} and {META} ({_WHENCE})")
-    meta = _read_meta(path / META)
-    labels = meta.get("labels")
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
-        raise ReqatError(f"{path / 'meta.json'}: labels is {labels!r}, not a list of precisions; {_REMEDY}")
-    if len(set(labels)) != len(labels):
-        raise ReqatError(f"{path / 'meta.json'}: labels {labels} name a precision twice; {_REMEDY}")
+        raise ReqatError(
+            f"no folder {path}; give one that holds {TOKENS}, {TRACES} and {META} (`reqat entropy` writes it)"
+        )
+    meta = read_meta(path)
     vocabulary = Vocabulary.from_meta(meta, path)
     about = [(key, _short(value)) for key, value in meta.items() if key not in ("vocabulary", "labels")]
-    traces = _read_traces(path / TRACES)
-    return Folder(path, tuple(labels), vocabulary, meta, traces, tuple(about))
-
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ReqatError(f"no {META} in {path.parent}; {_WHENCE}")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ReqatError(f"{path} is damaged ({error}); {_REMEDY}") from error
-    if not isinstance(meta, dict):
-        raise ReqatError(f"{path} holds no object but {type(meta).__name__}; {_REMEDY}")
-    return meta
+    traces = _traces(path)
+    return Folder(path, tuple(meta["labels"]), vocabulary, meta, traces, tuple(about))
 
 
 def _short(value: Any) -> str:
@@ -305,14 +214,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
 
 
-def _read_traces(path: Path) -> dict[int, Trace]:
-    import pyarrow.parquet as pq
-
-    with _damage(path):
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    _require(path, _TRACE_COLUMNS, table.column_names)
+def _traces(folder: Path) -> dict[int, Trace]:
+    path = folder / TRACES
     traces: dict[int, Trace] = {}
-    for row in table.select(_TRACE_COLUMNS).to_pylist():
+    for row in read_traces(folder).to_pylist():
         number = row.pop("trace")
         missing = [name for name, value in row.items() if value is None and name not in ("correct", "answer")]
         if number is None or missing:

@@ -93,7 +93,8 @@ def build_page(
         warn: what happens with a line about a trace that was left out.
 
     Raises:
-        ReqatError: for a folder or file that is missing or damaged, a trace with an impossible number (the message
+        FileNotFoundError: for a file that is missing.
+        ReqatError: for a folder that is missing, a damaged file, a trace with an impossible number (the message
             names it), or nothing to show.
     """
     if limit is not None and limit < 1:

@@ -13,9 +13,10 @@ Neither side needs torch. Shapes: N tokens, K most likely tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +37,8 @@ TOKENS, TRACES, META = "tokens.parquet", "traces.parquet", "meta.json"
 SCHEMA = "reqat.traces/1"
 # About 4 MiB of columns a precision: large enough to compress, small enough to lose little with a damaged page.
 _GROUP_TOKENS = 65_536
+# Rows that are decoded at a time where traces are read one by one.
+_BATCH_ROWS = 32_768
 _TRACE_FIELDS: tuple[tuple[str, Any], ...] = (
     ("trace", pa.int32()),
     ("problem", pa.string()),
@@ -303,6 +306,128 @@ def _lists(values_NK: NDArray[Any]) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(np.arange(n + 1, dtype=np.int32) * k), pa.array(values_NK.reshape(-1)))
 
 
+# -- reading ---------------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def readable(path: Path, where: str = "") -> Iterator[None]:
+    """Turns what pyarrow raises for a damaged file into a `ReqatError` that names it, and ``where`` in it.
+
+    Raises FileNotFoundError where there is no file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; `reqat entropy` writes a folder of traces.")
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ReqatError(
+            f"{path} is damaged or cut short{f' {where}' if where else ''} ({line}); collect the traces again."
+        ) from None
+
+
+def require(path: Path, wanted: Iterable[str], there: Sequence[str]) -> None:
+    """Raises `ReqatError` naming the columns that a file does not have."""
+    missing = [name for name in wanted if name not in there]
+    if missing:
+        raise ReqatError(
+            f"{path} lacks the columns {', '.join(missing)} (it has {', '.join(there)}); collect the traces again."
+        )
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """``meta.json``; its ``labels`` are one or more different texts.
+
+    Raises FileNotFoundError where there is none, and `ReqatError` for one that is damaged.
+    """
+    path = folder / META
+    with readable(path):
+        text = path.read_bytes()
+    try:
+        meta = json.loads(text.decode("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ReqatError(f"{path} is damaged ({error}); collect the traces again.") from None
+    if not isinstance(meta, dict):
+        raise ReqatError(f"{path} is damaged: it holds no object but {type(meta).__name__}; collect the traces again.")
+    labels = meta.get("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
+        raise ReqatError(f"{path}: labels is {labels!r}, not a list of precisions; collect the traces again.")
+    if len(set(labels)) != len(labels):
+        raise ReqatError(f"{path}: labels {labels} name a precision twice; collect the traces again.")
+    return meta
+
+
+def read_traces(folder: Path) -> pa.Table:
+    """``traces.parquet``, every column that it has to have. Raises as :func:`read_meta` does."""
+    path = folder / TRACES
+    with readable(path):
+        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+    names = [name for name, _ in _TRACE_FIELDS]
+    require(path, names, table.column_names)
+    return table.select(names)
+
+
+def stream_tokens(
+    folder: Path, names: Sequence[str], *, damaged: Callable[[ReqatError], None] | None = None
+) -> Iterator[tuple[int, dict[str, pa.Array]]]:
+    """Trace by trace, its number and its columns ``names`` of ``tokens.parquet``; one trace is in memory at a time.
+
+    Args:
+        damaged: told of each row group that cannot be read; a trace that is partly in it comes short, and the others
+            are read all the same. None raises the first.
+
+    Raises FileNotFoundError, and `ReqatError` for a file that is damaged, unsorted, or without a column.
+    """
+    path = folder / TOKENS
+    names = ["trace", *(name for name in names if name != "trace")]
+    held: list[pa.RecordBatch] = []
+    seen: set[int] = set()
+    last: int | None = None
+    cut: int | None = None
+
+    def finish() -> tuple[int, dict[str, pa.Array]]:
+        table = pa.Table.from_batches(held)
+        held.clear()
+        assert last is not None
+        seen.add(last)
+        return last, {name: table[name].combine_chunks() for name in names}
+
+    with readable(path):
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+    with file:
+        require(path, names, file.schema_arrow.names)
+        for group in range(file.num_row_groups):
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=names)
+            while True:
+                try:
+                    with readable(path, f"in row group {group}" + ("" if last is None else f", after trace {last}")):
+                        batch = next(batches, None)
+                except ReqatError as error:
+                    if damaged is None:
+                        raise
+                    damaged(error)
+                    if held:  # whole, if it ended with the group before
+                        yield finish()
+                    cut = last
+                    break
+                if batch is None:
+                    break
+                if batch.column("trace").null_count:
+                    raise ReqatError(f"{path}: a token without a trace after trace {last}; collect the traces again.")
+                number_N = np.asarray(batch.column("trace").to_numpy(zero_copy_only=False))
+                starts = [0, *(np.flatnonzero(np.diff(number_N)) + 1).tolist()] if len(number_N) else []
+                for start, stop in zip(starts, [*starts[1:], len(number_N)], strict=True):
+                    number = int(number_N[start])
+                    if held and number != last:
+                        yield finish()
+                    if number in seen and number == cut:  # goes on after what was lost
+                        continue
+                    if number in seen:
+                        raise ReqatError(f"{path} is not sorted: trace {number} comes twice; collect the traces again.")
+                    last = number
+                    held.append(batch.slice(start, stop - start))
+    if held:
+        yield finish()
+
+
 class TraceFolder:
     """A trace folder, read by column.
 
@@ -322,41 +447,25 @@ class TraceFolder:
 
     def __init__(self, folder: Path | str, *, lost: Literal["raise", "skip"] = "raise") -> None:
         self.folder = Path(folder)
-        for name in (META, TRACES, TOKENS):
-            if not (self.folder / name).is_file():
-                raise FileNotFoundError(
-                    f"{self.folder / name} is not there; `reqat entropy --out {self.folder}` writes a trace folder"
-                )
+        self.meta: dict[str, Any] = read_meta(self.folder)
+        self.labels: tuple[str, ...] = tuple(self.meta["labels"])
         try:
-            self.meta: dict[str, Any] = json.loads((self.folder / META).read_text(encoding="utf-8"))
-            self.labels: tuple[str, ...] = tuple(self.meta["labels"])
             self.k = int(self.meta["k"])
             self.vocabulary: list[str] = list(self.meta["vocabulary"])
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ReqatError(f"{self.folder / META} is damaged ({error!r}); collect the traces again.") from None
-        path = self.folder / TRACES
-        try:
-            table = pq.ParquetFile(path, page_checksum_verification=True).read()
-        except (pa.ArrowException, OSError) as error:
-            raise ReqatError(f"{path} is damaged or cut short ({error}); collect the traces again.") from None
-        missing = [name for name, _ in _TRACE_FIELDS if name not in table.column_names]
-        if missing:
-            raise ReqatError(f"{path} lacks the columns {', '.join(missing)}; it is no file of traces.")
-        self.traces: pd.DataFrame = table.to_pandas()
+        self.traces: pd.DataFrame = read_traces(self.folder).to_pandas()
         self.skipped: list[int] = []
         self._open_tokens(lost)
 
     def _open_tokens(self, lost: str) -> None:
         path = self.folder / TOKENS
-        try:
+        with readable(path):
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
-        except (pa.ArrowException, OSError) as error:
-            raise ReqatError(f"{path} is damaged or cut short ({error}); collect the traces again.") from None
-        missing = [name for name in token_schema(self.labels).names if name not in self._file.schema_arrow.names]
-        self.has_tail = not any(name.startswith("tail_") for name in missing)
-        missing = [name for name in missing if not name.startswith("tail_")]
-        if missing:
-            raise ReqatError(f"{path} lacks the columns {', '.join(missing)}; meta.json says it has {self.labels}.")
+        there = self._file.schema_arrow.names
+        wanted = token_schema(self.labels).names
+        self.has_tail = all(name in there for name in wanted if name.startswith("tail_"))
+        require(path, [name for name in wanted if not name.startswith("tail_")], there)
         self._groups = list(range(self._file.num_row_groups))
         self._check_groups(skip=lost == "skip")
         trace_N, position_N = self._read("trace"), self._read("position")

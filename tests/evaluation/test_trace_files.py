@@ -12,7 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.trace_files import META, TOKENS, TRACES, TokenColumns, TraceFolder, TraceInfo, TraceWriter
+from reqat.evaluation.trace_files import (
+    META,
+    TOKENS,
+    TRACES,
+    TokenColumns,
+    TraceFolder,
+    TraceInfo,
+    TraceWriter,
+    stream_tokens,
+)
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -129,7 +138,7 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
 def test_a_new_run_makes_the_old_folder_unwhole_until_it_ends(tmp_path: Path) -> None:
     write(tmp_path, [2])
     writer = TraceWriter(tmp_path, ["A"], WORDS)
-    with pytest.raises(FileNotFoundError, match="meta.json is not there"):
+    with pytest.raises(FileNotFoundError, match="no meta.json in .*`reqat entropy`"):
         TraceFolder(tmp_path)
     writer.abort()
 
@@ -218,3 +227,24 @@ def test_unknown_names_are_answered_with_known_ones(tmp_path: Path) -> None:
     (tmp_path / META).write_text(json.dumps({"labels": ["A"]}))
     with pytest.raises(ReqatError, match="meta.json is damaged"):
         TraceFolder(tmp_path)
+
+
+def test_traces_are_streamed_one_by_one(tmp_path: Path) -> None:
+    written = write(tmp_path, [40, 1, 70, 3], group_tokens=50)
+    found = list(stream_tokens(tmp_path, ["entropy_B", "position"]))
+    assert [number for number, _ in found] == [0, 1, 2, 3]
+    for (_, columns), expected in zip(found, written, strict=True):
+        assert (columns["entropy_B"].to_numpy() == expected["B"].entropy).all()
+        assert columns["position"].to_pylist() == list(range(len(expected["B"].entropy)))
+    with pytest.raises(ReqatError, match="lacks the columns entropy_C"):
+        next(stream_tokens(tmp_path, ["entropy_C"]))
+
+
+def test_streaming_tells_of_a_damaged_group_and_goes_on(tmp_path: Path) -> None:
+    write(tmp_path, [40, 40, 40, 40, 40], group_tokens=80)
+    damage(tmp_path, 1)
+    told: list[ReqatError] = []
+    assert [number for number, _ in stream_tokens(tmp_path, ["entropy_A"], damaged=told.append)] == [0, 1, 4]
+    assert len(told) == 1 and "in row group 1, after trace 1" in str(told[0])
+    with pytest.raises(ReqatError, match="in row group 1, after trace 1"):
+        list(stream_tokens(tmp_path, ["entropy_A"]))
