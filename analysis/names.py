@@ -29,8 +29,14 @@ FIGURES: dict[str, str | None] = {
 # Made of the throughput benchmark (config/throughput.yaml) alone, on tiers that have one.
 THROUGHPUT_FIGURES = ("figure6",)
 # Made of studies (config/studies.yaml): file stem -> the kinds of study that it needs, all of them.
-STUDY_TABLES: dict[str, tuple[str, ...]] = {"studies": ()}
-STUDY_FIGURES: dict[str, tuple[str, ...]] = {}
+STUDY_TABLES: dict[str, tuple[str, ...]] = {"studies": (), "reset": ("reset",)}
+STUDY_FIGURES: dict[str, tuple[str, ...]] = {
+    "figure2": ("pair", "routing", "noise"),
+    "figure4": ("dynamics",),
+    "figure7": ("gradients",),
+    "figure8": ("routing",),
+    "figure9": ("pair",),
+}
 THROUGHPUT_KERNELS = ("linear", "attention", "fake_quantize", "sem_loss", "decode", "train_step", "agreement")
 
 

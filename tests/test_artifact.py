@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.names import figure_names, table_names, throughput_names
+from analysis.names import figure_names, study_names, table_names, throughput_names
 from reqat.config import Paths, load
+from reqat.config.studies import load_studies
 from reqat.config.throughput import load_throughput
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,11 @@ def listed() -> dict[str, list[str]]:
 def made_by(tier: str) -> dict[str, set[str]]:
     plan = load(tier, Paths(ROOT))
     tables, figures = throughput_names(load_throughput(tier, Paths(ROOT).config))
-    return {"tables": {*table_names(plan), *tables}, "plots": {*figure_names(plan), *figures}}
+    more_tables, more_figures = study_names(load_studies(plan, Paths(ROOT).config))
+    return {
+        "tables": {*table_names(plan), *tables, *more_tables},
+        "plots": {*figure_names(plan), *figures, *more_figures},
+    }
 
 
 def test_everything_that_the_paper_reports_is_listed() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.names import FIGURES, figure_names, table_names, throughput_names
+from analysis.names import FIGURES, figure_names, study_names, table_names, throughput_names
 from reqat.config.paths import Paths, load
+from reqat.config.studies import load_studies
 from reqat.config.throughput import load_throughput
 from reqat.config.tier import tier_names
 
@@ -21,6 +22,8 @@ def test_every_table_and_figure_has_a_caption(tier: str) -> None:
     plan = load(tier, Paths(ROOT))
     tables, figures = throughput_names(load_throughput(tier, ROOT / "config"))
     names = [*table_names(plan), *(figure for figure, _ in figure_names(plan).values()), *tables, *figures]
+    for made in study_names(load_studies(plan, ROOT / "config")):
+        names += made
     assert [n for n in names if not (ROOT / "report" / f"{n}.rst").is_file()] == []
 
 
