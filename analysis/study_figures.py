@@ -11,8 +11,8 @@ Every figure is a function of the small files that a study leaves and that pinni
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,12 +24,9 @@ from matplotlib.ticker import MaxNLocator
 from analysis import style
 from analysis.document import MINUS
 from analysis.entropy_report import draw_bars, draw_interval_line, percentiles
+from analysis.studies import ByKind, Study
 from reqat.config.errors import ReqatError
 
-if TYPE_CHECKING:
-    from analysis.studies import Study
-
-ByKind = Mapping[str, Sequence["Study"]]
 POLICIES = ("all-reference", "low-reference", "low-candidate", "all-candidate")
 KIND_COLOURS = {"digit": style.BLUE, "operator": style.VERMILION, "other": "#333333"}
 _CLOUD_COLUMNS, _CLOUD_ROWS = 4, 6
@@ -185,7 +182,9 @@ def _kinds(ax: Axes, pair: Study) -> None:
         rows = frame[frame["kind"] == kind]
         draw_interval_line(ax, percentiles(rows), _in_percent(rows), KIND_COLOURS[kind], marker, f"{kind}s")
     ax.set_ylabel("share of tokens (%)")
+    ticks = [tick for tick in ax.get_yticks() if 0 <= tick <= 100]
     ax.set_ylim(0, 1.22 * ax.get_ylim()[1])  # room for the legend
+    ax.set_yticks(ticks)
     _percentile_axis(ax, pair)
     ax.legend(loc="upper left", ncols=2)
     style.panel(ax, "", "Digits and operators")
@@ -202,6 +201,8 @@ def _in_percent(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _examples(left: Axes, right: Axes, pair: Study) -> None:
     frame = optional(pair, "examples")
+    if frame is not None:  # an empty text, such as that before a first token, is no number
+        frame = frame.fillna({"context": "", "taken": "", "token": ""})
     reference, candidate = roles(pair)
     labels = list(dict.fromkeys(frame["label"])) if frame is not None else []
     # One scale for both, so that the difference between them can be seen.

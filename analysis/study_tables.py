@@ -15,8 +15,8 @@ from typing import Any
 import pandas as pd
 
 from analysis.document import Column, Table, Text, interval, number, p_value, percent
-from analysis.studies import Study
-from analysis.study_figures import ByKind, notes, several
+from analysis.studies import ByKind, Study
+from analysis.study_figures import notes, several
 from reqat.config.errors import ReqatError
 
 RESET_CITATION = "ReSET, arXiv 2606.13233"

@@ -127,9 +127,9 @@ def _columns(rng: np.random.Generator, ids: list[int], prob: np.ndarray, entropy
     return TokenColumns(*(x.astype(np.float32) for x in (entropy, tail, prob)), top, top_prob.astype(np.float32))
 
 
-def pair(path: Path, wrong: tuple[int, ...] = (2, 7, 9)) -> Study:
+def pair(path: Path, wrong: tuple[int, ...] = (2, 7, 9), more_than: int = 10) -> Study:
     folder = traces(path, wrong)
-    report(folder, REF, CAND, bins=4, more_than=10).write(path)
+    report(folder, REF, CAND, bins=4, more_than=more_than).write(path)
     for name in (
         "tokens.parquet",
         "traces.parquet",

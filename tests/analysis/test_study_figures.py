@@ -126,7 +126,8 @@ def test_figure2_tokens_and_damage(studies: dict[str, list[Study]], drawn: dict[
 
 
 def test_figure2_shows_both_distributions(studies: dict[str, list[Study]], drawn: dict[str, Figure]) -> None:
-    ax = panel(drawn["figure2"], "(b)")
+    fig = drawn["figure2"]
+    ax = panel(fig, "(b)")
     rows = studies["pair"][0].table("examples")
     rows = rows[rows["example"] == "derailment"]
     ticks = [t.get_text() for t in ax.get_xticklabels()]
@@ -134,9 +135,12 @@ def test_figure2_shows_both_distributions(studies: dict[str, list[Study]], drawn
     for label, name in ((made.REF, "BF16"), (made.CAND, "NVFP4")):
         own = rows[rows["label"] == label].set_index("token")["probability"]
         xy = np.asarray(lines[name].get_xydata())
-        drawn = {ticks[round(x)]: y for x, y in xy}
-        assert drawn == pytest.approx({visible(t): p for t, p in own.items() if visible(t) in ticks})
-        assert len(drawn) >= 2
+        found = {ticks[round(x)]: y for x, y in xy}
+        assert found == pytest.approx({visible(t): p for t, p in own.items() if visible(t) in ticks})
+        assert len(found) >= 2
+    assert ax.get_xlabel().startswith("\u201c\u2026 is 1 + 1 = \u25a1")
+    # the other position is the first of its response: nothing stands before it
+    assert panel(fig, "Where either").get_xlabel().startswith("\u201c\u2026 \u25a1")
 
 
 def test_figure8_has_a_panel_a_threshold(drawn: dict[str, Figure]) -> None:
@@ -162,10 +166,11 @@ def test_figure9_is_the_tables(studies: dict[str, list[Study]], drawn: dict[str,
     assert "100.0% part and 25.0% derail" in texts(fig).replace("\n", " ")
 
 
-def test_without_derailments_the_figures_say_so(studies: dict[str, list[Study]], tmp_path: Path) -> None:
-    quiet = studies | {"pair": [made.pair(tmp_path / "quiet", wrong=())]}
+def test_what_a_short_study_lacks_is_said(studies: dict[str, list[Study]], tmp_path: Path) -> None:
+    quiet = studies | {"pair": [made.pair(tmp_path / "quiet", wrong=(), more_than=10**6)]}
     assert "no response derailed" in texts(draw(figure9, quiet))
-    assert "no such position" in texts(draw(figure2, quiet))
+    words = texts(draw(figure2, quiet))
+    assert "no such position" in words and "no token type is seen often enough" in words
 
 
 def test_what_is_missing_is_named(studies: dict[str, list[Study]], tmp_path: Path) -> None:
