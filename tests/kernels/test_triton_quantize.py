@@ -11,7 +11,7 @@ import reqat  # noqa: E402
 from reqat.formats import get_format  # noqa: E402
 from reqat.quant.hadamard import block_hadamard  # noqa: E402
 from reqat_kernels.triton import naive  # noqa: E402
-from reqat_kernels.triton.quantize import quantize  # noqa: E402
+from reqat_kernels.triton.quantize import fake_quantize, quantize  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning")
 
@@ -54,6 +54,19 @@ def test_hard_rows(fmt, hard_rows, device, same):
     parts = [hard_rows] if fmt.global_scale in ("none", "row") else [hard_rows, hard_rows[-9:], hard_rows[:3]]
     for x in parts:
         same(quantize(x.to(device), fmt), naive.quantize(x, fmt))
+
+
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=[label.replace(" ", "-") for label in FORMATS])
+def test_fake_quantization_without_codes(fmt, hard_rows, device):
+    """Equal numbers (a zero's sign aside, which codes keep and dequantizing drops), also in types that are narrow."""
+    for x in (hard_rows, hard_rows[-9:].bfloat16(), hard_rows[-9:].half(), hard_rows[-2:].double()):
+        if not torch.isfinite(x).all():
+            continue
+        got = fake_quantize(x.to(device), fmt)
+        assert got.dtype == x.dtype and got.shape == x.shape
+        assert torch.equal(got.cpu(), reqat.formats.quantize_dequantize(x, fmt))
+    with pytest.raises(ValueError, match="weights of shape .* holds NaN or infinity"):
+        fake_quantize(torch.full((2, 32), torch.nan, device=device), fmt, name="weights")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from reqat_kernels.triton import append, attention, gemm, gemv, quantize, sem_loss
 from reqat_kernels.triton.runtime import AVAILABLE, INTERPRETED, tl, triton
 
@@ -301,8 +303,10 @@ def _quantize_cases() -> list[Case]:
     mxfp4 = {"BLOCK": 32, "E1M2": False, "RULE": "ceil", "NVFP4": False, "ROW": False, "DYNAMIC": False}
     kernel = quantize.quantize_kernel
 
-    def case(name: str, constants: dict[str, Any], core: tuple[int, ...] = ()) -> Case:
-        return Case(name, kernel, types, {**constants, **tile}, options, 128, multiples=("M", "K"), core=core)
+    def case(name: str, constants: dict[str, Any], core: tuple[int, ...] = (), fake: bool = False) -> Case:
+        kinds = {**types, "packed_ptr": "*bf16"} if fake else types
+        constants = {"FAKE": fake, "LIMIT": torch.finfo(torch.bfloat16).max if fake else 0.0, **constants, **tile}
+        return Case(name, kernel, kinds, constants, options, 128, multiples=("M", "K"), core=core)
 
     return [
         Case(
@@ -320,6 +324,8 @@ def _quantize_cases() -> list[Case]:
         ),
         case("quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}),
         case("quantize: MXFP4, Hadamard 32", {**mxfp4, "TRACK": False, "HADAMARD": 32}),
+        case("fake quantize: NVFP4, dynamic", {**nvfp4, "DYNAMIC": True, "TRACK": False, "HADAMARD": 0}, (90,), True),
+        case("fake quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}, fake=True),
     ]
 
 

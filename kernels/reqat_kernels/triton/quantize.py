@@ -32,6 +32,7 @@ from reqat_kernels.triton.elements import (
     cast,
     decode_e4m3,
     decode_e8m0,
+    decode_element,
     encode_e8m0,
     encode_element,
     float_bits,
@@ -97,8 +98,8 @@ def amax_kernel(
 @triton.jit
 def quantize_kernel(
     x_ptr,  # [M, K] float16, bfloat16 or float32
-    packed_ptr,  # uint8 [M, K / 2]
-    scales_ptr,  # uint8 [M, K / BLOCK]: E8M0, or the bits of E4M3
+    packed_ptr,  # uint8 [M, K / 2]; under FAKE the numbers that codes and scales stand for, [M, K] in x's type
+    scales_ptr,  # uint8 [M, K / BLOCK]: E8M0, or the bits of E4M3; not written under FAKE
     g_ptr,  # float32 [1] or [M]; written if DYNAMIC
     amax_ptr,  # int32 [1] or [M]: read if DYNAMIC, else [1] and raised to the largest magnitude if TRACK
     M,
@@ -113,8 +114,10 @@ def quantize_kernel(
     HADAMARD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    FAKE: tl.constexpr = False,
+    LIMIT: tl.constexpr = 3.4028234663852886e38,  # the largest number of x's type
 ):
-    """Codes and scales of a tile of rows and columns."""
+    """Codes and scales of a tile of rows and columns, or (FAKE) the numbers they stand for."""
     BLOCKS: tl.constexpr = BLOCK_K // BLOCK
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -151,8 +154,15 @@ def quantize_kernel(
     if TRACK:
         tl.atomic_max(amax_ptr, tl.max(tl.max(float_bits(amax), axis=1), axis=0))
 
-    packed = pack_pairs(encode_element(y, E1M2), BLOCK_M, BLOCK_K // 2)
     first = rows.to(tl.int64)[:, None]
+    if FAKE:
+        scale = nvfp4_effective_scale(s, g, RULE) if NVFP4 else decode_e8m0(stored)
+        value = decode_element(encode_element(y, E1M2), E1M2) * spread(scale, BLOCK_M, BLOCKS, BLOCK)
+        value = tl.minimum(tl.maximum(value, -LIMIT), LIMIT)
+        inside = (rows < M)[:, None] & (columns < K)[None, :]
+        tl.store(packed_ptr + first * K + columns[None, :], cast(value, packed_ptr.dtype.element_ty), mask=inside)
+        return
+    packed = pack_pairs(encode_element(y, E1M2), BLOCK_M, BLOCK_K // 2)
     pairs = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
     tl.store(
         packed_ptr + first * (K // 2) + pairs[None, :], packed, mask=(rows < M)[:, None] & (pairs < K // 2)[None, :]
@@ -187,6 +197,51 @@ def quantize(
         ImportError: triton is not installed.
         ValueError: a format, rounding, shape or device that the kernel does not take; NaN or infinity in ``x``.
     """
+    _, K, packed, scales, g, fmt = _launch(x, fmt, rotation, global_scale, check, name, options, fake=False)
+    lead = x.shape[:-1]
+    assert scales is not None
+    return PackedTensor(
+        packed.view(*lead, K // 2),
+        (scales if fmt.scale == "E8M0" else scales.view(torch.float8_e4m3fn)).view(*lead, scales.shape[-1]),
+        None if not fmt.has_global_scale else g.view(*lead, 1) if g.ndim else g,
+        fmt,
+        x.ndim - 1,
+        x.shape,
+        x.dtype,
+    )
+
+
+@torch.no_grad()
+def fake_quantize(
+    x: Tensor,
+    fmt: str | Format,
+    *,
+    rotation: int | None = None,
+    global_scale: Tensor | float | str | None = None,
+    check: bool = True,
+    name: str | None = None,
+    **options: str | None,
+) -> Tensor:
+    """``reqat.formats.quantize_dequantize(x, fmt, ...)`` along the last axis, bit for bit, in one pass.
+
+    Arguments and errors of :func:`quantize`; no codes are written. Not differentiable.
+    """
+    _, _, y, _, _, _ = _launch(x, fmt, rotation, global_scale, check, name, options, fake=True)
+    return y.view(x.shape).to(x.dtype)
+
+
+def _launch(
+    x: Tensor,
+    fmt: str | Format,
+    rotation: int | None,
+    global_scale: Tensor | float | str | None,
+    check: bool,
+    name: str | None,
+    options: dict[str, str | None],
+    *,
+    fake: bool,
+) -> tuple[int, int, Tensor, Tensor | None, Tensor, Format]:
+    """M, K, bytes [M, K / 2] and scale bytes [M, blocks] (``fake``: numbers, None), g ([M] or scalar), format."""
     label = name or "tensor"
     fmt, given = _resolve(fmt, global_scale, options)
     require(x, given if isinstance(given, Tensor) and given.numel() > 1 else None)
@@ -213,8 +268,12 @@ def quantize(
         g = _given_g(given, x, check)
         row = g.numel() != 1 or g.ndim > 0
         g = g.reshape(-1)
-    packed = torch.empty(M, K // 2, dtype=torch.uint8, device=x.device)
-    scales = torch.empty(M, K // block, dtype=torch.uint8, device=x.device)
+    scales: Tensor | None = None
+    if fake:
+        packed = torch.empty_like(x_MK)
+    else:
+        packed = torch.empty(M, K // 2, dtype=torch.uint8, device=x.device)
+        scales = torch.empty(M, K // block, dtype=torch.uint8, device=x.device)
     if x_MK.numel():
         amax = torch.zeros(M if row and dynamic else 1, dtype=torch.int32, device=x.device)
         BM, BK = _tile(M, K, max(block, rotation or 0))
@@ -227,7 +286,7 @@ def quantize(
         quantize_kernel[grid](
             x_MK,
             packed,
-            scales,
+            amax if scales is None else scales,
             g,
             amax,
             M,
@@ -239,6 +298,8 @@ def quantize(
             ROW=row,
             DYNAMIC=dynamic,
             TRACK=check and not dynamic,
+            FAKE=fake,
+            LIMIT=torch.finfo(x_MK.dtype).max if fake else 0.0,
             **tile,
         )
         if check and int(amax.amax()) >= _INFINITY_BITS:
@@ -247,16 +308,7 @@ def quantize(
                 f"{label} of shape {tuple(x.shape)} holds NaN or infinity{rotated}; only finite numbers can be "
                 "quantized"
             )
-    lead = x.shape[:-1]
-    return PackedTensor(
-        packed.view(*lead, K // 2),
-        (scales if fmt.scale == "E8M0" else scales.view(torch.float8_e4m3fn)).view(*lead, K // block),
-        None if not fmt.has_global_scale else g.view(*lead, 1) if row else g.view(()),
-        fmt,
-        x.ndim - 1,
-        x.shape,
-        x.dtype,
-    )
+    return M, K, packed, scales, g if row else g.reshape(()), fmt
 
 
 def _resolve(
