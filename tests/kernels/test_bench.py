@@ -3,6 +3,7 @@ clock: times come from a fake one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_samples_that_waited_for_a_core_are_set_aside_whatever_their_time() -> N
 
 def test_rows_are_held_against_the_best_probe_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10**9, 2000))  # each look at the clock, 2 microseconds later
-    monkeypatch.setattr(clock.time, "perf_counter_ns", lambda: next(now))
+    monkeypatch.setattr(machine.time, "perf_counter_ns", lambda: next(now))
     monkeypatch.setattr(clock, "_warm_up", lambda *_: (None, 4))
     monkeypatch.setattr(clock, "waited_ns", lambda: 0)
     kernel = Kernel("k")
@@ -140,6 +141,8 @@ def test_every_provider_computes_the_product() -> None:
     """Each provider that runs here passes its check at an odd M; ragged shapes are refused with a sentence."""
     found = set()
     for provider in kernels()["linear"].providers:
+        if "cpu" not in provider.devices:
+            continue
         case = Case("linear", (("M", 3), ("N", 64), ("K", 128)), ring_bytes=1)
         try:
             work = provider.make(case)
@@ -153,9 +156,11 @@ def test_every_provider_computes_the_product() -> None:
 
 
 def test_attention_and_loss_agree_with_their_references() -> None:
-    for case in [*attention.cases([2], [33], ring_bytes=1), *loss.cases("tiny")]:
+    for case in [*attention.cases([2], [33], device="cpu", ring_bytes=1), *loss.cases("tiny")]:
         found = set()
         for provider in kernels()[case.kernel].providers:
+            if "cpu" not in provider.devices:
+                continue
             work = provider.make(case)
             work.check()
             work.burst(range(work.copies))()
@@ -168,7 +173,7 @@ def test_attention_and_loss_agree_with_their_references() -> None:
 
 
 def test_the_check_of_attention_sees_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = attention.cases([1], [40], ring_bytes=1)
+    (case,) = attention.cases([1], [40], device="cpu", ring_bytes=1)
     right = attention._ours(case, "E2M1")
     right.check()
     from reqat_kernels.native import attention as native
@@ -208,7 +213,111 @@ def test_steps_of_int8_inputs_bound_their_rounding() -> None:
 
 
 def test_cases_name_their_sizes() -> None:
-    first, *_ = cases = linear.cases([1, 8], [64, 128])
+    first, *_ = cases = linear.cases([1, 8], [64, 128], device="cpu")
     assert len(cases) == 4 and first.label == "M=1 N=64 K=64" and (first.M, first.N, first.K) == (1, 64, 64)
     with pytest.raises(AttributeError, match="M=1 N=64 K=64 has no size 'B'"):
         _ = first.B
+
+
+# -- a GPU -------------------------------------------------------------------------------------------------------------
+
+GPU_CASES = [
+    Case("linear", (("M", 3), ("N", 64), ("K", 128)), ring_bytes=1),
+    Case("linear", (("M", 9), ("N", 64), ("K", 128)), ring_bytes=1),
+    Case("attention", (("B", 2), ("T", 33), ("H", 9), ("G", 3), ("D", 64)), ring_bytes=1),
+    Case("fake_quantize", (("M", 32), ("K", 32)), ring_bytes=1),
+]
+
+
+@pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: f"{case.kernel} {case.label}")
+def test_what_runs_on_a_gpu_agrees_with_its_reference(case: Case, device: torch.device) -> None:
+    """Each provider for CUDA devices passes its check, on one or in triton's interpreter, before it may be timed."""
+    found = set()
+    for provider in kernels()[case.kernel].providers:
+        if "cuda" not in provider.devices:
+            continue
+        try:
+            work = provider.make(dataclasses.replace(case, device=device.type))
+        except Absent as reason:
+            assert str(reason) == "it takes up to 8 rows." and case.M > 8
+            continue
+        work.check()
+        work.burst(range(work.copies))()
+        found.add(f"{provider.name} {provider.format}")
+    ours = {
+        "linear": {f"reqat, Triton GEMM {name} W4{inputs}" for name in ("NVFP4", "MXFP4") for inputs in ("A4", "A16")}
+        | ({"torch BF16"} if case.kernel == "linear" else set()),
+        "attention": {"torch, sdpa BF16", "reqat, Triton NVFP4 E2M1", "reqat, Triton NVFP4 E1M2"},
+        "fake_quantize": {"copy FP32", "reqat, Triton NVFP4", "reqat, Triton MXFP4"},
+    }[case.kernel]
+    if case.kernel == "linear" and case.M <= 8:
+        ours |= {"reqat, Triton GEMV NVFP4 W4A4", "reqat, Triton GEMV MXFP4 W4A4"}
+    assert ours <= found
+
+
+def test_the_checks_of_triton_providers_see_a_wrong_result(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reqat_kernels.triton import attention as triton_attention
+    from reqat_kernels.triton import gemv, quantize
+
+    honest = triton_attention.decode_attention
+    monkeypatch.setattr(triton_attention, "decode_attention", lambda q, k, v: honest(q, k, v, length=32))
+    with pytest.raises(Wrong, match="the output is off by"):
+        attention._triton(dataclasses.replace(GPU_CASES[2], device=device.type), "E2M1").check()
+    product = gemv.gemv_w4a4
+    monkeypatch.setattr(gemv, "gemv_w4a4", lambda x, w: product(x, w).roll(1, 1))
+    with pytest.raises(Wrong, match="the product is off by"):
+        linear._triton(dataclasses.replace(GPU_CASES[0], device=device.type), "NVFP4", "gemv").check()
+    fused = quantize.fake_quantize
+    monkeypatch.setattr(quantize, "fake_quantize", lambda x, fmt, check: fused(x, fmt, check=check, rotation=16))
+    provider = next(p for p in kernels()["fake_quantize"].providers if p.name == "reqat, Triton")
+    with pytest.raises(Wrong, match="elements differ from reqat.formats"):
+        provider.make(dataclasses.replace(GPU_CASES[3], device=device.type)).check()
+
+
+def test_a_device_has_its_own_clock_cache_and_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device made up for the test: bursts go through its ``ready``, times come from it, and so does the roofline."""
+
+    class Abacus(machine.Device):
+        name = "abacus"
+        made = 0
+
+        def cache_bytes(self) -> int:
+            return 3000
+
+        def ready(self, burst):  # type: ignore[no-untyped-def]
+            Abacus.made += 1
+            return burst
+
+        def time_ns(self, burst) -> int:  # type: ignore[no-untyped-def]
+            burst()
+            return 6000
+
+    monkeypatch.setitem(machine.DEVICES, "abacus", Abacus())
+    monkeypatch.setattr(clock, "own_probe", lambda device: probe)
+    monkeypatch.setattr(clock, "_warm_up", lambda *_: (None, 2))
+    monkeypatch.setattr(clock, "present", lambda: ("cpu", "abacus"))
+    probe = machine.Probe(6000, device="cpu")
+    probe.device = "abacus"
+    kernel, calls = Kernel("k"), list[str]()
+    provider_of(kernel, calls, "here", devices=("abacus",))
+    provider_of(kernel, calls, "elsewhere", devices=("cuda",))
+    provider_of(kernel, calls, "on the CPU")
+    case = Case("k", (("M", 1),), device="abacus")
+    assert case.copies(1000) == 6  # twice 3000 bytes
+    result = measure(case, kernel.providers, rounds=4, probe=machine.Probe(64))
+    (row,) = result.rows
+    assert (row.provider, row.device, row.median_us) == ("here", "abacus", 3.0)  # two calls in 6 microseconds
+    assert Abacus.made == 2 and row.cold  # two bursts in a ring of 4 copies, 1000 bytes each
+    assert row.roofline_gb_per_s == 1.0 and row.gb_per_s == pytest.approx(1 / 3)
+    assert against_roofline([row], best_bytes_per_s=9e9) == [row]  # the other device's roofline is none of its business
+    assert result.skipped == ["k, elsewhere: it needs a device of type cuda; none is here."]
+    assert [c.device for c in Case("k", ()).on(None)] == ["cpu", "abacus"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_of_a_gpu() -> None:
+    result = measure(linear.cases([1], [256], device="cuda")[0], kernels()["linear"].providers, rounds=3)
+    assert {row.device for row in result.rows} == {"cuda"} and not result.refused
+    assert all(row.median_us > 0 and row.roofline_gb_per_s > 0 for row in result.rows)

@@ -5,6 +5,8 @@ keys and values that a provider's cache stands for. With s the scores and p the 
 
     bfloat16   |out error| <= (2^-7 max|s| + 2^-7) sum_t p_t |v_t| + 2^-8 |out|   scores, weights rounded to bfloat16
     ours       the bound that :mod:`reqat_kernels.native.attention` states
+    Triton     scores in float32 (D + 10 roundings), an exponential within 8 units in the last place, softmax weights
+               rounded to bfloat16 before they weigh the values (2^-8), output rounded to bfloat16
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reqat.formats import get_format
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, within
+from reqat.formats import get_format, quantize_dequantize
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, Wrong, triton_runs, within
 
 ATTENTION = Kernel("attention")
 SEED = 8
@@ -24,14 +26,17 @@ HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 _U = 2.0**-24
 
 
-def cases(batches: Iterable[int], contexts: Iterable[int], *, device: str = "cpu", ring_bytes: int = 0) -> list[Case]:
-    """A case for each batch and context."""
-    sizes = (("H", HEADS), ("G", KV_HEADS), ("D", HEAD_DIM))
-    return [
-        Case("attention", (("B", batch), ("T", tokens), *sizes), device, ring_bytes)
+def cases(
+    batches: Iterable[int], contexts: Iterable[int], *, device: str | None = None, ring_bytes: int = 0
+) -> list[Case]:
+    """A case for each batch and context, on ``device`` or on every one that this machine has."""
+    sizes, rows = (("H", HEADS), ("G", KV_HEADS), ("D", HEAD_DIM)), list(batches)
+    asked = [
+        Case("attention", (("B", batch), ("T", tokens), *sizes), ring_bytes=ring_bytes)
         for tokens in contexts
-        for batch in batches
+        for batch in rows
     ]
+    return [found for case in asked for found in case.on(device)]
 
 
 def operands(case: Case) -> tuple[Tensor, Tensor, Tensor]:
@@ -137,6 +142,57 @@ def _ours(case: Case, element: str) -> Work:
 
     bytes_each = sum(side.nbytes for side in cache)
     return _work(case, cache, bytes_each, lambda kv: kv_attention(query, kv[0], kv[1], case.T), verify, packed)
+
+
+def _triton(case: Case, element: str) -> Work:
+    """Our Triton kernel over a cache of one global scale a row, which it filled itself."""
+    triton_runs(case.device)
+    from reqat_kernels.triton.append import append
+    from reqat_kernels.triton.attention import decode_attention
+    from reqat_kernels.triton.kv_side import KVSide
+
+    query, key, value = operands(case)
+    fmt = get_format("NVFP4", element=element, global_scale="row")
+
+    def packed(_: Any) -> tuple[KVSide, KVSide]:
+        sides = [KVSide.allocate(case.B, case.G, case.T, case.D, fmt, device=case.device) for _ in range(2)]
+        append(key, value, sides[0], sides[1], 0)
+        return sides[0], sides[1]
+
+    cache = packed(None)
+    k, v = (side.dequantize(case.T) for side in cache)
+
+    def verify(y: Tensor) -> None:
+        for side, states in zip(cache, (key, value), strict=True):
+            expected = quantize_dequantize(states.float(), fmt)
+            if not torch.equal(side.dequantize(case.T), expected):
+                raise Wrong("the cache does not hold the numbers of reqat.formats")
+        scores, p, out, values = softmax_over(query, k, v)
+        magnitudes = query.double().abs().cpu() @ k.double().abs().cpu().repeat_interleave(
+            case.H // case.G, 1
+        ).transpose(2, 3)
+        e = (case.D + 10) * _U * case.D**-0.5 * magnitudes[:, :, 0]
+        e = e + 4 * _U * (scores - scores.amax(-1, keepdim=True)).abs() + 8 * _U
+        spread = p[:, :, None] @ values.abs()
+        bound = (p * (e + 2.0**-8))[:, :, None] @ values.abs() + (p * e).sum(-1)[..., None, None] * out.abs()
+        bound += (case.T + 12) * _U * (spread + out.abs()) + 2.0**-8 * out.abs()
+        within(y.cpu(), out, bound, "the output")
+
+    return _work(
+        case, cache, sum(side.nbytes for side in cache), lambda kv: decode_attention(query, *kv), verify, packed
+    )
+
+
+def _register_triton() -> None:
+    for element in ("E2M1", "E1M2"):
+
+        def make(case: Case, element: str = element) -> Work:
+            return _triton(case, element)
+
+        ATTENTION.provider("reqat, Triton", format=f"NVFP4 {element}", devices=("cuda",), ours=True)(make)
+
+
+_register_triton()
 
 
 def _register_ours() -> None:

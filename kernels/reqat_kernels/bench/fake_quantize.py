@@ -25,7 +25,16 @@ from torch import Tensor
 
 from reqat.formats import quantize_dequantize
 from reqat_kernels.bench.machine import Probe
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, Wrong, against_roofline, measure
+from reqat_kernels.bench.measure import (
+    Absent,
+    Case,
+    Kernel,
+    Work,
+    Wrong,
+    against_roofline,
+    measure,
+    triton_runs,
+)
 from reqat_kernels.native.library import library
 from reqat_kernels.native.quantize import fake_quantize
 
@@ -34,14 +43,15 @@ SEED = 7
 _TIES = 1e-4  # share of elements that may differ where a peer's last bit decides a tie
 
 
-def cases(sizes: Iterable[int], *, device: str = "cpu", ring_bytes: int = 0) -> list[Case]:
-    """A square tensor of each size."""
-    return [Case("fake_quantize", (("M", size), ("K", size)), device, ring_bytes) for size in sizes]
+def cases(sizes: Iterable[int], *, device: str | None = None, ring_bytes: int = 0) -> list[Case]:
+    """A square tensor of each size, on ``device`` or on every one that this machine has."""
+    asked = [Case("fake_quantize", (("M", size), ("K", size)), ring_bytes=ring_bytes) for size in sizes]
+    return [found for case in asked for found in case.on(device)]
 
 
 def operand(case: Case) -> Tensor:
     """The tensor ``x_MK``: normal numbers, as weights at the start of training are."""
-    return torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(SEED))
+    return torch.randn(case.M, case.K, generator=torch.Generator().manual_seed(SEED)).to(case.device)
 
 
 def _work(case: Case, call: Callable[[Tensor], Any], expected: Tensor, exact: bool = False) -> Work:
@@ -59,7 +69,7 @@ def _work(case: Case, call: Callable[[Tensor], Any], expected: Tensor, exact: bo
     return Work(run=lambda i: call(ring[i]), copies=len(ring), bytes_moved=2 * x.nbytes, check=check)
 
 
-@FAKE_QUANTIZE.provider("copy", format="FP32")
+@FAKE_QUANTIZE.provider("copy", format="FP32", devices=("cpu", "cuda"))
 def copy(case: Case) -> Work:
     """The floor: one read and one write, into memory that is there already."""
     x = operand(case)
@@ -74,7 +84,16 @@ def _ours(name: str) -> None:
             raise Absent("the native library is not built, or REQAT_ISA=torch.")
         return _work(case, lambda x: fake_quantize(x, name), quantize_dequantize(operand(case), name), exact=True)
 
-    @FAKE_QUANTIZE.provider("reqat.formats, eager", format=name, arithmetic="emulated")
+    @FAKE_QUANTIZE.provider("reqat, Triton", format=name, devices=("cuda",), ours=True)
+    def triton(case: Case) -> Work:
+        triton_runs(case.device)
+        from reqat_kernels.triton.quantize import fake_quantize as fused
+
+        # Looking for NaN would make the host wait.
+        expected = quantize_dequantize(operand(case), name)
+        return _work(case, lambda x: fused(x, name, check=False), expected, exact=True)
+
+    @FAKE_QUANTIZE.provider("reqat.formats, eager", format=name, arithmetic="emulated", devices=("cpu", "cuda"))
     def reference(case: Case) -> Work:
         return _work(case, lambda x: quantize_dequantize(x, name), quantize_dequantize(operand(case), name))
 
@@ -169,7 +188,7 @@ def compiled(case: Case) -> Work:
 def main(size: int = 2048, rounds: int = 25) -> None:
     """Measure one case and print its rows as CSV, what was skipped or refused to stderr."""
     probe = Probe()
-    result = measure(cases([size])[0], FAKE_QUANTIZE.providers, rounds=rounds, probe=probe)
+    result = measure(cases([size], device="cpu")[0], FAKE_QUANTIZE.providers, rounds=rounds, probe=probe)
     for line in result.skipped + result.refused:
         print(line, file=sys.stderr)
     rows = [dataclasses.asdict(row) for row in against_roofline(result.rows, max(probe.rates))]

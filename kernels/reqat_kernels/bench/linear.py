@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reqat.formats import QuantizedTensor, get_format, quantize, quantize_dequantize
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, within
+from reqat.formats import PackedTensor, QuantizedTensor, get_format, quantize, quantize_dequantize
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, triton_runs, within
 from reqat_kernels.native import instruction_set
 
 LINEAR = Kernel("linear")
@@ -29,9 +30,11 @@ SEED = 6
 INT8_STEP = 1 / 254  # half a step of an 8-bit grid, as a share of the largest magnitude
 
 
-def cases(m: Iterable[int], nk: Iterable[int], *, device: str = "cpu", ring_bytes: int = 0) -> list[Case]:
-    """A case for each M and each N = K."""
-    return [Case("linear", (("M", rows), ("N", size), ("K", size)), device, ring_bytes) for size in nk for rows in m]
+def cases(m: Iterable[int], nk: Iterable[int], *, device: str | None = None, ring_bytes: int = 0) -> list[Case]:
+    """A case for each M and each N = K, on ``device`` or on every one that this machine has."""
+    rows = list(m)
+    asked = [Case("linear", (("M", M), ("N", size), ("K", size)), ring_bytes=ring_bytes) for size in nk for M in rows]
+    return [found for case in asked for found in case.on(device)]
 
 
 def operands(case: Case) -> tuple[Tensor, Tensor]:
@@ -217,6 +220,54 @@ def _ours(case: Case, name: str, inputs: str) -> Work:
 
     native = instruction_set() != "torch" and case.K % (fmt.block or 1) == 0
     return _work(case, packed, q.nbytes, call, verify, lambda _: gemm.pack_weight(q), string if native else None)
+
+
+def _triton(case: Case, name: str, kernel: str) -> Work:
+    """Our Triton kernel on weights of format ``name``: ``gemv``, ``W4A4`` (inputs are quantized in the call, a global
+    scale a row) or ``W4A16``."""
+    triton_runs(case.device)
+    from reqat_kernels.triton.gemm import linear_w4a4, linear_w4a16
+    from reqat_kernels.triton.gemv import MAX_ROWS, gemv_w4a4
+    from reqat_kernels.triton.quantize import quantize as quantize_input
+
+    fmt = get_format(name)
+    if case.K % (fmt.block or 1):
+        raise Absent(f"it takes K in multiples of {fmt.block}.")
+    if kernel == "gemv" and case.M > MAX_ROWS:
+        raise Absent(f"it takes up to {MAX_ROWS} rows.")
+    x, w = operands(case)
+    packed = quantize(w, fmt).pack()
+    grid = get_format(name, global_scale="row" if fmt.has_global_scale else None)
+
+    def call(weight: PackedTensor) -> Tensor:
+        if kernel == "W4A16":
+            return linear_w4a16(x, weight)
+        # Looking for NaN would make the host wait.
+        rounded = quantize_input(x, grid, check=False)
+        return gemv_w4a4(rounded, weight) if kernel == "gemv" else linear_w4a4(rounded, weight)
+
+    def verify(y: Tensor) -> None:
+        seen = x if kernel == "W4A16" else quantize_dequantize(x.float(), grid)
+        check(y, seen, packed.dequantize(torch.float32))
+
+    def clone(weight: PackedTensor) -> PackedTensor:
+        return replace(weight, packed=weight.packed.clone(), scales=weight.scales.clone())
+
+    return _work(case, packed, packed.nbytes, call, verify, clone)
+
+
+def _register_triton() -> None:
+    for name in ("NVFP4", "MXFP4"):
+        for kernel, label, inputs in (("W4A4", "GEMM", "A4"), ("gemv", "GEMV", "A4"), ("W4A16", "GEMM", "A16")):
+
+            def make(case: Case, name: str = name, kernel: str = kernel) -> Work:
+                return _triton(case, name, kernel)
+
+            make.__doc__ = f"Our Triton {label}: {name} weights, {inputs} inputs."
+            LINEAR.provider(f"reqat, Triton {label}", format=f"{name} W4{inputs}", devices=("cuda",), ours=True)(make)
+
+
+_register_triton()
 
 
 def _register_ours() -> None:

@@ -10,6 +10,8 @@ thread waiting are set aside and counted (``set_aside``): that clock ran for som
 Why bursts: a call of 90 microseconds is as short as what Python spends around it. A provider that can string several
 calls together (ggml: one graph) may, through ``Work.chain``; that can only flatter the peer.
 
+On a GPU the same holds with its own clock, cache and probe (:class:`~reqat_kernels.bench.machine.Cuda`).
+
 Interleaving makes what the machine does to one provider happen to all: trust the ratios of one run, not times of two.
 """
 
@@ -19,16 +21,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reqat_kernels.bench.machine import Load, Neighbours, Probe, last_level_cache_bytes, synchronize, waited_ns
+from reqat_kernels.bench.machine import DEVICES, Load, Neighbours, Probe, present, waited_ns
 
 ARITHMETICS = ("native", "emulated", "modelled")
 # A sample whose thread waited for a core longer than this share of it is set aside, as long as enough samples remain.
 _WAIT_SHARE, _KEPT_SHARE = 0.01, 1 / 3
+_FIRST_READINGS = 10  # of a device's own probe, so that a short run knows its roofline too
 
 
 class Absent(Exception):
@@ -56,6 +60,10 @@ class Case:
                 return int(value)
         raise AttributeError(f"case {self.label} has no size {name!r}")
 
+    def on(self, device: str | None) -> list[Case]:
+        """This case on ``device``, or on each that this machine has (None)."""
+        return [replace(self, device=name) for name in (present() if device is None else (device,))]
+
     @property
     def label(self) -> str:
         """For people: ``M=1 N=2048 K=2048``."""
@@ -63,7 +71,7 @@ class Case:
 
     def copies(self, bytes_each: int) -> int:
         """How many copies make a ring that the cache cannot hold."""
-        wanted = self.ring_bytes or 2 * last_level_cache_bytes()
+        wanted = self.ring_bytes or 2 * DEVICES[self.device].cache_bytes()
         return max(1, -(-wanted // max(1, bytes_each)))
 
 
@@ -205,12 +213,9 @@ class Clock:
         order = tuple(next(self.indices))
         burst = self.bursts.get(order)
         if burst is None:
-            burst = self.bursts[order] = self.work.burst(order)
-        synchronize(device)
-        waited, start = waited_ns(), time.perf_counter_ns()
-        burst()
-        synchronize(device)
-        elapsed = time.perf_counter_ns() - start
+            burst = self.bursts[order] = DEVICES[device].ready(self.work.burst(order))
+        waited = waited_ns()
+        elapsed = DEVICES[device].time_ns(burst)
         waited = waited_ns() - waited
         self.waited_ns += waited
         self.total_ns += elapsed
@@ -278,14 +283,22 @@ def measure(
     Args:
         rounds: samples a provider.
         burst_s: how long a burst should take; a turn of the ring at most, one call at least.
-        probe: the run's bandwidth probe, read once a round; its best over the run is the roofline.
+        probe: the run's bandwidth probe, read once a round; its best over the run is the roofline. One of another
+            device is left alone: the case's device has its own then, and its rows come with their roofline.
+
+    A provider for a device that this machine does not have is skipped, with a sentence.
 
     Raises Wrong if one of our own providers fails its check.
     """
-    probe = probe or Probe(device=case.device)
+    shared = probe is not None and probe.device == case.device
+    if probe is None or not shared:
+        probe = own_probe(case.device)
     out, clocks = Result(), []
     for provider in providers:
         if case.device not in provider.devices:
+            if not set(provider.devices) & set(present()):
+                wanted = " or ".join(provider.devices)
+                out.skipped.append(f"{case.kernel}, {provider.name}: it needs a device of type {wanted}; none is here.")
             continue
         try:
             work = provider.make(case)
@@ -309,7 +322,18 @@ def measure(
             clock.tick(case.device)
     load, rates = watch.load(), probe.rates[first_probe:]
     out.rows = [_row(case, clock, load, percentile(rates, 0.5)) for clock in clocks]
+    if not shared:
+        out.rows = against_roofline(out.rows, probe.best)
     return out
+
+
+@cache
+def own_probe(device: str) -> Probe:
+    """The probe of a device for this process, read a few times already."""
+    probe = Probe(device=device)
+    for _ in range(_FIRST_READINGS):
+        probe()
+    return probe
 
 
 _LONG_CALL_S = 1.0  # from here on, one call is warm-up enough
@@ -325,13 +349,9 @@ def _warm_up(work: Work, burst_s: float, device: str) -> tuple[float | None, int
             return peak, 1
     times = []
     for indices, _ in zip(chunks(work.copies, 2), range(3), strict=False):
-        burst = work.burst(indices)
-        synchronize(device)
-        start = time.perf_counter()
-        burst()
-        synchronize(device)
-        times.append((time.perf_counter() - start) / len(indices))
-    return peak, max(1, math.ceil(burst_s / max(min(times), 1e-9)))
+        burst = DEVICES[device].ready(work.burst(indices))
+        times.append(DEVICES[device].time_ns(burst) / len(indices))
+    return peak, max(1, math.ceil(1e9 * burst_s / max(min(times), 1.0)))
 
 
 def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
@@ -357,7 +377,7 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
         roofline_gb_per_s=math.nan,
         roofline_fraction=math.nan,
         probe_gb_per_s=probe_rate / 1e9,
-        cold=ring > last_level_cache_bytes(),
+        cold=ring > DEVICES[case.device].cache_bytes(),
         neighbour_cores=load.neighbour_cores,
         steal=load.steal,
         waited=clock.waited_ns / clock.total_ns if clock.total_ns else math.nan,
@@ -368,9 +388,27 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
 
 
 def against_roofline(rows: Iterable[Row], best_bytes_per_s: float) -> list[Row]:
-    """The rows with the run's roofline filled in: the best rate that the probe read at, anywhere in the run."""
+    """The rows with the run's roofline filled in: the best rate that the probe read at, anywhere in the run.
+
+    Rows that have one (of another device) keep it.
+    """
     roof = best_bytes_per_s / 1e9
-    return [replace(row, roofline_gb_per_s=roof, roofline_fraction=row.gb_per_s / roof) for row in rows]
+    return [
+        replace(row, roofline_gb_per_s=roof, roofline_fraction=row.gb_per_s / roof)
+        if math.isnan(row.roofline_gb_per_s)
+        else row
+        for row in rows
+    ]
+
+
+def triton_runs(device: str) -> None:
+    """Raise :class:`Absent` unless Triton kernels run on this device (in the interpreter: on any, for tests)."""
+    from reqat_kernels.triton import runtime
+
+    if not runtime.AVAILABLE:
+        raise Absent("triton is not installed: pip install 'reqat[kernels]'.")
+    if device != "cuda" and not runtime.INTERPRETED:
+        raise Absent("Triton kernels need a CUDA device.")
 
 
 def within(y: Tensor, reference: Tensor, bound: Tensor, what: str) -> None:
