@@ -8,6 +8,7 @@ import pytest
 
 from reqat.config import Paths, Plan, PrecisionSpec, ReqatError, Stage, load, load_catalogue, load_tier, plan
 from reqat.config.base import Strict, merge, parse
+from reqat.config.recipe import Rows
 from reqat.config.stage import (
     BaseSettings,
     Calibration,
@@ -206,7 +207,9 @@ def test_a_setting_renames_its_stage_and_what_stands_on_it_and_nothing_else():
         {"resources": {"threads": 2, "train_memory_mb": 1}},
         {
             "models": {
-                "testbed": {"artifacts": ["figure1", "table1", "table2", "table4", "table5", "table15", "ptq", "global-scale"]}
+                "testbed": {
+                    "artifacts": ["figure1", "table1", "table2", "table4", "table5", "table15", "ptq", "global-scale"]
+                }
             }
         },
         {"training_seeds": [0]},
@@ -339,3 +342,30 @@ DEFAULTS: dict[type[Strict], dict[str, object]] = {
 def test_missing_pinned_base_is_no_plan_of_another(tmp_path: Path):
     (tmp_path / "config").symlink_to(ROOT / "config")
     assert load("laptop", Paths(root=tmp_path)).bases != LAPTOP.bases
+
+
+def test_rows_decode_in_their_own_way_on_the_same_stages():
+    greedy = [c for c in LAPTOP.cells if c.artifact == "table15" and c.condition == "decoding=greedy"]
+    sampled = [c for c in LAPTOP.cells if c.artifact == "table15" and c.condition == "decoding=sampled"]
+    assert len(greedy) == len(sampled) == 7
+    usual = LAPTOP.tier.evaluation
+    for a, b in zip(sampled, greedy, strict=True):
+        a, b = LAPTOP.evaluation(a.evaluation), LAPTOP.evaluation(b.evaluation)
+        assert a.stage == b.stage and a.precision == b.precision and a.problems == b.problems
+        assert a.decoding == usual.decoding and a.seeds == tuple(usual.seeds)
+        assert b.decoding == usual.decoding.model_copy(update={"greedy": True}) and b.seeds == tuple(usual.seeds[:1])
+
+
+def test_an_artifact_that_decodes_otherwise_renames_nothing():
+    """Its cells bring evaluations of their own and no stage: what was measured before it stays measured."""
+    without = make(models={"testbed": {"artifacts": ["table1", "table2", "table4", "table5", "ptq", "global-scale"]}})
+    assert set(without.stages) == set(LAPTOP.stages)
+    added = set(LAPTOP.evaluations) - set(without.evaluations)
+    assert set(without.evaluations) < set(LAPTOP.evaluations)
+    assert added == {c.evaluation for c in LAPTOP.cells if c.condition == "decoding=greedy"}
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"top_p": 1.5}, {"greed": True}])
+def test_decoding_of_rows_is_checked(options: dict):
+    with pytest.raises(ReqatError, match=next(iter(options))):
+        parse(Rows, {"recipes": ["ft"], "precisions": ["BF16"], "decoding": options}, "test")
