@@ -164,7 +164,8 @@ def overview(studies: ByKind) -> Table:
             }
             data.append(row)
             asked = f"{row['problems']} ({row['split']})" if row["split"] else EMPTY
-            words = [row["kind"], row["name"], row["models"], asked, str(row["seeds"] or EMPTY), row["study"]]
+            shown = row["models"] if len(models) < 3 else ", ".join(models)
+            words = [row["kind"], row["name"], shown, asked, str(row["seeds"] or EMPTY), row["study"]]
             lines.append(tuple(Text(str(word)) for word in words))
     dirty = any(study.record["dirty"] is not False for group in studies.values() for study in group)
     commits = sorted({str(row["commit"])[:12] for row in data})
@@ -172,7 +173,7 @@ def overview(studies: ByKind) -> Table:
         name="studies",
         title="Studies of the tier's models",
         caption="Measurements on models that the tier's stages trained, each with its models, problems and sampling "
-        "seeds; the studies' ids name their folders.",
+        "seeds; where there are many, by their labels in the figure. The studies' ids name their folders.",
         footer=(f"Commit {', '.join(commits)}{', with uncommitted changes' if dirty else ''}.",),
         columns=(
             Column("kind", align="l"),

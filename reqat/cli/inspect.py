@@ -56,7 +56,7 @@ def show_plan(
         done = "done" if (session.paths.study(study.id) / record.FILE).exists() else ""
         of = ", ".join(dict.fromkeys(study.inputs.values()))
         print(f"{study.id:<28}  {done:<5} {study.settings.label:<22} of {of}")
-    print("\n" + cost(plan))
+    print("\n" + cost(plan) + (f"; besides, {len(studies)} studies of the models" if studies else ""))
 
 
 def cost(plan: Plan) -> str:
