@@ -208,6 +208,7 @@ def _examples(left: Axes, right: Axes, pair: Study) -> None:
     labels = list(dict.fromkeys(frame["label"])) if frame is not None else []
     # One scale for both, so that the difference between them can be seen.
     least = float(frame["probability"].min()) if frame is not None else 1.0
+    legend = False
     titles = {"derailment": "Where a response derails", "high entropy": "Where either word would do"}
     for ax, name, letter in ((left, "derailment", "b"), (right, "high entropy", "")):
         style.panel(ax, letter, titles[name])
@@ -231,16 +232,16 @@ def _examples(left: Axes, right: Axes, pair: Study) -> None:
         ax.set_xticks(range(len(tokens)), [visible(token) for token in tokens])
         ax.set_xlim(-0.6, len(tokens) - 0.4)
         ax.grid(axis="x", visible=False)
-        if letter:
+        if not legend:
             ax.set_ylabel("probability of the next token")
+            ax.legend(loc="upper right")
+            legend = True
         ax.set_xlabel(
             f"\u201c\u2026{_context(str(first.context))} \u25a1\u201d\n"
             f"entropy {nats(first.entropy_reference)} and {nats(first.entropy_candidate)} nats; "
             f"taken: {visible(str(first.taken))}",
             fontsize=6.8,
         )
-        if letter:
-            ax.legend(loc="upper right")
 
 
 def _context(text: str) -> str:
@@ -373,10 +374,10 @@ def _damage(left: Axes, right: Axes, pair: Study) -> None:
         words = statistic.removeprefix("tail ratio (").removesuffix(")")
         draw_interval_line(left, percentiles(rows), rows, colour, marker, words)
     left.axhline(1, color=style.GREY, lw=0.8)
-    top = left.get_ylim()[1]
+    bottom, top = left.get_ylim()
     if top > 20:
         left.set_yscale("log")
-    left.set_ylim(top=top * 8 if top > 20 else 1.25 * top)  # room for the legend
+    left.set_ylim(top=top * 8 if top > 20 else top + 0.35 * (top - bottom))  # room for the legend
     left.set_ylabel("tail mass, ratio")
     left.legend(loc="upper left")
     rows = frame[frame["statistic"] == "top-1 mismatch"]
