@@ -90,21 +90,27 @@ class _Clock:
 
 @torch.no_grad()
 def timed_generate(model: Any, ids: Tensor, tokens: int) -> Steps:
-    """Greedy ``model.generate`` of exactly ``tokens`` new tokens for ids [B, P], on the clock."""
-    from transformers import StoppingCriteriaList
+    """Greedy ``model.generate`` of exactly ``tokens`` new tokens for ids [B, P], on the clock.
 
-    clock = _Clock()
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        use_cache=True,
-        return_dict_in_generate=True,
-        stopping_criteria=StoppingCriteriaList([clock]),
-        pad_token_id=0,
-    )
+    No end of sequence is looked for, as in llama.cpp's loop.
+    """
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    clock, configured = _Clock(), model.generation_config
+    model.generation_config = GenerationConfig()  # with the model's own, its end of sequence comes back
+    try:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            use_cache=True,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([clock]),
+            pad_token_id=0,
+        )
+    finally:
+        model.generation_config = configured
     return Steps(out.sequences[:, ids.shape[1] :], clock.stamps_ns, clock.waits_ns, out.past_key_values)
 
 

@@ -18,6 +18,14 @@
 #define REQAT_X86 0
 #endif
 
+// For short loops that compilers vectorize: compiled for each instruction set, with the same bits from all of them (no
+// contraction, no reordering of sums), and chosen by the loader.
+#if REQAT_X86 && defined(__gnu_linux__) && !defined(__SANITIZE_ADDRESS__)
+#define REQAT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define REQAT_CLONES
+#endif
+
 #define REQAT_API extern "C" __attribute__((visibility("default")))
 
 namespace reqat {

@@ -20,7 +20,7 @@ REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args);
 namespace reqat {
 namespace {
 
-void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* out) {
+REQAT_CLONES void rms_norm(const float* x, const float* weight, int64_t n, double eps, float* out) {
     double parts[8] = {};
     int64_t i = 0;
     for (; i + 8 <= n; i += 8)
@@ -33,7 +33,7 @@ void rms_norm(const float* x, const float* weight, int64_t n, double eps, float*
 }
 
 // Rotary embedding of one head, halves rotated against each other.
-void rope(float* x, const float* cos, const float* sin, int64_t D) {
+REQAT_CLONES void rope(float* x, const float* cos, const float* sin, int64_t D) {
     for (int64_t i = 0; i < D / 2; i++) {
         const float a = x[i], b = x[i + D / 2];
         x[i] = a * cos[i] + -b * sin[i];
@@ -58,12 +58,12 @@ inline float exp_clamped(float x) {
     return p * bits_to_float((float_to_bits(shifted) + 127u) << 23);
 }
 
-void silu_times(const float* gate, const float* up, int64_t n, float* out) {
+REQAT_CLONES void silu_times(const float* gate, const float* up, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i++) out[i] = gate[i] / (1.0f + exp_clamped(-gate[i])) * up[i];
 }
 
 // Blocks of n (a power of two) by the normalized Hadamard matrix, in place.
-void hadamard(float* x, int64_t length, int64_t n) {
+REQAT_CLONES void hadamard(float* x, int64_t length, int64_t n) {
     const float norm = float(1.0 / std::sqrt(double(n)));
     for (float* block = x; block < x + length; block += n) {
         for (int64_t half = 1; half < n; half *= 2)
