@@ -57,7 +57,7 @@ def test_training_with_the_probe_is_the_training_without(tmp_path: Path, precisi
 
 
 def test_the_observer_sees_every_micro_batch_and_the_loss_of_the_loop(tmp_path: Path) -> None:
-    seen: list[tuple[int, float]] = []
+    seen: list[tuple[int, float, int]] = []
 
     def observer(model, batch, step, loss):
         seen.append((step, float(loss().detach()), batch.n_response_tokens))
