@@ -77,7 +77,8 @@ class TritonBackend:
         if isinstance(x, Tensor):
             narrow = x if dtype in gemm.DTYPES else x.float()
             return gemm.linear_w4a16(narrow, weight, bias).to(dtype)
-        few = x.shape[:-1].numel() <= gemv.MAX_ROWS
+        # The GEMV reads pairs of 64-bit words: it would copy a weight of odd multiples of 16 columns in every call.
+        few = x.shape[:-1].numel() <= gemv.MAX_ROWS and x.shape[-1] % 32 == 0
         product = gemv.gemv_w4a4 if few else gemm.linear_w4a4
         return product(x, weight, bias).to(dtype)
 
