@@ -26,7 +26,19 @@ from reqat.records import record
 
 CSV = "throughput.csv"
 NEEDED = (
-    *("kernel", "provider", "format", "shape", "m", "threads", "median_us", "roofline_fraction", "cold", "ours"),
+    *(
+        "kernel",
+        "provider",
+        "format",
+        "shape",
+        "device",
+        "m",
+        "threads",
+        "median_us",
+        "roofline_fraction",
+        "cold",
+        "ours",
+    ),
     *("neighbour_cores", "set_aside", "output_tokens", "tokens_per_s", "weight_bytes", "cache_bytes"),
 )
 GIB, MIB = 2**30, 2**20
@@ -101,14 +113,19 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
     """One row a provider and format, one column a shape: median microseconds and the share of the roofline.
 
     The last lines say what all this is for: how many times the best of ours is as fast as the best of some others.
+    Each device has columns of its own, and is compared with itself.
     """
-    rows = measured.of(kernel)
+    data = measured.of(kernel)
+    rows = data.assign(shape=[_at(row.shape, row.device) for row in data[["shape", "device"]].itertuples()])
     shapes = list(dict.fromkeys(rows["shape"]))
-    names = [dict(part.split("=") for part in shape.split() if "=" in part) for shape in shapes]
+    names = [dict(part.split("=") for part in shape.partition(",")[0].split() if "=" in part) for shape in shapes]
     columns = [Column("provider", align="l"), Column("format", align="l")]
     for shape, n in zip(shapes, names, strict=True):
         square = "M" in n and n.get("N") == n.get("K")
-        columns.append(Column(f"M={n['M']}", f"N=K={n['N']}") if square else Column(shape))
+        device = shape.partition(", ")[2]
+        columns.append(
+            Column(f"M={n['M']}", ", ".join(filter(None, (f"N=K={n['N']}", device)))) if square else Column(shape)
+        )
     fastest = {s: rows[rows["shape"] == s].median_us.min() for s in shapes}
 
     def line(provider: str, fmt: str) -> tuple[Text, ...]:
@@ -139,8 +156,13 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
         footer=(*measured.notes(), *measured.absences()),
         columns=tuple(columns),
         sections=sections,
-        data=rows,
+        data=data,
     )
+
+
+def _at(shape: str, device: str) -> str:
+    """A shape on another device than the CPU says so, and is another shape."""
+    return shape if device == "cpu" else f"{shape}, {device}"
 
 
 def _us(value: float) -> str:

@@ -237,3 +237,17 @@ def test_unknown_keys_are_named(tmp_path: Path) -> None:
     with pytest.raises(ReqatError, match="unknown key 'thread'. Did you mean 'threads'"):
         load_throughput("smoke", tmp_path)
     assert load_throughput("smoke", tmp_path / "none") is None
+
+
+def test_devices_have_columns_of_their_own(bench: Callable[..., Path]) -> None:
+    """A GPU's rows neither take the place of the CPU's nor count in its ratios."""
+    peers = [row for row in rows() if row["kernel"] == "linear" and row["m"] == 1 and not row["ours"]]
+    gpu = [row | {"device": "cuda", "median_us": row["median_us"] / 100} for row in peers]
+    own = gpu[0] | {"provider": "reqat, Triton", "format": "NVFP4 W4A4", "ours": True, "median_us": 0.6}
+    table = throughput.tables(throughput.read(bench([*rows(), *gpu, own])))[0]
+    assert [(c.group, c.name) for c in table.columns[2:]] == [
+        ("N=K=64", "M=1"), ("N=K=64", "M=8"), ("N=K=64, cuda", "M=1"),
+    ]  # fmt: skip
+    assert cells(table, 2)[0] == ["ours: times the best BF16", "", "3.00", "1.50", "4.00"]
+    assert cells(table, 0)[0] == ["torch", "BF16", "300", "300", "3.0"]
+    assert ["reqat, Triton", "NVFP4 W4A4", throughput.EMPTY, throughput.EMPTY, "0.6"] in cells(table, 1)
