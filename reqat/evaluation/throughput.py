@@ -34,8 +34,9 @@ MARGIN = 0.5
 # Calibrated once, as engines serve it: a token's codes depend on that token alone, so that decoding can be held against
 # one pass over the whole sequence, and the cache stores no scale a token.
 _GLOBAL_SCALE = "static"
-CHECKED_TOKENS = 16
-"""Tokens that a decoder generates for its check."""
+CHECKED_TOKENS, CHECKED_PROMPT_TOKENS = 16, 512
+"""Tokens that a decoder generates for its check, after at most so many of a prompt."""
+_EAGER_TOKENS = 2048
 
 
 @dataclass
@@ -155,11 +156,19 @@ def agrees(reference: Any, ids: Tensor, tokens: Tensor, what: str) -> None:
         raise Wrong(f"{what} chose tokens {mean:.2f} standard deviations of the logits below the best, on average")
 
 
-def transformers_decoders(path: str, reference: Any, ids: Tensor) -> Iterator[Decoder]:
-    """transformers' own bfloat16 model, with each of its attention functions that runs here, checked."""
+def transformers_decoders(
+    path: str, reference: Any, ids: Tensor, prompt_tokens: int, skipped: list[str]
+) -> Iterator[Decoder]:
+    """transformers' own bfloat16 model, with each of its attention functions that runs here, checked on ``ids``."""
     model: Any = load_model(path, dtype=torch.bfloat16)
     weights = allocated_bytes(*model.parameters(), *model.buffers())
     for attention in ("sdpa", "eager"):
+        if attention == "eager" and prompt_tokens > _EAGER_TOKENS:
+            skipped.append(
+                f"decode, transformers, eager: left out for prompts of more than {_EAGER_TOKENS:,} tokens, where it "
+                "holds a matrix of tokens by tokens for each head."
+            )
+            continue
 
         def generate(ids: Tensor, tokens: int, attention: str = attention) -> Steps:
             model.set_attn_implementation(attention)
@@ -227,14 +236,15 @@ def measure_decoding(
     reference: Any = load_model(path)
     vocabulary = int(reference.config.vocab_size)
     ids = torch.randint(0, vocabulary, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(SEED))
-    decoders = list(transformers_decoders(path, reference, ids[:1]))
-    decoders.append(packed_decoder(path, precision, ids[:1, :512]))
+    checked = ids[:1, :CHECKED_PROMPT_TOKENS]
+    decoders = list(transformers_decoders(path, reference, checked, prompt_tokens, out.skipped))
+    decoders.append(packed_decoder(path, precision, checked))
     longest = max(output_tokens)
     if scratch is not None:
         from reqat.evaluation.llama_cpp import decoders as peers
 
         context = prompt_tokens + max(longest, CHECKED_TOKENS)
-        decoders += peers(path, scratch, reference, ids[:1], out.skipped, out.refused, context=context)
+        decoders += peers(path, scratch, reference, checked, out.skipped, out.refused, context=context)
     del reference
     for batch in batches:
         able = [decoder for decoder in decoders if decoder.batches is None or batch in decoder.batches]
