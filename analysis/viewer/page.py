@@ -109,7 +109,7 @@ def build_page(
     items: list[dict[str, Any]] = []
     traces: list[dict[str, Any]] = []
     blobs: list[str] = []
-    responses: list[str] = []
+    responses: list[str | None] = []  # where the tokens do not spell it: letters of several tokens
     for (problem, seed), numbers in groups.items():
         members = sorted((seen[n] for n in numbers if n in seen), key=lambda kept: _place(kept.trace, opened.labels))
         if not members:
@@ -134,7 +134,8 @@ def build_page(
             about = {"i": trace.number, "s": trace.source, "c": graded, "e": int(trace.finished)}
             traces.append(about | {"n": len(kept.token)})
             blobs.append(kept.blob)
-            responses.append(trace.response)
+            spelled = "".join(opened.vocabulary.text(id) for id in kept.token.tolist())
+            responses.append(None if trace.response in spelled else trace.response)
     if not items:
         raise ReqatError(f"{folder}: no trace left to show; " + "; ".join(left_out[:3]))
     index = {
@@ -147,14 +148,20 @@ def build_page(
         "changeEdges": colours.CHANGE_EDGES,
         "about": opened.about,
         "leftOut": left_out,
-        "pieces": {"ids": used, "texts": [opened.vocabulary.text(id) for id in used]},
+        "pieces": _packed(
+            {"steps": np.diff(used, prepend=0).tolist(), "texts": [opened.vocabulary.text(id) for id in used]}
+        ),
         "items": items,
         "traces": traces,
-        "responses": encode.pack(json.dumps(responses, ensure_ascii=False).encode("utf-8", "backslashreplace")),
+        "responses": _packed(responses),
     }
     n_tokens = sum(trace["n"] for trace in traces)
     text = _assemble(title, encode.as_json(index), encode.as_json(blobs))
     return Page(text, len(items), len(traces), n_tokens, tuple(left_out))
+
+
+def _packed(value: Any) -> str:
+    return encode.pack([json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")])
 
 
 def _groups(opened: Folder, limit: int | None, family: str | None) -> dict[tuple[str, int], list[int]]:

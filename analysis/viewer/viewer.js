@@ -7,9 +7,10 @@
   const index = JSON.parse($("index").textContent);
   const blobs = JSON.parse($("blobs").textContent);
   const { labels, items, traces } = index;
-  const text = new Map(index.pieces.ids.map((id, at) => [id, index.pieces.texts[at]]));
+  const text = new Map(); // of each token id
   const ROW = 50; // pixels, as in the style
-  const ENTROPY_STEPS = 4096, PROB_STEPS = 65535, NOT_IN_LIST = 255; // as they were encoded
+  const ENTROPY_STEPS = 2047, MOST_NATS = 16, PROB_STEPS = 1023, NOT_IN_LIST = 255; // as they were encoded
+  const ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%()*+-;=?@^_{|}~,./:";
   const MODES = ["entropy", "change", "surprise"];
 
   const state = {
@@ -47,7 +48,9 @@
   const signed = (value) => (Math.abs(value) < 0.005 ? "\u00B10" : (value > 0 ? "+" : "\u2212") + Math.abs(value).toFixed(2));
   function percent(p) {
     if (p >= 0.99995) return "100%";
-    if (p >= 0.0995) return (100 * p).toFixed(1) + "%";
+    if (p >= 0.995) return (100 * p).toFixed(2) + "%";
+    if (p >= 0.095) return (100 * p).toFixed(p < 0.905 ? 0 : 1) + "%";
+    if (p >= 0.0095) return (100 * p).toFixed(1) + "%";
     if (p >= 0.0001) return (100 * p).toFixed(2) + "%";
     return p > 0 ? "<0.01%" : "0%";
   }
@@ -80,10 +83,26 @@
 
   // -- unpacking ----------------------------------------------------------------------------------------------------
 
+  const digits = new Uint8Array(128).fill(255);
+  [...ALPHABET].forEach((letter, value) => { digits[letter.charCodeAt(0)] = value; });
+
+  /** Five letters for four bytes; of a last group with fewer letters, one byte fewer than letters. */
+  function bytesOf(letters) {
+    const bytes = new Uint8Array(Math.floor((4 * letters.length) / 5));
+    for (let from = 0, to = 0; from < letters.length; from += 5, to += 4) {
+      let value = 0;
+      for (let at = from; at < from + 5; at++) {
+        const digit = at < letters.length ? digits[letters.charCodeAt(at)] : 84;
+        if (!(digit < 85)) throw new Error("an unknown letter");
+        value = value * 85 + digit;
+      }
+      for (let at = 0; at < 4 && to + at < bytes.length; at++) bytes[to + at] = value / 2 ** (24 - 8 * at);
+    }
+    return bytes;
+  }
+
   async function inflate(packed) {
-    const letters = atob(packed);
-    const bytes = new Uint8Array(letters.length);
-    for (let at = 0; at < letters.length; at++) bytes[at] = letters.charCodeAt(at);
+    const bytes = bytesOf(packed);
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
     return new Uint8Array(await new Response(stream).arrayBuffer());
   }
@@ -100,20 +119,50 @@
       return values;
     }
     const token = take(n, index.width);
+    const signed = (value) => (value % 2 ? -(value + 1) / 2 : value / 2);
+    let reference = null;
     const said = labels.map(() => {
-      const entropy = Float64Array.from(take(n, 2), (value) => value / ENTROPY_STEPS);
-      const kept = take(n, 1), rank = take(n, 1);
-      const outside = rank.reduce((count, value) => count + (value === NOT_IN_LIST), 0);
-      const floats = new DataView(bytes.buffer, bytes.byteOffset + at, 4 * outside);
-      at += 4 * outside;
+      const nats = take(n, 2), kept = take(n, 1);
+      if (reference) for (let i = 0; i < n; i++) nats[i] = reference.nats[i] + signed(nats[i]);
       const first = new Uint32Array(n + 1);
       for (let i = 0; i < n; i++) first[i + 1] = first[i] + kept[i];
-      const ids = take(first[n], index.width);
-      const probs = Float64Array.from(take(first[n], 2), (value) => value / PROB_STEPS);
-      const prob = new Float64Array(n);
-      for (let i = 0, other = 0; i < n; i++) {
-        prob[i] = rank[i] === NOT_IN_LIST ? floats.getFloat32(4 * other++, true) : probs[first[i] + rank[i]];
+      const place = take(first[n], 1);
+      const entry = new Int32Array(n).fill(-1); // of the token that follows
+      let spelled = 0, outside = n;
+      for (let i = 0; i < n; i++) {
+        for (let at = first[i]; at < first[i + 1]; at++) {
+          if (place[at] === 0 && entry[i] < 0) {
+            entry[i] = at;
+            outside--;
+          }
+          spelled += place[at] === NOT_IN_LIST;
+        }
       }
+      const floats = new DataView(bytes.buffer, bytes.byteOffset + at, 4 * outside);
+      at += 4 * outside;
+      const other = take(spelled, index.width), steps = take(first[n], 2);
+      const ids = new Uint32Array(first[n]);
+      for (let i = 0, next = 0; i < n; i++) {
+        for (let at = first[i]; at < first[i + 1]; at++) {
+          let same = -1; // the reference's entry of this id
+          if (place[at] === NOT_IN_LIST) ids[at] = other[next++];
+          else if (place[at] === 0) {
+            ids[at] = token[i];
+            if (reference) same = reference.entry[i];
+          } else {
+            same = reference.first[i] + place[at] - 1;
+            ids[at] = reference.ids[same];
+          }
+          if (same >= 0) steps[at] = reference.steps[same] + signed(steps[at]);
+        }
+      }
+      const probs = Float64Array.from(steps, (value) => Math.sin((value / PROB_STEPS) * (Math.PI / 2)) ** 2);
+      const prob = new Float64Array(n);
+      for (let i = 0, next = 0; i < n; i++) {
+        prob[i] = entry[i] < 0 ? floats.getFloat32(4 * next++, true) : probs[entry[i]];
+      }
+      reference ??= { nats, entry, first, ids, steps };
+      const entropy = Float64Array.from(nats, (value) => MOST_NATS * (value / ENTROPY_STEPS) ** 2);
       return { entropy, prob, first, ids, probs };
     });
     return { token, said };
@@ -132,13 +181,25 @@
 
   // -- the list -----------------------------------------------------------------------------------------------------
 
-  let responses = null; // lower-cased, by trace, for the search
-  async function loadResponses() {
-    if (!responses) {
-      const bytes = await inflate(index.responses);
-      responses = JSON.parse(new TextDecoder().decode(bytes)).map((response) => response.toLowerCase());
+  let responses = null; // lower-cased, by trace, for the search; a promise, so that they are put together once
+  function loadResponses() {
+    return responses ??= (async () => {
+      const written = JSON.parse(new TextDecoder().decode(await inflate(index.responses)));
+      const said = traces.map(({ n }, at) =>
+        written[at] ?? inflate(blobs[at]).then((bytes) => spell(bytes, n), () => "")); // a damaged one is not found
+      return (await Promise.all(said)).map((response) => response.toLowerCase());
+    })();
+  }
+
+  /** What the tokens of a trace spell; they come first in its bytes. */
+  function spell(bytes, n) {
+    let whole = "";
+    for (let i = 0; i < n; i++) {
+      let id = 0;
+      for (let plane = 0; plane < index.width; plane++) id += bytes[plane * n + i] * 2 ** (8 * plane);
+      whole += text.get(id);
     }
-    return responses;
+    return whole;
   }
 
   function fillSelect(select, everything, values) {
@@ -757,6 +818,9 @@
       trouble("This browser cannot unpack the traces (no DecompressionStream); any of 2023 or later can.");
       return;
     }
+    const { steps, texts } = JSON.parse(new TextDecoder().decode(await inflate(index.pieces)));
+    let id = 0;
+    steps.forEach((step, at) => text.set(id += step, texts[at]));
     dress();
     drawLegend();
     fillSelect($("outcome"), "any", items.map((item) => item.o));

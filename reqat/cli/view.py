@@ -20,7 +20,7 @@ def view(
     family: Annotated[str | None, typer.Option(help="Only problems of one task family.")] = None,
     floor: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Leave less probable tokens out of the lists of most probable ones.")
-    ] = 5e-4,
+    ] = 1e-3,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out damaged traces, each named, instead of stopping.")
     ] = False,

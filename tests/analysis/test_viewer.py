@@ -69,11 +69,27 @@ def index_of(page: bytes) -> dict[str, Any]:
     return dict(json.loads(Scripts(page).found["index"]))
 
 
+def from_base_85(text: str) -> bytes:
+    """Each five letters are the digits of four bytes, the first the highest; the last group may be shorter."""
+    out = b""
+    for at in range(0, len(text), 5):
+        group = text[at : at + 5]
+        value = 0
+        for letter in group.ljust(5, encode.ALPHABET[-1]):
+            value = 85 * value + encode.ALPHABET.index(letter)
+        out += value.to_bytes(4, "big")[: len(group) - 1]
+    return out
+
+
+def unzigzag(values: np.ndarray) -> np.ndarray:
+    return np.where(values % 2, -(values + 1) // 2, values // 2)
+
+
 class Reader:
     """Unpacks a trace as the layout in analysis/viewer/encode.py says, with nothing of its code."""
 
     def __init__(self, packed: str) -> None:
-        self.data, self.at = zlib.decompress(base64.b64decode(packed)), 0
+        self.data, self.at = zlib.decompress(from_base_85(packed)), 0
 
     def numbers(self, n: int, width: int) -> np.ndarray:
         raw = np.frombuffer(self.data, np.uint8, n * width, self.at).reshape(width, n)
@@ -83,6 +99,16 @@ class Reader:
     def floats(self, n: int) -> np.ndarray:
         self.at += 4 * n
         return np.frombuffer(self.data, "<f4", n, self.at - 4 * n)
+
+
+def pieces_of(index: dict[str, Any]) -> dict[int, str]:
+    """The text of each id."""
+    found = json.loads(zlib.decompress(from_base_85(index["pieces"])))
+    return dict(zip(np.cumsum(found["steps"]).tolist(), found["texts"], strict=True))
+
+
+def responses_of(index: dict[str, Any]) -> list[str | None]:
+    return list(json.loads(zlib.decompress(from_base_85(index["responses"]))))
 
 
 def rows_of(folder: Path, trace: int) -> list[dict[str, Any]]:
@@ -121,29 +147,47 @@ def test_each_number_of_the_folder_is_in_the_page(pairs: Path) -> None:
         n, width = len(rows), index["width"]
         assert index["traces"][number]["n"] == n
         assert reader.numbers(n, width).tolist() == [row["token"] for row in rows]
-        for label in LABELS:
-            # Rounded to the nearest step: at most half a step off.
-            entropy = reader.numbers(n, 2) / encode.ENTROPY_STEPS
-            assert (
-                np.abs(entropy - [row[f"entropy_{label}"] for row in rows]).max() <= 0.5 / encode.ENTROPY_STEPS + 1e-6
-            )
-            kept, rank = reader.numbers(n, 1), reader.numbers(n, 1)
-            other = iter(reader.floats(int((rank == encode.NOT_IN_LIST).sum())).tolist())
-            ids, probs = reader.numbers(kept.sum(), width), reader.numbers(kept.sum(), 2) / encode.PROB_STEPS
+        seen: dict[tuple[int, int], int] = {}  # the reference's probability steps by row and id
+        lists: list[list[int]] = []  # its ids by row
+        reference_N = np.zeros(n, np.int64)  # and its entropy steps
+        for at, label in enumerate(LABELS):
+            steps = reader.numbers(n, 2) if at == 0 else reference_N + unzigzag(reader.numbers(n, 2))
+            reference_N = reference_N if at else steps
+            expected_N = np.array([row[f"entropy_{label}"] for row in rows])
+            # The root is rounded to the nearest step: at most half a step off.
+            root_N = np.sqrt(expected_N.clip(0) / encode.MOST_NATS)
+            assert np.abs(steps / encode.ENTROPY_STEPS - root_N).max() <= 0.5 / encode.ENTROPY_STEPS + 1e-6
+            kept = reader.numbers(n, 1)
+            place = reader.numbers(kept.sum(), 1)
             first = np.cumsum(kept) - kept
+            alone = [i for i in range(n) if 0 not in place[first[i] : first[i] + kept[i]]]
+            other = dict(zip(alone, reader.floats(len(alone)).tolist(), strict=True))
+            spelled = iter(reader.numbers((place == encode.NOT_IN_LIST).sum(), width).tolist())
+            stored = reader.numbers(kept.sum(), 2)
             for i, row in enumerate(rows):
-                shown = slice(first[i], first[i] + kept[i])
-                above = [p >= encode.FLOOR or at == 0 for at, p in enumerate(row[f"top_prob_{label}"])]
-                assert ids[shown].tolist() == [id for id, keep in zip(row[f"top_{label}"], above, strict=True) if keep]
-                expected = [p for p, keep in zip(row[f"top_prob_{label}"], above, strict=True) if keep]
-                assert np.abs(probs[shown] - expected).max() <= 0.5 / encode.PROB_STEPS + 1e-7
-                prob = row[f"prob_{label}"]
-                if rank[i] == encode.NOT_IN_LIST:
+                ids, angles = [], []
+                for j in range(first[i], first[i] + kept[i]):
+                    if place[j] == encode.NOT_IN_LIST:
+                        ids.append(next(spelled))
+                    else:
+                        ids.append(row["token"] if place[j] == 0 else lists[i][place[j] - 1])
+                    same = seen.get((i, ids[-1])) if at else None
+                    angles.append(stored[j] if same is None else same + unzigzag(stored[j]))
+                    if not at:
+                        seen[i, ids[-1]] = angles[-1]
+                if not at:
+                    lists.append(ids)
+                shown = [
+                    (id, p)
+                    for k, (id, p) in enumerate(zip(row[f"top_{label}"], row[f"top_prob_{label}"], strict=True))
+                    if p >= encode.FLOOR or k == 0
+                ]
+                assert ids == [id for id, _ in shown]
+                wanted = np.arcsin(np.sqrt([min(p, 1) for _, p in shown])) / (np.pi / 2)
+                assert np.abs(np.array(angles) / encode.PROB_STEPS - wanted).max() <= 0.5 / encode.PROB_STEPS + 1e-6
+                if i in other:
                     outside += 1
-                    assert next(other) == np.float32(prob)
-                else:
-                    assert ids[first[i] + rank[i]] == row["token"]
-                    assert probs[first[i] + rank[i]] == pytest.approx(prob, abs=0.5 / encode.PROB_STEPS + 1e-7)
+                    assert row["token"] not in ids and other[i] == np.float32(row[f"prob_{label}"])
         assert reader.at == len(reader.data)
     assert outside  # the rarer way was taken, too
 
@@ -151,9 +195,10 @@ def test_each_number_of_the_folder_is_in_the_page(pairs: Path) -> None:
 def test_every_id_has_its_text(pairs: Path) -> None:
     index = index_of(build_page(pairs).text)
     table = pq.read_table(pairs / "tokens.parquet")
+    pieces = pieces_of(index)
     needed = set(table["token"].to_pylist()) | {row[0] for row in table["top_BF16"].to_pylist()}
-    assert needed <= set(index["pieces"]["ids"])
-    assert index["pieces"]["texts"] == [folders.WORDS[id] for id in index["pieces"]["ids"]]
+    assert needed <= set(pieces)
+    assert pieces == {id: folders.WORDS[id] for id in pieces}
 
 
 def test_traces_part_at_the_first_token_that_differs(pairs: Path) -> None:
@@ -214,6 +259,12 @@ def test_three_precisions(tmp_path: Path) -> None:
     }
 
 
+def test_a_response_is_stored_only_where_its_tokens_do_not_spell_it(pairs: Path) -> None:
+    assert set(responses_of(index_of(build_page(pairs).text))) == {None}
+    rewrite(pairs, "traces.parquet", lambda rows: [rows[0] | {"response": "2 \u20ac <"}, *rows[1:]])
+    assert responses_of(index_of(build_page(pairs).text)) == ["2 \u20ac <", *[None] * 11]
+
+
 def test_an_empty_response_is_shown_as_one(tmp_path: Path) -> None:
     folder = folders.make_folder(tmp_path / "empty", tokens=0, problems=2)
     page = build_page(folder)
@@ -263,9 +314,8 @@ def test_text_cannot_leave_the_data(tmp_path: Path) -> None:
     index = json.loads(scripts.found["index"])
     assert index["labels"] == list(labels)
     assert [item["q"] for item in index["items"]] == NASTY
-    assert set(index["pieces"]["texts"]) == {"<eos>", *NASTY}
-    responses = json.loads(zlib.decompress(base64.b64decode(index["responses"])))
-    assert responses == [row["response"] for row in pq.read_table(folder / "traces.parquet").to_pylist()]
+    assert set(pieces_of(index).values()) == {"<eos>", *NASTY}
+    assert set(responses_of(index)) == {None}  # the tokens spell them
     assert "<" not in scripts.found["index"] + scripts.found["blobs"]
     assert b"\0" not in page.text and b"\r" not in page.text
 
@@ -439,7 +489,7 @@ def test_a_tokenizers_folder_names_the_tokens(pairs: Path) -> None:
     # A model has more logits than its tokenizer has tokens: such an id may be probable, but nobody can have said it.
     rewrite(pairs, "tokens.parquet", lambda rows: set_token(rows, "top_BF16", [31, 1, 2, 3, 4]))
     index = index_of(build_page(pairs).text)
-    assert index["pieces"]["texts"][index["pieces"]["ids"].index(31)] == "<31>"
+    assert pieces_of(index)[31] == "<31>"
     rewrite(pairs, "tokens.parquet", lambda rows: set_token(rows, "token", 31))
     with pytest.raises(ReqatError, match="token id 31 is not in the tokenizer tok of 30 tokens"):
         build_page(pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from analysis.viewer import write_page
+from analysis.viewer import encode, write_page
 
 
 def load(name: str) -> ModuleType:
@@ -152,10 +153,14 @@ def test_hovering_shows_what_each_precision_says(browser: Any, pages: Pages) -> 
             f"[...document.querySelectorAll('#inspector .said section:nth-child({at}) tr')]"
             ".map(r => [r.cells[0].innerText, r.cells[2].innerText])"
         )
-        shown = [(id, p) for id, p in zip(row[f"top_{label}"], row[f"top_prob_{label}"], strict=True) if p >= 5e-4]
+        top = zip(row[f"top_{label}"], row[f"top_prob_{label}"], strict=True)
+        shown = [(id, p) for id, p in top if p >= encode.FLOOR]
         assert [cell[0].removesuffix(" \u25c0") for cell in cells] == [visible(id) for id, _ in shown]
         for (_, percent), (_, p) in zip(cells, shown, strict=True):
-            assert float(percent.rstrip("%")) == pytest.approx(100 * p, abs=0.051)
+            digits = len(percent.rstrip("%").partition(".")[2])
+            # Half of the last digit, and half a step of the angle that the probability is stored as.
+            stored = 100 * math.sqrt(p * (1 - p)) * math.pi / (2 * encode.PROB_STEPS) + 1e-3
+            assert float(percent.rstrip("%")) == pytest.approx(100 * p, abs=0.5 * 10**-digits + stored)
     assert browser.count(".t.peer") == 1  # the same token of the other trace: they have not parted yet
     browser.hover("h1")
     assert "Point at a token" in browser.text("#inspector")
