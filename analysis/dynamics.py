@@ -63,8 +63,8 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 def figure4(studies: ByKind) -> Figure:
     """Figure 4: (a) mean change of entropy against the base, (b) entropy over the base's, by bin of the base's entropy.
 
-    Both axes are logarithmic in what they must be: the change spans orders of magnitude and either sign (a symmetric
-    logarithm), the ratio orders of magnitude. Raises `ReqatError` without a study of kind `dynamics`.
+    Axes are logarithmic where the numbers span more than a decade: the change, of either sign, on a symmetric
+    logarithm. Raises `ReqatError` without a study of kind `dynamics`.
     """
     study = one(studies, "dynamics")
     data = study.table("dynamics")
@@ -73,14 +73,16 @@ def figure4(studies: ByKind) -> Figure:
     left, right = fig.subplots(1, 2)
     _by_bin(left, data[data["statistic"] == "change"], labels)
     _by_bin(right, data[data["statistic"] == "normalized"], labels)
-    change = data.loc[data["statistic"] == "change", "value"].abs()
-    left.set_yscale("symlog", linthresh=_linear_below(change), linscale=0.5)
+    change, ratio = (data.loc[data["statistic"] == name, "value"].abs() for name in ("change", "normalized"))
     left.axhline(0, color="#333333", lw=0.7)
-    low, high = left.get_ylim()
-    left.set_ylim(low * 2 if low < 0 else low, high * 2 if high > 0 else high)  # room beyond the outermost decade
-    left.set_ylabel("change of entropy (nats)")
-    right.set_yscale("log")
     right.axhline(1, color="#333333", lw=0.7)
+    if _decades(change) > 1:
+        left.set_yscale("symlog", linthresh=_linear_below(change), linscale=0.5)
+        low, high = left.get_ylim()
+        left.set_ylim(low * 2 if low < 0 else low, high * 2 if high > 0 else high)  # room beyond the outermost decade
+    if _decades(ratio) > 1:
+        right.set_yscale("log")
+    left.set_ylabel("change of entropy (nats)")
     right.set_ylabel("entropy / base's entropy")
     style.panel(left, "a", "Change against the base")
     style.panel(right, "b", "Relative to the base")
@@ -138,6 +140,12 @@ def _power(value: float) -> str:
         return "0"
     exponent = int(np.floor(np.log10(value)))
     return rf"${value / 10.0**exponent:.1f}\cdot10^{{{exponent}}}$"
+
+
+def _decades(values: pd.Series) -> float:
+    """How many powers of ten the values other than 0 span."""
+    positive = values[values > 0]
+    return float(np.log10(positive.max() / positive.min())) if len(positive) else 0.0
 
 
 def _linear_below(values: pd.Series) -> float:
