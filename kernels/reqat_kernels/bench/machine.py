@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reqat_kernels.native.gemm import allocate
+
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _FALLBACK_CACHE_BYTES = 64 * 2**20  # larger than most, so that data is cold where the size is unknown
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -96,8 +98,8 @@ class Device:
         return last_level_cache_bytes()
 
     def probe_bytes(self) -> int:
-        """Size of a buffer whose reading shows the bandwidth of memory."""
-        return 2 * self.cache_bytes()
+        """Size of a buffer whose reading shows the bandwidth of memory: little of it is left in the cache."""
+        return 8 * self.cache_bytes()
 
     def ready(self, burst: Callable[[], Any]) -> Callable[[], Any]:
         """``burst`` in the form in which it is to be timed."""
@@ -161,15 +163,18 @@ def present() -> tuple[str, ...]:
 
 
 class Probe:
-    """Reads a buffer of at least twice the last-level cache and says how fast that went.
+    """Reads a buffer that the last-level cache cannot hold and says how fast that went.
 
     A plain sum of float32 by torch, with torch's threads: on the CPUs tried it reads as fast as a bare loop of loads.
+    On a CPU the buffer lies in huge pages, as packed weights do; in small ones a third less is read.
     """
 
     def __init__(self, bytes: int | None = None, device: str = "cpu") -> None:
         self.device = device
         size = bytes or DEVICES[device].probe_bytes()
-        self.buffer: Tensor = torch.ones(max(1, size // 4), dtype=torch.float32, device=device)
+        size = max(4, size // 4 * 4)
+        raw = allocate(size) if device == "cpu" else torch.empty(size, dtype=torch.uint8, device=device)
+        self.buffer: Tensor = raw.view(torch.float32).fill_(1)
         self.rates: list[float] = []
 
     def __call__(self) -> float:

@@ -562,22 +562,6 @@ REQAT_API int reqat_int8_input(const float* x, int64_t M, int64_t K, int64_t pad
     return 1;
 }
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
-// Ask for huge pages under [data, data + bytes); nothing happens where the system has none to give.
-REQAT_API void reqat_advise_huge(void* data, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t huge = uintptr_t(1) << 21, first = (uintptr_t(data) + huge - 1) / huge * huge;
-    const uintptr_t last = (uintptr_t(data) + uintptr_t(bytes)) / huge * huge;
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
 // One linear layer from its unrounded input to its output. Mirrored in gemm.py.
 struct Product {
     const Weight* weight;

@@ -14,7 +14,9 @@ Without the native library the same functions compute from the same packed bytes
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -140,15 +142,19 @@ def allocate(n: int) -> Tensor:
     """``n`` bytes, uint8, that start on a cache line; a megabyte or more in huge pages, where the system has them.
 
     A weight is read once a step from end to end, and looking up small pages costs a third of the time. A model's
-    weights best share one such piece: each alone has an end that fills no huge page.
+    weights best share one such piece: each alone has an end that fills no huge page. The piece is mapped apart from
+    the heap, whose memory may have been touched before: pages are made huge when they are first written or never.
     """
-    line = 64 if n < _HUGE_FROM else _HUGE
-    raw = torch.empty(n + line, dtype=torch.uint8)
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if n < _HUGE_FROM or advice is None:
+        raw, line = torch.empty(n + 64, dtype=torch.uint8), 64
+    else:
+        memory, line = mmap.mmap(-1, n + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), _HUGE
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(advice)
+        raw = torch.frombuffer(memory, dtype=torch.uint8)
     offset = -raw.data_ptr() % line
-    data = raw[offset : offset + n]
-    if (lib := _library()) is not None:
-        lib.reqat_advise_huge(data.data_ptr(), n)
-    return data
+    return raw[offset : offset + n]
 
 
 def pack_weight(q: QuantizedTensor, out: Tensor | None = None) -> PackedWeight:
@@ -384,7 +390,6 @@ def _library() -> ctypes.CDLL | None:
             ctypes.POINTER(Spec), pointer, number, number, ctypes.c_float, pointer, pointer, pointer,
         ]  # fmt: skip
         lib.reqat_products.argtypes = [ctypes.POINTER(Product), number, ctypes.c_int]
-        lib.reqat_advise_huge.argtypes = [pointer, number]
     return lib
 
 
