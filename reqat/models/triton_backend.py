@@ -111,6 +111,8 @@ class TritonBackend:
         if key_BGTD.dtype == torch.float64:  # rounded once, after the subtraction, as the reference does
             key_BGTD = (key_BGTD if shift_GD is None else key_BGTD - shift_GD[:, None]).float()
             value_BGTD, shift_GD = value_BGTD.float(), None
+        if shift_GD is not None:
+            shift_GD = shift_GD.float()  # converting a model to bfloat16 converted its buffers
         finite = torch.isfinite(key_BGTD).all() & torch.isfinite(value_BGTD).all()
         if bool(finite) and triton_append.writes(keys.format) and triton_append.writes(values.format):
             triton_append.append(key_BGTD, value_BGTD, keys, values, start, shift_GD=shift_GD, check_finite=False)

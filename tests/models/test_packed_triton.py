@@ -274,7 +274,9 @@ def test_a_bfloat16_model(tiny: Tiny, ids: Tensor) -> None:
     for _ in range(2):
         model = tiny("llama", num_hidden_layers=1).to(DEVICE, torch.bfloat16)
         prepare(model, "NVFP4-W4A16KV4", global_scale="row")
-        models.append(freeze(model))
+        for kv in kv_quantizers(model):
+            kv.set_shift(torch.linspace(-1, 1, 64, device=DEVICE).view(2, 32))
+        models.append(freeze(model.bfloat16()))  # the shift too
     plain, packed = models[0], pack(models[1], backend="triton")
     ids = ids.to(DEVICE)
     ours = decode(packed, ids, PackedCache(packed), [9, 1]).float()
