@@ -184,10 +184,11 @@ def _table(
     traces, meta = folder.traces, folder.meta
     counts = ", ".join(f"{n:,} of {source}" for source, n in traces["source"].value_counts().sort_index().items())
     tokens = frames["entropy-by-token"]
+    each = min(_NAMED_TOKENS, len(tokens) // 2)  # none is among both
     named = [
         f"{which} mean entropy: "
         + ", ".join(f"{t!r} {v:.4f}" for t, v in zip(part["token"], part["value"], strict=True))
-        for which, part in (("Lowest", tokens.head(_NAMED_TOKENS)), ("Highest", tokens.tail(_NAMED_TOKENS)[::-1]))
+        for which, part in (("Lowest", tokens.head(each)), ("Highest", tokens.tail(each)[::-1]))
         if len(part)
     ]
     low = entropy.low_entropy(folder, reference, where)
@@ -320,18 +321,19 @@ def _kinds(found: Report) -> Any:
 def _errors(found: Report) -> Any:
     from analysis import style
 
-    fig = style.figure(2.7)
-    left, right = fig.subplots(1, 2)
     shares, errors = found.frames["divergence-shares"], found.frames.get("derailment-shares")
+    if errors is None:  # no response derailed: there is one panel, of all pairs
+        fig = style.figure(2.7, style.WIDTH_IN / 1.6)
+        left, right = fig.subplots(), None
+    else:
+        fig = style.figure(2.7)
+        left, right = fig.subplots(1, 2)
     series = [
         ("first divergence, all pairs", shares[(shares["pairs"] == "all") & (shares["threshold"] != "")], style.SKY),
-        (
-            "first divergence, derailed",
-            shares[(shares["pairs"] == "derailed") & (shares["threshold"] != "")],
-            style.BLUE,
-        ),
     ]
     if errors is not None:
+        derailed = shares[(shares["pairs"] == "derailed") & (shares["threshold"] != "")]
+        series.append(("first divergence, derailed", derailed, style.BLUE))
         series.append(("first error, derailed", errors[errors["statistic"] == "low entropy"], style.VERMILION))
     low = shares[(shares["pairs"] == "all") & (shares["threshold"] != "")]
     draw_bars(left, [f"below\n{name}" for name in low["threshold"]], series)
@@ -341,10 +343,8 @@ def _errors(found: Report) -> Any:
     left.set_yticks(range(0, 101, 25))
     left.set_ylabel("share, %")
     left.legend(loc="upper left")
-    style.panel(left, "a", "Where responses part (dashed: by chance)")
-    if errors is None:
-        right.set_axis_off()
-    else:
+    style.panel(left, "a" if right is not None else "", "Where responses part (dashed: by chance)")
+    if errors is not None and right is not None:
         kinds = errors[errors["statistic"] == "error"]
         draw_bars(right, [k.replace(" ", "\n") for k in kinds["which"]], [("", kinds, style.VERMILION)])
         right.set_ylabel("share of derailed responses, %")

@@ -134,12 +134,12 @@ def draw_channels(keys: Mapping[str, Tensor], head: int, *, notes: Sequence[str]
         for letter, ax, (name, key) in zip("abcdefgh", axes.flat, keys.items(), strict=False):
             frame = key_channels(key)
             frame = frame[frame["head"] == head]
-            channel = frame["channel"]
-            ax.fill_between(
-                channel, frame["lo"], frame["hi"], step="mid", color=style.SKY, alpha=0.6, lw=0, label="98% of values"
+            edges = np.arange(len(frame) + 1) - 0.5
+            ax.stairs(
+                frame["hi"], edges, baseline=frame["lo"], fill=True, color=style.SKY, alpha=0.6, label="98% of values"
             )
-            ax.plot(channel, frame["mean"], color=style.BLUE, drawstyle="steps-mid", lw=1.2, label="mean")
-            ax.plot(channel, frame["largest"], ".", color=style.VERMILION, ms=3.5, label="largest magnitude")
+            ax.stairs(frame["mean"], edges, baseline=None, color=style.BLUE, lw=1.2, label="mean")
+            ax.plot(frame["channel"], frame["largest"], ".", color=style.VERMILION, ms=3.5, label="largest magnitude")
             ax.axhline(0, color=style.GREY, lw=0.6)
             ax.set_xlim(-0.5, len(frame) - 0.5)
             style.panel(ax, letter, name)
