@@ -134,6 +134,7 @@ def draw_channels(keys: Mapping[str, Tensor], head: int, *, notes: Sequence[str]
         for letter, ax, (name, key) in zip("abcdefgh", axes.flat, keys.items(), strict=False):
             frame = key_channels(key)
             frame = frame[frame["head"] == head]
+            ax.use_sticky_edges = False  # stairs would end the axis at the lowest band
             edges = np.arange(len(frame) + 1) - 0.5
             ax.stairs(
                 frame["hi"], edges, baseline=frame["lo"], fill=True, color=style.SKY, alpha=0.6, label="98% of values"
