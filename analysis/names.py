@@ -37,7 +37,16 @@ STUDY_FIGURES: dict[str, tuple[str, ...]] = {
     "figure8": ("routing",),
     "figure9": ("pair",),
 }
-THROUGHPUT_KERNELS = ("linear", "attention", "fake_quantize", "sem_loss", "decode", "train_step", "agreement")
+THROUGHPUT_KERNELS = (
+    "linear",
+    "attention",
+    "fake_quantize",
+    "sem_loss",
+    "decode",
+    "train_step",
+    "entropy",
+    "agreement",
+)
 
 
 @dataclass(frozen=True)

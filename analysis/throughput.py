@@ -186,6 +186,7 @@ AGAINST: dict[str, dict[str, Callable[[Any], bool]]] = {
         "the best other": lambda row: row.provider != "copy",
     },
     "train_step": {"a BF16 step": lambda row: row.format == "BF16"},
+    "entropy": {"generation alone": lambda row: not row.ours},
     "sem_loss": {
         "cross-entropy with its gradient in the forward sweep": lambda row: row.provider == "ce-forward",
         "cross-entropy that recomputes": lambda row: row.provider == "ce-recompute",
@@ -415,6 +416,11 @@ TITLES = {
         "A training step, \u00b5s",
         "Median time of one optimizer step of the training loop, BF16 and QAT in turns: B rows of T response "
         "tokens, one micro-batch. QAT's arithmetic is fake-quantized.",
+    ),
+    "entropy": (
+        "A decoding step with and without collecting entropies, \u00b5s",
+        "Median time of a generation of B rows, P prompt and T new tokens, over its steps: alone; with every step's "
+        "entropy, most likely tokens and the probability of the one taken; and with these written to parquet files.",
     ),
 }
 

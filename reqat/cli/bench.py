@@ -16,7 +16,14 @@ import typer
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.run import Force, finished, locked
 from reqat.config.errors import ReqatError
-from reqat.config.throughput import AgreementBench, DecodeBench, Throughput, TrainStepBench, load_throughput
+from reqat.config.throughput import (
+    AgreementBench,
+    DecodeBench,
+    EntropyBench,
+    Throughput,
+    TrainStepBench,
+    load_throughput,
+)
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
@@ -191,6 +198,8 @@ def sections(settings: Throughput, probe: Any, out: Path, say: Any) -> dict[str,
         asked[f"decode-{i}"] = lambda wanted=wanted_decode: (decode(wanted, probe, out, say), [])
     for i, step in enumerate(settings.train_step):
         asked[f"train_step-{i}"] = lambda step=step: (train_step(step, settings.threads, probe, say), [])
+    for i, collected in enumerate(settings.entropy):
+        asked[f"entropy-{i}"] = lambda collected=collected: (entropy(collected, probe, out, say), [])
     for i, compared in enumerate(settings.agreement):
         asked[f"agreement-{i}"] = lambda compared=compared: (Result(), [agreement(compared, say)])
     if settings.sem_loss is not None:
@@ -258,6 +267,27 @@ def train_step(asked: TrainStepBench, threads: int, probe: Any, say: Any) -> Any
             )
         )
     return result
+
+
+def entropy(asked: EntropyBench, probe: Any, out: Path, say: Any) -> Any:
+    """The rows of generation with and without collecting entropies."""
+    from reqat.evaluation.collection_cost import measure_collection
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat_kernels.bench.measure import Result
+
+    try:
+        return measure_collection(
+            model_path(asked.model),
+            batch=asked.batch,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=asked.output_tokens,
+            rounds=asked.rounds,
+            probe=probe,
+            scratch=out,
+            say=say,
+        )
+    except CheckpointNotFoundError as error:
+        return Result(skipped=[f"entropy: {error}"])
 
 
 def agreement(asked: AgreementBench, say: Any) -> dict[str, Any]:

@@ -82,6 +82,17 @@ class AgreementBench(Strict):
     batch_rows: int | None = Field(default=None, gt=0)
 
 
+class EntropyBench(Strict):
+    """Generation with and without collecting entropies."""
+
+    model: str
+    """As in `DecodeBench`."""
+    batch: int = Field(gt=0)
+    prompt_tokens: int = Field(default=64, gt=0)
+    output_tokens: int = Field(ge=2)
+    rounds: int = Field(default=5, gt=0)
+
+
 class Throughput(Strict):
     """One tier's benchmark."""
 
@@ -92,6 +103,7 @@ class Throughput(Strict):
     sem_loss: SEMLossBench | None = None
     decode: list[DecodeBench] = []
     train_step: list[TrainStepBench] = []
+    entropy: list[EntropyBench] = []
     agreement: list[AgreementBench] = []
     ring_bytes: int = Field(default=0, ge=0)
     """Bytes that rotating copies of weights must exceed; 0: twice the last-level cache."""

@@ -161,7 +161,7 @@ def measure_collection(
                 steal=load.steal,
                 waited=sum(w * s for w, s in zip(waits[name], samples_us[name], strict=True)) / sum(samples_us[name]),
                 set_aside=rounds - len(kept),
-                ours=True,
+                ours=name != PLAIN,
                 output_tokens=output_tokens,
                 tokens_per_s=batch / median * 1e6,
                 weight_bytes=weights,
