@@ -337,8 +337,8 @@ class Results:
             training_seeds=_ends(trained),
             splits=_unique(e.problems.split for e in evaluations),
             decoding=_unique(_decoding(e.decoding) for e in evaluations),
-            arithmetic=_unique(_arithmetic(r) for r in records),
-            commits=_unique(_commit(r) for r in records),
+            arithmetic=_unique(arithmetic_of(r) for r in records),
+            commits=_unique(commit_of(r) for r in records),
         )
 
 
@@ -356,12 +356,13 @@ def _decoding(d: Any) -> str:
     return f"{how}, at most {d.max_new_tokens} tokens"
 
 
-def _arithmetic(record: Mapping[str, Any]) -> str:
+def arithmetic_of(record: Mapping[str, Any]) -> str:
     """FP4 is always simulated: values rounded to the FP4 grid, computed in higher precision on the record's device."""
     device = str((record.get("hardware") or {}).get("device", "cpu"))
     return f"fake-quantized, {'CPU' if device.startswith('cpu') else 'GPU' if device.startswith('cuda') else device}"
 
 
-def _commit(record: Mapping[str, Any]) -> str:
+def commit_of(record: Mapping[str, Any]) -> str:
+    """The commit that a record was made at, shortened, and whether the code was changed beyond it."""
     commit = str(record.get("commit") or "unknown")
     return commit[:10] + ("+changes" if record.get("dirty") else "")

@@ -109,9 +109,9 @@ def _dynamics_notes(study: Study, data: pd.DataFrame, labels: Sequence[str]) -> 
 
 def _made(study: Study) -> list[str]:
     """Arithmetic and commit, as every footer says them."""
-    from analysis.cells import _arithmetic, _commit
+    from analysis.cells import arithmetic_of, commit_of
 
-    return [f"Arithmetic: {_arithmetic(study.record)}.", f"Commit {_commit(study.record)}."]
+    return [f"Arithmetic: {arithmetic_of(study.record)}.", f"Commit {commit_of(study.record)}."]
 
 
 def _by_bin(ax: Axes, data: pd.DataFrame, labels: Sequence[str]) -> None:

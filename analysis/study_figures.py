@@ -61,7 +61,7 @@ def roles(study: Study) -> tuple[str, str]:
 
 def notes(*chosen: Study) -> list[str]:
     """Footer: tier, precisions, n and seeds of each study (once where they agree), arithmetic, commits, intervals."""
-    from analysis.cells import _arithmetic, _commit
+    from analysis.cells import arithmetic_of, commit_of
 
     asked: dict[str, list[str]] = {}
     for study in chosen:
@@ -73,8 +73,8 @@ def notes(*chosen: Study) -> list[str]:
     if len(sizes) > 1:
         sizes = [f"{', '.join(dict.fromkeys(names))}: {size}" for size, names in asked.items()]
     precisions = sorted({name for study in chosen for name in study.settings["precisions"].values()})
-    arithmetic = sorted({_arithmetic(study.record) for study in chosen})
-    commits = sorted({_commit(study.record) for study in chosen})
+    arithmetic = sorted({arithmetic_of(study.record) for study in chosen})
+    commits = sorted({commit_of(study.record) for study in chosen})
     return [
         f"Tier {', '.join(sorted({str(study.settings['tier']) for study in chosen}))}; {' and '.join(precisions)}.",
         *(f"{size}." for size in sizes),

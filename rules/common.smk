@@ -148,6 +148,15 @@ def folder_of_output(wildcards, output):
     return str(Path(output[0]).parent)
 
 
+def drawing_pinned(wildcards, output):
+    """Commands that draw all that is pinned of a tier: its run, its studies, its benchmark."""
+    commands = [f"tables --out {output.tables}", f"figures --out {output.plots}"]
+    for folder, verb in (("studies", "study-report"), ("throughput", "throughput")):
+        if Path("results", folder, PINNED).is_dir():
+            commands.append(f"{verb} --tables {output.tables} --plots {output.plots}")
+    return " && ".join(f"{REQAT} {command} --pinned --tier {PINNED}" for command in commands)
+
+
 def freeze_plan():
     """Write the plan that this run's jobs read."""
     FROZEN.parent.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,9 @@ rule pinned:
     conda:
         "../environment.yml"
     params:
-        reqat=REQAT,
-        tier=PINNED,
+        draw=drawing_pinned,
     shell:
-        "({params.reqat} tables --pinned --tier {params.tier} --out {output.tables} && "
-        "{params.reqat} figures --pinned --tier {params.tier} --out {output.plots}) > {log} 2>&1"
+        "({params.draw}) > {log} 2>&1"
 
 
 rule compare:
