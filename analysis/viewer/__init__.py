@@ -4,10 +4,10 @@ Averages say *how much* a quantized model errs; this page shows *where*. Each to
 point where the two models part is marked, and pointing at a token shows what each precision would have said there.
 
 The page is one HTML file that needs no server and no network, so that it can be mailed, archived and opened years
-later. What that costs: all numbers travel inside it. They are kept small (:mod:`analysis.viewer.encode`: five to
-twenty bytes a token and precision, most where a model is unsure), unpacked one trace at a time, and only the problem that is looked at is drawn; a
-thousand traces of five hundred tokens open at once. A content security policy lets nothing but the page's own script
-run, and whatever models wrote is only ever set as text.
+later. What that costs: all numbers travel inside it. They are kept small (:mod:`analysis.viewer.encode`: five to twenty
+bytes a token and precision, most where a model is unsure), unpacked one trace at a time, and only the problem that is
+looked at is drawn; a thousand traces of five hundred tokens open at once. A content security policy lets nothing but
+the page's own script run, and whatever models wrote is only ever set as text.
 
 Source of the question: arXiv 2606.15682, section 3.
 """
