@@ -15,6 +15,7 @@ import typer
 
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.run import Force, finished, locked
+from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.config.throughput import (
     AgreementBench,
@@ -43,12 +44,16 @@ def folder_of(settings: Throughput) -> Path:
     return session.paths.work / "throughput" / settings.id
 
 
-def kept_sections(settings: Throughput) -> Path | None:
-    """Where sections that are measured wait for the others, by commit; None for code that no commit holds."""
+def kept_sections(settings: Throughput, threads: int) -> Path | None:
+    """Where measured sections wait for the others: those of one commit, number of threads and CPU go together.
+
+    None for code that no commit holds.
+    """
     made = provenance.commit(session.paths.root)
     if made["dirty"] is not False:
         return None
-    return session.paths.work / "throughput" / f".{settings.id}.sections" / str(made["commit"])
+    where = digest([made["commit"], threads, provenance.hardware()["cpu"]], 12)
+    return session.paths.work / "throughput" / f".{settings.id}.sections" / where
 
 
 @app.command()
@@ -75,7 +80,9 @@ def bench(
         where = session.paths.partial(settings.id)
         paths = session.paths
         with record.job("throughput", settings.id, settings, root=paths.root, out=out, partial=where, tier=tier) as job:
-            kept = kept_sections(settings)
+            kept = kept_sections(settings, threads or settings.threads)
+            if kept is not None and force:
+                shutil.rmtree(kept, ignore_errors=True)
             job.metrics = measure_all(settings, where, None if quiet else lambda line: print(line, flush=True), kept)
             job.resumed = job.metrics["resumed_sections"] > 0
         if kept is not None:
@@ -120,10 +127,11 @@ def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | N
             section = Section(result, probe.rates[first:], agreed)
             if file is not None:
                 _write_section(file, section)
+            section.probe_bytes_per_s = []  # the probe remembers its own
         whole.result.add(section.result)
         whole.probe_bytes_per_s += section.probe_bytes_per_s
         whole.agreement += section.agreement
-    rates = whole.probe_bytes_per_s or probe.rates
+    rates = [*probe.rates, *whole.probe_bytes_per_s]
     rows = against_roofline(whole.result.rows, max(rates))
     table = pd.DataFrame([dataclasses.asdict(row) for row in rows])
     made, machine = provenance.commit(session.paths.root), provenance.hardware()

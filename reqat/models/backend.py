@@ -5,8 +5,9 @@ cache in an order of their own, so a model is packed for one of them; :func:`bac
 Everything else in this package asks the backend it was packed for and knows neither.
 
 A backend promises the numbers of the frozen fake-quantized twin: the codes of inputs and of cached tokens bit for bit,
-products and attention up to the order of float32 sums. The exception is a rotation that the Triton quantizer does on
-the way, by sums and differences instead of a matrix product: there a code next to a rounding threshold may differ too.
+products and attention up to the order of float32 sums. The exception is a rotation done on the way by sums and
+differences instead of a matrix product (Triton's quantizer; native decoding): there a code next to a rounding threshold
+may differ too.
 
 The Triton functions also run on CPU tensors in triton's interpreter, which is how they are tested without a GPU.
 """

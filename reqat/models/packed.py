@@ -3,12 +3,13 @@
 ``pack`` takes a prepared model and replaces each quantized linear layer by a
 :class:`~reqat.models.packed_linear.PackedLinear`, which holds the
 codes and scales in the order in which the kernel streams them, and the dense weight no more. Everything else stays:
-transformers' model code, its ``generate()``, the attention function. A cache that ``generate()`` makes is exchanged for
+transformers' model code, its ``generate()``, the attention function; only single tokens on a CPU take a shorter way
+through the decoder (:mod:`reqat.models.packed_decoder`). A cache that ``generate()`` makes is exchanged for
 a :class:`~reqat.models.packed_cache.PackedCache` at the first forward pass.
 
-The numbers are those of the frozen fake-quantized model up to the order of float32 summation: inputs are rounded by
-the same functions, weights are the same codes. Where that order moves an activation across a rounding threshold its
-code changes, so logits agree closely, not bit for bit.
+The numbers are those of the frozen fake-quantized model up to the order of float32 summation (and, in a bfloat16
+model, up to where it rounds to bfloat16): inputs are rounded by the same functions, weights are the same codes. Where
+that order moves an activation across a rounding threshold its code changes, so logits agree closely, not bit for bit.
 
 The packed model only runs: it cannot be trained or saved. Save the frozen model, and pack it again after loading.
 """

@@ -3,7 +3,11 @@
 Which decoders qualify is found by what they are, as everywhere in this package, and then by trial: the decoder's own
 modules and the native call take the same few tokens through one layer, and only if the results agree is the native call
 used. A decoder of any other build goes on through its modules, and so does any call that asks for something else than
-one token a row over a packed cache.
+one token a row over a packed cache, hidden states or attention weights for example.
+
+Forward hooks on modules inside the decoder see what goes through modules: prompts, and not the single tokens after
+them. In a bfloat16 model the modules round after each operation and the native call after each layer, so they are about
+as far from each other as either is from the same model in float32.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from reqat.config.errors import ReqatError
 from reqat.models.architecture import DecoderLayer, HeadShape
 from reqat.models.kv import KVQuantizer
 from reqat.models.linear import InputQuantizer
@@ -71,6 +76,11 @@ class NativeDecoder:
         last = self._decode(embeddings, attention_mask, position_ids, states)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NativeDecoder:
+        raise ReqatError(
+            "a packed model holds addresses of its own memory and cannot be copied: copy the frozen model, then pack"
+        )
+
     def _states(self, cache: Any, rows: int, mask: Any, position_ids: Tensor | None) -> list[PackedCacheLayer] | None:
         """The layers of the cache, with room for one more token; None where the native call cannot take it."""
         config, norm = self.decoder.config, self.decoder.norm.weight
@@ -81,6 +91,7 @@ class NativeDecoder:
             or (torch.is_grad_enabled() and norm.requires_grad)
             or getattr(config, "output_hidden_states", False)
             or getattr(config, "output_attentions", False)
+            or not getattr(config, "return_dict", True)
         ):
             return None
         states: Any = cache.layers[: len(self.stack)]
@@ -129,7 +140,9 @@ class NativeDecoder:
 
 def _asks(name: str, value: Any) -> bool:
     """Whether an argument asks the decoder for more than its last hidden state."""
-    return value is not None and value is not False and not (name == "return_dict" and value is True)
+    if name == "return_dict":
+        return value is False
+    return value is not None and value is not False
 
 
 def native_decoder(model: Any, layers: list[DecoderLayer], heads: HeadShape) -> bool:

@@ -87,7 +87,7 @@ def test_an_interrupted_benchmark_goes_on_with_the_section_that_was_cut_off(
     settings = load_throughput("smoke", checkout / "config")
     assert settings is not None
     kept = checkout / "build" / "throughput" / ".sections" / "commit"
-    monkeypatch.setattr("reqat.cli.bench.kept_sections", lambda _: kept)
+    monkeypatch.setattr("reqat.cli.bench.kept_sections", lambda *_: kept)
 
     def cut(*_: object) -> None:
         raise ReqatError("power cut")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +112,41 @@ def test_the_native_call_does_what_the_modules_do(
     modules, other = run()
     assert cache.get_seq_length() == other.get_seq_length() == 14
     assert_agree(modules, native)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_a_bfloat16_model_decodes_natively_as_close_as_by_modules(tiny: Tiny, ids: Tensor) -> None:
+    def logits(dtype: torch.dtype, native: bool) -> Tensor:
+        model = tiny("llama").to(dtype)
+        prepare(model, "NVFP4-W4A16KV4", global_scale="row")
+        pack(model)
+        decoder = model.get_decoder()
+        decoder.forward = decoder.forward if native else decoder.forward.own
+        cache = PackedCache(model)
+        with torch.no_grad():
+            model(ids[:, :10], past_key_values=cache)
+            steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(10, 14)]
+        return torch.cat(steps, 1).double()
+
+    exact = logits(torch.float32, native=True)
+    by_modules, natively = (float((logits(torch.bfloat16, n) - exact).square().mean().sqrt()) for n in (False, True))
+    assert 0 < natively <= 1.5 * by_modules
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
+def test_a_packed_model_keeps_no_cache_alive_and_cannot_be_copied(tiny: Tiny, ids: Tensor) -> None:
+    _, packed = twins(tiny, ids, "llama", "NVFP4-W4A4KV4", global_scale="row")
+    cache = PackedCache(packed)
+    with torch.no_grad():
+        packed(ids, past_key_values=cache)
+        packed(ids[:, :1], past_key_values=cache)
+        assert isinstance(packed.get_decoder()(ids[:, :1], past_key_values=cache, return_dict=False), tuple)
+    keys = weakref.ref(cache.layers[0].packed_keys)
+    del cache
+    gc.collect()
+    assert keys() is None
+    with pytest.raises(ReqatError, match="copy the frozen model"):
+        copy.deepcopy(packed)
 
 
 def test_memory_is_four_and_a_half_bits_a_weight(tiny: Tiny, ids: Tensor) -> None:

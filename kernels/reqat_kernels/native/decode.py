@@ -9,6 +9,7 @@ find :func:`available` false go the ordinary way, through the modules.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -143,7 +144,7 @@ class NativeStack:
         MemoryError.
         """
         for own, shift, (key, value) in zip(self._states, self._shifts, states, strict=True):
-            if own.key is not key or own.value is not value:
+            if not own.holds(key, value):
                 own.bind(key, value, shift)
         B, step, first = len(x_BC), self._step, self._layers[0]
         step.x, step.cos, step.sin = x_BC.data_ptr(), cos_BD.data_ptr(), sin_BD.data_ptr()
@@ -189,11 +190,15 @@ class _LayerStates:
 
     def __init__(self, weights: LayerWeights) -> None:
         H, G, D = weights.heads
-        self.key: PackedStates | None = None
-        self.value: PackedStates | None = None
+        # Weak: a cache's memory is freed when its owner lets go of it, and the next one is then bound.
+        self._bound: tuple[weakref.ref[PackedStates], weakref.ref[PackedStates]] | None = None
         self._append = (AppendArgs(), AppendArgs())
         self._attention = AttentionArgs(scaling=weights.scaling, T=1, causal=0, H=H, G=G, D=D)
         self.pointers = _States(*(ctypes.pointer(part) for part in (*self._append, self._attention)))
+
+    def holds(self, key: PackedStates, value: PackedStates) -> bool:
+        """Whether these are bound."""
+        return self._bound is not None and self._bound[0]() is key and self._bound[1]() is value
 
     def bind(self, key: PackedStates, value: PackedStates, shift: Tensor | None) -> None:
         """Take over where ``key`` and ``value`` lie."""
@@ -206,7 +211,7 @@ class _LayerStates:
             append.spec = spec_of(states.format)
         self._attention.key, self._attention.value = self._append[0].states, self._append[1].states
         self._attention.B, self._attention.tiles = self._append[0].B, self._append[0].tiles
-        self.key, self.value = key, value
+        self._bound = (weakref.ref(key), weakref.ref(value))
 
 
 def _address(t: Tensor | None) -> int | None:
