@@ -172,7 +172,8 @@ def figure7(studies: ByKind) -> Figure:
         x = curve["step"].to_numpy(dtype=float)
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "lw": 1.1}
         left.plot(x, 100 * curve["c_low"], label=name, **look)
-        left.fill_between(x, 100 * curve["lo"], 100 * curve["hi"], color=colour, alpha=0.15, lw=0)
+        lo, hi = (curve[end].clip(0, 1) for end in ("lo", "hi"))  # a share cannot be beyond; NaN leaves a gap
+        left.fill_between(x, 100 * lo, 100 * hi, color=colour, alpha=0.15, lw=0)
         left.plot(x, 100 * curve["low_share"], color=colour, lw=0.9, ls=":")
         right.plot(x, curve["c_low"] / curve["low_share"], **look)
     left.plot([], [], color=style.GREY, lw=0.9, ls=":", label="their share of tokens")
@@ -195,22 +196,23 @@ def smoothed(part: pd.DataFrame) -> pd.DataFrame:
     """The curve of one threshold: windows of neighbouring looks where there are many.
 
     `c_low` and `low_share` are means of a window's looks; `lo` and `hi` add its looks' half widths as of independent
-    batches (one look alone keeps its own interval).
+    batches, and may lie outside of [0, 1]. They are NaN where a look of the window has no interval: what the others
+    know is not how sure their mean is.
     """
     part = part.sort_values("step")
     window = max(1, -(-len(part) // _WINDOWS))
     rows = []
     for at in range(0, len(part), window):
         looks_at = part.iloc[at : at + window]
-        value, k = float(looks_at["c_low"].mean()), len(looks_at)
-        half = float(np.sqrt((((looks_at["hi"] - looks_at["lo"]) / 2) ** 2).sum())) / k
-        alone = k == 1
+        value = float(looks_at["c_low"].mean())
+        squares = ((looks_at["hi"] - looks_at["lo"]) / 2) ** 2
+        half = float(np.sqrt(squares.sum(skipna=False))) / len(looks_at)
         rows.append(
             {
                 "step": float(looks_at["step"].mean()),
                 "c_low": value,
-                "lo": float(looks_at["lo"].iloc[0]) if alone else max(0.0, value - half),
-                "hi": float(looks_at["hi"].iloc[0]) if alone else min(1.0, value + half),
+                "lo": value - half,
+                "hi": value + half,
                 "low_share": float(looks_at["low_share"].mean()),
             }
         )

@@ -52,8 +52,9 @@ def shares(step: int, found: TokenGradients) -> list[dict[str, Any]]:
     """Rows of ``gradients.csv`` of one look, a threshold each.
 
     ``c_low`` is the share of the squared gradients at tokens below ``nats``, ``c_high`` that of the others; ``lo`` and
-    ``hi`` its 95% interval clustered by trace (a ratio of two sums; NaN for a single trace), cut to [0, 1];
-    ``low_share`` the share of the ``tokens`` that are below.
+    ``hi`` its 95% interval clustered by trace (a ratio of two sums; NaN for a single trace), symmetric and therefore
+    not cut to [0, 1]: means of several looks need the whole width; ``low_share`` the share of the ``tokens`` that are
+    below.
     """
     square_N, entropy_N, trace_N = found.square_N.numpy(), found.entropy_N.numpy(), found.trace_N.numpy()
     named = [(f"percentile {p}", float(np.percentile(entropy_N, p))) for p in PERCENTILES]
@@ -69,8 +70,8 @@ def shares(step: int, found: TokenGradients) -> list[dict[str, Any]]:
                 "threshold": name,
                 "nats": nats,
                 "c_low": float(means.value_G[0]),
-                "lo": float(np.clip(means.lo_G[0], 0, 1)),
-                "hi": float(np.clip(means.hi_G[0], 0, 1)),
+                "lo": float(means.lo_G[0]),
+                "hi": float(means.hi_G[0]),
                 "c_high": float(high.value_G[0]),
                 "low_share": float(low_N.mean()),
                 "low_tokens": int(low_N.sum()),

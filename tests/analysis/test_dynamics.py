@@ -124,6 +124,31 @@ def test_a_window_of_looks_has_the_half_width_of_their_mean(gradients: Study) ->
     np.testing.assert_allclose((curve["hi"] - curve["lo"]) / 2, 0.05 / np.sqrt(3))
 
 
+def test_bands_near_the_ends_are_as_wide_as_elsewhere_and_cut_only_when_drawn(gradients: Study) -> None:
+    data = gradients.table("gradients")
+    top = data["threshold"] == "0.6 nats"
+    data.loc[top, ["c_low", "lo", "hi"]] = [0.99, 0.94, 1.04]
+    bottom = data["threshold"] == "percentile 25"
+    data.loc[bottom, ["c_low", "lo", "hi"]] = [0.02, -0.03, 0.07]
+    data.to_csv(gradients.path / "gradients.csv", index=False)
+    half = 0.05 / np.sqrt(3)
+    for which, value in ((top, 0.99), (bottom, 0.02)):
+        curve = smoothed(data[which])
+        np.testing.assert_allclose(curve[["lo", "hi"]], [[value - half, value + half]] * 20)
+    with style.context():
+        left = figure7({"gradients": [gradients]}).axes[0]
+    drawn = np.concatenate([path.vertices[:, 1] for band in left.collections for path in band.get_paths()])
+    assert drawn.min() == 0 and drawn.max() == 100
+
+
+def test_a_window_with_an_unknown_interval_has_no_band(gradients: Study) -> None:
+    part = gradients.table("gradients").query("threshold == 'percentile 75'").sort_values("step").copy()
+    part.iloc[4, part.columns.get_indexer(["lo", "hi"])] = np.nan  # a micro-batch of a single trace, in window 1
+    curve = smoothed(part)
+    assert curve["lo"].isna().tolist() == curve["hi"].isna().tolist() == [i == 1 for i in range(20)]
+    assert curve["c_low"].notna().all()
+
+
 def test_without_their_studies_there_is_nothing_to_draw() -> None:
     for figure, kind in ((figure4, "dynamics"), (figure7, "gradients")):
         with pytest.raises(ReqatError, match=kind):

@@ -77,7 +77,7 @@ def test_rows_are_shares(whole) -> None:
     for row in rows:
         number = {name: float(row[name]) for name in COLUMNS if name != "threshold"}
         assert number["c_low"] + number["c_high"] == pytest.approx(1, abs=1e-12)
-        assert 0 <= number["lo"] <= number["c_low"] <= number["hi"] <= 1
+        assert number["lo"] <= number["c_low"] <= number["hi"]
         assert number["low_share"] == pytest.approx(number["low_tokens"] / number["tokens"])
         if row["threshold"] == "percentile 25":
             assert abs(number["low_tokens"] - number["tokens"] / 4) <= 1
@@ -153,3 +153,14 @@ def test_share_and_interval_are_the_clustered_ratio() -> None:
     half = t.ppf(0.975, 11) * np.sqrt(12 / 11 * ((top - ratio * bottom) ** 2).sum()) / bottom.sum()
     assert (row["lo"], row["hi"]) == pytest.approx((ratio - half, ratio + half))
     assert (row["step"], row["tokens"], row["clusters"]) == (3, 600, 12)
+
+
+def test_an_interval_beyond_the_ends_is_kept_whole() -> None:
+    square, entropy, trace = np.array([1.0, 1e-3, 1.0, 0.2]), np.array([0.1, 2.0, 0.1, 2.0]), np.array([0, 0, 1, 1])
+    row = next(
+        row
+        for row in shares(0, TokenGradients(*(torch.from_numpy(x) for x in (square, entropy, trace))))
+        if row["threshold"] == "0.6 nats"
+    )
+    assert row["hi"] > 1
+    assert row["hi"] - row["c_low"] == pytest.approx(row["c_low"] - row["lo"])
