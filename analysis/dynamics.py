@@ -175,7 +175,9 @@ def figure7(studies: ByKind) -> Figure:
         lo, hi = (curve[end].clip(0, 1) for end in ("lo", "hi"))  # a share cannot be beyond; NaN leaves a gap
         left.fill_between(x, 100 * lo, 100 * hi, color=colour, alpha=0.15, lw=0)
         left.plot(x, 100 * curve["low_share"], color=colour, lw=0.9, ls=":")
-        right.plot(x, curve["c_low"] / curve["low_share"], **look)
+        share = curve["low_share"].where(curve["low_share"] > 0)  # no low token, no ratio
+        right.plot(x, curve["c_low"] / share, **look)
+        right.fill_between(x, lo / share, hi / share, color=colour, alpha=0.15, lw=0)
     left.plot([], [], color=style.GREY, lw=0.9, ls=":", label="their share of tokens")
     left.set_ylim(0, 100)
     left.set_ylabel("share of squared gradient (%)")
@@ -229,7 +231,7 @@ def _gradient_notes(study: Study, data: pd.DataFrame) -> list[str]:
         f"({len(seen):,} in all, {int(seen['tokens'].mean()):,} response tokens each).",
         *_made(study),
         "Entropy is that of the model in training; percentiles are the micro-batch's. Bands: 95% intervals clustered "
-        "by trace.",
+        "by trace; in (b) the share of tokens is taken as it is.",
     ]
     if same is not None:
         out.append(f"Weights {'bit-identical to' if same else 'differ from'} those of the stage trained without probe.")

@@ -87,16 +87,25 @@ class Study:
         raise ReqatError(f"{self.path}: no {name}.csv in it; run the study again (reqat study {self.id} --force).")
 
 
-def load_studies(planned: Mapping[str, PlannedStudy], source: Path, *, pinned: bool = False) -> list[Study]:
+def load_studies(
+    planned: Mapping[str, PlannedStudy],
+    source: Path,
+    *,
+    pinned: bool = False,
+    stages: Mapping[str, str] | None = None,
+) -> list[Study]:
     """The studies of a plan under `source` (which holds one folder a study), in the plan's order.
 
-    With `pinned`, of each study the files that `reqat pin-studies` kept. Raises `ReqatError` that names the study
-    that is missing or not whole, and the command that makes it.
+    With `pinned`, of each study the files that `reqat pin-studies` kept. `stages` are the stages that lie there now,
+    id -> digest of its outputs (`reqat.records.record.outputs_digest`). Raises `ReqatError` that names the study that
+    is missing, not whole or made from another stage than that, and the command that makes it.
     """
-    return [load_study(study, Path(source) / study.id, pinned=pinned) for study in planned.values()]
+    return [load_study(study, Path(source) / study.id, pinned=pinned, stages=stages) for study in planned.values()]
 
 
-def load_study(study: PlannedStudy, folder: Path, *, pinned: bool = False) -> Study:
+def load_study(
+    study: PlannedStudy, folder: Path, *, pinned: bool = False, stages: Mapping[str, str] | None = None
+) -> Study:
     """One finished study. Raises `ReqatError` as `load_studies`."""
     if not (folder / record.FILE).is_file():
         raise ReqatError(f"{folder}: study {study.settings.label} is not there; `reqat study {study.id}` makes it.")
@@ -107,6 +116,10 @@ def load_study(study: PlannedStudy, folder: Path, *, pinned: bool = False) -> St
                 raise ReqatError(f"{folder / name} is not the file that was pinned; restore it from git.")
     else:
         record.verify(folder, id=study.id, deep=False)
+    try:
+        record.check_inputs(folder, found, stages or {})
+    except ReqatError as error:
+        raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {found['tier']}.") from None
     if found["id"] != study.id or digest(parse(PlannedStudy, found["config"], str(folder))) != digest(study):
         raise ReqatError(f"{folder} holds {found['id']}, not {study.id}; delete the folder and run the study again.")
     names: dict[str, Any] = {
@@ -194,12 +207,18 @@ def _maker(name: str) -> Callable[[ByKind], Any]:
 
 
 def build_studies(
-    planned: Mapping[str, PlannedStudy], source: Path, tables: Path, plots: Path, *, pinned: bool = False
+    planned: Mapping[str, PlannedStudy],
+    source: Path,
+    tables: Path,
+    plots: Path,
+    *,
+    pinned: bool = False,
+    stages: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write every table and figure of a tier's studies; returns the files. Raises `ReqatError` as `load_studies`."""
+    """Write every table and figure of a tier's studies; returns the files. Options and errors: `load_studies`."""
     from analysis import style
 
-    studies = by_kind(load_studies(planned, source, pinned=pinned))
+    studies = by_kind(load_studies(planned, source, pinned=pinned, stages=stages))
     wanted_tables, wanted_figures = study_names(planned)
     written: list[Path] = []
     for name in wanted_tables:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from reqat.cli.intervene import Conditions, Task, grade_noise, grade_routes, loa
 from reqat.cli.reset import fitted_tau0, grade_resets, reset_decodings
 from reqat.cli.run import Force, Threads, finished, input_folders, locked
 from reqat.config.errors import ReqatError
-from reqat.config.paths import Paths
+from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.studies import (
     FILE,
@@ -68,6 +69,16 @@ def studies_of(plan: Plan) -> dict[str, PlannedStudy]:
     return found
 
 
+def stages_there(plan: Plan, studies: Iterable[PlannedStudy], paths: Paths) -> dict[str, str]:
+    """The stages that studies stand on, as they lie there now: id -> digest of its outputs, of those that are there."""
+    folders = {id: paths.stage(plan.stage(id)) for study in studies for id in study.inputs.values()}
+    return {
+        id: record.outputs_digest(record.read(folder))
+        for id, folder in folders.items()
+        if (folder / record.FILE).is_file()
+    }
+
+
 @dataclass(frozen=True)
 class Run:
     """A study at work."""
@@ -87,13 +98,18 @@ class Run:
 
 
 def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
-    """Run one study, unless its result is there. Raises `ReqatError` if a stage that it stands on is missing or is not
-    what it was."""
+    """Run one study, unless its result is there and was made from the stages that are there. Raises `ReqatError` if a
+    stage that it stands on is missing or is not what it was."""
     out = paths.study(study.id)
     with locked(paths, study.id):
         if not force and finished(out, study.id):
-            print(f"{study.id}: already there")
-            return
+            try:
+                record.check_inputs(out, record.read(out), stages_there(plan, [study], paths))
+            except ReqatError as stale:
+                print(f"{stale} Measuring it again.", flush=True)
+            else:
+                print(f"{study.id}: already there")
+                return
         inputs, digests = input_folders(plan, study.inputs, paths)
         where, tier = paths.partial(study.id), plan.tier.name
         with record.job("study", study.id, study, root=paths.root, out=out, partial=where, tier=tier) as job:
@@ -250,12 +266,13 @@ def study_report(
     paths = session.paths
     if pinned:
         source = paths.results / "studies" / tier
-        planned, folder, name = pinned_studies(source), paths.work / "pinned", f"studies-{tier}"
+        planned, folder, name, stages = pinned_studies(source), paths.work / "pinned", f"studies-{tier}", None
     else:
-        source = paths.studies
-        planned, folder, name = studies_of(session.plan(tier)), paths.work, tier
+        source, plan = paths.studies, session.plan(tier)
+        planned, folder, name = studies_of(plan), paths.work, tier
+        stages = stages_there(plan, planned.values(), paths)
     tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
-    for path in build_studies(planned, source, tables, plots, pinned=pinned):
+    for path in build_studies(planned, source, tables, plots, pinned=pinned, stages=stages):
         print(path)
 
 
@@ -267,7 +284,12 @@ def pin_studies(
     """Keep a tier's finished studies (not their token traces) and what is drawn of them in results/studies/<tier>."""
     from analysis.studies import STUDIES, build_studies
 
-    paths, planned = session.paths, studies_of(session.plan(tier))
+    paths, plan = session.paths, session.plan(tier)
+    planned = studies_of(plan)
+    there = stages_there(plan, planned.values(), paths)
+    for id, study in planned.items():
+        _require_inputs(plan, study, paths.study(id), there)
+    same = same_stages(plan, planned.values(), there, paths.results / tier)
     target = paths.results / "studies" / tier
     draft = target.with_name(f".{tier}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -294,8 +316,47 @@ def pin_studies(
             "commits": sorted({str(found["commit"]) for found in kept}),
             "dirty": any(found["dirty"] is not False for found in kept),
             "allow_dirty": allow_dirty,
+            "same_stages_as_pinned_run": same,
             "files": record.files(draft),
         },
     )
     record.install(draft, target)
     print(f"pinned: {target}")
+
+
+def _require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mapping[str, str]) -> None:
+    """Refuse a study that was not made from the stages `there`. Raises `ReqatError` naming the command that helps."""
+    found = record.verify(folder, id=study.id, deep=False)
+    for role, id in study.inputs.items():
+        if id not in there:
+            raise ReqatError(
+                f"{folder}: its {role} {id} is not there any more, so nobody can tell whether the study was made from "
+                f"it; make it (reqat stage {id} --tier {plan.tier.name}), or bring it back."
+            )
+    try:
+        record.check_inputs(folder, found, there)
+    except ReqatError as error:
+        raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {plan.tier.name}.") from None
+
+
+def same_stages(plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str, str], run: Path) -> bool | None:
+    """Whether studies stand on the very weights that the pinned run in folder `run` tabulates; warns where they do not.
+
+    None where the run has not pinned all of the stages, so that nothing can be said. A pinned base is not asked
+    about: the sha256 of its weights is part of the ids.
+    """
+    kept = {
+        path.parent.name: record.outputs_digest(record.read(path.parent))
+        for kind in ("stages", "data")
+        for path in sorted(run.glob(f"{kind}/*/{record.FILE}"))
+    }
+    used = sorted({id for study in studies for id in study.inputs.values() if made(plan.stage(id))})
+    other = [id for id in used if id in kept and kept[id] != there[id]]
+    if other:
+        print(
+            f"reqat: warning: the studies stand on other weights than the pinned run in {run}: {', '.join(other)}; "
+            "their numbers and its tables are of different trainings.",
+            file=sys.stderr,
+        )
+        return False
+    return None if set(used) - kept.keys() else True

@@ -3,7 +3,8 @@
 A study changes no weight, so none of this may enter the digest that names a stage: hence a file of its own, outside
 the tiers. It names models as tables do, by recipe and precision, and `load_studies` looks them up among the cells of
 the tier's plan; a study thus stands on stages that the tables need anyway. Its id covers its own settings, the ids of
-those stages and the problems that it asks: a model trained anew is a study to be made anew.
+those stages and the problems that it asks: a model of other settings is another study. Ids know nothing of weights; a
+stage trained again under its id is told by the digests of its outputs, which a study's record holds.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def check(plan: Plan, paths: Paths, *, allow_dirty: bool = False) -> dict[str, d
     wanted = {id: (paths.stage(stage), stage) for id, stage in plan.needed.items() if made(stage)}
     folders = wanted | {id: (paths.evaluation(e), e) for id, e in plan.evaluations.items()}
     found: dict[str, dict[str, Any]] = {}
+    digests: dict[str, str] = {}
     troubles: list[str] = []
     for id, (folder, node) in folders.items():
         try:
@@ -43,13 +44,8 @@ def check(plan: Plan, paths: Paths, *, allow_dirty: bool = False) -> dict[str, d
                 raise ReqatError(
                     f"{folder}: its record states another configuration than the plan; delete the folder and run again."
                 )
-            for role, given in entry["inputs"].items():
-                made_now = found.get(given["id"])
-                if made_now is not None and record.outputs_digest(made_now) != given["sha256"]:
-                    raise ReqatError(
-                        f"{folder}: was made from another {role} ({given['id']}) than the one that is there now."
-                    )
-            found[id] = entry
+            record.check_inputs(folder, entry, digests)
+            found[id], digests[id] = entry, record.outputs_digest(entry)
         except ReqatError as error:
             troubles.append(str(error))
     dirty = [id for id, entry in found.items() if entry["dirty"] is not False]

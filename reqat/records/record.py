@@ -105,6 +105,17 @@ def verify(folder: Path, *, id: str | None = None, deep: bool = True) -> dict[st
     return record
 
 
+def check_inputs(folder: Path, record: Mapping[str, Any], there: Mapping[str, str]) -> None:
+    """Hold what a result in `folder` was made from against what is there now: stage id -> `outputs_digest`.
+
+    An id names settings, not weights: a stage trained again under the same id need not give the same ones. Inputs that
+    `there` does not list are not compared. Raises `ReqatError` naming the first input that is another.
+    """
+    for role, given in record["inputs"].items():
+        if there.get(given["id"], given["sha256"]) != given["sha256"]:
+            raise ReqatError(f"{folder}: was made from another {role} ({given['id']}) than the one that is there now.")
+
+
 def outputs_digest(record: Mapping[str, Any]) -> str:
     """One sha256 over all outputs of a record: what a job that reads them writes down as its input."""
     return digest(dict(record["outputs"]))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from analysis import style
 from analysis.dynamics import figure4, figure7, looks, smoothed
@@ -105,6 +106,13 @@ def test_figure7_draws_windows_of_looks_beside_the_share_of_tokens(gradients: St
         np.testing.assert_allclose(line.get_xdata(), part["step"].to_numpy().reshape(20, 3).mean(1))
         ratio = next(other for other in right.lines if other.get_color() == line.get_color())
         np.testing.assert_allclose(ratio.get_ydata(), mean / part["low_share"].iloc[0])
+        colour = to_rgb(line.get_color())
+        band = next(band for band in right.collections if to_rgb(band.get_facecolor()[0]) == colour)
+        ends = band.get_datalim(right.transData).intervaly
+        half = 0.05 / np.sqrt(3)
+        np.testing.assert_allclose(
+            ends, [(mean.min() - half) / part["low_share"].iloc[0], (mean.max() + half) / part["low_share"].iloc[0]]
+        )
         assert any(np.allclose(other.get_ydata(), 100 * part["low_share"].iloc[0]) for other in left.lines[:-1])
     assert "bit-identical" in words(fig)
     gradients.record["metrics"]["same_weights"] = False

@@ -13,12 +13,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.studies import Study, by_kind, load_studies, pinned_studies
 from reqat.cli.app import main
 from reqat.config import Paths, load
 from reqat.config import studies as config
+from reqat.config.paths import made
 from reqat.config.studies import PlannedStudy
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Outcomes
@@ -190,6 +192,80 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
     printed = capsys.readouterr().out
     assert printed.count("already there") == len(STUDIES) - 1 and f"{study.id}: done" in printed
     assert json.loads((folder / "summary.json").read_text()) == study.metrics["conditions"]
+
+
+def train_again(root: Path, id: str) -> str:
+    """Other weights under the id of a stage, whole with a record; returns the digest of the outputs."""
+    folder, partial = root / "build" / "stages" / id, root / "build" / "partial" / id
+    with record.job("finetune", id, {}, root=root, out=folder, partial=partial):
+        shutil.copytree(folder / "model", partial / "model")
+        weights = load_file(partial / "model" / "model.safetensors")
+        save_file(
+            {name: 1.5 * w for name, w in weights.items()}, partial / "model" / "model.safetensors", {"format": "pt"}
+        )
+    return record.outputs_digest(record.read(folder))
+
+
+def test_a_study_of_weights_that_are_no_longer_there_is_not_finished(
+    checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    studies = finished[1]
+    (noise,) = (study for study in studies.values() if study.kind == "noise")
+    stage = noise.models["model"].stage
+    assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
+    kept = checkout / "results" / "studies" / "smoke"
+    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    new = train_again(checkout, stage)
+    says = f"was made from another reference ({stage}) than the one that is there now"
+    for verb in ("study-report", "pin-studies"):
+        capsys.readouterr()
+        assert reqat(verb, "--tier", "smoke", *(["--allow-dirty"] if verb == "pin-studies" else [])) == 2
+        err = capsys.readouterr().err
+        assert says in err and f"reqat study {next(iter(studies))} --tier smoke" in err
+    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    assert reqat("study-report", "--pinned", "--tier", "smoke") == 0, "what is pinned stands by itself"
+    assert reqat("study", noise.id, "--tier", "smoke", "-q") == 0
+    out = capsys.readouterr().out
+    assert "was made from another model" in out and f"{noise.id}: done" in out
+    assert record.read(checkout / "build" / "studies" / noise.id)["inputs"]["model"] == {"id": stage, "sha256": new}
+    assert reqat("study", noise.id, "--tier", "smoke", "-q") == 0
+    assert f"{noise.id}: already there" in capsys.readouterr().out
+
+
+def test_pinned_studies_say_whether_the_pinned_run_has_their_weights(
+    checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pinned() -> bool | None:
+        assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
+        path = checkout / "results" / "studies" / "smoke" / pin.PIN
+        return json.loads(path.read_text())["same_stages_as_pinned_run"]
+
+    assert pinned() is None, "no run is pinned"
+    plan = load("smoke", Paths(checkout))
+    used = sorted({id for study in finished[1].values() for id in study.inputs.values() if made(plan.stage(id))})
+    for id in used:
+        folder = checkout / "results" / "smoke" / "stages" / id
+        folder.mkdir(parents=True)
+        shutil.copy(checkout / "build" / "stages" / id / "record.json", folder)
+    assert pinned() is True and "warning" not in capsys.readouterr().err
+    path = checkout / "results" / "smoke" / "stages" / used[0] / "record.json"
+    text = json.loads(path.read_text())
+    text["outputs"]["model/model.safetensors"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(text))
+    assert pinned() is False
+    assert capsys.readouterr().err.count(f"other weights than the pinned run in results/smoke: {used[0]};") == 1
+    shutil.rmtree(path.parent)
+    assert pinned() is None
+
+
+def test_studies_are_not_pinned_without_the_stages_that_they_were_made_from(
+    checkout: Path, loaded: dict[str, Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = loaded["noise"].record["config"]["models"]["model"]["stage"]
+    shutil.rmtree(checkout / "build" / "stages" / stage)
+    assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 2
+    assert f"{stage} is not there any more" in capsys.readouterr().err
+    assert not (checkout / "results" / "studies").exists()
 
 
 def test_pinned_studies_are_whole_and_give_the_same_report(
