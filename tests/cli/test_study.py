@@ -216,7 +216,7 @@ def test_a_study_of_weights_that_are_no_longer_there_is_not_finished(
     kept = checkout / "results" / "studies" / "smoke"
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     new = train_again(checkout, stage)
-    says = f"was made from another reference ({stage}) than the one that is there now"
+    says = f"was made from another candidate ({stage}) than the one that is there now"
     for verb in ("study-report", "pin-studies"):
         capsys.readouterr()
         assert reqat(verb, "--tier", "smoke", *(["--allow-dirty"] if verb == "pin-studies" else [])) == 2
