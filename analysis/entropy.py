@@ -29,6 +29,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from reqat.config.errors import ReqatError, unknown
+from reqat.evaluation.low_entropy import LOW_NATS as LOW_NATS
+from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.evaluation.trace_files import TraceFolder
 
@@ -37,10 +39,6 @@ EPS = 1e-12
 _EPS_OF_PROBABILITIES = 2.0**-24
 KINDS = ("other", "digit", "operator")
 ERRORS = ("wrong digit", "wrong operator", "dropped step", "loop", "no answer", "other")
-# Below which a token counts as low-entropy: percentiles of the reference's entropy (25: the noise experiment, 75: SEM's
-# tau), and the paper's fixed threshold of entropy-routed decoding.
-LOW_PERCENTILES = (25, 75)
-LOW_NATS = 0.6
 
 _DIGITS = re.compile(r"\d+")
 _OPERATORS = frozenset("+-*/=<>^%\u00d7\u00f7\u2212\u00b7\u2264\u2265\u2260\u00b1") | {
@@ -296,15 +294,15 @@ def accuracies(folder: TraceFolder) -> pd.DataFrame:
 
 
 def low_entropy(folder: TraceFolder, label: str, source: str | None = None) -> pd.DataFrame:
-    """What counts as a low-entropy token: one row a threshold.
+    """What counts as a low-entropy token (:mod:`reqat.evaluation.low_entropy`): one row a threshold.
 
     Columns: ``threshold`` (``percentile 25``, ``percentile 75``, ``0.6 nats``), ``nats`` and ``chance``, the share of
     ``source``'s tokens below it.
     """
     entropy = folder.entropy(label)[_tokens_of(folder, source)]
-    nats = [*np.percentile(entropy, LOW_PERCENTILES).tolist(), LOW_NATS]
-    names = [*(f"percentile {p}" for p in LOW_PERCENTILES), f"{LOW_NATS} nats"]
-    return pd.DataFrame({"threshold": names, "nats": nats, "chance": [float((entropy < x).mean()) for x in nats]})
+    found = low_thresholds(entropy)
+    chance = [float((entropy < nats).mean()) for nats in found.values()]
+    return pd.DataFrame({"threshold": list(found), "nats": list(found.values()), "chance": chance})
 
 
 def _shares_below(

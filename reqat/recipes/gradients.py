@@ -2,10 +2,10 @@
 
 The stage is trained anew from its own settings while a probe looks on (:mod:`reqat.training.gradients`); its weights
 must come out as they were, and where the stage's own weights are at hand they are compared. What counts as a
-low-entropy token is not said in the paper. Two kinds of threshold stand beside each other: percentiles of the
-micro-batch's own entropies (25, as in its noise experiment; 75, SEM's), which hold the share of tokens fixed while the
-model grows surer, and 0.6 nats, that of its routing experiment, which holds the meaning fixed while the share of
-tokens moves. A share of gradient means something beside the share of tokens that carries it; both are columns.
+low-entropy token is not said in the paper, so that several thresholds stand beside each other
+(:mod:`reqat.evaluation.low_entropy`): percentiles are those of the micro-batch's own entropies and hold the share of
+tokens fixed while the model grows surer; one in nats holds the meaning fixed while the share of tokens moves. A share
+of gradient means something beside the share of tokens that carries it; both are columns.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.config.stage import Stage, TrainSettings
-from reqat.evaluation.statistics import clustered_means
+from reqat.evaluation.low_entropy import low_thresholds
+from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.models import load_model
 from reqat.recipes.stages import MODEL, train_again
 from reqat.training.gradients import GradientProbe, TokenGradients
 
 GRADIENTS = "gradients.csv"
-PERCENTILES = (25, 75)
-NATS = 0.6
 COLUMNS = (
     "step",
     "steps",
@@ -48,31 +47,38 @@ COLUMNS = (
 )
 
 
+def low_entropy_share(found: TokenGradients, nats: float) -> ClusteredMeans:
+    """``C_low``: the share of the summed squared gradients at positions whose entropy is below ``nats``, as one group.
+
+    A ratio of two sums, clustered by trace. NaN where no position has a gradient, an interval of NaN for one trace.
+    """
+    square_N, trace_N = found.square_N.numpy(), found.trace_N.numpy()
+    low_N = found.entropy_N.numpy() < nats
+    return clustered_means(square_N * low_N, np.zeros(len(low_N), dtype=np.int64), trace_N, 1, weights_N=square_N)
+
+
 def shares(step: int, found: TokenGradients) -> list[dict[str, Any]]:
     """Rows of ``gradients.csv`` of one look, a threshold each.
 
     ``c_low`` is the share of the squared gradients at tokens below ``nats``, ``c_high`` that of the others; ``lo`` and
-    ``hi`` its 95% interval clustered by trace (a ratio of two sums; NaN for a single trace), symmetric and therefore
-    not cut to [0, 1]: means of several looks need the whole width; ``low_share`` the share of the ``tokens`` that are
-    below.
+    ``hi`` its 95% interval (:func:`low_entropy_share`), symmetric and therefore not cut to [0, 1]: means of several
+    looks need the whole width; ``low_share`` the share of the ``tokens`` that are below.
     """
-    square_N, entropy_N, trace_N = found.square_N.numpy(), found.entropy_N.numpy(), found.trace_N.numpy()
-    named = [(f"percentile {p}", float(np.percentile(entropy_N, p))) for p in PERCENTILES]
+    entropy_N = found.entropy_N.numpy()
     rows = []
-    for name, nats in [*named, (f"{NATS} nats", NATS)]:
+    for name, nats in low_thresholds(entropy_N).items():
         low_N = entropy_N < nats
-        one_N = np.zeros(len(low_N), dtype=np.int64)
-        means = clustered_means(square_N * low_N, one_N, trace_N, 1, weights_N=square_N)
-        high = clustered_means(square_N * ~low_N, one_N, trace_N, 1, weights_N=square_N)
+        means = low_entropy_share(found, nats)
+        c_low = float(means.value_G[0])
         rows.append(
             {
                 "step": step,
                 "threshold": name,
                 "nats": nats,
-                "c_low": float(means.value_G[0]),
+                "c_low": c_low,
                 "lo": float(means.lo_G[0]),
                 "hi": float(means.hi_G[0]),
-                "c_high": float(high.value_G[0]),
+                "c_high": 1 - c_low,
                 "low_share": float(low_N.mean()),
                 "low_tokens": int(low_N.sum()),
                 "tokens": len(low_N),

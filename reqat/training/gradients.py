@@ -44,14 +44,6 @@ class TokenGradients:
     trace_N: Tensor
 
 
-def low_entropy_share(found: TokenGradients, nats: float) -> float:
-    """``C_low``: the share of the summed squared gradients at positions whose entropy is below ``nats``.
-
-    NaN where no position has a gradient.
-    """
-    return float(found.square_N[found.entropy_N < nats].sum() / found.square_N.sum())
-
-
 def token_gradients(model: PreTrainedModel, batch: Batch, loss: Callable[[], Tensor]) -> TokenGradients:
     """Squared gradients and entropies at the response positions of ``batch`` under ``loss``.
 

@@ -14,9 +14,9 @@ from reqat.config.precision import PrecisionSpec
 from reqat.config.stage import Architecture, BaseSettings, DataStageSettings, Selection, Stage, Training, TrainSettings
 from reqat.models import load_model, load_tokenizer, save_model
 from reqat.recipes import gradients
-from reqat.recipes.gradients import COLUMNS, GRADIENTS, run_gradients, shares
+from reqat.recipes.gradients import COLUMNS, GRADIENTS, low_entropy_share, run_gradients, shares
 from reqat.recipes.stages import run_stage
-from reqat.training.gradients import TokenGradients, low_entropy_share
+from reqat.training.gradients import TokenGradients
 
 TRAINING = Training(lr=3e-3, rows_per_batch=4, row_tokens=160)
 EVERY = 2
@@ -145,7 +145,7 @@ def test_share_and_interval_are_the_clustered_ratio() -> None:
     square, entropy, trace = rng.exponential(size=600), rng.exponential(size=600), np.arange(600) % 12
     found = TokenGradients(*(torch.from_numpy(x) for x in (square, entropy, trace)))
     row = next(row for row in shares(3, found) if row["threshold"] == "0.6 nats")
-    assert row["c_low"] == pytest.approx(low_entropy_share(found, 0.6), abs=1e-15)
+    assert row["c_low"] == pytest.approx(square[entropy < 0.6].sum() / square.sum(), abs=1e-15)
     top, bottom = (np.bincount(trace, x) for x in (square * (entropy < 0.6), square))
     from scipy.stats import t
 
@@ -153,6 +153,16 @@ def test_share_and_interval_are_the_clustered_ratio() -> None:
     half = t.ppf(0.975, 11) * np.sqrt(12 / 11 * ((top - ratio * bottom) ** 2).sum()) / bottom.sum()
     assert (row["lo"], row["hi"]) == pytest.approx((ratio - half, ratio + half))
     assert (row["step"], row["tokens"], row["clusters"]) == (3, 600, 12)
+
+
+def test_the_share_goes_from_none_to_all_and_is_unknown_without_a_gradient() -> None:
+    found = TokenGradients(torch.rand(20).double(), torch.rand(20).double(), torch.arange(20) % 4)
+    for nats, share in ((0.0, 0.0), (100.0, 1.0)):
+        assert low_entropy_share(found, nats).value_G == [share]
+    nothing = TokenGradients(torch.zeros(20).double(), found.entropy_N, found.trace_N)
+    assert np.isnan(low_entropy_share(nothing, 0.6).value_G).all()
+    alone = TokenGradients(found.square_N, found.entropy_N, torch.zeros(20, dtype=torch.int64))
+    assert np.isnan(low_entropy_share(alone, 0.6).lo_G).all()
 
 
 def test_an_interval_beyond_the_ends_is_kept_whole() -> None:
