@@ -1,7 +1,9 @@
 """Training, seen from inside: Figures 4 and 7 of studies of the kinds `dynamics` and `gradients`.
 
-Figure 4 asks what training did to a model's certainty: for each model, the entropy it has on the same verified traces,
-against the base's, in percentile bins of the base's entropy. Figure 7 asks which tokens training listened to: the share
+Figure 4 asks what training and rounding did to a model's certainty: for each model, the entropy it has on the same
+verified traces, against the base's, in percentile bins of the base's entropy. A fine-tuned model read in BF16 differs
+from one trained quantized by both; the fine-tuned model rounded, in the arithmetic of the others, tells them apart.
+Figure 7 asks which tokens training listened to: the share
 of the squared gradient at positions of low entropy, step by step. That share is drawn beside the share of *tokens*
 that are low, for 90% of the gradient from 90% of the tokens would say nothing.
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from matplotlib.figure import Figure
 from analysis import style
 from analysis.study_figures import ByKind, one
 from reqat.config.errors import ReqatError
+from reqat.evaluation.low_entropy import LOW_NAMES
 
 if TYPE_CHECKING:
     from analysis.studies import Study
@@ -30,11 +34,7 @@ if TYPE_CHECKING:
 _SAME, _DIFFERENT = "ReQAT-T", "FT+QAT"
 _FALLBACK = ("PTQ", "FT+PTQ", "ReQAT-TQ", "Baseline")
 _WINDOWS = 25  # points that a curve is cut down to, where there are more
-_THRESHOLDS = {
-    "percentile 25": ("below the 25th percentile", style.BLUE, "o"),
-    "percentile 75": ("below the 75th percentile", style.GREEN, "D"),
-    "0.6 nats": ("below 0.6 nats", style.VERMILION, "s"),
-}
+_THRESHOLD_LOOKS = ((style.BLUE, "o"), (style.GREEN, "D"), (style.VERMILION, "s"), (style.ORANGE, "^"))
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -49,6 +49,8 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
             method = _DIFFERENT
         else:
             method = re.split(r"[ ,(]", label)[0]
+            if re.search(r"\brounded\b", label):
+                method += "+PTQ"
         while method not in style.COLOURS or method in taken:
             try:
                 method = next(spare)
@@ -87,7 +89,8 @@ def figure4(studies: ByKind) -> Figure:
     style.panel(left, "a", "Change against the base")
     style.panel(right, "b", "Relative to the base")
     handles, names = left.get_legend_handles_labels()
-    fig.legend(handles, names, loc="outside upper center", ncols=min(len(names), 5), columnspacing=1.4)
+    columns = -(-len(names) // -(-len(names) // 5))  # at most five, rows as full as each other
+    fig.legend(handles, names, loc="outside upper center", ncols=columns, columnspacing=1.4)
     style.footer(fig, _dynamics_notes(study, data, labels))
     return fig
 
@@ -158,20 +161,26 @@ def _linear_below(values: pd.Series) -> float:
 def figure7(studies: ByKind) -> Figure:
     """Figure 7: (a) the share of low-entropy tokens in the gradient along training, (b) over their share of tokens.
 
-    Raises `ReqatError` without a study of kind `gradients`.
+    Raises `ReqatError` without a study of kind `gradients`, and for one that lacks a threshold of
+    :mod:`reqat.evaluation.low_entropy`.
     """
     study = one(studies, "gradients")
     data = study.table("gradients")
+    thresholds = list(dict.fromkeys(data["threshold"]))
+    missing = [name for name in LOW_NAMES if name not in thresholds]
+    if missing:
+        raise ReqatError(
+            f"{study.path}: gradients.csv has no rows of threshold {missing[0]!r} (it has {', '.join(thresholds)}); "
+            f"run the study again (reqat study {study.id} --force)."
+        )
     fig = style.figure(3.0)
     left, right = fig.subplots(1, 2)
-    for threshold, (name, colour, marker) in _THRESHOLDS.items():
-        part = data[data["threshold"] == threshold]
-        if part.empty:
-            continue
-        curve = smoothed(part)
+    ordered = [*LOW_NAMES, *(name for name in thresholds if name not in LOW_NAMES)]
+    for threshold, (colour, marker) in zip(ordered, cycle(_THRESHOLD_LOOKS), strict=False):
+        curve = smoothed(data[data["threshold"] == threshold])
         x = curve["step"].to_numpy(dtype=float)
         look: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "lw": 1.1}
-        left.plot(x, 100 * curve["c_low"], label=name, **look)
+        left.plot(x, 100 * curve["c_low"], label=_below(threshold), **look)
         lo, hi = (curve[end].clip(0, 1) for end in ("lo", "hi"))  # a share cannot be beyond; NaN leaves a gap
         left.fill_between(x, 100 * lo, 100 * hi, color=colour, alpha=0.15, lw=0)
         left.plot(x, 100 * curve["low_share"], color=colour, lw=0.9, ls=":")
@@ -192,6 +201,12 @@ def figure7(studies: ByKind) -> Figure:
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, columnspacing=1.4)
     style.footer(fig, _gradient_notes(study, data))
     return fig
+
+
+def _below(threshold: str) -> str:
+    """`percentile 25` -> `below the 25th percentile`; `0.6 nats` -> `below 0.6 nats`."""
+    percentile = threshold.removeprefix("percentile ")
+    return f"below {threshold}" if percentile == threshold else f"below the {percentile}th percentile"
 
 
 def smoothed(part: pd.DataFrame) -> pd.DataFrame:

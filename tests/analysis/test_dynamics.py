@@ -85,9 +85,15 @@ def test_figure4_draws_every_value_with_its_interval(dynamics: Study) -> None:
 
 
 def test_models_look_different_and_like_their_methods() -> None:
-    drawn = looks([*LABELS, "something new", "FT (again)"])
+    drawn = looks([*LABELS, "FT rounded", "something new"])
     assert len({(look["color"], look["marker"]) for look in drawn.values()}) == len(drawn)
-    for label, method in (("FT", "FT"), ("QAT", "QAT"), ("FT+QAT same traces", "ReQAT-T"), ("ReQAT-TQS", "ReQAT-TQS")):
+    for label, method in (
+        ("FT", "FT"),
+        ("QAT", "QAT"),
+        ("FT+QAT same traces", "ReQAT-T"),
+        ("ReQAT-TQS", "ReQAT-TQS"),
+        ("FT rounded", "FT+PTQ"),
+    ):
         assert drawn[label] == style.line(method)
     with pytest.raises(ReqatError, match="fewer models"):
         looks([f"model {i}" for i in range(10)])
@@ -118,6 +124,23 @@ def test_figure7_draws_windows_of_looks_beside_the_share_of_tokens(gradients: St
     gradients.record["metrics"]["same_weights"] = False
     with style.context():
         assert "differ from" in words(figure7({"gradients": [gradients]}))
+
+
+def test_figure7_draws_every_threshold_of_the_file_and_misses_none(gradients: Study) -> None:
+    data = gradients.table("gradients")
+    further = data[data["threshold"] == "0.6 nats"].assign(threshold="1.5 nats")
+    pd.concat([data, further]).to_csv(gradients.path / "gradients.csv", index=False)
+    with style.context():
+        left = figure7({"gradients": [gradients]}).axes[0]
+    assert [line.get_label() for line in left.lines if line.get_label().startswith("below")] == [
+        "below the 25th percentile",
+        "below the 75th percentile",
+        "below 0.6 nats",
+        "below 1.5 nats",
+    ]
+    data[data["threshold"] != "percentile 75"].to_csv(gradients.path / "gradients.csv", index=False)
+    with style.context(), pytest.raises(ReqatError, match="'percentile 75'"):
+        figure7({"gradients": [gradients]})
 
 
 def test_few_looks_keep_their_own_intervals(gradients: Study) -> None:
