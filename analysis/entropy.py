@@ -367,12 +367,32 @@ def first_divergences(folder: TraceFolder, reference: str, candidate: str) -> pd
     return pd.DataFrame(out)
 
 
+def outcome_shares(divergences: pd.DataFrame) -> pd.DataFrame:
+    """Share of pairs that end otherwise: ``derailed`` (reference right, candidate wrong) and ``reversed`` (reference
+    wrong, candidate right), of all pairs, with intervals clustered by problem.
+
+    Two samples of one model would differ in both directions alike: what rounding costs is what the first has over the
+    second. Column: ``pairs``.
+    """
+    problem = pd.factorize(divergences["problem"])[0]
+    right_a, right_b = (divergences[f"correct_{role}"].eq(True).to_numpy() for role in ("reference", "candidate"))
+    wrong_a, wrong_b = (divergences[f"correct_{role}"].eq(False).to_numpy() for role in ("reference", "candidate"))
+    zero = np.zeros(len(divergences), dtype=np.int64)
+    return pd.concat(
+        [
+            _frame(clustered_means(which, zero, problem, 1, proportion=True), pairs=name)
+            for name, which in (("derailed", right_a & wrong_b), ("reversed", wrong_a & right_b))
+        ],
+        ignore_index=True,
+    )
+
+
 def divergence_shares(divergences: pd.DataFrame, low: pd.DataFrame) -> pd.DataFrame:
     """Share of first divergences at tokens below each threshold of :func:`low_entropy`, of all pairs that part and of
     those that derailed.
 
     Columns: ``pairs`` (``all`` or ``derailed``), ``threshold`` and ``chance``. The row with an empty threshold is the
-    share of pairs that part at all (or derailed).
+    share of pairs that part at all (or derailed); ``reversed`` pairs (see :func:`outcome_shares`) have that row alone.
     """
     problem = pd.factorize(divergences["problem"])[0]
     parted = divergences["position"].to_numpy() >= 0
@@ -381,6 +401,7 @@ def divergence_shares(divergences: pd.DataFrame, low: pd.DataFrame) -> pd.DataFr
         everything = clustered_means(which, np.zeros(len(which), dtype=int), problem, 1, proportion=True)
         frames.append(_frame(everything, threshold="", chance=np.nan).assign(pairs=name))
         frames.append(_shares_below(divergences["entropy"].to_numpy(), which, problem, low).assign(pairs=name))
+    frames.append(outcome_shares(divergences).query("pairs == 'reversed'").assign(threshold="", chance=np.nan))
     return pd.concat(frames, ignore_index=True)
 
 

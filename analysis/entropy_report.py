@@ -26,6 +26,12 @@ _SHOW: dict[str, Callable[[float], str]] = {
 }
 # Of the tokens with the lowest and the highest mean entropy, so many are named in the table.
 _NAMED_TOKENS = 5
+# What became of a pair of responses.
+_PAIRS = {
+    "all": "pairs that part",
+    "derailed": "pairs that derail",
+    "reversed": "pairs the other way round (reference wrong, candidate right)",
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ def _rows(
     if shares is not None:
         for _, row in shares.iterrows():
             if not row["threshold"]:
-                yield ("pairs that part" if row["pairs"] == "all" else "pairs that derail"), "", "%", row
+                yield _PAIRS[row["pairs"]], "", "%", row
             else:
                 yield f"first divergence, {row['pairs']} pairs", _below(row["threshold"], row["chance"]), "%", row
     errors = frames.get("derailment-shares")

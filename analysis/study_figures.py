@@ -23,6 +23,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.document import MINUS
+from analysis.entropy import outcome_shares
 from analysis.entropy_report import draw_bars, draw_interval_line, percentiles
 from analysis.studies import ByKind, Study
 from reqat.config.errors import ReqatError
@@ -209,7 +210,7 @@ def _examples(left: Axes, right: Axes, pair: Study) -> None:
     # One scale for both, so that the difference between them can be seen.
     least = float(frame["probability"].min()) if frame is not None else 1.0
     legend = False
-    titles = {"derailment": "Where a response derails", "high entropy": "Where either word would do"}
+    titles = {"derailment": "Where a response derails", "high entropy": "Least sure where responses part"}
     for ax, name, letter in ((left, "derailment", "b"), (right, "high entropy", "")):
         style.panel(ax, letter, titles[name])
         rows = frame[frame["example"] == name] if frame is not None else None
@@ -410,6 +411,12 @@ def figure8(studies: ByKind) -> Figure:
     return fig
 
 
+def _with_interval(row: pd.Series) -> str:
+    """`12.3% [9.0, 16.1]` of a share and its interval."""
+    value, lo, hi = (100 * float(row[name]) for name in ("value", "lo", "hi"))
+    return f"{value:.1f}% [{lo:.1f}, {hi:.1f}]"
+
+
 # -- Figure 9 --------------------------------------------------------------------------------------------------------
 def figure9(studies: ByKind) -> Figure:
     """Figure 9: at which tokens the responses of a pair part and go wrong, and what goes wrong first."""
@@ -438,10 +445,13 @@ def figure9(studies: ByKind) -> Figure:
     left.set_ylabel("share (%)")
     left.legend(loc="upper left", fontsize=6.5)
     style.panel(left, "a", f"{roles(pair)[0]} entropy where responses go apart")
-    parted = shares[shares["threshold"] == ""].set_index("pairs")
+    parted = shares[(shares["threshold"] == "") & (shares["pairs"] == "all")].iloc[0]
+    ends = outcome_shares(pair.table("first-divergences")).set_index("pairs")
+    a, b = roles(pair)
+    derail, back = (_with_interval(ends.loc[name]) for name in ("derailed", "reversed"))
     words = (
-        f"Of {int(parted.loc['all', 'n']):,} pairs of responses {100 * parted.loc['all', 'value']:.1f}% part and "
-        f"{100 * parted.loc['derailed', 'value']:.1f}% derail ({roles(pair)[0]} right, {roles(pair)[1]} wrong)."
+        f"Of {int(parted['n']):,} pairs of responses {_with_interval(parted)} part; {derail} derail ({a} right, "
+        f"{b} wrong) and {back} go the other way ({a} wrong, {b} right); sampling alone would do both as often."
     )
     derailed_n = 0 if errors is None else int(errors[errors["statistic"] == "error"]["n"].max())
     style.panel(right, "b", f"What goes wrong first ({derailed_n:,} derailed)")

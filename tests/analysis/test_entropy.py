@@ -257,6 +257,10 @@ def test_first_divergence(folder: TraceFolder) -> None:
     shares = entropy.divergence_shares(found, low).set_index(["pairs", "threshold"])
     assert shares.loc[("all", ""), "value"] == (found["position"] >= 0).mean()
     derailed = found[found["derailed"]]
+    right = {role: [value is True for value in found[f"correct_{role}"]] for role in ("reference", "candidate")}
+    back = [b and not a for a, b in zip(right["reference"], right["candidate"], strict=True)]
+    assert shares.loc[("reversed", ""), "value"] == np.mean(back) > 0
+    assert shares.loc[("reversed", ""), "n"] == len(found)
     for name, nats in zip(low["threshold"], low["nats"], strict=True):
         assert shares.loc[("all", name), "value"] == pytest.approx((found["entropy"] < nats).mean())
         assert shares.loc[("derailed", name), "value"] == pytest.approx((derailed["entropy"] < nats).mean())

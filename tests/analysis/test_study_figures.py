@@ -117,7 +117,7 @@ def test_figure2_tokens_and_damage(studies: dict[str, list[Study]], drawn: dict[
     tokens = pair.table("entropy-by-token").sort_values("value")
     shown = [t.get_text() for t in panel(fig, "(a)").texts][:-1]  # the last is the range
     assert shown == [visible(t) for t in tokens["token"][: len(tokens) // 2]] and len(shown) >= 3
-    least = [t.get_text() for t in panel(fig, "Least sure").texts][:-1]
+    least = [t.get_text() for t in panel(fig, "Least sure token").texts][:-1]
     assert not set(shown) & set(least) and least[0] == visible(tokens["token"].iloc[-1])
     damage = pair.table("tail-and-mismatch")
     mismatch = damage[damage["statistic"] == "top-1 mismatch"]["value"].to_numpy()
@@ -140,7 +140,7 @@ def test_figure2_shows_both_distributions(studies: dict[str, list[Study]], drawn
         assert len(found) >= 2
     assert ax.get_xlabel().startswith("\u201c\u2026 is 1 + 1 = \u25a1")
     # the other position is the first of its response: nothing stands before it
-    assert panel(fig, "Where either").get_xlabel().startswith("\u201c\u2026 \u25a1")
+    assert panel(fig, "Least sure where").get_xlabel().startswith("\u201c\u2026 \u25a1")
 
 
 def test_figure8_has_a_panel_a_threshold(drawn: dict[str, Figure]) -> None:
@@ -163,7 +163,12 @@ def test_figure9_is_the_tables(studies: dict[str, list[Study]], drawn: dict[str,
     assert heights(panel(fig, "(a)")) == pytest.approx([100 * value for value in expected])
     # all of the planted: responses part at a word, and go wrong at a digit that the reference is sure of
     assert errors.set_index("which").loc["wrong digit", "value"] == 1
-    assert "100.0% part and 25.0% derail" in texts(fig).replace("\n", " ")
+    words = texts(fig).replace("\n", " ")
+    ends = dict(pair.table("divergence-shares").query("threshold.isna()").set_index("pairs")[["lo", "hi"]].T)
+    lo, hi = 100 * ends["derailed"]
+    assert f"part; 25.0% [{lo:.1f}, {hi:.1f}] derail (BF16 right, NVFP4 wrong)" in words
+    lo, hi = 100 * ends["reversed"]
+    assert lo == 0 < hi and f"and 0.0% [0.0, {hi:.1f}] go the other way (BF16 wrong, NVFP4 right)" in words
 
 
 def test_what_a_short_study_lacks_is_said(studies: dict[str, list[Study]], tmp_path: Path) -> None:
