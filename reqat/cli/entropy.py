@@ -20,6 +20,8 @@ from reqat.config.precision import family as check_precision
 from reqat.records import provenance, record
 
 if TYPE_CHECKING:
+    import torch
+
     from reqat.evaluation.entropies import ForcedTrace
     from reqat.evaluation.trace_files import TraceInfo
     from reqat.tasks import Problem
@@ -165,16 +167,19 @@ def collect(
     root: Path,
     progress: bool,
     plots: bool = True,
+    autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Sample, force, analyse, draw: all files but the record; returns the record's metrics.
 
-    ``paths`` are the folders of reference and candidate, ``precisions`` and ``options`` (of `prepare`) go with them.
+    ``paths`` are the folders of reference and candidate, ``precisions`` and ``options`` (of `prepare`) go with them;
+    ``autocast`` (e.g. ``torch.bfloat16``) is what both sample and read under.
     """
     from analysis.entropy_report import draw, report
     from reqat.evaluation import Decoding
     from reqat.evaluation.entropies import force_traces, vocabulary_of
+    from reqat.evaluation.loading import load_at
     from reqat.evaluation.trace_files import TraceFolder, TraceWriter
-    from reqat.models import freeze, load_model, load_tokenizer, prepare
+    from reqat.models import load_tokenizer
 
     policy = Decoding.parse(decoding)
     used = policy.effective_seeds(seeds)
@@ -184,9 +189,7 @@ def collect(
         check_tokenizers(tokenizer, load_tokenizer(paths["candidate"]), paths)
     models: dict[str, Any] = {}
     for label, path, precision, how in zip(labels, paths.values(), precisions, options, strict=True):
-        models[label] = load_model(path)
-        prepare(models[label], precision, **{name: value for name, value in how.items() if value is not None})
-        freeze(models[label])
+        models[label] = load_at(path, precision, **{name: value for name, value in how.items() if value is not None})
     faults: list[tuple[TraceInfo, str]] = []
     traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
     wanted = [row for row in rows if sample or (sample is None and not row.has_response)]
@@ -194,8 +197,9 @@ def collect(
     for label, model in models.items():
         caption = f"sampling {label}" if progress else False
         traces += _sampled_traces(
-            model, tokenizer, asked, label, used, policy, max_new_tokens, batch_rows, end_marker, logprobs, caption
-        )
+            model, tokenizer, asked, label, used, policy, max_new_tokens, batch_rows, end_marker, logprobs, caption,
+            autocast,
+        )  # fmt: skip
     metadata = {
         "decoding": str(policy),
         "seeds": list(used),
@@ -209,7 +213,7 @@ def collect(
     ) as writer:
         for info, reason in faults:
             writer.leave_out(info, reason)
-        force_traces(models, traces, writer, skip_bad=True)
+        force_traces(models, traces, writer, skip_bad=True, autocast=autocast)
         left_out = list(writer.left_out)
     for entry in left_out:
         print(f"reqat: warning: left out: {entry['reason']}", file=sys.stderr)
@@ -318,6 +322,7 @@ def _sampled_traces(
     end_marker: str | None,
     logprobs: dict[str, tuple[int, ...]],
     progress: bool | str,
+    autocast: torch.dtype | None,
 ) -> list[ForcedTrace]:
     """A response of one model to each problem and seed."""
     if not rows:
@@ -337,6 +342,7 @@ def _sampled_traces(
         decoding=decoding,
         max_new_tokens=max_new_tokens,
         batch_rows=batch_rows,
+        autocast=autocast,
         progress=progress,
     )
     out = []

@@ -48,6 +48,8 @@ class Task:
     seed: int
     max_new_tokens: int
     batch_rows: int
+    autocast: str
+    """Of the tier's decoding: `none` or `bf16`."""
 
     @classmethod
     def of_tier(cls, tier: str) -> Task:
@@ -61,6 +63,7 @@ class Task:
             how.problem_seed,
             how.decoding.max_new_tokens,
             how.decoding.batch_rows,
+            how.decoding.autocast,
         )
 
     @classmethod
@@ -68,7 +71,7 @@ class Task:
         """Those that a study asks its models."""
         asked, how = study.problems, study.decoding
         assert asked is not None and how is not None
-        return cls(asked.families, asked.split, asked.seed, how.max_new_tokens, how.batch_rows)
+        return cls(asked.families, asked.split, asked.seed, how.max_new_tokens, how.batch_rows, how.autocast)
 
     def problems(self, n: int, split: str | None = None) -> list[Problem]:
         """The first `n` problems of the split (default: the one that is graded)."""
@@ -79,6 +82,7 @@ class Task:
     def options(self, seeds: Sequence[int], decoding: str, quiet: bool, caption: str) -> dict[str, Any]:
         """What `evaluate` is told, besides models and problems."""
         from reqat.evaluation import Decoding
+        from reqat.evaluation.loading import AUTOCAST
 
         policy = Decoding.parse(decoding)
         return {
@@ -86,21 +90,21 @@ class Task:
             "decoding": policy,
             "max_new_tokens": self.max_new_tokens,
             "batch_rows": self.batch_rows,
+            "autocast": AUTOCAST[self.autocast],
             "progress": False if quiet else caption,
         }
 
 
 def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model at a precision, weights quantized once, with its tokenizer. By its name alone, NVFP4 has one global scale
+    """A model at a precision, as evaluations load it, with its tokenizer. By its name alone, NVFP4 has one global scale
     a row."""
-    from reqat.models import freeze, load_model, load_tokenizer, prepare
+    from reqat.evaluation.loading import load_at
+    from reqat.models import load_tokenizer
 
     if isinstance(precision, str):
         family(precision)  # says what is wrong in one line
     spec = PrecisionSpec(name=precision) if isinstance(precision, str) else precision
-    model = load_model(folder)
-    prepare(model, spec.name, **spec.options())
-    return freeze(model), load_tokenizer(folder)
+    return load_at(folder, spec.name, **spec.options()), load_tokenizer(folder)
 
 
 def numbers(text: str, option: str, kind: type[T]) -> list[T]:

@@ -182,19 +182,14 @@ def _require(plan: Plan, stage: Stage) -> None:
 
 
 def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bool) -> dict[str, Any]:
-    import torch
-
     from reqat import evaluation
-    from reqat.models import freeze, load_model, load_tokenizer, prepare
+    from reqat.evaluation.loading import AUTOCAST, load_at
+    from reqat.models import load_tokenizer
     from reqat.models.prepare import calibrate_static
     from reqat.tasks import problems
 
     folder = inputs["parent"] / "model"
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
-    prepare(model, todo.precision.name, **todo.precision.options())
-    if torch.cuda.is_available():
-        torch.nn.Module.cuda(model)
-    freeze(model)
+    model, tokenizer = load_at(folder, todo.precision.name, **todo.precision.options()), load_tokenizer(folder)
     if todo.calibration is not None:
         from reqat.recipes.stages import calibration_ids
 
@@ -209,7 +204,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
         decoding=decoding,
         max_new_tokens=how.max_new_tokens,
         batch_rows=how.batch_rows,
-        autocast=torch.bfloat16 if how.autocast == "bf16" else None,
+        autocast=AUTOCAST[how.autocast],
         progress=todo.id if progress else False,
     )
     outcomes.to_parquet(out / "outcomes.parquet")

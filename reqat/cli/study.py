@@ -124,6 +124,8 @@ def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool =
 
 def pair(run: Run) -> dict[str, Any]:
     """As `reqat entropy`: traces sampled by both models, read by both."""
+    from reqat.evaluation.loading import AUTOCAST
+
     s = run.study.settings
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
@@ -146,6 +148,7 @@ def pair(run: Run) -> dict[str, Any]:
         root=session.paths.root.absolute(),
         progress=not run.quiet,
         plots=False,
+        autocast=AUTOCAST[task.autocast],
     )
 
 
@@ -210,15 +213,16 @@ def dynamics(run: Run) -> dict[str, Any]:
 
     from analysis.entropy import entropy_change
     from reqat.evaluation.dynamics import run_dynamics, verified_traces
+    from reqat.evaluation.loading import AUTOCAST
     from reqat.evaluation.trace_files import TraceFolder
     from reqat.models import load_tokenizer
 
-    s, asked = run.study.settings, run.study.problems
-    assert isinstance(s, DynamicsStudy) and asked is not None
+    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
+    assert isinstance(s, DynamicsStudy) and asked is not None and how is not None
     models = {role: (run.inputs[role] / "model", model.precision) for role, model in run.study.models.items()}
     tokenizer = load_tokenizer(run.inputs["base"] / "model")
     traces = verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
-    found = run_dynamics(models, traces, run.out, progress=not run.quiet)
+    found = run_dynamics(models, traces, run.out, autocast=AUTOCAST[how.autocast], progress=not run.quiet)
     folder = TraceFolder(run.out)
     moved = [entropy_change(folder, "base", label, bins=s.bins).assign(label=label) for label in found["labels"][1:]]
     pd.concat(moved, ignore_index=True).to_csv(run.out / "dynamics.csv", index=False, lineterminator="\n")

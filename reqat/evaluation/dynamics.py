@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from reqat.config.errors import ReqatError
 from reqat.config.precision import PrecisionSpec
 from reqat.evaluation.entropies import ForcedTrace, encode_prompt, force_traces, vocabulary_of
+from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_files import TraceInfo, TraceWriter
-from reqat.models import freeze, load_model, load_tokenizer, prepare
+from reqat.models import load_tokenizer
 from reqat.tasks import problems, write_trace
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -70,6 +72,7 @@ def run_dynamics(
     out: Path,
     *,
     metadata: Mapping[str, Any] | None = None,
+    autocast: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Entropies of every model over every trace, as a trace folder in ``out``; returns counts.
@@ -79,6 +82,7 @@ def run_dynamics(
         traces: the same for all, tokenized by the tokenizer that all share.
         out: where ``tokens.parquet``, ``traces.parquet`` and ``meta.json`` go.
         metadata: further entries of ``meta.json``.
+        autocast: e.g. ``torch.bfloat16`` to run the models under ``torch.autocast``.
         progress: whether to print it.
 
     Raises `ReqatError` for fewer than two models, models with different tokenizers, static global scales (which need
@@ -96,9 +100,7 @@ def run_dynamics(
             raise ReqatError(f"{label} and {base} have different tokenizers; their tokens cannot be compared.")
     loaded: dict[str, PreTrainedModel] = {}
     for label, (folder, spec) in models.items():
-        model = loaded[label] = load_model(folder)
-        prepare(model, spec.name, **spec.options())
-        freeze(model)
+        loaded[label] = load_at(folder, spec.name, **spec.options())
     width = max(int(model.config.vocab_size) for model in loaded.values())
     about = {"precisions": {label: spec.name for label, (_, spec) in models.items()}, **(metadata or {})}
     vocabulary = vocabulary_of(load_tokenizer(models[base][0]), width)
@@ -107,6 +109,7 @@ def run_dynamics(
             loaded,
             traces,
             writer,
+            autocast=autocast,
             progress=(lambda n, tokens: print(f"{n} traces, {tokens} tokens", flush=True)) if progress else None,
         )
         return {"labels": list(models), "traces": writer.n_traces, "tokens": writer.n_tokens}

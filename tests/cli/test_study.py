@@ -18,12 +18,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.studies import Study, by_kind, load_studies, pinned_studies
 from reqat.cli.app import main
+from reqat.cli.study import same_stages, stages_there
 from reqat.config import Paths, load
 from reqat.config import studies as config
 from reqat.config.paths import made
 from reqat.config.studies import PlannedStudy
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation import Outcomes
+from reqat.evaluation import Outcomes, entropies
+from reqat.evaluation.generation import RunningBatch
+from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_files import TraceFolder
 from reqat.models import save_model
 from reqat.records import pin, record
@@ -52,6 +55,12 @@ def reqat(*arguments: object) -> int:
     with pytest.raises(SystemExit) as end:
         main([str(a) for a in arguments])
     return int(end.value.code or 0)
+
+
+def noted(folder: str | Path, precision: str, **options: Any) -> Any:
+    """`load_at`, which keeps a list."""
+    LOADED.append((Path(folder).parent.name, precision))
+    return load_at(folder, precision, **options)
 
 
 def ask(root: Path, *studies: dict[str, Any]) -> dict[str, PlannedStudy]:
@@ -85,6 +94,9 @@ def train(root: Path, studies: dict[str, PlannedStudy]) -> None:
             save_model(LlamaForCausalLM(shape), tokenizer, job.partial / "model")
 
 
+LOADED: list[tuple[str, str]] = []  # (stage, precision) of every model that the studies below were measured on
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, PlannedStudy]]]:
     """A checkout whose smoke tier's studies have all been run by one command."""
@@ -94,6 +106,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
     train(root, studies)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        for place in ("loading", "dynamics"):
+            patch.setattr(f"reqat.evaluation.{place}.load_at", noted)
         assert reqat("study", "--tier", "smoke", "-q") == 0
         yield root, studies
 
@@ -126,6 +140,39 @@ def test_a_study_says_what_it_stands_on(
         assert found["seeds"] == ([0, 3] if study.kind != "dynamics" else [])
         assert str(root) not in (study.path / "record.json").read_text()
         assert study.settings["precisions"].keys() == planned.models.keys()
+
+
+def test_all_models_are_loaded_as_evaluations_load_them(finished: tuple[Path, dict[str, PlannedStudy]]) -> None:
+    models = [model for study in finished[1].values() for model in study.models.values()]
+    assert sorted(LOADED) == sorted((model.stage, model.precision.name) for model in models)
+
+
+def test_studies_compute_as_the_tiers_evaluations_do(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = checkout / "config" / "tiers" / "smoke.yaml"
+    given = yaml.safe_load(tier.read_text())
+    given["evaluation"]["decoding"] = given["evaluation"].get("decoding", {}) | {"autocast": "bf16"}
+    tier.write_text(yaml.safe_dump(given))
+    pair, dynamics = (next(s for s in STUDIES if s["kind"] == kind) for kind in ("pair", "dynamics"))
+    studies = ask(checkout, pair | {"n": 2}, NOISE | {"n": 2}, dynamics | {"n": 2})
+    assert all(study.decoding is not None and study.decoding.autocast == "bf16" for study in studies.values())
+    used: list[tuple[str, Any]] = []
+    decode, force = RunningBatch.__init__, entropies._force
+
+    def decoded(self: Any, *given: Any) -> None:
+        used.append(("decoded", given[-1]))
+        decode(self, *given)
+
+    def forced(*given: Any) -> Any:
+        used.append(("forced", given[-1]))
+        return force(*given)
+
+    monkeypatch.setattr(RunningBatch, "__init__", decoded)
+    monkeypatch.setattr(entropies, "_force", forced)
+    ways = {"pair": {"decoded", "forced"}, "noise": {"decoded"}, "dynamics": {"forced"}}
+    for study in studies.values():
+        used.clear()
+        assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
+        assert set(used) == {(way, torch.bfloat16) for way in ways[study.kind]}
 
 
 def test_a_pair_is_read_token_by_token(loaded: dict[str, Study]) -> None:
@@ -212,9 +259,6 @@ def test_a_study_of_weights_that_are_no_longer_there_is_not_finished(
     studies = finished[1]
     (noise,) = (study for study in studies.values() if study.kind == "noise")
     stage = noise.models["model"].stage
-    assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
-    kept = checkout / "results" / "studies" / "smoke"
-    before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
     new = train_again(checkout, stage)
     says = f"was made from another candidate ({stage}) than the one that is there now"
     for verb in ("study-report", "pin-studies"):
@@ -222,8 +266,7 @@ def test_a_study_of_weights_that_are_no_longer_there_is_not_finished(
         assert reqat(verb, "--tier", "smoke", *(["--allow-dirty"] if verb == "pin-studies" else [])) == 2
         err = capsys.readouterr().err
         assert says in err and f"reqat study {next(iter(studies))} --tier smoke" in err
-    assert before == {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
-    assert reqat("study-report", "--pinned", "--tier", "smoke") == 0, "what is pinned stands by itself"
+    assert not (checkout / "results" / "studies").exists()
     assert reqat("study", noise.id, "--tier", "smoke", "-q") == 0
     out = capsys.readouterr().out
     assert "was made from another model" in out and f"{noise.id}: done" in out
@@ -235,27 +278,30 @@ def test_a_study_of_weights_that_are_no_longer_there_is_not_finished(
 def test_pinned_studies_say_whether_the_pinned_run_has_their_weights(
     checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def pinned() -> bool | None:
-        assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
-        path = checkout / "results" / "studies" / "smoke" / pin.PIN
-        return json.loads(path.read_text())["same_stages_as_pinned_run"]
+    plan, paths = load("smoke", Paths(checkout)), Paths(checkout)
+    there = stages_there(plan, finished[1].values(), paths)
 
-    assert pinned() is None, "no run is pinned"
-    plan = load("smoke", Paths(checkout))
+    def same() -> bool | None:
+        return same_stages(plan, finished[1].values(), there, paths.results / "smoke")
+
+    assert same() is None, "no run is pinned"
     used = sorted({id for study in finished[1].values() for id in study.inputs.values() if made(plan.stage(id))})
     for id in used:
         folder = checkout / "results" / "smoke" / "stages" / id
         folder.mkdir(parents=True)
         shutil.copy(checkout / "build" / "stages" / id / "record.json", folder)
-    assert pinned() is True and "warning" not in capsys.readouterr().err
+    assert same() is True and "warning" not in capsys.readouterr().err
     path = checkout / "results" / "smoke" / "stages" / used[0] / "record.json"
     text = json.loads(path.read_text())
     text["outputs"]["model/model.safetensors"]["sha256"] = "0" * 64
     path.write_text(json.dumps(text))
-    assert pinned() is False
-    assert capsys.readouterr().err.count(f"other weights than the pinned run in results/smoke: {used[0]};") == 1
+    assert same() is False
+    assert (
+        capsys.readouterr().err.count(f"other weights than the pinned run in {paths.results / 'smoke'}: {used[0]};")
+        == 1
+    )
     shutil.rmtree(path.parent)
-    assert pinned() is None
+    assert same() is None
 
 
 def test_studies_are_not_pinned_without_the_stages_that_they_were_made_from(
@@ -276,6 +322,7 @@ def test_pinned_studies_are_whole_and_give_the_same_report(
     assert "made with uncommitted changes" in capsys.readouterr().err
     assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
     kept = checkout / "results" / "studies" / "smoke"
+    assert json.loads((kept / pin.PIN).read_text())["same_stages_as_pinned_run"] is None
     assert not list(kept.rglob("tokens.parquet")) and list(kept.rglob("high-0.5.parquet"))
     assert pinned_studies(kept) == finished[1] and pin.verify("studies/smoke", Paths(checkout)) > 20
     shutil.rmtree(checkout / "build" / "studies")

@@ -1,0 +1,33 @@
+"""A model as it is measured: at a precision, weights quantized once, on the accelerator where there is one.
+
+Evaluations, studies and the verbs that intervene in decoding all load models here, so that a number of one and a number
+of another are of the same arithmetic on the same device: the one that a record's `hardware.device` names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from reqat.models import freeze, load_model, prepare
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# The numbers that `autocast` of a tier's decoding stands for.
+AUTOCAST: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
+
+
+def load_at(folder: str | Path, precision: str, **options: Any) -> PreTrainedModel:
+    """The model in ``folder``, prepared at ``precision`` (``options`` are those of ``prepare``) and frozen.
+
+    It lies on the GPU if torch sees one, and is there before its weights are quantized: kernels of the GPU do that,
+    too. Raises `ReqatError` as ``load_model`` and ``prepare`` do.
+    """
+    model = load_model(folder)
+    prepare(model, precision, **options)
+    if torch.cuda.is_available():
+        torch.nn.Module.cuda(model)
+    return freeze(model)

@@ -1,0 +1,55 @@
+"""Models as they are measured: on the accelerator before their weights are quantized, the same weights as by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from reqat.data.tokenizer import build_tokenizer
+from reqat.evaluation.loading import load_at
+from reqat.models import freeze, load_model, prepare, save_model
+from reqat.models.linear import QuantLinear, quant_linears
+
+Tiny = Callable[..., LlamaForCausalLM]
+
+
+@pytest.fixture
+def folder(tiny: Tiny, tmp_path: Path) -> Path:
+    tokenizer = build_tokenizer(["one two"])
+    save_model(tiny(vocab_size=len(tokenizer)), tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("precision", ["BF16", "NVFP4-W4A4KV4"])
+def test_it_is_the_prepared_and_frozen_model(folder: Path, precision: str) -> None:
+    model = load_model(folder)
+    prepare(model, precision)
+    expected = freeze(model).state_dict()
+    found = load_at(folder, precision)
+    assert not found.training and not any(p.requires_grad for p in found.parameters())
+    assert found.state_dict().keys() == expected.keys()
+    for name, value in found.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_it_moves_to_the_gpu_before_weights_are_quantized(
+    folder: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    quantize = QuantLinear.freeze
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.nn.Module, "cuda", lambda self: order.append("moved"))
+
+    def noted(self: Any) -> None:
+        order.append("quantized")
+        quantize(self)
+
+    monkeypatch.setattr(QuantLinear, "freeze", noted)
+    linears = quant_linears(load_at(folder, "NVFP4-W4A4KV4"))
+    assert order == ["moved"] * there + ["quantized"] * len(linears)
