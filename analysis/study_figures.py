@@ -27,6 +27,7 @@ from analysis.entropy import outcome_shares
 from analysis.entropy_report import draw_bars, draw_interval_line, percentiles
 from analysis.studies import ByKind, Study
 from reqat.config.errors import ReqatError
+from reqat.evaluation.statistics import holm
 
 POLICIES = ("all-reference", "low-reference", "low-candidate", "all-candidate")
 KIND_COLOURS = {"digit": style.BLUE, "operator": style.VERMILION, "other": "#333333"}
@@ -268,7 +269,7 @@ def policy_colours() -> dict[str, str]:
 
 
 def threshold_words(routing: Study) -> str:
-    """`low: below 0.6 nats`, or `low: below p75 (0.003 nats)`."""
+    """`low is below 0.6 nats`, or `low is below p75 (0.003 nats)`."""
     s = routing.settings
     text = str(s["threshold"])
     if not text.startswith("p"):
@@ -285,9 +286,24 @@ def _conditions(study: Study, names: Sequence[str]) -> pd.DataFrame:
     return frame.loc[list(names)]
 
 
+def adjusted(conditions: pd.DataFrame) -> pd.Series:
+    """Holm's adjusted p of each row of a study's conditions, over all comparisons of the study; NaN without one.
+
+    A study asks several questions of the same responses; each p alone would find something by chance too often.
+    """
+    if "p" not in conditions:
+        return pd.Series(np.nan, index=conditions.index)
+    p = conditions["p"].astype(float)
+    known = p.notna()
+    out = p.copy()
+    out[known] = holm(p[known].tolist())
+    return out
+
+
 def _policies(ax: Axes, routing: Study, *, differences: bool = False, label_size: float = 6.2) -> None:
     """Accuracy of the four policies, with how many responses were right in the foot of each bar."""
     rows, colours = _conditions(routing, POLICIES), policy_colours()
+    p_holm = adjusted(rows)
     for i, (name, row) in enumerate(rows.iterrows()):
         value, lo, hi = (100 * float(row[key]) for key in ("accuracy", "lo", "hi"))
         ax.bar(i, value, 0.74, color=colours[str(name)], zorder=2)
@@ -299,7 +315,7 @@ def _policies(ax: Axes, routing: Study, *, differences: bool = False, label_size
         ax.text(i, foot, solved, ha="center", va="bottom", fontsize=5.8, color="white" if dark else "black", zorder=4)
         if differences and i and pd.notna(row.get("difference")):
             points = f"{100 * row['difference']:+.1f}".replace("-", MINUS)
-            ax.text(i, hi + 2, f"{points}\n{_p(float(row['p']))}", ha="center", va="bottom", fontsize=6.2, zorder=4)
+            ax.text(i, hi + 2, f"{points}\n{_p(float(p_holm[name]))}", ha="center", va="bottom", fontsize=6.2, zorder=4)
     words = policy_words(routing)
     ax.set_xticks(range(len(POLICIES)), [words[name] for name in POLICIES], fontsize=label_size)
     ax.tick_params(axis="x", length=0)
@@ -312,7 +328,7 @@ def _p(p: float) -> str:
     return "p<0.001" if p < 0.001 else f"p={p:.2g}"
 
 
-def _choosers(ax: Axes, routing: Study, *, labelled: bool = True) -> None:
+def _choosers(ax: Axes, routing: Study) -> None:
     """Which share of the tokens each model chose, a bar a policy."""
     rows = _conditions(routing, POLICIES)
     a, b = roles(routing)
@@ -328,7 +344,7 @@ def _choosers(ax: Axes, routing: Study, *, labelled: bool = True) -> None:
                 (100 - share) / 2, i, _share(100 - share), ha="center", va="center", fontsize=6, color="white", zorder=4
             )
     words = policy_words(routing)
-    ax.set_yticks(y, [words[name] for name in POLICIES] if labelled else [""] * len(y), fontsize=6.2)
+    ax.set_yticks(y, [words[name] for name in POLICIES], fontsize=6.2)
     ax.set_ylim(len(POLICIES) - 0.4, -1.15)
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(0, 100)
@@ -395,7 +411,8 @@ def _damage(left: Axes, right: Axes, pair: Study) -> None:
 def figure8(studies: ByKind) -> Figure:
     """Figure 8: the four routing policies at every threshold that the tier asks for, and who chose how many tokens.
 
-    Over each bar: the difference from the reference alone, in points, with its paired p-value.
+    Over each bar: the difference from the reference alone, in points, with its paired p-value, adjusted (Holm) over the
+    comparisons of its study.
     """
     routings = several(studies, "routing")
     fig = style.figure(4.3, min(style.WIDTH_IN, 1.0 + 3.1 * len(routings)))
@@ -403,10 +420,13 @@ def figure8(studies: ByKind) -> Figure:
     for i, routing in enumerate(routings):
         _policies(axes[0, i], routing, differences=True)
         style.panel(axes[0, i], chr(ord("a") + i), threshold_words(routing).capitalize())
-        _choosers(axes[1, i], routing, labelled=True)
+        _choosers(axes[1, i], routing)
         if i:
             axes[0, i].set_ylabel("")
-    words = "Over the bars: difference from the reference alone in points, p of the paired test."
+    words = (
+        "Over the bars: difference from the reference alone in points, p of the paired test, "
+        "adjusted for the comparisons at its threshold (Holm)."
+    )
     style.footer(fig, [*notes(*routings), words])
     return fig
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.document import Column, Table, Text, interval, number, p_value, percent
 from analysis.studies import ByKind, Study
-from analysis.study_figures import notes, several
+from analysis.study_figures import adjusted, notes, several
 from reqat.config.errors import ReqatError
 
 RESET_CITATION = "ReSET, arXiv 2606.13233"
@@ -48,6 +48,7 @@ def reset(studies: ByKind) -> Table:
     sections, rows = [], []
     for study in chosen:
         frame = study.conditions
+        frame = frame.assign(p_holm=adjusted(frame))
         if "quantized" not in set(frame["condition"]):
             raise ReqatError(f"{study.path}: no condition 'quantized' in summary.json; run the study again.")
         groups: dict[str, list[tuple[Text, ...]]] = {"quantized": [], "control": [], "reference": []}
@@ -71,7 +72,8 @@ def reset(studies: ByKind) -> Table:
         "ReSET: sampling by entropy",
         "Accuracy with 95% interval of one quantized model under several decodings, and of the same model unquantized. "
         "Differences are to the quantized model under its usual decoding, in points, from a paired test on the same "
-        "problems and sampling seeds; a decoding with other seeds (greedy has one) has none. The second block is what "
+        "problems and sampling seeds, p adjusted for the comparisons of the study (Holm); a decoding with other seeds "
+        "(greedy has one) has none. The second block is what "
         "constant temperatures give. The block on the right is what ReSET's paper reports of its own models.",
         (
             *notes(*chosen),
@@ -97,7 +99,7 @@ def _line(study: Study, found: dict[str, Any], name: str, is_first_reset: bool) 
     precision = precisions["reference"] if name.casefold() == "bf16" else precisions["quantized"]
     difference = Text()
     if not math.isnan(found.get("difference", math.nan)):
-        p = p_value(float(found["p"]))
+        p = p_value(float(found["p_holm"]))
         ends = interval(float(found["difference_lo"]), float(found["difference_hi"]), sign=True)
         words = f"{ends}, p{p}" if p.startswith("<") else f"{ends}, p={p}"
         difference = Text(percent(float(found["difference"]), sign=True), detail=words)
@@ -131,6 +133,7 @@ def _row(study: Study, found: dict[str, Any], group: str) -> dict[str, Any]:
         "hi": 100 * found["hi"],
         **{key: 100 * found.get(key, math.nan) for key in keys},
         "p": found.get("p", math.nan),
+        "p_holm": found["p_holm"],
         "mean_tokens": found["mean_tokens"],
         "problems": found["problems"],
         "seeds": found["seeds"],
@@ -140,10 +143,8 @@ def _row(study: Study, found: dict[str, Any], group: str) -> dict[str, Any]:
 
 
 def _fitted(study: Study) -> str:
-    """How tau0 was found, in a sentence; empty for a study that does not say."""
-    fit = study.settings.get("tau0")
-    if not isinstance(fit, dict):
-        return f"{study.name}: tau0 as given in the decoding."
+    """How tau0 was found, in a sentence."""
+    fit = study.settings["tau0"]
     ends = f"{number(fit['lo'], 3)} to {number(fit['hi'], 3)}"
     return (
         f"tau0 = {number(fit['value'], 3)} nats (95% interval {ends}): percentile {100 * fit['quantile']:g} of the "

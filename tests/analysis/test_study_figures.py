@@ -150,7 +150,7 @@ def test_figure8_has_a_panel_a_threshold(drawn: dict[str, Figure]) -> None:
     assert "p75 (4e\u22123 nats)" in first.get_title(loc="left") and "0.6 nats" in second.get_title(loc="left")
     assert [p.get_height() for p in second.patches] == pytest.approx([100 * a for a in ACCURACIES])  # type: ignore[attr-defined]
     over = [t.get_text() for t in second.texts if "p=" in t.get_text()]
-    assert over == ["\u22125.0\np=0.25", "\u221230.0\np=0.25", "\u221240.0\np=0.25"]
+    assert over == ["\u22125.0\np=0.75", "\u221230.0\np=0.75", "\u221240.0\np=0.75"]  # three comparisons at 0.25
 
 
 def test_figure9_is_the_tables(studies: dict[str, list[Study]], drawn: dict[str, Figure]) -> None:
