@@ -1,14 +1,17 @@
-"""What it costs to collect entropies while generating: the same generation with and without it, in turns.
+"""What entropies cost while generating: the same generation without them, collecting them, and led by them, in turns.
 
 Providers, from plain to everything:
 
 * ``generate``: sampling alone;
 * ``+ EntropyRecorder``: each step's entropy, tail mass, most likely tokens and the probability of the one taken;
-* ``+ written``: these handed on to a :class:`~reqat.evaluation.trace_files.TraceWriter`, parquet files and all.
+* ``+ written``: these handed on to a :class:`~reqat.evaluation.trace_files.TraceWriter`, parquet files and all;
+* ``+ ReSET``: sampling at a temperature that follows the entropy (:class:`~reqat.evaluation.reset.ReSET`). Its tables
+  of step ends, made once a tokenizer, are not in the time.
 
 A sample is one whole generation, from the call to the moment when nothing is left to do (spooled steps handed over,
-files closed), over its steps: what a run pays, not what a step in the middle does. Every generation takes the same
-tokens, which is checked, and no row ends early, so that all do the same work. The ratio of two rows' medians is the
+files closed), over its steps: what a run pays, not what a step in the middle does. No row ends early, so that all do
+the same work; every generation takes the same tokens, which is checked, but for ReSET's, whose purpose is to take
+others. The ratio of two rows' medians is the
 overhead; as all are measured in turns, a neighbour on the machine slows all alike.
 
 Source of the bound that is asked of it: none; at most a tenth is what makes collecting worth leaving on.
@@ -27,14 +30,16 @@ import torch
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.entropies import EntropyRecorder, RecordedTrace
 from reqat.evaluation.generation import Generation, generate
+from reqat.evaluation.reset import ReSET
 from reqat.evaluation.throughput import allocated_bytes
 from reqat.evaluation.trace_files import TraceInfo, TraceWriter
-from reqat.models import freeze, load_model, prepare
+from reqat.models import freeze, load_model, load_tokenizer, prepare
 from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
 from reqat_kernels.bench.measure import Result, Row, Wrong, percentile, undisturbed
 
 SEED = 6
 PLAIN, RECORDED, WRITTEN = "generate", "generate + EntropyRecorder", "generate + EntropyRecorder, written"
+RESET = "generate + ReSET"
 
 
 def measure_collection(
@@ -46,44 +51,51 @@ def measure_collection(
     rounds: int = 5,
     precision: str = "BF16",
     decoding: str = "sample(temperature=0.6, top_p=0.95)",
+    reset: str = "reset(t_low=0.3, tau0=0.6, top_p=0.95)",
     k: int = 5,
     probe: Probe | None = None,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """Time generation with and without collecting entropies on one model; a row of kernel ``entropy`` a provider.
+    """Time generation with and without entropies on one model in bfloat16; a row of kernel ``entropy`` a provider.
 
     Args:
-        path: as for :func:`reqat.models.load_model`.
+        path: as for :func:`reqat.models.load_model`; its tokenizer tells ReSET where steps end.
         batch: rows decoded together, prompts of ``prompt_tokens`` random tokens each.
         output_tokens: that every row generates, at least 2.
         rounds: generations of each provider that are timed, after one that is not.
         precision: that the model is prepared for.
+        decoding: of all providers but ReSET.
+        reset: ReSET's rule; what it costs does not depend on its numbers.
         k: most likely tokens that are kept.
         scratch: folder for the files that one provider writes and the recorder spools to; None: the system's.
         say: told what is being measured.
 
-    Raises ValueError for fewer than 2 tokens or no round, and Wrong if recording changes a token.
+    Raises ValueError for fewer than 2 tokens, no round or a ``reset`` that is none, and Wrong if recording changes a
+    token.
     """
     if output_tokens < 2 or rounds < 1:
         raise ValueError(f"output_tokens={output_tokens}, rounds={rounds}: give at least 2 tokens and a round")
+    policy, led = Decoding.parse(decoding), Decoding.parse(reset)
+    if led.rule is None:
+        raise ValueError(f"reset={reset!r} has no rule; write reset(t_low=..., tau0=...)")
     probe, out = probe or Probe(), Result()
-    model: Any = load_model(path)
+    model: Any = load_model(path, dtype=torch.bfloat16)
     prepare(model, precision)
     freeze(model)
     vocabulary = int(model.config.vocab_size)
     ids = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(SEED)).tolist()
     names = [str(row) for row in range(batch)]
-    policy = Decoding.parse(decoding)
+    processor = ReSET(led.rule, load_tokenizer(path))
 
-    def run(processors: Any = None) -> list[Generation]:
+    def run(processors: Any = None, decoding: Decoding = policy) -> list[Generation]:
         return generate(
             model,
             None,  # without a tokenizer no token ends a row
             ids,
             seeds=[0] * batch,
             row_keys=names,
-            decoding=policy,
+            decoding=decoding,
             max_new_tokens=output_tokens,
             processors=processors,
             batch_rows=batch,
@@ -108,14 +120,21 @@ def measure_collection(
 
                 return recorded(keep)
 
+    def by_entropy() -> list[Generation]:
+        from transformers import LogitsProcessorList
+
+        # As `generate` itself does for a policy of this kind, but for making the processor.
+        return run(LogitsProcessorList([processor]), Decoding.sample(led.temperature, led.top_p))  # type: ignore[list-item]
+
     providers: dict[str, Callable[[], list[Generation]]] = {
         PLAIN: run,
         RECORDED: lambda: recorded(lambda trace: None),
         WRITTEN: written,
+        RESET: by_entropy,
     }
     expected = run()
     for name, provider in providers.items():
-        if provider() != expected:
+        if provider() != expected and name != RESET:
             raise Wrong(f"{name} took other tokens than generation alone")
     samples_us: dict[str, list[float]] = {name: [] for name in providers}
     waits: dict[str, list[float]] = {name: [] for name in providers}
