@@ -15,6 +15,7 @@ import typer
 
 import reqat
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
 from reqat.config.precision import family as check_precision
 from reqat.records import provenance, record
@@ -68,7 +69,7 @@ def entropy(
     global_scale: Annotated[str, typer.Option(help="dynamic or row (NVFP4; row: independent of the batch).")] = "row",
     kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
     seeds: Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")] = "0",
-    decoding: Annotated[str, typer.Option(help="greedy, or sample(temperature=0.6, top_p=0.95).")] = "sample",
+    decoding: Annotated[str, typer.Option(help=f"greedy, or {SAMPLE}.")] = SAMPLE,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest sampled response.")] = 352,
     batch_rows: Annotated[int | None, typer.Option(min=1, help="Rows decoded together (default: by memory).")] = None,
     sample: Annotated[

@@ -17,9 +17,9 @@ import typer
 
 import reqat
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec, family
-from reqat.config.studies import SAMPLE
 from reqat.records import record
 
 if TYPE_CHECKING:
@@ -200,20 +200,21 @@ class Conditions:
 
 def nats(text: str, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool) -> float:
     """A threshold: nats as they are, or `p75`, the percentile of the model's entropies on held-out problems."""
-    percentile = text.startswith("p")
-    try:
-        value = float(text.removeprefix("p"))
-    except ValueError:
-        raise ReqatError(f"threshold {text!r}: write nats (0.6) or a percentile (p75).") from None
-    if not percentile:
-        return value
-    if not 0 < value < 100:
-        raise ReqatError(f"threshold {text!r}: a percentile lies between p0 and p100.")
+    threshold = Threshold.parse(text)
+    if not threshold.is_percentile:
+        return threshold.value
+    return entropy_percentile(threshold.value, model, tokenizer, task, n, quiet)
+
+
+def entropy_percentile(
+    percentile: float, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool
+) -> float:
+    """A percentile of the model's entropies (nats) on the first `n` held-out problems."""
     from reqat.evaluation.reset import fit_tau0
 
     options = task.options([0], SAMPLE, quiet, "measuring entropies")
-    found = fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=value / 100, **options)
-    print(f"threshold {text}: {found}", flush=True)
+    found = fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=percentile / 100, **options)
+    print(f"threshold p{percentile:g}: {found}", flush=True)
     return found.value
 
 
@@ -245,6 +246,7 @@ def route(
         if name not in policies(0.0):
             raise unknown("policy", name, policies(0.0))
     other = candidate or reference
+    Threshold.parse(threshold)  # refuses what makes no sense before anything is loaded
     first, tokenizer = load(reference, reference_precision)
     second, their_tokenizer = load(other, candidate_precision)
     same_tokens(tokenizer, their_tokenizer)
@@ -333,7 +335,7 @@ def noise_ends(
     ends: dict[str, float | None] = {"low": None, "high": None}
     if by == "percentile":
         for side, percentile in (("low", 100 * share), ("high", 100 * (1 - share))):
-            ends[side] = nats(f"p{percentile:g}", model, tokenizer, task, held_out, quiet)
+            ends[side] = entropy_percentile(percentile, model, tokenizer, task, held_out, quiet)
     return ends
 
 

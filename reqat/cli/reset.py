@@ -14,7 +14,6 @@ import typer
 import reqat
 from reqat.cli.app import Quiet, Tier, app, start_computing
 from reqat.cli.intervene import (
-    SAMPLE,
     Conditions,
     Out,
     Policy,
@@ -28,6 +27,7 @@ from reqat.cli.intervene import (
     weights,
     writing,
 )
+from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
 from reqat.records import provenance, record
 

@@ -9,7 +9,6 @@ stage trained again under its id is told by the digests of its outputs, which a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,13 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from reqat.config.base import Strict, digest, parse, read_yaml
+from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.plan import Plan
 from reqat.config.precision import PrecisionSpec, family
 from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet
 
 FILE = "studies.yaml"
-SAMPLE = "sample(temperature=0.6, top_p=0.95)"
-_THRESHOLD = re.compile(r"^p?\d+(\.\d+)?$")
 
 
 class ModelChoice(Strict):
@@ -119,9 +117,8 @@ class RoutingStudy(_TwoModels):
     @classmethod
     def _readable(cls, threshold: Any) -> str:
         text = f"{threshold:g}" if type(threshold) in (int, float) else threshold
-        if isinstance(text, str) and _THRESHOLD.match(text) and (text[0] != "p" or 0 < float(text[1:]) < 100):
-            return text
-        raise ReqatError(f"threshold {threshold!r}: write nats (0.6) or a percentile (p75).")
+        Threshold.parse(text)
+        return str(text)
 
 
 class NoiseStudy(_Sampled):

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from reqat.config.decoding import SAMPLE
 from reqat.evaluation.decoding import Decoding, ReSETRule
 from reqat.evaluation.distributions import entropy_nats
 
@@ -258,7 +259,7 @@ def fit_tau0(
     problems: Sequence[Problem],
     *,
     seeds: Sequence[int] = (0,),
-    decoding: Decoding | str = "sample(temperature=0.6, top_p=0.95)",
+    decoding: Decoding | str = SAMPLE,
     max_new_tokens: int,
     quantile: float = 0.8,
     resamples: int = 2000,

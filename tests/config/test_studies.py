@@ -115,8 +115,10 @@ def test_a_training_made_anew_reads_what_the_stage_read(tmp_path: Path, plan: Pl
     [
         ({"treshold": 1}, "unknown key 'treshold'. Did you mean 'threshold'"),
         ({"kind": "route"}, "'routing'"),
-        ({"threshold": "p100"}, "threshold 'p100': write nats (0.6) or a percentile (p75)"),
-        ({"threshold": "low"}, "threshold 'low'"),
+        ({"threshold": "p100"}, "threshold 'p100': a percentile lies between p0 and p100"),
+        ({"threshold": "low"}, "threshold 'low': write nats (0.6) or a percentile (p75)"),
+        ({"threshold": -0.5}, "threshold '-0.5'"),
+        ({"threshold": True}, "threshold True"),
         ({"n": 0}, "greater than 0"),
         ({"seeds": [1, 1]}, "seeds [1, 1]: one stands twice"),
         ({"candidate": {**FP4, "precision": "NVFP4-W4A5"}}, "unknown precision 'NVFP4-W4A5'"),
