@@ -9,10 +9,11 @@ stage trained again under its id is told by the digests of its outputs, which a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -24,6 +25,15 @@ from reqat.config.precision import PrecisionSpec, family
 from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet
 
 FILE = "studies.yaml"
+
+
+def _sizes(name: str, values: tuple[float, ...]) -> tuple[float, ...]:
+    """Positive numbers that stay apart in the names of conditions. Raises `ReqatError` naming the list."""
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise ReqatError(f"{name} {list(values)}: every one must be a positive finite number.")
+    if len({f"{value:g}" for value in values}) < len(values):
+        raise ReqatError(f"{name} {list(values)}: one stands twice (conditions are named by six digits).")
+    return values
 
 
 class ModelChoice(Strict):
@@ -132,6 +142,11 @@ class NoiseStudy(_Sampled):
     by: Literal["batch", "percentile"] = "batch"
     held_out: int = Field(default=20, gt=0)
 
+    @field_validator("sigmas")
+    @classmethod
+    def _named_apart(cls, sigmas: tuple[float, ...]) -> tuple[float, ...]:
+        return _sizes("sigmas", sigmas)  # no noise is a condition of its own, always there
+
 
 class ResetStudy(_Sampled):
     """ReSET beside plain decoding and beside BF16, as `reqat fit-reset` and `reqat reset` do it: table `reset`."""
@@ -139,7 +154,7 @@ class ResetStudy(_Sampled):
     kind: Literal["reset"]
     quantized: ModelChoice
     reference: ModelChoice
-    t_low: tuple[float, ...] = (0.3,)
+    t_low: tuple[float, ...] = Field(default=(0.3,), min_length=1)
     """Temperatures where the model is sure, each a condition; tau0 is fitted once."""
     t_high: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -151,6 +166,25 @@ class ResetStudy(_Sampled):
     fit_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     controls: tuple[str, ...] = ()
     """Other decodings of the quantized model."""
+
+    @field_validator("t_low")
+    @classmethod
+    def _named_apart(cls, t_low: tuple[float, ...]) -> tuple[float, ...]:
+        return _sizes("t_low", t_low)
+
+    @field_validator("fit_seeds")
+    @classmethod
+    def _drawn_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return cls._distinct(seeds)
+
+    @field_validator("reference")
+    @classmethod
+    def _unquantized(cls, reference: ModelChoice) -> ModelChoice:
+        if reference.precision != "BF16":
+            raise ReqatError(
+                f"reference at {reference.precision}: it is the condition `bf16` of the table; write precision: BF16."
+            )
+        return reference
 
 
 class DynamicsStudy(_Asked):
@@ -185,7 +219,10 @@ class GradientsStudy(_Study):
 StudySettings = Annotated[
     PairStudy | RoutingStudy | NoiseStudy | ResetStudy | DynamicsStudy | GradientsStudy, Field(discriminator="kind")
 ]
-KINDS = ("pair", "routing", "noise", "reset", "dynamics", "gradients")
+KINDS: tuple[str, ...] = tuple(
+    kind for model in get_args(get_args(StudySettings)[0]) for kind in get_args(model.model_fields["kind"].annotation)
+)
+"""Kinds of study, in the order of the union."""
 
 
 class StudiesFile(Strict):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from reqat.cli.study import RUNNERS
 from reqat.config import Paths, ReqatError, load
 from reqat.config.plan import Plan
 from reqat.config.studies import KINDS, PlannedStudy, load_studies, study_called
@@ -135,9 +136,52 @@ def test_what_a_user_can_mend(tmp_path: Path, plan: Plan, study: dict[str, Any],
     assert says in str(error.value) and "config/studies.yaml" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("sigmas", "says"),
+    [
+        ([0.1, 0.1], "sigmas [0.1, 0.1]: one stands twice"),
+        ([0.1, 0.10000001], "one stands twice"),  # one file name
+        ([0.1, 0.0], "sigmas [0.1, 0.0]: every one must be a positive finite number"),
+        ([0.1, -1], "every one must be a positive finite number"),
+        ([float("nan")], "every one must be a positive finite number"),
+        ([float("inf")], "every one must be a positive finite number"),
+    ],
+)
+def test_sizes_of_noise_make_sense_and_stay_apart(tmp_path: Path, plan: Plan, sigmas: list[float], says: str) -> None:
+    noise = {"kind": "noise", "model": BF16, "n": 4, "seeds": [0]}
+    with pytest.raises(ReqatError) as error:
+        one(tmp_path, plan, noise | {"sigmas": sigmas})
+    assert says in str(error.value) and "config/studies.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"t_low": [0.3, 0.1, 0.3]}, "t_low [0.3, 0.1, 0.3]: one stands twice"),
+        ({"t_low": [0.3, 0]}, "t_low [0.3, 0.0]: every one must be a positive finite number"),
+        ({"t_low": []}, "at least 1"),
+        ({"fit_seeds": [2, 2]}, "seeds [2, 2]: one stands twice"),
+        ({"reference": FP4}, "reference at NVFP4-W4A4KV4: it is the condition `bf16`"),
+    ],
+)
+def test_a_reset_study_is_what_its_conditions_say(
+    tmp_path: Path, plan: Plan, change: dict[str, Any], says: str
+) -> None:
+    reset = {"kind": "reset", "quantized": FP4, "reference": BF16, "n": 4, "seeds": [0]}
+    assert one(tmp_path, plan, reset).kind == "reset"
+    with pytest.raises(ReqatError) as error:
+        one(tmp_path, plan, reset | change)
+    assert says in str(error.value) and "config/studies.yaml" in str(error.value)
+
+
 def test_no_gradients_without_a_training(tmp_path: Path, plan: Plan) -> None:
     with pytest.raises(ReqatError, match="is no QAT stage"):
         one(tmp_path, plan, {"kind": "gradients", "model": BF16, "every_steps": 2})
+
+
+def test_every_kind_has_what_measures_it() -> None:
+    assert KINDS == ("pair", "routing", "noise", "reset", "dynamics", "gradients")
+    assert set(RUNNERS) == set(KINDS)
 
 
 def test_studies_are_told_apart(tmp_path: Path, plan: Plan) -> None:
