@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from analysis import paper, roofline, style
-from analysis.document import EMPTY, Column, Table, Text, number
+from analysis.document import EMPTY, MINUS, Column, Table, Text, number
 from reqat.config.errors import ReqatError
 from reqat.records import record
 
@@ -113,6 +113,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
     """One row a provider and format, one column a shape: median microseconds and the share of the roofline.
 
     The last lines say what all this is for: how many times the best of ours is as fast as the best of some others.
+    Where ours adds to another (`ADDS_TO`), its own cells say how much.
     Each device has columns of its own, and is compared with itself.
     """
     data = measured.of(kernel)
@@ -135,8 +136,13 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
             if row is None:
                 cells.append(Text())
                 continue
-            share = "" if math.isnan(row.roofline_fraction) else f"({100 * row.roofline_fraction:.0f}%)"
-            cells.append(Text(_us(row.median_us), bold=row.median_us == fastest[shape], detail=share))
+            detail = "" if math.isnan(row.roofline_fraction) else f"({100 * row.roofline_fraction:.0f}%)"
+            plain = None
+            if provider != ADDS_TO.get(kernel, provider):
+                plain = _pick(rows, provider=ADDS_TO[kernel], format=fmt, shape=shape)
+            if plain is not None:
+                detail = f"({100 * (row.median_us / plain.median_us - 1):+.1f}%)".replace("-", MINUS)
+            cells.append(Text(_us(row.median_us), bold=row.median_us == fastest[shape], detail=detail))
         return tuple(cells)
 
     def is_ours(who: tuple[str, str]) -> bool:
@@ -146,7 +152,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
     own = [line(*who) for who in _who(rows) if is_ours(who)]
     ratios = [
         (Text(f"ours: times {what}"), Text(""), *(_times(_best(rows, s, who), _best(rows, s)) for s in shapes))
-        for what, who in AGAINST[kernel].items()
+        for what, who in AGAINST.get(kernel, {}).items()
     ]
     sections = tuple(tuple(part) for part in (peers, own, ratios if own else []) if part)
     return Table(
@@ -174,6 +180,8 @@ def is_four_bit(fmt: str) -> bool:
     return "W4" in fmt
 
 
+#: Kernel -> the provider to which the others add something: their cells say how much longer they take.
+ADDS_TO = {"entropy": "generate"}
 #: Kernel -> what ours is compared with, and which of the other rows that is.
 AGAINST: dict[str, dict[str, Callable[[Any], bool]]] = {
     "linear": {
@@ -186,7 +194,6 @@ AGAINST: dict[str, dict[str, Callable[[Any], bool]]] = {
         "the best other": lambda row: row.provider != "copy",
     },
     "train_step": {"a BF16 step": lambda row: row.format == "BF16"},
-    "entropy": {"generation alone": lambda row: not row.ours},
     "sem_loss": {
         "cross-entropy with its gradient in the forward sweep": lambda row: row.provider == "ce-forward",
         "cross-entropy that recomputes": lambda row: row.provider == "ce-recompute",
@@ -418,9 +425,10 @@ TITLES = {
         "tokens, one micro-batch. QAT's arithmetic is fake-quantized.",
     ),
     "entropy": (
-        "A decoding step with and without collecting entropies, \u00b5s",
+        "A decoding step without entropies, collecting them and led by them, \u00b5s",
         "Median time of a generation of B rows, P prompt and T new tokens, over its steps: alone; with every step's "
-        "entropy, most likely tokens and the probability of the one taken; and with these written to parquet files.",
+        "entropy, most likely tokens and the probability of the one taken; with these written to parquet files; and "
+        "with ReSET's temperatures, which follow the entropy. In brackets, how much longer than alone.",
     ),
 }
 

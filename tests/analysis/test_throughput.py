@@ -160,6 +160,26 @@ def test_the_linear_table_says_how_many_times_ours_is_as_fast(bench: Callable[..
     assert len(table.data) == 12 and "\u00b5" not in table.latex()
 
 
+def test_what_is_added_to_generation_is_said_of_each(bench: Callable[..., Path]) -> None:
+    first = rows()[0] | {"kernel": "entropy", "format": "BF16", "roofline_fraction": math.nan}
+    made = [
+        first | {"shape": f"B={batch} P=4 T=8", "m": batch, "provider": provider, "median_us": us * batch, "ours": ours}
+        for batch in (1, 2)
+        for provider, us, ours in (
+            ("generate", 200.0, False),
+            ("generate + EntropyRecorder", 210.0, True),
+            ("generate + ReSET", 199.0, True),
+        )
+    ]
+    settings = {"entropy": [{"model": "pinned", "batch": 1, "prompt_tokens": 4, "output_tokens": 8}]}
+    table = throughput.tables(throughput.read(bench(made, settings)))[0]
+    assert len(table.sections) == 2  # no "times": the fastest of ours would be another thing than ours
+    plain, recorded, led = (row for section in table.sections for row in section)
+    assert [(c.text, c.detail) for c in plain[2:]] == [("200", ""), ("400", "")]
+    assert [(c.text, c.detail) for c in recorded[2:]] == [("210", "(+5.0%)"), ("420", "(+5.0%)")]
+    assert [c.detail for c in led[2:]] == ["(\u22120.5%)"] * 2
+
+
 def test_decoding_in_ratios_and_memory(bench: Callable[..., Path]) -> None:
     measured = throughput.read(bench(rows()))
     ratios = throughput.decode_ratios(measured)
