@@ -346,7 +346,7 @@ def _require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mappin
 def same_stages(plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str, str], run: Path) -> bool | None:
     """Whether studies stand on the very weights that the pinned run in folder `run` tabulates; warns where they do not.
 
-    None where the run has not pinned all of the stages, so that nothing can be said. A pinned base is not asked
+    None where one of the stages is missing on either side, so that nothing can be said. A pinned base is not asked
     about: the sha256 of its weights is part of the ids.
     """
     kept = {
@@ -355,7 +355,7 @@ def same_stages(plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str,
         for path in sorted(run.glob(f"{kind}/*/{record.FILE}"))
     }
     used = sorted({id for study in studies for id in study.inputs.values() if made(plan.stage(id))})
-    other = [id for id in used if id in kept and kept[id] != there[id]]
+    other = [id for id in used if id in kept and id in there and kept[id] != there[id]]
     if other:
         print(
             f"reqat: warning: the studies stand on other weights than the pinned run in {run}: {', '.join(other)}; "
@@ -363,4 +363,4 @@ def same_stages(plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str,
             file=sys.stderr,
         )
         return False
-    return None if set(used) - kept.keys() else True
+    return True if set(used) <= kept.keys() & there.keys() else None
