@@ -939,6 +939,7 @@ BUILDERS: dict[str, Callable[[Results, str], Table]] = {
     "table4": table4,
     "table5": table5,
     "table6": table6,
+    "table15": table15,
     "ptq": ptq,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis import claims, paper
+from analysis import tables as builders
 from analysis.build import build_tables
 from analysis.cells import Results
 from analysis.claims import paper_differences
@@ -255,3 +257,9 @@ def test_claims_table(results: Results, made: dict) -> None:
     assert row["difference"] == pytest.approx(100 * (results.estimate(a).value - results.estimate(b).value))
     assert row["verdict"] == "agrees" and row["training_seeds"] == "0 1 2"
     assert len(claims.tested(results)) == len(data) == 3 * 3 * 7 + 3
+
+
+def test_every_table_of_the_paper_that_is_built_here_is_built_by_its_own_function() -> None:
+    own = {name for name in vars(builders) if re.fullmatch(r"table\d+", name)}
+    assert own == {name for name in builders.BUILDERS if re.fullmatch(r"table\d+", name)}
+    assert all(builders.BUILDERS[name] is getattr(builders, name) for name in own)
