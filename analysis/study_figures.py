@@ -375,7 +375,7 @@ def _noise(ax: Axes, noise: Study) -> None:
     ax.set_xlabel("noise \u03c3 (relative)")
     ax.set_ylabel("accuracy (%)")
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.legend(loc="upper right", fontsize=6.5, borderaxespad=0.1)
+    ax.legend(loc="lower left", fontsize=6.5, borderaxespad=0.1)
     style.panel(ax, "e", f"Noise, {short(noise.settings['precisions']['model'])}")
 
 
