@@ -148,6 +148,14 @@ def folder_of_output(wildcards, output):
     return str(Path(output[0]).parent)
 
 
+def all_cores():
+    """Cores that Snakemake has; 1 where it was given none, as for a report."""
+    try:
+        return workflow.cores or 1
+    except WorkflowError:
+        return 1
+
+
 def drawing_pinned(wildcards, output):
     """Commands that draw all that is pinned of a tier: its run, its studies, its benchmark."""
     commands = [f"tables --out {output.tables}", f"figures --out {output.plots}"]

@@ -20,7 +20,7 @@ if BENCH:
             tier=TIER,
             id=BENCH.id,
         priority: 100
-        threads: workflow.cores or 1
+        threads: all_cores()
         resources:
             mem_mb=6000,
             runtime=60,

@@ -110,6 +110,11 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     third = snakemake(checkout, "figures/")
     assert third.returncode == 0 and "Nothing to be done" in third.stdout and not calls(checkout)
 
+    with_cores = command("--report", "report.html")
+    without = [word for word in with_cores if word not in ("--cores", "2")]
+    report = subprocess.run(without, cwd=checkout, env=os.environ | {"PYTHONPATH": str(checkout)}, capture_output=True)
+    assert report.returncode == 0 and (checkout / "report.html").stat().st_size > 100_000, report.stderr[-2000:]
+
 
 def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
     (checkout / "hang").write_text("qfit-")
