@@ -12,6 +12,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help figures test lint env lock clean distclean
 
+ifdef tier
+$(error write TIER=$(tier), in capitals)
+endif
 TIER ?= laptop
 CORES ?= all
 ARGS ?=

