@@ -39,7 +39,8 @@ NEEDED = (
         "cold",
         "ours",
     ),
-    *("neighbour_cores", "set_aside", "output_tokens", "tokens_per_s", "weight_bytes", "cache_bytes"),
+    *("roofline_gb_per_s", "probe_gb_per_s", "neighbour_cores", "set_aside"),
+    *("output_tokens", "tokens_per_s", "weight_bytes", "cache_bytes"),
 )
 GIB, MIB = 2**30, 2**20
 # Figure 6(c): so many requests at a time, each a prompt and a reasoning trace.
@@ -60,10 +61,12 @@ class Measured:
         """The rows of one kernel, in the order measured."""
         return self.rows[self.rows.kernel == kernel]
 
-    def notes(self) -> tuple[str, ...]:
-        """Footer: where, with what, how undisturbed."""
+    def notes(self, kernel: str | None = None) -> tuple[str, ...]:
+        """Footer: where, with what, how undisturbed (one kernel's rows; all of them if it has none)."""
         made, metrics = self.record, self.record["metrics"]
         machine, rows = made["hardware"], self.rows
+        if kernel in set(rows.kernel):
+            rows = self.of(kernel)
         tier = f"Tier {made['tier']}." if made.get("tier") else ""
         where = (
             f"{tier} {machine['cpu']}, {int(rows.threads.iloc[0])} of {machine['cores']} cores, torch "
@@ -144,7 +147,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
                 plain = _pick(rows, provider=ADDS_TO[kernel], format=fmt, shape=shape)
             if plain is not None:
                 detail = f"({100 * (row.median_us / plain.median_us - 1):+.1f}%)".replace("-", MINUS)
-            cells.append(Text(_us(row.median_us), bold=row.median_us == fastest[shape], detail=detail))
+            cells.append(Text(_time(row.median_us, kernel), bold=row.median_us == fastest[shape], detail=detail))
         return tuple(cells)
 
     def is_ours(who: tuple[str, str]) -> bool:
@@ -160,12 +163,17 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
         )
         for what, who in AGAINST.get(kernel, {}).items()
     ]
-    sections = tuple(tuple(part) for part in (peers, own, ratios if own else []) if part)
+    probe = []
+    if kernel not in ADDS_TO and rows.roofline_fraction.notna().any():
+        probe.append(
+            (Text("read probe in the same rounds, GB/s"), Text(""), *(_probe(rows[rows["shape"] == s]) for s in shapes))
+        )
+    sections = tuple(tuple(part) for part in (peers, own, ratios if own else [], probe) if part)
     return Table(
         name=f"throughput-{kernel.replace('_', '-')}",
         title=title,
         caption=caption,
-        footer=(*measured.notes(), *measured.absences()),
+        footer=(*measured.notes(kernel), *measured.absences()),
         columns=tuple(columns),
         sections=sections,
         data=data,
@@ -177,8 +185,15 @@ def _at(shape: str, device: str) -> str:
     return shape if device == "cpu" else f"{shape}, {device}"
 
 
-def _us(value: float) -> str:
+def _time(us: float, kernel: str) -> str:
+    value = us / 1000 if kernel in IN_MILLISECONDS else us
     return number(value, 0 if value >= 100 else 1)
+
+
+def _probe(rows: pd.DataFrame) -> Text:
+    """What memory gave while one shape was measured, and that as a share of the roofline, the best it gave at all."""
+    rate, best = rows.probe_gb_per_s.iloc[0], rows.roofline_gb_per_s.iloc[0]
+    return Text() if math.isnan(rate) else Text(number(rate, 1), detail=f"({100 * rate / best:.0f}%)")
 
 
 def is_four_bit(fmt: str) -> bool:
@@ -186,6 +201,8 @@ def is_four_bit(fmt: str) -> bool:
     return "W4" in fmt
 
 
+#: What takes long enough that its table is in milliseconds, not microseconds.
+IN_MILLISECONDS = ("sem_loss", "train_step", "entropy")
 #: Kernel -> the provider to which the others add something: their cells say how much longer they take.
 ADDS_TO = {"entropy": "generate"}
 #: Kernel -> what ours is compared with, and which of the other rows that is.
@@ -193,6 +210,7 @@ AGAINST: dict[str, dict[str, Callable[[Any], bool]]] = {
     "linear": {
         "the best BF16": lambda row: row.format == "BF16",
         "the best other 4-bit": lambda row: is_four_bit(row.format),
+        "INT8": lambda row: row.format == "INT8",
     },
     "attention": {"the best BF16": lambda row: row.format == "BF16"},
     "fake_quantize": {
@@ -264,7 +282,7 @@ def decode_table(measured: Measured) -> Table:
             "and cache as allocated, the cache at the shortest prompt, smallest batch and longest output. Bold: the "
             "fastest."
         ),
-        footer=(*measured.notes(), *measured.absences()),
+        footer=(*measured.notes("decode"), *measured.absences()),
         columns=tuple(columns),
         sections=(tuple(lines),),
         data=rows,
@@ -378,7 +396,7 @@ def memory_table(measured: Measured) -> Table:
             "The paper's model computed from its architecture (embedding, lm_head and norms 16 bits, NVFP4 with its "
             "scales 4.5); ours as allocated while the benchmark decoded. Last column: BF16's cache in these caches."
         ),
-        footer=measured.notes(),
+        footer=measured.notes("decode"),
         columns=(
             Column("model", align="l"),
             Column("precision", align="l"),
@@ -408,7 +426,8 @@ TITLES = {
         "the read roofline. Inputs in bfloat16 (float32 for INT8 and ggml), rounding them included. Each provider's "
         "result was held against a float64 product first; copies of the weights take turns, so that caches do not "
         "help. ggml and ours run the calls of a burst in native code, as a model does; of the others each is a call "
-        "from Python. Bold: the fastest.",
+        "from Python. Bold: the fastest. The roofline is the best rate of a probe in the whole run; the last line is "
+        "its median while a shape was measured.",
     ),
     "attention": (
         "Decode attention over the KV cache, \u00b5s",
@@ -421,17 +440,17 @@ TITLES = {
         "share of the read roofline. A copy is the floor.",
     ),
     "sem_loss": (
-        "Loss and its gradients, \u00b5s",
+        "Loss and its gradients, ms",
         "Median time of the loss and the gradients of hidden states and output matrix; ce-*: cross-entropy alone, "
         "reqat: with the entropy term. Peak memory beyond inputs and gradients stands in the CSV.",
     ),
     "train_step": (
-        "A training step, \u00b5s",
+        "A training step, ms",
         "Median time of one optimizer step of the training loop, BF16 and QAT in turns: B rows of T response "
         "tokens, one micro-batch. QAT's arithmetic is fake-quantized.",
     ),
     "entropy": (
-        "A decoding step without entropies, collecting them and led by them, \u00b5s",
+        "A decoding step without entropies, collecting them and led by them, ms",
         "Median time of a generation of B rows, P prompt and T new tokens, over its steps: alone; with every step's "
         "entropy, most likely tokens and the probability of the one taken; with these written to parquet files; and "
         "with ReSET's temperatures, which follow the entropy. In brackets, how much longer than alone.",
@@ -543,7 +562,7 @@ def figure6(measured: Measured) -> Figure:
     notes = [
         "Modelled: datasheets' bandwidth, dense operations and memory, R1-Qwen-14B, W4A4KV4 (DGX Spark in (b): FP8 KV, "
         "as reported). Reported: the paper, batch not given.",
-        *measured.notes(),
+        *measured.notes("decode"),
     ]
     if ours.empty:
         notes.append("No packed model was measured.")

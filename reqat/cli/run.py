@@ -237,10 +237,13 @@ def quantize(
     rotation: Annotated[
         int | None, typer.Option(help="Block Hadamard size; 0 for none (default: the format's).")
     ] = None,
+    force: Force = False,
     quiet: Quiet = False,
     threads: Threads = 1,
 ) -> None:
     """Quantize any supported model after training, and write it with its packed codes."""
+    if out.exists() and not force:
+        raise ReqatError(f"{out} is there already; give another folder with --out, or replace it with --force.")
     start_computing(threads)
     family(precision)
     from reqat.models import load_model, load_tokenizer, prepare, save_model

@@ -307,15 +307,15 @@ def clustered_means(
     lo_G, hi_G = np.full(n_groups, np.nan), np.full(n_groups, np.nan)
     for g in range(n_groups):
         value, variance, clusters = float(value_G[g]), float(variance_G[g]), int(clusters_G[g])
-        if clusters == 0 or (clusters == 1 and not proportion):
+        if clusters <= 1:
             continue
-        quantile = _t_quantile(level, clusters - 1 if clusters > 1 else math.inf)
+        quantile = _t_quantile(level, clusters - 1)
         if not proportion:
             half = quantile * math.sqrt(variance)
             lo_G[g], hi_G[g] = value - half, value + half
             continue
         n_eff = float(n_G[g])
-        if clusters == 1 or value in (0.0, 1.0):  # as in accuracy(): no variance to speak of
+        if value in (0.0, 1.0):  # as in accuracy(): no variance to speak of
             n_eff = clusters
         elif variance > 0:
             n_eff = min(value * (1 - value) / variance, n_eff)

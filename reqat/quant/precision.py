@@ -120,7 +120,8 @@ class Precision:
         return cls(**formats, rotation=rotation, kv_rotation=kv_rotation)
 
     def __str__(self) -> str:
-        """The name: ``parse`` reads it back (formats' options are not part of it; see :meth:`to_dict`)."""
+        """The name: ``parse`` reads it back. What formats choose otherwise than by default, an element such as E2M1 for
+        the cache among it, is not part of a name; see :meth:`to_dict`."""
         parts: list[tuple[str, str]] = []  # (family, tokens), neighbours of one family merged
         keys, values = self.keys, self.values
         entries = [("W", self.weights), ("A", self.inputs)]

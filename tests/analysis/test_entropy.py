@@ -54,6 +54,14 @@ def test_one_observation_a_cluster_is_students_interval() -> None:
     assert found.n_G[0] == found.clusters_G[0] == 25
 
 
+@pytest.mark.parametrize("proportion", [False, True])
+def test_a_single_cluster_says_nothing_of_how_sure_its_mean_is(proportion: bool) -> None:
+    values, group = np.array([1, 1, 0, 1, 0, 1]), np.array([0, 0, 0, 1, 1, 1])
+    found = clustered_means(values, group, np.array([0, 0, 0, 0, 1, 1]), 2, proportion=proportion)
+    assert found.value_G == pytest.approx([2 / 3, 2 / 3])
+    assert np.isnan([found.lo_G[0], found.hi_G[0]]).all() and found.lo_G[1] < 2 / 3 < found.hi_G[1]
+
+
 def test_means_of_groups_and_ratios_against_the_formula() -> None:
     rng = np.random.default_rng(2)
     values, weights = rng.random(200), rng.random(200) + 0.5

@@ -154,7 +154,9 @@ def test_the_linear_table_says_how_many_times_ours_is_as_fast(bench: Callable[..
     assert cells(table, 2) == [
         ["ours: times as fast as the best BF16", "", "3.00", "1.50"],
         ["ours: times as fast as the best other 4-bit", "", "1.50", "0.75"],
+        ["ours: times as fast as INT8", "", "0.75", "0.38"],
     ]
+    assert [(c.text, c.detail) for c in table.sections[3][0][2:]] == [("29.0", "(97%)")] * 2
     assert "Skipped: linear, x: absent." in table.footer
     assert any("up to 0.25 cores" in note and "samples were set aside" in note for note in table.footer)
     assert len(table.data) == 12 and "\u00b5" not in table.latex()
@@ -163,7 +165,14 @@ def test_the_linear_table_says_how_many_times_ours_is_as_fast(bench: Callable[..
 def test_what_is_added_to_generation_is_said_of_each(bench: Callable[..., Path]) -> None:
     first = rows()[0] | {"kernel": "entropy", "format": "BF16", "roofline_fraction": math.nan}
     made = [
-        first | {"shape": f"B={batch} P=4 T=8", "m": batch, "provider": provider, "median_us": us * batch, "ours": ours}
+        first
+        | {
+            "shape": f"B={batch} P=4 T=8",
+            "m": batch,
+            "provider": provider,
+            "median_us": 1000 * us * batch,
+            "ours": ours,
+        }
         for batch in (1, 2)
         for provider, us, ours in (
             ("generate", 200.0, False),
@@ -175,7 +184,7 @@ def test_what_is_added_to_generation_is_said_of_each(bench: Callable[..., Path])
     table = throughput.tables(throughput.read(bench(made, settings)))[0]
     assert len(table.sections) == 2  # no "times": the fastest of ours would be another thing than ours
     plain, recorded, led = (row for section in table.sections for row in section)
-    assert [(c.text, c.detail) for c in plain[2:]] == [("200", ""), ("400", "")]
+    assert [(c.text, c.detail) for c in plain[2:]] == [("200", ""), ("400", "")]  # milliseconds
     assert [(c.text, c.detail) for c in recorded[2:]] == [("210", "(+5.0%)"), ("420", "(+5.0%)")]
     assert [c.detail for c in led[2:]] == ["(\u22120.5%)"] * 2
 

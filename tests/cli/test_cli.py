@@ -93,6 +93,7 @@ EVALUATION = next(iter(SMOKE.evaluations))
             "Did you mean 'gptq'?",
         ),
         (["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "o"], "no model folder at 'm'"),
+        (["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "config"], "config is there already"),
         (
             ["quantize", "--model", "m", "--precision", "NVFP4-W4A4", "--out", "o", "--method", "gptq"],
             "--method gptq needs --calibration",

@@ -139,3 +139,11 @@ def test_quantize_writes_a_model_that_loads_and_comes_back_as_it_was(
     a, b = quantized(ids).logits, plain(ids).logits
     assert torch.isfinite(a).all()
     assert torch.equal(a, b) is (method == "rtn")
+
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2 and "out is there already" in capsys.readouterr().err
+    before = (Path("out") / record.FILE).stat().st_mtime_ns
+    with pytest.raises(SystemExit) as end:
+        main([*arguments, "--force"])
+    assert not end.value.code and (Path("out") / record.FILE).stat().st_mtime_ns > before

@@ -30,15 +30,15 @@ namespace {
 
 constexpr int PREFETCH = 4096;  // bytes ahead of the codes being read: what memory delivers while one load waits
 
-// Weights on their way from memory while a kernel reads at `codes` and `scales`. What is best was measured. One row of x
-// runs as fast as memory and wants it plain. A few rows leave gaps, in which the second cache can be filled far ahead
-// (a third faster for two rows); with many the weights come slower than memory brings them by itself.
+// Bring weights from memory while a kernel reads at `codes` and `scales`. What is best was measured: one row of x keeps
+// pace with memory and wants it plain; more leave gaps, in which the second cache is filled far ahead (two rows take a
+// quarter less time). One stream, scales among the codes, was no faster.
 template <int MR>
 inline void prefetch_step(const uint8_t* codes, const uint8_t* scales, bool with_scales) {
     if (MR == 1) {
         __builtin_prefetch(codes + PREFETCH);
         __builtin_prefetch(codes + PREFETCH + 64);
-    } else if (MR <= 8) {
+    } else {
         __builtin_prefetch(codes + 512);
         __builtin_prefetch(codes + 512 + 64);
         __builtin_prefetch(codes + 2 * PREFETCH, 0, 2);
@@ -243,14 +243,13 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
             prefetch_step<MR>(at, scales + b * LANES, step % (4 * PER) == 0);
             // vpermb looks at six bits of an index, and the table repeats every 16 entries: what the other nibble leaves
             // above the code does no harm.
-            const __m512i w0 = _mm512_permutexvar_epi8(p0, table);
-            const __m512i w1 = _mm512_permutexvar_epi8(_mm512_srli_epi16(p0, 4), table);
-            const __m512i w2 = _mm512_permutexvar_epi8(p1, table);
-            const __m512i w3 = _mm512_permutexvar_epi8(_mm512_srli_epi16(p1, 4), table);
-            const __m512i ws[4] = {w0, w1, w2, w3};
+            const __m512i values[4] = {_mm512_permutexvar_epi8(p0, table),
+                                       _mm512_permutexvar_epi8(_mm512_srli_epi16(p0, 4), table),
+                                       _mm512_permutexvar_epi8(p1, table),
+                                       _mm512_permutexvar_epi8(_mm512_srli_epi16(p1, 4), table)};
             for (int m = 0; m < MR; m++) {
                 const Word* xs = reinterpret_cast<const Word*>(x + (step * MR + m) * STEP);
-                for (int j = 0; j < 4; j++) dot[m] = dot_int8(dot[m], ws[j], xs + j);
+                for (int j = 0; j < 4; j++) dot[m] = dot_int8(dot[m], values[j], xs + j);
             }
         }
         const __m512 sw = scales16<KIND>(scales + b * LANES);
@@ -605,10 +604,13 @@ REQAT_API int reqat_fp4_input(const Spec* format, const float* x, int64_t M, int
     return fp4_input(*format, x, M, K, g, values, start, scale);
 }
 
-REQAT_API void reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* start, const float* scale_x,
-                              const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
-                              int threads) {
-    gemm_int(*w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
+REQAT_API int reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* start, const float* scale_x,
+                             const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
+                             int threads) {
+    return guarded([&] {
+        gemm_int(*w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
+        return OK;
+    });
 }
 
 REQAT_API int reqat_gemm_bf16(const Weight* w, const uint16_t* x, const float* bias, float* y, int64_t M,
@@ -621,8 +623,10 @@ REQAT_API int reqat_gemm_bf16(const Weight* w, const uint16_t* x, const float* b
 
 REQAT_API int reqat_gemm_float(const Weight* w, const float* x, const float* bias, float* y, int64_t M,
                                int64_t stride_y, int threads) {
-    gemm_float(*w, x, bias, y, M, stride_y, threads);
-    return OK;
+    return guarded([&] {
+        gemm_float(*w, x, bias, y, M, stride_y, threads);
+        return OK;
+    });
 }
 
 // Round rows of x [M, K] to int8: scale = amax / 127 (1 for a row of zeros), value = x / scale to nearest even. Columns

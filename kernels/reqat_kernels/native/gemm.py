@@ -327,7 +327,7 @@ def _fp4_linear(
     w = weight_struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
     call = lib.reqat_gemm_bf16 if x.dtype == torch.bfloat16 else lib.reqat_gemm_float
     if call(w, x.data_ptr(), _pointer(bias), y.data_ptr(), len(x), rows, n) == NO_MEMORY:
-        raise MemoryError(f"no memory for a product of {len(x)} rows of {columns} columns")
+        raise _no_memory(x)
     return y
 
 
@@ -357,10 +357,12 @@ def _fp4_linear_int(
         return y if bias is None else y.add_(bias)
     n = threads(x.numel() * rows, _WORK_PER_THREAD)
     w = weight_struct(weight.data_ptr(), rows, columns, element, scale, 0.5 / g)
-    lib.reqat_gemm_int(
+    status = lib.reqat_gemm_int(
         w, x.data_ptr(), start.data_ptr(), _pointer(block_scale), _pointer(row_scale), _pointer(bias), y.data_ptr(),
         len(x), rows, n,
     )  # fmt: skip
+    if status == NO_MEMORY:
+        raise _no_memory(x)
     return y
 
 
@@ -412,6 +414,10 @@ def _block(scale: int) -> int:
 
 def _padded(columns: int, scale: int) -> int:
     return -(-columns // _block(scale)) * _block(scale)
+
+
+def _no_memory(x: Tensor) -> MemoryError:
+    return MemoryError(f"no memory for a product of {len(x)} rows of {x.shape[1]} columns")
 
 
 def _pointer(t: Tensor | None) -> int | None:
