@@ -65,7 +65,7 @@ class Measured:
         """Footer: where, with what, how undisturbed (one kernel's rows; all of them if it has none)."""
         made, metrics = self.record, self.record["metrics"]
         machine, rows = made["hardware"], self.rows
-        if kernel in set(rows.kernel):
+        if kernel is not None and kernel in set(rows.kernel):
             rows = self.of(kernel)
         tier = f"Tier {made['tier']}." if made.get("tier") else ""
         where = (

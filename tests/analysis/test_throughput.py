@@ -175,9 +175,9 @@ def test_what_is_added_to_generation_is_said_of_each(bench: Callable[..., Path])
         }
         for batch in (1, 2)
         for provider, us, ours in (
-            ("generate", 200.0, False),
-            ("generate + EntropyRecorder", 210.0, True),
-            ("generate + ReSET", 199.0, True),
+            ("generate", 200e3, False),
+            ("generate + EntropyRecorder", 210e3, True),
+            ("generate + ReSET", 199e3, True),
         )
     ]
     settings = {"entropy": [{"model": "pinned", "batch": 1, "prompt_tokens": 4, "output_tokens": 8}]}
