@@ -168,7 +168,9 @@ def percent(fraction: float, digits: int = 1, *, sign: bool = False) -> str:
 
 
 def interval(lo: float, hi: float, *, sign: bool = False) -> str:
-    """`[60.1, 64.3]`: both ends in percent."""
+    """`[60.1, 64.3]`: both ends in percent; a dash where nothing is known of them (NaN)."""
+    if math.isnan(lo) or math.isnan(hi):
+        return EMPTY
     return f"[{percent(lo, sign=sign)}, {percent(hi, sign=sign)}]"
 
 

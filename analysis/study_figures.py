@@ -310,12 +310,18 @@ def _policies(ax: Axes, routing: Study, *, differences: bool = False, label_size
         ax.errorbar(i, value, yerr=[[value - lo], [hi - value]], color=style.GREY, lw=1.1, zorder=3)
         asked = int(row["problems"]) * int(row["seeds"])
         solved = f"{round(row['accuracy'] * asked):,}\nof {asked:,}"
-        dark = name in ("all-reference", "all-candidate", "low-reference") and value > 25
-        foot = 2 if value > 25 else hi + 2
-        ax.text(i, foot, solved, ha="center", va="bottom", fontsize=5.8, color="white" if dark else "black", zorder=4)
+        above = []
         if differences and i and pd.notna(row.get("difference")):
             points = f"{100 * row['difference']:+.1f}".replace("-", MINUS)
-            ax.text(i, hi + 2, f"{points}\n{_p(float(p_holm[name]))}", ha="center", va="bottom", fontsize=6.2, zorder=4)
+            above = [points, _p(float(p_holm[name]))]
+        if value > 25:
+            light = name in ("all-reference", "all-candidate", "low-reference")
+            colour = "white" if light else "black"
+            ax.text(i, 2, solved, ha="center", va="bottom", fontsize=5.8, color=colour, zorder=4)
+        else:  # too low to be written into
+            above.append(solved)
+        if above:
+            ax.text(i, hi + 2, "\n".join(above), ha="center", va="bottom", fontsize=6.2, zorder=4)
     words = policy_words(routing)
     ax.set_xticks(range(len(POLICIES)), [words[name] for name in POLICIES], fontsize=label_size)
     ax.tick_params(axis="x", length=0)

@@ -38,6 +38,7 @@ NEEDED = (
         "roofline_fraction",
         "cold",
         "ours",
+        "peak_extra_bytes",
     ),
     *("roofline_gb_per_s", "probe_gb_per_s", "neighbour_cores", "set_aside"),
     *("output_tokens", "tokens_per_s", "weight_bytes", "cache_bytes"),
@@ -113,10 +114,10 @@ def _pick(rows: pd.DataFrame, **values: object) -> pd.Series | None:
 
 
 def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> Table:
-    """One row a provider and format, one column a shape: median microseconds and the share of the roofline.
+    """One row a provider and format, one column a shape: median time and the share of the roofline.
 
-    The last lines say what all this is for: how many times the best of ours is as fast as the best of some others.
-    Where ours adds to another (`ADDS_TO`), its own cells say how much.
+    Below stands what all this is for: how many times the best of ours is as fast as the best of some others; and what
+    the probe read meanwhile. Where ours adds to another (`ADDS_TO`), its own cells say how much.
     Each device has columns of its own, and is compared with itself.
     """
     data = measured.of(kernel)
@@ -130,6 +131,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
         columns.append(
             Column(f"M={n['M']}", ", ".join(filter(None, (f"N=K={n['N']}", device)))) if square else Column(shape)
         )
+    shares = kernel in MEMORY_BOUND and bool(rows.roofline_fraction.notna().any())
     fastest = {s: rows[rows["shape"] == s].median_us.min() for s in shapes}
 
     def line(provider: str, fmt: str) -> tuple[Text, ...]:
@@ -139,9 +141,10 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
             if row is None:
                 cells.append(Text())
                 continue
-            detail = f"({100 * row.roofline_fraction:.0f}%)"
-            if math.isnan(row.roofline_fraction) or kernel in ADDS_TO:
-                detail = ""
+            known = shares and not math.isnan(row.roofline_fraction)
+            detail = f"({100 * row.roofline_fraction:.0f}%)" if known else ""
+            if kernel == "sem_loss":
+                detail = f"({size(row.peak_extra_bytes)})" if row.peak_extra_bytes >= MIB else "(<1 MiB)"
             plain = None
             if provider != ADDS_TO.get(kernel, provider):
                 plain = _pick(rows, provider=ADDS_TO[kernel], format=fmt, shape=shape)
@@ -164,7 +167,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
         for what, who in AGAINST.get(kernel, {}).items()
     ]
     probe = []
-    if kernel not in ADDS_TO and rows.roofline_fraction.notna().any():
+    if shares:
         probe.append(
             (Text("read probe in the same rounds, GB/s"), Text(""), *(_probe(rows[rows["shape"] == s]) for s in shapes))
         )
@@ -201,6 +204,8 @@ def is_four_bit(fmt: str) -> bool:
     return "W4" in fmt
 
 
+#: What is a matter of bytes, so that the share of the roofline says something.
+MEMORY_BOUND = ("linear", "attention", "fake_quantize")
 #: What takes long enough that its table is in milliseconds, not microseconds.
 IN_MILLISECONDS = ("sem_loss", "train_step", "entropy")
 #: Kernel -> the provider to which the others add something: their cells say how much longer they take.
@@ -432,17 +437,18 @@ TITLES = {
     "attention": (
         "Decode attention over the KV cache, \u00b5s",
         "Median time of one new token of B sequences over T cached tokens (H query heads share G of keys and values, "
-        "each D wide); in brackets the share of the read roofline. Outputs were held against a float64 softmax first.",
+        "each D wide); in brackets the share of the read roofline. Outputs were held against a float64 softmax first. "
+        "The last line is the probe's median while a shape was measured.",
     ),
     "fake_quantize": (
         "Fake quantization, \u00b5s",
         "Median time of a float32 tensor to four bits and back; in brackets one read and one write at that time, as a "
-        "share of the read roofline. A copy is the floor.",
+        "share of the read roofline. A copy is the floor. The last line is the probe's median in the same rounds.",
     ),
     "sem_loss": (
         "Loss and its gradients, ms",
         "Median time of the loss and the gradients of hidden states and output matrix; ce-*: cross-entropy alone, "
-        "reqat: with the entropy term. Peak memory beyond inputs and gradients stands in the CSV.",
+        "reqat: with the entropy term. In brackets the most memory taken beyond inputs and gradients.",
     ),
     "train_step": (
         "A training step, ms",

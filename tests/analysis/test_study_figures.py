@@ -153,6 +153,16 @@ def test_figure8_has_a_panel_a_threshold(drawn: dict[str, Figure]) -> None:
     assert over == ["\u22125.0\np=0.75", "\u221230.0\np=0.75", "\u221240.0\np=0.75"]  # three comparisons at 0.25
 
 
+def test_figure8_writes_nothing_over_anything_where_bars_are_low(tmp_path: Path) -> None:
+    low = {"routing": [made.routing(tmp_path / "low", "0.6", (0.9, 0.2, 0.0, 0.0))]}
+    policies = panel(draw(FIGURES["figure8"], low), "(a)")
+    boxes = [text.get_window_extent() for text in policies.texts]
+    assert (
+        len(boxes) == 5
+    )  # the first bar's foot, and its difference from nothing is not drawn; one over each other bar
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_figure9_is_the_tables(studies: dict[str, list[Study]], drawn: dict[str, Figure]) -> None:
     fig, pair = drawn["figure9"], studies["pair"][0]
     errors = pair.table("derailment-shares")

@@ -96,6 +96,7 @@ def rows() -> list[dict[str, Any]]:
         "roofline_gb_per_s": 30.0, "roofline_fraction": 0.5, "probe_gb_per_s": 29.0, "cold": True,
         "neighbour_cores": 0.25, "steal": 0.0, "waited": 0.0, "set_aside": 2,
         "output_tokens": None, "tokens_per_s": None, "weight_bytes": None, "cache_bytes": None,
+        "peak_extra_bytes": None,
     }  # fmt: skip
     out = []
     for m in (1, 8):
@@ -187,6 +188,39 @@ def test_what_is_added_to_generation_is_said_of_each(bench: Callable[..., Path])
     assert [(c.text, c.detail) for c in plain[2:]] == [("200", ""), ("400", "")]  # milliseconds
     assert [(c.text, c.detail) for c in recorded[2:]] == [("210", "(+5.0%)"), ("420", "(+5.0%)")]
     assert [c.detail for c in led[2:]] == ["(\u22120.5%)"] * 2
+
+
+def test_the_loss_is_shown_with_its_memory_and_no_share_of_bandwidth(bench: Callable[..., Path]) -> None:
+    first = rows()[0] | {
+        "kernel": "sem_loss",
+        "format": "FP32",
+        "shape": "tokens=4 D=8 V=9",
+        "roofline_fraction": 0.001,
+    }
+    made = [
+        first | {"provider": provider, "median_us": us, "ours": ours, "peak_extra_bytes": bytes}
+        for provider, us, ours, bytes in (
+            ("ce-forward", 2_100_000.0, False, -5e5),
+            ("ce-recompute", 2_800_000.0, False, 200 * 2**20),
+            ("reqat", 2_625_000.0, True, 302 * 2**20),
+        )
+    ]
+    table = throughput.tables(throughput.read(bench(made, {"sem_loss": {"shapes": ["tiny"]}})))[0]
+    assert table.name == "throughput-sem-loss" and len(table.sections) == 3  # no line of the probe
+    found = [(row[2].text, row[2].detail) for section in table.sections[:2] for row in section]
+    assert found == [("2100", "(<1 MiB)"), ("2800", "(200 MiB)"), ("2625", "(302 MiB)")]
+    assert [row[2].text for row in table.sections[2]] == ["0.80", "1.07"]
+
+
+def test_each_table_speaks_of_its_own_rows(bench: Callable[..., Path]) -> None:
+    made = [
+        row | ({"probe_gb_per_s": 20.0 + row["m"], "set_aside": 0} if row["kernel"] == "linear" else {"cold": False})
+        for row in rows()
+    ]
+    linear, decode = throughput.tables(throughput.read(bench(made)))[:2]
+    assert [(c.text, c.detail) for c in linear.sections[3][0][2:]] == [("21.0", "(70%)"), ("28.0", "(93%)")]
+    assert any("0 samples" in note for note in linear.footer) and not any("in the cache" in n for n in linear.footer)
+    assert any("32 samples" in note for note in decode.footer) and any("in the cache" in n for n in decode.footer)
 
 
 def test_decoding_in_ratios_and_memory(bench: Callable[..., Path]) -> None:

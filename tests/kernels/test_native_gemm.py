@@ -19,7 +19,10 @@ from reqat_kernels.native.quantize import spec_of
 
 FORMATS = ["NVFP4", "MXFP4", "NVFP4-4/6"]
 # rows of x, N, K: one row and many, tiles and blocks that do not come out even, more rows than go together
-SHAPES = [(1, 16, 32), (1, 1, 16), (3, 33, 96), (7, 50, 160), (16, 48, 64), (31, 20, 192), (70, 17, 32)]
+SHAPES = [
+    *[(1, 16, 32), (1, 1, 16), (2, 16, 48), (3, 33, 96), (7, 50, 160), (8, 20, 112), (9, 20, 112)],
+    *[(16, 48, 64), (17, 16, 80), (31, 20, 192), (64, 16, 32), (70, 17, 32)],
+]
 WORST = 2.0**-24
 
 
@@ -121,9 +124,10 @@ def test_w4a8(fmt: str, M: int, N: int, K: int) -> None:
     scale = x.abs().amax(-1) / 127
     assert torch.equal(rounded.row_scale, scale)
     assert torch.equal(rounded.x[:, :K].float(), (x / scale[:, None]).round())
-    y = gemm.linear(x, packed, inputs="A8")
+    bias = torch.linspace(-2, 2, N)
+    y = gemm.linear(x, packed, bias, inputs="A8")
     blocks = -(-K // (packed.format.block or 1))
-    check(y, rounded.x[:, :K].double() * scale.double()[:, None], q, None, terms=blocks + 5)
+    check(y, rounded.x[:, :K].double() * scale.double()[:, None], q, bias, terms=blocks + 6)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -133,11 +137,11 @@ def test_every_instruction_set_gives_the_same_bits(fmt: str, kind: str | None, e
     for M, N, K in SHAPES:
         if K % 32 and fmt == "MXFP4" and kind == "A4":
             continue
-        packed, x = gemm.pack_weight(weight(N, K, fmt)), inputs(M, K)
+        packed, x, bias = gemm.pack_weight(weight(N, K, fmt)), inputs(M, K), torch.linspace(-2, 2, N)
         results = {}
         for isa in each_isa:
             limit(isa)
-            results[isa] = gemm.linear(x, packed, inputs=rounding)
+            results[isa] = gemm.linear(x, packed, bias, inputs=rounding)
         assert all(torch.equal(y, results["portable"]) for y in results.values()), (M, N, K)
 
 
@@ -179,6 +183,17 @@ def test_inputs_are_rounded_as_the_formats_say(fmt: str, options: dict[str, str]
     assert torch.equal(rounded.start, (values.view(5, -1, format_.block or 1).sum(-1) * -16).int())
 
 
+@pytest.mark.parametrize("block", [1, 8, 16, 32, 64, 128])
+def test_int8_inputs_start_from_the_sums_of_any_block(block: int, each_isa: list[str]) -> None:
+    x = inputs(3, 250)
+    for isa in each_isa:
+        limit(isa)
+        rounded = gemm.quantize_input(x, "A8", block=block)
+        values = rounded.x.int()
+        assert values.shape[1] == -(-250 // block) * block and not values[:, 250:].any()
+        assert torch.equal(rounded.start, values.view(3, -1, block).sum(-1, dtype=torch.int32) * -16)
+
+
 def test_extreme_scales() -> None:
     w_NK = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     w_NK[:, :16] = 0.0
@@ -203,8 +218,8 @@ def test_w4a16_of_bfloat16(fmt: str, M: int, N: int, K: int, each_isa: list[str]
         exact = torch.ops.reqat.fp4_linear(x, packed.data, None, *packed.layout)
         check(exact, x, q, None, terms=2 * K + 5)  # the instruction may round each of a pair's two products
         assert torch.equal(y, exact.bfloat16())
-        alone = torch.ops.reqat.fp4_linear(x[:1].contiguous(), packed.data, None, *packed.layout)
-        assert torch.equal(alone, exact[:1])
+        rows = [torch.ops.reqat.fp4_linear(row[None], packed.data, None, *packed.layout) for row in x]
+        assert torch.equal(torch.cat(rows), exact)
 
 
 def test_leading_axes_strides_and_empty() -> None:
@@ -272,6 +287,8 @@ def test_errors_say_what_to_do() -> None:
         gemm.linear(torch.zeros(2, 63), packed)
     with pytest.raises(ValueError, match="block 32.* do not fit weights in blocks of 16"):
         gemm.linear(torch.zeros(2, 64), packed, inputs=reqat.get_format("MXFP4"))
+    with pytest.raises(ValueError, match="blocks of 32 does not fit NVFP4, whose blocks are of 16"):
+        gemm.linear(gemm.quantize_input(torch.ones(2, 64), "A8", block=32), packed)
     with pytest.raises(ValueError, match="INT4-g128 have no kernel"):
         gemm.pack_weight(reqat.quantize(torch.randn(16, 128), "INT4-g128"))
     with pytest.raises(ValueError, match="quantized along K"):
@@ -314,15 +331,19 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 
 @pytest.mark.skipif(library() is None, reason="no native library")
-@pytest.mark.parametrize("call", ["reqat_gemm_bf16", "reqat_products"])
+@pytest.mark.parametrize("call", ["reqat_gemm_bf16", "reqat_gemm_float", "reqat_gemm_int", "reqat_products"])
 def test_a_call_without_memory_says_so(call: str) -> None:
     """Fewer bytes than this there are nowhere; no exception may cross into Python, where it would end the process."""
     lib, rows = library(), 1 << 44
     assert lib is not None
     packed = gemm.pack_weight(weight(16, 32, "MXFP4"))
     w = gemm.weight_struct(packed.data.data_ptr(), *packed.layout[:4], 1.0)
-    if call == "reqat_gemm_bf16":
-        status = lib.reqat_gemm_bf16(w, None, None, None, rows, 16, 1)
+    if call in ("reqat_gemm_float", "reqat_gemm_int") and instruction_set() == "portable":
+        pytest.skip("takes rows as they are, one at a time, and no memory")
+    if call == "reqat_gemm_int":
+        status = lib.reqat_gemm_int(w, packed.data.data_ptr(), None, None, None, None, None, rows, 16, 1)
+    elif call != "reqat_products":
+        status = getattr(lib, call)(w, packed.data.data_ptr(), None, None, rows, 16, 1)
     else:
         spec = ctypes.pointer(spec_of(reqat.get_format("MXFP4")))
         product = gemm.Product(ctypes.pointer(w), None, None, spec, rows, 0, 0, 0.0)

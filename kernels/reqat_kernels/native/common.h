@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -43,6 +44,8 @@ int guarded(Function&& function) {
     try {
         return function();
     } catch (const std::bad_alloc&) {
+        return NO_MEMORY;
+    } catch (const std::length_error&) {  // more than a vector can ever hold
         return NO_MEMORY;
     }
 }

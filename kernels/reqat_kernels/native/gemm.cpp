@@ -28,7 +28,7 @@
 namespace reqat {
 namespace {
 
-constexpr int PREFETCH = 4096;  // bytes ahead of the codes being read: what memory delivers while one load waits
+constexpr int PREFETCH = 4096;  // bytes ahead of the codes being read, where one distance is enough
 
 // Bring weights from memory while a kernel reads at `codes` and `scales`. What is best was measured: one row of x keeps
 // pace with memory and wants it plain; more leave gaps, in which the second cache is filled far ahead (two rows take a
@@ -203,14 +203,23 @@ using Word = int32_t __attribute__((may_alias, aligned(1)));
 
 // acc += dot products of a word of x with each lane of w. In assembly because the load has to be part of the
 // instruction: as compilers split it, 16 rows of weights and 8 of x take 82 cycles a block of 32 instead of 72.
+// (The address sanitizer looks only at loads that the compiler makes.)
 REQAT_AVX512 inline __m512i dot_int8(__m512i acc, __m512i w, const Word* x) {
+#if defined(__SANITIZE_ADDRESS__)
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(*x));
+#else
     asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
     return acc;
+#endif
 }
 
 REQAT_AVX512 inline __m512 dot_bf16(__m512 acc, __m512i w, const Word* x) {
+#if defined(__SANITIZE_ADDRESS__)
+    return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)_mm512_set1_epi32(*x));
+#else
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*x));
     return acc;
+#endif
 }
 
 template <int KIND>
@@ -327,7 +336,7 @@ REQAT_AVX512 void bf16_tile_avx512(const Weight& w, const uint32_t* x, int64_t t
                 const int64_t step = b * PER + s;
                 const uint8_t* at = codes + step * STEP_BYTES + 64 * l;
                 const __m512i packed = _mm512_loadu_si512(at);
-                if (MR <= 8) _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
                 // vpermw looks at five bits of an index, and the table repeats after four.
                 const __m512i v[4] = {_mm512_permutexvar_epi16(packed, table),
                                       _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
@@ -365,8 +374,8 @@ void by_groups(int64_t m, int64_t M, const Function& function) {
 }
 
 // x [M, length] with the rows of each group interleaved, [length / piece][rows][piece], in `memory` (x itself where that
-// is the same). Row after row the addresses of one step would be multiples of 2048 bytes apart: all in the same few sets
-// of the first cache, from which loads then come at half the pace.
+// is the same). Row after row, the words of one step would stand K bytes apart: for a K of 2048 and its multiples all in
+// the same few sets of the first cache, from which loads then come at half the pace.
 template <int MOST, class T>
 const T* interleaved(const T* x, int64_t M, int64_t length, int64_t piece, std::vector<T>& memory) {
     if (MOST == 1 || M == 1 || !x) return x;
@@ -413,7 +422,6 @@ template <int MOST, class Kernel>
 void all_tiles(const Weight& w, const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
                int threads, const Kernel& kernel) {
     const int64_t tiles = (w.rows + LANES - 1) / LANES;
-    const bool avx512 = isa() == AVX512;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t t = 0; t < tiles; t++) {
         alignas(64) float out[MOST * LANES];
@@ -421,7 +429,7 @@ void all_tiles(const Weight& w, const float* row_scale, const float* bias, float
             kernel(t, m, rows, out);
             const float* scale = row_scale ? row_scale + m : nullptr;
 #if REQAT_X86
-            if (avx512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
+            if (isa() == AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
 #endif
             store<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
         });
@@ -517,7 +525,7 @@ void gemm_bf16(const Weight& w, const uint16_t* x, const float* bias, float* y, 
 
 namespace {
 
-// start [K / block] = -OFFSET times the sums of x [K] over blocks of 16 or 32.
+// start [K / block] = -OFFSET times the sums of x [K] over blocks.
 void block_starts_portable(const int8_t* x, int64_t K, int32_t block, int32_t* start) {
     for (int64_t b = 0; b < K / block; b++) {
         int32_t sum = 0;
@@ -528,6 +536,7 @@ void block_starts_portable(const int8_t* x, int64_t K, int32_t block, int32_t* s
 
 #if REQAT_X86
 
+// The same for blocks of 16 or 32.
 REQAT_AVX512 void block_starts_avx512(const int8_t* x, int64_t K, int32_t block, int32_t* start) {
     const int64_t blocks = K / block;
     const int each = 64 / block;
@@ -550,7 +559,7 @@ REQAT_AVX512 void block_starts_avx512(const int8_t* x, int64_t K, int32_t block,
 
 void block_starts(const int8_t* x, int64_t K, int32_t block, int32_t* start) {
 #if REQAT_X86
-    if (isa() == AVX512) return block_starts_avx512(x, K, block, start);
+    if (isa() == AVX512 && (block == 16 || block == 32)) return block_starts_avx512(x, K, block, start);
 #endif
     block_starts_portable(x, K, block, start);
 }

@@ -236,6 +236,11 @@ def linear(
         x = quantize_input(x, inputs, block=w.format.block or 1, global_scale=global_scale)
     if x.shape[-1] != w.columns:
         raise ValueError(f"input of shape {tuple(x.shape)} does not fit a weight of shape [{w.rows}, {w.columns}]")
+    if isinstance(x, QuantizedInput) and x.block != (w.format.block or 1):
+        raise ValueError(
+            f"input rounded for blocks of {x.block} does not fit {w.format.name}, whose blocks are of "
+            f"{w.format.block}; round it with block={w.format.block}"
+        )
     if isinstance(x, Tensor):
         y = torch.ops.reqat.fp4_linear(x.reshape(-1, w.columns), w.data, bias, *w.layout)
     else:
