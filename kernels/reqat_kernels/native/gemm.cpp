@@ -240,7 +240,7 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
         _mm512_add_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.values))),
                         _mm512_set1_epi8(OFFSET));
     __m512 acc[MR];
-#pragma GCC unroll 8
+#pragma GCC unroll 8  // or the compiler clears an array in memory as well
     for (int m = 0; m < MR; m++) acc[m] = _mm512_setzero_ps();
     for (int64_t b = 0; b < blocks; b++) {
         __m512i dot[MR];
