@@ -143,7 +143,7 @@ def kernel_table(measured: Measured, kernel: str, title: str, caption: str) -> T
                 continue
             known = shares and not math.isnan(row.roofline_fraction)
             detail = f"({100 * row.roofline_fraction:.0f}%)" if known else ""
-            if kernel == "sem_loss":
+            if kernel == "sem_loss" and not math.isnan(row.peak_extra_bytes):
                 detail = f"({size(row.peak_extra_bytes)})" if row.peak_extra_bytes >= MIB else "(<1 MiB)"
             plain = None
             if provider != ADDS_TO.get(kernel, provider):

@@ -202,13 +202,14 @@ def test_the_loss_is_shown_with_its_memory_and_no_share_of_bandwidth(bench: Call
         for provider, us, ours, bytes in (
             ("ce-forward", 2_100_000.0, False, -5e5),
             ("ce-recompute", 2_800_000.0, False, 200 * 2**20),
+            ("naive", 3_000_000.0, False, math.nan),  # not measured: nothing is said
             ("reqat", 2_625_000.0, True, 302 * 2**20),
         )
     ]
     table = throughput.tables(throughput.read(bench(made, {"sem_loss": {"shapes": ["tiny"]}})))[0]
     assert table.name == "throughput-sem-loss" and len(table.sections) == 3  # no line of the probe
     found = [(row[2].text, row[2].detail) for section in table.sections[:2] for row in section]
-    assert found == [("2100", "(<1 MiB)"), ("2800", "(200 MiB)"), ("2625", "(302 MiB)")]
+    assert found == [("2100", "(<1 MiB)"), ("2800", "(200 MiB)"), ("3000", ""), ("2625", "(302 MiB)")]
     assert [row[2].text for row in table.sections[2]] == ["0.80", "1.07"]
 
 

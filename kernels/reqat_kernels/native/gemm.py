@@ -230,7 +230,8 @@ def linear(
     """``x @ w.T + bias``: x [..., K] float32 or bfloat16, or rounded already; the result [..., N] in x's dtype.
 
     ``inputs`` says how x is rounded first: not at all (None), ``"A8"`` or an FP4 format (see :func:`quantize_input`).
-    Raises ValueError for shapes that do not fit, and what :func:`quantize_input` raises.
+    Raises ValueError for shapes that do not fit and for an input rounded for another block than the weight's,
+    MemoryError, and what :func:`quantize_input` raises.
     """
     if isinstance(x, Tensor) and inputs is not None:
         x = quantize_input(x, inputs, block=w.format.block or 1, global_scale=global_scale)
