@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from reqat.config.errors import ReqatError, unknown
@@ -51,19 +49,6 @@ def parse(model: type[M], data: Any, where: str) -> M:
             given = "" if fault["type"] in ("value_error", "missing") else f" (given: {fault['input']!r})"
             lines.append(f"{where}: {path + ': ' if path else ''}{message}{given}")
         raise ReqatError("\n".join(lines)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises `ReqatError` if it is absent, not YAML or not a mapping."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReqatError(f"{path}: no such configuration file.") from None
-    except yaml.YAMLError as error:
-        raise ReqatError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise ReqatError(f"{path}: expected a mapping of keys, found {type(data).__name__}.")
-    return data
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from reqat.config.base import Strict, digest, parse, read_yaml
+from reqat.config.base import Strict, digest, parse
 from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.files import read_yaml
 from reqat.config.plan import Plan
 from reqat.config.precision import PrecisionSpec, family
 from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet

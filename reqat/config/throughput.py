@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from reqat.config.base import Strict, digest, parse, read_yaml
+from reqat.config.base import Strict, digest, parse
+from reqat.config.files import read_yaml
 
 FILE = "throughput.yaml"
 

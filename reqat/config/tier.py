@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from reqat.config.base import Strict, merge, parse, read_yaml
+from reqat.config.base import Strict, merge, parse
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.files import read_yaml
 from reqat.config.precision import GlobalScale, family
 from reqat.config.recipe import Catalogue
 from reqat.config.stage import Architecture, BaseSettings, Calibration, DataSettings, Decoding, Selection, Training
