@@ -14,6 +14,10 @@ class ReqatError(ValueError):
     """Bad input, or a state that the user can mend. The message gives the offending value and the remedy."""
 
 
+class MissingFileError(ReqatError, FileNotFoundError):
+    """There is no file or folder where one was expected. (A `FileNotFoundError` without an errno: its text is whole.)"""
+
+
 def unknown(kind: str, name: object, valid: Iterable[str], where: str = "") -> ReqatError:
     """An error for a `name` that is none of `valid`, with the closest match (if any) and the whole list."""
     options = sorted(str(option) for option in valid)

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from reqat.config.errors import ReqatError
+from reqat.config.errors import MissingFileError, ReqatError
 
 RECORD = "record.json"  # written last into every result of ours: a folder without it is none
 
@@ -85,12 +85,12 @@ def read_text(path: Path, what: str = "text file", remedy: str = "check the path
     """The text of a UTF-8 file (a byte order mark at its start is dropped).
 
     ``what`` names the kind of file and ``remedy`` what to do if it is absent or damaged, for the error's message.
-    Raises `ReqatError` if it is absent, unreadable or not UTF-8.
+    Raises `ReqatError` if it is absent (`MissingFileError`), unreadable or not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise ReqatError(f"{path}: no such {what}; {remedy}.") from None
+        raise MissingFileError(f"{path}: no such {what}; {remedy}.") from None
     except UnicodeDecodeError as error:
         raise ReqatError(
             f"{path}: not a {what}, byte {error.start} is not UTF-8 ({error.reason}); {remedy}."
@@ -101,15 +101,29 @@ def read_text(path: Path, what: str = "text file", remedy: str = "check the path
 
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """The object in a JSON file. Raises `ReqatError` if it is absent, unreadable, not JSON or not an object."""
-    try:
-        data = json.loads(read_text(path, what, remedy), object_pairs_hook=_unique)
-    except _Duplicate as error:
-        raise ReqatError(f"{path}: not a {what}, the key {error.key!r} is in it twice; {remedy}.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ReqatError(f"{path}: not a {what} ({_one_line(error)}); {remedy}.") from None
+    data = parse_json(read_text(path, what, remedy), str(path), what, remedy)
     if not isinstance(data, dict):
         raise ReqatError(f"{path}: not a {what}, it holds {_kind(data)} where an object is needed; {remedy}.")
     return data
+
+
+def read_json_list(path: Path, what: str, remedy: str) -> list[Any]:
+    """The list in a JSON file. Raises `ReqatError` if it is absent, unreadable, not JSON or not a list."""
+    data = parse_json(read_text(path, what, remedy), str(path), what, remedy)
+    if not isinstance(data, list):
+        raise ReqatError(f"{path}: not a {what}, it holds {_kind(data)} where a list is needed; {remedy}.")
+    return data
+
+
+def parse_json(text: str, where: str, what: str, remedy: str) -> Any:
+    """The value in a JSON text. ``where`` names the file (and line) in the `ReqatError` for what is not JSON, for a
+    key that stands twice in one object, and for nesting or numbers beyond what Python reads."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except _Duplicate as error:
+        raise ReqatError(f"{where}: not a {what}, the key {error.key!r} is in it twice; {remedy}.") from None
+    except (ValueError, RecursionError) as error:  # a number of more than 4300 digits is a plain ValueError
+        raise ReqatError(f"{where}: not a {what} ({_one_line(error)}); {remedy}.") from None
 
 
 def read_yaml(path: Path, what: str = "configuration file") -> dict[str, Any]:
