@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
 from reqat.data.traces import Trace
 
 IGNORE = -100
@@ -94,16 +95,16 @@ class PackedRows:
 def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int, pad_id: int) -> PackedRows:
     """First-fit packing in the traces' order over a window of open rows; every trace lands whole in exactly one row.
 
-    Raises ``ValueError`` for no traces, or for a trace longer than a row, naming it.
+    Raises ``ReqatError`` for no traces, or for a trace longer than a row, naming it.
     """
     if not traces:
-        raise ValueError("no traces to pack; the selection is empty")
+        raise ReqatError("no traces to pack; the selection is empty")
     done: list[list[Trace]] = []
     open_rows: list[tuple[int, list[Trace]]] = []
     for trace in traces:
         n = trace.n_tokens
         if n > row_tokens:
-            raise ValueError(
+            raise ReqatError(
                 f"trace {trace.id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out"
             )
         for i, (left, row) in enumerate(open_rows):

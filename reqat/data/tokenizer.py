@@ -13,6 +13,8 @@ import string
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from reqat.config.errors import ReqatError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -28,7 +30,7 @@ def pieces(text: str) -> list[str]:
 def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
     """A transformers tokenizer over the pieces of ``corpus``.
 
-    Raises ``ValueError`` for an empty corpus. Encoding adds no special tokens: callers place ``<bos>`` and ``<eos>``
+    Raises ``ReqatError`` for an empty corpus. Encoding adds no special tokens: callers place ``<bos>`` and ``<eos>``
     themselves.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -36,7 +38,7 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
     found = {piece for text in corpus for piece in pieces(text)}
     if not found:
-        raise ValueError("the tokenizer's corpus is empty; give it at least one text")
+        raise ReqatError("the tokenizer's corpus is empty; give it at least one text")
     for char in string.digits + string.ascii_lowercase:
         found |= {char, f" {char}"}
     vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, UNK, *sorted(found)])}

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from reqat.config.errors import ReqatError
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.entropies import EntropyRecorder, RecordedTrace
 from reqat.evaluation.generation import Generation, generate
@@ -75,10 +76,10 @@ def measure_collection(
     token.
     """
     if output_tokens < 2 or rounds < 1:
-        raise ValueError(f"output_tokens={output_tokens}, rounds={rounds}: give at least 2 tokens and a round")
+        raise ReqatError(f"output_tokens={output_tokens}, rounds={rounds}: give at least 2 tokens and a round")
     policy, led = Decoding.parse(decoding), Decoding.parse(reset)
     if led.rule is None:
-        raise ValueError(f"reset={reset!r} has no rule; write reset(t_low=..., tau0=...)")
+        raise ReqatError(f"reset={reset!r} has no rule; write reset(t_low=..., tau0=...)")
     probe, out = probe or Probe(), Result()
     model: Any = load_model(path, dtype=torch.bfloat16)
     prepare(model, precision)

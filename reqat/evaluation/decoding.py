@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from reqat.config.errors import ReqatError
+
 Kind = Literal["greedy", "sample", "reset"]
 StepName = Literal["paragraph", "line", "sentence"]
 
@@ -33,7 +35,7 @@ class ReSETRule:
     """The numbers of ReSET: two temperatures, the threshold ``tau0`` (nats), and what a step is.
 
     ``window`` is how many entropies stand for the current step while that is shorter; ``step`` names what ends a step
-    (:data:`reqat.evaluation.reset.STEP_ENDS`). Raises ``ValueError`` naming the value at fault.
+    (:data:`reqat.evaluation.reset.STEP_ENDS`). Raises ``ReqatError`` naming the value at fault.
     """
 
     t_low: float
@@ -46,13 +48,13 @@ class ReSETRule:
         """Check the values."""
         for name in ("t_low", "t_high"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"reset {name}={getattr(self, name)} must be a positive finite number")
+                raise ReqatError(f"reset {name}={getattr(self, name)} must be a positive finite number")
         if not (math.isfinite(self.tau0) and self.tau0 >= 0):
-            raise ValueError(f"reset tau0={self.tau0} must be an entropy in nats, 0 or more; `reqat fit-reset` fits it")
+            raise ReqatError(f"reset tau0={self.tau0} must be an entropy in nats, 0 or more; `reqat fit-reset` fits it")
         if self.window < 1:
-            raise ValueError(f"reset window={self.window} must be at least 1 token")
+            raise ReqatError(f"reset window={self.window} must be at least 1 token")
         if self.step not in get_args(StepName):
-            raise ValueError(f"reset step={self.step!r} is none of {', '.join(get_args(StepName))}")
+            raise ReqatError(f"reset step={self.step!r} is none of {', '.join(get_args(StepName))}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Decoding:
 
     Where ``kind`` is reset, ``rule`` sets the temperature token by token, and ``temperature`` is 1.
 
-    Raises ``ValueError`` naming the value at fault.
+    Raises ``ReqatError`` naming the value at fault.
     """
 
     kind: Kind = "sample"
@@ -72,9 +74,9 @@ class Decoding:
     def __post_init__(self) -> None:
         """Check the values; those that a kind ignores are set to one value, so that equal policies compare equal."""
         if self.kind not in get_args(Kind):
-            raise ValueError(f"unknown decoding {self.kind!r}; write {_EXAMPLES}")
+            raise ReqatError(f"unknown decoding {self.kind!r}; write {_EXAMPLES}")
         if (self.rule is not None) != (self.kind == "reset"):
-            raise ValueError(f"decoding {self.kind!r} with rule={self.rule}: 'reset' wants a ReSETRule, others none")
+            raise ReqatError(f"decoding {self.kind!r} with rule={self.rule}: 'reset' wants a ReSETRule, others none")
         if self.kind == "greedy":
             object.__setattr__(self, "temperature", 1.0)
             object.__setattr__(self, "top_p", 1.0)
@@ -82,11 +84,11 @@ class Decoding:
         if self.kind == "reset":
             object.__setattr__(self, "temperature", 1.0)
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
+            raise ReqatError(
                 f"decoding temperature={self.temperature} must be a positive finite number; for 0, write 'greedy'"
             )
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"decoding top_p={self.top_p} must lie in (0, 1]; 1 keeps the whole distribution")
+            raise ReqatError(f"decoding top_p={self.top_p} must lie in (0, 1]; 1 keeps the whole distribution")
 
     @classmethod
     def greedy(cls) -> Decoding:
@@ -107,11 +109,11 @@ class Decoding:
     def parse(cls, text: str) -> Decoding:
         """Read a policy from its text; options left out take their defaults.
 
-        Raises ``ValueError`` naming the text and what is wrong in it.
+        Raises ``ReqatError`` naming the text and what is wrong in it.
         """
         match = _TEXT.fullmatch(text)
         if match is None:
-            raise ValueError(f"cannot read the decoding {text!r}; write {_EXAMPLES}")
+            raise ReqatError(f"cannot read the decoding {text!r}; write {_EXAMPLES}")
         kind = match["kind"]
         values: dict[str, Any] = {}
         for part in (match["arguments"] or "").split(","):
@@ -119,17 +121,17 @@ class Decoding:
                 continue
             name, _, value = (piece.strip() for piece in part.partition("="))
             if name not in _OPTIONS.get(kind, {}) or name in values:
-                raise ValueError(f"decoding {text!r}: unknown or repeated option {name!r}; write {_EXAMPLES}")
+                raise ReqatError(f"decoding {text!r}: unknown or repeated option {name!r}; write {_EXAMPLES}")
             try:
                 values[name] = _OPTIONS[kind][name](value)
             except ValueError:
-                raise ValueError(f"decoding {text!r}: {name} is {value!r}, not a number; write {_EXAMPLES}") from None
+                raise ReqatError(f"decoding {text!r}: {name} is {value!r}, not a number; write {_EXAMPLES}") from None
         if kind not in get_args(Kind):
-            raise ValueError(f"unknown decoding {text!r}; write {_EXAMPLES}")
+            raise ReqatError(f"unknown decoding {text!r}; write {_EXAMPLES}")
         if kind == "reset":
             missing = [name for name in ("t_low", "tau0") if name not in values]
             if missing:
-                raise ValueError(f"decoding {text!r} lacks {' and '.join(missing)}; `reqat fit-reset` fits tau0")
+                raise ReqatError(f"decoding {text!r} lacks {' and '.join(missing)}; `reqat fit-reset` fits tau0")
             return cls.reset(**values)
         return cls.greedy() if kind == "greedy" else cls.sample(**values)
 

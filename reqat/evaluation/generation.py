@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
 from reqat.models.attention import ATTENTION
@@ -140,7 +141,7 @@ def generate(
         from reqat.evaluation.reset import ReSET
 
         if tokenizer is None:
-            raise ValueError(f"decoding {decoding} needs the tokenizer: the text of tokens says where steps end")
+            raise ReqatError(f"decoding {decoding} needs the tokenizer: the text of tokens says where steps end")
         processors = LogitsProcessorList([*(processors or []), ReSET(decoding.rule, tokenizer)])
     # Like lengths together, equal prompts side by side; the caller's order breaks ties, so batches are reproducible.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
@@ -173,21 +174,21 @@ def _check(
 ) -> tuple[int, ...]:
     """Check the arguments of :func:`generate`; returns the end-of-sequence ids."""
     if not len(prompts) == len(seeds) == len(row_keys):
-        raise ValueError(
+        raise ReqatError(
             f"generate() wants one seed and one row key a prompt, got {len(prompts)} prompts, {len(seeds)} seeds and "
             f"{len(row_keys)} row keys"
         )
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+        raise ReqatError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if batch_rows is not None and batch_rows < 1:
-        raise ValueError(f"batch_rows={batch_rows} must be at least 1; leave it out to let the memory decide")
+        raise ReqatError(f"batch_rows={batch_rows} must be at least 1; leave it out to let the memory decide")
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"the prompt of row {row} ({row_keys[row]!r}) is empty; give it at least <bos>")
+            raise ReqatError(f"the prompt of row {row} ({row_keys[row]!r}) is empty; give it at least <bos>")
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if limit is not None and longest + max_new_tokens > limit:
-        raise ValueError(
+        raise ReqatError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions; "
             f"lower max_new_tokens to {limit - longest} or leave out longer prompts"
         )
@@ -195,7 +196,7 @@ def _check(
         seen: set[tuple[int, str]] = set()
         for pair in zip(seeds, row_keys, strict=True):
             if pair in seen:
-                raise ValueError(
+                raise ReqatError(
                     f"two rows have seed {pair[0]} and row key {pair[1]!r}: they would get the same random numbers; "
                     "give them different seeds"
                 )

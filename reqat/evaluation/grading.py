@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from reqat.config.errors import ReqatError
 from reqat.data import prompt_ids
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.generation import generate
@@ -84,15 +85,15 @@ def evaluate(
 
 def _check(problems: Sequence[Problem], seeds: Sequence[int], decoding: Decoding) -> None:
     if not problems or not seeds:
-        raise ValueError(
+        raise ReqatError(
             f"nothing to evaluate: {len(problems)} problems and {len(seeds)} seeds; give at least one of each"
         )
     for what, values in (("problem", [problem.id for problem in problems]), ("seed", [str(seed) for seed in seeds])):
         repeated = [value for value, count in Counter(values).items() if count > 1]
         if repeated:
-            raise ValueError(f"{what} {', '.join(repeated[:3])} is given more than once; give each {what} once")
+            raise ReqatError(f"{what} {', '.join(repeated[:3])} is given more than once; give each {what} once")
     if decoding.is_greedy and len(seeds) > 1:
-        raise ValueError(
+        raise ReqatError(
             f"greedy decoding gives the same response for all {len(seeds)} seeds {list(seeds)}; pass one seed "
             "(decoding.effective_seeds(seeds))"
         )

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from reqat.config.errors import ReqatError
 from reqat.evaluation.distributions import entropy_nats
 from reqat.evaluation.generation import BatchStart, RunningBatch
 from reqat.evaluation.grading import evaluate
@@ -58,7 +59,7 @@ _NOISE_STREAM = np.uint64(0xA0761D6478BD642F)
 class Routing:
     """Who chooses a token of ``low`` entropy (below ``threshold_nats``), and who one of ``high``.
 
-    Raises ``ValueError`` naming the value at fault.
+    Raises ``ReqatError`` naming the value at fault.
     """
 
     low: Who
@@ -69,9 +70,9 @@ class Routing:
         """Check the values."""
         for name in ("low", "high"):
             if getattr(self, name) not in get_args(Who):
-                raise ValueError(f"routing {name}={getattr(self, name)!r} is none of {', '.join(get_args(Who))}")
+                raise ReqatError(f"routing {name}={getattr(self, name)!r} is none of {', '.join(get_args(Who))}")
         if not (math.isfinite(self.threshold_nats) and self.threshold_nats >= 0):
-            raise ValueError(f"routing threshold_nats={self.threshold_nats} must be an entropy in nats, 0 or more")
+            raise ReqatError(f"routing threshold_nats={self.threshold_nats} must be an entropy in nats, 0 or more")
 
     def __str__(self) -> str:
         """For records and captions; the threshold is left out where it decides nothing."""
@@ -102,7 +103,7 @@ class Router(LogitsProcessor):
         routing: who chooses what.
         autocast: as for ``generate``, for the candidate.
 
-    Raises ``ValueError`` where it is used without those hooks, or where the vocabularies differ in size.
+    Raises ``ReqatError`` where it is used without those hooks, or where the vocabularies differ in size.
     """
 
     def __init__(self, candidate: PreTrainedModel, routing: Routing, *, autocast: torch.dtype | None = None) -> None:
@@ -126,13 +127,13 @@ class Router(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, V] of the chosen model, row by row; ``scores`` are the reference's."""
         if self._batch is None:
-            raise ValueError("Router needs begin_batch(): give it to reqat.evaluation.generate, not to transformers")
+            raise ReqatError("Router needs begin_batch(): give it to reqat.evaluation.generate, not to transformers")
         if input_ids.shape[1] > self._length:
             self._length += 1
             self._batch.step(input_ids[:, -1].to(self._batch.device))
         other_BV = self._batch.logits.to(scores.device)
         if other_BV.shape != scores.shape:
-            raise ValueError(
+            raise ReqatError(
                 f"the candidate has {other_BV.shape[-1]} tokens and the reference {scores.shape[-1]}: route between "
                 "models of one vocabulary"
             )
@@ -152,7 +153,7 @@ class Noise:
 
     Without ``threshold_nats``, on the ``share`` of the batch's decisions with the lowest (highest) entropy at each step
     (rounded to whole rows, half up; of the rows that have not finished); with it, on the decisions below it (for high:
-    at or above it), and ``share`` means nothing. Raises ``ValueError`` naming the value at fault.
+    at or above it), and ``share`` means nothing. Raises ``ReqatError`` naming the value at fault.
     """
 
     sigma: float
@@ -163,15 +164,15 @@ class Noise:
     def __post_init__(self) -> None:
         """Check the values; where there is a threshold, ``share`` has one value, so that equal noises compare equal."""
         if not (math.isfinite(self.sigma) and self.sigma >= 0):
-            raise ValueError(f"noise sigma={self.sigma} must be 0 or a positive finite number")
+            raise ReqatError(f"noise sigma={self.sigma} must be 0 or a positive finite number")
         if self.side not in get_args(Side):
-            raise ValueError(f"noise side={self.side!r} is none of {', '.join(get_args(Side))}")
+            raise ReqatError(f"noise side={self.side!r} is none of {', '.join(get_args(Side))}")
         if not 0 < self.share <= 1:
-            raise ValueError(f"noise share={self.share} must lie in (0, 1]")
+            raise ReqatError(f"noise share={self.share} must lie in (0, 1]")
         if self.threshold_nats is not None:
             object.__setattr__(self, "share", 0.25)
             if not (math.isfinite(self.threshold_nats) and self.threshold_nats >= 0):
-                raise ValueError(f"noise threshold_nats={self.threshold_nats} must be an entropy in nats, 0 or more")
+                raise ReqatError(f"noise threshold_nats={self.threshold_nats} must be an entropy in nats, 0 or more")
 
     def __str__(self) -> str:
         """For records and captions."""
@@ -182,7 +183,7 @@ class Noise:
 class LogitNoise(LogitsProcessor):
     """Adds :class:`Noise` to the logits. Works in :func:`reqat.evaluation.generation.generate` alone.
 
-    Raises ``ValueError`` where it is used without that function's hooks.
+    Raises ``ReqatError`` where it is used without that function's hooks.
     """
 
     def __init__(self, noise: Noise) -> None:
@@ -206,7 +207,7 @@ class LogitNoise(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Logits [B, V], those of the picked rows with noise; a logit of -inf stays one."""
         if self._states is None:
-            raise ValueError(
+            raise ReqatError(
                 "LogitNoise needs begin_batch(): give it to reqat.evaluation.generate, not to transformers"
             )
         step = input_ids.shape[1] - self._prompt_tokens
@@ -282,11 +283,11 @@ def evaluate_routed(
     Where one model chooses everything the other is not run: the tokens are those of a plain evaluation, and ``low`` is
     None.
 
-    Raises ``ValueError`` for vocabularies of different sizes, and as ``evaluate`` does.
+    Raises ``ReqatError`` for vocabularies of different sizes, and as ``evaluate`` does.
     """
     sizes = reference.config.vocab_size, candidate.config.vocab_size
     if sizes[0] != sizes[1]:
-        raise ValueError(
+        raise ReqatError(
             f"the reference has {sizes[0]} tokens and the candidate {sizes[1]}: route between models of one vocabulary"
         )
     if routing.low == routing.high:

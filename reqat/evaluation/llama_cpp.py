@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
 from reqat_kernels.bench.machine import waited_ns
 from reqat_kernels.bench.measure import Wrong
 
@@ -135,7 +136,7 @@ def _decoder(file: Path, type_name: str, context: int) -> Decoder:
 
     def generate(ids: Tensor, tokens: int) -> Steps:
         if len(ids) != 1:
-            raise ValueError(f"{NAME} decodes one sequence here, not {len(ids)}")
+            raise ReqatError(f"{NAME} decodes one sequence here, not {len(ids)}")
         llama.reset()
         given: list[int] = ids[0].tolist()
         out, stamps, waits = [], [], []

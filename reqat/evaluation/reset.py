@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from reqat.config.decoding import SAMPLE
+from reqat.config.errors import ReqatError
 from reqat.evaluation.decoding import Decoding, ReSETRule
 from reqat.evaluation.distributions import entropy_nats
 
@@ -63,9 +64,9 @@ class StepEnds:
     doubled: str | None = None
 
     def __post_init__(self) -> None:
-        """An empty text is held by every token. Raises ``ValueError``."""
+        """An empty text is held by every token. Raises ``ReqatError``."""
         if not all(self.holds) or self.doubled == "" or not (self.holds or self.doubled):
-            raise ValueError(f"{self}: give at least one text that ends a step, and no empty one")
+            raise ReqatError(f"{self}: give at least one text that ends a step, and no empty one")
 
 
 STEP_ENDS: Final[Mapping[str, StepEnds]] = {
@@ -90,7 +91,7 @@ class ReSET(LogitsProcessor):
     :meth:`forget` starts anew even so. Rows that transformers goes on padding after their end have a temperature that
     nobody uses. Ours drops rows, and says so through :meth:`select_rows`.
 
-    Raises ``ValueError`` for ids and logits of different numbers of rows.
+    Raises ``ReqatError`` for ids and logits of different numbers of rows.
     """
 
     # The state, of the rows that are left.
@@ -171,7 +172,7 @@ class ReSET(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         """Tempered logits, [B, V] in the dtype of ``scores``."""
         if len(input_ids) != len(scores):
-            raise ValueError(f"ReSET got ids of {len(input_ids)} rows and logits of {len(scores)}")
+            raise ReqatError(f"ReSET got ids of {len(input_ids)} rows and logits of {len(scores)}")
         if scores.shape[-1] > len(self.ends_V):
             self._widen(scores.shape[-1])
         temperatures_B1 = self.temperatures(input_ids, entropy_nats(scores))[:, None]
@@ -275,12 +276,12 @@ def fit_tau0(
         resamples: of the bootstrap behind the interval.
         options: of :func:`reqat.evaluation.evaluate` (``batch_rows``, ``autocast``, ``progress``).
 
-    Raises ``ValueError`` for a quantile out of range, and as ``evaluate`` does.
+    Raises ``ReqatError`` for a quantile out of range, and as ``evaluate`` does.
     """
     from reqat.evaluation.grading import evaluate
 
     if not 0 < quantile < 1:
-        raise ValueError(f"quantile={quantile} must lie between 0 and 1; ReSET's is 0.8")
+        raise ReqatError(f"quantile={quantile} must lie between 0 and 1; ReSET's is 0.8")
     recorder = EntropyLog()
     outcomes = evaluate(
         model,

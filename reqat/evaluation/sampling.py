@@ -19,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
+
 # SplitMix64: the golden ratio in 64 bits, and Stafford's 13th variant of the finalizer of MurmurHash3.
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -54,7 +56,7 @@ def uniforms(states_B: NDArray[np.uint64], first_step: int, steps: int) -> Tenso
 def greedy_tokens(logits_BV: Tensor) -> Tensor:
     """The most likely token of each row, int64 [B].
 
-    Raises ``ValueError`` where a row holds NaN, +inf or nothing but -inf.
+    Raises ``ReqatError`` where a row holds NaN, +inf or nothing but -inf.
     """
     best_B, tokens_B = logits_BV.max(dim=-1)
     _check_finite(best_B)
@@ -69,7 +71,7 @@ def sample_tokens(logits_BV: Tensor, uniforms_B: Tensor, temperature: float, top
     id, so that the support is a function of the row (transformers leaves them to an unstable sort). What is kept is
     renormalized. A uniform near 1 gives the likeliest token.
 
-    Raises ``ValueError`` where a row holds NaN, +inf or nothing but -inf.
+    Raises ``ReqatError`` where a row holds NaN, +inf or nothing but -inf.
     """
     scores_BV = logits_BV.float()
     if temperature != 1.0:
@@ -146,7 +148,7 @@ def _check_finite(best_B: Tensor) -> None:
     finite_B = torch.isfinite(best_B)
     if not bool(finite_B.all()):
         bad = int((~finite_B).nonzero()[0, 0])
-        raise ValueError(
+        raise ReqatError(
             f"the logits of {int((~finite_B).sum())} of {len(best_B)} rows hold {float(best_B[bad])} (first: row {bad} "
             "of the batch); look for NaN weights, a diverged run, or a logits processor that forbids every token"
         )

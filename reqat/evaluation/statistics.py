@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reqat.config.errors import ReqatError
 from reqat.evaluation.outcomes import Outcomes
 
 # Fewer problems than this that depart from the most common difference, and a Student interval is not to be trusted.
@@ -115,7 +116,7 @@ class Difference:
 def accuracy(outcomes: Outcomes | Sequence[Outcomes], *, level: float = 0.95) -> Estimate:
     """Accuracy of one evaluation, or of one recipe over several training runs (one :class:`Outcomes` a run).
 
-    Raises ``ValueError`` where a problem lacks a seed that others have, or where runs differ in problems or seeds.
+    Raises ``ReqatError`` where a problem lacks a seed that others have, or where runs differ in problems or seeds.
     """
     _check_level(level)
     runs = _as_runs(outcomes, "outcomes")
@@ -167,13 +168,13 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
     """Accuracy of ``a`` minus accuracy of ``b``; with several training runs, the r-th of a is paired with the r-th of
     b.
 
-    Raises ``ValueError`` naming what differs where a and b are not on the same problems (same ids and families), the
+    Raises ``ReqatError`` naming what differs where a and b are not on the same problems (same ids and families), the
     same sampling seeds and the same number of training runs.
     """
     _check_level(level)
     runs_a, runs_b = _as_runs(a, "a"), _as_runs(b, "b")
     if len(runs_a) != len(runs_b):
-        raise ValueError(
+        raise ReqatError(
             f"cannot pair {len(runs_a)} training runs of a with {len(runs_b)} of b; give one of each for "
             "every training seed"
         )
@@ -229,11 +230,11 @@ def paired_by_family(
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979), in the order given: compare each with the level wanted for the whole family.
 
-    Raises ``ValueError`` for a value outside [0, 1].
+    Raises ``ReqatError`` for a value outside [0, 1].
     """
     for value in p_values:
         if not 0 <= value <= 1:
-            raise ValueError(f"{value} is no p-value; it must lie in [0, 1]")
+            raise ReqatError(f"{value} is no p-value; it must lie in [0, 1]")
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted = [0.0] * len(p_values)
     running = 0.0
@@ -279,11 +280,11 @@ def clustered_means(
         weights_N: the denominator of the ratio; 1 each if None.
         proportion: values are 0 or 1: Wilson's interval on the effective sample size, as for accuracies.
 
-    Raises ``ValueError`` for arrays of different lengths.
+    Raises ``ReqatError`` for arrays of different lengths.
     """
     _check_level(level)
     if not len(values_N) == len(group_N) == len(cluster_N) == (len(values_N) if weights_N is None else len(weights_N)):
-        raise ValueError(
+        raise ReqatError(
             f"clustered_means wants one group and cluster an observation: got {len(values_N)} values, {len(group_N)} "
             f"groups and {len(cluster_N)} clusters"
         )
@@ -407,7 +408,7 @@ def _sign_flip_p(difference_P: NDArray[np.int64]) -> float:
 def _as_runs(outcomes: Outcomes | Sequence[Outcomes], name: str) -> list[Outcomes]:
     runs = [outcomes] if isinstance(outcomes, Outcomes) else list(outcomes)
     if not runs:
-        raise ValueError(f"{name} holds no outcomes; give one a training run")
+        raise ReqatError(f"{name} holds no outcomes; give one a training run")
     return runs
 
 
@@ -416,7 +417,7 @@ def _of_family(run: Outcomes, family: str) -> Outcomes:
 
 
 def _grid(runs: Sequence[Outcomes], names: Sequence[str]) -> _Grid:
-    """Outcomes of several runs as one array [run, problem, seed]. Raises ``ValueError`` where they do not match."""
+    """Outcomes of several runs as one array [run, problem, seed]. Raises ``ReqatError`` where they do not match."""
     families = dict(zip(runs[0].problem_id, runs[0].family, strict=True))
     problems, seeds = sorted(families), list(runs[0].seeds)
     for run, name in zip(runs, names, strict=True):
@@ -425,7 +426,7 @@ def _grid(runs: Sequence[Outcomes], names: Sequence[str]) -> _Grid:
         _refuse("sampling seeds", names[0], set(seeds), name, set(run.seeds))
         moved = [p for p in problems if own[p] != families[p]]
         if moved:
-            raise ValueError(
+            raise ReqatError(
                 f"problem {moved[0]!r} belongs to family {families[moved[0]]!r} in {names[0]} and to "
                 f"{own[moved[0]]!r} in {name}; evaluate both on one data set"
             )
@@ -437,7 +438,7 @@ def _grid(runs: Sequence[Outcomes], names: Sequence[str]) -> _Grid:
         holes = np.argwhere(correct_RPS[r] < 0)
         if len(holes):
             problem, seed = problems[holes[0, 0]], seeds[holes[0, 1]]
-            raise ValueError(
+            raise ReqatError(
                 f"{names[r]} lacks {len(holes)} of {len(problems) * len(seeds)} outcomes (first: problem "
                 f"{problem!r}, seed {seed}); every problem needs every seed"
             )
@@ -452,9 +453,9 @@ def _refuse(what: str, name_a: str, a: set[str] | set[int], name_b: str, b: set[
         if only:
             shown = ", ".join(str(v) for v in only[:3]) + (", ..." if len(only) > 3 else "")
             parts.append(f"{len(only)} only in {name} ({shown})")
-    raise ValueError(f"{name_a} and {name_b} have different {what}: {'; '.join(parts)}; evaluate both on the same ones")
+    raise ReqatError(f"{name_a} and {name_b} have different {what}: {'; '.join(parts)}; evaluate both on the same ones")
 
 
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
-        raise ValueError(f"confidence level={level} must lie between 0 and 1, as 0.95 does")
+        raise ReqatError(f"confidence level={level} must lie between 0 and 1, as 0.95 does")

@@ -129,7 +129,7 @@ class NativeDecoder:
         )
         if failed is not None:
             layer, part = failed
-            raise ValueError(
+            raise ReqatError(
                 f"{self.names[layer]}: its {part} holds NaN or infinity; the model has diverged on this input"
             )
         for cached in states:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
+
 if TYPE_CHECKING:
     from reqat.training.objective import TermContext
 
@@ -27,9 +29,9 @@ class QAD:
     needs_teacher: bool = True
 
     def __call__(self, ctx: TermContext) -> Tensor:
-        """``sum_t KL(p_teacher || p_student)`` in nats. Raises ``ValueError`` without the teacher's logits."""
+        """``sum_t KL(p_teacher || p_student)`` in nats. Raises ``ReqatError`` without the teacher's logits."""
         if ctx.teacher_logits is None:
-            raise ValueError("the QAD term needs the teacher's logits: give the stage a teacher")
+            raise ReqatError("the QAD term needs the teacher's logits: give the stage a teacher")
         with torch.no_grad():
             teacher_NV = torch.log_softmax(ctx.teacher_logits.float(), dim=-1)
         return F.kl_div(ctx.log_probs(), teacher_NV, reduction="sum", log_target=True)

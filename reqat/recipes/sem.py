@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
 from reqat.training.objective import FusedPart, TermContext
 from reqat_kernels.sem_loss import sem_weights
 
@@ -79,7 +80,7 @@ def weighted_entropy_sum(log_probs_NV: Tensor, weights_N: Tensor, entropies_N: T
 class SEM:
     """The selective entropy term of the objective.
 
-    ``weight`` is the paper's lambda (0.1; ablation 0.03, 0.1, 0.5), ``percentile`` places tau. Raises ``ValueError``
+    ``weight`` is the paper's lambda (0.1; ablation 0.03, 0.1, 0.5), ``percentile`` places tau. Raises ``ReqatError``
     where one is out of range.
     """
 
@@ -92,11 +93,11 @@ class SEM:
 
     def __post_init__(self) -> None:
         if not 0 <= self.percentile <= 1:
-            raise ValueError(f"SEM percentile must lie in [0, 1], got {self.percentile} (0.75 is the paper's)")
+            raise ReqatError(f"SEM percentile must lie in [0, 1], got {self.percentile} (0.75 is the paper's)")
         if not self.weight >= 0:
-            raise ValueError(f"SEM weight must be 0 or more, got {self.weight} (0.1 is the paper's)")
+            raise ReqatError(f"SEM weight must be 0 or more, got {self.weight} (0.1 is the paper's)")
         if not self.eps > 0:
-            raise ValueError(f"SEM eps must be positive, got {self.eps}: equal entropies would divide zero by zero")
+            raise ReqatError(f"SEM eps must be positive, got {self.eps}: equal entropies would divide zero by zero")
 
     def __call__(self, ctx: TermContext) -> Tensor:
         """Sum over the response tokens of ``w_t * H_t`` in nats (a scalar; lambda is not applied)."""

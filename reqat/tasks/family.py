@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from reqat.config.errors import ReqatError
+
 SPLITS = ("train", "validation", "test")
 # Shares of the hash space: 85% train, 5% validation, 10% test.
 _BUCKETS = 100
@@ -69,7 +71,7 @@ class Family(ABC):
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
         """The reasoning-gym data set behind the family.
 
-        Raises ``ValueError`` naming the option where reasoning-gym refuses one.
+        Raises ``ReqatError`` naming the option where reasoning-gym refuses one.
         """
         import reasoning_gym
 
@@ -77,7 +79,7 @@ class Family(ABC):
         try:
             return reasoning_gym.create_dataset(self.name, seed=seed, size=size, **settings)
         except (TypeError, AssertionError, ValueError) as e:
-            raise ValueError(f"task family {self.name!r} refuses the options {settings}: {e}") from e
+            raise ReqatError(f"task family {self.name!r} refuses the options {settings}: {e}") from e
 
     def score(self, answer: str | None, entry: Mapping[str, Any]) -> float:
         """The verifier's score of an extracted answer, 0 to 1."""
@@ -99,12 +101,12 @@ FAMILIES: tuple[str, ...] = ("chain_sum", "leg_counting", "simple_equations", "g
 def get_family(name: str) -> Family:
     """The family called ``name``.
 
-    Raises ``ValueError`` naming the closest family where there is none of that name.
+    Raises ``ReqatError`` naming the closest family where there is none of that name.
     """
     if name not in FAMILIES:
         close = difflib.get_close_matches(name, FAMILIES, 1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ValueError(f"unknown task family {name!r}{hint}; known: {', '.join(FAMILIES)}")
+        raise ReqatError(f"unknown task family {name!r}{hint}; known: {', '.join(FAMILIES)}")
     return importlib.import_module(f"reqat.tasks.{name}").FAMILY
 
 
@@ -120,10 +122,10 @@ def split_of(family: Family, question: str) -> str:
 def stream(family: str, split: str, seed: int, options: Mapping[str, Any] | None = None) -> Iterator[Problem]:
     """Distinct problems of one family and split, without end where the family allows it.
 
-    Raises ``ValueError`` for an unknown family, split or generator option.
+    Raises ``ReqatError`` for an unknown family, split or generator option.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise ReqatError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     fam = get_family(family)
     data = fam.dataset(seed=seed * _SEED_STRIDE, size=_SEED_STRIDE, options=options or {})
     seen: set[str] = set()
@@ -147,11 +149,11 @@ def stream(family: str, split: str, seed: int, options: Mapping[str, Any] | None
 def problems(families: Sequence[str] | Mapping[str, Mapping[str, Any]], split: str, n: int, seed: int) -> list[Problem]:
     """``n`` distinct problems in equal shares of the families, interleaved; the first families get the remainder.
 
-    Raises ``ValueError`` where a family holds fewer distinct problems than its share, naming how many it has.
+    Raises ``ReqatError`` where a family holds fewer distinct problems than its share, naming how many it has.
     """
     options = families if isinstance(families, Mapping) else {f: {} for f in families}
     if n < 1 or not options:
-        raise ValueError(f"problems() wants n >= 1 and at least one family, got n={n}, families={list(options)}")
+        raise ReqatError(f"problems() wants n >= 1 and at least one family, got n={n}, families={list(options)}")
     streams = [(name, stream(name, split, seed, opts)) for name, opts in options.items()]
     out: list[Problem] = []
     while len(out) < n:
@@ -159,7 +161,7 @@ def problems(families: Sequence[str] | Mapping[str, Mapping[str, Any]], split: s
             problem = next(it, None)
             if problem is None:
                 have = sum(p.family == name for p in out)
-                raise ValueError(
+                raise ReqatError(
                     f"task family {name!r} has only {have} distinct problems in the {split} split under these options; "
                     f"ask for fewer than {n}"
                 )

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reqat.config.errors import ReqatError
 from reqat.data import Batch
 from reqat.data.packing import IGNORE
 
@@ -53,7 +54,7 @@ def token_gradients(model: PreTrainedModel, batch: Batch, loss: Callable[[], Ten
         batch: the micro-batch that ``loss`` reads, on the model's device.
         loss: runs ``model`` on ``batch`` once and returns the scalar, summed over response tokens.
 
-    Raises ``ValueError`` where a gradient or an entropy is not finite.
+    Raises ``ReqatError`` where a gradient or an entropy is not finite.
     """
     keep_BT = batch.labels != IGNORE
     seen: dict[str, Tensor] = {}
@@ -80,7 +81,7 @@ def token_gradients(model: PreTrainedModel, batch: Batch, loss: Callable[[], Ten
     square_N = gradient_BTD.double().square().sum(-1)[keep_BT]
     entropy_N = _entropies(model, seen["hidden"][keep_BT])
     if not bool(torch.isfinite(square_N).all() and torch.isfinite(entropy_N).all()):
-        raise ValueError("a gradient at an embedding, or an entropy, is not finite; has the run diverged?")
+        raise ReqatError("a gradient at an embedding, or an entropy, is not finite; has the run diverged?")
     # Traces of a row are numbered from 1 (0 is padding); rows of a batch have traces of their own.
     row_BT = torch.arange(len(keep_BT), device=device)[:, None] * (int(batch.segment_ids.max()) + 1)
     _, trace_N = torch.unique((row_BT + batch.segment_ids)[keep_BT], return_inverse=True)
@@ -112,7 +113,7 @@ class GradientProbe:
 
     def __init__(self, every: int, take: Callable[[int, TokenGradients], object]) -> None:
         if every < 1:
-            raise ValueError(f"every must be one step or more, got {every}")
+            raise ReqatError(f"every must be one step or more, got {every}")
         self.every, self.take = every, take
         self._last = -1
 

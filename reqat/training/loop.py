@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reqat.config.errors import ReqatError
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
 from reqat.models import weights_quantized_once
@@ -57,10 +58,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "rows_per_batch", "accumulation", "clip"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise ReqatError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("min_lr_ratio", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+                raise ReqatError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 @dataclass
@@ -171,12 +172,12 @@ def train(
 
     ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is
     left for the caller to delete. ``observer`` sees every micro-batch and changes nothing; after a kill it sees again
-    the steps since the last checkpoint. Raises ``ValueError`` where the objective wants a teacher and has none, a
+    the steps since the last checkpoint. Raises ``ReqatError`` where the objective wants a teacher and has none, a
     checkpoint is damaged or of another run, or the loss is not finite (naming the step); ``OSError`` where a
     checkpoint cannot be written.
     """
     if objective.needs_teacher and teacher is None:
-        raise ValueError("the objective has a term that needs a teacher; give the stage one")
+        raise ReqatError("the objective has a term that needs a teacher; give the stage one")
     torch.manual_seed(settings.seed)
     device = next(model.parameters()).device
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
@@ -193,7 +194,7 @@ def train(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError(
+        raise ReqatError(
             f"{label}: no parameter of the model takes a gradient, as after freeze(); load the model again and prepare "
             "it without freezing"
         )
@@ -204,7 +205,7 @@ def train(
     position = checkpoint.load(checkpoints, model, optimizer)
     if position is not None:
         if position["run"] != run:
-            raise ValueError(
+            raise ReqatError(
                 f"the checkpoint in {checkpoints} belongs to another run ({position['run']}); delete it to start again"
             )
         result = TrainResult(**position["result"])
@@ -238,14 +239,14 @@ def train(
                             observer(model, batch, step, same_loss)
                         loss, parts = batch_loss(model, teacher, objective, batch, autocast=settings.autocast)
                     except ValueError as error:
-                        raise ValueError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
+                        raise ReqatError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
                     (loss / divisor).backward()
                     total += float(loss.detach()) / divisor
                     for name, value in parts.items():
                         sums[name] = sums.get(name, 0.0) + value / divisor
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):
-                raise ValueError(
+                raise ReqatError(
                     f"{label}: loss {total} with gradient norm {float(norm)} at step {step + 1} of {len(steps)}; "
                     f"lower lr={settings.lr}"
                 )

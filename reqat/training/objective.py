@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reqat.config.errors import ReqatError
 from reqat_kernels.sem_loss import fused_sem_loss
 
 
@@ -100,7 +101,7 @@ class NLL:
 class Objective:
     """A weighted sum of terms, evaluated on one micro-batch.
 
-    Raises ``ValueError`` where two terms share a name, because their metrics could not be told apart.
+    Raises ``ReqatError`` where two terms share a name, because their metrics could not be told apart.
     """
 
     terms: tuple[Term, ...] = (NLL(),)
@@ -108,7 +109,7 @@ class Objective:
     def __post_init__(self) -> None:
         names = [t.name for t in self.terms]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"objective terms must be non-empty with distinct names, got {names}")
+            raise ReqatError(f"objective terms must be non-empty with distinct names, got {names}")
 
     @property
     def needs_teacher(self) -> bool:
@@ -129,12 +130,12 @@ class Objective:
     def from_hidden(self, hidden_ND: Tensor, head_VD: Tensor, labels_N: Tensor) -> tuple[Tensor, dict[str, float]]:
         """What calling it with the logits ``hidden @ head.T`` gives, without holding more of them than a chunk.
 
-        Call it under the autocast of the forward pass. Raises ``ValueError`` where it is not :attr:`fusable`, where
+        Call it under the autocast of the forward pass. Raises ``ReqatError`` where it is not :attr:`fusable`, where
         hidden or logits are not finite, and for shapes, dtypes or labels that do not fit.
         """
         parts = self._fused_parts()
         if parts is None:
-            raise ValueError(
+            raise ReqatError(
                 f"objective {[t.name for t in self.terms]} cannot be fused: a term needs logits; call it with a context"
             )
         arguments: dict[str, Any] = {"nll": 0.0, "lam": 0.0}  # of terms that are not there
@@ -146,7 +147,7 @@ class Objective:
     def __call__(self, ctx: TermContext) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum over response tokens (scalar, differentiable) and each term's unweighted sum."""
         if self.needs_teacher and ctx.teacher_logits is None:
-            raise ValueError(f"objective {[t.name for t in self.terms]} needs a teacher; give the stage one")
+            raise ReqatError(f"objective {[t.name for t in self.terms]} needs a teacher; give the stage one")
         total: Tensor | None = None
         sums: dict[str, float] = {}
         for term in self.terms:
