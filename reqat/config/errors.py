@@ -15,7 +15,7 @@ class ReqatError(ValueError):
 
 
 class MissingFileError(ReqatError, FileNotFoundError):
-    """There is no file or folder where one was expected. (A `FileNotFoundError` without an errno: its text is whole.)"""
+    """There is no file or folder where one was expected. Its text is whole: it has no errno."""
 
 
 def unknown(kind: str, name: object, valid: Iterable[str], where: str = "") -> ReqatError:

@@ -92,9 +92,7 @@ def read_text(path: Path, what: str = "text file", remedy: str = "check the path
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such {what}; {remedy}.") from None
     except UnicodeDecodeError as error:
-        raise ReqatError(
-            f"{path}: not a {what}, byte {error.start} is not UTF-8 ({error.reason}); {remedy}."
-        ) from None
+        raise ReqatError(f"{path}: not a {what}, byte {error.start} is not UTF-8 ({error.reason}); {remedy}.") from None
     except OSError as error:
         raise explain(error, path) from error
 
@@ -130,8 +128,9 @@ def read_yaml(path: Path, what: str = "configuration file") -> dict[str, Any]:
     """The mapping in a YAML file. Raises `ReqatError` if it is absent, unreadable, not YAML or not a mapping, or if a
     key stands in it twice (YAML would silently take the last one).
     """
+    text = read_text(path, what)
     try:
-        data = yaml.load(read_text(path, what), Loader=_UniqueKeys)
+        data = yaml.load(text, Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ReqatError(f"{path}: not valid YAML: {_one_line(error)}") from None
     except (RecursionError, ValueError) as error:  # e.g. a date that is none
