@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reqat.formats.checks import check_codes, check_construction
 from reqat.formats.format import Format
 from reqat.formats.quantize import QuantizedTensor
 
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A :class:`QuantizedTensor` with ``packed`` uint8, half as long along ``axis`` (rounded up) as its codes."""
+    """A :class:`QuantizedTensor` with ``packed`` uint8, half as long along ``axis`` (rounded up) as its codes.
+
+    Checked like it when it is made.
+    """
 
     packed: Tensor
     scales: Tensor
@@ -23,9 +27,15 @@ class PackedTensor:
     shape: torch.Size
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        check_construction(
+            self.packed, self.scales, self.global_scale, self.format, self.axis, self.shape, self.dtype, packed=True
+        )
+
     @classmethod
     def from_quantized(cls, q: QuantizedTensor) -> PackedTensor:
-        """Pack the codes of ``q``; the scales are shared, not copied."""
+        """Pack the codes of ``q``; the scales are shared, not copied. Raises ValueError for codes above 15."""
+        check_codes(q.codes)
         packed = pack_codes(q.codes, q.axis)
         return cls(packed, q.scales, q.global_scale, q.format, q.axis, q.shape, q.dtype)
 
@@ -49,7 +59,10 @@ class PackedTensor:
 
 
 def pack_codes(codes: Tensor, axis: int = -1) -> Tensor:
-    """Pack 4-bit ``codes`` (uint8) in pairs along ``axis``: low nibble even index. An odd length gets a zero code."""
+    """Pack 4-bit ``codes`` (uint8) in pairs along ``axis``: low nibble even index. An odd length gets a zero code.
+
+    Codes above 15 would run into their neighbours; :func:`reqat.formats.checks.check_codes` looks for them.
+    """
     codes = codes.movedim(axis, -1)
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reqat.formats.checks import SMALLEST_GLOBAL_SCALE, check_codes, check_construction, check_parts
 from reqat.formats.elements import power_of_two
 from reqat.formats.format import Format, get_format
 from reqat.formats.scales import (
@@ -60,6 +61,9 @@ class QuantizedTensor:
     uint8 exponents; E4M3, E5M2: torch's float8; FP16; FP32). AMXFP4 adds a last axis of 2: [positive, negative].
     ``global_scale``: float32 divisor g, a scalar, or (``row``) the input's shape with ``axis`` of length 1; or None.
     ``shape`` and ``dtype`` are the input's; ``axis`` counts from 0.
+
+    Parts that do not belong together, and scales that are NaN, infinite or negative, raise ValueError
+    (:mod:`reqat.formats.checks`).
     """
 
     codes: Tensor
@@ -69,6 +73,17 @@ class QuantizedTensor:
     axis: int
     shape: torch.Size
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        check_construction(
+            self.codes, self.scales, self.global_scale, self.format, self.axis, self.shape, self.dtype, packed=False
+        )
+
+    def check(self, name: str | None = None) -> None:
+        """Raise ValueError unless every number is valid too: :func:`reqat.formats.checks.check_parts`."""
+        check_parts(
+            self.codes, self.scales, self.global_scale, self.format, self.axis, self.shape, dtype=self.dtype, name=name
+        )
 
     def block_scales(self) -> Tensor:
         """What codes are multiplied by, float32, in the shape of ``scales``: ``s / g``, or ``s``."""
@@ -81,6 +96,7 @@ class QuantizedTensor:
         ``value(code) * S`` in float32, then rounded to ``dtype``, saturating at its largest number. Zeros are +0.0.
         """
         dtype = dtype or self.dtype
+        check_codes(self.codes)
         codes = self.codes.movedim(self.axis, -1)
         values = self.format.element_type.decode(codes)
         S = self.block_scales()
@@ -418,7 +434,7 @@ def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, am
         return global_scale_from_amax(top, fmt.scale_cap, fmt.element_type.emax, fmt.scale_rule)
     g = torch.as_tensor(given, dtype=torch.float32, device=amax.device)
     # The smallest g lets the largest block scale, 448 / g, still be a float32.
-    if not bool((torch.isfinite(g) & (g > 1.01 * E4M3_MAX / FLOAT32_MAX)).all()):
+    if not bool((torch.isfinite(g) & (g > SMALLEST_GLOBAL_SCALE)).all()):
         raise ValueError(f"global_scale must be finite and above {E4M3_MAX / FLOAT32_MAX:.2g}, got {given}")
     if g.numel() == 1:
         return g.reshape(())
