@@ -1,7 +1,8 @@
 """Holding a fresh run against the pinned one.
 
 Two tolerances, each stated with its result. Where nothing that can change a number differs (same evaluation id,
-library source, package versions, processor model and threads), the outcomes must be **equal**, problem by problem.
+source of all code that computes, build of the native kernels, package versions, processor model and threads), the
+outcomes must be **equal**, problem by problem.
 Otherwise the same problems and sampling seeds are compared in pairs, and the difference is a mismatch if its
 two-sided p-value, clustered by problem, is below 0.05 divided by the number of evaluations compared (Bonferroni: one
 false alarm in twenty comparisons of whole runs).
@@ -72,7 +73,7 @@ def compare(plan: Plan, paths: Paths) -> list[Comparison]:
 
 def same_arithmetic(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two records leave nothing that could change a number: the outcomes have to be equal."""
-    keys = ("id", "source", "versions", "threads")
+    keys = ("id", "source", "native", "versions", "threads")
     machine = ("device", "cpu", "gpus")
     return (
         a.get("source") is not None

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from reqat.config.base import digest
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -38,13 +40,32 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+#: Folders whose code computes; everything else (documents, analysis, tests) leaves a number alone.
+CODE = ("reqat", "kernels")
+
+
 def commit(root: Path) -> dict[str, Any]:
-    """`commit` (None outside a git checkout), `dirty`: whether tracked files differ from it, and `source`: the git
-    tree of `reqat/`, which commits that touch only documents or analysis leave alone.
+    """`commit` (None outside a git checkout), `source`: a digest of the git trees of all code that computes
+    (`reqat/` and `kernels/`), which commits that touch only documents or analysis leave alone, and `dirty`: whether
+    tracked files differ from the commit, or code lies in those folders that git neither tracks nor ignores.
     """
     head = _git(root, "rev-parse", "HEAD")
+    trees = [_git(root, "rev-parse", f"HEAD:{folder}") for folder in CODE]
     changed = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": head, "source": _git(root, "rev-parse", "HEAD:reqat"), "dirty": bool(changed) if head else None}
+    added = _git(root, "ls-files", "--others", "--exclude-standard", "--", *CODE)
+    return {
+        "commit": head,
+        "source": None if None in trees else digest(trees, 40),
+        "dirty": bool(changed or added) if head else None,
+    }
+
+
+def native() -> dict[str, str] | None:
+    """`fingerprint` of the sources that the native kernels were built from and the `instruction_set` they use; None in
+    a process that has not loaded them. Without a native library the fingerprint is `none` and the set `torch`.
+    """
+    loaded = sys.modules.get("reqat_kernels.native.library")
+    return None if loaded is None else loaded.build()
 
 
 @cache

@@ -194,6 +194,7 @@ class Job:
             **self._source,
             "versions": provenance.versions(),
             "hardware": provenance.hardware(),
+            "native": provenance.native(),
             "threads": provenance.threads(),
             "seeds": self.seeds,
             "inputs": self.inputs,

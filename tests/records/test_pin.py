@@ -161,7 +161,7 @@ def test_the_same_run_compares_equal_and_one_changed_outcome_is_found(paths: Pat
     [
         ("s2", 0.5, 1, "interval", True),  # other code, other draws: the same within the interval
         ("s2", 0.95, 1, "interval", False),
-        ("s1", 0.5, 0, "equal", True),  # another commit of the same library
+        ("s1", 0.5, 0, "equal", True),  # another commit of the same code
         ("s1", 0.5, 1, "equal", False),
     ],
 )
@@ -176,6 +176,22 @@ def test_another_version_is_held_to_intervals_and_the_same_one_to_equality(
     found = compare.compare(plan, paths)
     assert {c.tolerance for c in found} == {tolerance} and {c.ok for c in found} == {ok}
     assert all(c.lo <= c.difference <= c.hi and c.n == N for c in found)
+
+
+@pytest.mark.parametrize("key", ["id", "source", "native", "versions", "threads", "inputs", "hardware", "dirty"])
+def test_arithmetic_is_the_same_only_if_nothing_that_computes_differs(key: str):
+    one = {
+        "id": "e", "source": "s", "native": {"fingerprint": "f", "instruction_set": "avx2"}, "versions": {"torch": "2"},
+        "threads": 1, "inputs": {}, "hardware": {"device": "cpu", "cpu": "a", "gpus": []}, "dirty": False,
+    }  # fmt: skip
+    other = {
+        "native": {"fingerprint": "g", "instruction_set": "avx2"}, "versions": {"torch": "3"}, "inputs": {"p": 1},
+        "hardware": {"device": "cpu", "cpu": "b", "gpus": []}, "dirty": True,
+    }  # fmt: skip
+    assert compare.same_arithmetic(one, dict(one))
+    assert not compare.same_arithmetic(one, one | {key: other.get(key, "another")})
+    without = {k: v for k, v in one.items() if k != "native"}  # of a version that did not record it
+    assert not compare.same_arithmetic(one, without)
 
 
 def test_comparing_what_is_not_there(paths: Paths):

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,10 +52,11 @@ def test_commit_and_dirtiness_come_from_git(tmp_path: Path):
 
     assert provenance.commit(tmp_path) == {"commit": None, "source": None, "dirty": None}
     git("init", "-q")
-    (tmp_path / "reqat").mkdir()
-    (tmp_path / "reqat" / "library.py").write_text("1")
+    for folder in ("reqat", "kernels"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "library.py").write_text("1")
     (tmp_path / "code.py").write_text("1")
-    git("add", "code.py", "reqat")
+    git("add", "code.py", "reqat", "kernels")
     git("commit", "-qm", "one")
     clean = provenance.commit(tmp_path)
     assert len(clean["commit"]) == 40 and clean["dirty"] is False
@@ -65,9 +67,34 @@ def test_commit_and_dirtiness_come_from_git(tmp_path: Path):
     git("commit", "-qam", "two")
     later = provenance.commit(tmp_path)
     assert later["commit"] != clean["commit"] and later["source"] == clean["source"] and not later["dirty"]
-    (tmp_path / "reqat" / "library.py").write_text("2")
-    git("commit", "-qam", "three")
-    assert provenance.commit(tmp_path)["source"] != clean["source"]
+    sources = {clean["source"]}
+    for folder in ("reqat", "kernels"):  # both compute, so a change of either is another source
+        (tmp_path / folder / "new.py").write_text("1")
+        assert provenance.commit(tmp_path)["dirty"] is True  # code that no commit holds
+        git("add", folder)
+        git("commit", "-qm", folder)
+        sources.add(provenance.commit(tmp_path)["source"])
+        assert provenance.commit(tmp_path)["dirty"] is False
+    assert len(sources) == 3
+
+
+def test_the_build_of_the_native_kernels_enters_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from reqat_kernels.native import library
+    from reqat_kernels.native.fingerprint import fingerprint
+
+    def native() -> dict[str, str] | None:
+        with record.job("data", "a", CONFIG, root=tmp_path, out=tmp_path / "a", partial=tmp_path / "partial") as job:
+            (job.partial / "x").write_text("1")
+        found = record.read(tmp_path / "a")["native"]
+        shutil.rmtree(tmp_path / "a")
+        return found
+
+    used = library.instruction_set()
+    assert native() == {"fingerprint": fingerprint() if used != "torch" else "none", "instruction_set": used}
+    monkeypatch.setattr(library, "library", lambda: None)
+    assert native() == {"fingerprint": "none", "instruction_set": "torch"}
+    monkeypatch.delitem(sys.modules, "reqat_kernels.native.library")
+    assert native() is None  # the job loaded no kernels
 
 
 def test_no_path_of_the_machine_enters_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -65,6 +65,13 @@ def instruction_set() -> str:
     return "torch" if lib is None else ISAS[lib.reqat_isa()]
 
 
+def build() -> dict[str, str]:
+    """What computes in this process: ``fingerprint`` of the library's sources (``none`` without one) and
+    ``instruction_set``."""
+    kind = instruction_set()
+    return {"fingerprint": "none" if kind == "torch" else fingerprint(), "instruction_set": kind}
+
+
 def status() -> str:
     """One line for people: which path the CPU kernels take, and why."""
     wanted = os.environ.get("REQAT_ISA", "")
