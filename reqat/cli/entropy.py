@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,36 +15,13 @@ from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
 from reqat.config.precision import family as check_precision
 from reqat.records import provenance, record
+from reqat.tasks.problem_files import Given, grade, of_problems, read_problems
 
 if TYPE_CHECKING:
     import torch
 
     from reqat.evaluation.entropies import ForcedTrace
     from reqat.evaluation.trace_files import TraceInfo
-    from reqat.tasks import Problem
-
-_KEYS = {"prompt", "response", "response_ids", "answer", "id", "family", "seed", "finished"}
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-@dataclass(frozen=True)
-class Given:
-    """A line of a file of problems."""
-
-    id: str
-    family: str
-    prompt: str
-    answer: str = ""
-    response: str | None = None
-    response_ids: tuple[int, ...] | None = None
-    seed: int = 0
-    finished: bool = True
-    problem: Any = field(default=None, repr=False)  # of a task family, with a verifier of its own
-
-    @property
-    def has_response(self) -> bool:
-        """Whether a response came with it."""
-        return self.response is not None or self.response_ids is not None
 
 
 @app.command()
@@ -357,88 +330,6 @@ def _sampled_traces(
     return out
 
 
-def grade(row: Given, response: str) -> bool | None:
-    """Whether a response is right: by the family's verifier, else by its last announced answer; None without one."""
-    if row.problem is not None:
-        from reqat.tasks import verify
-
-        return verify(row.problem, response)
-    if not row.answer:
-        return None
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", response)
-    _, announced, tail = response.rpartition("answer is")
-    if boxed:
-        said = boxed[-1]
-    elif announced:
-        said = tail.strip().lstrip(":").strip().splitlines()[0] if tail.strip() else ""
-    else:
-        said = (_NUMBER.findall(response) or [""])[-1]
-    return _same(said, row.answer)
-
-
-def _same(said: str, answer: str) -> bool:
-    said, answer = said.strip().strip("$").rstrip(".").strip(), answer.strip()
-    try:
-        wanted = Decimal(answer.replace(",", ""))
-    except InvalidOperation:
-        return said.casefold() == answer.casefold()
-    number = _NUMBER.search(said)
-    return number is not None and Decimal(number[0].replace(",", "")) == wanted
-
-
-def read_problems(path: Path, n: int | None = None) -> list[Given]:
-    """The first ``n`` problems of a JSON-lines file.
-
-    Keys of a line: ``prompt``, and optionally ``response`` (text) or ``response_ids``, ``answer``, ``id`` (default:
-    the line's number), ``family``, ``seed``, ``finished`` (false: cut off, without an end). Raises `ReqatError` naming
-    the line.
-    """
-    if not path.is_file():
-        raise ReqatError(f"{path}: no such file of problems (JSON lines with at least a prompt).")
-    rows: list[Given] = []
-    seen: set[tuple[str, int]] = set()
-    for number, line in _lines(path):
-        where = f"{path.name}, line {number}"
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ReqatError(f"{where}: not a JSON object ({error}).") from None
-        if not isinstance(found, dict) or not isinstance(found.get("prompt"), str) or not found["prompt"].strip():
-            raise ReqatError(f"{where}: it needs a prompt (text), and has {sorted(found) if found else 'nothing'}.")
-        ids = found.get("response_ids")
-        if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
-            raise ReqatError(f"{where}: response_ids must be a list of whole numbers.")
-        row = Given(
-            id=str(found.get("id", f"line-{number}")),
-            family=str(found.get("family", path.stem)),
-            prompt=found["prompt"],
-            answer="" if found.get("answer") is None else str(found["answer"]),
-            response=found.get("response"),
-            response_ids=None if ids is None else tuple(ids),
-            seed=int(found.get("seed", 0)),
-            finished=bool(found.get("finished", True)),
-        )
-        if row.response is not None and not isinstance(row.response, str):
-            raise ReqatError(f"{where}: response must be text, not {type(row.response).__name__}.")
-        if (row.id, row.seed) in seen:
-            raise ReqatError(f"{where}: problem {row.id!r} with seed {row.seed} was there before; give ids once.")
-        seen.add((row.id, row.seed))
-        rows.append(row)
-        if n is not None and len(rows) == n:
-            break
-    if not rows:
-        raise ReqatError(f"{path}: it holds no problem.")
-    return rows
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    except UnicodeDecodeError as error:
-        raise ReqatError(f"{path}: not a text file in UTF-8 ({error}).") from None
-
-
 def _of_families(names: str, tier: str, split: str, n: int, seed: int) -> list[Given]:
     """Problems of task families, with the generator's options of the tier where it has the family."""
     from reqat.tasks import problems
@@ -447,11 +338,6 @@ def _of_families(names: str, tier: str, split: str, n: int, seed: int) -> list[G
     options = next((e.problems.families for e in plan.evaluations.values()), {})
     chosen = {name.strip(): options.get(name.strip(), {}) for name in names.split(",") if name.strip()}
     return of_problems(problems(chosen, split, n, seed))
-
-
-def of_problems(asked: Sequence[Problem]) -> list[Given]:
-    """Problems of task families as lines of a file of problems."""
-    return [Given(p.id, p.family, p.prompt, p.answer, problem=p) for p in asked]
 
 
 def _numbers(text: str, option: str) -> list[int]:

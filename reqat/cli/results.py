@@ -62,7 +62,7 @@ def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False) -> None:
     folder = pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, render=render)
     sources = json.loads((folder / pin.PIN).read_text(encoding="utf-8"))["sources"]
     if len(sources) > 1:
-        print(f"reqat: warning: made by {len(sources)} versions of reqat/ and kernels/; pin.json lists them.", file=sys.stderr)
+        print(f"reqat: warning: made by {len(sources)} versions of the code; pin.json lists them.", file=sys.stderr)
     print(f"pinned: {folder}")
 
 

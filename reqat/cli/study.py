@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
-from reqat.cli.entropy import collect, of_problems
+from reqat.cli.entropy import collect
 from reqat.cli.intervene import Conditions, Task, grade_noise, grade_routes, load, nats, noise_ends, same_tokens
 from reqat.cli.reset import fitted_tau0, grade_resets, reset_decodings
 from reqat.cli.run import Force, Threads, finished, input_folders, locked
@@ -38,6 +38,7 @@ from reqat.config.studies import (
     study_called,
 )
 from reqat.records import pin, record
+from reqat.tasks.problem_files import of_problems
 
 TRACES = "tokens.parquet"  # large, and made again by the study: never pinned
 

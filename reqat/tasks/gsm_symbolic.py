@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
+from typing import Any
 
+from reqat.tasks.answers import announced, same_answer
 from reqat.tasks.family import Family, Problem
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -32,11 +35,12 @@ class GsmSymbolic(Family):
         return f"{body}\nThe answer is {last}."
 
     def extract(self, response: str) -> str | None:
-        """The first number after the last ``answer is``; where nothing is announced, the response's last number."""
-        _, mark, tail = response.rpartition("answer is")
-        found = _NUMBER.findall(tail)
-        number = (found[0] if mark else found[-1]) if found else None
-        return number.replace(",", "") if number else None
+        """The whole announced answer, or the response's last expression (:mod:`reqat.tasks.answers`)."""
+        return announced(response)
+
+    def score(self, answer: str | None, entry: Mapping[str, Any]) -> float:
+        """1 if the answer is the generator's, by the one grader of free text; else 0."""
+        return float(answer is not None and same_answer(answer, str(entry["answer"])))
 
 
 FAMILY = GsmSymbolic()

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.cli.app import main
-from reqat.cli.entropy import Given, grade, read_problems
 from reqat.config.errors import ReqatError
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation.trace_files import TraceFolder
 from reqat.models import save_model
 from reqat.records import record
+from reqat.tasks.problem_files import Given, grade, read_problems
 
 ROOT = Path(__file__).parents[2]
 CORPUS = "So 2 + 2 = 4. So 2 + 1 gives 3, and the answer is 3.\n How many legs have cats and spiders?"
