@@ -160,7 +160,7 @@ def _closing(text: str, start: int) -> int | None:
 
 
 def _sentence(tail: str) -> str:
-    """What an announcement says, to the end of its sentence or line; a period within ``$...$`` or a number is no end."""
+    """What an announcement says, to the end of its sentence or line (no end: a period in ``$...$`` or in a number)."""
     tail = tail.lstrip(" \t\n:=*_").lstrip()
     math = re.match(r"\$\$.+?\$\$|\\\[.+?\\\]|\\\(.+?\\\)|\$[^$\n]+\$", tail, re.DOTALL)
     start = math.end() if math else 0
