@@ -36,7 +36,7 @@ _SIGNS = str.maketrans(
 )  # fmt: skip
 _SUPERSCRIPTS = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|mbox)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:[,;:! ]|quad\b|qquad\b|displaystyle\b|left\b|right\b|bigl?\b|bigr\b|limits\b)|~")
+_SPACING = re.compile(r"(?<!\\)\\(?:[,;:! ]|quad\b|qquad\b|displaystyle\b|left\b|right\b|bigl?\b|bigr\b|limits\b)|~")
 
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(rf"[+-]?\s*(?:{_DIGITS})(?:[eE][+-]?\d+)?")
@@ -128,35 +128,29 @@ def same_answer(said: str, answer: str) -> bool:
 
 
 def _last_box(text: str) -> str | None:
-    """The content of the last closed box, boxes within it opened."""
+    """The content of the last closed box, boxes within it opened; a box that is cut off is none."""
+    closing = _closing(text)
     last = None
-    position = 0
-    while match := _BOX.search(text, position):
-        position = match.end()
-        if text[position : position + 1] == "{":
-            end = _closing(text, position)
-            if end is None:
-                continue  # cut off within the box
-            last, position = text[position + 1 : end], end + 1
-        elif token := re.match(r"\\[a-zA-Z]+|\S", text[position:]):  # \boxed 5
+    for match in _BOX.finditer(text):
+        start = match.end()
+        if text[start : start + 1] == "{":
+            if start in closing:
+                last = text[start + 1 : closing[start]]
+        elif token := re.match(r"\\[a-zA-Z]+|\S", text[start : start + 40]):  # \boxed 5
             last = token[0]
-    inner = _last_box(last) if last is not None and _BOX.search(last) else None
-    return inner if inner is not None else last
+    return last
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Where the brace at ``start`` is closed; ``\\{`` and ``\\}`` are characters and not braces."""
-    depth, position = 0, start
-    while position < len(text):
-        char = text[position]
-        if char == "\\":
-            position += 2
-            continue
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return position
-        position += 1
-    return None
+def _closing(text: str) -> dict[int, int]:
+    """Where each brace of ``text`` is closed; ``\\{`` and ``\\}`` are characters and not braces."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 def _sentence(tail: str) -> str:
@@ -224,7 +218,7 @@ def _inner(text: str) -> str:
                 text = text[len(left) : -len(right)]
         text = re.sub(r"(?<![\\!])[.,;:!?]+$", "", text.strip()) if not re.search(r"\d!$", text.strip()) else text
         text = text.strip().removeprefix("=").strip()
-        if text.startswith("{") and _closing(text, 0) == len(text) - 1:
+        if text.startswith("{") and _closing(text).get(0) == len(text) - 1:
             text = text[1:-1]
         if text == before:
             return text

@@ -12,12 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.cli.app import main
-from reqat.config.errors import ReqatError
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation.trace_files import TraceFolder
 from reqat.models import save_model
 from reqat.records import record
-from reqat.tasks.problem_files import Given, grade, read_problems
 
 ROOT = Path(__file__).parents[2]
 CORPUS = "So 2 + 2 = 4. So 2 + 1 gives 3, and the answer is 3.\n How many legs have cats and spiders?"
@@ -138,8 +136,8 @@ def test_an_end_marker_flags_what_lacks_it(models: Path, tmp_path: Path) -> None
         (["--families", "chain_sum"], SAMPLED, "either --problems FILE or --families"),
         (["--logprobs", "two"], SAMPLED, "--logprobs 'two': write PROBLEM:POSITION"),
         ([], [{"answer": "4"}], "p.jsonl, line 1: it needs a prompt"),
-        ([], [{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], "line 2: problem '1' with seed 0 was there before"),
-        ([], [{"prompt": "2 =\n", "response_ids": ["a"]}], "line 1: response_ids must be a list of whole numbers"),
+        ([], [{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], "line 2: problem '1' with seed 0"),
+        ([], [{"prompt": "2 =\n", "response_ids": ["a"]}], "line 1: response_ids"),
         ([], [{"prompt": "2 =\n", "response": "", "finished": False}], "no traces to write"),
         ([], [], "it holds no problem"),
     ],
@@ -163,29 +161,3 @@ def test_problems_of_task_families(models: Path, tmp_path: Path, monkeypatch: py
     folder = TraceFolder(tmp_path / "here" / "out")
     assert set(folder.traces["family"]) == {"chain_sum"} and len(folder.traces) == 4
     assert folder.traces["correct"].notna().all()
-
-
-@pytest.mark.parametrize(
-    ("answer", "response", "right"),
-    [
-        ("4", "So the answer is 4.", True),
-        ("4", "So the answer is 5, not 4.", False),
-        ("1,200", "It is \\boxed{1200}.", True),
-        ("4", "2 + 2 = 4", True),
-        ("4", "nothing", False),
-        ("x + 1", "the answer is x + 1.", True),
-        ("-3", "the answer is: -3", True),
-        ("", "the answer is 4", None),
-    ],
-)
-def test_grading_by_the_last_announced_answer(answer: str, response: str, right: bool | None) -> None:
-    assert grade(Given("p", "f", "?", answer), response) is right
-
-
-def test_broken_lines_are_named(tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": \n')
-    assert len(read_problems(tmp_path / "p.jsonl", 1)) == 1
-    with pytest.raises(ReqatError, match="p.jsonl, line 3: not a JSON object"):
-        read_problems(tmp_path / "p.jsonl")
-    with pytest.raises(ReqatError, match="no such file of problems"):
-        read_problems(tmp_path / "q.jsonl")
