@@ -6,20 +6,17 @@ kill leaves no half checkpoint under the target's name.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.config.errors import ReqatError
-from reqat.models.linear import QuantLinear
 from reqat.models.loading import quiet
-from reqat.models.sidecar import Sidecar
+from reqat.models.pretrained import check_savable, write_pretrained
 
 
 def save_model(
@@ -37,16 +34,13 @@ def save_model(
         folder: the target; its parent is made if need be.
         dtype: of the stored weights; the model's own if None.
 
-    Raises ReqatError if the disk is full or not writable, naming the folder; nothing is left behind then.
+    ``model.save_pretrained`` of a prepared model writes the same files (:mod:`reqat.models.pretrained`), in place.
+
+    Raises ReqatError if the disk is full or not writable, naming the folder, or for what cannot be saved (a packed
+    model, a frozen weight that was changed, adapters); nothing is left behind then.
     """
     folder = Path(folder)
-    if getattr(model, "_reqat_packed", False):
-        raise ReqatError(
-            "a packed model has no dense weights to save: save the frozen model before pack(), and pack it again after "
-            "loading"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ReqatError(f"{folder} is a file, not a folder; choose another place for the model")
+    check_savable(model, folder)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     old = folder.with_name(f"{folder.name}.{os.getpid()}.old.partial")
     try:
@@ -54,12 +48,9 @@ def save_model(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         with quiet():
-            model.save_pretrained(partial, state_dict=_plain_state(model, dtype))
+            write_pretrained(model, partial, dtype=dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
-        _fix_config(partial / "config.json", dtype)
-        if sidecar := Sidecar.collect(model):
-            sidecar.write(partial)
         for file in partial.iterdir():
             shutil.copymode(partial / "config.json", file)  # safetensors writes files that only their owner can read
             _sync(file)
@@ -79,31 +70,6 @@ def save_model(
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
     return folder
-
-
-def _plain_state(model: PreTrainedModel, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict with weights as a plain model would use them (rotated back where they are stored rotated)."""
-    state = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.frozen:
-            state[f"{name}.weight"] = module.plain_weight()
-    if dtype is not None:
-        # Tied tensors are told by their storage, so cast each storage once.
-        cast: dict[tuple[int, int], Tensor] = {}
-        for name, tensor in state.items():
-            if tensor.is_floating_point():
-                state[name] = cast.setdefault((tensor.data_ptr(), tensor.numel()), tensor.to(dtype))
-    return state
-
-
-def _fix_config(file: Path, dtype: torch.dtype | None) -> None:
-    """config.json describes the stored weights, and names no attention function or path that others do not have."""
-    config = json.loads(file.read_text())
-    if dtype is not None:
-        config["dtype"] = str(dtype).removeprefix("torch.")
-    for key in ("_attn_implementation", "attn_implementation", "_name_or_path"):
-        config.pop(key, None)
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _sync(path: Path) -> None:
