@@ -9,12 +9,13 @@ on the time, the machine or a random state, so the same records give the same by
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
+
+from reqat.config.files import write_file
 
 MINUS = "\u2212"
 EMPTY = "\u2013"  # en dash: this cell does not exist in the design (a missing result is an error, not a dash)
@@ -132,23 +133,12 @@ class Table:
     # -- files -------------------------------------------------------------------------------------------------------
     def write(self, folder: Path) -> list[Path]:
         """Write `<name>.csv`, `.md` and `.tex` into `folder` (made if needed); each appears whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         paths = []
         for suffix, text in (("csv", self.csv()), ("md", self.markdown()), ("tex", self.latex())):
             path = folder / f"{self.name}.{suffix}"
-            write_text(path, text)
+            write_file(path, text)
             paths.append(path)
         return paths
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file by way of a `.partial` neighbour, so that no half-written file is taken for a whole one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # -- how numbers read ------------------------------------------------------------------------------------------------

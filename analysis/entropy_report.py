@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from analysis import entropy
-from analysis.document import EMPTY, MINUS, Column, Table, Text, number, percent, write_text
+from analysis.document import EMPTY, MINUS, Column, Table, Text, number, percent
+from reqat.config.files import write_file
 from reqat.evaluation.trace_files import TraceFolder
 
 # How a value reads, by unit; entropies move by anything between 1e-6 and 1 nats.
@@ -46,12 +47,11 @@ class Report:
     def write(self, folder: Path) -> list[Path]:
         """Write ``summary.csv``, ``summary.md`` and ``tables/<name>.csv``; returns the files."""
         tables = folder / "tables"
-        tables.mkdir(parents=True, exist_ok=True)
         files = {folder / "summary.csv": self.table.csv(), folder / "summary.md": self.table.markdown()}
         for name, frame in self.frames.items():
             files[tables / f"{name}.csv"] = frame.to_csv(index=False, lineterminator="\n")
         for path, text in files.items():
-            write_text(path, text)
+            write_file(path, text)
         return list(files)
 
     def headline(self, statistic: str, where: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ Figures go through the Agg canvas directly: no pyplot state, no display, no user
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +18,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+
+from reqat.config.files import write_file
 
 # Okabe & Ito 2008, "Color Universal Design"
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
@@ -141,7 +143,6 @@ def panel(ax: Axes, letter: str, title: str, *, theirs: bool = False) -> None:
 
 def save(fig: Figure, folder: Path, name: str) -> list[Path]:
     """Write `<name>.png` (200 dpi) and `<name>.pdf`, without date or version inside, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # laid out once: the same places in both files, in half the time
     paths = []
@@ -150,11 +151,8 @@ def save(fig: Figure, folder: Path, name: str) -> list[Path]:
         ("pdf", {"CreationDate": None, "Creator": None, "Producer": None, "Title": name}),
     ):
         path = folder / f"{name}.{suffix}"
-        partial = folder / f".{name}.partial.{suffix}"
-        try:
-            fig.savefig(partial, format=suffix, metadata=metadata)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        drawn = io.BytesIO()  # so that an error of the disk is one, and not one of an encoder
+        fig.savefig(drawn, format=suffix, metadata=metadata)
+        write_file(path, drawn.getvalue())
         paths.append(path)
     return paths

@@ -14,7 +14,6 @@ import base64
 import hashlib
 import html
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,11 +28,10 @@ from numpy.typing import NDArray
 from analysis.viewer import colours, encode
 from analysis.viewer.folder import Folder, Tokens, Trace, TraceError, open_folder
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.targets import is_page, making_file
 
 # Opens at once and can be mailed. More than this is said, not refused.
 COMFORTABLE_BYTES = 15_000_000
-# As in viewer.js: characters that draw nothing or turn around what follows them are shown by their number.
-_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 
 
 @dataclass(frozen=True)
@@ -58,18 +56,16 @@ class _Seen:
     change: float  # largest change of entropy against the reference, nats
 
 
-def write_page(folder: Path | str, out: Path | str, **options: Any) -> Page:
-    """Build the page of a folder (see :func:`build_page`) and write it to ``out``, whole or not at all."""
+def write_page(folder: Path | str, out: Path | str, *, overwrite: bool = False, **options: Any) -> Page:
+    """Build the page of a folder (see :func:`build_page`) and write it to ``out``, whole or not at all.
+
+    Only a page of ours is replaced there, and only with ``overwrite``. Raises `ReqatError` otherwise, or if the file
+    cannot be written.
+    """
     out = Path(out)
-    page = build_page(folder, **options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_bytes(page.text)
-        os.replace(temporary, out)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with making_file(out, is_page, replace=overwrite) as write:
+        page = build_page(folder, **options)
+        write(page.text)
     return page
 
 
@@ -274,7 +270,7 @@ def _assemble(title: str, index: str, blobs: str) -> bytes:
 
     policy = f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:"
     filled = {
-        "title": html.escape(_HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", title)),
+        "title": html.escape(title),
         "policy": policy,
         "style": style,
         "script": script,

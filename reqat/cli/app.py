@@ -1,12 +1,13 @@
 """The `reqat` command: verbs, shared options, and how errors end.
 
-Whatever a user can get wrong ends with one line on standard error and exit code 2; `--debug` shows the traceback.
-Interrupting ends with exit code 130 and says how to go on. torch is imported by the verbs that compute, after the
-number of threads is known.
+Whatever a user can get wrong ends with one line on standard error and exit code 2; `--debug` shows the traceback. So
+does whatever the system refuses: a full disk, a missing permission, a path that is too long. Interrupting ends with
+exit code 130 and says how to go on. torch is imported by the verbs that compute, after the number of threads is known.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ from typing import Annotated
 import typer
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import explain, os_error
 from reqat.config.paths import Paths, load, read_plan
 from reqat.config.plan import Plan
 
@@ -65,6 +67,7 @@ class Session:
 
 session = Session()
 INTERRUPTED = 130
+READER_GONE = 141
 
 
 def find_root(start: Path) -> Path:
@@ -102,7 +105,8 @@ def start_computing(threads: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. Exits with 0; 2 for what a user can mend; 130 if interrupted; 1 for a defect."""
+    """Run the command line. Exits with 0; 2 for what a user can mend; 130 if interrupted; 1 for a defect; 141, as
+    other commands do, if whoever read its output has ended (`reqat plan | head`)."""
     import reqat.cli.bench
     import reqat.cli.entropy
     import reqat.cli.inspect
@@ -119,14 +123,26 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(given, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
+        _print_all()
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(READER_GONE)
+    except SystemExit as end:
+        # typer catches a broken pipe itself and ends with 1, which is our code for a defect.
+        sys.exit(READER_GONE if type(sys.stdout).__name__ == "PacifyFlushWrapper" else end.code)
     except (KeyboardInterrupt, typer.Abort):
         _exit(INTERRUPTED, "interrupted; nothing half-written counts as done. The same command goes on from there.")
-    except (ValueError, FileNotFoundError) as error:  # ReqatError among them
+    except (ValueError, OSError) as error:  # ReqatError among them
         if session.debug:
             raise
         hint = "" if isinstance(error, ReqatError) else " (--debug shows where)"
-        _exit(2, f"{str(error) or type(error).__name__}{hint}")
+        text = str(explain(error)) if isinstance(error, OSError) else str(error) or type(error).__name__
+        _exit(2, f"{text}{hint}")
     except Exception as error:
+        if os_error(error) is not None:  # libraries in Rust have errors of their own for it
+            if session.debug:
+                raise
+            _exit(2, f"{explain(error)} (--debug shows where)")
         show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
         if callable(show) and code is not None:  # a usage error: typer words and places it
             show()
@@ -134,6 +150,23 @@ def main(arguments: list[str] | None = None) -> None:
         traceback.print_exc()
         _exit(1, f"{type(error).__name__}: {error} - a defect; please report it with the lines above.")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _print_all() -> None:
+    """Write out what is still buffered, while an error can be told: at exit Python only complains of it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise explain(error, "standard output") from error
+
+
+def _drop_output() -> None:
+    """Let standard output lead nowhere, so that nothing fails at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit(code: int, message: str) -> None:

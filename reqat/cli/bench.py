@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Annotated, Any
 import typer
 
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.results import Replace, Rewrite, rendering
 from reqat.cli.run import Force, finished, locked
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
+from reqat.config.files import write_file
+from reqat.config.targets import making
 from reqat.config.throughput import (
     AgreementBench,
     DecodeBench,
@@ -83,7 +87,8 @@ def bench(
             kept = kept_sections(settings, threads or settings.threads)
             if kept is not None and force:
                 shutil.rmtree(kept, ignore_errors=True)
-            job.metrics = measure_all(settings, where, None if quiet else lambda line: print(line, flush=True), kept)
+            say = None if quiet else lambda line: print(line, flush=True)
+            job.metrics = measure_all(settings, job.partial, say, kept)
             job.resumed = job.metrics["resumed_sections"] > 0
         if kept is not None:
             shutil.rmtree(kept.parent, ignore_errors=True)
@@ -140,7 +145,7 @@ def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | N
     table["commit"] = f"{made['commit']}{'+changes' if made['dirty'] else ''}"
     table["versions"] = "; ".join(f"{name} {versions[name]}" for name in names if name in versions)
     table["hardware"] = f"{machine['cpu']}, {machine['cores']} cores"
-    table.to_csv(out / CSV, index=False, lineterminator="\n")
+    write_file(out / CSV, table.to_csv(index=False, lineterminator="\n"))
     for line in [*whole.result.skipped, *whole.result.refused]:
         print(f"reqat: warning: {line}", file=sys.stderr)
     return {
@@ -156,10 +161,7 @@ def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | N
 
 
 def _write_section(file: Path, section: Section) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_suffix(".tmp")
-    draft.write_text(json.dumps(dataclasses.asdict(section), default=float), encoding="utf-8")  # NaN stays NaN
-    draft.replace(file)
+    write_file(file, json.dumps(dataclasses.asdict(section), default=float))  # NaN stays NaN
 
 
 def _read_section(file: Path) -> Section:
@@ -358,6 +360,7 @@ def throughput(
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for Figure 6.")] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/throughput/ instead of build/.")] = False,
+    force: Rewrite = False,
 ) -> None:
     """Make Figure 6 and its tables from the rows of `bench`."""
     from analysis.throughput import build_throughput
@@ -367,14 +370,15 @@ def throughput(
     folder = paths.work / "pinned" if pinned else paths.work
     name = f"throughput-{tier}" if pinned else tier
     tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
-    for path in build_throughput(source, tables, plots):
-        print(path)
+    with rendering(tables, force=force) as table_draft, rendering(plots, force=force) as plot_draft:
+        build_throughput(source, table_draft, plot_draft)
 
 
 @app.command("pin-throughput")
 def pin_throughput(
     tier: Tier = "laptop",
     allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Keep rows of uncommitted code, too.")] = False,
+    force: Replace = False,
 ) -> None:
     """Keep a tier's finished benchmark, its tables and its figure in results/throughput/<tier>."""
     from analysis.throughput import build_throughput
@@ -385,10 +389,13 @@ def pin_throughput(
         raise ReqatError(
             f"{source} was measured with uncommitted changes; commit and measure again, or pass --allow-dirty."
         )
-    draft = target.with_name(f".{tier}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft)
-    build_throughput(draft, draft / "tables", draft / "plots")
-    shutil.rmtree(target, ignore_errors=True)
-    draft.replace(target)
+    with making(target, pinned_rows, replace=force) as draft:
+        shutil.copytree(source, draft, dirs_exist_ok=True)
+        build_throughput(draft, draft / "tables", draft / "plots")
     print(f"pinned: {target}")
+
+
+def pinned_rows(folder: Path) -> Collection[str]:
+    """The files of a pinned benchmark. Raises `ReqatError` if the folder holds something else."""
+    drawn = [path.relative_to(folder).as_posix() for kind in ("tables", "plots") for path in folder.glob(f"{kind}/*")]
+    return {*record.belongs("throughput")(folder), *drawn}

@@ -39,9 +39,7 @@ def entropy(
     problem_seed: Annotated[int, typer.Option(help="Seed that problems of task families are drawn with.")] = 1,
     reference_precision: Annotated[str, typer.Option(help="Precision that the reference runs in.")] = "BF16",
     candidate_precision: Annotated[str, typer.Option(help="And the candidate.")] = "NVFP4-W4A4KV4",
-    global_scale: Annotated[
-        str | None, typer.Option(help="dynamic or row (NVFP4; default: as the model was saved, or else row).")
-    ] = None,
+    global_scale: Annotated[str, typer.Option(help="dynamic or row (NVFP4; row: independent of the batch).")] = "row",
     kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
     seeds: Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")] = "0",
     decoding: Annotated[str, typer.Option(help=f"greedy, or {SAMPLE}.")] = SAMPLE,
@@ -61,6 +59,7 @@ def entropy(
     more_than: Annotated[int, typer.Option(help="Name token types seen more often than this.")] = 100,
     quiet: Quiet = False,
     threads: Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Replace the result of `entropy` that is there.")] = False,
 ) -> None:
     """Collect the entropies of two models over the same tokens, and say where the second one differs.
 
@@ -73,12 +72,8 @@ def entropy(
         raise ReqatError("give either --problems FILE or --families a,b: one source of problems.")
     numbers = _numbers(seeds, "--seeds")
     paths = {"reference": _absolute(reference), "candidate": _absolute(candidate or reference)}
-    out = out.absolute()
-    rows = (
-        read_problems(problems.absolute(), n)
-        if problems is not None
-        else _of_families(str(families), tier, split, n, problem_seed)
-    )
+    out, source = out.absolute(), problems.absolute() if problems is not None else None
+    rows = read_problems(source, n) if source is not None else _of_families(str(families), tier, split, n, problem_seed)
     settings = {
         "reference": paths["reference"],
         "candidate": paths["candidate"],
@@ -95,17 +90,17 @@ def entropy(
         "end_marker": end_marker,
         "top": top,
     }
-    start_computing(threads)
     root = Path(reqat.__file__).parents[1]
-    partial = out.with_name(f".{out.name}.partial")
-    with record.job("entropy", out.name, settings, root=root, out=out, partial=partial) as job:
+    given: list[Path | str] = [*paths.values(), *([source] if source is not None else [])]
+    with record.asked_for("entropy", out, settings, root=root, force=force, inputs=given) as job:
+        start_computing(threads)
         job.seeds = numbers
         job.metrics = collect(
             paths,
             (reference_precision, candidate_precision),
             [{"global_scale": global_scale, "kv_element": kv_element}] * 2,
             rows,
-            partial,
+            job.partial,
             seeds=numbers,
             decoding=decoding,
             max_new_tokens=max_new_tokens,
@@ -165,8 +160,7 @@ def collect(
         check_tokenizers(tokenizer, load_tokenizer(paths["candidate"]), paths)
     models: dict[str, Any] = {}
     for label, path, precision, how in zip(labels, paths.values(), precisions, options, strict=True):
-        given = {name: value for name, value in how.items() if value is not None}
-        models[label] = load_at(path, precision, otherwise={"global_scale": "row"}, **given)
+        models[label] = load_at(path, precision, **{name: value for name, value in how.items() if value is not None})
     faults: list[tuple[TraceInfo, str]] = []
     traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
     wanted = [row for row in rows if sample or (sample is None and not row.has_response)]

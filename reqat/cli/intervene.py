@@ -19,6 +19,7 @@ import reqat
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.files import write_file
 from reqat.config.precision import PrecisionSpec, family
 from reqat.records import record
 
@@ -34,6 +35,7 @@ Threads = Annotated[int, typer.Option(help="Threads to compute with (0: leave it
 Problems = Annotated[int, typer.Option("--n", min=1, help="Problems of the tier's evaluation split.")]
 Seeds = Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the result of the same verb that is there.")]
 Held = Annotated[int, typer.Option("--held-out", min=1, help="Validation problems that percentiles are measured on.")]
 Policy = Annotated[str, typer.Option(help="Decoding: greedy, sample(...) or reset(...).")]
 T = TypeVar("T", int, float)
@@ -96,17 +98,15 @@ class Task:
 
 
 def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model at a precision, as evaluations load it, with its tokenizer. By its name alone, it has the options
-    that the folder was saved with, or else, for NVFP4, one global scale a row."""
+    """A model at a precision, as evaluations load it, with its tokenizer. By its name alone, NVFP4 has one global scale
+    a row."""
     from reqat.evaluation.loading import load_at
     from reqat.models import load_tokenizer
 
     if isinstance(precision, str):
         family(precision)  # says what is wrong in one line
-        model = load_at(folder, precision, otherwise=PrecisionSpec(name=precision).options())
-    else:
-        model = load_at(folder, precision.name, override=True, **precision.options())
-    return model, load_tokenizer(folder)
+    spec = PrecisionSpec(name=precision) if isinstance(precision, str) else precision
+    return load_at(folder, spec.name, **spec.options()), load_tokenizer(folder)
 
 
 def numbers(text: str, option: str, kind: type[T]) -> list[T]:
@@ -139,16 +139,17 @@ def weights(folder: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def writing(
-    kind: str, out: Path, settings: dict[str, Any], models: dict[str, str], seeds: Sequence[int]
-) -> Iterator[Any]:
-    """A job with a record whose inputs are `models` (role -> folder); `add(name, outcomes, ...)` takes conditions."""
+    kind: str, out: Path, models: dict[str, str], seeds: Sequence[int], *, force: bool, threads: int
+) -> Iterator[Conditions]:
+    """A job with a record whose inputs are `models` (role -> folder); `add(name, outcomes, ...)` takes conditions, and
+    `settings` what the record says of them. Entered before torch is imported and models are loaded."""
     root = Path(reqat.__file__).parents[1]
-    partial = out.with_name(f".{out.name}.partial")
-    with record.job(kind, out.name, settings, root=root, out=out, partial=partial) as job:
-        job.inputs = {role: {"id": Path(folder).name, "weights": weights(folder)} for role, folder in models.items()}
-        job.seeds = list(seeds)
-        conditions = Conditions(partial)
+    with record.asked_for(kind, out, {}, root=root, force=force, inputs=models.values()) as job:
+        start_computing(threads)
+        conditions = Conditions(job.partial)
         yield conditions
+        job.config, job.seeds = conditions.settings, list(seeds)
+        job.inputs = {role: {"id": Path(folder).name, "weights": weights(folder)} for role, folder in models.items()}
         job.metrics = conditions.finish()
     print(f"written: {out}")
 
@@ -159,6 +160,7 @@ class Conditions:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows: list[dict[str, Any]] = []
+        self.settings: dict[str, Any] = {}
         self._first: Outcomes | None = None
 
     def add(self, name: str, outcomes: Outcomes, **more: Any) -> None:
@@ -195,8 +197,7 @@ class Conditions:
 
     def finish(self) -> dict[str, Any]:
         """Write `summary.json`; returns the record's metrics."""
-        text = json.dumps(self.rows, indent=1) + "\n"
-        (self.folder / "summary.json").write_text(text, encoding="utf-8")
+        write_file(self.folder / "summary.json", json.dumps(self.rows, indent=1) + "\n")
         return {"conditions": self.rows}
 
 
@@ -236,30 +237,29 @@ def route(
     held_out: Held = 20,
     quiet: Quiet = False,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
     """Entropy-routed decoding: sure tokens from one model, unsure ones from the other; four policies, graded."""
-    task = Task.of_tier(tier)
-    start_computing(threads)
-    from reqat.evaluation.interventions import policies
-
-    used = numbers(seeds, "--seeds", int)
-    names = policy or list(policies(0.0))
-    for name in names:
-        if name not in policies(0.0):
-            raise unknown("policy", name, policies(0.0))
-    other = candidate or reference
+    task, used, other = Task.of_tier(tier), numbers(seeds, "--seeds", int), candidate or reference
     Threshold.parse(threshold)  # refuses what makes no sense before anything is loaded
-    first, tokenizer = load(reference, reference_precision)
-    second, their_tokenizer = load(other, candidate_precision)
-    same_tokens(tokenizer, their_tokenizer)
-    value = nats(threshold, first, tokenizer, task, held_out, quiet)
-    settings = {
-        "reference": reference, "candidate": other, "reference_precision": reference_precision,
-        "candidate_precision": candidate_precision,
-        "threshold": threshold, "threshold_nats": value, "policies": names, "tier": tier, "problems": problems,
-        "decoding": decoding, "held_out": held_out,
-    }  # fmt: skip
-    with writing("route", out, settings, {"reference": reference, "candidate": other}, used) as conditions:
+    roles = {"reference": reference, "candidate": other}
+    with writing("route", out, roles, used, force=force, threads=threads) as conditions:
+        from reqat.evaluation.interventions import policies
+
+        names = policy or list(policies(0.0))
+        for name in names:
+            if name not in policies(0.0):
+                raise unknown("policy", name, policies(0.0))
+        first, tokenizer = load(reference, reference_precision)
+        second, their_tokenizer = load(other, candidate_precision)
+        same_tokens(tokenizer, their_tokenizer)
+        value = nats(threshold, first, tokenizer, task, held_out, quiet)
+        conditions.settings = {
+            "reference": reference, "candidate": other, "reference_precision": reference_precision,
+            "candidate_precision": candidate_precision,
+            "threshold": threshold, "threshold_nats": value, "policies": names, "tier": tier, "problems": problems,
+            "decoding": decoding, "held_out": held_out,
+        }  # fmt: skip
         grade_routes(conditions, first, second, tokenizer, task, names, value, problems, used, decoding, quiet)
 
 
@@ -303,24 +303,24 @@ def noise(
     held_out: Held = 20,
     quiet: Quiet = False,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
     """Noise on the logits of the lowest- or highest-entropy decisions, over sigma; graded beside no noise."""
     task = Task.of_tier(tier)
-    start_computing(threads)
-    from reqat.evaluation.interventions import Noise
-
     used, sizes = numbers(seeds, "--seeds", int), numbers(sigmas, "--sigmas", float)
     if by not in ("batch", "percentile"):
         raise unknown("way to pick decisions", by, ("batch", "percentile"))
-    for value in sizes:
-        Noise(value, "low", share)  # refuses what makes no sense before anything is loaded
-    loaded, tokenizer = load(model, precision)
-    ends = noise_ends(by, share, loaded, tokenizer, task, held_out, quiet)
-    settings = {
-        "model": model, "precision": precision, "sigmas": sizes, "share": share, "by": by, "thresholds_nats": ends,
-        "tier": tier, "problems": problems, "decoding": decoding, "held_out": held_out,
-    }  # fmt: skip
-    with writing("noise", out, settings, {"model": model}, used) as conditions:
+    with writing("noise", out, {"model": model}, used, force=force, threads=threads) as conditions:
+        from reqat.evaluation.interventions import Noise
+
+        for value in sizes:
+            Noise(value, "low", share)  # refuses what makes no sense before anything is loaded
+        loaded, tokenizer = load(model, precision)
+        ends = noise_ends(by, share, loaded, tokenizer, task, held_out, quiet)
+        conditions.settings = {
+            "model": model, "precision": precision, "sigmas": sizes, "share": share, "by": by,
+            "thresholds_nats": ends, "tier": tier, "problems": problems, "decoding": decoding, "held_out": held_out,
+        }  # fmt: skip
         grade_noise(conditions, loaded, tokenizer, task, sizes, share, ends, problems, used, decoding, quiet)
 
 

@@ -15,6 +15,7 @@ import reqat
 from reqat.cli.app import Quiet, Tier, app, start_computing
 from reqat.cli.intervene import (
     Conditions,
+    Force,
     Out,
     Policy,
     Problems,
@@ -29,6 +30,8 @@ from reqat.cli.intervene import (
 )
 from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json
+from reqat.config.targets import making_file
 from reqat.records import provenance, record
 
 if TYPE_CHECKING:
@@ -57,36 +60,36 @@ def fit_reset(
     tier: Tier = "laptop",
     quiet: Quiet = False,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
     """Fit ReSET's tau0 to a quantized model; the file's `policy` is what `--decoding` and `reqat reset` take."""
-    task = Task.of_tier(tier)
-    start_computing(threads)
-    from reqat.evaluation import Decoding
-
-    used = numbers(seeds, "--seeds", int)
+    task, used = Task.of_tier(tier), numbers(seeds, "--seeds", int)
     rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
-    Decoding.reset(t_low, 0.0, **rule)  # refuses what makes no sense before anything is loaded
-    loaded, tokenizer = load(model, precision)
-    fit = fitted_tau0(loaded, tokenizer, task, problems, used, decoding, quantile, quiet)
-    policy = Decoding.reset(t_low, fit.value, **rule)
-    root = Path(reqat.__file__).parents[1]
-    made = {
-        "schema": SCHEMA,
-        "policy": str(policy),
-        "tau0": dataclasses.asdict(fit),
-        "model": {"folder": model, "weights": weights(model)},
-        "precision": precision,
-        "tier": tier,
-        "decoding": decoding,
-        "seeds": used,
-        **provenance.commit(root),
-        "versions": provenance.versions(),
-        "hardware": provenance.hardware(),
-        "command": provenance.command(root),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record.write(out, provenance.scrub(made, root))
+    with making_file(out, is_fit, replace=force) as write:
+        start_computing(threads)
+        from reqat.evaluation import Decoding
+
+        Decoding.reset(t_low, 0.0, **rule)  # refuses what makes no sense before anything is loaded
+        loaded, tokenizer = load(model, precision)
+        fit = fitted_tau0(loaded, tokenizer, task, problems, used, decoding, quantile, quiet)
+        policy = Decoding.reset(t_low, fit.value, **rule)
+        root = Path(reqat.__file__).parents[1]
+        made = {
+            "schema": SCHEMA,
+            "policy": str(policy),
+            "tau0": dataclasses.asdict(fit),
+            "model": {"folder": model, "weights": weights(model)},
+            "precision": precision,
+            "tier": tier,
+            "decoding": decoding,
+            "seeds": used,
+            **provenance.commit(root),
+            "versions": provenance.versions(),
+            "hardware": provenance.hardware(),
+            "command": provenance.command(root),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write(record.text(provenance.scrub(made, root)))
     print(f"tau0: {fit}\n{policy}\nwritten: {out}")
 
 
@@ -105,6 +108,14 @@ def fitted_tau0(
 
     options = task.options(seeds, decoding, quiet, "fitting tau0")
     return fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=quantile, **options)
+
+
+def is_fit(path: Path) -> bool:
+    """Whether `fit-reset` wrote the file."""
+    try:
+        return read_json(path, "fit", "fit again").get("schema") == SCHEMA
+    except ReqatError:
+        return False
 
 
 def read_fit(path: Path) -> str:
@@ -138,23 +149,22 @@ def grade_reset(
     decoding: Policy = SAMPLE,
     quiet: Quiet = False,
     threads: Threads = 1,
+    force: Force = False,
 ) -> None:
     """ReSET's ablation: the quantized model, the same with ReSET, and BF16, on the same problems and seeds."""
-    task = Task.of_tier(tier)
-    start_computing(threads)
-    fitted, used_seeds = read_fit(fit), numbers(seeds, "--seeds", int)
-    unquantized = reference or model
-    quantized, tokenizer = load(model, precision)
-    plain, other_tokenizer = load(unquantized, "BF16")
-    same_tokens(other_tokenizer, tokenizer)
-    decodings = reset_decodings(decoding, {"reset": fitted}, also or [])
-    settings = {
-        "model": model, "reference": unquantized, "precision": precision, "tier": tier, "problems": problems,
-        "decodings": decodings,
-    }  # fmt: skip
-    for text in decodings.values():
-        task.options(used_seeds, text, quiet, "")  # refuses a text that is no policy before the first hour
-    with writing("reset", out, settings, {"model": model, "reference": unquantized}, used_seeds) as found:
+    task, used_seeds, unquantized = Task.of_tier(tier), numbers(seeds, "--seeds", int), reference or model
+    roles = {"model": model, "reference": unquantized}
+    with writing("reset", out, roles, used_seeds, force=force, threads=threads) as found:
+        decodings = reset_decodings(decoding, {"reset": read_fit(fit)}, also or [])
+        for text in decodings.values():
+            task.options(used_seeds, text, quiet, "")  # refuses a text that is no policy before the first hour
+        quantized, tokenizer = load(model, precision)
+        plain, other_tokenizer = load(unquantized, "BF16")
+        same_tokens(other_tokenizer, tokenizer)
+        found.settings = {
+            "model": model, "reference": unquantized, "precision": precision, "tier": tier, "problems": problems,
+            "decodings": decodings,
+        }  # fmt: skip
         grade_resets(found, quantized, plain, tokenizer, task, decodings, problems, used_seeds, quiet)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +13,16 @@ import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config.plan import Plan
+from reqat.config.targets import making_files
 
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write into.")]
 Pinned = Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")]
 AllowDirty = Annotated[
     bool, typer.Option("--allow-dirty", help="Take results of a tree with uncommitted changes; recorded.")
 ]
+
+Replace = Annotated[bool, typer.Option("--force", help="Replace what was pinned there before.")]
+Rewrite = Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")]
 
 
 def _source(tier: str, pinned: bool, kind: str, out: Path | None) -> tuple[Plan, Path, Path]:
@@ -30,27 +36,38 @@ def _source(tier: str, pinned: bool, kind: str, out: Path | None) -> tuple[Plan,
 
 
 @app.command()
-def tables(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False) -> None:
+def tables(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False, force: Rewrite = False) -> None:
     """Write the tier's tables as CSV, Markdown and LaTeX."""
     from analysis.build import build_tables
 
     plan, source, folder = _source(tier, pinned, "tables", out)
-    for path in build_tables(plan, source, folder, pinned=pinned, paths=session.paths):
-        print(path)
+    with rendering(folder, force=force) as draft:
+        build_tables(plan, source, draft, pinned=pinned, paths=session.paths)
 
 
 @app.command()
-def figures(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False) -> None:
+def figures(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False, force: Rewrite = False) -> None:
     """Draw the tier's figures as PNG and PDF."""
     from analysis.build import build_figures
 
     plan, source, folder = _source(tier, pinned, "plots", out)
-    for path in build_figures(plan, source, folder, pinned=pinned, paths=session.paths):
-        print(path)
+    with rendering(folder, force=force) as draft:
+        build_figures(plan, source, draft, pinned=pinned, paths=session.paths)
+
+
+@contextlib.contextmanager
+def rendering(folder: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to render into, whose files are then moved into `folder` and named on standard output."""
+    own = session.paths.work.resolve() in folder.resolve().parents
+    with making_files(folder, replace=force, own=own) as draft:
+        yield draft
+        names = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+    for name in names:
+        print(folder / name)
 
 
 @app.command("pin")
-def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False) -> None:
+def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False, force: Replace = False) -> None:
     """Promote a finished run into results/ after checking that it is whole."""
     from analysis.build import build_figures, build_tables
     from reqat.records import pin
@@ -59,7 +76,7 @@ def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False) -> None:
         build_tables(plan, source, out / "tables", pinned=True, paths=session.paths)
         build_figures(plan, source, out / "plots", pinned=True, paths=session.paths)
 
-    folder = pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, render=render)
+    folder = pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, force=force, render=render)
     sources = json.loads((folder / pin.PIN).read_text(encoding="utf-8"))["sources"]
     if len(sources) > 1:
         print(f"reqat: warning: made by {len(sources)} versions of the code; pin.json lists them.", file=sys.stderr)
@@ -74,6 +91,7 @@ def pin_base(
         str | None, typer.Option(help="Store the weights as bfloat16 or float16 (default: as trained).")
     ] = None,
     allow_dirty: AllowDirty = False,
+    force: Replace = False,
 ) -> None:
     """Promote the base model trained by `snakemake base` into results/base/."""
     from reqat.config.errors import unknown
@@ -81,7 +99,8 @@ def pin_base(
 
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise unknown("dtype", dtype, ("bfloat16", "float16", "float32"))
-    print(f"pinned: {pin.pin_base(session.plan(tier), model, session.paths, allow_dirty=allow_dirty, dtype=dtype)}")
+    plan, paths = session.plan(tier), session.paths
+    print(f"pinned: {pin.pin_base(plan, model, paths, allow_dirty=allow_dirty, force=force, dtype=dtype)}")
 
 
 @app.command()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +13,7 @@ import reqat
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.config import resources
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.files import exclusive
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.precision import family
@@ -116,7 +115,7 @@ def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, 
         with record.job("evaluation", id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
             job.inputs = digests
             job.seeds = list(todo.seeds)
-            job.metrics = _evaluate(todo, inputs, where, progress)
+            job.metrics = _evaluate(todo, inputs, job.partial, progress)
     print(f"{id}: done, {out}")
 
 
@@ -142,17 +141,9 @@ def finished(out: Path, id: str) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def locked(paths: Paths, id: str) -> Iterator[None]:
+def locked(paths: Paths, id: str) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from making `id` at the same time."""
-    lock = paths.work / "locks" / id
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ReqatError(f"{id}: another process is making it; wait for it, or end it.") from None
-        yield
+    return exclusive(paths.work / "locks" / id, id)
 
 
 def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -189,8 +180,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     from reqat.tasks import problems
 
     folder = inputs["parent"] / "model"
-    model = load_at(folder, todo.precision.name, override=True, **todo.precision.options())
-    tokenizer = load_tokenizer(folder)
+    model, tokenizer = load_at(folder, todo.precision.name, **todo.precision.options()), load_tokenizer(folder)
     if todo.calibration is not None:
         from reqat.recipes.stages import calibration_ids
 
@@ -243,35 +233,36 @@ def quantize(
     threads: Threads = 1,
 ) -> None:
     """Quantize any supported model after training, and write it with its packed codes."""
-    if out.exists() and not force:
-        raise ReqatError(f"{out} is there already; give another folder with --out, or replace it with --force.")
-    start_computing(threads)
     family(precision)
-    from reqat.models import load_model, load_tokenizer, prepare, save_model
-    from reqat.quant import Precision
-    from reqat.recipes import ptq
-
-    if method not in ptq.METHODS:
-        raise unknown("method", method, ptq.METHODS)
-    if ptq.METHODS[method].needs_calibration and calibration is None:
-        raise ReqatError(f"--method {method} needs --calibration: a text file, or the folder of a trace store.")
-    options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale}
-    options = {key: value for key, value in options.items() if value is not None}
-    if rotation is not None:
-        options["rotation"] = rotation or None
-    parsed = Precision.parse(precision, **options)
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
-    ids = None
-    if calibration is not None:
-        ids = _calibration(calibration, tokenizer, Calibration(sequences=sequences, sequence_tokens=sequence_tokens))
-    settings = {"model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order}
-    partial = out.with_name(f".{out.name}.partial")
+    given: list[Path | str] = [model] if calibration is None else [model, calibration]
     root = Path(reqat.__file__).parents[1]
-    with record.job("quantize", out.name, settings, root=root, out=out, partial=partial) as job:
-        report = prepare(loaded, precision, **options)
+    with record.asked_for("quantize", out, {}, root=root, force=force, inputs=given) as job:
+        start_computing(threads)
+        from reqat.models import load_model, load_tokenizer, prepare, save_model
+        from reqat.quant import Precision
+        from reqat.recipes import ptq
+
+        if method not in ptq.METHODS:
+            raise unknown("method", method, ptq.METHODS)
+        if ptq.METHODS[method].needs_calibration and calibration is None:
+            raise ReqatError(f"--method {method} needs --calibration: a text file, or the folder of a trace store.")
+        options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale}
+        options = {key: value for key, value in options.items() if value is not None}
+        if rotation is not None:
+            options["rotation"] = rotation or None
+        parsed = Precision.parse(precision, **options)
+        loaded, tokenizer = load_model(model), load_tokenizer(model)
+        ids = None
+        if calibration is not None:
+            wanted = Calibration(sequences=sequences, sequence_tokens=sequence_tokens)
+            ids = _calibration(calibration, tokenizer, wanted)
+        job.config = {
+            "model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order,
+        }  # fmt: skip
+        report = prepare(loaded, parsed)
         print(report)
         job.metrics = ptq.solve(method, loaded, ids, act_order=act_order, progress=not quiet)
-        save_model(loaded, tokenizer, partial / "model")
+        save_model(loaded, tokenizer, job.partial / "model")
     print(f"written: {out / 'model'}")
 
 

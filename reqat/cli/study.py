@@ -21,8 +21,10 @@ from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.entropy import collect
 from reqat.cli.intervene import Conditions, Task, grade_noise, grade_routes, load, nats, noise_ends, same_tokens
 from reqat.cli.reset import fitted_tau0, grade_resets, reset_decodings
+from reqat.cli.results import Replace, Rewrite, rendering
 from reqat.cli.run import Force, Threads, finished, input_folders, locked
 from reqat.config.errors import ReqatError
+from reqat.config.files import write_file
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.studies import (
@@ -37,6 +39,7 @@ from reqat.config.studies import (
     load_studies,
     study_called,
 )
+from reqat.config.targets import making
 from reqat.records import pin, record
 from reqat.tasks.problem_files import of_problems
 
@@ -117,7 +120,7 @@ def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool =
             job.inputs = digests
             job.seeds = list(getattr(study.settings, "seeds", ()))
             job.resumed = paths.checkpoints(study.id).exists()
-            run = Run(study, plan, inputs, where, paths.checkpoints(study.id), not progress)
+            run = Run(study, plan, inputs, job.partial, paths.checkpoints(study.id), not progress)
             job.metrics = RUNNERS[study.kind](run)
         shutil.rmtree(paths.checkpoints(study.id), ignore_errors=True)
     print(f"{study.id}: done, {out}")
@@ -226,7 +229,8 @@ def dynamics(run: Run) -> dict[str, Any]:
     found = run_dynamics(models, traces, run.out, autocast=AUTOCAST[how.autocast], progress=not run.quiet)
     folder = TraceFolder(run.out)
     moved = [entropy_change(folder, "base", label, bins=s.bins).assign(label=label) for label in found["labels"][1:]]
-    pd.concat(moved, ignore_index=True).to_csv(run.out / "dynamics.csv", index=False, lineterminator="\n")
+    table = pd.concat(moved, ignore_index=True)
+    write_file(run.out / "dynamics.csv", table.to_csv(index=False, lineterminator="\n"))
     return found
 
 
@@ -264,6 +268,7 @@ def study_report(
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables.")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures.")] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/studies/ instead of build/.")] = False,
+    force: Rewrite = False,
 ) -> None:
     """Make the tables and figures of a tier's finished studies."""
     from analysis.studies import build_studies, pinned_studies
@@ -277,14 +282,15 @@ def study_report(
         planned, folder, name = studies_of(plan), paths.work, tier
         stages = stages_there(plan, planned.values(), paths)
     tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
-    for path in build_studies(planned, source, tables, plots, pinned=pinned, stages=stages):
-        print(path)
+    with rendering(tables, force=force) as table_draft, rendering(plots, force=force) as plot_draft:
+        build_studies(planned, source, table_draft, plot_draft, pinned=pinned, stages=stages)
 
 
 @app.command("pin-studies")
 def pin_studies(
     tier: Tier = "laptop",
     allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Keep results of uncommitted code, too.")] = False,
+    force: Replace = False,
 ) -> None:
     """Keep a tier's finished studies (not their token traces) and what is drawn of them in results/studies/<tier>."""
     from analysis.studies import STUDIES, build_studies
@@ -296,36 +302,33 @@ def pin_studies(
         _require_inputs(plan, study, paths.study(id), there)
     same = same_stages(plan, planned.values(), there, paths.results / tier)
     target = paths.results / "studies" / tier
-    draft = target.with_name(f".{tier}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for id in planned:
-        found = record.verify(paths.study(id), id=id)
-        if found["dirty"] is not False and not allow_dirty:
-            raise ReqatError(
-                f"{paths.study(id)} was made with uncommitted changes; commit and run it again (reqat study {id} "
-                f"--tier {tier} --force), or pass --allow-dirty."
-            )
-        shutil.copytree(paths.study(id), draft / id, ignore=shutil.ignore_patterns(TRACES, record.FILE))
-        record.write(draft / id / record.FILE, found | {"pinned_outputs": record.outputs(draft / id)})
-    listed = {id: study.model_dump(mode="json") for id, study in planned.items()}
-    (draft / STUDIES).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")  # in the order of the file
-    build_studies(planned, draft, draft / "tables", draft / "plots", pinned=True)
-    kept = [record.read(draft / id) for id in planned]
-    record.write(
-        draft / pin.PIN,
-        {
-            "schema_version": record.SCHEMA_VERSION,
-            "tier": tier,
-            "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commits": sorted({str(found["commit"]) for found in kept}),
-            "dirty": any(found["dirty"] is not False for found in kept),
-            "allow_dirty": allow_dirty,
-            "same_stages_as_pinned_run": same,
-            "files": record.files(draft),
-        },
-    )
-    record.install(draft, target)
+    with making(target, pin.pinned, replace=force) as draft:
+        for id in planned:
+            found = record.verify(paths.study(id), id=id)
+            if found["dirty"] is not False and not allow_dirty:
+                raise ReqatError(
+                    f"{paths.study(id)} was made with uncommitted changes; commit and run it again (reqat study {id} "
+                    f"--tier {tier} --force), or pass --allow-dirty."
+                )
+            shutil.copytree(paths.study(id), draft / id, ignore=shutil.ignore_patterns(TRACES, record.FILE))
+            record.write(draft / id / record.FILE, found | {"pinned_outputs": record.outputs(draft / id)})
+        listed = {id: study.model_dump(mode="json") for id, study in planned.items()}
+        write_file(draft / STUDIES, json.dumps(listed, indent=1) + "\n")  # in the order of the file
+        build_studies(planned, draft, draft / "tables", draft / "plots", pinned=True)
+        kept = [record.read(draft / id) for id in planned]
+        record.write(
+            draft / pin.PIN,
+            {
+                "schema_version": record.SCHEMA_VERSION,
+                "tier": tier,
+                "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
+                "commits": sorted({str(found["commit"]) for found in kept}),
+                "dirty": any(found["dirty"] is not False for found in kept),
+                "allow_dirty": allow_dirty,
+                "same_stages_as_pinned_run": same,
+                "files": record.files(draft),
+            },
+        )
     print(f"pinned: {target}")
 
 

@@ -24,6 +24,7 @@ def view(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out damaged traces, each named, instead of stopping.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page that is there.")] = False,
 ) -> None:
     """Write one HTML page that shows the traces of two precisions side by side; it needs no server and no network."""
     from analysis.viewer import write_page
@@ -33,6 +34,7 @@ def view(
     page = write_page(
         folder,
         path,
+        overwrite=force,
         title=title,
         limit=limit,
         family=family,

@@ -3,18 +3,22 @@
 Two halves. *Reading*: :func:`read_text`, :func:`read_json`, :func:`read_yaml` return what is in a file or raise a
 :class:`~reqat.config.errors.ReqatError`; whoever reads a file that a user may have touched goes through them.
 *Writing*: a file or folder appears under its name whole or not at all (:func:`write_file`, :func:`install`), one
-process at a time (:func:`exclusive`), and never over something that is not ours to replace (:func:`check_target`).
+process at a time (:func:`exclusive`). What may be replaced at all is the business of :mod:`reqat.config.targets`.
 :func:`explain` turns any ``OSError`` into a ``ReqatError``; the command line does so for those that nobody caught.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
-import shutil
+import re
+import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,11 @@ import yaml
 
 from reqat.config.errors import MissingFileError, ReqatError
 
-RECORD = "record.json"  # written last into every result of ours: a folder without it is none
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_SHOWN = 300  # characters of a path in a message
+_NAME_BYTES = 180  # of a neighbour's name, which gets a suffix; file systems take 255
+_OLD = "old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <fcntl.h>, <linux/fs.h>
 _REMEDIES = {
     errno.ENOSPC: "no space left there; free some disk space, or write elsewhere",
     errno.EDQUOT: "the disk quota is used up; free some space, or write elsewhere",
@@ -39,32 +45,65 @@ _REMEDIES = {
     errno.ENOTEMPTY: "the folder is not empty; remove what is in it, or name another place",
     errno.ENOENT: "no such file or folder; check the path",
     errno.EMFILE: "too many open files; raise the limit (ulimit -n) and run again",
-    errno.ELOOP: "the link leads to itself; remove it",
+    errno.ELOOP: "a link is in the way; remove it, or name another place",
+    errno.EFBIG: "the file would be larger than is allowed here; raise the limit (ulimit -f), or write elsewhere",
+    errno.EXDEV: "it lies on another file system; name a place on the same one",
+    errno.EBUSY: "it is in use; name another place",
+    errno.ETXTBSY: "it is in use; name another place",
+    errno.ENOLCK: "the file system cannot lock files; name a place on another one",
+    errno.EOPNOTSUPP: "the file system cannot do this; name a place on another one",
+    errno.ESTALE: "the network file system has lost it; mount it again",
+    errno.EPIPE: "the program that read it has ended",
     errno.EIO: "the device reports an input/output error; check the disk",
 }
 
 
-def explain(error: OSError, path: Path | str | None = None) -> ReqatError:
+def explain(error: Exception, path: Path | str | None = None) -> ReqatError:
     """The `ReqatError` for an ``OSError``: the file (the error's own, else ``path``), what is wrong, and the remedy.
 
-    An error without an errno (libraries in other languages raise such) keeps its own words; if these speak of space,
-    permission or length, the remedy is that errno's.
+    Also for what libraries in other languages raise in its place (see :func:`os_error`). An error that speaks in words
+    alone, without an errno, keeps them.
     """
-    file = error.filename2 if error.filename2 is not None else error.filename
-    where = os.fsdecode(file) if isinstance(file, str | bytes) else str(file) if file is not None else None
-    place = where if where is not None else (str(path) if path is not None else "a file")
-    number = error.errno if error.errno is not None else _errno_in(str(error))
-    reason = error.strerror or str(error) or type(error).__name__
-    remedy = _REMEDIES.get(number) if number is not None else None
-    return ReqatError(f"{place}: {remedy}." if remedy else f"{place}: {reason}; check the path and the disk.")
+    if isinstance(error, ReqatError):
+        return error
+    found = os_error(error) or OSError(str(error))
+    file = found.filename2 if found.filename2 is not None else found.filename
+    if isinstance(file, bytes):
+        file = os.fsdecode(file)
+    place = _shortened(str(file if isinstance(file, str | os.PathLike) else path if path is not None else "a file"))
+    remedy = _REMEDIES.get(found.errno) if found.errno is not None else None
+    if remedy is not None:
+        return ReqatError(f"{place}: {remedy}.")
+    reason = " ".join((found.strerror or str(found) or type(error).__name__).split())
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # worded by ourselves, with its remedy
+        return ReqatError(reason)
+    return ReqatError(f"{place}: {reason}; check the path and the disk.")
 
 
-def _errno_in(text: str) -> int | None:
-    """The errno that a message without one speaks of (`... (os error 28)`, `No space left on device`)."""
-    for number in _REMEDIES:
-        if f"os error {number})" in text or os.strerror(number).lower() in text.lower():
-            return number
-    return None
+def os_error(error: BaseException) -> OSError | None:
+    """The ``OSError`` that an exception is or tells of, None if it is about something else.
+
+    safetensors, tokenizers and others written in Rust raise exceptions of their own that only say `... (os error 28)`;
+    some libraries raise an ``OSError`` without an errno.
+    """
+    if isinstance(error, ReqatError) or not isinstance(error, Exception):
+        return None
+    text = str(error)
+    if isinstance(error, OSError):
+        if error.errno is not None:
+            return error
+        number = next((n for n in _REMEDIES if os.strerror(n).lower() in text.lower()), None)
+        stated = _OS_ERROR.search(text)
+        number = int(stated[1]) if stated else number
+        return error if number is None else OSError(number, text)
+    stated = _OS_ERROR.search(text)
+    return OSError(int(stated[1]), text) if stated else None
+
+
+def _shortened(place: str) -> str:
+    """A path that fits on one line: without line breaks, and both ends of one that is too long for the system."""
+    place = "".join(c if c.isprintable() else repr(c)[1:-1] for c in place)
+    return place if len(place) <= _SHOWN else f"{place[: _SHOWN // 2]}[...]{place[-_SHOWN // 2 :]}"
 
 
 @contextlib.contextmanager
@@ -73,8 +112,6 @@ def explaining(path: Path | str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, ReqatError):
-            raise
         raise explain(error, path) from error
 
 
@@ -193,38 +230,90 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def exclusive(lock: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on the file ``lock`` (made if need be; the system releases it however the process ends).
+def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on the file ``lock``, which is made and, at the end, removed. The system releases it
+    however the process ends.
 
-    Raises `ReqatError` naming ``what`` if another process holds it, or if the file cannot be opened.
+    Raises `ReqatError` naming ``what`` at once if another process holds it (``wait``: waits for it instead), or if the
+    file cannot be made.
     """
-    with explaining(lock):
+    try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock.open("a")
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ReqatError(f"{what}: another process is writing it; wait for it, or end it.") from None
+        handle = _lock(lock, what, wait)
+    except OSError as error:
+        made = error.filename is None or os.path.lexists(error.filename)
+        raise explain(error if made else OSError(error.errno, error.strerror), lock.parent) from error
+    try:
         yield
+    finally:
+        with contextlib.suppress(OSError):
+            lock.unlink()  # while it is held: whoever waits for it sees that its file is gone, and makes another
+        os.close(handle)
+
+
+def _lock(lock: Path, what: str, wait: bool) -> int:
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), os.stat(lock, follow_symlinks=False)):
+                    return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise ReqatError(f"{what}: another process is making it; wait for it, or end it.") from None
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder removed it in between
+
+
+def beside(path: Path, suffix: str) -> Path:
+    """A hidden neighbour of ``path``: its name with ``suffix``, shortened where the file system would not take it."""
+    name = path.name
+    if len(os.fsencode(name)) > _NAME_BYTES:
+        digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+        name = os.fsencode(name)[:_NAME_BYTES].decode("utf-8", "ignore") + digest
+    return path.with_name(f".{name}.{suffix}")
+
+
+def unique(path: Path) -> Path:
+    """``path`` with this process's id and a random number, for what nobody else may use (see :func:`unique_of`)."""
+    return path.with_name(f"{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def unique_of(path: Path) -> list[Path]:
+    """The folders that :func:`unique` named after ``path``; links are none."""
+    if not path.parent.is_dir():
+        return []
+    name = re.compile(re.escape(path.name) + r"-\d+-[0-9a-f]{8}")
+    return [p for p in path.parent.iterdir() if name.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
 
 
 def write_file(path: Path, data: str | bytes) -> None:
     """Write a file atomically and durably; text in UTF-8. Raises `ReqatError` if it cannot be written, and leaves
     nothing behind then."""
-    temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.tmp")
+    temporary = unique(beside(path, "tmp"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data if isinstance(data, bytes) else data.encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush(path.parent)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise explain(error, path) from error
+        if isinstance(error, OSError):
+            raise explain(_of(error, temporary, path), path) from error
+        raise
+
+
+def _of(error: OSError, temporary: Path, path: Path) -> OSError:
+    """An error about the temporary file as one about the file that the user named."""
+    named = error.filename is not None and os.fspath(error.filename) == os.fspath(temporary)
+    return OSError(error.errno, error.strerror, os.fspath(path)) if named else error
 
 
 def flush(path: Path) -> None:
@@ -236,20 +325,58 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def install(folder: Path, target: Path) -> None:
-    """Rename ``folder`` to ``target``, in place of the folder that stood there. ``folder`` must lie on the same file
-    system."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        old = target.with_name(f".{target.name[:200]}.{os.getpid()}.old")
-        shutil.rmtree(old, ignore_errors=True)
+def install(folder: Path, target: Path) -> Path | None:
+    """Rename ``folder`` to ``target``; returns where the folder that stood there is now, None if there was none or an
+    empty one.
+
+    At every moment ``target`` is the old folder or the new one, where the system can exchange two names (Linux); else
+    there is a moment without either, after which :func:`recover` brings the old one back. Both must lie on one file
+    system. A file or link at ``target`` is not replaced (``OSError``).
+    """
+    old: Path | None = None
+    if _empty_or_absent(target):
+        os.rename(folder, target)
+    elif not target.is_dir() or target.is_symlink():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    elif _exchange(folder, target):
+        old = folder
+    else:
+        old = unique(beside(target, _OLD))
         os.rename(target, old)
         try:
             os.rename(folder, target)
         except OSError:
             os.rename(old, target)  # what stood there stays
             raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(folder, target)
     flush(target.parent)
+    return old
+
+
+def recover(target: Path) -> None:
+    """Bring back the folder that :func:`install` had just moved away from ``target`` when its process died."""
+    if not os.path.lexists(target):
+        for old in unique_of(beside(target, _OLD)):
+            os.rename(old, target)
+            return
+
+
+def _empty_or_absent(target: Path) -> bool:
+    if not os.path.lexists(target):
+        return True
+    return target.is_dir() and not target.is_symlink() and not any(target.iterdir())
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two names in one step. False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_RENAME_EXCHANGE)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(a), None, str(b))

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reqat.config.files import write_file
 from reqat.config.recipe import Catalogue
 from reqat.config.studies import StudiesFile
 from reqat.config.throughput import ThroughputFile
@@ -37,5 +38,5 @@ def text() -> str:
 def write(folder: Path) -> Path:
     """Write `schema.json` into a configuration folder; returns its path."""
     path = folder / FILE
-    path.write_text(text(), encoding="utf-8")
+    write_file(path, text())
     return path

@@ -15,6 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from reqat.config.errors import ReqatError
+from reqat.config.files import explaining, write_file
+from reqat.config.targets import check_file, never
+
 MANIFEST = "manifest.json"
 
 
@@ -84,15 +88,30 @@ class TraceStore:
 
 def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
     """Write each iterable of traces to ``folder/NAME.jsonl`` and the manifest last, so that a whole manifest means
-    whole files.
+    whole files. A store that is there already is not replaced.
 
-    Raises ``ValueError`` for a name without traces.
+    Raises `ReqatError` for a name without traces, if one of the files is there already, or if the system refuses to
+    write; what was written is removed then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    for name in [*(f"{name}.jsonl" for name in files), MANIFEST]:
+        check_file(folder / name, never, replace=False)
+    with explaining(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        made: list[Path] = []
+        try:
+            _write_store(folder, files, made)
+        except BaseException:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
+
+
+def _write_store(folder: Path, files: dict[str, Iterable[Trace]], made: list[Path]) -> None:
     entries: dict[str, dict[str, object]] = {}
     for name, traces in files.items():
         digest, n_bytes, n_traces, n_tokens = hashlib.sha256(), 0, 0, 0
-        with open(folder / f"{name}.jsonl", "wb") as f:
+        with open(folder / f"{name}.jsonl", "xb") as f:
+            made.append(folder / f"{name}.jsonl")
             for trace in traces:
                 line = json.dumps(asdict(trace), separators=(",", ":")).encode() + b"\n"
                 f.write(line)
@@ -101,11 +120,9 @@ def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
             f.flush()
             os.fsync(f.fileno())
         if not n_traces:
-            raise ValueError(f"no traces for {name!r}; ask for at least one")
+            raise ReqatError(f"no traces for {name!r}; ask for at least one")
         entries[name] = {"sha256": digest.hexdigest(), "bytes": n_bytes, "traces": n_traces, "tokens": n_tokens}
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, folder / MANIFEST)
+    write_file(folder / MANIFEST, json.dumps({"files": entries}, indent=1, sort_keys=True) + "\n")
 
 
 def select(traces: Sequence[Trace], tokens: int, *, skip_tokens: int = 0) -> list[Trace]:

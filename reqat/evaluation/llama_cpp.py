@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import beside, unique
 from reqat_kernels.bench.machine import waited_ns
 from reqat_kernels.bench.measure import Wrong
 
@@ -74,7 +76,17 @@ def convert(source: Path, target: Path, type_name: str) -> None:
     reader = gguf.GGUFReader(source)
     kind = gguf.GGMLQuantizationType[type_name]
     outer = kind if type_name == "BF16" else gguf.GGMLQuantizationType.Q8_0
-    partial = target.with_suffix(".partial")
+    partial = unique(beside(target, "partial"))
+    try:
+        _write_gguf(reader, partial, kind, outer)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_gguf(reader: Any, partial: Path, kind: Any, outer: Any) -> None:
+    import gguf
+
     writer = gguf.GGUFWriter(partial, str(reader.fields["general.architecture"].contents()))
     given = ("general.architecture", "general.file_type", "general.quantization_version")
     for key, entry in reader.fields.items():
@@ -94,7 +106,6 @@ def convert(source: Path, target: Path, type_name: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    partial.replace(target)
 
 
 @torch.no_grad()

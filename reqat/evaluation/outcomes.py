@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from reqat.config.targets import making_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,10 +127,11 @@ class Outcomes:
             metadata=self.metadata,
         )
 
-    def to_parquet(self, path: Path | str) -> None:
+    def to_parquet(self, path: Path | str, *, overwrite: bool = False) -> None:
         """Write atomically: a reader finds the old file, the whole new one, or none.
 
-        Raises ``OSError`` (a full disk, for one) after removing what was written so far.
+        Outcomes that are there are replaced only with ``overwrite``, anything else never. Raises `ReqatError` then, or
+        if the system refuses to write (a full disk, for one), after removing what was written so far.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -142,17 +144,10 @@ class Outcomes:
             metadata={"schema": _SCHEMA, "metadata": metadata, "seal": _seal(self.digest, metadata)},
         )
         table = pa.table(columns, schema=schema)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with open(temporary, "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with making_file(path, _is_ours, replace=overwrite) as write:
+            written = pa.BufferOutputStream()
+            pq.write_table(table, written, compression="zstd")
+            write(written.getvalue().to_pybytes())
 
     @classmethod
     def from_parquet(cls, path: Path | str) -> Outcomes:
@@ -187,6 +182,17 @@ class Outcomes:
         if stored.get("seal") != _seal(outcomes.digest, stored["metadata"]):
             raise ValueError(f"outcomes file {path} was altered after it was written; {remedy}")
         return outcomes
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is one of :meth:`Outcomes.to_parquet`, whole or not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return (pq.read_schema(path).metadata or {}).get(b"schema") == _SCHEMA.encode()
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _arrow_type(column: str) -> Any:

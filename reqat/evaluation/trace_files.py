@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.files import beside, explaining, unique, write_file
+from reqat.config.targets import check_file, never
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +127,7 @@ class TraceWriter:
     """Writes a trace folder; used as a context manager, it leaves whole files or none.
 
     Args:
-        folder: made if need be.
+        folder: made if need be; traces that are there are not replaced.
         labels: the precisions, the reference first.
         vocabulary: the text of each token id.
         k: most likely tokens kept a position.
@@ -133,7 +135,8 @@ class TraceWriter:
         metadata: further entries of ``meta.json`` (decoding, seeds, models).
         group_tokens: tokens of a row group.
 
-    Raises `ReqatError` for labels that are missing or repeated.
+    Raises `ReqatError` for labels that are missing or repeated, if the folder holds traces already, or if the system
+    refuses to write.
     """
 
     def __init__(
@@ -161,21 +164,32 @@ class TraceWriter:
         self._pending_tokens = 0
         self._infos: list[TraceInfo] = []
         self._lengths: list[int] = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / META).unlink(missing_ok=True)  # what was there is no longer whole
+        for name in (META, TOKENS, TRACES):
+            check_file(self.folder / name, never, replace=False)
         self._schema = token_schema(self.labels, logprobs=logprobs)
         self._trace_schema = pa.schema(_TRACE_FIELDS)
-        self._files = {name: self.folder / f".{name}.partial" for name in (TOKENS, TRACES)}
+        self._files = {name: unique(beside(self.folder / name, "partial")) for name in (TOKENS, TRACES)}
+        with explaining(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Files of Python's: their errors name the reason, those of Arrow do not always.
+            self._open: dict[str, BinaryIO] = {}
+            try:
+                for name, path in self._files.items():
+                    self._open[name] = path.open("xb")
+            except OSError:
+                for path in self._files.values():
+                    path.unlink(missing_ok=True)
+                raise
         # Dictionaries pay for ids, not for floats that hardly repeat.
         self._tokens = pq.ParquetWriter(
-            self._files[TOKENS],
+            self._open[TOKENS],
             self._schema,
             compression="zstd",
             use_dictionary=["trace", "token", *(f"top_{label}.list.element" for label in self.labels)],
             write_page_checksum=True,
         )
         self._traces = pq.ParquetWriter(
-            self._files[TRACES], self._trace_schema, compression="zstd", write_page_checksum=True
+            self._open[TRACES], self._trace_schema, compression="zstd", write_page_checksum=True
         )
 
     def check(self, info: TraceInfo, tokens_N: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
@@ -217,7 +231,8 @@ class TraceWriter:
         self.n_traces += 1
         self.n_tokens += len(tokens)
         if self._pending_tokens >= self._group_tokens:
-            self._flush()
+            with explaining(self.folder):
+                self._flush()
         return self.n_traces - 1
 
     def leave_out(self, info: TraceInfo, reason: str) -> None:
@@ -261,11 +276,19 @@ class TraceWriter:
             self.abort()
             why = f" (all left out: {self.left_out[0]['reason']})" if self.left_out else ""
             raise ReqatError(f"{self.folder}: no traces to write{why}")
-        self._flush()
-        self._tokens.close()
-        self._traces.close()
-        for name, path in self._files.items():
-            os.replace(path, self.folder / name)
+        with explaining(self.folder):
+            self._flush()
+            for writer in (self._tokens, self._traces):
+                writer.close()
+            for file in self._open.values():
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
+            for name in (META, TOKENS, TRACES):
+                check_file(self.folder / name, never, replace=False)
+            for name, path in list(self._files.items()):
+                os.replace(path, self.folder / name)
+                self._files[name] = self.folder / name  # what abort() removes
         meta = {
             "schema": SCHEMA,
             "labels": list(self.labels),
@@ -276,15 +299,14 @@ class TraceWriter:
             **self.metadata,
             "vocabulary": self.vocabulary,
         }
-        temporary = self.folder / f".{META}.partial"
-        temporary.write_text(json.dumps(meta, ensure_ascii=False, indent=None) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / META)
+        write_file(self.folder / META, json.dumps(meta, ensure_ascii=False, indent=None) + "\n")
         return self.folder
 
     def abort(self) -> None:
         """Take back what was written."""
-        for writer in (self._tokens, self._traces):
-            writer.close()
+        for end in (self._tokens.close, self._traces.close, *(file.close for file in self._open.values())):
+            with contextlib.suppress(OSError, pa.ArrowException, ValueError):  # a full disk, for what is buffered
+                end()
         for path in self._files.values():
             path.unlink(missing_ok=True)
 
@@ -294,10 +316,14 @@ class TraceWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.close()
+        except BaseException:
+            self.abort()
+            raise
 
 
 def _lists(values_NK: NDArray[Any]) -> pa.Array:

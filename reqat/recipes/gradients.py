@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import write_file
 from reqat.config.stage import Stage, TrainSettings
 from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.models import load_model
-from reqat.models.pretrained import plain_state
 from reqat.recipes.stages import MODEL, train_again
 from reqat.training.gradients import GradientProbe, TokenGradients
 
@@ -124,9 +124,8 @@ def run_gradients(
     seen = checkpoints / "gradients.jsonl"
     rows = {(row["step"], row["threshold"]): row for row in _read(seen)}
 
-    draft = seen.with_suffix(".draft")  # without a line that a kill cut short, to which the next would be glued
-    draft.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
-    os.replace(draft, seen)
+    # Without a line that a kill cut short, to which the next would be glued.
+    write_file(seen, "".join(json.dumps(row) + "\n" for row in rows.values()))
     with seen.open("a") as file:
 
         def take(step: int, found: TokenGradients) -> None:
@@ -155,7 +154,7 @@ def run_gradients(
         "final_loss": result.final_loss,
     }
     if trained is not None:
-        different = _different(plain_state(model), trained / MODEL)
+        different = _different(model.state_dict(), trained / MODEL)
         metrics["same_weights"] = not different
         if different:
             warnings.warn(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, made, read_plan
 from reqat.config.plan import Plan
+from reqat.config.targets import making
 from reqat.records import record
 
 PLAN, PIN, OUTCOMES = "plan.json", "pin.json", "outcomes.parquet"
@@ -66,17 +67,38 @@ def pin(
     paths: Paths,
     *,
     allow_dirty: bool = False,
+    force: bool = False,
     render: Callable[[Plan, Path, Path], Any] | None = None,
 ) -> Path:
-    """Promote a finished run into `results/<tier>/`, in place of what is there. Returns the folder.
+    """Promote a finished run into `results/<tier>/`; with `force`, in place of what was pinned there. Returns the
+    folder.
 
     `render(plan, source, out)` writes tables and plots of the pinned results `source` under `out`. Raises `ReqatError`
-    as `check` does.
+    as `check` does, or if something is there already.
     """
-    found = check(plan, paths, allow_dirty=allow_dirty)
     target = paths.results / plan.tier.name
-    draft = paths.results / f".{plan.tier.name}.draft"
-    shutil.rmtree(draft, ignore_errors=True)
+    with making(target, pinned, replace=force) as draft:
+        found = check(plan, paths, allow_dirty=allow_dirty)
+        _fill(draft, plan, paths, found, allow_dirty, render)
+    return target
+
+
+def pinned(folder: Path) -> Collection[str]:
+    """The files of a pinned run, or of pinned studies, in a folder. Raises `ReqatError` if it holds something else."""
+    try:
+        return {PIN, *map(str, json.loads((folder / PIN).read_text(encoding="utf-8"))["files"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ReqatError(f"nothing that was pinned (no whole {PIN} in it).") from None
+
+
+def _fill(
+    draft: Path,
+    plan: Plan,
+    paths: Paths,
+    found: dict[str, dict[str, Any]],
+    allow_dirty: bool,
+    render: Callable[[Plan, Path, Path], Any] | None,
+) -> None:
     for id, entry in found.items():
         folder = (
             draft / ("evaluations" if id in plan.evaluations else "data" if id.startswith("data-") else "stages") / id
@@ -108,8 +130,6 @@ def pin(
             "files": record.files(draft),
         },
     )
-    record.install(draft, target)
-    return target
 
 
 def strip(source: Path, target: Path) -> None:
@@ -149,11 +169,20 @@ def verify(tier: str, paths: Paths) -> int:
     return len(stated)
 
 
-def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False, dtype: str | None = None) -> Path:
-    """Promote the base model trained from scratch into `results/base/`. `dtype` (e.g. `bfloat16`) stores the weights
-    in it.
+def pin_base(
+    plan: Plan,
+    model: str,
+    paths: Paths,
+    *,
+    allow_dirty: bool = False,
+    force: bool = False,
+    dtype: str | None = None,
+) -> Path:
+    """Promote the base model trained from scratch into `results/base/`; with `force`, in place of the one pinned
+    there. `dtype` (e.g. `bfloat16`) stores the weights in it.
 
-    Raises `ReqatError` if it was not trained, is not what its record says, or is larger than 8 MB.
+    Raises `ReqatError` if it was not trained, is not what its record says, is larger than 8 MB, or if something is
+    there already.
     """
     if model not in plan.scratch:
         raise ReqatError(
@@ -167,30 +196,26 @@ def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False,
         raise ReqatError(
             f"{folder} was made from a tree with uncommitted changes; commit and train again, or pass --allow-dirty."
         )
-    draft = paths.results / ".base.draft"
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    if dtype is None:
-        shutil.copytree(folder / "model", draft / "model")
-    else:
-        import torch
+    with making(paths.base, record.belongs("base"), replace=force) as draft:
+        if dtype is None:
+            shutil.copytree(folder / "model", draft / "model")
+        else:
+            import torch
 
-        from reqat.models import load_model, load_tokenizer, save_model
+            from reqat.models import load_model, load_tokenizer, save_model
 
-        source = folder / "model"
-        save_model(load_model(source), load_tokenizer(source), draft / "model", dtype=getattr(torch, dtype))
-    files = record.outputs(draft)
-    size = sum(file["bytes"] for file in files.values())
-    if size > BASE_BYTES:
-        shutil.rmtree(draft)
-        raise ReqatError(
-            f"the base checkpoint is {size / 2**20:.1f} MiB, more than the {BASE_BYTES / 2**20:.0f} MiB that the "
-            "repository takes: "
-            "pin it with --dtype bfloat16, or train a smaller one."
-        )
-    trained = record.outputs_digest(entry)
-    record.write(draft / record.FILE, entry | {"outputs": files, "dtype": dtype, "trained_outputs_sha256": trained})
-    record.install(draft, paths.base)
+            source = folder / "model"
+            save_model(load_model(source), load_tokenizer(source), draft / "model", dtype=getattr(torch, dtype))
+        files = record.outputs(draft)
+        size = sum(file["bytes"] for file in files.values())
+        if size > BASE_BYTES:
+            raise ReqatError(
+                f"the base checkpoint is {size / 2**20:.1f} MiB, more than the {BASE_BYTES / 2**20:.0f} MiB that the "
+                "repository takes: "
+                "pin it with --dtype bfloat16, or train a smaller one."
+            )
+        trained = record.outputs_digest(entry)
+        record.write(draft / record.FILE, entry | {"outputs": files, "dtype": dtype, "trained_outputs_sha256": trained})
     return paths.base
 
 

@@ -1,21 +1,19 @@
 """`record.json`: what a job leaves beside its result, written last, so that a record present means a result whole.
 
-A job works in `build/partial/<id>/`. When its files are there they are hashed, the record is written among them,
-everything is flushed to disk, and the folder is renamed into place: one system call between "nothing" and "all of
-it". A crash, a full disk or Ctrl-C leaves the partial folder, which the next attempt clears.
+A job works in a folder of its own. When its files are there they are hashed, the record is written among them,
+everything is flushed to disk, and the folder is renamed into place: one system call between "nothing" (or the old
+result) and "all of it". A full disk or Ctrl-C leaves nothing; after a crash the next attempt clears the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ from pydantic import BaseModel
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
+from reqat.config.files import flush, write_file
+from reqat.config.targets import Names, making
 from reqat.records import provenance
 
 FILE = "record.json"
@@ -123,13 +123,12 @@ def outputs_digest(record: Mapping[str, Any]) -> str:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record atomically."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        json.dumps(record, indent=1, sort_keys=True, allow_nan=False, default=_plain) + "\n", encoding="utf-8"
-    )
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    write_file(path, text(record))
+
+
+def text(record: Mapping[str, Any]) -> str:
+    """A record as JSON."""
+    return json.dumps(record, indent=1, sort_keys=True, allow_nan=False, default=_plain) + "\n"
 
 
 def _plain(value: Any) -> Any:
@@ -151,16 +150,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class Job:
-    """A running job: collects what its record says. `finish` hashes the outputs and moves the folder into place."""
+    """A running job: collects what its record says. `finish` hashes the outputs and writes it."""
 
     def __init__(
         self, kind: str, id: str, config: Any, *, root: Path, out: Path, partial: Path, tier: str | None = None
@@ -182,7 +173,7 @@ class Job:
         self._source = provenance.commit(root)
 
     def finish(self) -> dict[str, Any]:
-        """Write the record into the partial folder and rename that folder into place. Returns the record."""
+        """Write the record into the partial folder. Returns the record."""
         config = self.config.model_dump(mode="json") if isinstance(self.config, BaseModel) else self.config
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -209,50 +200,56 @@ class Job:
         }
         record = provenance.scrub(_finite(json.loads(json.dumps(record, default=_plain))), self.root)
         for name in record["outputs"]:
-            _flush(self.partial / name)
+            flush(self.partial / name)
         write(self.partial / FILE, record)
-        install(self.partial, self.out)
         return record
-
-
-def install(folder: Path, target: Path) -> None:
-    """Rename `folder` to `target`, in place of whatever stood there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(folder, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(folder, target)
-    _flush(target.parent)
 
 
 @contextlib.contextmanager
 def job(
-    kind: str, id: str, config: Any, *, root: Path, out: Path, partial: Path, tier: str | None = None
+    kind: str, id: str, config: Any, *, root: Path, out: Path, partial: Path | None = None, tier: str | None = None
 ) -> Iterator[Job]:
-    """Run the body with an empty `partial` folder to work in; if it succeeds, its outputs and record appear at `out`
-    at once.
+    """Run the body with an empty folder to work in, `job.partial`, named after `partial`; if it succeeds, its outputs
+    and record appear at `out` at once.
 
-    Raises `ReqatError` on a full disk, naming the folder and what to do; anything else passes through, and `out`
-    stays as it was.
+    `out` is a place of our own: whatever result is there is replaced, and files of others in it are set aside. Raises
+    `ReqatError` if another process is at it, or naming the file and what to do if the system refuses to write;
+    anything else passes through. `out` stays as it was then, and nothing else is left.
     """
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True, exist_ok=True)
-    running = Job(kind, id, config, root=root, out=out, partial=partial, tier=tier)
-    try:
+    with making(out, belongs(None), replace=True, partial=partial, set_aside=True) as work:
+        running = Job(kind, id, config, root=root, out=out, partial=work, tier=tier)
         yield running
         running.finish()
-    except OSError as error:
-        raise full_disk(error, partial) from error
 
 
-def full_disk(error: OSError, folder: Path) -> Exception:
-    """A `ReqatError` for an error that means "no space left", else the error itself."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return ReqatError(
-            f"no space left on the disk of {folder}: free some, or build elsewhere (--build DIR), and run again."
-        )
-    return error
+@contextlib.contextmanager
+def asked_for(
+    kind: str, out: Path, config: Any, *, root: Path, force: bool, inputs: Iterable[Path | str] = ()
+) -> Iterator[Job]:
+    """As `job`, where the user named the folder: only a result of the same `kind` is replaced, and only with `force`;
+    never one of the folders `inputs` that it is made from.
+
+    To be entered before anything is loaded. Raises `ReqatError` naming the folder and the remedy.
+    """
+    given = [Path(folder) for folder in inputs if Path(folder).exists()]
+    with making(out, belongs(kind), replace=force, inputs=given) as work:
+        running = Job(kind, Path(os.path.abspath(out)).name, config, root=root, out=out, partial=work)
+        yield running
+        running.finish()
+
+
+def belongs(kind: str | None) -> Names:
+    """Names the files of a result of a kind (None: of any) by its record."""
+
+    def names(folder: Path) -> Collection[str]:
+        try:
+            found = read(folder)
+            listed = {FILE, *map(str, found["outputs"])}
+        except (ReqatError, OSError, TypeError):
+            wanted = f"`reqat {kind}`" if kind else "reqat"
+            raise ReqatError(f"no result of {wanted} (no whole {FILE} in it).") from None
+        if kind is not None and found["kind"] != kind:
+            raise ReqatError(f"a result of `reqat {found['kind']}`, not of `reqat {kind}`.")
+        return listed
+
+    return names

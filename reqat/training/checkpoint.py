@@ -7,6 +7,7 @@ moment there is one whole checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -17,13 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from reqat.config.errors import ReqatError
+from reqat.config.files import explain, flush
+
 FILE = "checkpoint.safetensors"
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
     """Write the state atomically. ``position`` is JSON: what else the loop needs to go on.
 
-    Raises ``OSError`` with the folder's name where the disk is full; the previous checkpoint then still stands.
+    Raises `ReqatError` naming the folder where the disk is full or refuses; the previous checkpoint then still stands.
     """
     tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
@@ -32,17 +36,20 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{FILE}.tmp"
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"position": json.dumps(position)})
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, folder / FILE)
+        flush(folder)
     except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write the checkpoint in {folder} ({e}); free some space there, the run resumes from the last one"
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise ReqatError(
+            f"cannot write the checkpoint in {folder} ({explain(e, folder)}) Free some space there, or make it "
+            "writable; the run goes on from the last one."
         ) from e
 
 

@@ -244,12 +244,10 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
 def train_again(root: Path, id: str) -> str:
     """Other weights under the id of a stage, whole with a record; returns the digest of the outputs."""
     folder, partial = root / "build" / "stages" / id, root / "build" / "partial" / id
-    with record.job("finetune", id, {}, root=root, out=folder, partial=partial):
-        shutil.copytree(folder / "model", partial / "model")
-        weights = load_file(partial / "model" / "model.safetensors")
-        save_file(
-            {name: 1.5 * w for name, w in weights.items()}, partial / "model" / "model.safetensors", {"format": "pt"}
-        )
+    with record.job("finetune", id, {}, root=root, out=folder, partial=partial) as job:
+        shutil.copytree(folder / "model", job.partial / "model")
+        file = job.partial / "model" / "model.safetensors"
+        save_file({name: 1.5 * w for name, w in load_file(file).items()}, file, {"format": "pt"})
     return record.outputs_digest(record.read(folder))
 
 
@@ -359,8 +357,8 @@ def test_a_training_made_anew_gets_the_stage_and_what_it_read(checkout: Path, mo
         folder = checkout / "build" / ("data" if id.startswith("data-") else "stages") / id
         shutil.rmtree(folder, ignore_errors=True)
         partial = checkout / "build" / "partial" / id
-        with record.job("x", id, {}, root=checkout, out=folder, partial=partial):
-            (partial / "file").write_text(id)
+        with record.job("x", id, {}, root=checkout, out=folder, partial=partial) as job:
+            (job.partial / "file").write_text(id)
     assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
     assert told["stage"] == study.models["model"].stage and told["every"] == 3 and not told["progress"]
     assert {role: folder.name for role, folder in told["inputs"].items()} == study.given

@@ -166,4 +166,7 @@ def test_a_store_reads_back_equal_and_a_damaged_one_is_refused(tmp_path: Path) -
     with pytest.raises(FileNotFoundError, match="write the traces first"):
         TraceStore.read(tmp_path)
     with pytest.raises(ValueError, match="no traces for 'train'"):
-        write_store(tmp_path, {"train": []})
+        write_store(tmp_path / "new", {"train": []})
+    with pytest.raises(ValueError, match=r"train\.jsonl is there already"):
+        write_store(tmp_path, {"train": store})
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir() if p.is_file()] == ["train.jsonl"]

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from reqat.config.errors import ReqatError
 from reqat.evaluation import Outcomes
 
 Make = Callable[..., Outcomes]
@@ -21,7 +22,7 @@ def test_round_trip(outcomes: Make, tmp_path: Path) -> None:
     correct = np.random.default_rng(0).random((5, 3)) < 0.5
     for response in (None, [f'"{i}" é\n' for i in range(15)]):
         made = outcomes(correct, response=response, metadata={"decoding": "greedy"})
-        made.to_parquet(tmp_path / "deep" / "outcomes.parquet")
+        made.to_parquet(tmp_path / "deep" / "outcomes.parquet", overwrite=response is not None)
         read = Outcomes.from_parquet(tmp_path / "deep" / "outcomes.parquet")
         assert read.digest == made.digest and read.metadata == made.metadata and read.response == made.response
         assert read.to_pandas().equals(made.to_pandas())
@@ -74,6 +75,11 @@ def test_other_files(outcomes: Make, tmp_path: Path) -> None:
     pq.write_table(pa.table({"problem_id": ["a"], "seed": [1]}), path)
     with pytest.raises(ValueError, match="no outcomes file of schema .* but None with columns problem_id, seed"):
         Outcomes.from_parquet(path)
+    before = path.read_bytes()
+    with pytest.raises(ReqatError, match="no file of ours"):
+        outcomes([[1, 0]]).to_parquet(path, overwrite=True)
+    assert path.read_bytes() == before
+    path = tmp_path / "ours.parquet"
     outcomes([[1, 0]]).to_parquet(path)
     table = pq.read_table(path)
     altered = table.set_column(3, "correct", pa.array([True, True]))
@@ -97,13 +103,16 @@ def test_killed_while_writing(outcomes: Make, tmp_path: Path) -> None:
         "import os, signal, sys\n"
         "from reqat.evaluation import Outcomes\n"
         "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Outcomes(('p', 'q'), ('f', 'f'), [0, 0], [True, True], [3, 3], [True, True]).to_parquet(sys.argv[1])\n"
+        "Outcomes(('p', 'q'), ('f', 'f'), [0, 0], [True, True], [3, 3], [True, True]).to_parquet(sys.argv[1], "
+        "overwrite=True)\n"
     )
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", script, str(path)], cwd=root, check=False)
     assert done.returncode == -9
     assert Outcomes.from_parquet(path).digest == old.digest
-    assert [p.suffix for p in tmp_path.iterdir() if p != path] == [".partial"]
+    left = {p.name for p in tmp_path.iterdir() if p != path}
+    assert left and all(name.startswith(".o.parquet.") for name in left)
+    outcomes([[1, 1]]).to_parquet(path, overwrite=True)  # the dead process's lock is none
 
 
 def test_full_disk(outcomes: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +124,8 @@ def test_full_disk(outcomes: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        outcomes([[1, 1]]).to_parquet(path)
+    with pytest.raises(ReqatError, match=r"o\.parquet: no space left"):
+        outcomes([[1, 1]]).to_parquet(path, overwrite=True)
     assert Outcomes.from_parquet(path).digest == old.digest
     assert [p.name for p in tmp_path.iterdir()] == ["o.parquet"]
 

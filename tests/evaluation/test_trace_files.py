@@ -135,12 +135,14 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
         TraceWriter(tmp_path, ["A", "A"], WORDS)
 
 
-def test_a_new_run_makes_the_old_folder_unwhole_until_it_ends(tmp_path: Path) -> None:
+def test_traces_that_are_there_are_not_replaced(tmp_path: Path) -> None:
     write(tmp_path, [2])
-    writer = TraceWriter(tmp_path, ["A"], WORDS)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ReqatError, match=r"meta\.json is there already"):
+        TraceWriter(tmp_path, ["A"], WORDS)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(FileNotFoundError, match="no meta.json in .*`reqat entropy`"):
-        TraceFolder(tmp_path)
-    writer.abort()
+        TraceFolder(tmp_path / "none")
 
 
 def damage(folder: Path, group: int) -> None:

@@ -149,7 +149,7 @@ def test_the_same_run_compares_equal_and_one_changed_outcome_is_found(paths: Pat
     some = paths.evaluation(plan.evaluation(next(iter(plan.evaluations))))
     altered = outcomes(0.5)
     altered.correct[3] ^= True
-    altered.to_parquet(some / "outcomes.parquet")
+    altered.to_parquet(some / "outcomes.parquet", overwrite=True)
     entry = json.loads((some / "record.json").read_text())
     record.write(some / "record.json", entry | {"outputs": record.outputs(some)})
     assert [c.ok for c in compare.compare(plan, paths)].count(False) == 1
