@@ -32,6 +32,8 @@ from reqat.config.targets import is_page, making_file
 
 # Opens at once and can be mailed. More than this is said, not refused.
 COMFORTABLE_BYTES = 15_000_000
+# As in viewer.js: characters that draw nothing or turn around what follows them are shown by their number.
+_HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]")
 
 
 @dataclass(frozen=True)
@@ -270,7 +272,7 @@ def _assemble(title: str, index: str, blobs: str) -> bytes:
 
     policy = f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; img-src data:"
     filled = {
-        "title": html.escape(title),
+        "title": html.escape(_HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", title)),
         "policy": policy,
         "style": style,
         "script": script,

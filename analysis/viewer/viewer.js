@@ -24,16 +24,23 @@
 
   // -- small helpers ------------------------------------------------------------------------------------------------
 
+  // Characters that change how their neighbours are drawn, or draw nothing: text directions (U+202E turns what follows
+  // around), zero-width ones, control codes. A token that holds one shows its number, so that nothing hides in it.
+  const HIDDEN = /[\u0000-\u0008\u000B\u000C\u000E-\u001F\u007F-\u009F\u00AD\u061C\u180E\u200B-\u200F\u2028-\u202E\u2060-\u206F\uFEFF\uFFF9-\uFFFB]/g;
+  const plain = (value) => String(value).replace(
+    HIDDEN, (c) => `[U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}]`,
+  );
+
   /** An element with properties (`text`, `class`, or attributes) and children. */
   function make(tag, properties = {}, ...children) {
     const element = document.createElement(tag);
     for (const [name, value] of Object.entries(properties)) {
       if (value === undefined || value === null || value === false) continue;
-      if (name === "text") element.textContent = value;
+      if (name === "text") element.textContent = plain(value);
       else if (name === "class") element.className = value;
-      else element.setAttribute(name, value === true ? "" : value);
+      else element.setAttribute(name, value === true ? "" : plain(value));
     }
-    element.append(...children.filter((child) => child !== null));
+    element.append(...children.filter((child) => child !== null).map((child) => (typeof child === "string" ? plain(child) : child)));
     return element;
   }
 
@@ -400,10 +407,10 @@
     const lower = item.q.toLowerCase();
     let done = 0;
     for (let hit = state.query ? lower.indexOf(state.query) : -1; hit >= 0; hit = lower.indexOf(state.query, done)) {
-      prompt.append(item.q.slice(done, hit), make("mark", { text: item.q.slice(hit, hit + state.query.length) }));
+      prompt.append(plain(item.q.slice(done, hit)), make("mark", { text: item.q.slice(hit, hit + state.query.length) }));
       done = hit + state.query.length;
     }
-    prompt.append(item.q.slice(done).replace(/\n+$/, ""));
+    prompt.append(plain(item.q.slice(done).replace(/\n+$/, "")));
     const grid = make("div", { class: "columns" });
     columns.forEach((column, at) => grid.append(drawColumn(column, at)));
     $("problem").replaceChildren(head, prompt, grid);
@@ -451,7 +458,7 @@
       });
       // A line break shows as a sign and breaks the line after its token; an empty piece would be nowhere to point at.
       const breaks = written.match(/\r\n|\n|\r/g)?.length ?? 0;
-      span.textContent = written.replace(/\r\n|\n|\r/g, "\u23CE") || "\u2205";
+      span.textContent = plain(written.replace(/\r\n|\n|\r/g, "\u23CE")) || "\u2205";
       span.dataset.i = i;
       column.spans.push(span);
       whole.append(span);

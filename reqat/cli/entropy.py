@@ -39,7 +39,9 @@ def entropy(
     problem_seed: Annotated[int, typer.Option(help="Seed that problems of task families are drawn with.")] = 1,
     reference_precision: Annotated[str, typer.Option(help="Precision that the reference runs in.")] = "BF16",
     candidate_precision: Annotated[str, typer.Option(help="And the candidate.")] = "NVFP4-W4A4KV4",
-    global_scale: Annotated[str, typer.Option(help="dynamic or row (NVFP4; row: independent of the batch).")] = "row",
+    global_scale: Annotated[
+        str | None, typer.Option(help="dynamic or row (NVFP4; default: as the model was saved, or else row).")
+    ] = None,
     kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
     seeds: Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")] = "0",
     decoding: Annotated[str, typer.Option(help=f"greedy, or {SAMPLE}.")] = SAMPLE,
@@ -160,7 +162,8 @@ def collect(
         check_tokenizers(tokenizer, load_tokenizer(paths["candidate"]), paths)
     models: dict[str, Any] = {}
     for label, path, precision, how in zip(labels, paths.values(), precisions, options, strict=True):
-        models[label] = load_at(path, precision, **{name: value for name, value in how.items() if value is not None})
+        given = {name: value for name, value in how.items() if value is not None}
+        models[label] = load_at(path, precision, otherwise={"global_scale": "row"}, **given)
     faults: list[tuple[TraceInfo, str]] = []
     traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
     wanted = [row for row in rows if sample or (sample is None and not row.has_response)]

@@ -98,15 +98,17 @@ class Task:
 
 
 def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model at a precision, as evaluations load it, with its tokenizer. By its name alone, NVFP4 has one global scale
-    a row."""
+    """A model at a precision, as evaluations load it, with its tokenizer. By its name alone, it has the options
+    that the folder was saved with, or else, for NVFP4, one global scale a row."""
     from reqat.evaluation.loading import load_at
     from reqat.models import load_tokenizer
 
     if isinstance(precision, str):
         family(precision)  # says what is wrong in one line
-    spec = PrecisionSpec(name=precision) if isinstance(precision, str) else precision
-    return load_at(folder, spec.name, **spec.options()), load_tokenizer(folder)
+        model = load_at(folder, precision, otherwise=PrecisionSpec(name=precision).options())
+    else:
+        model = load_at(folder, precision.name, override=True, **precision.options())
+    return model, load_tokenizer(folder)
 
 
 def numbers(text: str, option: str, kind: type[T]) -> list[T]:

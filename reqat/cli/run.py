@@ -180,7 +180,8 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     from reqat.tasks import problems
 
     folder = inputs["parent"] / "model"
-    model, tokenizer = load_at(folder, todo.precision.name, **todo.precision.options()), load_tokenizer(folder)
+    model = load_at(folder, todo.precision.name, override=True, **todo.precision.options())
+    tokenizer = load_tokenizer(folder)
     if todo.calibration is not None:
         from reqat.recipes.stages import calibration_ids
 
@@ -259,7 +260,7 @@ def quantize(
         job.config = {
             "model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order,
         }  # fmt: skip
-        report = prepare(loaded, parsed)
+        report = prepare(loaded, precision, **options)
         print(report)
         job.metrics = ptq.solve(method, loaded, ids, act_order=act_order, progress=not quiet)
         save_model(loaded, tokenizer, job.partial / "model")

@@ -22,6 +22,7 @@ from reqat.models.prepare import (  # noqa: E402
     freeze,
     precision_of,
     prepare,
+    saved_at,
 )
 from reqat.models.saving import save_model  # noqa: E402
 
@@ -44,6 +45,7 @@ __all__ = [
     "prepare",
     "quant_linears",
     "save_model",
+    "saved_at",
     "softmax_attention",
     "weights_quantized_once",
 ]

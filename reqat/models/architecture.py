@@ -19,6 +19,9 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Layers that read the same input tensor: its quantization is shared, and engines that fuse them want one global scale.
 _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+#: Names under which adapter libraries keep the layer that they wrap.
+WRAPPED = ("base_layer", "original_module")
+
 
 class UnsupportedModelError(ReqatError):
     """The model's attention or layers are of a kind that this package does not quantize."""
@@ -52,11 +55,21 @@ class LinearSite:
     attribute: str
 
     @property
+    def plain_name(self) -> str:
+        """Its name without what an adapter around it adds: ``...q_proj`` of ``...q_proj.base_layer``."""
+        return plain_name(self.name)
+
+    @property
     def module(self) -> nn.Linear:
         """The layer that sits there now."""
         layer = getattr(self.parent, self.attribute)
         assert isinstance(layer, nn.Linear)
         return layer
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what adapters around it add, which is its name in a checkpoint."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def head_shape(model: PreTrainedModel) -> HeadShape:
@@ -74,7 +87,8 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     Raises UnsupportedModelError, naming layer and reason, if the model is no decoder of the supported kind.
     """
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel")
+        inside = "; prepare what it wraps: get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel{inside}")
     model_type = model.config.model_type
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
@@ -130,19 +144,35 @@ def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer]) -> None
 
 
 def linear_sites(layer: DecoderLayer) -> list[LinearSite]:
-    """Every ``nn.Linear`` in a decoder layer, whatever its name, in the order of the module tree."""
+    """Every ``nn.Linear`` in a decoder layer, whatever its name, in the order of the module tree; adapters left out."""
+    beside = adapters(layer.module)
     sites = []
     for name, parent in layer.module.named_modules():
         for attribute, child in parent.named_children():
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and child not in beside:
                 sites.append(LinearSite(".".join(filter(None, (layer.name, name, attribute))), parent, attribute))
     return sites
 
 
+def adapters(module: nn.Module) -> set[nn.Module]:
+    """All modules in ``module`` that adapters brought along: whatever stands beside a layer that one wraps.
+
+    PEFT keeps the wrapped layer as ``base_layer`` (LoRA and its kin) or ``original_module`` (``modules_to_save``).
+    """
+    return {
+        inner
+        for wrapper in module.modules()
+        for name, child in wrapper.named_children()
+        if name not in WRAPPED and any(isinstance(getattr(wrapper, w, None), nn.Module) for w in WRAPPED)
+        for inner in child.modules()
+    }
+
+
 def sharing_groups(layer: DecoderLayer) -> list[list[LinearSite]]:
     """The layer's linear sites, those that read the same input tensor together: [q, k, v], [o], [gate, up], [down]."""
-    groups: dict[tuple[int, str], list[LinearSite]] = {}
+    groups: dict[tuple[str, str], list[LinearSite]] = {}
     for site in linear_sites(layer):
-        shared = next((g[0] for g in _SHARED_INPUT if site.attribute in g), site.attribute)
-        groups.setdefault((id(site.parent), shared), []).append(site)
+        parent, _, attribute = site.plain_name.rpartition(".")
+        shared = next((g[0] for g in _SHARED_INPUT if attribute in g), attribute)
+        groups.setdefault((parent, shared), []).append(site)
     return list(groups.values())

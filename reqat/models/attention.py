@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.cache_utils import BaseQuantizedLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from reqat.config.errors import ReqatError
@@ -152,6 +153,9 @@ def reqat_attention(
     if kv is not None:
         query = kv.query(query)
         if not is_quantized(key):
+            if kv.scales_over_tokens and attention_mask is not None and attention_mask.dtype == torch.bool:
+                length = _attended(attention_mask)
+                key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
             key, value = kv(key, value)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -167,7 +171,49 @@ def reqat_attention(
     return out_BHTD.transpose(1, 2).to(dtype), None
 
 
+def reqat_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for SDPA, which leaves a mask out only where queries and keys are the same tokens, or where
+    there is one query and every key was written.
+
+    A static cache hands over keys that nobody wrote yet. transformers leaves the mask out there too, for a prompt, and
+    relies on torch's upper left triangle; ours is the lower right one.
+    """
+    unwritten = kv_length != q_length and bool(kwargs.get("q_offset", 0) + q_length != kv_length)
+    return sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        allow_is_causal_skip=allow_is_causal_skip and not unwritten,
+        **kwargs,
+    )
+
+
+def check_call(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a prepared model's decoder: refuse what would leave its keys and values in other numbers.
+
+    Raises ReqatError for another attention function, and for a cache that quantizes by itself.
+    """
+    config: Any = decoder.config
+    if config._attn_implementation != ATTENTION:
+        raise ReqatError(
+            f"the model was prepared, and attention {config._attn_implementation!r} would not quantize its keys and "
+            f"values: call model.set_attn_implementation({ATTENTION!r})"
+        )
+    cache = kwargs.get("past_key_values")
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, BaseQuantizedLayer):
+            raise ReqatError(
+                f"the model quantizes its keys and values itself, and a cache of {type(layer).__name__} would do it a "
+                "second time: take another cache (for four bits, reqat's PackedCache)"
+            )
+
+
+def _attended(mask_BHTS: Tensor) -> int:
+    """The number of keys up to the last one that any query may attend to."""
+    attended_S = mask_BHTS.flatten(0, -2).any(0).nonzero()
+    return int(attended_S[-1]) + 1 if len(attended_S) else mask_BHTS.shape[-1]
+
+
 # Registered with both interfaces: without a mask function transformers would hand over no padding mask at all. A 4D
 # mask given by the caller reaches the attention function untouched (transformers.masking_utils).
 AttentionInterface.register(ATTENTION, reqat_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, reqat_mask)

@@ -8,15 +8,15 @@ blocks along head_dim; queries are not quantized (only rotated, if keys are).
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.models.architecture import decoder_layers
-from reqat.quant import Precision, Quantizer, block_hadamard
+from reqat.quant import MeasuredState, Precision, Quantizer, block_hadamard
 
 
-class KVQuantizer(nn.Module):
+class KVQuantizer(MeasuredState):
     """``key`` and ``value`` quantizers and the shift buffer [G, D] (float32, or None) of one layer."""
 
     shift: Tensor | None
@@ -28,22 +28,31 @@ class KVQuantizer(nn.Module):
         self.value = Quantizer(precision.values, name=f"{name} values")
         self.name = name
         self.shape = (kv_heads, head_dim)
-        self.register_buffer("shift", None, persistent=False)
+        self.register_measured("shift")
+
+    @property
+    def scales_over_tokens(self) -> bool:
+        """Whether keys that were never written (a static cache's zeros, which the shift moves) would change a scale."""
+        fmt = self.key.format
+        return fmt is not None and fmt.global_scale == "dynamic" and self.shift is not None
 
     def set_shift(self, shift_GD: Tensor | None) -> None:
-        """Set the Q-FIT shift, one value a KV head and channel. Raises ValueError for a shape other than [G, D]."""
+        """Set the Q-FIT shift, one value a KV head and channel. Raises ReqatError as `checked` does."""
         if shift_GD is None:
             self.shift = None
             return
-        if tuple(shift_GD.shape) != self.shape:
+        self.shift = self.checked("shift", shift_GD).detach().to(self.device, torch.float32, copy=True)
+
+    def checked(self, name: str, value: Tensor) -> Tensor:
+        """A shift [G, D]. Raises ReqatError for another shape, NaN or infinity."""
+        if tuple(value.shape) != self.shape:
             raise ReqatError(
-                f"{self.name}: shift of shape {tuple(shift_GD.shape)}, but the layer has {self.shape[0]} KV heads of "
+                f"{self.name}: shift of shape {tuple(value.shape)}, but the layer has {self.shape[0]} KV heads of "
                 f"head_dim {self.shape[1]}"
             )
-        if not torch.isfinite(shift_GD).all():
+        if not torch.isfinite(value).all():
             raise ReqatError(f"{self.name}: the shift holds NaN or infinity")
-        device = self.shift.device if self.shift is not None else shift_GD.device
-        self.shift = shift_GD.detach().to(device=device, dtype=torch.float32).clone()
+        return value
 
     def query(self, query_BHTD: Tensor) -> Tensor:
         """The query in the basis of the quantized keys."""

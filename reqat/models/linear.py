@@ -1,8 +1,16 @@
 """A linear layer whose weight and input are quantized.
 
 ``QuantLinear`` replaces ``nn.Linear`` in place: it holds the same ``weight`` and ``bias`` parameters under the same
-names, so optimizers, tied weights and state dicts go on working. Until frozen it fake-quantizes the weight in every
-forward pass (QAT); frozen, it keeps the codes and multiplies with their dense dequantized values.
+names, so optimizers and tied weights go on working. Until frozen it fake-quantizes the weight in every forward pass
+(QAT); frozen, it keeps the codes and multiplies with their dense dequantized values.
+
+Its state dict has the weight as an ordinary linear layer would use it, also where a frozen weight is kept rotated, and
+of a frozen layer the codes too (``weight_packed``, ``weight_scale``, ``weight_global_scale``, the sidecar's names).
+Loaded into a prepared layer, the codes freeze it as it was.
+
+A frozen weight must not change, because the codes would not follow: what is merged into it afterwards (a LoRA) would be
+lost at the next save. :meth:`QuantLinear.check_unchanged` compares them; saving, packing and state dicts ask it, and
+the forward pass of a prompt compares a sample.
 
 Within :func:`weights_quantized_once` an unfrozen weight is quantized once, not once a forward pass: the micro-batches
 of one optimizer step, and the second forward pass of gradient checkpointing, all see the same weight. What is kept is
@@ -15,22 +23,52 @@ tensor once a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
-from reqat.formats import QuantizedTensor, quantize
+from reqat.formats import PackedTensor, QuantizedTensor, quantize
 from reqat.quant import Precision, Quantizer, block_hadamard, straight_through
+
+#: What a frozen layer's state dict has beyond an ordinary linear layer's.
+CODES = ("weight_packed", "weight_scale", "weight_global_scale")
+_WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SAMPLE = 64  # elements of a frozen weight that each prompt compares
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
     """The quantized linear layers of a prepared model, by name, in the order of the module tree."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def same_values(weight: Tensor, dense: Tensor) -> bool:
+    """Whether ``weight`` is ``dense`` (float32), perhaps rounded to a narrower type on the way."""
+    return any(torch.equal(weight, dense.to(dtype).to(weight.dtype)) for dtype in _WEIGHT_TYPES)
+
+
+def stands_for(weight: Tensor, quantized: QuantizedTensor, rotation: int | None) -> bool:
+    """Whether a plain (never rotated) ``weight`` [N, K] is what ``quantized``, kept rotated, multiplies with.
+
+    Exact without a rotation. Rotating back is a sum in float32, whose order is the machine's: the result may then be
+    off by rounding, which in a narrower type moves few elements, by one step. A merged LoRA moves nearly all.
+    """
+    dense = quantized.dequantize(torch.float32).to(weight.device)
+    if rotation is None:
+        return same_values(weight, dense)
+    for kept in _WEIGHT_TYPES:
+        plain = block_hadamard(dense.to(kept).float(), rotation)
+        largest = plain.abs().amax(-1, keepdim=True)
+        for stored in _WEIGHT_TYPES:
+            error = (weight.float() - plain.to(stored).float()).abs()
+            moved = (error > largest * 2**-18).float().mean()
+            if moved <= (0 if stored == torch.float32 else 0.01) and bool((error <= largest * 2**-7).all()):
+                return True
+    return False
 
 
 @contextmanager
@@ -103,12 +141,15 @@ class QuantLinear(nn.Linear):
         self.input_quantizer = input_quantizer
         self.quantized: QuantizedTensor | None = None
         self.frozen = False
+        self._sample: Tensor | None = None  # of the weight as it was frozen
         self.keeping = False  # see weights_quantized_once
         self._kept: tuple[Tensor, Tensor | None, tuple[Any, ...], Tensor] | None = None
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y = Q(x) Q(W)^T + b; once frozen, Q(W) is the stored weight."""
+        if self.frozen and x.ndim > 1 and x.shape[-2] > 1:  # a prompt: single tokens would wait for the comparison
+            self._check_sample()
         x = self.input_quantizer(x)
         return F.linear(x, self.weight if self.frozen else self._quantized_weight(), self.bias)
 
@@ -134,6 +175,86 @@ class QuantLinear(nn.Linear):
         # Copies and pickles carry no quantized weight, and are no part of the block that keeps them.
         return {**self.__dict__, "keeping": False, "_kept": None}
 
+    def _sampled(self) -> Tensor:
+        flat = self.weight.detach().reshape(-1)
+        # An odd stride, so that columns differ where their number is a power of two.
+        return flat[:: flat.numel() // _SAMPLE | 1][:_SAMPLE].clone()
+
+    def _check_sample(self) -> None:
+        if self._sample is None or self.weight.is_meta or torch.compiler.is_compiling():
+            return
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a capture must not wait for the device
+        if not torch.equal(self._sampled(), self._sample):
+            raise self._changed()
+
+    def _changed(self) -> ReqatError:
+        return ReqatError(
+            f"{self.name}: its weight was changed after it was frozen (by a merged LoRA, or by training), and its "
+            "codes were not: merge or train before freeze(), on the dense model, then prepare and freeze it again"
+        )
+
+    @torch.no_grad()
+    def check_unchanged(self) -> None:
+        """Raise ReqatError if the layer is frozen and its weight is no longer what was frozen.
+
+        Conversions of the dtype are no change. A layer that freezing left as it was (no codes, not rotated) may change.
+        """
+        if not self.frozen or self.weight.is_meta:
+            return
+        self._check_sample()
+        if self.quantized is not None and not same_values(self.weight, self.quantized.dequantize(torch.float32)):
+            raise self._changed()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._check_sample()
+        super()._apply(fn, recurse)
+        if self._sample is not None:
+            self._sample = self._sampled()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.frozen:
+            self.check_unchanged()
+            destination[f"{prefix}weight"] = self.plain_weight()
+        if self.quantized is not None:
+            packed = self.quantized.pack()
+            for name, tensor in zip(CODES, (packed.packed, packed.scales, packed.global_scale), strict=True):
+                if tensor is not None:
+                    destination[f"{prefix}{name}"] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        packed, scales, global_scale = (state_dict.pop(f"{prefix}{name}", None) for name in CODES)
+        key = f"{prefix}weight"
+        if packed is not None and scales is not None:
+            self.set_quantized(self._unpacked(packed, scales, global_scale))
+        if self.frozen and key in state_dict:
+            given = state_dict[key].to(self.weight.device)
+            if self.quantized is not None:
+                same = stands_for(given, self.quantized, self.rotation)
+            else:
+                same = same_values(given, self.plain_weight())
+            if not same:
+                raise ReqatError(
+                    f"{key}: the layer is frozen, and the state dict has another weight than it was frozen with: load "
+                    "it into the prepared model before freeze()"
+                )
+            state_dict[key] = self.weight.detach()  # as it is kept: rotated, and of its own dtype
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _unpacked(self, packed: Tensor, scales: Tensor, global_scale: Tensor | None) -> QuantizedTensor:
+        fmt = self.weight_quantizer.format
+        if fmt is None:
+            raise ReqatError(
+                f"{self.name}: the state dict has a quantized weight, and the model's precision does not quantize "
+                "weights: prepare the model for the precision that the state dict was made at"
+            )
+        shape, device = self.weight.shape, self.weight.device
+        g = global_scale.to(device).reshape(()) if global_scale is not None else None
+        axis = len(shape) - 1
+        return PackedTensor(packed.to(device), scales.to(device), g, fmt, axis, shape, self.weight.dtype).unpack()
+
     @torch.no_grad()
     def rotated_weight(self) -> Tensor:
         """The dense weight [N, K] in the basis in which it is quantized (rotated, if the precision rotates)."""
@@ -152,6 +273,7 @@ class QuantLinear(nn.Linear):
     def quantize_weight(self) -> QuantizedTensor:
         """The weight, rounded to the nearest; what :meth:`freeze` stores."""
         if self.quantized is not None:
+            self.check_unchanged()
             return self.quantized
         quantizer = self.weight_quantizer
         if quantizer.format is None:
@@ -192,6 +314,9 @@ class QuantLinear(nn.Linear):
     def _freeze_with(self, dense: Tensor) -> None:
         self.weight = nn.Parameter(dense.to(self.weight), requires_grad=False)
         self.frozen = True
+        self.weight_quantizer.global_scale = None  # the codes have their own
+        if self.weight_quantizer.format is not None or self.rotation is not None:
+            self._sample = self._sampled()
 
     def extra_repr(self) -> str:
         """Shape and state, for ``print(model)``."""

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from reqat.config.errors import ReqatError
+from reqat.models.pretrained import hook_saving
 from reqat.models.sidecar import TENSORS as SIDECAR_TENSORS
 from reqat.models.sidecar import Sidecar
 
@@ -85,6 +86,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     _check_loaded(folder, info)
     if sidecar is not None:
         sidecar.attach(model)
+        hook_saving(model)
     return model.eval()
 
 

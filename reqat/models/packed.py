@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from reqat.config.errors import ReqatError
 from reqat.models.architecture import decoder_layers, head_shape
@@ -127,7 +127,20 @@ def memory(model: nn.Module, cache: PackedCache | None = None) -> Memory:
 def _use_packed_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Exchange an empty cache of transformers' own for a packed one; the model hands it back with its output."""
     cache = kwargs.get("past_key_values")
-    wanted = cache is None and kwargs.get("use_cache")
-    if wanted or (type(cache) is DynamicCache and cache.get_seq_length() == 0):
+    if cache is None:
+        if kwargs.get("use_cache"):
+            kwargs["past_key_values"] = PackedCache(model)
+    elif type(cache) in (DynamicCache, StaticCache) and cache.get_seq_length() == 0:
+        if getattr(cache, "_reqat_replaced", False):
+            raise ReqatError(
+                "this cache is empty: a packed model filled one of its own in its place, which it handed back as "
+                "output.past_key_values. Pass that one on, or start with PackedCache(model)"
+            )
+        cache._reqat_replaced = True
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # made by generate() for all that a static cache will hold
+            given: Any = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            tokens = next(tensor for tensor in given if tensor is not None)
+            kwargs["attention_mask"] = mask[..., : tokens.shape[1]]
         kwargs["past_key_values"] = PackedCache(model)
     return args, kwargs

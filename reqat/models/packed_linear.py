@@ -25,7 +25,7 @@ class PackedInput(InputQuantizer):
 
     def __init__(self, source: InputQuantizer, precision: Precision, block: int, backend: Backend) -> None:
         super().__init__(precision, source.consumers, source.name or "input")
-        self.global_scale = source.global_scale
+        self.device, self.global_scale = source.device, source.global_scale
         self.block = block
         self.backend = backend
 
@@ -63,6 +63,17 @@ class PackedLinear(nn.Module):
                     f"to become {new.dtype} on {new.device}: load the frozen model, move or convert it, then pack it"
                 )
         return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        raise ReqatError(
+            f"{self.name}: a packed model has no dense weights for a state dict or a checkpoint: take or save those of "
+            "the frozen model before pack(), and pack it again after loading"
+        )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        raise ReqatError(
+            f"{self.name}: a packed model takes no state dict: load it into the prepared model, then pack that"
+        )
 
     def extra_repr(self) -> str:
         """Shape and size, for ``print(model)``."""

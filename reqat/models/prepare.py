@@ -9,6 +9,7 @@ No model code is copied. The layers of a Hugging Face decoder are found by what 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,13 +24,16 @@ from reqat.formats import Format, global_scale_for
 from reqat.models.architecture import (
     DecoderLayer,
     LinearSite,
+    adapters,
     decoder_layers,
     head_shape,
     sharing_groups,
 )
-from reqat.models.attention import ATTENTION
+from reqat.models.asked import Asked, settle
+from reqat.models.attention import ATTENTION, check_call
 from reqat.models.kv import KVQuantizer
 from reqat.models.linear import InputQuantizer, QuantLinear, quant_linears
+from reqat.models.pretrained import hook_saving
 from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision, Quantizer, observing
 
@@ -53,6 +57,8 @@ class Report:
     skipped: list[Entry] = field(default_factory=list)
     kv_layers: int = 0
     restored: list[str] = field(default_factory=list)
+    skip: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         total = len(self.quantized) + sum(len(entry.shape) == 2 for entry in self.skipped)
@@ -66,6 +72,7 @@ class Report:
             if fmt is not None:
                 lines.append(f"  {role:<9} {_describe(fmt)}, {self.kv_layers} layers")
         lines += [f"  restored  {what} from the checkpoint" for what in self.restored]
+        lines += [f"  differs   from the checkpoint in {what}" for what in self.differs]
         for title, entries in (("quantized", self.quantized), ("skipped", self.skipped)):
             lines += [f"  {title:<9} {line}" for line in _collapsed(entries)]
         return "\n".join(lines)
@@ -92,40 +99,63 @@ def _collapsed(entries: list[Entry]) -> list[str]:
     ]
 
 
-def prepare(model: PreTrainedModel, precision: str | Precision, *, skip: Iterable[str] = (), **options: Any) -> Report:
+def prepare(
+    model: PreTrainedModel,
+    precision: str | Precision,
+    *,
+    skip: Iterable[str] | None = None,
+    override: bool = False,
+    **options: Any,
+) -> Report:
     """Put ``model`` into ``precision``, in place, and say what was done.
 
-    Every linear layer of the decoder is quantized, ``lm_head`` and embeddings never (ReQAT section 1). ``BF16``
-    installs the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here: Q-FIT
-    shift, static global scales, and quantized weights, which come back exactly as they were stored.
+    Every linear layer of the decoder is quantized, ``lm_head``, embeddings and adapters (LoRA) never (ReQAT section 1).
+    ``BF16`` installs the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here:
+    Q-FIT shift, static global scales, and quantized weights, which come back exactly as they were stored; and, asked
+    for by the name that the checkpoint was saved with, its options (:mod:`reqat.models.asked`).
+
+    From here on ``model.save_pretrained`` writes what :func:`reqat.models.save_model` does, and the state dict has the
+    calibrated scales, the shift, and a frozen model's codes beside the plain model's tensors.
 
     Args:
         model: a causal decoder of the Llama, Qwen2 or Qwen3 kind.
         precision: a name such as ``NVFP4-W4A4KV4``, or a :class:`~reqat.quant.Precision`.
-        skip: patterns (``model.layers.0.*``) of linear layers to leave alone.
+        skip: patterns (``model.layers.0.*``) of linear layers to leave alone; None for the checkpoint's.
+        override: compute as asked, whatever the checkpoint was saved with.
         options: of :meth:`Precision.parse`.
 
     Raises:
-        ReqatError: unknown precision, unsupported attention, a block that does not divide a head or a layer, NaN or
-            infinite weights, or a model that was prepared for another precision. The model is then unchanged.
+        ReqatError: unknown precision or option, one that differs from the checkpoint's, unsupported attention, a block
+            that does not divide a head or a layer, NaN or infinite weights, weights that are not those of the stored
+            codes, or a model that was prepared for another precision or packed. The model is then unchanged.
     """
-    precision = Precision.parse(precision, **options)
+    sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
+    asked = _asked(precision, skip, options, sidecar, override)
+    precision = asked.precision
     previous: Report | None = getattr(model, "_reqat_report", None)
     if previous is not None:
-        if previous.precision == precision:
+        if previous.precision == precision and (skip is None or previous.skip == asked.skip):
             return previous
         if previous.precision != Precision():
             raise ReqatError(
                 f"the model was prepared for {previous.precision} already and cannot be prepared for {precision} (or "
                 "for the same name with other options) on top: load it again"
             )
+        if getattr(model, "_reqat_packed", False):
+            raise ReqatError(f"the model was packed at {previous.precision}: load it again to prepare for {precision}")
     layers = decoder_layers(model)
     _check_finite(model)
-    skip = list(skip)
-    sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
-    _check_geometry(model, layers, precision, skip)
+    patterns = list(asked.skip)
+    _check_geometry(model, layers, precision, patterns)
     if sidecar is not None:
         sidecar.check(precision)
+        sidecar.check_weights(model)
+    if asked.differs and not override and precision != Precision():
+        warnings.warn(
+            f"the checkpoint was saved at {sidecar.precision if sidecar else ''} and is prepared for {precision}: "
+            f"{'; '.join(asked.differs)} (override=True says that this is meant)",
+            stacklevel=2,
+        )
     shifts = {layer.index: _shift(layer) for layer in layers}
 
     quantized: list[Entry] = []
@@ -133,7 +163,7 @@ def prepare(model: PreTrainedModel, precision: str | Precision, *, skip: Iterabl
     heads = head_shape(model)
     for layer in layers:
         for group in sharing_groups(layer):
-            wanted = [site for site in group if not _skipped(site, precision, skip)]
+            wanted = [site for site in group if not _skipped(site, precision, patterns)]
             for site in group:
                 if site not in wanted:
                     reason = "skipped on request" if precision.quantizes_linear else "the precision leaves it as it is"
@@ -141,19 +171,43 @@ def prepare(model: PreTrainedModel, precision: str | Precision, *, skip: Iterabl
             if not wanted:
                 continue
             shared = InputQuantizer(precision, len(wanted), f"{wanted[0].name} input")
+            shared.to(wanted[0].module.weight.device)
             for site in wanted:
                 quantized.append(Entry(site.name, tuple(site.module.weight.shape)))
                 setattr(site.parent, site.attribute, QuantLinear(site.module, precision, shared, site.name))
         kv = KVQuantizer(precision, heads.kv_heads, heads.head_dim, f"{layer.name}.self_attn")
+        attention: Any = layer.attention
+        kv.to(attention.k_proj.weight.device)
         kv.set_shift(shifts[layer.index])
-        layer.attention.reqat_kv = kv
+        attention.reqat_kv = kv
     skipped += _never_quantized(model, layers)
     model.set_attn_implementation(ATTENTION)
+    if previous is None:
+        model.get_decoder().register_forward_pre_hook(check_call, with_kwargs=True)
+    hook_saving(model)
     restored = sidecar.restore(model, precision) if sidecar is not None else []
     kv_layers = len(layers) if precision.quantizes_cache else 0
-    report = Report(type(model).__name__, precision, quantized, skipped, kv_layers, restored)
+    report = Report(type(model).__name__, precision, quantized, skipped, kv_layers, restored, asked.skip, asked.differs)
     model._reqat_report = report  # type: ignore[assignment]
     return report
+
+
+def _asked(
+    precision: str | Precision,
+    skip: Iterable[str] | None,
+    options: dict[str, Any],
+    sidecar: Sidecar | None,
+    override: bool,
+) -> Asked:
+    saved, saved_skip = (sidecar.precision, sidecar.skip) if sidecar is not None else (Precision(), None)
+    return settle(precision, skip, options, saved, saved_skip, override=override)
+
+
+def saved_at(model: PreTrainedModel, precision: str | Precision) -> bool:
+    """Whether the folder that ``model`` was loaded from was saved at the precision of this name."""
+    sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
+    name = str(Precision.parse(precision))
+    return sidecar is not None and name != "BF16" and str(sidecar.precision) == name
 
 
 def precision_of(model: PreTrainedModel) -> Precision | None:
@@ -205,7 +259,7 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
         batches: input ids [B, T], or dictionaries of the model's arguments.
 
     Returns the number of scales set; 0 if the precision has no static ones (the batches are not run then). Raises
-    ReqatError if ``batches`` is empty.
+    ReqatError if ``batches`` is empty, and for a packed model, whose kernels hold the scales that it was packed with.
     """
     static = [
         module
@@ -214,6 +268,8 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
     ]
     if not static:
         return 0
+    if getattr(model, "_reqat_packed", False):
+        raise ReqatError("a packed model keeps the scales that it was packed with: calibrate_static before pack()")
     training = model.training
     model.eval()
     try:
@@ -229,7 +285,8 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
 
 
 def _skipped(site: LinearSite, precision: Precision, patterns: list[str]) -> bool:
-    return not precision.quantizes_linear or any(fnmatchcase(site.name, pattern) for pattern in patterns)
+    names = {site.name, site.plain_name}
+    return not precision.quantizes_linear or any(fnmatchcase(n, pattern) for n in names for pattern in patterns)
 
 
 def _shift(layer: DecoderLayer) -> Tensor | None:
@@ -276,7 +333,8 @@ def _never_quantized(model: PreTrainedModel, layers: list[DecoderLayer]) -> list
     """Weight matrices that no rule covers, with the reason why they stay as they are."""
     entries = []
     inside = {id(parameter) for layer in layers for parameter in layer.module.parameters()}
-    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    beside = {id(p) for layer in layers for m in adapters(layer.module) for p in m.parameters(recurse=False)}
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - beside
     head = model.get_output_embeddings()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim < 2 or (id(parameter) in inside and id(parameter) in linears):
@@ -285,6 +343,8 @@ def _never_quantized(model: PreTrainedModel, layers: list[DecoderLayer]) -> list
             reason = "the output head is never quantized"
         elif parameter is model.get_input_embeddings().weight:
             reason = "embeddings are never quantized"
+        elif id(parameter) in beside:
+            reason = "adapters are never quantized"
         elif id(parameter) in inside:
             reason = "not the weight of an nn.Linear"
         else:

@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats import PackedTensor, QuantizedTensor
-from reqat.models.architecture import decoder_layers
+from reqat.models.architecture import decoder_layers, plain_name
 from reqat.models.kv import kv_quantizers
-from reqat.models.linear import quant_linears
+from reqat.models.linear import QuantLinear, quant_linears, stands_for
 from reqat.quant import Precision, Quantizer
 
 JSON = "reqat.json"
@@ -45,6 +45,8 @@ class Sidecar:
     precision: Precision = field(default_factory=Precision)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
+    skip: tuple[str, ...] | None = None
+    """Patterns of the linear layers that were left alone; None where a folder of an earlier version does not say."""
 
     def __bool__(self) -> bool:
         return bool(self.tensors or self.weights or self.precision != Precision())
@@ -54,8 +56,10 @@ class Sidecar:
         """The sidecar of ``model`` as it stands; of a model that was not prepared, what it was loaded with."""
         report = getattr(model, "_reqat_report", None)
         if report is None:
-            return getattr(model, "_reqat_sidecar", None) or cls()
-        sidecar = cls(report.precision)
+            kept: Sidecar = getattr(model, "_reqat_sidecar", None) or cls()
+            kept.check_weights(model)
+            return kept
+        sidecar = cls(report.precision, skip=report.skip)
         for index, kv in enumerate(kv_quantizers(model)):
             prefix = f"layers.{index}"
             if kv.shift is not None:
@@ -63,9 +67,10 @@ class Sidecar:
             for role, quantizer in (("keys", kv.key), ("values", kv.value)):
                 if quantizer.global_scale is not None:
                     sidecar.tensors[f"{prefix}.{role}_global_scale"] = quantizer.global_scale.reshape(1)
-        for name, module in quant_linears(model).items():
+        for name, module in _by_plain_name(model).items():
             if module.input_quantizer.global_scale is not None:
                 sidecar.tensors[f"{name}.input_global_scale"] = module.input_quantizer.global_scale.reshape(1)
+            module.check_unchanged()
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
         return sidecar
@@ -84,6 +89,7 @@ class Sidecar:
         about = {
             "schema": SCHEMA,
             "precision": self.precision.to_dict(),
+            "skip": list(self.skip) if self.skip is not None else None,
             "weights": "quantized" if self.weights else "dense",
             "kv_shift": any(name.endswith(".kv_shift") for name in self.tensors),
             "static_scales": any(name.endswith("_global_scale") for name in self.tensors),
@@ -120,7 +126,8 @@ class Sidecar:
             raise ReqatError(
                 f"the sidecar {file} (or {TENSORS}) is damaged: {error!r}; copy or make the checkpoint again"
             ) from error
-        return cls(precision, stored, weights)
+        skip = about.get("skip")
+        return cls(precision, stored, weights, tuple(skip) if skip is not None else None)
 
     def attach(self, model: PreTrainedModel) -> None:
         """Keep the sidecar with a loaded model, for ``prepare``. Raises ReqatError if it is of another model."""
@@ -147,6 +154,21 @@ class Sidecar:
                 "need them in another format. Choose a precision with the same weights, or the dense checkpoint"
             )
 
+    def check_weights(self, model: PreTrainedModel) -> None:
+        """Raise ReqatError if a dense weight of ``model`` is no longer what its codes stand for, naming it.
+
+        The codes would undo what was trained or merged since (a LoRA, say).
+        """
+        linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        for name, q in self.weights.items():
+            linear = linears.get(name, linears.get(f"{name}.base_layer"))
+            if linear is None or not stands_for(linear.weight.detach(), q, self.precision.rotation):
+                raise ReqatError(
+                    f"{name}.weight is no longer the one that the checkpoint's codes stand for, and they would undo "
+                    f"what was merged or trained since: start from the dense checkpoint, or delete {JSON} and "
+                    f"{TENSORS} from the folder to quantize its dense weights anew"
+                )
+
     def restore(self, model: PreTrainedModel, now: Precision) -> list[str]:
         """Put shift, static scales and weights into a model prepared for ``now``; returns what was restored.
 
@@ -165,7 +187,7 @@ class Sidecar:
                 ("values", kv.value, now.values == then.values),
             ):
                 scales += _restore_scale(quantizer, self.tensors.get(f"layers.{index}.{role}_global_scale"), same)
-        linears = quant_linears(model)
+        linears = _by_plain_name(model)
         same_inputs = (now.inputs, now.rotation) == (then.inputs, then.rotation)
         for name, module in linears.items():
             scales += _restore_scale(
@@ -177,10 +199,14 @@ class Sidecar:
         return [f"{n} {what}" for n, what in parts if n]
 
 
+def _by_plain_name(model: PreTrainedModel) -> dict[str, QuantLinear]:
+    return {plain_name(name): module for name, module in quant_linears(model).items()}
+
+
 def _restore_scale(quantizer: Quantizer, scale: Tensor | None, same_format: bool) -> int:
     if scale is None or not same_format or not quantizer.needs_calibration:
         return 0  # also for the second layer that shares this quantizer
-    quantizer.global_scale = scale.reshape(())
+    quantizer.global_scale = scale.reshape(()).to(quantizer.device)
     return 1
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from reqat.quant.fake import Quantizer, fake_quantize, observing, straight_through
 from reqat.quant.hadamard import block_hadamard, hadamard
 from reqat.quant.precision import KNOWN, Precision
+from reqat.quant.state import MeasuredState
 
 __all__ = [
     "KNOWN",
+    "MeasuredState",
     "Precision",
     "Quantizer",
     "block_hadamard",

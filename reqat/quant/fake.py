@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.formats import Format, get_format, global_scale_for, quantize_dequantize
 from reqat.quant.hadamard import block_hadamard
+from reqat.quant.state import MeasuredState
 from reqat_kernels.native import quantize as native
 
 
@@ -90,12 +91,13 @@ def fake_quantize(
     return _quantized(x, fmt, global_scale, rotation, name)
 
 
-class Quantizer(nn.Module):
+class Quantizer(MeasuredState):
     """One tensor's quantizer: a format, a rotation, and the calibrated global scale if the format is ``static``.
 
-    ``global_scale`` (float32 scalar buffer, or None) is used instead of a computed one wherever it is set; it stays
-    out of the state dict, because checkpoints keep the Hugging Face layout (the sidecar holds it). While calibrating
-    (:func:`observing`), the largest magnitude seen is kept in ``amax`` and static formats scale dynamically.
+    ``global_scale`` (float32 scalar buffer, or None) is used instead of a computed one wherever it is set. It stays
+    float32 when the model's dtype changes, and the state dict contains it; checkpoints keep the Hugging Face layout,
+    so there the sidecar holds it. While calibrating (:func:`observing`), the largest magnitude seen is kept in ``amax``
+    and static formats scale dynamically.
     """
 
     global_scale: Tensor | None
@@ -107,7 +109,23 @@ class Quantizer(nn.Module):
         self.name = name
         self.observing = False
         self.amax: Tensor | None = None
-        self.register_buffer("global_scale", None, persistent=False)
+        self.register_measured("global_scale")
+
+    def checked(self, name: str, value: Tensor) -> Tensor:
+        """A stored global scale, as a scalar. Raises ReqatError for one that is not positive and finite, or where the
+        format computes its own."""
+        if self.format is None or self.format.global_scale != "static":
+            own = "quantizes nothing here" if self.format is None else f"has {self.format.global_scale} global scales"
+            raise ReqatError(
+                f"{self.name or 'quantizer'}: the state dict has a static global scale, and the model's precision "
+                f"{own}: prepare the model with global_scale='static' first"
+            )
+        if value.numel() != 1 or not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
+            raise ReqatError(
+                f"{self.name or 'quantizer'}: a global scale is one positive number, and the state dict has "
+                f"{value.flatten()[:4].tolist()}: calibrate again"
+            )
+        return value.reshape(())
 
     @property
     def needs_calibration(self) -> bool:
@@ -141,7 +159,8 @@ class Quantizer(nn.Module):
         assert self.format is not None
         if self.amax is None:
             raise ReqatError(f"{self.name or 'quantizer'}: nothing was observed; did the calibration run any batch?")
-        self.global_scale = global_scale_for(self.amax.reshape(1), _dynamic(self.format)).reshape(())
+        scale = global_scale_for(self.amax.reshape(1), _dynamic(self.format)).reshape(())
+        self.global_scale = scale.to(self.device)
 
     def extra_repr(self) -> str:
         """Format, rotation and scale, for ``print(model)``."""

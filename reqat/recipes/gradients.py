@@ -28,6 +28,7 @@ from reqat.config.stage import Stage, TrainSettings
 from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.models import load_model
+from reqat.models.pretrained import plain_state
 from reqat.recipes.stages import MODEL, train_again
 from reqat.training.gradients import GradientProbe, TokenGradients
 
@@ -154,7 +155,7 @@ def run_gradients(
         "final_loss": result.final_loss,
     }
     if trained is not None:
-        different = _different(model.state_dict(), trained / MODEL)
+        different = _different(plain_state(model), trained / MODEL)
         metrics["same_weights"] = not different
         if different:
             warnings.warn(

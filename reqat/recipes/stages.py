@@ -206,7 +206,7 @@ def train_again(
     settings = stage.settings
     assert isinstance(settings, TrainSettings)
     model, tokenizer = _parent(inputs)
-    prepare(model, stage.precision.name, **stage.precision.options())
+    prepare(model, stage.precision.name, override=True, **stage.precision.options())
     teacher = None
     if objective(settings.training).needs_teacher:
         teacher, _ = _parent(inputs)
@@ -255,7 +255,7 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
     settings = stage.settings
     assert isinstance(settings, PTQSettings)
     model, tokenizer = _parent(inputs)
-    prepare(model, stage.precision.name, **stage.precision.options())
+    prepare(model, stage.precision.name, override=True, **stage.precision.options())
     ids = calibration_ids(inputs["data"], tokenizer, settings.calibration)
     metrics = ptq.solve(
         settings.method, model, ids, act_order=settings.act_order, damp=settings.damp, progress=progress

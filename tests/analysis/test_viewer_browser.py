@@ -38,6 +38,11 @@ REFERENCE, CANDIDATE = folders.LABELS
 NASTY = ["</script><script>document.title='broken'</script>", "<img src=x onerror=\"document.title='broken'\">", "&lt;"]
 
 
+HIDING = "12\u202e34\u200b\u2066\x07"  # turns 34 around on a page that does not guard against it
+TITLES = {"nasty": "Broken</title><script>1", "hidden": f"Traces {HIDING}"}
+SHOWN = "12[U+202E]34[U+200B][U+2066][U+0007]"
+
+
 class Pages:
     """Folders of traces and the pages made of them."""
 
@@ -48,13 +53,16 @@ class Pages:
             "nasty": folders.make_folder(
                 root / "nasty", problems=3, tokens=30, words=["<eos>", *NASTY], prompts=dict(enumerate(NASTY))
             ),
+            "hidden": folders.make_folder(
+                root / "hidden", problems=1, tokens=30, words=["<eos>", HIDING, "\u05d0\u05d1"], prompts={0: HIDING}
+            ),
             "many": folders.make_folder(root / "many", problems=400, tokens=6),
             "three": folders.make_folder(root / "three", problems=2, tokens=20, labels=("BF16", "MXFP4", "NVFP4")),
             "empty": folders.make_folder(root / "empty", problems=1, tokens=0),
         }
         self.html = {name: folder / "view.html" for name, folder in self.folder.items()}
         for name, folder in self.folder.items():
-            write_page(folder, self.html[name], title="Broken</title><script>1" if name == "nasty" else "Traces")
+            write_page(folder, self.html[name], title=TITLES.get(name, "Traces"))
 
     def rows(self, name: str, trace: int) -> list[dict[str, Any]]:
         table = pq.read_table(self.folder[name] / "tokens.parquet").to_pylist()
@@ -363,6 +371,19 @@ def test_what_models_wrote_is_text_and_nothing_else(browser: Any, pages: Pages) 
     assert browser.run("[...document.querySelectorAll('.tokens')].every(t => t.scrollWidth <= t.clientWidth)")
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     assert browser.run("document.title") == "Broken</title><script>1"
+
+
+def test_what_hides_or_turns_text_around_is_shown_by_its_number(browser: Any, pages: Pages) -> None:
+    browser.open(pages.html["hidden"])
+    assert browser.text(".prompt") == SHOWN
+    texts = browser.run("[...document.querySelectorAll('.t')].map(t => t.textContent)")
+    assert SHOWN in texts and not [text for text in texts if "\u202e" in text]
+    assert "\u202e" not in browser.run("document.body.innerText + document.title")
+    # Hebrew tokens keep their places: tokens of one line stand from left to right in their order.
+    assert browser.run(
+        "[...document.querySelectorAll('.t')].every((t, i, all) => !i || t.offsetTop !== all[i - 1].offsetTop"
+        " || t.offsetLeft >= all[i - 1].offsetLeft)"
+    )
 
 
 def test_a_long_list_draws_only_what_is_seen(browser: Any, pages: Pages) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from reqat.config.errors import ReqatError
 from reqat.models import (
     calibrate_static,
     freeze,
@@ -121,7 +122,9 @@ def test_shift_and_static_scales_come_back(tiny: Tiny, tmp_path: Path, ids: Tens
     assert torch.equal(freeze(loaded)(ids).logits, expected)
 
     other = load_model(tmp_path / "static")  # other elements have another range: their scale is not taken over
-    prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E2M1")
+    with pytest.raises(ReqatError, match="keys.element: saved with E1M2, asked for E2M1"):
+        prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E2M1")
+    prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E2M1", override=True)
     with pytest.raises(ValueError, match="keys: the global scale is static and not calibrated"):
         other(ids)
 

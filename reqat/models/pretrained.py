@@ -1,0 +1,146 @@
+"""``save_pretrained`` of a prepared model: a checkpoint that transformers loads to the same function, and a sidecar.
+
+Trainer, accelerate, ``push_to_hub`` and scripts all call ``model.save_pretrained``, so :func:`reqat.models.prepare`
+puts :func:`write_pretrained` in its place, on the model and not on its class; :func:`reqat.models.save_model` calls it,
+too.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reqat.config.errors import ReqatError
+from reqat.config.files import explaining, write_file
+from reqat.models.architecture import adapters, decoder_layers
+from reqat.models.linear import CODES, QuantLinear, stands_for
+from reqat.models.sidecar import JSON, TENSORS, Sidecar
+from reqat.quant import MeasuredState
+
+
+def hook_saving(model: PreTrainedModel) -> None:
+    """Let ``model.save_pretrained`` be :func:`write_pretrained`; copies and pickles of the model take that along."""
+    model.save_pretrained = functools.partial(write_pretrained, model)  # type: ignore[method-assign]
+
+
+def write_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> None:
+    """What ``PreTrainedModel.save_pretrained`` does, with plain weights, the sidecar and a configuration for everyone.
+
+    Args:
+        model: plain or prepared, frozen or not.
+        save_directory: the folder, written in place; a sidecar in it is replaced or removed.
+        state_dict: of this model, gathered by the caller (accelerate); what plain transformers does not know is left
+            out of the checkpoint.
+        dtype: of the stored weights; those of the model if None.
+        kwargs: of ``PreTrainedModel.save_pretrained``.
+
+    Raises ReqatError, before anything is written, for a packed model, for a frozen layer whose weight was changed, with
+    adapters in the model (unless transformers' own integration saves them alone), and for what would leave the sidecar
+    behind: ``push_to_hub=True`` (call ``model.push_to_hub``) and ``distributed_checkpoint=True``.
+    """
+    folder = Path(save_directory)
+    check_savable(model, folder, **kwargs)
+    own: Any = functools.partial(type(model).save_pretrained, model, folder, is_main_process=is_main_process, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapter, and nothing of the model
+        own(state_dict=state_dict)
+        return
+    sidecar = Sidecar.collect(model)
+    state = plain_state(model, state_dict)
+    if dtype is not None:
+        state = _cast(state, dtype)
+    if not is_main_process:
+        own(state_dict=state)
+        return
+    for name in (JSON, TENSORS):  # never one of other weights beside these, wherever this is interrupted
+        with explaining(folder / name):
+            (folder / name).unlink(missing_ok=True)
+    own(state_dict=state)
+    _fix_config(folder / "config.json", dtype)
+    if sidecar:
+        sidecar.write(folder)
+
+
+def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of ``model``'s state dict that an ordinary checkpoint has, with weights as a plain model uses them.
+
+    ``state`` is a state dict of ``model`` that is at hand, perhaps on another device. Raises ReqatError if a weight in
+    it is not that of a frozen layer's codes.
+    """
+    ours: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if isinstance(module, MeasuredState):
+            ours |= {f"{prefix}{buffer}" for buffer in module.measured()}
+        elif isinstance(module, QuantLinear):
+            ours |= {f"{prefix}{codes}" for codes in CODES}
+            given = state.get(f"{prefix}weight") if state is not None else None
+            if given is None or module.quantized is None:
+                continue
+            if not stands_for(given.to(module.weight.device), module.quantized, module.rotation):
+                raise ReqatError(
+                    f"{prefix}weight: the layer is frozen, and the state_dict to save has another weight than its "
+                    "codes stand for: save the model with its own state_dict, or before freeze()"
+                )
+    return {name: tensor for name, tensor in (state or model.state_dict()).items() if name not in ours}
+
+
+def check_savable(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
+    """Raise ReqatError for what :func:`write_pretrained` refuses before it looks at a weight."""
+    if getattr(model, "_reqat_packed", False):
+        raise ReqatError(
+            "a packed model has no dense weights to save: save the frozen model before pack(), and pack it again after "
+            "loading"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ReqatError(f"{folder} is a file, not a folder; choose another place for the model")
+    if kwargs.get("push_to_hub"):
+        raise ReqatError(
+            "save_pretrained(push_to_hub=True) would leave the sidecar behind: call model.push_to_hub(repository)"
+        )
+    if kwargs.get("distributed_checkpoint"):
+        raise ReqatError("distributed_checkpoint=True has no place for the sidecar: save without it")
+    prepared = getattr(model, "_reqat_report", None) is not None
+    if prepared and not getattr(model, "_hf_peft_config_loaded", False):
+        held = [layer.name for layer in decoder_layers(model) if adapters(layer.module)]
+        if held:
+            raise ReqatError(
+                f"{held[0]} holds adapters (LoRA), which a checkpoint of the model cannot hold: save them with the "
+                "PEFT model's save_pretrained, or merge them first (merge_and_unload)"
+            )
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    # Tied tensors are told by their storage, so cast each storage once.
+    cast: dict[tuple[int, int], Tensor] = {}
+    return {
+        name: cast.setdefault((tensor.data_ptr(), tensor.numel()), tensor.to(dtype))
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _fix_config(file: Path, dtype: torch.dtype | None) -> None:
+    """config.json describes the stored weights, and names no attention function or path that others do not have."""
+    config = json.loads(file.read_text())
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    for key in ("_attn_implementation", "attn_implementation", "_name_or_path"):
+        config.pop(key, None)
+    write_file(file, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,575 @@
+"""What transformers, Trainer and PEFT do with a model on their own: saved, reloaded, converted, merged, decoded.
+
+Each either computes the same function afterwards, or is refused before anything is lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache, Fp8QuantizedLayer
+
+from reqat.config.errors import ReqatError
+from reqat.models import (
+    calibrate_static,
+    freeze,
+    kv_quantizers,
+    load_model,
+    pack,
+    prepare,
+    quant_linears,
+    save_model,
+)
+from reqat.models.packed_linear import PackedLinear
+from reqat.models.pretrained import plain_state
+
+Tiny = Callable[..., PreTrainedModel]
+ROTATED = "MXFP4-W4A4"
+KV4 = "NVFP4-W4A4KV4"
+
+
+def dense_twin(model: PreTrainedModel, tiny: Tiny) -> PreTrainedModel:
+    """A plain model with the weights that ``model`` multiplies with, written out here from the codes."""
+    plain = tiny("llama", tie_word_embeddings=model.config.tie_word_embeddings)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            source: Any = model.get_submodule(name.rpartition(".")[0])
+            weight = model.get_parameter(name)
+            if name.endswith("proj.weight") and source.quantized is not None:
+                weight = source.quantized.dequantize(torch.float32)
+                if source.rotation:
+                    blocks = weight.reshape(-1, source.rotation).double()
+                    weight = (blocks @ sylvester(source.rotation)).reshape(weight.shape).float()
+            parameter.copy_(weight)
+    return plain
+
+
+def sylvester(n: int) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < n:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return matrix / n**0.5
+
+
+def calibrated(tiny: Tiny, ids: Tensor, **changes: Any) -> PreTrainedModel:
+    """A prepared model with everything that is measured: static scales and a shift."""
+    model = tiny("llama", **changes)
+    prepare(model, KV4, global_scale="static")
+    for index, kv in enumerate(kv_quantizers(model)):
+        kv.set_shift(torch.randn(2, 32, generator=torch.Generator().manual_seed(index)))
+    calibrate_static(model, [ids])
+    return model
+
+
+@pytest.mark.parametrize("name", [ROTATED, KV4, "MXFP4-W4A16"])
+@pytest.mark.parametrize("how", ["prepared", "frozen", "tied", "sharded", "state_dict"])
+def test_save_pretrained_writes_what_everyone_loads(
+    tiny: Tiny, tmp_path: Path, ids: Tensor, name: str, how: str
+) -> None:
+    model = tiny("llama", tie_word_embeddings=how == "tied")
+    options = {"kv_element": "E2M1", "global_scale": "row"} if name == KV4 else {}
+    prepare(model, name, **options)
+    if how != "prepared":
+        freeze(model)
+    expected = model(ids).logits
+    arguments: dict[str, Any] = {"sharded": {"max_shard_size": "20KB"}, "state_dict": {}}.get(how, {})
+    if how == "state_dict":
+        arguments["state_dict"] = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "m", **arguments)
+
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert not any("attn_implementation" in key for key in config)
+    plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    torch.testing.assert_close(plain(ids).logits, dense_twin(model, tiny)(ids).logits, rtol=1e-5, atol=1e-5)
+
+    again = load_model(tmp_path / "m")
+    prepare(again, name)  # the name alone: options are the folder's
+    if how != "prepared":
+        freeze(again)
+    assert torch.equal(again(ids).logits, expected)
+    for layer, other in zip(quant_linears(model).values(), quant_linears(again).values(), strict=True):
+        if layer.quantized is not None and other.quantized is not None:
+            assert torch.equal(layer.quantized.codes, other.quantized.codes)
+        assert torch.equal(layer.weight, other.weight)
+
+
+def test_save_pretrained_and_save_model_write_the_same_files(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    model = freeze(calibrated(tiny, ids))
+    model.save_pretrained(tmp_path / "a")
+    save_model(model, None, tmp_path / "b")
+    names = sorted(file.name for file in (tmp_path / "b").iterdir())
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == names and "reqat.safetensors" in names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    # Not prepared in between: the sidecar is passed on.
+    load_model(tmp_path / "a").save_pretrained(tmp_path / "c")
+    assert (tmp_path / "c/reqat.safetensors").read_bytes() == (tmp_path / "a/reqat.safetensors").read_bytes()
+    # A folder that held another model keeps none of its sidecar.
+    other = tiny("llama")
+    prepare(other, "BF16")
+    other.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a/reqat.json").exists() and not (tmp_path / "a/reqat.safetensors").exists()
+
+
+def test_a_packed_model_is_refused_and_leaves_no_folder(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    prepare(model, KV4)
+    pack(model)
+    for save in (
+        lambda: model.save_pretrained(tmp_path / "m"),
+        lambda: save_model(model, None, tmp_path / "m"),
+        lambda: model.state_dict(),
+        lambda: model.load_state_dict(tiny("llama").state_dict()),
+    ):
+        with pytest.raises(ReqatError, match="before pack|then pack"):
+            save()
+    assert not (tmp_path / "m").exists()
+    with pytest.raises(ReqatError, match="load it again"):
+        prepare(model, "NVFP4-W4A4")
+
+
+def test_what_would_leave_the_sidecar_behind_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    prepare(model, KV4)
+    for argument, remedy in (("push_to_hub", "model.push_to_hub"), ("distributed_checkpoint", "without it")):
+        with pytest.raises(ReqatError, match=remedy):
+            model.save_pretrained(tmp_path / "m", **{argument: True})
+    assert not (tmp_path / "m").exists()
+
+
+# State dicts
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_state_dict_brings_back_everything_measured(tiny: Tiny, ids: Tensor, frozen: bool) -> None:
+    model = calibrated(tiny, ids)
+    if frozen:
+        freeze(model)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    other = tiny("llama")
+    prepare(other, KV4, global_scale="static")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    other.load_state_dict(state)  # strict
+    assert torch.equal(other(ids).logits, model(ids).logits)
+    assert all(layer.frozen == frozen for layer in quant_linears(other).values())
+    plain = tiny("llama")
+    plain.load_state_dict(plain_state(model))
+    torch.testing.assert_close(plain(ids).logits, dense_twin(model, tiny)(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [ROTATED, "NVFP4-W4A4", "MXFP4-W16A4"])
+def test_a_frozen_model_takes_its_own_state_dict_and_no_other(tiny: Tiny, ids: Tensor, name: str) -> None:
+    model = tiny("llama")
+    prepare(model, name, rotation=32)
+    freeze(model)
+    expected = model(ids).logits
+    state = model.state_dict()
+    model.load_state_dict(state)
+    assert torch.equal(model(ids).logits, expected)
+    model.load_state_dict(plain_state(model))  # a plain checkpoint of the same weights
+    assert torch.equal(model(ids).logits, expected)
+    with pytest.raises(ReqatError, match=r"q_proj\.weight: the layer is frozen.*before freeze"):
+        model.load_state_dict(tiny("llama").state_dict())
+
+
+def test_measured_state_that_does_not_fit_is_refused(tiny: Tiny, ids: Tensor) -> None:
+    state = calibrated(tiny, ids).state_dict()
+    row = tiny("llama")
+    prepare(row, KV4, global_scale="row")
+    with pytest.raises(ReqatError, match="q_proj input: .*row global scales.*global_scale='static'"):
+        row.load_state_dict(state)
+    static = tiny("llama")
+    prepare(static, KV4, global_scale="static")
+    with pytest.raises(RuntimeError, match="Missing key"):  # as for any buffer
+        calibrated(tiny, ids).load_state_dict(plain_state(static))
+    key = next(name for name in state if name.endswith(".reqat_kv.key.global_scale"))
+    for bad, what in ((torch.tensor(-1.0), "positive"), (torch.tensor(1.0).bfloat16(), "bfloat16")):
+        with pytest.raises(ReqatError, match=what):
+            static.load_state_dict({**state, key: bad})
+    shift = key.replace("key.global_scale", "shift")
+    with pytest.raises(ReqatError, match="shift of shape"):
+        static.load_state_dict({**state, shift: torch.zeros(1, 32)})
+
+
+# Conversions
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_conversion_leaves_measured_state_as_it_is(tiny: Tiny, ids: Tensor, dtype: torch.dtype) -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.mul_(0.002)  # values whose scale is beyond float16
+    prepare(model, KV4, global_scale="static")
+    kv_quantizers(model)[0].set_shift(torch.randn(2, 32))
+    calibrate_static(model, [ids])
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "scale" in name or "shift" in name}
+    assert max(float(scale.max()) for scale in before.values()) > 65504
+
+    expected = tiny("llama")
+    expected.load_state_dict(plain_state(model))
+    expected.to(dtype)  # converted first, and then given the float32 scales
+    prepare(expected, KV4, global_scale="static")
+    for mine, theirs in zip(model.modules(), expected.modules(), strict=True):
+        for name, value in vars(mine).get("_buffers", {}).items():
+            if name in ("global_scale", "shift"):
+                setattr(theirs, name, value)
+    model.to(dtype)
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[name], value) and after[name].dtype == torch.float32 for name, value in before.items())
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    inputs = [layer.input_quantizer.global_scale for layer in quant_linears(freeze(model)).values()]
+    packed = pack(model)
+    kept = [m.input_quantizer.global_scale for m in packed.modules() if isinstance(m, PackedLinear)]
+    assert len(kept) == len(inputs)
+    assert all(
+        a is not None and torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(kept, inputs, strict=True)
+    )
+
+
+def test_copies_and_pickles_are_whole(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    model = freeze(calibrated(tiny, ids))
+    expected = model(ids).logits
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    pickled = torch.load(file, weights_only=False)  # made two lines above
+    for number, twin in enumerate((copy.deepcopy(model), pickled)):
+        assert torch.equal(twin(ids).logits, expected)
+        with torch.no_grad():
+            twin.lm_head.weight.zero_()
+        twin.save_pretrained(tmp_path / str(number))  # itself, not what it was copied from
+        assert not load_file(tmp_path / str(number) / "model.safetensors")["lm_head.weight"].any()
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_what_transformers_does_to_embeddings_and_checkpointing(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    model = tiny("llama", tie_word_embeddings=True).train()
+    prepare(model, KV4, global_scale="row")
+    expected = model(ids, use_cache=False).logits
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+    model.resize_token_embeddings(70)
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(model(ids, use_cache=False).logits[..., :61], expected)
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_model(tmp_path / "m")
+    prepare(loaded, KV4)
+    assert torch.equal(loaded(ids, use_cache=False).logits[..., :61], expected.detach())
+
+
+# Trainer
+
+
+@pytest.mark.slow  # importing Trainer takes seconds
+def test_trainer_saves_and_resumes_and_everyone_loads(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in ids.repeat(4, 1)]
+
+    def trainer(steps: int) -> Trainer:
+        model = calibrated(tiny, ids)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=steps,
+            save_steps=1,
+            per_device_train_batch_size=3,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            seed=0,
+        )
+        return Trainer(model=model, args=arguments, train_dataset=rows)
+
+    first = trainer(2)
+    first.train()
+    first.save_model(str(tmp_path / "final"))
+    model: Any = first.model
+    expected = model.eval()(ids).logits
+
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"))
+    again: Any = resumed.model
+    assert torch.equal(again.eval()(ids).logits, expected)
+
+    for folder in ("final", "run/checkpoint-2"):
+        plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert torch.equal(plain(ids).logits, dense_twin(model, tiny)(ids).logits)
+        loaded = load_model(tmp_path / folder)
+        assert prepare(loaded, KV4).restored == ["2 KV shifts", "12 static scales"]
+        assert torch.equal(loaded(ids).logits, expected)
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+
+
+# Adapters, as PEFT has them
+
+
+class LoRA(nn.Module):
+    """PEFT's layout: the wrapped layer as ``base_layer``, the adapter beside it."""
+
+    def __init__(self, base: Any, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Any:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+    def delta(self) -> Tensor:
+        return self.lora_B["default"].weight @ self.lora_A["default"].weight
+
+
+class ModulesToSave(nn.Module):
+    """PEFT's ``modules_to_save``: the original beside the copy that is trained."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.original_module = base
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(base)})
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Any:
+        return self.modules_to_save["default"](x)
+
+
+def wrap(model: Any) -> PreTrainedModel:
+    torch.manual_seed(3)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = LoRA(layer.self_attn.q_proj)
+        layer.self_attn.v_proj = LoRA(layer.self_attn.v_proj)
+        layer.mlp.down_proj = ModulesToSave(layer.mlp.down_proj)
+    return model
+
+
+def test_adapters_are_left_as_they_are_and_named(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    first = wrap(tiny("llama"))
+    report = prepare(first, "NVFP4-W4A4", skip=["model.layers.1.self_attn.v_proj"])
+    assert len(report.quantized) == 2 * 7 - 1
+    for layer in first.model.layers:
+        assert type(layer.self_attn.q_proj.lora_A["default"]) is nn.Linear
+        assert type(layer.mlp.down_proj.modules_to_save["default"]) is nn.Linear
+    reasons = {entry.name: entry.reason for entry in report.skipped}
+    assert "adapters" in reasons["model.layers.0.self_attn.q_proj.lora_A.default"]
+    assert "adapters" in reasons["model.layers.1.mlp.down_proj.modules_to_save.default"]
+    # Prepared first and wrapped then, which is PEFT's own order, is the same model.
+    second = tiny("llama")
+    prepare(second, "NVFP4-W4A4", skip=["model.layers.1.self_attn.v_proj"])
+    for layer in wrap(second).model.layers:
+        trained = layer.mlp.down_proj.modules_to_save["default"]
+        layer.mlp.down_proj.modules_to_save["default"] = plain = nn.Linear(96, 64, bias=False)
+        plain.weight.data = trained.weight.data
+    assert torch.equal(first(ids).logits, second(ids).logits)
+    for model in (first, second):
+        with pytest.raises(ReqatError, match="holds adapters.*merge"):
+            model.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_lora_merged_into_a_prepared_layer_takes_effect(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    model = tiny("llama")
+    prepare(model, ROTATED)
+    before = model(ids).logits
+    for layer in wrap(model).model.layers:
+        for name in ("q_proj", "v_proj"):  # as merge_and_unload does
+            lora = getattr(layer.self_attn, name)
+            lora.base_layer.weight.data += lora.delta()
+            setattr(layer.self_attn, name, lora.base_layer)
+        layer.mlp.down_proj = layer.mlp.down_proj.original_module
+    merged = model(ids).logits
+    assert not torch.equal(merged, before)
+    model.save_pretrained(tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    prepare(again, ROTATED)
+    assert torch.equal(again(ids).logits, merged)
+    assert torch.equal(freeze(model)(ids).logits, merged)
+
+
+@pytest.mark.parametrize("name", [ROTATED, "NVFP4-W4A16", "MXFP4-W16A4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_merged_into_a_frozen_layer_is_refused(
+    tiny: Tiny, tmp_path: Path, ids: Tensor, name: str, dtype: torch.dtype
+) -> None:
+    model = tiny("llama").to(dtype)
+    prepare(model, name, rotation=None if name.startswith("NVFP4") else 32)
+    freeze(model).to(torch.float32)  # a conversion is no change
+    model(ids)
+    model.save_pretrained(tmp_path / "before")
+    lora = LoRA(model.model.layers[1].self_attn.v_proj)
+    lora.base_layer.weight.data += lora.delta()
+    for use in (
+        lambda: model(ids),
+        lambda: model.save_pretrained(tmp_path / "m"),
+        lambda: save_model(model, None, tmp_path / "m"),
+        lambda: model.state_dict(),
+        lambda: pack(model) if name != "MXFP4-W16A4" else model(ids),
+        lambda: model.to(torch.bfloat16),
+    ):
+        with pytest.raises(ReqatError, match=r"layers\.1\.self_attn\.v_proj.*frozen.*before freeze"):
+            use()
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", [ROTATED, "NVFP4-W4A16"])
+@pytest.mark.parametrize("where", ["file", "memory"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lora_merged_beside_stored_codes_is_refused(
+    tiny: Tiny, tmp_path: Path, name: str, where: str, dtype: torch.dtype
+) -> None:
+    """Loaded by plain transformers, merged and saved over the folder, the codes beside it would undo the merge."""
+    model = tiny("llama")
+    prepare(model, name)
+    save_model(freeze(model), None, tmp_path / "m", dtype=dtype)
+    file, key = tmp_path / "m/model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    loaded = load_model(tmp_path / "m", dtype=torch.bfloat16)
+    prepare(loaded, name)  # another dtype is no change
+    if where == "file":
+        tensors = load_file(file)
+        tensors[key] = (tensors[key].float() + 1e-2 * torch.randn(96, 64)).to(dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+        loaded = load_model(tmp_path / "m")
+    else:
+        loaded = load_model(tmp_path / "m")
+        loaded.get_parameter(key).data += 1e-2 * torch.randn(96, 64)
+        with pytest.raises(ReqatError, match=key):
+            loaded.save_pretrained(tmp_path / "other")
+    with pytest.raises(ReqatError, match=f"{key}.*reqat.json"):
+        prepare(loaded, name)
+    assert not quant_linears(loaded)
+
+
+# Options of a saved folder
+
+
+def test_prepare_takes_the_options_of_the_folder_or_says_what_differs(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
+    model = tiny("llama")
+    skip = ["*.down_proj"]
+    prepare(model, KV4, kv_element="E2M1", global_scale="row", kv_rotation=32, skip=skip)
+    save_model(model, None, tmp_path / "m")
+    expected = model(ids).logits
+
+    same: tuple[tuple[str, dict[str, Any]], ...] = (
+        (KV4, {}),
+        (KV4.lower(), {}),
+        (KV4, {"global_scale": "row"}),
+        (KV4, {"skip": skip}),
+    )
+    for name, options in same:
+        loaded = load_model(tmp_path / "m")
+        report = prepare(loaded, name, **options)
+        assert torch.equal(loaded(ids).logits, expected)
+        assert report.skip == tuple(skip) and prepare(loaded, KV4) is report
+    conflicts: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("global_scale", {"global_scale": "dynamic"}),
+        ("keys.element", {"kv_element": "E1M2"}),
+        ("kv_rotation", {"kv_rotation": None}),
+        ("rotation", {"rotation": 16}),
+        ("skip", {"skip": []}),
+    )
+    for what, options in conflicts:
+        loaded = load_model(tmp_path / "m")
+        with pytest.raises(ReqatError, match=f"{what}: saved with .*override=True"):
+            prepare(loaded, KV4, **options)
+        assert not quant_linears(loaded)
+        report = prepare(loaded, KV4, override=True, **options)
+        assert any(line.startswith(what) or what in line for line in report.differs)
+    loaded = load_model(tmp_path / "m")
+    with pytest.warns(UserWarning, match="keys: saved with NVFP4, asked for unquantized"):
+        assert "differs   from the checkpoint" in str(prepare(loaded, "NVFP4-W4A4"))
+
+
+# Caches and attention functions
+
+
+@pytest.fixture(scope="module")
+def asked() -> Tensor:
+    return torch.randint(0, 61, (2, 11), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("global_scale", ["row", "dynamic"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_every_cache_gives_the_dynamic_caches_tokens(
+    tiny: Tiny, asked: Tensor, packed: bool, padded: bool, global_scale: str
+) -> None:
+    model = tiny("llama")
+    prepare(model, KV4, global_scale=global_scale)
+    for kv in kv_quantizers(model):
+        kv.set_shift(torch.randn(2, 32, generator=torch.Generator().manual_seed(4)) * 20)
+    freeze(model)
+    if packed:
+        pack(model)
+    mask = torch.ones_like(asked)
+    mask[1, :3] = 0 if padded else 1
+    how: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    expected = model.generate(asked, **how)
+    found = model.generate(asked, cache_implementation="static", **how)
+    assert torch.equal(found.sequences, expected.sequences)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    if not padded and not packed:
+        assisted = model.generate(asked[:1], **{**how, "attention_mask": mask[:1]}, assistant_model=tiny("llama"))
+        alone = model.generate(asked[:1], **{**how, "attention_mask": mask[:1]})
+        if global_scale == "row":  # a dynamic scale is of all tokens at hand, and an assistant adds guesses to them
+            assert torch.equal(assisted.sequences, alone.sequences)
+
+
+def test_what_would_skip_or_repeat_quantization_is_refused(tiny: Tiny, asked: Tensor) -> None:
+    model = tiny("llama")
+    prepare(model, KV4, global_scale="row")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ReqatError, match="set_attn_implementation"):
+        model(asked)
+    model.set_attn_implementation("reqat")
+    cache = Cache(layers=[Fp8QuantizedLayer() for _ in range(2)])  # quanto and HQQ have the same base
+    with pytest.raises(ReqatError, match="second time"):
+        model(asked, past_key_values=cache)
+    with pytest.raises(ReqatError, match="second time"):
+        pack(model)(asked, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_a_packed_model_replaced_is_not_taken_for_empty(tiny: Tiny, asked: Tensor, kind: str) -> None:
+    """The tokens are in the cache that the output has, and the caller's own object stays empty."""
+    model = tiny("llama")
+    prepare(model, KV4, global_scale="row")
+    expected = model(asked).logits
+    pack(model)
+
+    def cache() -> Cache:
+        return DynamicCache() if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+
+    with torch.no_grad():
+        held = cache()
+        first = model(asked[:, :6], past_key_values=held)
+        torch.testing.assert_close(first.logits, expected[:, :6], rtol=1e-4, atol=1e-4)
+        second = model(asked[:, 6:], past_key_values=first.past_key_values)
+        torch.testing.assert_close(second.logits, expected[:, 6:], rtol=1e-4, atol=1e-4)
+        with pytest.raises(ReqatError, match="output.past_key_values"):
+            model(asked[:, 6:], past_key_values=held)
