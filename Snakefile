@@ -9,6 +9,7 @@
 #   snakemake --cores all studies                         only the studies of the models: entropies, interventions, ReSET
 #   snakemake --cores all throughput                      only the benchmark: its tables and Figure 6
 #   snakemake --cores all base                            train the base model anew (then `reqat pin-base`)
+#   ... --config bench=no                                 without the benchmark: no Figure 6 and none of its tables
 #
 # What is to be done is no logic of these files: reqat.config turns config/ into a plan of stages and evaluations, each
 # named by the digest of its settings, and the rules run them by calling `reqat` verbs that work by hand too.
@@ -45,3 +46,7 @@ include: "rules/pinned.smk"
 onstart:
     check_resources()
     freeze_plan()
+
+
+onsuccess:
+    say_what_is_missing()

@@ -78,13 +78,27 @@ class Measured:
         load = rows.neighbour_cores.max()
         busy = "unknown" if math.isnan(load) else f"up to {load:.2f} cores"
         disturbed = f"Other processes took {busy} meanwhile, {int(rows.set_aside.sum())} samples were set aside."
-        cold = "" if rows.cold.all() else "Weights partly in the cache."
+        cold = "" if rows.cold.all() else _warm(rows)
         return tuple(filter(None, (where.strip(), roof, disturbed, cold)))
 
     def absences(self) -> tuple[str, ...]:
         """Sentences about who is not there, or was refused."""
         metrics = self.record["metrics"]
         return tuple([*(f"Skipped: {s}" for s in metrics["skipped"]), *(f"Refused: {s}" for s in metrics["refused"])])
+
+
+def _warm(rows: pd.DataFrame) -> str:
+    """What to know of rows whose data a cache may have held."""
+    if "working_set_bytes" not in rows:  # measured before it was counted
+        return "Weights partly in the cache."
+    warm = rows[~rows.cold.astype(bool) & rows.working_set_bytes.notna()]
+    if warm.empty:
+        return ""
+    held, cache = warm.working_set_bytes.min(), warm.last_level_cache_bytes.max()
+    return (
+        f"The last-level cache of {size(cache)} may have held what was read in {len(warm)} of {len(rows)} rows "
+        f"(between two uses of a byte {size(held)} or more were read)."
+    )
 
 
 def read(source: Path) -> Measured:

@@ -18,10 +18,12 @@ rule base_model:
         LOG,
     conda:
         "../environment.yml"
+    message:
+        "train the base model: {wildcards.id}"
     wildcard_constraints:
         id="base-[0-9a-f]+",
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     threads: RESOURCES.threads
     resources:
@@ -29,4 +31,4 @@ rule base_model:
         runtime=RESOURCES.runtime_minutes,
         gpu=GPUS,
     shell:
-        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+        "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

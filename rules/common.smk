@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(workflow.basedir))
 
 from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
-from reqat.config import Paths, ReqatError, digest, load, unknown
+from reqat.config import Paths, ReqatError, digest, load, machine, unknown, working_folder
 from reqat.config.paths import made
 from reqat.config.resources import need, require
 from reqat.config.studies import load_studies, study_called
-from reqat.config.throughput import load_throughput
+from reqat.config.throughput import load_throughput, sources
 
-KEYS = ("tier", "build", "models", "reqat")
+KEYS = ("tier", "build", "models", "reqat", "bench")
+# What Snakemake itself reads in a path: wildcards, and the end of a line in its lock files.
+NOT_IN_PATHS = "{}\n"
 
 
 def read_plan():
@@ -24,10 +27,29 @@ def read_plan():
     for key in config:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where="--config")
-    paths = Paths(build=Path(config.get("build", "build")), models=Path(config.get("models", "models")))
-    tier = config.get("tier", "laptop")
+    build, models, tier = (str(config.get(key, default)) for key, default in (("build", "build"), ("models", "models"), ("tier", "laptop")))
+    if not build.strip() or build.startswith("-") or any(sign in build for sign in NOT_IN_PATHS):
+        raise ReqatError(
+            f"--config build={build!r}: name a folder without braces and line breaks, which Snakemake takes for its own, and "
+            "without a hyphen in front."
+        )
+    for folder in (Path(workflow.basedir), Path.cwd()):
+        if any(sign in str(folder) for sign in NOT_IN_PATHS):
+            raise ReqatError(f"{folder}: Snakemake takes braces and line breaks in a path for its own; move the clone to another folder.")
+    if any(sign in tier for sign in NOT_IN_PATHS + "/"):
+        raise ReqatError(f"--config tier={tier!r}: a tier is a file in config/tiers/, named without folder and suffix.")
+    paths = Paths(build=Path(build), models=Path(models))
     plan = load(tier, paths)
-    return plan, paths, load_studies(plan, paths.config), load_throughput(tier, paths.config)
+    bench = load_throughput(tier, paths.config) if wants_bench() else None
+    return plan, paths, load_studies(plan, paths.config), bench
+
+
+def wants_bench():
+    """What `--config bench=` says: whether Figure 6 is asked for (the default)."""
+    given = str(config.get("bench", "yes")).lower()
+    if given not in ("yes", "no", "true", "false"):
+        raise ReqatError(f"--config bench={given}: write bench=no to leave the benchmark and Figure 6 out, or bench=yes.")
+    return given in ("yes", "true")
 
 
 try:
@@ -40,16 +62,18 @@ BUILD = PATHS.build.as_posix()
 RESOURCES = PLAN.tier.resources
 ON_GPU = RESOURCES.device == "cuda"
 GPUS = need(PLAN).gpus if ON_GPU else 0
-# The command that the rules call; `--config reqat=...` replaces it. Under --software-deployment-method conda, the environment's own Python.
+# The command that the rules call; `--config reqat=...` replaces it (words, quoted as for a shell, which sees them quoted anew). Under
+# --software-deployment-method conda, the environment's own Python.
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
 # Jobs read the plan as it was when the run began, so that editing config/ meanwhile does not pull it from under them.
 FROZEN = PATHS.work / "plans" / f"{TIER}-{digest(PLAN.dump(), 12)}.json"
-REQAT = " ".join(
-    [
-        config.get("reqat", f"{PYTHON} -m reqat.cli"),
-        f"--build {BUILD} --models {PATHS.models.as_posix()} --plan {FROZEN.as_posix()}",
-    ]
-)
+try:
+    COMMAND = shlex.split(str(config["reqat"])) if "reqat" in config else [PYTHON, "-m", "reqat.cli"]
+except ValueError as error:
+    raise WorkflowError(f"configuration: --config reqat={config['reqat']!r}: {error}.") from None
+COMMAND += ["--build", BUILD, "--models", PATHS.models.as_posix(), "--plan", FROZEN.as_posix()]
+# Shell text, quoted here once; so `{params.reqat}` is the one thing in a rule's `shell:` that is not written `{...:q}`.
+REQAT = shlex.join(COMMAND)
 
 # Outputs of the jobs, and their logs.
 DATA = f"{BUILD}/data/{{id}}/record.json"
@@ -67,23 +91,18 @@ STUDY_TABLES, STUDY_PLOTS = (
     [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), study_names(STUDIES))
 )
 # The benchmark of kernels and decoding, on tiers that have one; it measures this code, so it follows its sources.
-BENCH_FOLDER = f"{BUILD}/throughput/{BENCH.id}" if BENCH else ""
+BENCH_STATE = PATHS.throughput_state(BENCH.id).as_posix() if BENCH else ""
 BENCH_TABLES, BENCH_PLOTS = (
     [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), throughput_names(BENCH))
 )
-KERNELS = sorted(
-    path.as_posix()
-    for folder in ("kernels/reqat_kernels", "reqat/models")
-    for path in Path(folder).rglob("*")
-    if path.suffix in (".py", ".cpp", ".h")
-)
+KERNELS = [path.as_posix() for path in sources(PATHS.root)]
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
 PINNED = next((tier for tier in (TIER, "overnight", "laptop") if Path(f"results/{tier}/plan.json").exists()), TIER)
 # Tables and plots cost seconds, so they follow their sources; trainings follow their settings alone.
 ANALYSIS = sorted(path.as_posix() for path in Path("analysis").glob("*.py"))
 CAPTION = {
     "tier": TIER,
-    "title": PLAN.tier.title,
+    "title": PLAN.tier.title.replace("{", "{{").replace("}", "}}"),
     "problems": PLAN.tier.evaluation.n,
     "split": PLAN.tier.evaluation.split,
     "sampling_seeds": len(PLAN.tier.evaluation.seeds),
@@ -156,13 +175,18 @@ def all_cores():
         return 1
 
 
+def reqat(wildcards):
+    """The command that a rule's `shell:` begins with. A function, because Snakemake would read braces in a text as wildcards."""
+    return REQAT
+
+
 def drawing_pinned(wildcards, output):
-    """Commands that draw all that is pinned of a tier: its run, its studies, its benchmark."""
-    commands = [f"tables --out {output.tables}", f"figures --out {output.plots}"]
+    """Shell text that draws all that is pinned of a tier: its run, its studies, its benchmark."""
+    commands = [["tables", "--out", output.tables], ["figures", "--out", output.plots]]
     for folder, verb in (("studies", "study-report"), ("throughput", "throughput")):
         if Path("results", folder, PINNED).is_dir():
-            commands.append(f"{verb} --tables {output.tables} --plots {output.plots}")
-    return " && ".join(f"{REQAT} {command} --pinned --tier {PINNED}" for command in commands)
+            commands.append([verb, "--tables", output.tables, "--plots", output.plots])
+    return " && ".join(shlex.join([*COMMAND, *command, "--pinned", "--tier", PINNED]) for command in commands)
 
 
 def freeze_plan():
@@ -173,9 +197,22 @@ def freeze_plan():
     draft.replace(FROZEN)
 
 
+def bench_state():
+    """How the last attempt at the benchmark ended, as in its file; {} if there was none."""
+    try:
+        return json.loads(Path(BENCH_STATE).read_text(encoding="utf-8")) if BENCH else {}
+    except (OSError, ValueError):
+        return {}
+
+
 def check_resources():
     """Refuse to start a tier for which this machine has too little. On a cluster each job checks its own node."""
-    if not ON_GPU or workflow.non_local_exec:
+    if workflow.non_local_exec:
+        return
+    if not ON_GPU:
+        most, free = max(RESOURCES.train_memory_mb, RESOURCES.evaluate_memory_mb), machine.usable_mb()
+        if free < most:
+            logger.warning(f"Only {free} MB of memory are free, and a job may take {most}: close other programs if one is killed.")
         return
     import torch
 
@@ -185,3 +222,27 @@ def check_resources():
         require(PLAN, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
     except ReqatError as error:
         raise WorkflowError(str(error)) from None
+
+
+def share_memory():
+    """Let jobs side by side take no more memory together than is free, unless --resources says how much."""
+    if workflow.global_resources.get("mem_mb").value is None:
+        workflow.register_resource("mem_mb", machine.usable_mb())
+
+
+def say_what_is_missing():
+    """A line for each result that was left out, at the end of a run that made all others."""
+    state = bench_state()
+    if state.get("state") == "failed":
+        logger.warning(
+            f"Figure 6 is missing, all other figures and tables are there. The benchmark failed: {state.get('reason')} "
+            f"(log: {BUILD}/logs/{BENCH.id}.log). The next run tries again; bench=no leaves it out."
+        )
+
+
+# Of this machine and this run; not of jobs that Snakemake starts elsewhere, which read these files too.
+if workflow.is_main_process:
+    if working_folder.hold() and "--report" not in sys.argv and bench_state().get("state") == "failed":
+        Path(BENCH_STATE).unlink()  # so that the benchmark is tried again
+    if workflow.local_exec:
+        share_memory()

@@ -11,13 +11,15 @@ rule data:
         LOG,
     conda:
         "../environment.yml"
+    message:
+        "traces and tokenizer: {wildcards.id}"
     wildcard_constraints:
         id="data-[0-9a-f]+",
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     resources:
         mem_mb=2000,
         runtime=60,
     shell:
-        "{params.reqat} data {wildcards.id} --tier {params.tier} > {log} 2>&1"
+        "{params.reqat} data {wildcards.id:q} --tier {params.tier:q} > {log:q} 2>&1"

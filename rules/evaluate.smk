@@ -12,10 +12,12 @@ rule evaluate:
         LOG,
     conda:
         "../environment.yml"
+    message:
+        "evaluate: {wildcards.id}"
     wildcard_constraints:
         id="evaluation-[0-9a-f]+",
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     threads: RESOURCES.threads
     resources:
@@ -23,4 +25,4 @@ rule evaluate:
         runtime=RESOURCES.runtime_minutes,
         gpu=min(GPUS, 1),
     shell:
-        "{params.reqat} evaluate {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+        "{params.reqat} evaluate {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

@@ -15,15 +15,17 @@ rule plots:
         f"{BUILD}/logs/figures-{TIER}.log",
     conda:
         "../environment.yml"
+    message:
+        "figures of the evaluations"
     params:
-        reqat=REQAT,
+        reqat=reqat,
         out=folder_of_output,
         **CAPTION,
     resources:
         mem_mb=1000,
         runtime=30,
     shell:
-        "{params.reqat} figures --tier {params.tier} --out {params.out} > {log} 2>&1"
+        "{params.reqat} figures --tier {params.tier:q} --out {params.out:q} > {log:q} 2>&1"
 
 
 rule figures:
@@ -38,5 +40,7 @@ rule figures:
         f"{BUILD}/logs/collect-{TIER}.log",
     conda:
         "../environment.yml"
+    message:
+        "collect everything in figures/"
     shell:
-        "(mkdir -p {output} && cp {input} {output}/) > {log} 2>&1"
+        "(mkdir -p {output:q} && cp {input:q} {output:q}/) > {log:q} 2>&1"

@@ -16,7 +16,7 @@ rule pinned:
     params:
         draw=drawing_pinned,
     shell:
-        "({params.draw}) > {log} 2>&1"
+        "({params.draw}) > {log:q} 2>&1"
 
 
 rule compare:
@@ -27,7 +27,7 @@ rule compare:
     conda:
         "../environment.yml"
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     shell:
-        "{params.reqat} compare --tier {params.tier} 2>&1 | tee {log}"
+        "{params.reqat} compare --tier {params.tier:q} 2>&1 | tee {log:q}"

@@ -13,10 +13,12 @@ rule ptq:
         LOG,
     conda:
         "../environment.yml"
+    message:
+        "quantize after training: {wildcards.id}"
     wildcard_constraints:
         id="ptq-[0-9a-f]+",
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     threads: RESOURCES.threads
     resources:
@@ -24,4 +26,4 @@ rule ptq:
         runtime=240,
         gpu=min(GPUS, 1),
     shell:
-        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+        "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

@@ -14,10 +14,12 @@ if STUDIES:
             LOG,
         conda:
             "../environment.yml"
+        message:
+            "study the models: {wildcards.id}"
         wildcard_constraints:
             id="study-[a-z]+-[0-9a-f]+",
         params:
-            reqat=REQAT,
+            reqat=reqat,
             tier=TIER,
         threads: RESOURCES.threads
         resources:
@@ -25,7 +27,7 @@ if STUDIES:
             runtime=RESOURCES.runtime_minutes,
             gpu=min(GPUS, 1),
         shell:
-            "{params.reqat} study {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+            "{params.reqat} study {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"
 
     rule study_report:
         input:
@@ -40,8 +42,10 @@ if STUDIES:
             f"{BUILD}/logs/studies-{TIER}.log",
         conda:
             "../environment.yml"
+        message:
+            "figures and tables of the studies"
         params:
-            reqat=REQAT,
+            reqat=reqat,
             tables=f"{BUILD}/tables/{TIER}",
             plots=f"{BUILD}/plots/{TIER}",
             **CAPTION,
@@ -49,7 +53,7 @@ if STUDIES:
             mem_mb=1500,
             runtime=30,
         shell:
-            "{params.reqat} study-report --tier {params.tier} --tables {params.tables} --plots {params.plots} > {log} 2>&1"
+            "{params.reqat} study-report --tier {params.tier:q} --tables {params.tables:q} --plots {params.plots:q} > {log:q} 2>&1"
 
     rule studies:
         input:

@@ -13,12 +13,14 @@ rule tables:
         f"{BUILD}/logs/tables-{TIER}.log",
     conda:
         "../environment.yml"
+    message:
+        "tables of the evaluations"
     params:
-        reqat=REQAT,
+        reqat=reqat,
         out=folder_of_output,
         **CAPTION,
     resources:
         mem_mb=1000,
         runtime=30,
     shell:
-        "{params.reqat} tables --tier {params.tier} --out {params.out} > {log} 2>&1"
+        "{params.reqat} tables --tier {params.tier:q} --out {params.out:q} > {log:q} 2>&1"

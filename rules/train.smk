@@ -14,10 +14,12 @@ rule train:
         LOG,
     conda:
         "../environment.yml"
+    message:
+        "train: {wildcards.id}"
     wildcard_constraints:
         id="(finetune|qat)-[0-9a-f]+",
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     threads: RESOURCES.threads
     resources:
@@ -25,7 +27,7 @@ rule train:
         runtime=RESOURCES.runtime_minutes,
         gpu=GPUS,
     shell:
-        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+        "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"
 
 
 rule qfit:
@@ -37,10 +39,12 @@ rule qfit:
         LOG,
     conda:
         "../environment.yml"
+    message:
+        "Q-FIT: {wildcards.id}"
     wildcard_constraints:
         id="qfit-[0-9a-f]+",
     params:
-        reqat=REQAT,
+        reqat=reqat,
         tier=TIER,
     threads: RESOURCES.threads
     resources:
@@ -48,4 +52,4 @@ rule qfit:
         runtime=240,
         gpu=min(GPUS, 1),
     shell:
-        "{params.reqat} stage {wildcards.id} --tier {params.tier} --threads {threads} > {log} 2>&1"
+        "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

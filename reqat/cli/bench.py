@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.app import INTERRUPTED, Quiet, Tier, app, session, start_computing
 from reqat.cli.results import Replace, Rewrite, rendering
 from reqat.cli.run import Force, finished, locked
+from reqat.cli.sections import Bench, Section, measured, preload, read_section, sections, write_section
+from reqat.config import machine
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
-from reqat.config.files import write_file
+from reqat.config.files import read_json, write_file
 from reqat.config.targets import making
-from reqat.config.throughput import (
-    AgreementBench,
-    DecodeBench,
-    EntropyBench,
-    Throughput,
-    TrainStepBench,
-    load_throughput,
-)
+from reqat.config.throughput import LEAST_MEMORY_MB, Throughput, load_throughput, sources
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
-_FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
+ERROR_PREFIX = "reqat: error: "
 
 
 def settings_of(tier: str) -> Throughput:
@@ -45,7 +41,28 @@ def settings_of(tier: str) -> Throughput:
 
 def folder_of(settings: Throughput) -> Path:
     """Where the benchmark's record and rows lie."""
-    return session.paths.work / "throughput" / settings.id
+    return session.paths.throughput(settings.id)
+
+
+def write_state(id: str, reason: str | None) -> None:
+    """Note how an attempt at a benchmark ended: measured (None), or why not."""
+    state = {"state": "measured"} if reason is None else {"state": "failed", "reason": reason}
+    write_file(session.paths.throughput_state(id), json.dumps({"id": id} | state) + "\n")
+
+
+def failure_of(id: str) -> str | None:
+    """Why the last attempt at a benchmark failed; None if it did not."""
+    path = session.paths.throughput_state(id)
+    if not path.is_file():
+        return None
+    state = read_json(path, "note on a benchmark", "remove it, and measure again")
+    return str(state.get("reason", "for no known reason")) if state.get("state") == "failed" else None
+
+
+def is_current(out: Path) -> bool:
+    """Whether a result is newer than the sources of the code that it measured."""
+    made = (out / record.FILE).stat().st_mtime
+    return all(file.stat().st_mtime <= made for file in sources(session.paths.root))
 
 
 def kept_sections(settings: Throughput, threads: int) -> Path | None:
@@ -56,8 +73,23 @@ def kept_sections(settings: Throughput, threads: int) -> Path | None:
     made = provenance.commit(session.paths.root)
     if made["dirty"] is not False:
         return None
-    where = digest([made["commit"], threads, provenance.hardware()["cpu"]], 12)
+    # Not provenance.hardware(): it looks for GPUs, and what touched one cannot be forked.
+    where = digest([made["commit"], threads, provenance.cpu_model()], 12)
     return session.paths.work / "throughput" / f".{settings.id}.sections" / where
+
+
+def memory_of(settings: Throughput) -> int:
+    """Bytes that the benchmark may take: what its settings declare, less where less is free.
+
+    Raises `ReqatError` where too little is free to measure anything.
+    """
+    free = int(machine.USABLE * machine.available_bytes())
+    if free < LEAST_MEMORY_MB * machine.MB:
+        raise ReqatError(
+            f"the benchmark needs {LEAST_MEMORY_MB / 1000:g} GB of free memory, {free / 1e9:.1f} GB are: close other "
+            "programs, or leave it out (make figures BENCH=no)."
+        )
+    return min(settings.memory_mb * machine.MB, free)
 
 
 @app.command()
@@ -67,6 +99,9 @@ def bench(
     quiet: Quiet = False,
     force: Force = False,
     threads: Annotated[int, typer.Option(help="Threads to compute with (0: as the benchmark says).")] = 0,
+    current: Annotated[
+        bool, typer.Option("--current", help="Again, too, if the code is newer than the result.")
+    ] = False,
 ) -> None:
     """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it.
 
@@ -77,9 +112,12 @@ def bench(
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
     out = folder_of(settings)
     with locked(session.paths, settings.id):
-        if not force and finished(out, settings.id):
+        if not force and finished(out, settings.id) and (not current or is_current(out)):
+            write_state(settings.id, None)
             print(f"{settings.id}: already there")
             return
+        # Looking for a GPU by way of the driver would be in the way of the processes that are forked to use it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         start_computing(threads or settings.threads)
         where = session.paths.partial(settings.id)
         paths = session.paths
@@ -92,59 +130,84 @@ def bench(
             job.resumed = job.metrics["resumed_sections"] > 0
         if kept is not None:
             shutil.rmtree(kept.parent, ignore_errors=True)
+        write_state(settings.id, None)
     print(f"{settings.id}: done, {out}")
 
 
-@dataclass
-class Section:
-    """A part of a benchmark that is measured in one go: rows, what is missing and why, agreement where it was asked."""
+@app.command("bench-failed", hidden=True)
+def bench_failed(
+    id: Annotated[str, typer.Argument(help="Id of the benchmark that failed.")],
+    tier: Tier = "laptop",
+    code: Annotated[int, typer.Option(help="Exit code of `reqat bench`.")] = 1,
+    log: Annotated[Path | None, typer.Option(help="Its log.")] = None,
+) -> None:
+    """Note that a benchmark failed, so that its figure and tables can say why. An interruption is no failure.
 
-    result: Any
-    probe_bytes_per_s: list[float]
-    agreement: list[dict[str, Any]]
+    For the workflow: whatever ends the clock, the results of hours of training are collected.
+    """
+    if code in (INTERRUPTED, 128 + signal.SIGTERM, 128 + signal.SIGINT):
+        raise typer.Exit(code)
+    reason = reason_of(code, log)
+    write_state(id, reason)
+    print(f"reqat: warning: the benchmark failed: {reason}", file=sys.stderr)
+
+
+def reason_of(code: int, log: Path | None) -> str:
+    """Why `reqat bench` ended with `code`, in one line: the error that its log closes with, or the signal."""
+    if code > 128:
+        ended = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"
+        memory = ", as the system does when memory runs out" if ended == "SIGKILL" else ""
+        return f"it was ended by {ended}{memory}"
+    lines = []
+    if log is not None and log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(ERROR_PREFIX)]
+    return said[-1].removeprefix(ERROR_PREFIX) if said else f"it ended with exit code {code}"
 
 
 def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | None = None) -> dict[str, Any]:
     """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics.
 
     A finished section is written into the folder `kept` at once, and read from there if it is already in it.
+    Raises `ReqatError` where memory is short or a section cannot be measured.
     """
     import pandas as pd
 
-    from reqat_kernels.bench.machine import Probe, last_level_cache_bytes
+    from reqat_kernels.bench.machine import last_level_cache_bytes
     from reqat_kernels.bench.measure import Result, against_roofline
 
-    say = say or (lambda _: None)
     if sys.modules.get("torchao", ...) is None:  # start_computing keeps it from other verbs; here it is a peer
         del sys.modules["torchao"]
-    probe, whole = Probe(), Section(Result(), [], [])
-    for _ in range(_FIRST_READINGS):
-        probe()
-    resumed = 0
-    for name, measured in sections(settings, probe, out, say).items():
+    bench = Bench(settings, memory_of(settings), out, say or (lambda _: None))
+    cache_bytes = last_level_cache_bytes()
+    preload(settings)
+    whole, peaks, resumed = Section(Result(), [], []), {}, 0
+    for name, work in sections(settings).items():
         file = None if kept is None else kept / f"{name}.json"
         if file is not None and file.is_file():
-            say(f"{name}: measured before, kept")
-            section, resumed = _read_section(file), resumed + 1
+            bench.say(f"{name}: measured before, kept")
+            section, resumed = read_section(file), resumed + 1
         else:
-            first = len(probe.rates)
-            result, agreed = measured()
-            section = Section(result, probe.rates[first:], agreed)
+            section = measured(name, work, bench)
             if file is not None:
-                _write_section(file, section)
-            section.probe_bytes_per_s = []  # the probe remembers its own
+                write_section(file, section)
+        peaks[name] = section.peak_memory_bytes
+        if section.peak_memory_bytes > bench.memory:
+            took, allowed = section.peak_memory_bytes / 1e9, bench.memory / 1e9
+            line = f"{name}: took {took:.1f} GB of memory, more than the {allowed:.1f} it may take."
+            whole.result.refused.append(line)
         whole.result.add(section.result)
         whole.probe_bytes_per_s += section.probe_bytes_per_s
         whole.agreement += section.agreement
-    rates = [*probe.rates, *whole.probe_bytes_per_s]
-    rows = against_roofline(whole.result.rows, max(rates))
+    rates = whole.probe_bytes_per_s
+    rows = against_roofline(whole.result.rows, max(rates, default=math.nan))
     table = pd.DataFrame([dataclasses.asdict(row) for row in rows])
-    made, machine = provenance.commit(session.paths.root), provenance.hardware()
+    made, hardware = provenance.commit(session.paths.root), provenance.hardware()
     versions = provenance.versions()
     names = ("python", "torch", "transformers", "triton", "llama-cpp-python", "torchao")
     table["commit"] = f"{made['commit']}{'+changes' if made['dirty'] else ''}"
     table["versions"] = "; ".join(f"{name} {versions[name]}" for name in names if name in versions)
-    table["hardware"] = f"{machine['cpu']}, {machine['cores']} cores"
+    table["hardware"] = f"{hardware['cpu']}, {hardware['cores']} cores"
     write_file(out / CSV, table.to_csv(index=False, lineterminator="\n"))
     for line in [*whole.result.skipped, *whole.result.refused]:
         print(f"reqat: warning: {line}", file=sys.stderr)
@@ -152,206 +215,13 @@ def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | N
         "rows": len(rows),
         "skipped": whole.result.skipped,
         "refused": whole.result.refused,
-        "roofline_bytes_per_s": max(rates),
-        "probe_bytes_per_s": {"n": len(rates), "min": min(rates)},
-        "last_level_cache_bytes": last_level_cache_bytes(),
+        "roofline_bytes_per_s": max(rates, default=math.nan),
+        "probe_bytes_per_s": {"n": len(rates), "min": min(rates, default=math.nan)},
+        "last_level_cache_bytes": cache_bytes,
+        "memory": {"budget_bytes": bench.memory, "peak_bytes": peaks},
         "agreement": whole.agreement,
         "resumed_sections": resumed,
     }
-
-
-def _write_section(file: Path, section: Section) -> None:
-    write_file(file, json.dumps(dataclasses.asdict(section), default=float))  # NaN stays NaN
-
-
-def _read_section(file: Path) -> Section:
-    from reqat_kernels.bench.measure import Result, Row
-
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        given = found["result"]
-        result = Result([Row(**row) for row in given["rows"]], given["skipped"], given["refused"])
-        return Section(result, found["probe_bytes_per_s"], found["agreement"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ReqatError(f"{file}: damaged ({error}); remove it, and it is measured again.") from None
-
-
-def sections(settings: Throughput, probe: Any, out: Path, say: Any) -> dict[str, Any]:
-    """Name -> function that measures it, giving a `Result` and a list of agreements, in the order to be run.
-
-    What takes microseconds comes first; what takes seconds a call can bear a neighbour.
-    """
-    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure
-    from reqat_kernels.bench.measure import Result
-
-    ring, known = settings.ring_bytes, kernels()
-
-    def timed(rounds: int, cases: Any) -> tuple[Any, list[Any]]:
-        result = Result()
-        for case in cases:
-            say(f"{case.kernel}, {case.label}")
-            providers, burst_s = known[case.kernel].providers, settings.burst_ms / 1e3
-            result.add(measure(case, providers, rounds=rounds, burst_s=burst_s, probe=probe))
-        return result, []
-
-    asked: dict[str, Any] = {}
-    if settings.linear is not None:
-        cases = linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring)
-        asked["linear"] = partial(timed, settings.linear.rounds, cases)
-    if settings.attention is not None:
-        cases = attention.cases(settings.attention.batches, settings.attention.contexts, ring_bytes=ring)
-        asked["attention"] = partial(timed, settings.attention.rounds, cases)
-    if settings.fake_quantize is not None:
-        cases = fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring)
-        asked["fake_quantize"] = partial(timed, settings.fake_quantize.rounds, cases)
-    for i, wanted_decode in enumerate(settings.decode):
-        asked[f"decode-{i}"] = lambda wanted=wanted_decode: (decode(wanted, probe, out, say), [])
-    for i, step in enumerate(settings.train_step):
-        asked[f"train_step-{i}"] = lambda step=step: (train_step(step, settings.threads, probe, say), [])
-    for i, collected in enumerate(settings.entropy):
-        asked[f"entropy-{i}"] = lambda collected=collected: (entropy(collected, probe, out, say), [])
-    for i, compared in enumerate(settings.agreement):
-        asked[f"agreement-{i}"] = lambda compared=compared: (Result(), [agreement(compared, say)])
-    if settings.sem_loss is not None:
-        for shape in settings.sem_loss.shapes:
-            asked[f"sem_loss-{shape}"] = partial(timed, settings.sem_loss.rounds, loss.cases(shape))
-    return asked
-
-
-def model_path(model: str) -> str:
-    """Where a benchmark's model lies."""
-    return str(session.paths.base / "model") if model == "pinned" else model
-
-
-def train_step(asked: TrainStepBench, threads: int, probe: Any, say: Any) -> Any:
-    """The rows of a BF16 and a QAT step."""
-    from reqat.models.loading import CheckpointNotFoundError
-    from reqat.training.throughput import measure_steps
-    from reqat_kernels.bench.machine import Neighbours
-    from reqat_kernels.bench.measure import Result, Row, percentile
-
-    shape = f"{asked.model} B={asked.rows} T={asked.row_tokens}"
-    say(f"train_step, {shape}")
-    watch, first = Neighbours(), len(probe.rates)
-    try:
-        seconds = measure_steps(
-            model_path(asked.model),
-            asked.precision,
-            rows=asked.rows,
-            row_tokens=asked.row_tokens,
-            rounds=asked.rounds,
-            before=probe,
-        )
-    except CheckpointNotFoundError as error:
-        return Result(skipped=[f"train_step: {error}"])
-    load, nan, result = watch.load(), float("nan"), Result()
-    for fmt, samples in seconds.items():
-        us = [1e6 * s for s in samples]
-        result.rows.append(
-            Row(
-                kernel="train_step",
-                provider="fine-tuning" if fmt == "BF16" else "QAT",
-                shape=shape,
-                m=asked.rows,
-                format=fmt,
-                device="cpu",
-                arithmetic="native" if fmt == "BF16" else "emulated",
-                threads=threads,
-                n=len(us),
-                median_us=percentile(us, 0.5),
-                min_us=min(us),
-                p10_us=percentile(us, 0.1),
-                p90_us=percentile(us, 0.9),
-                bytes_moved=0,
-                gb_per_s=nan,
-                roofline_gb_per_s=nan,
-                roofline_fraction=nan,
-                probe_gb_per_s=percentile(probe.rates[first:], 0.5) / 1e9,
-                cold=True,
-                neighbour_cores=load.neighbour_cores,
-                steal=load.steal,
-                waited=nan,
-                set_aside=0,
-                ours=fmt != "BF16",
-                tokens_per_s=asked.rows * asked.row_tokens / percentile(us, 0.5) * 1e6,
-            )
-        )
-    return result
-
-
-def entropy(asked: EntropyBench, probe: Any, out: Path, say: Any) -> Any:
-    """The rows of generation with and without collecting entropies."""
-    from reqat.evaluation.collection_cost import measure_collection
-    from reqat.models.loading import CheckpointNotFoundError
-    from reqat_kernels.bench.measure import Result
-
-    try:
-        return measure_collection(
-            model_path(asked.model),
-            batch=asked.batch,
-            prompt_tokens=asked.prompt_tokens,
-            output_tokens=asked.output_tokens,
-            rounds=asked.rounds,
-            probe=probe,
-            scratch=out,
-            say=say,
-        )
-    except CheckpointNotFoundError as error:
-        return Result(skipped=[f"entropy: {error}"])
-
-
-def agreement(asked: AgreementBench, say: Any) -> dict[str, Any]:
-    """How many greedy responses of the packed model are its twin's; one scale a row, so that rows stand alone."""
-    from reqat.data import prompt_ids
-    from reqat.evaluation.agreement import agreement as compare
-    from reqat.models import load_tokenizer
-    from reqat.models.loading import CheckpointNotFoundError
-    from reqat.tasks import problems
-
-    path = model_path(asked.model)
-    asked_for = asked.model_dump()
-    say(f"agreement, {asked.model}: {asked.prompts} prompts")
-    try:
-        tokenizer = load_tokenizer(path)
-        prompts = [
-            prompt_ids(tokenizer, problem.prompt) for problem in problems(asked.families, "test", asked.prompts, seed=0)
-        ]
-        found = compare(
-            path,
-            tokenizer,
-            prompts,
-            asked.precision,
-            max_new_tokens=asked.max_new_tokens,
-            batch_rows=asked.batch_rows,
-            global_scale="row",
-        )
-    except CheckpointNotFoundError as error:
-        return asked_for | {"skipped": str(error)}
-    return asked_for | {"global_scale": "row"} | dataclasses.asdict(found)
-
-
-def decode(asked: DecodeBench, probe: Any, out: Path, say: Any) -> Any:
-    """The rows of decoding with a whole model; none, and a sentence, where its weights are not installed."""
-    from reqat.evaluation.throughput import measure_decoding
-    from reqat.models.loading import CheckpointNotFoundError
-    from reqat_kernels.bench.measure import Result
-
-    path = model_path(asked.model)
-    scratch = out.with_name(f"{out.name}-weights")
-    try:
-        return measure_decoding(
-            path,
-            asked.precision,
-            batches=asked.batches,
-            prompt_tokens=asked.prompt_tokens,
-            output_tokens=asked.output_tokens,
-            rounds=asked.rounds,
-            probe=probe,
-            scratch=scratch,
-            say=say,
-        )
-    except CheckpointNotFoundError as error:
-        return Result(skipped=[f"decode: {error}"])
 
 
 @app.command()
@@ -362,16 +232,22 @@ def throughput(
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/throughput/ instead of build/.")] = False,
     force: Rewrite = False,
 ) -> None:
-    """Make Figure 6 and its tables from the rows of `bench`."""
+    """Make Figure 6 and its tables from the rows of `bench`; if that failed, placeholders that say why."""
     from analysis.throughput import build_throughput
+    from analysis.throughput_missing import build_missing
 
     paths = session.paths
-    source = paths.results / "throughput" / tier if pinned else folder_of(settings_of(tier))
+    settings = None if pinned else settings_of(tier)
+    source = paths.results / "throughput" / tier if settings is None else folder_of(settings)
     folder = paths.work / "pinned" if pinned else paths.work
     name = f"throughput-{tier}" if pinned else tier
     tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
+    reason = None if settings is None else failure_of(settings.id)
     with rendering(tables, force=force) as table_draft, rendering(plots, force=force) as plot_draft:
-        build_throughput(source, table_draft, plot_draft)
+        if settings is not None and reason is not None:
+            build_missing(settings, reason, table_draft, plot_draft)
+        else:
+            build_throughput(source, table_draft, plot_draft)
 
 
 @app.command("pin-throughput")

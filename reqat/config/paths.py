@@ -4,6 +4,7 @@ build/data/<data id>/                      tokenizer/, train.jsonl, manifest.jso
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
 build/studies/<study id>/                  what a study measured, record.json
+build/throughput/<id>/, <id>.json          a benchmark's rows, record.json; how the last attempt at it ended
 build/partial/<id>/                        where a job works until its output is whole
 build/checkpoints/<id>/                    from where a killed training goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders
@@ -80,6 +81,15 @@ class Paths:
     def study(self, id: str) -> Path:
         """Directory of a study."""
         return self.studies / id
+
+    def throughput(self, id: str) -> Path:
+        """Directory of a benchmark."""
+        return self.work / "throughput" / id
+
+    def throughput_state(self, id: str) -> Path:
+        """File that says how the last attempt at a benchmark ended: ``{"state": "measured"}``, or ``"failed"`` and a
+        ``reason``."""
+        return self.work / "throughput" / f"{id}.json"
 
     def partial(self, id: str) -> Path:
         """Where the job that makes `id` works until its output is whole."""

@@ -15,6 +15,7 @@ from reqat.config.base import Strict, digest, parse
 from reqat.config.files import read_yaml
 
 FILE = "throughput.yaml"
+LEAST_MEMORY_MB = 1500
 
 
 class LinearBench(Strict):
@@ -107,7 +108,10 @@ class Throughput(Strict):
     entropy: list[EntropyBench] = []
     agreement: list[AgreementBench] = []
     ring_bytes: int = Field(default=0, ge=0)
-    """Bytes that rotating copies of weights must exceed; 0: twice the last-level cache."""
+    """Bytes that rotating copies of weights must reach; 0: twice the last-level cache, as far as memory allows."""
+    memory_mb: int = Field(default=4000, ge=LEAST_MEMORY_MB, exclude=True)
+    """Megabytes (10^6 bytes) of memory that it may take, whatever the caches' size; less is taken where less is free.
+    Measures nothing, so it is not in the benchmark's name; each record says what was allowed and taken."""
     burst_ms: float = Field(default=2.0, gt=0)
 
     @property
@@ -120,6 +124,16 @@ class ThroughputFile(Strict):
     """`config/throughput.yaml`: tier -> benchmark. A tier without a section has no Figure 6."""
 
     tiers: dict[str, Throughput]
+
+
+def sources(root: Path) -> list[Path]:
+    """Files of the code that a benchmark measures: with newer ones its numbers are those of other code."""
+    return sorted(
+        path
+        for folder in ("kernels/reqat_kernels", "reqat/models")
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
+    )
 
 
 def load_throughput(tier: str, folder: Path) -> Throughput | None:

@@ -185,6 +185,8 @@ def measure_collection(
                 output_tokens=output_tokens,
                 tokens_per_s=batch / median * 1e6,
                 weight_bytes=weights,
+                working_set_bytes=weights,
+                last_level_cache_bytes=last_level_cache_bytes(),
             )
         )
     return out

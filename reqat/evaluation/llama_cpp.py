@@ -14,7 +14,7 @@ import copy
 import importlib.util
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,22 @@ NAME = "llama.cpp"
 
 
 def decoders(
-    path: str, scratch: Path, reference: Any, ids: Tensor, skipped: list[str], refused: list[str], *, context: int
+    path: str,
+    scratch: Path,
+    reference: Any,
+    ids: Tensor,
+    skipped: list[str],
+    refused: list[str],
+    *,
+    context: int,
+    avoid: Collection[str] = (),
+    entering: Callable[[str], object] = lambda name: None,
 ) -> Iterator[Decoder]:
     """A decoder for each weight type, of contexts up to ``context`` tokens; files go to ``scratch``.
 
     Each is held against ``reference``, a float32 model, with weights rounded like its own, on prompts ``ids``. Where
-    one is missing or wrong, why is appended to ``skipped`` or ``refused``.
+    one is missing or wrong, why is appended to ``skipped`` or ``refused``. Those named in ``avoid`` are left out;
+    ``entering`` is told whose code runs next.
     """
     from reqat.evaluation.throughput import CHECKED_TOKENS, agrees
     from reqat.models.loading import PACKAGE, package_gguf
@@ -55,6 +65,9 @@ def decoders(
     scratch.mkdir(parents=True, exist_ok=True)
     for name in TYPES:
         target = scratch / f"{source.stem}-{name}.gguf"
+        if label(name) in avoid:
+            continue
+        entering(label(name))
         try:
             if not target.is_file():
                 convert(source, target, name)
@@ -67,6 +80,15 @@ def decoders(
             skipped.append(f"decode, {NAME} {name}: {type(error).__name__}: {error}")
         else:
             yield decoder
+
+
+def label(type_name: str) -> str:
+    """What a decoder of a weight type is called: :attr:`~reqat.evaluation.throughput.Decoder.label`."""
+    return f"{NAME} {_format(type_name)}"
+
+
+def _format(type_name: str) -> str:
+    return "BF16" if type_name == "BF16" else f"{type_name} W4A8"
 
 
 def convert(source: Path, target: Path, type_name: str) -> None:
@@ -164,5 +186,4 @@ def _decoder(file: Path, type_name: str, context: int) -> Decoder:
     width = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
     cache = 2 * 2 * layers * heads * width * llama.n_ctx()
     weights = int(llama_cpp.llama_model_size(model))
-    fmt = "BF16" if type_name == "BF16" else f"{type_name} W4A8"
-    return Decoder(NAME, fmt, generate, weights, lambda _: int(cache), batches=(1,))
+    return Decoder(NAME, _format(type_name), generate, weights, lambda _: int(cache), batches=(1,), foreign=True)

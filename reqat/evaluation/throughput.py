@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,14 @@ class Decoder:
     batches: tuple[int, ...] | None = None
     """Batches that it can decode; None: any."""
     ours: bool = False
+    foreign: bool = False
+    """Whether it computes in a library of others that could end the process."""
+
+    @property
+    def label(self) -> str:
+        """For people: ``llama.cpp Q4_0 W4A8``."""
+        return f"{self.name} {self.format}"
+
     samples: dict[int, list[Steps]] = field(default_factory=dict)
 
 
@@ -219,6 +227,8 @@ def measure_decoding(
     probe: Probe | None = None,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
+    avoid: Collection[str] = (),
+    entering: Callable[[str], object] = lambda name: None,
 ) -> Result:
     """Time every decoder that runs here on one model.
 
@@ -229,6 +239,8 @@ def measure_decoding(
         output_tokens: a row for each, from generations of the longest.
         scratch: folder for the files that llama.cpp reads its weights from; None: llama.cpp is left out.
         say: told what is being measured.
+        avoid: names (:attr:`Decoder.label`) of decoders of llama.cpp to leave out.
+        entering: told the name of the decoder whose code runs next if it is one of llama.cpp, and "" after that.
 
     Raises Wrong if our packed model does not generate what the fake-quantized one agrees with.
     """
@@ -244,7 +256,10 @@ def measure_decoding(
         from reqat.evaluation.llama_cpp import decoders as peers
 
         context = prompt_tokens + max(longest, CHECKED_TOKENS)
-        decoders += peers(path, scratch, reference, checked, out.skipped, out.refused, context=context)
+        decoders += peers(
+            path, scratch, reference, checked, out.skipped, out.refused, context=context, avoid=avoid, entering=entering
+        )
+        entering("")
     del reference
     for batch in batches:
         able = [decoder for decoder in decoders if decoder.batches is None or batch in decoder.batches]
@@ -253,9 +268,11 @@ def measure_decoding(
         for turn in range(rounds):
             at = turn % len(able)
             for decoder in able[at:] + able[:at]:
-                say(f"decode, batch {batch}: {decoder.name} {decoder.format}")
+                say(f"decode, batch {batch}: {decoder.label}")
                 probe()
+                entering(decoder.label if decoder.foreign else "")
                 steps = decoder.generate(ids[:batch], longest)
+                entering("")
                 caches[id(decoder)] = decoder.cache_bytes(steps.cache)
                 steps.cache = None
                 decoder.samples.setdefault(batch, []).append(steps)
@@ -306,4 +323,6 @@ def _row(
         "tokens_per_s": batch * len(kept) / sum(kept) * 1e6,
         "weight_bytes": decoder.weight_bytes,
         "cache_bytes": cache_bytes,
+        "working_set_bytes": decoder.weight_bytes,
+        "last_level_cache_bytes": last_level_cache_bytes(),
     }

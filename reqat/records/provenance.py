@@ -126,8 +126,9 @@ def threads() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Largest resident set of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident set so far of this process, or of one that it started and waited for, whichever is larger."""
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(who).ru_maxrss for who in whose) * 1024
 
 
 def command(root: Path, arguments: list[str] | None = None) -> str:

@@ -93,7 +93,7 @@ def test_an_interrupted_benchmark_goes_on_with_the_section_that_was_cut_off(
         raise ReqatError("power cut")
 
     with monkeypatch.context() as context:
-        context.setattr("reqat.cli.bench.decode", cut)
+        context.setattr("reqat.cli.sections.decode", cut)
         assert reqat("bench", "--tier", "smoke", "--quiet") == 2
     assert [path.name for path in kept.iterdir()] == ["linear.json"]
     times = [row["median_us"] for row in json.loads((kept / "linear.json").read_text())["result"]["rows"]]

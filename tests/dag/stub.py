@@ -1,29 +1,40 @@
 """Stands in for `reqat` in tests of the DAG: each verb logs its call and writes small files where the real one writes
 its results.
 
-`fail` in the working directory holds a prefix of ids that fail; `hang` one of ids that never finish.
+`fail` in the working directory holds a prefix of ids that fail; `crash` one of ids whose process is killed; `hang` one
+of ids that never finish.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 
+def state_of(build: Path, id: str) -> Path:
+    """Where the attempt at a benchmark is noted."""
+    return build / "throughput" / f"{id}.json"
+
+
 def main() -> None:
     """Do what the arguments say."""
     arguments = sys.argv[1:]
-    options = {k: arguments[i + 1] for i, k in enumerate(arguments) if k.startswith("--")}
+    options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     verb, *rest = arguments[6:]  # after --build B --models M --plan P
     build, tier = Path(options["--build"]), options["--tier"]
     subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else verb
     with Path("calls").open("a") as log:
         log.write(f"{subject}\n")
-    for trap in ("fail", "hang"):
+    for trap in ("fail", "crash", "hang"):
         if Path(trap).exists() and subject.startswith(Path(trap).read_text()):
             if trap == "fail":
-                sys.exit("stub: told to fail")
+                sys.exit("reqat: error: told to fail")
+            if trap == "crash":
+                os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(600)
     if verb in ("data", "stage", "evaluate"):
         kind = {"data": "data", "stage": "stages", "evaluate": "evaluations"}[verb]
@@ -43,8 +54,15 @@ def main() -> None:
         time.sleep(1)  # whoever shared the machine would log a call meanwhile
         for name in ("throughput.csv", "record.json"):
             (out / name).write_text(subject)
+        state_of(build, subject).write_text(json.dumps({"state": "measured"}))
         with Path("calls").open("a") as log:
             log.write(f"{subject}-ends\n")
+        return
+    if verb == "bench-failed":
+        said = Path(options["--log"]).read_text().strip().removeprefix("reqat: error: ")
+        reason = said or f"code {options['--code']}"
+        state_of(build, rest[0]).parent.mkdir(parents=True, exist_ok=True)
+        state_of(build, rest[0]).write_text(json.dumps({"state": "failed", "reason": reason}))
         return
     from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
     from reqat.config import Paths, load
@@ -53,7 +71,11 @@ def main() -> None:
 
     if verb in ("throughput", "study-report"):
         if verb == "throughput":
-            tables, figures = throughput_names(load_throughput(tier, Paths().config))
+            bench = load_throughput(tier, Paths().config)
+            assert bench is not None
+            tables, figures = throughput_names(bench)
+            state = json.loads(state_of(build, bench.id).read_text())
+            tier = f"{tier} {state.get('reason', '')}"
         else:
             tables, figures = study_names(load_studies(load(tier, Paths()), Paths().config))
         for folder, stems, suffixes in (

@@ -41,7 +41,7 @@ def test_providers_take_turns_and_every_call_takes_the_next_copy(monkeypatch: py
 def test_a_ring_is_larger_than_the_cache() -> None:
     cache = machine.last_level_cache_bytes()
     for each in (1000, cache // 3, 5 * cache):
-        assert Case("k", ()).copies(each) * each >= 2 * cache
+        assert Case("k", ()).copies(each) * each >= min(2 * cache, machine.MEMORY_BYTES // 40)
     assert Case("k", (), ring_bytes=10).copies(4) == 3
     assert [list(c) for c, _ in zip(chunks(5, 2), range(4), strict=False)] == [[0, 1], [2, 3], [4], [0, 1]]
     assert list(next(chunks(3, 100))) == [0, 1, 2]

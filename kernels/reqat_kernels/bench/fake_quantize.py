@@ -66,7 +66,13 @@ def _work(case: Case, call: Callable[[Tensor], Any], expected: Tensor, exact: bo
         if not wrong <= _TIES:
             raise Wrong(f"{wrong:.2%} of the elements differ from reqat.formats with the same rule")
 
-    return Work(run=lambda i: call(ring[i]), copies=len(ring), bytes_moved=2 * x.nbytes, check=check)
+    return Work(
+        run=lambda i: call(ring[i]),
+        copies=len(ring),
+        bytes_moved=2 * x.nbytes,
+        check=check,
+        ring_bytes=len(ring) * x.nbytes,
+    )
 
 
 @FAKE_QUANTIZE.provider("copy", format="FP32", devices=("cpu", "cuda"))

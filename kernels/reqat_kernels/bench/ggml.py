@@ -157,8 +157,7 @@ class Product:
         written = g.quantize(self.kind, wf.data_ptr(), packed.data_ptr(), 0, case.N, case.K, None)
         if written != self.bytes_each:
             raise Absent(f"its ggml wrote {written} bytes of {type_name}, not {self.bytes_each}.")
-        self.dense = torch.empty(case.N, case.K)
-        traits.to_float(packed.data_ptr(), self.dense.data_ptr(), case.N * case.K)
+        self.packed, self.to_float = packed, traits.to_float
         buffers = g.default_buffers(g.backend)
         if repacked:
             buffers = g.repack_buffers()
@@ -219,7 +218,9 @@ class Product:
     def verify(self, exact_inputs: bool) -> None:
         """Raise Wrong if the product is not what its arithmetic allows."""
         error = None if exact_inputs else row_steps(self.x, 32)
-        check(self.result(), self.x, self.dense, error)
+        dense = torch.empty(self.case.N, self.case.K)
+        self.to_float(self.packed.data_ptr(), dense.data_ptr(), dense.numel())
+        check(self.result(), self.x, dense, error)
 
     def work(self, exact_inputs: bool) -> Work:
         """The ring as a :class:`Work`."""

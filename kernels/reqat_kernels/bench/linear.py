@@ -106,7 +106,10 @@ def onednn_bf16(case: Case) -> Work:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         raise Absent("this torch is built without oneDNN.")
     x, w = operands(case)
-    packed = torch.ops.mkldnn._reorder_linear_weight(w)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(w)
+    except RuntimeError as error:
+        raise Absent(f"oneDNN packs no bfloat16 weights on this CPU ({str(error).splitlines()[0]}).") from None
 
     def call(weight: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")

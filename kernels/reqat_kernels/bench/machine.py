@@ -28,11 +28,30 @@ from reqat_kernels.native.gemm import allocate
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _FALLBACK_CACHE_BYTES = 64 * 2**20  # larger than most, so that data is cold where the size is unknown
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+#: States the size of the last-level cache in bytes, in place of what sysfs says.
+CACHE_VARIABLE = "REQAT_LAST_LEVEL_CACHE_BYTES"
+#: Bytes of memory that a benchmark may take where nobody says otherwise.
+MEMORY_BYTES = 4 * 10**9
+# Shares of that memory. A probe, a ring for each of some 20 providers, their operands and torch fit into it together.
+_PROBE_SHARE, _RING_SHARE = 4, 40
+
+
+def last_level_cache_bytes(folder: Path = _CACHES) -> int:
+    """Size of the largest data cache that core 0 can reach, from sysfs; 64 MiB where sysfs does not say.
+
+    The environment variable ``REQAT_LAST_LEVEL_CACHE_BYTES`` takes precedence. Raises ValueError if it is no positive
+    whole number.
+    """
+    given = os.environ.get(CACHE_VARIABLE)
+    if given is None:
+        return _cache_in_sysfs(folder)
+    if not given.isdecimal() or int(given) == 0:
+        raise ValueError(f"{CACHE_VARIABLE}={given!r}: give bytes, a whole number above 0, or unset it")
+    return int(given)
 
 
 @cache
-def last_level_cache_bytes(folder: Path = _CACHES) -> int:
-    """Size of the largest data cache that core 0 can reach, from sysfs; 64 MiB where sysfs does not say."""
+def _cache_in_sysfs(folder: Path) -> int:
     sizes = [0]
     for path in folder.glob("index*/size"):
         found = re.fullmatch(r"(\d+)([KMG]?)", path.read_text().strip())
@@ -97,9 +116,16 @@ class Device:
         """Size of the last-level cache."""
         return last_level_cache_bytes()
 
-    def probe_bytes(self) -> int:
-        """Size of a buffer whose reading shows the bandwidth of memory: little of it is left in the cache."""
-        return 8 * self.cache_bytes()
+    def probe_bytes(self, memory: int = MEMORY_BYTES) -> int:
+        """Size of a buffer whose reading shows the bandwidth of memory: little of it is left in the cache.
+
+        A quarter of the ``memory`` that the benchmark may take, at most, however large the cache is said to be.
+        """
+        return min(8 * self.cache_bytes(), memory // _PROBE_SHARE)
+
+    def ring_bytes(self, memory: int = MEMORY_BYTES) -> int:
+        """Size of a provider's ring of copies: twice the cache, bounded like the probe, by a 40th of ``memory``."""
+        return min(2 * self.cache_bytes(), memory // _RING_SHARE)
 
     def ready(self, burst: Callable[[], Any]) -> Callable[[], Any]:
         """``burst`` in the form in which it is to be timed."""
@@ -126,9 +152,14 @@ class Cuda(Device):
         """Size of the second-level cache."""
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size)
 
-    def probe_bytes(self) -> int:
-        """A gigabyte at least: less is read before the device is busy everywhere."""
-        return max(2**30, super().probe_bytes())
+    def probe_bytes(self, memory: int = MEMORY_BYTES) -> int:
+        """A gigabyte at least: less is read before the device is busy everywhere. Of the device's own memory, so the
+        host's bound does not apply."""
+        return max(2**30, 8 * self.cache_bytes())
+
+    def ring_bytes(self, memory: int = MEMORY_BYTES) -> int:
+        """Twice the cache, in the device's own memory."""
+        return 2 * self.cache_bytes()
 
     def ready(self, burst: Callable[[], Any]) -> Callable[[], Any]:
         """A graph of ``burst``, which ran once before: everything is compiled and allocated."""
@@ -165,6 +196,7 @@ def present() -> tuple[str, ...]:
 class Probe:
     """Reads a buffer that the last-level cache cannot hold and says how fast that went.
 
+    Where the cache is larger than what memory allows (:meth:`Device.probe_bytes`), part of it is read from there.
     A plain sum of float32 by torch, with torch's threads: on the CPUs tried it reads as fast as a bare loop of loads.
     On a CPU the buffer lies in huge pages, as packed weights do; in small ones a third less is read.
     """

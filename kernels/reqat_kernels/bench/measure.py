@@ -1,11 +1,15 @@
 """The clock: providers of one computation, checked, then timed in turns.
 
-The idea in five lines. All providers of a case live in one process. Each is first held against the reference there,
-and what fails is not timed. Each has a ring of copies of its weights, together larger than the last-level cache, and
-every call takes the next copy, as decoding takes the next layer. A round gives every provider one burst of calls, in
-an order that turns by one each round, with one reading of the bandwidth probe. A sample is a burst's time divided by
-its calls; a row states the samples' median, minimum and percentiles. Samples during which the scheduler kept the
-thread waiting are set aside and counted (``set_aside``): that clock ran for somebody else.
+The idea in short. All providers of a case live in one process. Each is first held against the reference there, and
+what fails is not timed. Each has a ring of copies of its weights, and every call takes the next copy, as decoding takes
+the next layer. A round gives every provider one burst of calls, a turn of its ring at most, in an order that turns by
+one each round, with one reading of the bandwidth probe. A sample is a burst's time divided by its calls; a row states
+the samples' median, minimum and percentiles. Samples during which the scheduler kept the thread waiting are set aside
+and counted (``set_aside``): that clock ran for somebody else.
+
+Data is cold: between two uses of a copy lie the rest of its ring and the whole probe, the working set that each row
+states, and a row is ``cold`` where this exceeds the last-level cache. Rings and probe are bounded by the memory that
+the benchmark may take, whatever size the system gives its caches.
 
 Why bursts: a call of 90 microseconds is as short as what Python spends around it. A provider that can string several
 calls together (ggml: one graph) may, through ``Work.chain``; that can only flatter the peer.
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -27,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reqat_kernels.bench.machine import DEVICES, Load, Neighbours, Probe, present, waited_ns
+from reqat_kernels.bench.machine import DEVICES, MEMORY_BYTES, Load, Neighbours, Probe, present, waited_ns
 
 ARITHMETICS = ("native", "emulated", "modelled")
 # A sample whose thread waited for a core longer than this share of it is set aside, as long as enough samples remain.
@@ -51,7 +55,9 @@ class Case:
     shape: tuple[tuple[str, int], ...]
     device: str = "cpu"
     ring_bytes: int = 0
-    """Bytes that a ring of copies has to exceed; 0: twice the last-level cache."""
+    """Bytes that a ring of copies has to reach; 0: twice the last-level cache, as far as ``memory_bytes`` allows."""
+    memory_bytes: int = MEMORY_BYTES
+    """Bytes of memory that the whole benchmark may take."""
 
     def __getattr__(self, name: str) -> int:
         """A size by its name."""
@@ -70,8 +76,8 @@ class Case:
         return " ".join(f"{key}={value}" for key, value in self.shape)
 
     def copies(self, bytes_each: int) -> int:
-        """How many copies make a ring that the cache cannot hold."""
-        wanted = self.ring_bytes or 2 * DEVICES[self.device].cache_bytes()
+        """How many copies make a ring."""
+        wanted = self.ring_bytes or DEVICES[self.device].ring_bytes(self.memory_bytes)
         return max(1, -(-wanted // max(1, bytes_each)))
 
 
@@ -118,6 +124,11 @@ class Provider:
     arithmetic: str = "native"
     devices: tuple[str, ...] = ("cpu",)
     ours: bool = False
+
+    @property
+    def label(self) -> str:
+        """For people: ``ggml, repacked Q4_0 W4A8``."""
+        return f"{self.name} {self.format}"
 
 
 @dataclass
@@ -178,7 +189,7 @@ class Row:
     probe_gb_per_s: float
     """Median of the probe in the rounds of this case: below the roofline, somebody else was reading."""
     cold: bool
-    """Whether the ring of copies was larger than the last-level cache."""
+    """Whether the working set was larger than the last-level cache; False too where nobody counted it."""
     neighbour_cores: float
     steal: float
     waited: float
@@ -191,6 +202,9 @@ class Row:
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     peak_extra_bytes: float | None = None
+    working_set_bytes: int | None = None
+    """Bytes read between two uses of the same ones: ring and probe, or a model's weights. None: not counted."""
+    last_level_cache_bytes: int | None = None
 
 
 @dataclass
@@ -277,6 +291,8 @@ def measure(
     rounds: int,
     burst_s: float = 2e-3,
     probe: Probe | None = None,
+    avoid: Collection[str] = (),
+    entering: Callable[[str], object] = lambda name: None,
 ) -> Result:
     """Check every provider of a case and time those that pass, in turns.
 
@@ -285,24 +301,32 @@ def measure(
         burst_s: how long a burst should take; a turn of the ring at most, one call at least.
         probe: the run's bandwidth probe, read once a round; its best over the run is the roofline. One of another
             device is left alone: the case's device has its own then, and its rows come with their roofline.
+        avoid: names (:attr:`Provider.label`) of providers to leave out.
+        entering: told the name of the provider whose code runs next if it is not ours, and "" after that.
 
-    A provider for a device that this machine does not have is skipped, with a sentence.
+    A provider for a device that this machine does not have is skipped, with a sentence; so is one of others that raises
+    anything, then or on the clock.
 
-    Raises Wrong if one of our own providers fails its check.
+    Raises Wrong if one of our own providers fails its check, and whatever else ours raises.
     """
     shared = probe is not None and probe.device == case.device
     if probe is None or not shared:
         probe = own_probe(case.device)
     out, clocks = Result(), []
     for provider in providers:
+        if provider.label in avoid:
+            continue
         if case.device not in provider.devices:
             if not set(provider.devices) & set(present()):
                 wanted = " or ".join(provider.devices)
                 out.skipped.append(f"{case.kernel}, {provider.name}: it needs a device of type {wanted}; none is here.")
             continue
+        entering(_foreign(provider))
         try:
             work = provider.make(case)
             work.check()
+            work.check = _passed  # what it compared with would take memory as long as the clock runs
+            peak, calls = _warm_up(work, burst_s, case.device)
         except Absent as reason:
             out.skipped.append(f"{case.kernel}, {provider.name}: {reason}")
             continue
@@ -311,7 +335,11 @@ def measure(
                 raise Wrong(f"{case.kernel} {case.label}, {provider.name} {provider.format}: {error}") from error
             out.refused.append(f"{case.kernel} {case.label}, {provider.name} {provider.format}, not timed: {error}")
             continue
-        peak, calls = _warm_up(work, burst_s, case.device)
+        except Exception as error:
+            if provider.ours:
+                raise
+            out.skipped.append(_raised(case, provider, error))
+            continue
         clocks.append(Clock(provider, work, chunks(work.copies, calls), peak_bytes=peak))
     watch = Neighbours()
     first_probe = len(probe.rates)
@@ -319,9 +347,17 @@ def measure(
         probe()
         at = turn % max(1, len(clocks))
         for clock in clocks[at:] + clocks[:at]:
-            clock.tick(case.device)
+            entering(_foreign(clock.provider))
+            try:
+                clock.tick(case.device)
+            except Exception as error:
+                if clock.provider.ours:
+                    raise
+                out.skipped.append(_raised(case, clock.provider, error))
+                clocks.remove(clock)
+    entering("")
     load, rates = watch.load(), probe.rates[first_probe:]
-    out.rows = [_row(case, clock, load, percentile(rates, 0.5)) for clock in clocks]
+    out.rows = [_row(case, clock, load, percentile(rates, 0.5), probe.buffer.nbytes) for clock in clocks]
     if not shared:
         out.rows = against_roofline(out.rows, probe.best)
     return out
@@ -354,10 +390,24 @@ def _warm_up(work: Work, burst_s: float, device: str) -> tuple[float | None, int
     return peak, max(1, math.ceil(1e9 * burst_s / max(min(times), 1.0)))
 
 
-def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
+def _foreign(provider: Provider) -> str:
+    return "" if provider.ours else provider.label
+
+
+def _raised(case: Case, provider: Provider, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{case.kernel} {case.label}, {provider.label}: not timed, it raised {reason}"
+
+
+def _passed() -> None:
+    """The check of work that has passed it."""
+
+
+def _row(case: Case, clock: Clock, load: Load, probe_rate: float, probe_bytes: int) -> Row:
     samples, work, provider = clock.kept(), clock.work, clock.provider
     median = percentile(samples, 0.5)
-    ring = work.ring_bytes or work.copies * work.bytes_moved
+    working_set = (work.ring_bytes or work.copies * work.bytes_moved) + probe_bytes
+    cache_bytes = DEVICES[case.device].cache_bytes()
     return Row(
         kernel=case.kernel,
         provider=provider.name,
@@ -377,13 +427,15 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float) -> Row:
         roofline_gb_per_s=math.nan,
         roofline_fraction=math.nan,
         probe_gb_per_s=probe_rate / 1e9,
-        cold=ring > DEVICES[case.device].cache_bytes(),
+        cold=working_set > cache_bytes,
         neighbour_cores=load.neighbour_cores,
         steal=load.steal,
         waited=clock.waited_ns / clock.total_ns if clock.total_ns else math.nan,
         set_aside=len(clock.samples_us) - len(samples),
         ours=provider.ours,
         peak_extra_bytes=clock.peak_bytes,
+        working_set_bytes=working_set,
+        last_level_cache_bytes=cache_bytes,
     )
 
 

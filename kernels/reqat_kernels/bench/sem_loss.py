@@ -231,9 +231,15 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def fits(shape: Shape) -> bool:
-    """Whether the naive loss (about five float32 copies of the logits, and two of the weight) has room here."""
+_BESIDES = 1.2e9  # bytes: Python, torch, the operands of the largest shape
+
+
+def fits(shape: Shape, memory: float = math.inf) -> bool:
+    """Whether the naive loss (about five float32 copies of the logits, and two of the weight) has room here, in a
+    process that may take ``memory`` bytes."""
     need = 4 * (5 * shape.N * shape.V + 2 * shape.V * shape.D)
+    if need + _BESIDES > memory:
+        return False
     if torch.cuda.is_available():
         return need < torch.cuda.mem_get_info()[0]
     try:

@@ -1,0 +1,318 @@
+"""The sections of a benchmark: what each measures, in a process of its own, and how it waits for the others.
+
+A section is measured in a fork (:mod:`reqat.cli.isolation`). So its memory is free again before the next one starts,
+and code of others that dies (a protection fault inside ggml, say) costs its own rows: the section is measured again
+without it, and the record says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from reqat.cli.app import session
+from reqat.cli.isolation import Died, Mark, isolated
+from reqat.config.errors import ReqatError
+from reqat.config.files import read_json, write_file
+from reqat.config.throughput import AgreementBench, DecodeBench, EntropyBench, Throughput, TrainStepBench
+
+_FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
+
+
+@dataclass
+class Section:
+    """A part of a benchmark that is measured in one go: rows, what is missing and why, agreement where it was asked."""
+
+    result: Any
+    probe_bytes_per_s: list[float]
+    agreement: list[dict[str, Any]]
+    peak_memory_bytes: int = 0
+
+
+@dataclass
+class Bench:
+    """What the measuring of a section needs: settings, memory in bytes, a folder for files, whom to tell, and whom to
+    leave out."""
+
+    settings: Throughput
+    memory: int
+    out: Path
+    say: Callable[[str], None]
+    mark: Mark = field(default_factory=Mark)
+    avoid: set[str] = field(default_factory=set)
+
+    @cached_property
+    def probe(self) -> Any:
+        """The bandwidth probe of this process, read a few times already."""
+        from reqat_kernels.bench.machine import DEVICES, Probe
+
+        probe = Probe(DEVICES["cpu"].probe_bytes(self.memory))
+        for _ in range(_FIRST_READINGS):
+            probe()
+        return probe
+
+
+def measured(name: str, work: Callable[[Bench], tuple[Any, list[Any]]], bench: Bench) -> Section:
+    """A section, measured in a process of its own; again without a provider that ended that process.
+
+    Raises `ReqatError` if the process ended otherwise, and what ``work`` raises.
+    """
+
+    def section() -> Section:
+        result, agreed = work(bench)
+        rates = bench.probe.rates if "probe" in vars(bench) else []
+        return Section(result, rates, agreed)
+
+    lost: list[str] = []
+    while True:
+        try:
+            found, peak = isolated(section, bench.mark)
+        except Died as died:
+            if not died.mark or died.mark in bench.avoid:
+                raise ReqatError(
+                    f"section {name} of the benchmark ended: {died.how}. Free some memory if that is short, and run it "
+                    "again; finished sections are kept where the code is committed."
+                ) from None
+            bench.avoid.add(died.mark)
+            lost.append(f"{name}, {died.mark}, not timed: its process died, {died.how}.")
+            bench.say(f"{lost[-1]} {name} starts again without it")
+            continue
+        bench.avoid.clear()
+        found.result.refused += lost
+        found.peak_memory_bytes = peak
+        return found
+
+
+def preload(settings: Throughput) -> None:
+    """Import what the sections need, once for all of them. Nothing may be computed here: what follows is forked."""
+    import reqat_kernels.bench  # noqa: F401
+
+    if settings.decode or settings.entropy or settings.train_step or settings.agreement:
+        import reqat.evaluation.agreement
+        import reqat.evaluation.collection_cost
+        import reqat.evaluation.throughput
+        import reqat.tasks
+        import reqat.training.throughput  # noqa: F401
+
+
+def write_section(file: Path, section: Section) -> None:
+    """Keep a section, whole or not at all. Raises `ReqatError` if it cannot be written."""
+    write_file(file, json.dumps(dataclasses.asdict(section), default=float))  # NaN stays NaN
+
+
+def read_section(file: Path) -> Section:
+    """A section that was kept. Raises `ReqatError` if the file is damaged."""
+    from reqat_kernels.bench.measure import Result, Row
+
+    remedy = "remove it, and it is measured again"
+    found = read_json(file, "section of a benchmark", remedy)
+    try:
+        given = found["result"]
+        result = Result([Row(**row) for row in given["rows"]], given["skipped"], given["refused"])
+        return Section(result, found["probe_bytes_per_s"], found["agreement"], found.get("peak_memory_bytes", 0))
+    except (KeyError, TypeError) as error:
+        raise ReqatError(f"{file}: damaged ({error}); {remedy}.") from None
+
+
+def sections(settings: Throughput) -> dict[str, Callable[[Bench], tuple[Any, list[Any]]]]:
+    """Name -> function that measures it, giving a `Result` and a list of agreements, in the order to be run.
+
+    What takes microseconds comes first; what takes seconds a call can bear a neighbour.
+    """
+    asked: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {}
+    for name in ("linear", "attention", "fake_quantize"):
+        if getattr(settings, name) is not None:
+            asked[name] = partial(timed, name)
+    for i, wanted in enumerate(settings.decode):
+        asked[f"decode-{i}"] = partial(decode, wanted)
+    for i, step in enumerate(settings.train_step):
+        asked[f"train_step-{i}"] = partial(train_step, step)
+    for i, collected in enumerate(settings.entropy):
+        asked[f"entropy-{i}"] = partial(entropy, collected)
+    for i, compared in enumerate(settings.agreement):
+        asked[f"agreement-{i}"] = partial(agreement, compared)
+    if settings.sem_loss is not None:
+        for shape in settings.sem_loss.shapes:
+            asked[f"sem_loss-{shape}"] = partial(timed, f"sem_loss-{shape}")
+    return asked
+
+
+def timed(name: str, bench: Bench) -> tuple[Any, list[Any]]:
+    """The rows of a kernel's cases."""
+    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure
+    from reqat_kernels.bench.measure import Result
+
+    settings, ring = bench.settings, bench.settings.ring_bytes
+    if name == "linear" and settings.linear is not None:
+        rounds, cases = settings.linear.rounds, linear.cases(settings.linear.m, settings.linear.nk, ring_bytes=ring)
+    elif name == "attention" and settings.attention is not None:
+        asked = settings.attention
+        rounds, cases = asked.rounds, attention.cases(asked.batches, asked.contexts, ring_bytes=ring)
+    elif name == "fake_quantize" and settings.fake_quantize is not None:
+        rounds = settings.fake_quantize.rounds
+        cases = fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring)
+    else:
+        assert settings.sem_loss is not None
+        rounds, cases = settings.sem_loss.rounds, loss.cases(name.removeprefix("sem_loss-"))
+    result = Result()
+    for case in (replace(case, memory_bytes=bench.memory) for case in cases):
+        bench.say(f"{case.kernel}, {case.label}")
+        found = measure(
+            case,
+            kernels()[case.kernel].providers,
+            rounds=rounds,
+            burst_s=settings.burst_ms / 1e3,
+            probe=bench.probe,
+            avoid=bench.avoid,
+            entering=bench.mark,
+        )
+        result.add(found)
+    return result, []
+
+
+def model_path(model: str) -> str:
+    """Where a benchmark's model lies."""
+    return str(session.paths.base / "model") if model == "pinned" else model
+
+
+def train_step(asked: TrainStepBench, bench: Bench) -> tuple[Any, list[Any]]:
+    """The rows of a BF16 and a QAT step."""
+    import torch
+
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat.training.throughput import measure_steps
+    from reqat_kernels.bench.machine import Neighbours
+    from reqat_kernels.bench.measure import Result, Row, percentile
+
+    shape, probe = f"{asked.model} B={asked.rows} T={asked.row_tokens}", bench.probe
+    bench.say(f"train_step, {shape}")
+    watch, first = Neighbours(), len(probe.rates)
+    try:
+        seconds = measure_steps(
+            model_path(asked.model),
+            asked.precision,
+            rows=asked.rows,
+            row_tokens=asked.row_tokens,
+            rounds=asked.rounds,
+            before=probe,
+        )
+    except CheckpointNotFoundError as error:
+        return Result(skipped=[f"train_step: {error}"]), []
+    load, nan, result = watch.load(), float("nan"), Result()
+    for fmt, samples in seconds.items():
+        us = [1e6 * s for s in samples]
+        result.rows.append(
+            Row(
+                kernel="train_step",
+                provider="fine-tuning" if fmt == "BF16" else "QAT",
+                shape=shape,
+                m=asked.rows,
+                format=fmt,
+                device="cpu",
+                arithmetic="native" if fmt == "BF16" else "emulated",
+                threads=torch.get_num_threads(),
+                n=len(us),
+                median_us=percentile(us, 0.5),
+                min_us=min(us),
+                p10_us=percentile(us, 0.1),
+                p90_us=percentile(us, 0.9),
+                bytes_moved=0,
+                gb_per_s=nan,
+                roofline_gb_per_s=nan,
+                roofline_fraction=nan,
+                probe_gb_per_s=percentile(probe.rates[first:], 0.5) / 1e9,
+                cold=False,  # activations and optimizer states: nobody counted them
+                neighbour_cores=load.neighbour_cores,
+                steal=load.steal,
+                waited=nan,
+                set_aside=0,
+                ours=fmt != "BF16",
+                tokens_per_s=asked.rows * asked.row_tokens / percentile(us, 0.5) * 1e6,
+            )
+        )
+    return result, []
+
+
+def entropy(asked: EntropyBench, bench: Bench) -> tuple[Any, list[Any]]:
+    """The rows of generation with and without collecting entropies."""
+    from reqat.evaluation.collection_cost import measure_collection
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat_kernels.bench.measure import Result
+
+    try:
+        result = measure_collection(
+            model_path(asked.model),
+            batch=asked.batch,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=asked.output_tokens,
+            rounds=asked.rounds,
+            probe=bench.probe,
+            scratch=bench.out,
+            say=bench.say,
+        )
+    except CheckpointNotFoundError as error:
+        result = Result(skipped=[f"entropy: {error}"])
+    return result, []
+
+
+def agreement(asked: AgreementBench, bench: Bench) -> tuple[Any, list[Any]]:
+    """How many greedy responses of the packed model are its twin's; one scale a row, so that rows stand alone."""
+    from reqat.data import prompt_ids
+    from reqat.evaluation.agreement import agreement as compare
+    from reqat.models import load_tokenizer
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat.tasks import problems
+    from reqat_kernels.bench.measure import Result
+
+    path = model_path(asked.model)
+    asked_for = asked.model_dump()
+    bench.say(f"agreement, {asked.model}: {asked.prompts} prompts")
+    try:
+        tokenizer = load_tokenizer(path)
+        prompts = [
+            prompt_ids(tokenizer, problem.prompt) for problem in problems(asked.families, "test", asked.prompts, seed=0)
+        ]
+        found = compare(
+            path,
+            tokenizer,
+            prompts,
+            asked.precision,
+            max_new_tokens=asked.max_new_tokens,
+            batch_rows=asked.batch_rows,
+            global_scale="row",
+        )
+    except CheckpointNotFoundError as error:
+        return Result(), [asked_for | {"skipped": str(error)}]
+    return Result(), [asked_for | {"global_scale": "row"} | dataclasses.asdict(found)]
+
+
+def decode(asked: DecodeBench, bench: Bench) -> tuple[Any, list[Any]]:
+    """The rows of decoding with a whole model; none, and a sentence, where its weights are not installed."""
+    from reqat.evaluation.throughput import measure_decoding
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat_kernels.bench.measure import Result
+
+    path = model_path(asked.model)
+    scratch = bench.out.with_name(f"{bench.out.name}-weights")
+    try:
+        result = measure_decoding(
+            path,
+            asked.precision,
+            batches=asked.batches,
+            prompt_tokens=asked.prompt_tokens,
+            output_tokens=asked.output_tokens,
+            rounds=asked.rounds,
+            probe=bench.probe,
+            scratch=scratch,
+            say=bench.say,
+            avoid=bench.avoid,
+            entering=bench.mark,
+        )
+    except CheckpointNotFoundError as error:
+        result = Result(skipped=[f"decode: {error}"])
+    return result, []
