@@ -2,6 +2,7 @@
 # as long as the pins stay the same).
 #
 #   TIER=smoke|laptop|claims|overnight|smollm|paper   how much to run (default laptop; see README.md)
+#   BENCH=no                                   leave out the benchmark: no Figure 6 and none of its tables
 #   CORES=all                                  cores that the figures may use
 #   ARGS="..."                                 anything more for snakemake, or for pytest in `make test`
 #   PYTHON=python3.11                          interpreter that makes the environment
@@ -15,13 +16,20 @@ SHELL := /bin/bash
 ifdef tier
 $(error write TIER=$(tier), in capitals)
 endif
+ifdef bench
+$(error write BENCH=$(bench), in capitals)
+endif
 TIER ?= laptop
 CORES ?= all
+BENCH ?= yes
 ARGS ?=
 VENV ?= .venv
 # 3.11 is what the pins are tested with, so it comes first; the check also refuses one without venv or headers.
 PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do \
 	"$$name" tools/environment.py check >/dev/null 2>&1 && echo "$$name" && exit; done; echo python3)
+
+# Recipes read these from the environment, quoted: their values, and the folder of the clone, may hold anything.
+export TIER CORES BENCH VENV
 
 # Nothing from outside reaches in: no user site, no other project's modules, no model hub.
 unexport PYTHONPATH PYTHONHOME
@@ -30,40 +38,47 @@ unexport PYTHONDONTWRITEBYTECODE
 export PYTHONNOUSERSITE := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
-export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+# What runs in the environment: its own interpreter by its path, its other commands by PATH.
+IN_ENV = export PATH="$$(cd -- "$$VENV/bin" && pwd):$$PATH"; python="$$(cd -- "$$VENV/bin" && pwd)/python";
 
 help:
-	@echo "make figures [TIER=$(TIER)]   run what is missing and draw figures/"
+	@echo "make figures [TIER=laptop]   run what is missing and draw figures/"
+	@echo "make figures BENCH=no      the same without the benchmark, so without Figure 6 and its tables"
 	@echo "make test                  the tests"
 	@echo "make lint                  ruff, mypy, snakemake --lint"
-	@echo "make env                   only the environment, in $(VENV)"
+	@echo "make env                   only the environment, in .venv (VENV=...)"
 	@echo "make lock                  resolve requirements.in anew: requirements.lock, environment.yml"
 	@echo "make clean                 remove figures/ and caches; keeps build/, where results took hours"
-	@echo "make distclean             remove build/, .snakemake/ and $(VENV) too"
+	@echo "make distclean             remove build/, .snakemake/ and the environment too"
 
 figures: env
-	snakemake --cores $(CORES) --config tier=$(TIER) $(ARGS) -- figures/
+	@$(IN_ENV) case "$$BENCH" in no) without=--no-bench;; *) without=--bench;; esac; \
+	"$$python" -m reqat.cli doctor --quick --tier "$$TIER" "$$without"; \
+	if [ "$$CORES" = all ]; then CORES="$$("$$python" -m reqat.config.machine cores)"; fi; \
+	"$$python" -m snakemake --cores "$$CORES" --config tier="$$TIER" bench="$$BENCH" $(ARGS) -- figures/
 
 # tests/conftest.py gives each process one thread; the workers share the cores between them.
 test: env
-	python -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(IN_ENV) "$$python" -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: env
-	ruff check
-	mypy
-	snakemake --lint
+	@$(IN_ENV) "$$python" -m ruff check
+	@$(IN_ENV) "$$python" -m mypy
+	@$(IN_ENV) "$$python" -m snakemake --lint
 
 env:
 	@python="$(PYTHON)"; command -v "$$python" >/dev/null || { \
 	echo "error: no '$$python' found. Debian, Ubuntu: sudo apt install python3.11 python3.11-venv python3.11-dev"; \
-	exit 1; }; "$$python" tools/environment.py create "$(VENV)"
+	exit 1; }; "$$python" tools/environment.py create "$$VENV"
 
 lock: env
-	python tools/environment.py lock
+	@$(IN_ENV) "$$python" tools/environment.py lock
 
 clean:
 	rm -rf figures .pytest_cache .mypy_cache .ruff_cache .hypothesis dist *.egg-info
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path "./$$VENV/*" -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf build .snakemake "$(VENV)" .venv.lock
+	rm -rf build .snakemake .venv.lock
+	if [ -f "$$VENV/pyvenv.cfg" ]; then rm -rf -- "$$VENV"; fi

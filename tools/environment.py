@@ -105,6 +105,11 @@ def create(folder: Path) -> None:
     ``folder`` may be any environment with its own pip (a conda one too). A virtual environment that is unfinished or
     no longer works is made afresh; nothing else is ever deleted.
     """
+    if os.pathsep in str(folder):
+        raise Problem(
+            f"{folder}: no environment can lie in a folder with '{os.pathsep}' in its path, which separates folders in "
+            "PATH. Move the clone, or name another place: `make env VENV=...`."
+        )
     stamp, unfinished = stamp_of(folder), folder / ".reqat-unfinished"
     with only_one_at_a_time():
         if stamp.exists():
@@ -141,7 +146,7 @@ def install(python: Path) -> None:
     if libraries:
         print(f"Installing the CUDA libraries of torch {pins['torch']}", flush=True)
         pip(python, "--no-warn-conflicts", "-c", LOCK, *libraries)  # that torch wants another triton is known
-    pip(python, *built_here, "-e", ROOT)
+    pip(python, *built_here, "-e", ".")  # run() works in ROOT, whose path may hold what pip reads as options of a link
 
 
 def torch_libraries() -> list[str]:
@@ -262,7 +267,8 @@ def run(*command: object) -> None:
     """Run a command, free of settings that would send an installation elsewhere."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_NO_DEPS")
     clean = {name: value for name, value in os.environ.items() if name not in hidden}
-    subprocess.run([str(word) for word in command], check=True, env={**clean, "PYTHONNOUSERSITE": "1"})
+    words = [str(word) for word in command]
+    subprocess.run(words, check=True, cwd=str(ROOT), env={**clean, "PYTHONNOUSERSITE": "1"})
 
 
 if __name__ == "__main__":

@@ -108,6 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Exits with 0; 2 for what a user can mend; 130 if interrupted; 1 for a defect; 141, as
     other commands do, if whoever read its output has ended (`reqat plan | head`)."""
     import reqat.cli.bench
+    import reqat.cli.doctor
     import reqat.cli.entropy
     import reqat.cli.inspect
     import reqat.cli.intervene

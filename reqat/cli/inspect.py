@@ -1,24 +1,21 @@
-"""Verbs that look: `plan`, `doctor`, `schema`."""
+"""Verbs that look: `plan`, `schema`."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import Counter
 from typing import Annotated
 
 import typer
 
 from reqat.cli.app import Tier, app, session
-from reqat.config import resources, schema
+from reqat.config import machine, schema
 from reqat.config.errors import ReqatError
-from reqat.config.paths import made, pinned_base
+from reqat.config.paths import made
 from reqat.config.plan import Plan
 from reqat.config.stage import TrainSettings
 from reqat.config.studies import load_studies
-from reqat.config.tier import tier_names
-from reqat.records import provenance, record
+from reqat.records import record
 
 
 @app.command("plan")
@@ -68,46 +65,11 @@ def cost(plan: Plan) -> str:
     jobs = sum(made(stage) for stage in plan.needed.values()) + len(plan.evaluations)
     seconds = plain / given.train_tokens_per_s + quantized / given.qat_tokens_per_s + responses / given.responses_per_s
     seconds += jobs * given.job_s
-    side_by_side = max(1, (os.cpu_count() or 1) // given.threads) if given.device == "cpu" else 1
+    side_by_side = max(1, machine.cores() // given.threads) if given.device == "cpu" else 1
     return (
         f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses; about "
         f"{seconds / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's stated rates"
     )
-
-
-@app.command()
-def doctor(
-    tier: Annotated[str | None, typer.Option("--tier", "-t", help="Check one tier only (default: all).")] = None,
-) -> None:
-    """Say whether this machine and checkout can run the tiers, and what is missing."""
-    names = tier_names(session.paths.config)
-    plans = {name: session.plan(name) for name in ([tier] if tier else names)}
-    import torch
-
-    from reqat_kernels import native as kernels
-
-    machine, free = provenance.hardware(), shutil.disk_usage(session.paths.root).free
-    commit = provenance.commit(session.paths.root)
-    gib = 2**30
-    print(f"python {provenance.versions()['python']}, torch {torch.__version__}, reqat at commit {commit['commit']}")
-    print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / gib:.0f} GiB of memory")
-    print(f"{free / gib:.0f} GiB of free disk")
-    print("GPUs: " + (", ".join(f"{g['name']} {g['memory_bytes'] / gib:.0f} GiB" for g in machine["gpus"]) or "none"))
-    print(kernels.status())
-    base = pinned_base(session.paths)
-    print(f"pinned base: {base[:12] if base else 'none - `snakemake base`, then `reqat pin-base`'}")
-    troubles = []
-    for name, plan in plans.items():
-        try:
-            resources.require(plan, [gpu["memory_bytes"] for gpu in machine["gpus"]], machine["memory_bytes"])
-            if base is None and any(model.source == "pinned" for model in plan.tier.models.values()):
-                raise ReqatError(f"tier {name} starts from the pinned base, and {session.paths.base} holds none.")
-            print(f"tier {name}: can run")
-        except ReqatError as error:
-            troubles.append(str(error))
-            print(f"tier {name}: cannot run - {error}")
-    if tier and troubles:
-        raise typer.Exit(2)
 
 
 @app.command("schema")

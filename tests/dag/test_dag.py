@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reqat.config import Paths, load
+from reqat.config import Paths, load, working_folder
 from reqat.config.paths import made
 from reqat.config.studies import load_studies
 from reqat.config.throughput import Throughput
@@ -42,9 +43,18 @@ STUDIES = [
 BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": [{"model": "pinned", "batches": [1], "output_tokens": [2]}]}
 
 
+ODD = "sp ace ü $(touch F) `touch G` 'q\" &;|*#[x]"
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     """The workflow's files, without results, with a tiny tier."""
+    return workflow_in(tmp_path)
+
+
+def workflow_in(tmp_path: Path) -> Path:
+    """The same in a folder of one's own choice."""
+    tmp_path.mkdir(exist_ok=True)
     for name in ("rules", "profiles", "report", "config"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("reqat", "analysis", "environment.yml"):
@@ -56,15 +66,18 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(*arguments: str, tier: str = "tiny") -> list[str]:
-    stub = f"reqat={sys.executable} {STUB}"
-    options = ["--cores", "2", *arguments, "--config", *f"tier={tier}".split(), stub]
+def command(*arguments: str, tier: str = "tiny", more: tuple[str, ...] = ()) -> list[str]:
+    stub = f"reqat={shlex.join([sys.executable, str(STUB)])}"
+    options = ["--cores", "2", *arguments, "--config", *f"tier={tier}".split(), stub, *more]
     return [sys.executable, "-m", "snakemake", *options]
 
 
-def snakemake(folder: Path, *arguments: str, tier: str = "tiny") -> subprocess.CompletedProcess[str]:
+def snakemake(
+    folder: Path, *arguments: str, tier: str = "tiny", more: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(command(*arguments, tier=tier), cwd=folder, env=environment, capture_output=True, text=True)
+    words = command(*arguments, tier=tier, more=more)
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout + done.stderr)
 
 
@@ -90,10 +103,9 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     assert first.returncode != 0 and "told to fail" in first.stdout, first.stdout
     assert not (checkout / "figures").exists()
     assert not list((checkout / "build").glob("stages/qat-*/record.json"))
-    assert set(studies).isdisjoint(done[: done.index(f"{bench}-ends")]), "a clock goes first"
+    assert bench not in done, "a clock goes last"
     trained = next(id for id, study in studies.items() if study.models["model"].stage.startswith("qat-"))
     assert trained not in done, "a study waits for the stages that it stands on"
-    assert done.index(f"{bench}-ends") == done.index(bench) + 1, "the benchmark had the machine to itself"
 
     (checkout / "fail").unlink()
     second = snakemake(checkout, "figures/")
@@ -101,6 +113,9 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     again = calls(checkout)
     finished = [id for id in done if not id.startswith("qat-")]
     assert sorted(finished + again) == jobs, "each job ran once, the failed one again"
+    assert again[-3:] == [bench, f"{bench}-ends", "throughput"], (
+        "the benchmark came last, and had the machine to itself"
+    )
     names = {path.name for path in (checkout / "figures").iterdir()}
     assert {"table1.csv", "table1.md", "table1.tex", "figure1b.png", "figure1b.pdf", "figure1c.png"} <= names
     assert {"studies.csv", "studies.tex"} <= names
@@ -148,6 +163,56 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
     assert (checkout / "figures" / "table1.md").exists()
 
 
+def test_a_benchmark_that_dies_costs_figure_6_alone_in_whatever_folder(tmp_path: Path):
+    """Also: no part of a path reaches a shell, and the next run puts the figure in place of its placeholder."""
+    checkout = workflow_in(tmp_path / ODD)
+    build = f"build=b {ODD}"
+    (checkout / "crash").write_text("throughput-")
+    first = snakemake(checkout, "figures/", more=(build,))
+    assert first.returncode == 0, first.stdout
+    figures = checkout / "figures"
+    assert "Figure 6 is missing" in first.stdout and "code 137" in first.stdout and "bench=no" in first.stdout
+    assert "code 137" in (figures / "figure6.png").read_text() and (figures / "table1.md").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("F", "G")], "a path was run as a command"
+
+    (checkout / "crash").unlink()
+    calls(checkout)
+    second = snakemake(checkout, "figures/", more=(build,))
+    bench = Throughput.model_validate(BENCH).id
+    assert second.returncode == 0 and calls(checkout) == [bench, f"{bench}-ends", "throughput"], second.stdout
+    assert "code 137" not in (figures / "figure6.png").read_text() and "Figure 6 is missing" not in second.stdout
+
+    third = snakemake(checkout, "figures/", more=(build, "bench=no"))
+    assert third.returncode == 0 and calls(checkout) == [], third.stdout
+    assert (figures / "table1.md").exists() and not (figures / "figure6.png").exists()
+
+
+def test_after_a_kill_the_next_run_just_goes_on(checkout: Path):
+    # Traces that need no base model's tokenizer, so that nothing else has to run.
+    needed = load("tiny", Paths(root=checkout)).needed.values()
+    data = next(stage.id for stage in needed if stage.kind == "data" and not stage.inputs)
+    target = f"build/data/{data}/record.json"
+    (checkout / "hang").write_text("data-")
+    with (checkout / "out").open("w") as out:
+        environment = os.environ | {"PYTHONPATH": str(checkout)}
+        running = subprocess.Popen(
+            command(target), cwd=checkout, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        deadline = time.monotonic() + 240
+        while not (checkout / "calls").exists():
+            assert running.poll() is None and time.monotonic() < deadline, (checkout / "out").read_text()
+            time.sleep(0.1)
+        assert working_folder.holder(checkout) == str(running.pid)
+        second = snakemake(checkout, target)
+        assert second.returncode != 0 and "no other Snakemake process" in second.stdout, "the first one is at work"
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait(timeout=60)
+    assert list((checkout / working_folder.STALE).iterdir()), "this is what stops a run of Snakemake"
+    (checkout / "hang").unlink()
+    again = snakemake(checkout, target)
+    assert again.returncode == 0 and (checkout / target).exists(), again.stdout
+
+
 def test_paper_tier_resolves_here_and_refuses_to_start(checkout: Path):
     run = snakemake(checkout, "figures/", tier="paper")
     jobs = len(load("paper", Paths(root=checkout)).evaluations)
@@ -161,6 +226,8 @@ def test_what_is_misspelt_on_the_command_line_is_named(checkout: Path):
     assert tier.returncode != 0 and "unknown tier 'tinny'. Did you mean 'tiny'?" in tier.stdout
     key = snakemake(checkout, "--dry-run", tier="tiny tear=smoke")
     assert key.returncode != 0 and "unknown key 'tear'. Did you mean 'tier'" in key.stdout
+    folder = snakemake(checkout, "--dry-run", tier="tiny build={id}")
+    assert folder.returncode != 0 and "build='{id}'" in folder.stdout and "braces" in folder.stdout
 
 
 def test_missing_pinned_base_says_how_to_make_it(checkout: Path):
