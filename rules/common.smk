@@ -92,6 +92,7 @@ STUDY_TABLES, STUDY_PLOTS = (
 )
 # The benchmark of kernels and decoding, on tiers that have one; it measures this code, so it follows its sources.
 BENCH_STATE = PATHS.throughput_state(BENCH.id).as_posix() if BENCH else ""
+BENCH_AGAIN = f"{BUILD}/throughput/{BENCH.id}.again" if BENCH else ""  # there once an attempt failed, and newer than it
 BENCH_TABLES, BENCH_PLOTS = (
     [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), throughput_names(BENCH))
 )
@@ -243,6 +244,7 @@ def say_what_is_missing():
 # Of this machine and this run; not of jobs that Snakemake starts elsewhere, which read these files too.
 if workflow.is_main_process:
     if working_folder.hold() and "--report" not in sys.argv and bench_state().get("state") == "failed":
-        Path(BENCH_STATE).unlink()  # so that the benchmark is tried again
+        # Its results are there, a note of the failure and placeholders; what makes Snakemake try again is a newer input.
+        Path(BENCH_AGAIN).touch()
     if workflow.local_exec:
         share_memory()

@@ -10,6 +10,7 @@ if BENCH:
     rule bench:
         input:
             KERNELS,
+            [BENCH_AGAIN] if Path(BENCH_AGAIN).exists() else [],
         output:
             BENCH_STATE,
         log:

@@ -4,7 +4,7 @@ build/data/<data id>/                      tokenizer/, train.jsonl, manifest.jso
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
 build/studies/<study id>/                  what a study measured, record.json
-build/throughput/<id>/, <id>.json          a benchmark's rows, record.json; how the last attempt at it ended
+build/throughput/<id>/                     a benchmark's rows, record.json; <id>.json: how the last attempt at it ended
 build/partial/<id>/                        where a job works until its output is whole
 build/checkpoints/<id>/                    from where a killed training goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders

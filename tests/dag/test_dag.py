@@ -226,8 +226,8 @@ def test_what_is_misspelt_on_the_command_line_is_named(checkout: Path):
     assert tier.returncode != 0 and "unknown tier 'tinny'. Did you mean 'tiny'?" in tier.stdout
     key = snakemake(checkout, "--dry-run", tier="tiny tear=smoke")
     assert key.returncode != 0 and "unknown key 'tear'. Did you mean 'tier'" in key.stdout
-    folder = snakemake(checkout, "--dry-run", tier="tiny build={id}")
-    assert folder.returncode != 0 and "build='{id}'" in folder.stdout and "braces" in folder.stdout
+    folder = snakemake(checkout, "--dry-run", tier="tiny build=b{id}")
+    assert folder.returncode != 0 and "build='b{id}'" in folder.stdout and "braces" in folder.stdout
 
 
 def test_missing_pinned_base_says_how_to_make_it(checkout: Path):
