@@ -46,6 +46,7 @@ include: "rules/pinned.smk"
 onstart:
     check_resources()
     freeze_plan()
+    show_progress()
 
 
 onsuccess:

@@ -11,8 +11,9 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(workflow.basedir))
 
 from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
-from reqat.config import Paths, ReqatError, digest, load, machine, unknown, working_folder
+from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
 from reqat.config.paths import made
+from reqat.config.progress import Progress
 from reqat.config.resources import need, require
 from reqat.config.studies import load_studies, study_called
 from reqat.config.throughput import load_throughput, sources
@@ -229,6 +230,26 @@ def share_memory():
     """Let jobs side by side take no more memory together than is free, unless --resources says how much."""
     if workflow.global_resources.get("mem_mb").value is None:
         workflow.register_resource("mem_mb", machine.usable_mb())
+
+
+def expected_jobs():
+    """Id (or rule) -> seconds that each job of this run is thought to take, on one core."""
+    known = cost.seconds(PLAN) | {id: cost.STUDY_S for id in STUDIES} | {"bench": cost.BENCH_S * all_cores()}
+    jobs = [job.wildcards.get("id", job.rule.name) for job in workflow.dag.needrun_jobs()]
+    return {str(id): known.get(str(id), cost.DRAWING_S) for id in jobs}
+
+
+def show_progress():
+    """Say every half minute where the run is: a job's own output goes to its log, and a training takes minutes."""
+    if not is_quiet_about_progress():
+        progress = Progress(expected_jobs(), all_cores() // RESOURCES.threads, lambda line: logger.info(f"-- {line}"))
+        logger.addHandler(progress)
+        progress.start()
+
+
+def is_quiet_about_progress():
+    """Whether --quiet asks for no progress."""
+    return bool({"progress", "all"} & {str(kind).lower() for kind in workflow.output_settings.quiet or ()})
 
 
 def say_what_is_missing():

@@ -10,6 +10,7 @@ import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config import machine, schema
+from reqat.config.cost import seconds
 from reqat.config.errors import ReqatError
 from reqat.config.paths import made
 from reqat.config.plan import Plan
@@ -62,13 +63,12 @@ def cost(plan: Plan) -> str:
     quantized = sum(stage.budget_tokens for stage in plan.needed.values() if stage.kind == "qat")
     plain = sum(stage.budget_tokens for stage in plan.needed.values()) - quantized
     responses = sum(evaluation.problems.n * len(evaluation.seeds) for evaluation in plan.evaluations.values())
-    jobs = sum(made(stage) for stage in plan.needed.values()) + len(plan.evaluations)
-    seconds = plain / given.train_tokens_per_s + quantized / given.qat_tokens_per_s + responses / given.responses_per_s
-    seconds += jobs * given.job_s
+    jobs = len(seconds(plan))
+    total = sum(seconds(plan).values())
     side_by_side = max(1, machine.cores() // given.threads) if given.device == "cpu" else 1
     return (
         f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses; about "
-        f"{seconds / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's stated rates"
+        f"{total / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's stated rates"
     )
 
 
