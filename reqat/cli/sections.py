@@ -285,6 +285,7 @@ def agreement(asked: AgreementBench, bench: Bench) -> tuple[Any, list[Any]]:
             max_new_tokens=asked.max_new_tokens,
             batch_rows=asked.batch_rows,
             global_scale="row",
+            override=True,
         )
     except CheckpointNotFoundError as error:
         return Result(), [asked_for | {"skipped": str(error)}]

@@ -82,7 +82,7 @@ def measure_collection(
         raise ReqatError(f"reset={reset!r} has no rule; write reset(t_low=..., tau0=...)")
     probe, out = probe or Probe(), Result()
     model: Any = load_model(path, dtype=torch.bfloat16)
-    prepare(model, precision)
+    prepare(model, precision, override=True)
     freeze(model)
     vocabulary = int(model.config.vocab_size)
     ids = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=torch.Generator().manual_seed(SEED)).tolist()

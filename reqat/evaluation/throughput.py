@@ -192,7 +192,7 @@ def packed_decoder(path: str, precision: str, ids: Tensor) -> Decoder:
 
     def prepared() -> Any:
         model: Any = load_model(path, dtype=torch.bfloat16)
-        prepare(model, precision, global_scale=_GLOBAL_SCALE)
+        prepare(model, precision, override=True, global_scale=_GLOBAL_SCALE)
         calibrate_static(model, [ids])
         return model
 

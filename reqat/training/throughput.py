@@ -48,7 +48,7 @@ def trainers(path: str, precision: str, rows: int, row_tokens: int, seed: int = 
     found = []
     for name in ("BF16", precision):
         model: Any = load_model(path)
-        prepare(model, name)
+        prepare(model, name, override=True)
         model.train()
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(0, model.config.vocab_size, (rows, row_tokens), generator=generator)
