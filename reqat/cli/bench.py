@@ -260,12 +260,12 @@ def pin_throughput(
     from analysis.throughput import build_throughput
 
     source, target = folder_of(settings_of(tier)), session.paths.results / "throughput" / tier
-    made = record.verify(source)
-    if made["dirty"] is not False and not allow_dirty:
-        raise ReqatError(
-            f"{source} was measured with uncommitted changes; commit and measure again, or pass --allow-dirty."
-        )
     with making(target, pinned_rows, replace=force) as draft:
+        made = record.verify(source)
+        if made["dirty"] is not False and not allow_dirty:
+            raise ReqatError(
+                f"{source} was measured with uncommitted changes; commit and measure again, or pass --allow-dirty."
+            )
         shutil.copytree(source, draft, dirs_exist_ok=True)
         build_throughput(draft, draft / "tables", draft / "plots")
     print(f"pinned: {target}")

@@ -296,13 +296,13 @@ def pin_studies(
     from analysis.studies import STUDIES, build_studies
 
     paths, plan = session.paths, session.plan(tier)
-    planned = studies_of(plan)
-    there = stages_there(plan, planned.values(), paths)
-    for id, study in planned.items():
-        _require_inputs(plan, study, paths.study(id), there)
-    same = same_stages(plan, planned.values(), there, paths.results / tier)
     target = paths.results / "studies" / tier
     with making(target, pin.pinned, replace=force) as draft:
+        planned = studies_of(plan)
+        there = stages_there(plan, planned.values(), paths)
+        for id, study in planned.items():
+            _require_inputs(plan, study, paths.study(id), there)
+        same = same_stages(plan, planned.values(), there, paths.results / tier)
         for id in planned:
             found = record.verify(paths.study(id), id=id)
             if found["dirty"] is not False and not allow_dirty:

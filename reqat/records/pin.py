@@ -189,14 +189,15 @@ def pin_base(
             f"tier {plan.tier.name}: model {model!r} has no `scratch` section; it has "
             f"{', '.join(plan.scratch) or 'none'}."
         )
-    stage = plan.stage(plan.scratch[model])
-    folder = paths.stage(stage)
-    entry = record.verify(folder, id=stage.id)
-    if entry["dirty"] is not False and not allow_dirty:
-        raise ReqatError(
-            f"{folder} was made from a tree with uncommitted changes; commit and train again, or pass --allow-dirty."
-        )
     with making(paths.base, record.belongs("base"), replace=force) as draft:
+        stage = plan.stage(plan.scratch[model])
+        folder = paths.stage(stage)
+        entry = record.verify(folder, id=stage.id)
+        if entry["dirty"] is not False and not allow_dirty:
+            raise ReqatError(
+                f"{folder} was made from a tree with uncommitted changes; commit and train again, or pass "
+                "--allow-dirty."
+            )
         if dtype is None:
             shutil.copytree(folder / "model", draft / "model")
         else:
