@@ -216,6 +216,7 @@ def making(
 
     def check() -> None:
         with explaining(target):
+            _check_parents(partial)
             if set_aside:
                 _check_place(target, inputs)
                 if target.is_dir():
@@ -411,6 +412,10 @@ def listed(kind: str, what: str) -> Names:
         found = _read_list(folder, kind=kind)
         if found is None:
             raise ReqatError(f"no {what} that we wrote.")
+        for name, entry in found.items():
+            path = folder / name
+            if os.path.lexists(path) and path.lstat().st_size != entry.get("bytes"):
+                raise ReqatError(f"a {what} that was changed since it was written ({name}).")
         return {*found, LIST}
 
     return names

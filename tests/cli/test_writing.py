@@ -82,7 +82,8 @@ def refused(root: Path, *arguments: object, names: str = "") -> str:
 @pytest.mark.parametrize("verb", FOLDERS)
 def test_a_folder_that_is_no_result_of_the_verb_is_not_touched(checkout: Path, verb: str, force: bool) -> None:
     more = ["--force"] if force else []
-    for out in (".", "..", "mine", "file", "clone", "link", "dangling", "model", "model/new", "other-verb", "/"):
+    places = (".", "..", "mine", "file", "clone", "link", "dangling", "model", "model/new", "other-verb", "/")
+    for out in places if force else places[:3]:
         refused(checkout, verb, *FOLDERS[verb], "--out", out, *more)
     home = os.environ.get("HOME")
     if home and Path(home).is_dir():
@@ -184,7 +185,7 @@ def test_files_where_folders_must_be_in_build(checkout: Path, what: str) -> None
     assert ("build/partial" if what == "file" else "build/locks/") in end.err
 
 
-@pytest.mark.parametrize("verb", [*RENDERED, "schema", "data"])
+@pytest.mark.parametrize("verb", [*RENDERED, "schema", pytest.param("data", marks=pytest.mark.slow)])
 def test_on_a_full_disk(checkout: Path, verb: str) -> None:
     if verb in RENDERED:
         shutil.copytree(ROOT / "results", checkout / "results", ignore=shutil.ignore_patterns("overnight", "sweep*"))

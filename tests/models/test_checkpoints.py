@@ -256,6 +256,31 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_model_intact(tiny: Tiny, 
     assert {file.name: file.read_bytes() for file in old.iterdir()} == before
 
 
+def test_only_a_model_that_we_saved_is_replaced_and_never_the_source(tiny: Tiny, tmp_path: Path) -> None:
+    model, folder = tiny("llama"), tmp_path / "m"
+    save_model(model, None, folder)
+    foreign = tmp_path / "foreign"
+    model.save_pretrained(foreign)
+
+    def refused(model: PreTrainedModel, target: Path, **options: bool) -> None:
+        before = {path: path.read_bytes() for path in target.iterdir()}
+        with pytest.raises(ReqatError, match=target.name):
+            save_model(model, None, target, **options)
+        assert {path: path.read_bytes() for path in target.iterdir()} == before
+
+    refused(model, folder)
+    refused(model, foreign)
+    refused(model, foreign, overwrite=True)
+    refused(load_model(folder), folder, overwrite=True)
+    (folder / "card.md").write_text("mine")
+    refused(model, folder, overwrite=True)
+    (folder / "card.md").unlink()
+    save_model(tiny("llama", num_hidden_layers=1), None, folder, overwrite=True)
+    assert load_model(folder).config.num_hidden_layers == 1
+    (folder / "model.safetensors").write_bytes(b"trained on by somebody else")
+    refused(model, folder, overwrite=True)
+
+
 def test_an_interrupt_leaves_nothing_behind(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
 
