@@ -36,7 +36,7 @@ SAME_FLOOR = {("cli", "records")}
 # What a room may import from outside the project, for the rooms that are kept narrow on purpose.
 THIRD_PARTY = {"config": {"pydantic", "yaml"}, "formats": {"torch"}}
 # Slow to import, and of use to few verbs: loaded in the function that needs them.
-LOADED_WHERE_USED = {"datasets", "lm_eval", "matplotlib", "accelerate", "snakemake"}
+LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "snakemake"}
 
 
 def imports_in(file: Path, package: str) -> Iterator[tuple[int, str, bool]]:
