@@ -138,7 +138,10 @@ def from_layout(
         raise ValueError(f"{label}: {spec.scales} holds {int(bad.sum())} NaN or negative scales; the file is damaged")
     g = _read_global(tensors[spec.global_scale], spec, label, spec.global_scale) if spec.global_scale else None
     codes = unpack_codes(packed, shape[-1])
-    return QuantizedTensor(codes, scales, g, spec.format, len(shape) - 1, shape, dtype)
+    try:
+        return QuantizedTensor(codes, scales, g, spec.format, len(shape) - 1, shape, dtype)
+    except ValueError as error:  # -0.0 among the scales, a global scale out of range
+        raise ValueError(f"{label}: {error}") from error
 
 
 def input_global_scale(tensors: dict[str, Tensor], layout: str, *, name: str | None = None) -> Tensor | None:

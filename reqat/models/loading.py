@@ -10,30 +10,45 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import io
-import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json
+from reqat.models.folder import (
+    CONFIG,
+    REMEDY,
+    TOKENIZER_CONFIG,
+    CheckpointNotFoundError,
+    Header,
+    check_config,
+    check_finite,
+    check_generation,
+    check_layers,
+    check_tokenizer,
+    weight_headers,
+)
 from reqat.models.pretrained import hook_saving
-from reqat.models.sidecar import TENSORS as SIDECAR_TENSORS
 from reqat.models.sidecar import Sidecar
 
 PACKAGE = "package:"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-class CheckpointNotFoundError(ReqatError, FileNotFoundError):
-    """There is no model where one was expected."""
+_REASON = 300  # letters of a foreign error's text that are worth showing
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -49,58 +64,86 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
 
     Raises:
         CheckpointNotFoundError: no such folder, package or weights.
-        ReqatError: only pickled weights, a truncated file, or weights of another model than ``config.json`` describes.
+        ReqatError: a source that is quantized already; only pickled weights; a damaged file; weights that are not
+            finite, or of another model than ``config.json`` describes; a sidecar of other weights.
     """
     if str(path).startswith(PACKAGE):
         file = package_gguf(str(path))
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        # Its progress bar knows no switch.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()), _third_party(file, _INSTALL):
             model = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
             )
+        check_finite(file, model.named_parameters())
         # The weights are dense now. What still names GGUF's format would keep the model from being saved.
         del model.config.quantization_config, model.hf_quantizer
         model.is_quantized = False  # type: ignore[assignment]
         return model.eval()
     folder = _folder(path)
-    _check_weights(folder)
+    described = check_config(folder)
+    check_generation(folder)
+    stored = weight_headers(folder)
+    check_layers(folder, described, stored)
     sidecar = Sidecar.read(folder)
-    with quiet():
+    with quiet(), _third_party(folder / CONFIG, REMEDY):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported below, in one line
-            )
-        except SafetensorError as error:
-            raise ReqatError(
-                f"{folder}: the weights cannot be read ({error}); copy or make the checkpoint again"
-            ) from error
+        _check_shapes(folder, config, stored)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+        )
     model, info = loaded
-    _load_widened_norms(folder, model, info)
+    _load_widened_norms(stored, model, info)
     _check_loaded(folder, info)
+    check_finite(folder, model.named_parameters())
     if sidecar is not None:
-        sidecar.attach(model)
+        sidecar.attach(model, folder)
         hook_saving(model)
     return model.eval()
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or ``package:NAME``, as for :func:`load_model`."""
+    """The tokenizer of a folder or ``package:NAME``, as for :func:`load_model`. Raises ReqatError for damaged files."""
     with quiet():
         if str(path).startswith(PACKAGE):
             file = package_gguf(str(path))
-            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        folder = _folder(path, needs="tokenizer_config.json")
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            with _third_party(file, _INSTALL):
+                return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        folder = _folder(path, needs=TOKENIZER_CONFIG)
+        check_tokenizer(folder)
+        if (folder / CONFIG).is_file():  # transformers looks there for the kind of tokenizer
+            read_json(folder / CONFIG, "model configuration", REMEDY)
+        with _third_party(folder / TOKENIZER_CONFIG, REMEDY):
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _folder(path: str | Path, needs: str = "config.json") -> Path:
+_INSTALL = "install the package again"
+
+
+@contextmanager
+def _third_party(file: Path, remedy: str) -> Iterator[None]:
+    """Raise ReqatError naming ``file`` for whatever transformers raises over a folder that it cannot read.
+
+    It raises every kind of error (KeyError, ZeroDivisionError, its own), for there are as many ways to damage a file.
+    """
+    try:
+        yield
+    except (ReqatError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:_REASON]
+        raise ReqatError(
+            f"{file}: transformers cannot make anything of it ({type(error).__name__}: {reason}); {remedy}."
+        ) from error
+
+
+def _folder(path: str | Path, needs: str = CONFIG) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointNotFoundError(
@@ -112,58 +155,36 @@ def _folder(path: str | Path, needs: str = "config.json") -> Path:
     return folder
 
 
-def _check_weights(folder: Path) -> None:
-    """Every safetensors file that the checkpoint needs is there and whole."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise ReqatError(f"{index} is not a weight index ({error}); copy the checkpoint again") from error
-        files = [folder / name for name in names]
-    elif single.is_file():
-        files = [single]
-    else:
-        pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
-        if pickles:
-            raise ReqatError(
-                f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can execute code when read: "
-                "convert them to safetensors first"
-            )
-        raise CheckpointNotFoundError(f"{folder} has no model.safetensors")
-    for file in files:
-        if not file.is_file():
-            raise CheckpointNotFoundError(f"{file} is missing, but {index.name} names it; copy the checkpoint again")
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ReqatError(
-                f"{file} is truncated or not a safetensors file ({error}); copy or make the checkpoint again"
-            ) from error
+def _check_shapes(folder: Path, config: PreTrainedConfig, stored: Mapping[str, Header]) -> None:
+    """Raise ReqatError where tensors have other shapes than ``config`` says, before memory is taken for those."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
+    mismatched = [
+        (name, header.shape, tuple(expected[name].shape))
+        for name, header in stored.items()
+        if name in expected and header.shape != tuple(expected[name].shape)
+    ]
+    mismatched = [entry for entry in mismatched if not _widened(*entry)]
+    _check_loaded(folder, {"mismatched_keys": mismatched, "missing_keys": [], "unexpected_keys": []})
 
 
-def _load_widened_norms(folder: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Take QK-norm weights that Q-FIT widened to one row a head, [H, D] where the config means [D].
+def _widened(name: str, stored: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether it is a QK-norm weight that Q-FIT widened to one row a head, [H, D] where the config means [D]."""
+    norm = name.endswith((".q_norm.weight", ".k_norm.weight"))
+    return norm and len(stored) == 2 and tuple(stored[1:]) == tuple(expected)
+
+
+def _load_widened_norms(stored: Mapping[str, Header], model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Take QK-norm weights that Q-FIT widened to one row a head.
 
     They broadcast over [B, T, H, D]. Plain transformers refuses such a checkpoint, rightly: it would ignore them.
     """
-    widened = [
-        (name, stored)
-        for name, stored, expected in info["mismatched_keys"]
-        if name.endswith((".q_norm.weight", ".k_norm.weight")) and len(stored) == 2 and stored[1:] == expected
-    ]
-    if not widened:
-        return
-    files = [file for file in sorted(folder.glob("*.safetensors")) if file.name != SIDECAR_TENSORS]
-    for name, _ in widened:
-        for file in files:
-            with safe_open(file, framework="pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118  (a file handle, not a dictionary)
-                    norm = model.get_submodule(name.removesuffix(".weight"))
-                    norm.weight = nn.Parameter(tensors.get_tensor(name).to(model.dtype))
-    names = {name for name, _ in widened}
-    info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in names}
+    widened = {entry[0] for entry in info["mismatched_keys"] if _widened(*entry)}
+    for name in widened:
+        with safe_open(stored[name].file, framework="pt") as tensors:
+            norm = model.get_submodule(name.removesuffix(".weight"))
+            norm.weight = nn.Parameter(tensors.get_tensor(name).to(model.dtype))
+    info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in widened}
 
 
 def _check_loaded(folder: Path, info: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@
 | ``{linear}.input_global_scale`` [1] | the same for the input of a linear layer |
 | ``{linear}.weight_packed``, ``.weight_scale``, ``.weight_global_scale`` | codes and scales of a frozen model |
 
+:mod:`reqat.models.stored` says what is checked when they are read.
+
 The weights in ``model.safetensors`` stay ordinary and loadable by anyone; of a frozen model they are the dequantized
 ones (rotated back, where the precision rotates). Codes are restored from here, never by quantizing a second time.
 """
@@ -18,24 +20,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.formats import PackedTensor, QuantizedTensor
-from reqat.models.architecture import decoder_layers, plain_name
+from reqat.formats import QuantizedTensor
+from reqat.models.architecture import decoder_layers, head_shape, plain_name
 from reqat.models.kv import kv_quantizers
 from reqat.models.linear import QuantLinear, quant_linears, stands_for
+from reqat.models.stored import JSON, SCHEMA, TENSORS, check_dense, read_stored, sealed
 from reqat.quant import Precision, Quantizer
-
-JSON = "reqat.json"
-TENSORS = "reqat.safetensors"
-SCHEMA = 1
 
 
 @dataclass
@@ -47,6 +44,8 @@ class Sidecar:
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
     skip: tuple[str, ...] | None = None
     """Patterns of the linear layers that were left alone; None where a folder of an earlier version does not say."""
+    dense: dict[str, str] = field(default_factory=dict)
+    """Of a sidecar that was read: layer -> digest of the dense weight that its codes stand for."""
 
     def __bool__(self) -> bool:
         return bool(self.tensors or self.weights or self.precision != Precision())
@@ -76,7 +75,7 @@ class Sidecar:
         return sidecar
 
     def write(self, folder: Path) -> None:
-        """Write both files into ``folder``."""
+        """Write both files into ``folder``, where the model's weights are already (their digests go along)."""
         stored = {name: t.detach().to("cpu", torch.float32).clone() for name, t in self.tensors.items()}
         shapes = {}
         for name, q in self.weights.items():
@@ -95,52 +94,40 @@ class Sidecar:
             "static_scales": any(name.endswith("_global_scale") for name in self.tensors),
             "quantized": shapes,
         }
-        (folder / JSON).write_text(json.dumps(about, indent=1) + "\n")
         if stored:
             save_file(stored, folder / TENSORS, metadata={"format": "pt"})
+        (folder / JSON).write_text(json.dumps(sealed(about, folder), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Sidecar | None:
-        """The sidecar of a model folder, or None where there is none. Raises ReqatError if it is damaged."""
-        file = folder / JSON
-        if not file.is_file():
+        """The sidecar of a model folder, or None where there is none. Raises ReqatError if it is damaged
+        (:func:`reqat.models.stored.read_stored`)."""
+        stored = read_stored(folder)
+        if stored is None:
             return None
-        try:
-            about = json.loads(file.read_text())
-            if about.get("schema") != SCHEMA:
-                raise ReqatError(
-                    f"{file} has schema {about.get('schema')!r}, this version of reqat reads {SCHEMA}: update reqat, "
-                    "or make the checkpoint again"
-                )
-            precision = Precision.from_dict(about["precision"])
-            has_tensors = about["weights"] == "quantized" or about["kv_shift"] or about["static_scales"]
-            stored = load_file(folder / TENSORS) if has_tensors else {}
-            weights = {name: _quantized(name, stored, precision, info) for name, info in about["quantized"].items()}
-        except ReqatError:
-            raise
-        except FileNotFoundError as error:
-            raise ReqatError(
-                f"{file} needs {TENSORS} beside it, which is missing; copy the checkpoint again"
-            ) from error
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ReqatError(
-                f"the sidecar {file} (or {TENSORS}) is damaged: {error!r}; copy or make the checkpoint again"
-            ) from error
-        skip = about.get("skip")
-        return cls(precision, stored, weights, tuple(skip) if skip is not None else None)
+        return cls(stored.precision, stored.tensors, stored.weights, stored.skip, stored.dense)
 
-    def attach(self, model: PreTrainedModel) -> None:
-        """Keep the sidecar with a loaded model, for ``prepare``. Raises ReqatError if it is of another model."""
-        layers = len(decoder_layers(model))
+    def attach(self, model: PreTrainedModel, folder: Path) -> None:
+        """Keep the sidecar with a model loaded from ``folder``, for ``prepare``. Raises ReqatError if it is of another
+        model, or if weights were changed after freezing."""
+        layers, heads = len(decoder_layers(model)), head_shape(model)
         linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        for name in self.tensors:
+        for name, tensor in self.tensors.items():
             prefix, _, rest = name.partition(".")
             if prefix == "layers" and int(rest.split(".")[0]) >= layers:
                 raise ReqatError(f"{JSON} is of another model: it has {name}, the model has {layers} layers")
+            if name.endswith(".kv_shift") and tuple(tensor.shape) != (heads.kv_heads, heads.head_dim):
+                raise ReqatError(
+                    f"{JSON} is of another model: {name} has shape {tuple(tensor.shape)}, the model has "
+                    f"{heads.kv_heads} key/value heads of {heads.head_dim}"
+                )
+            if prefix != "layers" and name.removesuffix(".input_global_scale") not in linears:
+                raise ReqatError(f"{JSON} is of another model: it has {name}, the model has no such layer")
         for name, q in self.weights.items():
             if name not in linears or tuple(linears[name].weight.shape) != tuple(q.shape):
                 have = tuple(linears[name].weight.shape) if name in linears else "no such layer"
                 raise ReqatError(f"{JSON} is of another model: codes of shape {tuple(q.shape)} for {name} ({have})")
+        check_dense(folder, self.dense)
         model._reqat_sidecar = self  # type: ignore[assignment]
 
     def check(self, precision: Precision) -> None:
@@ -208,18 +195,3 @@ def _restore_scale(quantizer: Quantizer, scale: Tensor | None, same_format: bool
         return 0  # also for the second layer that shares this quantizer
     quantizer.global_scale = scale.reshape(()).to(quantizer.device)
     return 1
-
-
-def _quantized(name: str, stored: dict[str, Tensor], precision: Precision, info: dict[str, Any]) -> QuantizedTensor:
-    """Take a layer's codes and scales out of ``stored``."""
-    assert precision.weights is not None
-    packed, scales = stored.pop(f"{name}.weight_packed"), stored.pop(f"{name}.weight_scale")
-    g = stored.pop(f"{name}.weight_global_scale", None)
-    shape = torch.Size(info["shape"])
-    if tuple(packed.shape[:-1]) != tuple(shape[:-1]):
-        raise ReqatError(f"{TENSORS}: {name}.weight_packed of shape {tuple(packed.shape)} for a weight {tuple(shape)}")
-    dtype = getattr(torch, info["dtype"])
-    packed_tensor = PackedTensor(
-        packed, scales, g.reshape(()) if g is not None else None, precision.weights, len(shape) - 1, shape, dtype
-    )
-    return packed_tensor.unpack()

@@ -223,7 +223,7 @@ def test_a_damaged_or_foreign_sidecar(tiny: Tiny, tmp_path: Path) -> None:
     tensors.write_bytes(whole)
     text = about.read_text()
     about.write_text(text[: len(text) // 2])
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match="reqat.json: not a sidecar"):
         load_model(folder)
     about.write_text(text.replace('"schema": 1', '"schema": 99'))
     with pytest.raises(ValueError, match="schema 99"):
@@ -313,6 +313,11 @@ def test_a_gguf_file_in_an_installed_package(
     loaded = load_model("package:tiny-llm")
     assert "tiny_llm" not in sys.modules
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    whole = (package / "tiny.gguf").read_bytes()
+    for damaged in (b"", b"GGML" + whole[4:], whole[:100], whole[: len(whole) // 2], whole[:-1000]):
+        (package / "tiny.gguf").write_bytes(damaged)
+        with pytest.raises(ReqatError, match=r"tiny\.gguf.*install the package again"):
+            load_model("package:tiny-llm")
     folder = save_model(loaded, None, tmp_path / "plain")
     assert "quantization_config" not in (folder / "config.json").read_text()
     assert same_state(load_model(folder), loaded)
