@@ -7,6 +7,8 @@ section 3.2).
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -71,6 +73,17 @@ class PackedRows:
     def n_tokens(self) -> int:
         """Tokens without padding."""
         return sum(t.n_tokens for row in self.rows for t in row)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of all that the batches are made of."""
+        hasher = hashlib.sha256(f"{self.row_tokens} {self.bos_id} {self.pad_id}".encode())
+        for row in self.rows:
+            for trace in row:
+                hasher.update(f" {len(trace.prompt_ids)} {len(trace.response_ids)} ".encode())
+                hasher.update(array("q", trace.prompt_ids).tobytes() + array("q", trace.response_ids).tobytes())
+            hasher.update(b"\n")
+        return hasher.hexdigest()
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows at ``indices`` as one batch."""

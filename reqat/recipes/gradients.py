@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.config.files import write_file
+from reqat.config.files import parse_json, read_text, write_file
 from reqat.config.stage import Stage, TrainSettings
 from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
@@ -142,7 +142,10 @@ def run_gradients(
         )
     for row in rows.values():
         row["steps"] = result.steps
-    table = [rows[key] for key in sorted(rows, key=lambda key: key[0]) if key[0] % every == 0]
+    table = [rows[key] for key in sorted(rows, key=lambda key: key[0]) if key[0] % every == 0 and key[0] < result.steps]
+    missing = set(range(0, result.steps, every)) - {row["step"] for row in table}
+    if missing:
+        raise ReqatError(f"{seen}: nothing of step {min(missing)}, which an earlier attempt saw; {_remedy(seen)}.")
     with (out / GRADIENTS).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -167,14 +170,26 @@ def run_gradients(
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """What an earlier attempt saw; a line that a kill cut short is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    """What an earlier attempt saw. A last line that a kill cut short is left out; raises `ReqatError` naming the line
+    for anything else that is no row."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = []
+    lines = read_text(path, "log of gradients", _remedy(path)).split("\n")
+    for number, line in enumerate(lines[:-1], start=1):  # what follows the last line break is cut short, or nothing
+        row = parse_json(line, f"{path}, line {number}", "row of gradients", _remedy(path))
+        if not isinstance(row, dict) or row.keys() != set(COLUMNS) - {"steps"}:
+            raise ReqatError(f"{path}, line {number}: not a row of gradients ({line[:60]!r}); {_remedy(path)}.")
+        for key, value in row.items():
+            good = isinstance(value, str) if key == "threshold" else type(value) in (int, float)
+            if not good or (key == "step" and (type(value) is not int or value < 0)):
+                raise ReqatError(f"{path}, line {number}: {key} is {value!r}; {_remedy(path)}.")
+        rows.append(row)
     return rows
+
+
+def _remedy(path: Path) -> str:
+    return f"delete {path.parent} to begin the training anew"
 
 
 def _different(state: Mapping[str, Tensor], folder: Path) -> list[str]:

@@ -1,15 +1,19 @@
 """Checkpoints from which a killed run goes on to bit-identical weights.
 
 One safetensors file holds the parameters, AdamW's moments and step counts and the random state; its metadata holds
-the position in the data and the metrics so far. It is written beside the old one and renamed over it, so at any
-moment there is one whole checkpoint.
+what run it is of, the position in the data and the metrics so far, and a digest of all of it. It is written beside the
+old one and renamed over it, so at any moment there is one whole checkpoint. It is read whole and checked before
+anything is changed, and taken up only by the run that wrote it: same traces, same weights at the start, same
+precision, objective and settings.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +23,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
-from reqat.config.files import explain, flush
+from reqat.config.files import explain, flush, parse_json
+from reqat.models.digests import tensors_digest
 
 FILE = "checkpoint.safetensors"
+FORMAT = "2"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_REMEDY = "delete that folder to start the stage anew"
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
-    """Write the state atomically. ``position`` is JSON: what else the loop needs to go on.
+def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, position: Mapping[str, Any]) -> None:
+    """Write the state atomically. ``position`` is JSON: ``run``, what the run is made of (text by name), and what else
+    the loop needs to go on.
 
     Raises `ReqatError` naming the folder where the disk is full or refuses; the previous checkpoint then still stands.
     """
@@ -36,10 +45,12 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(position)
     temporary = folder / f"{FILE}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, {"position": json.dumps(position)})
+        save_file(tensors, temporary, {"format": FORMAT, "position": text, "digest": _digest(text, tensors)})
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, folder / FILE)
@@ -53,42 +64,103 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
         ) from e
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def _digest(position: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{FORMAT} {position} {tensors_digest(tensors)}".encode()).hexdigest()
+
+
+def load(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, str]
+) -> dict[str, Any] | None:
     """Restore the state in place and return ``position``, or None where no checkpoint was written.
 
-    Raises ``ValueError`` for a damaged checkpoint or one of another model.
+    Raises ``ReqatError`` for a damaged checkpoint, one of another model, and one whose ``run`` differs, naming in what;
+    model, optimizer and random state are then as they were.
     """
     path = folder / FILE
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as f:
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-            position = json.loads(f.metadata()["position"])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f"checkpoint {path} is damaged ({e}); delete it to start the stage again") from e
+    tensors, position = _read(path)
     parameters = dict(model.named_parameters())
     stored = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     wrong = [
         n
         for n in parameters.keys() | stored.keys()
-        if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape
+        if n not in stored
+        or n not in parameters
+        or (stored[n].shape, stored[n].dtype) != (parameters[n].shape, parameters[n].dtype)
     ]
     if wrong:
-        raise ValueError(
-            f"checkpoint {path} is of another model: {sorted(wrong)[:3]} differ; delete it to start the stage again"
+        raise ReqatError(f"checkpoint {path} is of another model: {sorted(wrong)[:3]} differ; {_REMEDY}")
+    then = position.get("run")
+    if not isinstance(then, dict):
+        raise ReqatError(f"checkpoint {path} is damaged: it does not say of which run it is; {_REMEDY}")
+    different = [name for name in {**run, **then} if run.get(name) != then.get(name)]
+    if different:
+        what = "; ".join(f"another {name}{_values(then.get(name), run.get(name))}" for name in different)
+        raise ReqatError(
+            f"checkpoint {path} belongs to another run: {what}. Run with what it was begun with, or {_REMEDY}"
         )
+    states = {name: _moments(path, name, parameters[name], tensors) for name in parameters}
+    for name, tensor in stored.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ReqatError(f"checkpoint {path}: {name} holds NaN or infinity; {_REMEDY}")
+    random = tensors.get("random.cpu")
+    now = torch.get_rng_state()
+    if random is None or (random.dtype, random.shape) != (now.dtype, now.shape):
+        raise ReqatError(f"checkpoint {path} is damaged: it has no valid random state; {_REMEDY}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(stored[name])
     for name, parameter in parameters.items():
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if (value := tensors.get(f"optimizer.{key}.{name}")) is not None:
-                state[key] = value if key == "step" else value.to(parameter.device)
-        if state:
-            optimizer.state[parameter] = state
-    torch.set_rng_state(tensors["random.cpu"])
+        if states[name]:
+            optimizer.state[parameter] = states[name]
+    torch.set_rng_state(random)
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return position
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Every tensor and the position, after comparing the digest."""
+    try:
+        with safe_open(path, "pt") as f:
+            about = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except SafetensorError as e:
+        raise ReqatError(f"checkpoint {path} is damaged ({e}); {_REMEDY}") from e
+    except OSError as e:
+        raise explain(e, path) from e
+    if about.get("format") != FORMAT:
+        raise ReqatError(
+            f"checkpoint {path} has format {about.get('format')!r}, this version of reqat reads {FORMAT!r}: finish "
+            f"the run with the version that began it, or {_REMEDY}"
+        )
+    text = about.get("position", "")
+    if about.get("digest") != _digest(text, tensors):
+        raise ReqatError(f"checkpoint {path} is damaged: its content is not what was written; {_REMEDY}")
+    position = parse_json(text, f"checkpoint {path}", "position", _REMEDY)
+    if not isinstance(position, dict):
+        raise ReqatError(f"checkpoint {path} is damaged: its position is {position!r}; {_REMEDY}")
+    return tensors, position
+
+
+def _values(then: object, now: object) -> str:
+    """Both values where they are short enough to be read; digests say nothing to people."""
+    shown = [str(value) for value in (then, now)]
+    digests = any(len(value) == 64 and " " not in value for value in shown)
+    return "" if digests or None in (then, now) else f" ({shown[0]}, now {shown[1]})"
+
+
+def _moments(path: Path, name: str, parameter: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's state of one parameter, empty where it had none."""
+    found = {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS if f"optimizer.{key}.{name}" in tensors}
+    if not found:
+        return {}
+    if len(found) != len(_MOMENTS):
+        raise ReqatError(f"checkpoint {path} is damaged: moments of {name} are missing; {_REMEDY}")
+    for key, value in found.items():
+        if value.shape != (torch.Size([]) if key == "step" else parameter.shape) or not value.is_floating_point():
+            raise ReqatError(f"checkpoint {path} is damaged: {key} of {name} has shape {tuple(value.shape)}; {_REMEDY}")
+        if not bool(torch.isfinite(value).all()) or (key != "exp_avg" and bool((value < 0).any())):
+            raise ReqatError(f"checkpoint {path}: {key} of {name} is not finite, or negative; {_REMEDY}")
+    return {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}

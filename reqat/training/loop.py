@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
-from reqat.models import weights_quantized_once
+from reqat.models import precision_of, weights_quantized_once
+from reqat.models.digests import tensors_digest
 from reqat.training import checkpoint
 from reqat.training.objective import Objective, TermContext
 from reqat.training.progress import StepProgress
@@ -156,6 +158,52 @@ def _is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
 
+def _description(
+    model: PreTrainedModel,
+    rows: PackedRows,
+    objective: Objective,
+    settings: TrainSettings,
+    teacher: PreTrainedModel | None,
+) -> dict[str, str]:
+    """All that decides the weights that come out, by the words that an error may use; digests where it is long.
+
+    How often a checkpoint is written decides nothing and is left out.
+    """
+    precision = precision_of(model)
+    hyper = {key: value for key, value in asdict(settings).items() if key != "checkpoint_seconds"}
+    run = {
+        "set of traces (digest)": rows.digest,
+        "model at the start (digest)": tensors_digest(model.state_dict()),
+        "precision": "none" if precision is None else f"{precision} {digest(precision.to_dict(), 12)}",
+        "objective": ", ".join(repr(term) for term in objective.terms),
+    }
+    if teacher is not None and objective.needs_teacher:
+        run["teacher (digest)"] = tensors_digest(teacher.state_dict())
+    return run | {f"value of {key}": str(value) for key, value in hyper.items()}
+
+
+def _result(file: Path, stored: Any, total: int) -> TrainResult:
+    """The result so far from a checkpoint's position. Raises `ReqatError` naming what is missing or of no sense."""
+
+    def valid(key: str, value: Any) -> bool:
+        if key == "history":
+            return isinstance(value, list) and all(
+                isinstance(entry, dict) and all(isinstance(number, int | float) for number in entry.values())
+                for entry in value
+            )
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        return number and (key == "seconds" or isinstance(value, int))
+
+    keys = ("steps", "tokens", "response_tokens", "seconds", "history")
+    wrong = [key for key in keys if not isinstance(stored, dict) or not valid(key, stored.get(key))]
+    if wrong or stored["steps"] > total or len(stored["history"]) != stored["steps"]:
+        what = ", ".join(wrong) or f"{stored['steps']} steps of {total}, {len(stored['history'])} in its history"
+        raise ReqatError(
+            f"checkpoint {file} has no valid position ({what}); delete that folder to start the stage anew"
+        )
+    return TrainResult(**{key: stored[key] for key in keys})
+
+
 def train(
     model: PreTrainedModel,
     rows: PackedRows,
@@ -173,8 +221,8 @@ def train(
     ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is
     left for the caller to delete. ``observer`` sees every micro-batch and changes nothing; after a kill it sees again
     the steps since the last checkpoint. Raises ``ReqatError`` where the objective wants a teacher and has none, a
-    checkpoint is damaged or of another run, or the loss is not finite (naming the step); ``OSError`` where a
-    checkpoint cannot be written.
+    checkpoint is damaged or of another run (naming in what they differ) or cannot be written, or the loss is not
+    finite (naming the step).
     """
     if objective.needs_teacher and teacher is None:
         raise ReqatError("the objective has a term that needs a teacher; give the stage one")
@@ -182,12 +230,7 @@ def train(
     device = next(model.parameters()).device
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
-    run = {
-        "settings": repr(settings),
-        "rows": len(rows),
-        "row_tokens": rows.row_tokens,
-        "terms": [t.name for t in objective.terms],
-    }
+    run = _description(model, rows, objective, settings, teacher)
 
     model.train()
     if settings.gradient_checkpointing:
@@ -202,13 +245,9 @@ def train(
         parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     result = TrainResult(0, 0, 0, 0.0)
-    position = checkpoint.load(checkpoints, model, optimizer)
+    position = checkpoint.load(checkpoints, model, optimizer, run)
     if position is not None:
-        if position["run"] != run:
-            raise ReqatError(
-                f"the checkpoint in {checkpoints} belongs to another run ({position['run']}); delete it to start again"
-            )
-        result = TrainResult(**position["result"])
+        result = _result(checkpoints / checkpoint.FILE, position.get("result"), len(steps))
 
     def state() -> dict[str, Any]:
         return {
