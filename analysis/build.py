@@ -7,12 +7,12 @@ tier without an artifact has no file for it; a tier with the artifact but withou
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from analysis.names import figure_names, table_names
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json
 from reqat.config.paths import Paths, load
 from reqat.config.plan import Plan
 from reqat.config.tier import load_catalogue
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from analysis.cells import Results
 
 __all__ = ["build_figures", "build_tables", "figure_names", "results_of", "table_names"]
+
+
+_RESTORE = "restore it from git, or pin the run again"
 
 
 def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: Paths | None = None) -> Results:
@@ -39,16 +42,13 @@ def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: P
         )
     if isinstance(tier, str):
         kept = source / "plan.json"
-        tier = Plan.restore(_json(kept), str(kept)) if pinned and kept.is_file() else load(tier, paths)
+        tier = (
+            Plan.restore(read_json(kept, "plan", _RESTORE), str(kept))
+            if pinned and kept.is_file()
+            else load(tier, paths)
+        )
     titles = {name: artifact.title for name, artifact in load_catalogue(paths.config).artifacts.items()}
     return Results(tier, source, pinned=pinned, titles=titles)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ReqatError(f"{path}: not a plan ({error}); restore it from git, or pin the run again.") from None
 
 
 def build_tables(

@@ -200,7 +200,10 @@ class Results:
             entry = (stated.get("pinned_outputs") or stated["outputs"]).get(OUTCOMES)
             if entry is None or entry["sha256"] != record.sha256(path):
                 raise MissingResults(f"{path}: not the file that its record describes. {self.remedy([id])}")
-            data = pd.read_parquet(path, columns=list(OUTCOME_COLUMNS))
+            try:
+                data = pd.read_parquet(path, columns=list(OUTCOME_COLUMNS))
+            except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+                raise MissingResults(f"{path}: not outcomes ({error}). {self.remedy([id])}") from None
             self._outcomes[id] = self._checked(id, path, data)
         return self._outcomes[id]
 

@@ -8,7 +8,6 @@ exists where the tier has every kind of study that it needs (`analysis.names`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,8 @@ import pandas as pd
 from analysis.document import EMPTY, Column, Table, Text
 from analysis.names import study_names
 from reqat.config.base import digest, parse
-from reqat.config.errors import ReqatError
+from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.files import explain, read_json, read_json_list
 from reqat.config.studies import PlannedStudy
 from reqat.records import record
 
@@ -77,14 +77,26 @@ class Study:
         path = self.path / "summary.json"
         if not path.is_file():
             raise ReqatError(f"{self.path}: a study of kind {self.kind} grades no conditions; it has no {path.name}.")
-        return pd.DataFrame(json.loads(path.read_text(encoding="utf-8")))
+        rows = read_json_list(path, "summary of conditions", self._remedy)
+        if not rows or not all(isinstance(row, dict) for row in rows):
+            raise ReqatError(f"{path}: not a summary of conditions, its entries are no objects; {self._remedy}.")
+        return pd.DataFrame(rows)
+
+    @property
+    def _remedy(self) -> str:
+        return f"run the study again (reqat study {self.id} --force)"
 
     def table(self, name: str) -> pd.DataFrame:
         """`tables/<name>.csv` or `<name>.csv`. Raises `ReqatError` naming the file if there is none."""
         for path in (self.path / "tables" / f"{name}.csv", self.path / f"{name}.csv"):
             if path.is_file():
-                return pd.read_csv(path, keep_default_na=False, na_values=[""])
-        raise ReqatError(f"{self.path}: no {name}.csv in it; run the study again (reqat study {self.id} --force).")
+                try:
+                    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+                except OSError as error:
+                    raise explain(error, path) from error
+                except ValueError as error:  # empty, no table, not UTF-8
+                    raise ReqatError(f"{path}: not a table ({error}); {self._remedy}.") from None
+        raise ReqatError(f"{self.path}: no {name}.csv in it; {self._remedy}.")
 
 
 def load_studies(
@@ -111,6 +123,8 @@ def load_study(
         raise ReqatError(f"{folder}: study {study.settings.label} is not there; `reqat study {study.id}` makes it.")
     found = record.read(folder)
     if pinned:
+        if "pinned_outputs" not in found:
+            raise ReqatError(f"{folder / record.FILE}: says nothing of pinned files; restore it from git.")
         for name, entry in found["pinned_outputs"].items():
             if not (folder / name).is_file() or record.sha256(folder / name) != entry["sha256"]:
                 raise ReqatError(f"{folder / name} is not the file that was pinned; restore it from git.")
@@ -135,12 +149,9 @@ def pinned_studies(folder: Path) -> dict[str, PlannedStudy]:
     """The studies that `reqat pin-studies` kept in a folder, by id, as they were planned. Raises `ReqatError` if there
     are none."""
     path = Path(folder) / STUDIES
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReqatError(f"{folder}: no pinned studies; `reqat pin-studies` keeps finished ones.") from None
-    except json.JSONDecodeError as error:
-        raise ReqatError(f"{path}: not a list of studies ({error}); restore it from git.") from None
+    if not path.exists():
+        raise MissingFileError(f"{folder}: no pinned studies; `reqat pin-studies` keeps finished ones.")
+    kept = read_json(path, "list of studies", "restore it from git")
     planned = {id: parse(PlannedStudy, value, str(path)) for id, value in kept.items()}
     for id, study in planned.items():
         if id != study.id:

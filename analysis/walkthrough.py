@@ -21,7 +21,8 @@ from matplotlib.ticker import MaxNLocator
 from analysis import entropy, style
 from analysis.viewer import colours
 from reqat.config.errors import ReqatError
-from reqat.evaluation.trace_files import TraceFolder, stream_tokens
+from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_tables import stream_tokens
 
 if TYPE_CHECKING:
     from IPython.display import HTML, Image

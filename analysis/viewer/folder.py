@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from analysis.viewer.vocabulary import Vocabulary
 from reqat.config.errors import ReqatError
-from reqat.evaluation.trace_files import META, TOKENS, TRACES, read_meta, read_traces, stream_tokens
+from reqat.evaluation.trace_tables import META, TOKENS, TRACES, read_meta, read_traces, stream_tokens
 
 _REMEDY = "collect the traces again"
 _LABEL_COLUMNS = ("entropy", "prob", "top", "top_prob")
@@ -196,7 +196,7 @@ def open_folder(path: Path) -> Folder:
     """Read ``meta.json`` and ``traces.parquet`` of a folder; its tokens are read by :meth:`Folder.read`.
 
     Raises ``ReqatError`` for a folder that is missing, a damaged file, no traces, or traces with one number, and
-    FileNotFoundError for a missing file.
+    `MissingFileError` for a missing file.
     """
     if not path.is_dir():
         raise ReqatError(

@@ -7,7 +7,6 @@ shown as ``\\xe2``, since half a letter has no other text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # A plain vocabulary may hold a word with the letter; a byte-level one holds thousands.
@@ -101,8 +101,8 @@ class Vocabulary:
                 f"{folder / 'meta.json'}: no tokenizer.json in {given!r} (looked in {tried[0].parent} and "
                 f"{tried[1].parent}); correct the path, or put the vocabulary into meta.json"
             )
+        described = read_json(path, "tokenizer that can be read", "copy the tokenizer again")
         try:
-            described = json.loads(path.read_text(encoding="utf-8"))
             model = described["model"]["vocab"]
             spelled = (
                 {id: text for text, id in model.items()}
@@ -110,8 +110,14 @@ class Vocabulary:
                 else {id: text for id, (text, *_) in enumerate(model)}
             )
             spelled |= {added["id"]: added["content"] for added in described.get("added_tokens") or ()}
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ReqatError(f"{path} is no tokenizer that can be read ({type(error).__name__}: {error})") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReqatError(
+                f"{path} is no tokenizer that can be read ({type(error).__name__}: {error}); copy the tokenizer again"
+            ) from error
+        if not all(type(id) is int and isinstance(text, str) for id, text in spelled.items()):
+            raise ReqatError(
+                f"{path} has ids that are no numbers, or tokens that are no texts; copy the tokenizer again"
+            )
         return cls(spelled, f"tokenizer {given}", padded=True)
 
 

@@ -11,15 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from reqat.config.errors import ReqatError
-from reqat.config.files import explaining, write_file
+from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.files import explaining, parse_json, read_json, write_file
 from reqat.config.targets import check_file, never
 
 MANIFEST = "manifest.json"
+_REMEDY = "delete the folder and make the traces again (`reqat stage` of the data stage)"
+_IDS = 2**31  # token ids lie below
 
 
 @dataclass(frozen=True)
@@ -56,34 +60,77 @@ class TraceStore:
     def read(cls, folder: Path, name: str = "train") -> TraceStore:
         """Read ``folder/name.jsonl`` and check it against the manifest.
 
-        Raises ``FileNotFoundError`` where either file is missing, ``ValueError`` where the traces are empty,
-        truncated or altered.
+        Raises `ReqatError` naming the file (and line) where either file is missing (`MissingFileError`, also a
+        ``FileNotFoundError``), or the traces are empty, truncated, altered, or no traces.
         """
         path, manifest_path = folder / f"{name}.jsonl", folder / MANIFEST
         for needed in (path, manifest_path):
             if not needed.is_file():
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"no {needed.name} in {folder}; write the traces first (`reqat stage` of the data stage)"
                 )
-        expected = json.loads(manifest_path.read_text())["files"].get(name)
-        if expected is None:
-            raise ValueError(f"{manifest_path} does not list {name!r}; it was written for other traces, make it again")
-        data = path.read_bytes()
+        expected = _entry(manifest_path, name)
+        with explaining(path):
+            data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
-        if digest != expected["sha256"]:
-            raise ValueError(
+        if (digest, len(data)) != (expected["sha256"], expected["bytes"]):
+            raise ReqatError(
                 f"trace file {path} is damaged or truncated: {len(data)} bytes with digest {digest[:12]}, its "
                 f"manifest says "
                 f"{expected['bytes']} bytes with {expected['sha256'][:12]}; delete the folder and make it again"
             )
-        traces = []
-        for line in data.decode().splitlines():
-            row = json.loads(line)
-            row["prompt_ids"], row["response_ids"] = tuple(row["prompt_ids"]), tuple(row["response_ids"])
-            traces.append(Trace(**row))
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ReqatError(f"trace file {path}: byte {error.start} is not UTF-8; {_REMEDY}") from None
+        # Not splitlines(), which also breaks at U+2028 and other separators within a JSON text.
+        lines = text.removesuffix("\n").split("\n") if text else []
+        traces = tuple(_trace(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1))
         if not traces:
-            raise ValueError(f"trace file {path} is empty; ask for at least one trace")
-        return cls(tuple(traces), digest)
+            raise ReqatError(f"trace file {path} is empty; ask for at least one trace")
+        if len({trace.id for trace in traces}) != len(traces):
+            twice = next(id for id, n in Counter(trace.id for trace in traces).items() if n > 1)
+            raise ReqatError(f"trace file {path}: the trace {twice!r} is in it twice; {_REMEDY}")
+        store = cls(traces, digest)
+        for key, counted in (("traces", len(traces)), ("tokens", store.n_tokens)):
+            if expected.get(key, counted) != counted:
+                raise ReqatError(f"trace file {path} has {counted} {key}, {MANIFEST} says {expected[key]}; {_REMEDY}")
+        return store
+
+
+def _entry(manifest: Path, name: str) -> dict[str, Any]:
+    """What the manifest says of a file: sha256 and bytes, perhaps traces and tokens."""
+    files = read_json(manifest, "manifest of traces", _REMEDY).get("files")
+    if not isinstance(files, dict):
+        raise ReqatError(f"{manifest}: files is {files!r}, where an object is needed; {_REMEDY}")
+    if name not in files:
+        raise ReqatError(f"{manifest} does not list {name!r}; it was written for other traces, make it again")
+    entry = files[name]
+    whole = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
+    if not whole:
+        raise ReqatError(f"{manifest}: {name} is {entry!r}, where sha256 and bytes are needed; {_REMEDY}")
+    return dict(entry)
+
+
+def _trace(line: str, where: str) -> Trace:
+    """The trace in a line of JSON; ``where`` names file and line."""
+    row = parse_json(line, where, "trace", _REMEDY)
+    keys = {field.name for field in fields(Trace)}
+    if not isinstance(row, dict) or row.keys() != keys:
+        wrong = sorted(keys.symmetric_difference(row)) if isinstance(row, dict) else ["no object"]
+        raise ReqatError(f"{where}: not a trace, missing or unknown: {', '.join(map(str, wrong))}; {_REMEDY}")
+    for key, value in row.items():
+        if not key.endswith("_ids"):
+            if not isinstance(value, str):
+                raise ReqatError(f"{where}: {key} is {value!r}, where a text is needed; {_REMEDY}")
+        elif not isinstance(value, list) or not all(type(id) is int and 0 <= id < _IDS for id in value):
+            bad = next((id for id in value if type(id) is not int or not 0 <= id < _IDS), value) if value else value
+            raise ReqatError(f"{where}: {key} holds {bad!r}, where token ids (0 or more) are needed; {_REMEDY}")
+        else:
+            row[key] = tuple(value)
+    if not row["response_ids"]:
+        raise ReqatError(f"{where}: response_ids is empty; a trace has a response. {_REMEDY.capitalize()}")
+    return Trace(**row)
 
 
 def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
@@ -130,10 +177,10 @@ def select(traces: Sequence[Trace], tokens: int, *, skip_tokens: int = 0) -> lis
     whole traces.
 
     The first ranges of equal ``skip_tokens`` are prefixes of one another; a range with ``skip_tokens=k`` starts where
-    one of ``tokens=k`` ends. Raises ``ValueError`` where the store is too small, naming both numbers.
+    one of ``tokens=k`` ends. Raises ``ReqatError`` where the store is too small, naming both numbers.
     """
     if tokens < 1 or skip_tokens < 0:
-        raise ValueError(
+        raise ReqatError(
             f"select() wants tokens >= 1 and skip_tokens >= 0, got tokens={tokens}, skip_tokens={skip_tokens}"
         )
     out: list[Trace] = []
@@ -148,7 +195,7 @@ def select(traces: Sequence[Trace], tokens: int, *, skip_tokens: int = 0) -> lis
             break
     if taken < tokens:
         total = sum(t.n_tokens for t in traces)
-        raise ValueError(
+        raise ReqatError(
             f"{tokens} tokens after the first {skip_tokens} were asked for, the store holds {total}; write more traces"
         )
     return out

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.files import explain, parse_json
 from reqat.config.targets import making_file
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Outcomes:
     a response off (it is graded as it stands). ``response`` is None where responses were not kept. ``metadata`` holds
     what the evaluation was run with (decoding, max_new_tokens); it is stored, and no part of the digest.
 
-    Raises ``ValueError`` for columns of different lengths, no rows, or a problem answered twice with one seed.
+    Raises ``ReqatError`` for columns of different lengths, no rows, or a problem answered twice with one seed.
     """
 
     problem_id: tuple[str, ...]
@@ -64,13 +66,15 @@ class Outcomes:
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
         lengths = {name: len(values) for name, values in self.columns().items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"outcomes have columns of different lengths: {lengths}")
+            raise ReqatError(f"outcomes have columns of different lengths: {lengths}")
+        if len(self.n_tokens) and int(self.n_tokens.min()) < 0:
+            raise ReqatError(f"outcomes have a response of {int(self.n_tokens.min())} tokens; it must be 0 or more")
         if not self.problem_id:
-            raise ValueError("outcomes are empty; evaluate at least one problem")
+            raise ReqatError("outcomes are empty; evaluate at least one problem")
         seen: set[tuple[str, int]] = set()
         for pair in zip(self.problem_id, self.seed.tolist(), strict=True):
             if pair in seen:
-                raise ValueError(f"problem {pair[0]!r} has two outcomes with seed {pair[1]}; keep one of them")
+                raise ReqatError(f"problem {pair[0]!r} has two outcomes with seed {pair[1]}; keep one of them")
             seen.add(pair)
 
     def __len__(self) -> int:
@@ -153,15 +157,15 @@ class Outcomes:
     def from_parquet(cls, path: Path | str) -> Outcomes:
         """Read a file of :meth:`to_parquet` and check its digest.
 
-        Raises ``FileNotFoundError`` where there is none, ``ValueError`` where it is damaged, cut short, altered, or no
-        file of outcomes.
+        Raises `ReqatError` where there is none (`MissingFileError`, also a ``FileNotFoundError``), or where it is
+        damaged, cut short, altered, or no file of outcomes.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no outcomes at {path}; run the evaluation that writes it first")
+            raise MissingFileError(f"no outcomes at {path}; run the evaluation that writes it first")
         remedy = "delete it and run its evaluation again"
         try:
             with open(path, "rb") as file:
@@ -169,18 +173,28 @@ class Outcomes:
             stored = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
             if stored.get("schema") != _SCHEMA:
                 found = f"{stored.get('schema')!r} with columns {', '.join(table.column_names)}"
-                raise ValueError(f"{path} is no outcomes file of schema {_SCHEMA!r} but {found}; {remedy}")
+                raise ReqatError(f"{path} is no outcomes file of schema {_SCHEMA!r} but {found}; {remedy}")
             missing = set(_COLUMNS) - {"response"} - set(table.column_names)
             mistyped = [n for n in table.column_names if n in _COLUMNS and table.schema.field(n).type != _arrow_type(n)]
             if missing or mistyped or any(column.null_count for column in table.columns):
                 bad = ", ".join([*sorted(missing), *mistyped]) or "some values"
-                raise ValueError(f"outcomes file {path} is damaged: {bad} missing or of the wrong type; {remedy}")
+                raise ReqatError(f"outcomes file {path} is damaged: {bad} missing or of the wrong type; {remedy}")
             columns = {name: table[name].to_pylist() for name in table.column_names if name in _COLUMNS}
-            outcomes = cls(**columns, metadata=json.loads(stored["metadata"]))
-        except (pa.ArrowException, OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"outcomes file {path} is damaged or cut short ({error}); {remedy}") from error
+            metadata = parse_json(stored["metadata"], f"outcomes file {path}", "text of metadata", remedy)
+            if not isinstance(metadata, dict):
+                raise ReqatError(f"outcomes file {path} is damaged: its metadata is {metadata!r}; {remedy}")
+            try:
+                outcomes = cls(**columns, metadata=metadata)
+            except ReqatError as error:  # of rows: a problem twice, none at all
+                raise ReqatError(f"outcomes file {path} is damaged: {error}; {remedy}") from None
+        except ReqatError:
+            raise
+        except PermissionError as error:
+            raise explain(error, path) from error
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise ReqatError(f"outcomes file {path} is damaged or cut short ({error}); {remedy}") from error
         if stored.get("seal") != _seal(outcomes.digest, stored["metadata"]):
-            raise ValueError(f"outcomes file {path} was altered after it was written; {remedy}")
+            raise ReqatError(f"outcomes file {path} was altered after it was written; {remedy}")
         return outcomes
 
 

@@ -13,10 +13,9 @@ Neither side needs torch. Shapes: N tokens, K most likely tokens, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,35 +24,35 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import beside, explaining, unique, write_file
 from reqat.config.targets import check_file, never
+from reqat.evaluation.trace_tables import (
+    META,
+    REMEDY,
+    SCHEMA,
+    TOKENS,
+    TRACE_FIELDS,
+    TRACES,
+    read_meta,
+    read_traces,
+    readable,
+    require,
+    require_types,
+    token_schema,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TOKENS, TRACES, META = "tokens.parquet", "traces.parquet", "meta.json"
-SCHEMA = "reqat.traces/1"
 # About 4 MiB of columns a precision: large enough to compress, small enough to lose little with a damaged page.
 _GROUP_TOKENS = 65_536
-# Rows that are decoded at a time where traces are read one by one.
-_BATCH_ROWS = 32_768
-_TRACE_FIELDS: tuple[tuple[str, Any], ...] = (
-    ("trace", pa.int32()),
-    ("problem", pa.string()),
-    ("family", pa.string()),
-    ("seed", pa.int32()),
-    ("source", pa.string()),
-    ("prompt", pa.string()),
-    ("response", pa.string()),
-    ("answer", pa.string()),
-    ("correct", pa.bool_()),
-    ("finished", pa.bool_()),
-    ("tokens", pa.int32()),
-)
+# Rounding may leave an entropy this far below 0, or a probability this far above 1.
+_SLACK = 1e-3
 
 
 @dataclass(frozen=True)
@@ -107,22 +106,6 @@ class TokenColumns:
             )
 
 
-def token_schema(labels: Sequence[str], *, logprobs: bool = False) -> pa.Schema:
-    """Columns of ``tokens.parquet`` for these precisions, in their order."""
-    fields = [("trace", pa.int32()), ("position", pa.int32()), ("token", pa.int32())]
-    for label in labels:
-        fields += [
-            (f"entropy_{label}", pa.float32()),
-            (f"prob_{label}", pa.float32()),
-            (f"top_{label}", pa.list_(pa.int32())),
-            (f"top_prob_{label}", pa.list_(pa.float32())),
-            (f"tail_{label}", pa.float32()),
-        ]
-        if logprobs:
-            fields.append((f"logprobs_{label}", pa.list_(pa.float32())))
-    return pa.schema(fields)
-
-
 class TraceWriter:
     """Writes a trace folder; used as a context manager, it leaves whole files or none.
 
@@ -167,7 +150,7 @@ class TraceWriter:
         for name in (META, TOKENS, TRACES):
             check_file(self.folder / name, never, replace=False)
         self._schema = token_schema(self.labels, logprobs=logprobs)
-        self._trace_schema = pa.schema(_TRACE_FIELDS)
+        self._trace_schema = pa.schema(TRACE_FIELDS)
         self._files = {name: unique(beside(self.folder / name, "partial")) for name in (TOKENS, TRACES)}
         with explaining(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -333,127 +316,6 @@ def _lists(values_NK: NDArray[Any]) -> pa.Array:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def readable(path: Path, where: str = "") -> Iterator[None]:
-    """Turns what pyarrow raises for a damaged file into a `ReqatError` that names it, and ``where`` in it.
-
-    Raises FileNotFoundError where there is no file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}; `reqat entropy` writes a folder of traces.")
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ReqatError(
-            f"{path} is damaged or cut short{f' {where}' if where else ''} ({line}); collect the traces again."
-        ) from None
-
-
-def require(path: Path, wanted: Iterable[str], there: Sequence[str]) -> None:
-    """Raises `ReqatError` naming the columns that a file does not have."""
-    missing = [name for name in wanted if name not in there]
-    if missing:
-        raise ReqatError(
-            f"{path} lacks the columns {', '.join(missing)} (it has {', '.join(there)}); collect the traces again."
-        )
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """``meta.json``; its ``labels`` are one or more different texts.
-
-    Raises FileNotFoundError where there is none, and `ReqatError` for one that is damaged.
-    """
-    path = folder / META
-    with readable(path):
-        text = path.read_bytes()
-    try:
-        meta = json.loads(text.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ReqatError(f"{path} is damaged ({error}); collect the traces again.") from None
-    if not isinstance(meta, dict):
-        raise ReqatError(f"{path} is damaged: it holds no object but {type(meta).__name__}; collect the traces again.")
-    labels = meta.get("labels")
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) and label for label in labels):
-        raise ReqatError(f"{path}: labels is {labels!r}, not a list of precisions; collect the traces again.")
-    if len(set(labels)) != len(labels):
-        raise ReqatError(f"{path}: labels {labels} name a precision twice; collect the traces again.")
-    return meta
-
-
-def read_traces(folder: Path) -> pa.Table:
-    """``traces.parquet``, every column that it has to have. Raises as :func:`read_meta` does."""
-    path = folder / TRACES
-    with readable(path):
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
-    names = [name for name, _ in _TRACE_FIELDS]
-    require(path, names, table.column_names)
-    return table.select(names)
-
-
-def stream_tokens(
-    folder: Path, names: Sequence[str], *, damaged: Callable[[ReqatError], None] | None = None
-) -> Iterator[tuple[int, dict[str, pa.Array]]]:
-    """Trace by trace, its number and its columns ``names`` of ``tokens.parquet``; one trace is in memory at a time.
-
-    Args:
-        damaged: told of each row group that cannot be read; a trace that is partly in it comes short, and the others
-            are read all the same. None raises the first.
-
-    Raises FileNotFoundError, and `ReqatError` for a file that is damaged, unsorted, or without a column.
-    """
-    path = folder / TOKENS
-    names = ["trace", *(name for name in names if name != "trace")]
-    held: list[pa.RecordBatch] = []
-    seen: set[int] = set()
-    last: int | None = None
-    cut: int | None = None
-
-    def finish() -> tuple[int, dict[str, pa.Array]]:
-        table = pa.Table.from_batches(held)
-        held.clear()
-        assert last is not None
-        seen.add(last)
-        return last, {name: table[name].combine_chunks() for name in names}
-
-    with readable(path):
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-    with file:
-        require(path, names, file.schema_arrow.names)
-        for group in range(file.num_row_groups):
-            batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group], columns=names)
-            while True:
-                try:
-                    with readable(path, f"in row group {group}" + ("" if last is None else f", after trace {last}")):
-                        batch = next(batches, None)
-                except ReqatError as error:
-                    if damaged is None:
-                        raise
-                    damaged(error)
-                    if held:  # whole, if it ended with the group before
-                        yield finish()
-                    cut = last
-                    break
-                if batch is None:
-                    break
-                if batch.column("trace").null_count:
-                    raise ReqatError(f"{path}: a token without a trace after trace {last}; collect the traces again.")
-                number_N = np.asarray(batch.column("trace").to_numpy(zero_copy_only=False))
-                starts = [0, *(np.flatnonzero(np.diff(number_N)) + 1).tolist()] if len(number_N) else []
-                for start, stop in zip(starts, [*starts[1:], len(number_N)], strict=True):
-                    number = int(number_N[start])
-                    if held and number != last:
-                        yield finish()
-                    if number in seen and number == cut:  # goes on after what was lost
-                        continue
-                    if number in seen:
-                        raise ReqatError(f"{path} is not sorted: trace {number} comes twice; collect the traces again.")
-                    last = number
-                    held.append(batch.slice(start, stop - start))
-    if held:
-        yield finish()
-
-
 class TraceFolder:
     """A trace folder, read by column.
 
@@ -467,20 +329,31 @@ class TraceFolder:
             their indices in ``skipped``.
 
     Raises:
-        FileNotFoundError: no such files.
-        ReqatError: damaged files, or files that are not of one another; names the file and, where it can, the traces.
+        ReqatError: no such files (`MissingFileError`, also a FileNotFoundError), damaged ones, or files that are not of
+            one another; names the file and, where it can, the traces.
     """
 
     def __init__(self, folder: Path | str, *, lost: Literal["raise", "skip"] = "raise") -> None:
         self.folder = Path(folder)
         self.meta: dict[str, Any] = read_meta(self.folder)
         self.labels: tuple[str, ...] = tuple(self.meta["labels"])
-        try:
-            self.k = int(self.meta["k"])
-            self.vocabulary: list[str] = list(self.meta["vocabulary"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ReqatError(f"{self.folder / META} is damaged ({error!r}); collect the traces again.") from None
-        self.traces: pd.DataFrame = read_traces(self.folder).to_pandas()
+        k, vocabulary = self.meta.get("k"), self.meta.get("vocabulary")
+        if type(k) is not int or k < 1:
+            raise ReqatError(f"{self.folder / META} is damaged: k is {k!r}, not a number of tokens; {REMEDY}.")
+        if not isinstance(vocabulary, list) or not all(isinstance(text, str) for text in vocabulary):
+            raise ReqatError(f"{self.folder / META} is damaged: its vocabulary is no list of texts; {REMEDY}.")
+        self.k = k
+        self.vocabulary: list[str] = vocabulary
+        table = read_traces(self.folder)
+        if empty := [name for name in ("trace", "tokens", "problem", "seed", "source") if table[name].null_count]:
+            raise ReqatError(f"{self.folder / TRACES}: {empty[0]} is missing in some traces; {REMEDY}.")
+        for key, counted in (("n", table.num_rows), ("tokens", pc.sum(table["tokens"]).as_py() or 0)):
+            if self.meta.get(key, counted) != counted:
+                raise ReqatError(
+                    f"{self.folder / TRACES} does not belong to {META}: {key} is {counted}, there {self.meta[key]}; "
+                    f"{REMEDY}."
+                )
+        self.traces: pd.DataFrame = table.to_pandas()
         self.skipped: list[int] = []
         self._open_tokens(lost)
 
@@ -492,6 +365,8 @@ class TraceFolder:
         wanted = token_schema(self.labels).names
         self.has_tail = all(name in there for name in wanted if name.startswith("tail_"))
         require(path, [name for name in wanted if not name.startswith("tail_")], there)
+        kinds = {field.name: field.type for field in token_schema(self.labels)}
+        require_types(path, kinds, self._file.schema_arrow)
         self._groups = list(range(self._file.num_row_groups))
         self._check_groups(skip=lost == "skip")
         trace_N, position_N = self._read("trace"), self._read("position")
@@ -514,6 +389,14 @@ class TraceFolder:
             )
         if not (position_N == np.arange(len(trace_N)) - np.repeat(starts, lengths)).all():
             raise ReqatError(f"{path}: the positions within a trace do not count up from 0; sort it first.")
+        token_N = self._read("token")[keep]
+        bad_N = ~((token_N >= 0) & (token_N < len(self.vocabulary)))  # a missing one is NaN
+        if bad_N.any():
+            at = int(bad_N.argmax())
+            raise ReqatError(
+                f"{path}: {self.name(int(trace_N[at]))} holds the token {token_N[at]}, the vocabulary in {META} has "
+                f"{len(self.vocabulary)}; {REMEDY}."
+            )
         self.traces = expected.reset_index(drop=True)
         self.starts: NDArray[np.int64] = starts.astype(np.int64)
         self.lengths: NDArray[np.int64] = lengths.astype(np.int64)
@@ -558,13 +441,17 @@ class TraceFolder:
         return label
 
     def column(self, name: str) -> NDArray[Any]:
-        """A plain column, [N]. Raises `ReqatError` naming the trace where a value is missing or NaN."""
+        """A plain column, [N]. Raises `ReqatError` naming the trace where a value is missing, NaN, or (of entropies and
+        probabilities) none that a distribution has."""
         if name not in self._file.schema_arrow.names:
             raise unknown("column", name, self._file.schema_arrow.names, str(self.folder / TOKENS))
         values = self._read(name)
         values = values if self._keep is None else values[self._keep]
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            at = int((~np.isfinite(values)).argmax())
+        good = np.isfinite(values) if values.dtype.kind == "f" else np.ones(len(values), dtype=bool)
+        if name.startswith(("entropy_", "prob_", "tail_")):
+            good &= (values >= -_SLACK) & (values <= (np.inf if name.startswith("entropy_") else 1 + _SLACK))
+        if not good.all():
+            at = int((~good).argmax())
             trace = int(self.trace_index[at])
             raise ReqatError(
                 f"{self.folder / TOKENS}: {name} is {values[at]} in {self.name(int(self.traces['trace'].iloc[trace]))} "

@@ -34,6 +34,7 @@ A and B sizes of the grid.
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.config.errors import ReqatError
+from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.files import explain, parse_json
 from reqat.formats import Format, quantize_dequantize
 from reqat.models import QuantLinear, precision_of, prepare
 from reqat.models.architecture import DecoderLayer, HeadShape, decoder_layers, head_shape
@@ -56,6 +58,7 @@ from reqat.recipes.layerwise import Step, hooked, on_output, progress_bar, walk
 Variant = Literal["paper", "released"]
 QKNorm = Literal["shared", "widened"]
 
+_REMEDY = "calibrate again"
 # Smallest s0: a channel that calibration never saw move must not blow up when divided by it.
 _EPS = 1e-5
 # Query rows of a block: small enough to skip most of the causal triangle's empty half, large enough for the products.
@@ -142,23 +145,56 @@ class QFitResult:
 
     @classmethod
     def load(cls, path: str | Path) -> QFitResult:
-        """Read what :meth:`save` wrote. Raises ``ReqatError`` for any other file."""
+        """Read what :meth:`save` wrote. Raises ``ReqatError`` naming the file for any other, or a damaged one."""
+        path = Path(path)
+        if not path.is_file():
+            raise MissingFileError(f"{path}: no such Q-FIT result; calibrate first, or check the path.")
         try:
             with safe_open(str(path), framework="pt") as file:
-                about = json.loads((file.metadata() or {})["reqat"])
+                text = (file.metadata() or {})["reqat"]
                 tensors = {key: file.get_tensor(key) for key in ("errors", "scale", "shift")}
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ReqatError(f"{path} is not a whole Q-FIT result ({error}); calibrate again") from error
-        return cls(
-            precision=about["precision"],
-            variant=about["variant"],
-            qk_norm=about["qk_norm"],
-            alphas=tuple(about["alphas"]),
-            betas=tuple(about["betas"]),
-            choice=tuple((i, j) for i, j in about["choice"]),
-            seconds=tuple(about["seconds"]),
-            **tensors,
-        )
+            about = parse_json(text, str(path), "Q-FIT result", _REMEDY)
+            if about["kind"] != "qfit" or not all(isinstance(about[key], str) for key in ("precision", "variant")):
+                raise ValueError(f"kind {about['kind']!r}")
+            if about["variant"] not in ("paper", "released") or about["qk_norm"] not in ("none", "shared", "widened"):
+                raise ValueError(f"variant {about['variant']!r}, QK norm {about['qk_norm']!r}")
+            result = cls(
+                precision=about["precision"],
+                variant=about["variant"],
+                qk_norm=about["qk_norm"],
+                alphas=tuple(map(float, about["alphas"])),
+                betas=tuple(map(float, about["betas"])),
+                choice=tuple((operator.index(i), operator.index(j)) for i, j in about["choice"]),
+                seconds=tuple(map(float, about["seconds"])),
+                **tensors,
+            )
+            result._check()
+        except ReqatError:
+            raise
+        except OSError as error:
+            raise explain(error, path) from error
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReqatError(f"{path} is not a whole Q-FIT result ({error}); {_REMEDY}.") from error
+        return result
+
+    def _check(self) -> None:
+        """Raise ValueError unless the parts belong together and hold numbers that calibration gives."""
+        layers, grid = len(self.choice), (len(self.alphas), len(self.betas))
+        if tuple(self.errors.shape) != (layers, *grid) or len(self.seconds) != layers:
+            raise ValueError(f"errors of shape {tuple(self.errors.shape)} for {layers} layers and a grid of {grid}")
+        if any(not (0 <= i < grid[0] and 0 <= j < grid[1]) for i, j in self.choice):
+            raise ValueError(f"a choice outside the grid of {grid}")
+        if self.scale.ndim != 3 or self.scale.shape != self.shift.shape or len(self.scale) != layers:
+            raise ValueError(f"scale {tuple(self.scale.shape)} and shift {tuple(self.shift.shape)} of {layers} layers")
+        for name, tensor, dtype in (
+            ("errors", self.errors, torch.float64),
+            ("scale", self.scale, torch.float32),
+            ("shift", self.shift, torch.float32),
+        ):
+            if tensor.dtype != dtype or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} is {tensor.dtype}, or not finite, where {dtype} is needed")
+        if bool((self.scale <= 0).any()):
+            raise ValueError("a scale that is not positive")
 
 
 def calibrate(

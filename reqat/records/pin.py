@@ -8,7 +8,6 @@ checkpoint that `make figures` starts from.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import Any
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json
 from reqat.config.paths import Paths, made, read_plan
 from reqat.config.plan import Plan
 from reqat.config.targets import making
@@ -161,7 +161,9 @@ def verify(tier: str, paths: Paths) -> int:
     first that differs.
     """
     folder = paths.results / tier
-    stated = json.loads((folder / PIN).read_text(encoding="utf-8"))["files"]
+    stated = read_json(folder / PIN, "list of pinned files", "restore it from git").get("files")
+    if not isinstance(stated, dict) or not all(isinstance(e, dict) and "sha256" in e for e in stated.values()):
+        raise ReqatError(f"{folder / PIN}: not a list of pinned files; restore it from git.")
     for name, entry in stated.items():
         path = folder / name
         if not path.is_file() or record.sha256(path) != entry["sha256"]:

@@ -12,35 +12,47 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Any
 
 from pydantic import BaseModel
 
 from reqat.config.base import digest
-from reqat.config.errors import ReqatError
-from reqat.config.files import flush, write_file
+from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.files import explaining, flush, read_json, write_file
 from reqat.config.targets import Names, making
 from reqat.records import provenance
 
 FILE = "record.json"
 SCHEMA_VERSION = 1
-_KEYS = (
-    "schema_version",
-    "kind",
-    "id",
-    "config",
-    "config_sha256",
-    "commit",
-    "dirty",
-    "versions",
-    "hardware",
-    "outputs",
-    "metrics",
-)
+# What every record has, and what it is; then what most have.
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "schema_version": int,
+    "kind": str,
+    "id": str,
+    "config": dict,
+    "config_sha256": str,
+    "commit": (str, NoneType),
+    "dirty": (bool, NoneType),
+    "versions": dict,
+    "hardware": dict,
+    "outputs": dict,
+    "metrics": dict,
+}
+_MORE_TYPES: dict[str, type | tuple[type, ...]] = {
+    "tier": (str, NoneType),
+    "inputs": dict,
+    "seeds": list,
+    "pinned_outputs": dict,
+    "wall_s": (int, float),
+    "peak_memory_bytes": (int, NoneType),
+}
+_KEYS = tuple(_TYPES)
 
 
 def sha256(path: Path) -> str:
@@ -63,25 +75,63 @@ def outputs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record of a finished job. Raises `ReqatError` if there is none or it is not a whole record of a known
-    version."""
+    """The record of a finished job. Raises `ReqatError` naming file and remedy if there is none (`MissingFileError`),
+    or it is not a whole record of a known version."""
     path = folder / FILE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ReqatError(
+    if not path.exists():
+        raise MissingFileError(
             f"{folder}: no {FILE}, so nothing finished here; run the stage or evaluation that makes it."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ReqatError(f"{path}: not a whole record ({error}); delete {folder} and run its stage again.") from None
-    missing = [key for key in _KEYS if not isinstance(record, dict) or key not in record]
-    if missing:
-        raise ReqatError(
-            f"{path}: not a record, it lacks {', '.join(missing)}; delete {folder} and run its stage again."
         )
+    remedy = f"delete {folder} and run its stage again"
+    record = read_json(path, "whole record", remedy)
+    missing = [key for key in _KEYS if key not in record]
+    if missing:
+        raise ReqatError(f"{path}: not a record, it lacks {', '.join(missing)}; {remedy}.")
     if record["schema_version"] != SCHEMA_VERSION:
         raise ReqatError(f"{path}: record version {record['schema_version']}, this version reads {SCHEMA_VERSION}.")
+    for key, types in (_TYPES | _MORE_TYPES).items():
+        if key in record and not isinstance(record[key], types):
+            raise ReqatError(f"{path}: {key} is {_short(record[key])}, which no record has there; {remedy}.")
+    for key in ("outputs", "pinned_outputs"):
+        for name, entry in record.get(key, {}).items():
+            _check_output(path, key, name, entry, remedy)
+    for role, given in record.get("inputs", {}).items():
+        if not (isinstance(given, dict) and isinstance(given.get("id"), str) and isinstance(given.get("sha256"), str)):
+            raise ReqatError(f"{path}: the input {role} is {_short(given)}, not an id and a sha256; {remedy}.")
+    if (place := _not_finite(record, "")) is not None:
+        raise ReqatError(f"{path}: {place} is NaN or infinite, which no record of ours holds; {remedy}.")
     return record
+
+
+def _check_output(path: Path, key: str, name: str, entry: Any, remedy: str) -> None:
+    """An output lies in the record's folder, and has a sha256 and a size."""
+    within = PurePosixPath(name)
+    if not name or within.is_absolute() or ".." in within.parts or "\0" in name:
+        raise ReqatError(f"{path}: {key} names {name!r}, which does not lie in the record's folder; {remedy}.")
+    valid = (
+        isinstance(entry, dict)
+        and re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256")))
+        and type(entry.get("bytes")) is int
+        and entry["bytes"] >= 0
+    )
+    if not valid:
+        raise ReqatError(f"{path}: {key} says {_short(entry)} of {name}, not a sha256 and bytes; {remedy}.")
+
+
+def _not_finite(value: Any, place: str) -> str | None:
+    """Where in a record there is a NaN or an infinity, as `metrics.accuracy`; None if nowhere."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if (found := _not_finite(item, f"{place}.{key}" if place else str(key))) is not None:
+            return found
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def verify(folder: Path, *, id: str | None = None, deep: bool = True) -> dict[str, Any]:
@@ -97,7 +147,9 @@ def verify(folder: Path, *, id: str | None = None, deep: bool = True) -> dict[st
         path = folder / name
         if not path.is_file():
             raise ReqatError(f"{path} is missing, though its record lists it; delete {folder} and run its stage again.")
-        if path.stat().st_size != entry["bytes"] or (deep and sha256(path) != entry["sha256"]):
+        with explaining(path):
+            same = path.stat().st_size == entry["bytes"] and (not deep or sha256(path) == entry["sha256"])
+        if not same:
             raise ReqatError(
                 f"{path} is not the file that its record describes (changed or truncated); delete {folder} and run its "
                 f"stage again."
@@ -111,7 +163,7 @@ def check_inputs(folder: Path, record: Mapping[str, Any], there: Mapping[str, st
     An id names settings, not weights: a stage trained again under the same id need not give the same ones. Inputs that
     `there` does not list are not compared. Raises `ReqatError` naming the first input that is another.
     """
-    for role, given in record["inputs"].items():
+    for role, given in record.get("inputs", {}).items():
         if there.get(given["id"], given["sha256"]) != given["sha256"]:
             raise ReqatError(f"{folder}: was made from another {role} ({given['id']}) than the one that is there now.")
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reqat.config.errors import ReqatError
+from reqat.config.errors import MissingFileError, ReqatError
 from reqat.evaluation import Outcomes
 
 Make = Callable[..., Outcomes]
@@ -146,3 +146,33 @@ def test_reading_and_statistics_need_no_torch() -> None:
         "assert not {'torch', 'transformers', 'pandas', 'pyarrow', 'scipy'} & set(sys.modules), sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[2], check=True)
+
+
+def test_every_damage_is_one_error_that_names_the_file(outcomes: Make, tmp_path: Path) -> None:
+    path = tmp_path / "o.parquet"
+    outcomes([[1, 0], [0, 1]]).to_parquet(path)
+    whole, table = path.read_bytes(), pq.read_table(path)
+    for length in (0, 3, 4, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ReqatError, match=r"o\.parquet is damaged.*run its evaluation again"):
+            Outcomes.from_parquet(path)
+    for name in table.column_names:
+        if name == "response":
+            continue
+        at = table.schema.get_field_index(name)
+        for changed in (
+            table.drop_columns([name]),
+            table.rename_columns([f"x{column}" if column == name else column for column in table.column_names]),
+            table.set_column(at, name, table[name].cast(pa.string()).cast(pa.binary())),
+            pa.concat_tables([table, table]),
+            table.slice(0, 0),
+        ):
+            pq.write_table(changed, path)
+            with pytest.raises(ReqatError, match=r"o\.parquet.*run its evaluation again"):
+                Outcomes.from_parquet(path)
+    for metadata in ("", "[]", "{", '{"a": 1, "a": 2}'):
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"metadata": metadata.encode()}), path)
+        with pytest.raises(ReqatError, match=r"o\.parquet.*run its evaluation again"):
+            Outcomes.from_parquet(path)
+    with pytest.raises(MissingFileError):
+        Outcomes.from_parquet(tmp_path / "absent")

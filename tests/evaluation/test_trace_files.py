@@ -12,16 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.trace_files import (
-    META,
-    TOKENS,
-    TRACES,
-    TokenColumns,
-    TraceFolder,
-    TraceInfo,
-    TraceWriter,
-    stream_tokens,
-)
+from reqat.evaluation.trace_files import TokenColumns, TraceFolder, TraceInfo, TraceWriter
+from reqat.evaluation.trace_tables import META, TOKENS, TRACES, stream_tokens
 
 WORDS = [f"w{i}" for i in range(20)]
 
@@ -250,3 +242,80 @@ def test_streaming_tells_of_a_damaged_group_and_goes_on(tmp_path: Path) -> None:
     assert len(told) == 1 and "in row group 1, after trace 1" in str(told[0])
     with pytest.raises(ReqatError, match="in row group 1, after trace 1"):
         list(stream_tokens(tmp_path, ["entropy_A"]))
+
+
+META_DAMAGE: dict[str, dict[str, Any]] = {
+    "schema": {"schema": "reqat.traces/2"},
+    "labels": {"labels": "A"},
+    "label": {"labels": ["A", 3]},
+    "k": {"k": "5"},
+    "k ": {"k": 0},
+    "vocabulary": {"vocabulary": {"a": 1}},
+    "vocabulary ": {"vocabulary": ["a", None]},
+    "n": {"n": 3},
+    "tokens": {"tokens": 5},
+}
+
+
+@pytest.mark.parametrize("what", META_DAMAGE)
+def test_a_description_of_other_traces_is_refused(what: str, tmp_path: Path) -> None:
+    write(tmp_path, [3, 3])
+    meta = json.loads((tmp_path / META).read_text()) | META_DAMAGE[what]
+    (tmp_path / META).write_text(json.dumps(meta))
+    with pytest.raises(ReqatError, match=rf"meta\.json.*{what.strip()}.*collect the traces again"):
+        TraceFolder(tmp_path)
+
+
+def test_a_description_need_not_name_the_schema(tmp_path: Path) -> None:
+    """Other programs that keep the contract of the files may write them."""
+    write(tmp_path, [3, 3])
+    meta = json.loads((tmp_path / META).read_text())
+    del meta["schema"], meta["n"], meta["tokens"]
+    (tmp_path / META).write_text(json.dumps(meta))
+    assert TraceFolder(tmp_path).n_tokens == 6
+
+
+def as_type(name: str, kind: pa.DataType) -> Any:
+    return lambda table: table.set_column(table.schema.get_field_index(name), name, table[name].cast(kind))
+
+
+def filled(name: str, values: list[Any]) -> Any:
+    def change(table: pa.Table) -> pa.Table:
+        at = table.schema.get_field_index(name)
+        return table.set_column(at, name, pa.array(values, type=table.schema.field(name).type))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        (TOKENS, as_type("trace", pa.string())),
+        (TOKENS, as_type("token", pa.float32())),
+        (TOKENS, as_type("entropy_A", pa.string())),
+        (TOKENS, as_type("position", pa.string())),
+        (TOKENS, filled("token", [0, 1, 2, 0, 1, len(WORDS)])),
+        (TOKENS, filled("token", [0, 1, 2, 0, 1, -1])),
+        (TOKENS, filled("token", [0, 1, 2, 0, 1, None])),
+        (TOKENS, filled("position", [0, 1, None, 0, 1, 2])),
+        (TRACES, as_type("trace", pa.string())),
+        (TRACES, as_type("tokens", pa.string())),
+        (TRACES, as_type("correct", pa.string())),
+        (TRACES, filled("trace", [0, None])),
+        (TRACES, filled("tokens", [3, None])),
+        (TRACES, filled("problem", ["p0", None])),
+    ],
+)
+def test_columns_of_another_kind_are_named(tmp_path: Path, name: str, change: Any) -> None:
+    write(tmp_path, [3, 3])
+    rewritten(tmp_path, name, change)
+    with pytest.raises(ReqatError, match=rf"{name}"):
+        TraceFolder(tmp_path)
+
+
+@pytest.mark.parametrize(("column", "value"), [("entropy_A", -1.0), ("prob_A", 1.5), ("prob_A", -0.5), ("tail_B", 2.0)])
+def test_numbers_that_no_distribution_has_name_the_trace(column: str, value: float, tmp_path: Path) -> None:
+    write(tmp_path, [3, 3])
+    rewritten(tmp_path, TOKENS, filled(column, [0.5, 0.5, 0.5, 0.5, 0.5, value]))
+    with pytest.raises(ReqatError, match=rf"{column} is {value} in trace 1"):
+        TraceFolder(tmp_path).column(column)

@@ -7,8 +7,10 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from reqat.config.errors import MissingFileError, ReqatError
 from reqat.formats import quantize_dequantize
 from reqat.models import freeze, kv_quantizers, load_model, prepare, save_model
 from reqat.quant import Precision, block_hadamard
@@ -300,6 +302,60 @@ def test_result_round_trips_and_its_metrics_are_json(tiny, ids, tmp_path):
     (tmp_path / "cut").write_bytes((tmp_path / "qfit.safetensors").read_bytes()[:100])
     with pytest.raises(ValueError, match="not a whole Q-FIT result"):
         QFitResult.load(tmp_path / "cut")
+
+
+def _about(**changes):
+    return lambda about, tensors: about.update(changes)
+
+
+def _tensor(name, change):
+    return lambda about, tensors: tensors.update({name: change(tensors[name]).contiguous()})
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _about(kind="other"),
+        _about(variant="third"),
+        _about(qk_norm=None),
+        _about(precision=4),
+        _about(alphas="0.5"),
+        _about(alphas=[0.0]),
+        _about(betas=["half", 0.5]),
+        _about(choice=[[0, 0]]),
+        _about(choice=[[0, 9], [0, 0]]),
+        _about(choice=[[0, 0.5], [0, 0]]),
+        _about(choice=[0, 0]),
+        _about(seconds=[1.0]),
+        lambda about, tensors: about.pop("seconds"),
+        lambda about, tensors: tensors.pop("shift"),
+        _tensor("errors", lambda t: t[:1]),
+        _tensor("errors", lambda t: t.float()),
+        _tensor("errors", lambda t: t * torch.nan),
+        _tensor("scale", lambda t: t[:, :, :-1]),
+        _tensor("scale", lambda t: -t),
+        _tensor("shift", lambda t: t * torch.inf),
+        _tensor("shift", lambda t: t.half()),
+    ],
+)
+def test_a_damaged_result_is_refused_by_name(damage, tmp_path):
+    from safetensors.torch import save_file
+
+    shape = (2, 1, 16)
+    QFitResult(
+        "NVFP4-KV4", "paper", "none", (0.0, 0.5), (0.0, 0.5), torch.ones(2, 2, 2, dtype=torch.float64),
+        ((0, 1), (1, 0)), torch.ones(shape), torch.zeros(shape), (0.1, 0.2),
+    ).save(tmp_path / "whole")  # fmt: skip
+    assert QFitResult.load(tmp_path / "whole").choice == ((0, 1), (1, 0))
+    with safe_open(tmp_path / "whole", "pt") as file:
+        about = json.loads(file.metadata()["reqat"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damage(about, tensors)
+    save_file(tensors, tmp_path / "damaged", {"reqat": json.dumps(about)})
+    with pytest.raises(ReqatError, match="damaged is not a whole Q-FIT result.*calibrate again"):
+        QFitResult.load(tmp_path / "damaged")
+    with pytest.raises(MissingFileError, match="absent"):
+        QFitResult.load(tmp_path / "absent")
 
 
 def test_scale_and_shift_survive_the_checkpoint(tiny, ids, tmp_path):

@@ -10,11 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from reqat.config import ReqatError
+from reqat.config.errors import MissingFileError
 from reqat.records import provenance, record
 
 CONFIG = {"lr": 1e-3, "source": "nowhere"}
@@ -207,7 +210,8 @@ def test_verify_finds_what_is_not_what_was_written(tmp_path: Path):
     [
         (None, "nothing finished here"),
         ("{", "not a whole record"),
-        ("[]", "lacks schema_version"),
+        ("[]", "not a whole record"),
+        ('{"id": 1, "id": 2}', "'id' is in it twice"),
         ('{"id": 1}', "lacks"),
     ],
 )
@@ -223,3 +227,43 @@ def test_record_of_another_version_is_refused(tmp_path: Path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
     with pytest.raises(ReqatError, match="record version 99, this version reads 1"):
         record.read(path.parent)
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "id": lambda r: r.update(id=7),
+    "kind": lambda r: r.update(kind=None),
+    "config": lambda r: r.update(config=[]),
+    "metrics": lambda r: r.update(metrics="good"),
+    "metrics.loss": lambda r: r["metrics"].update(loss=float("nan")),
+    "metrics.curve.1": lambda r: r["metrics"].update(curve=[0.5, float("inf")]),
+    "inputs": lambda r: r.update(inputs=["base-1"]),
+    "parent": lambda r: r["inputs"].update(parent="base-1"),
+    "dirty": lambda r: r.update(dirty="no"),
+    "outputs": lambda r: r.update(outputs=["model/w.bin"]),
+    "w.bin": lambda r: r["outputs"].update({"model/w.bin": "sha"}),
+    "w.bin without bytes": lambda r: r["outputs"]["model/w.bin"].pop("bytes"),
+    "w.bin of negative bytes": lambda r: r["outputs"]["model/w.bin"].update(bytes=-7),
+    "w.bin of bytes that are a text": lambda r: r["outputs"]["model/w.bin"].update(bytes="7"),
+    "w.bin of another digest": lambda r: r["outputs"]["model/w.bin"].update(sha256="0" * 63),
+    "../secret": lambda r: r["outputs"].update({"../secret": r["outputs"]["model/w.bin"]}),
+    "model/../../secret": lambda r: r["outputs"].update({"model/../../secret": r["outputs"]["model/w.bin"]}),
+    "/etc/passwd": lambda r: r["outputs"].update({"/etc/passwd": r["outputs"]["model/w.bin"]}),
+    "pinned_outputs": lambda r: r.update(pinned_outputs=3),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_record_names_file_and_place(what: str, tmp_path: Path):
+    path = run(tmp_path, loss=0.5) / "record.json"
+    found = json.loads(path.read_text())
+    DAMAGE[what](found)
+    path.write_text(json.dumps(found))
+    place = what.split(" of ")[0].split(" without ")[0].replace(".", r"\.")
+    for look in (record.read, record.verify):
+        with pytest.raises(ReqatError, match=rf"record\.json: .*{place}.*run its stage again"):
+            look(path.parent)
+
+
+def test_an_absent_record_is_a_missing_file(tmp_path: Path):
+    with pytest.raises(MissingFileError, match="nothing finished here"):
+        record.verify(tmp_path)
