@@ -133,13 +133,13 @@ def load_study(
     try:
         record.check_inputs(folder, found, stages or {})
     except ReqatError as error:
-        raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {found['tier']}.") from None
+        raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {found.get('tier')}.") from None
     if found["id"] != study.id or digest(parse(PlannedStudy, found["config"], str(folder))) != digest(study):
         raise ReqatError(f"{folder} holds {found['id']}, not {study.id}; delete the folder and run the study again.")
     names: dict[str, Any] = {
         "recipes": {role: choice.recipe for role, choice in study.settings.choices().items()},
         "precisions": {role: model.precision.name for role, model in study.models.items()},
-        "tier": found["tier"],
+        "tier": found.get("tier"),
     }
     settings = study.settings.model_dump(mode="json") | names | found["metrics"].get("measured", {})
     return Study(study.id, study.kind, study.settings.label, folder, found | {"settings": settings})

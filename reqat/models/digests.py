@@ -15,7 +15,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """sha256 (hex) of a tensor's dtype, shape and bytes."""
     plain = tensor.detach().cpu().contiguous()
     hasher = hashlib.sha256(f"{plain.dtype} {tuple(plain.shape)} ".encode())
-    hasher.update(memoryview(plain.reshape(-1).view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    hasher.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 

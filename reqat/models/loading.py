@@ -34,6 +34,7 @@ from reqat.config.files import read_json
 from reqat.models.folder import (
     CONFIG,
     REMEDY,
+    TOKENIZER,
     TOKENIZER_CONFIG,
     CheckpointNotFoundError,
     Header,
@@ -119,7 +120,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         check_tokenizer(folder)
         if (folder / CONFIG).is_file():  # transformers looks there for the kind of tokenizer
             read_json(folder / CONFIG, "model configuration", REMEDY)
-        with _third_party(folder / TOKENIZER_CONFIG, REMEDY):
+        with _third_party(f"{folder} ({TOKENIZER_CONFIG}, {TOKENIZER})", REMEDY):
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
@@ -127,7 +128,7 @@ _INSTALL = "install the package again"
 
 
 @contextmanager
-def _third_party(file: Path, remedy: str) -> Iterator[None]:
+def _third_party(file: Path | str, remedy: str) -> Iterator[None]:
     """Raise ReqatError naming ``file`` for whatever transformers raises over a folder that it cannot read.
 
     It raises every kind of error (KeyError, ZeroDivisionError, its own), for there are as many ways to damage a file.
