@@ -13,6 +13,7 @@ Neither side needs torch. Shapes: N tokens, K most likely tokens, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence

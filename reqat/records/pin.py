@@ -86,7 +86,7 @@ def pin(
 def pinned(folder: Path) -> Collection[str]:
     """The files of a pinned run, or of pinned studies, in a folder. Raises `ReqatError` if it holds something else."""
     try:
-        return {PIN, *map(str, json.loads((folder / PIN).read_text(encoding="utf-8"))["files"])}
+        return {PIN, *map(str, read_json(folder / PIN, "list of pinned files", "restore it from git")["files"])}
     except (OSError, ValueError, KeyError, TypeError):
         raise ReqatError(f"nothing that was pinned (no whole {PIN} in it).") from None
 
