@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import io
 import os
@@ -135,3 +136,71 @@ def complaints(end: End, folder: Path, before: dict[str, str]) -> list[str]:
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         wrong.append(f"left or changed: {', '.join(changed[:5])}")
     return wrong
+
+
+# The cases of a campaign. They want a checkout with config/, results/, and what `tests.campaign.material` makes:
+# model/, problems.jsonl, traces/, fit.json.
+
+NAMED = {  # verbs whose target the user names
+    "quantize": ["--model", "model", "--precision", "NVFP4-W4A4KV4", "-q", "--out"],
+    "entropy": ["--reference", "model", "--problems", "problems.jsonl", "--no-sample", "-q", "--out"],
+    "route": ["--reference", "model", "--tier", "smoke", "-q", "--out"],
+    "noise": ["--model", "model", "--sigmas", "0.1", "--tier", "smoke", "-q", "--out"],
+    "reset": ["--model", "model", "--fit", "fit.json", "--tier", "smoke", "-q", "--out"],
+    "fit-reset": ["--model", "model", "--precision", "NVFP4-W4A4KV4", "--tier", "smoke", "-q", "--out"],
+    "view": ["traces", "--out"],
+    "tables": ["--pinned", "--tier", "laptop", "--out"],
+    "figures": ["--pinned", "--tier", "laptop", "--out"],
+    "throughput": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
+    "study-report": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
+}
+KNOWN = {
+    "schema": ([], "config"),
+    "data": (["--tier", "smoke", "-q"], "build"),
+    "pin": (["--tier", "smoke"], "results"),
+}
+GRADING = ("route", "noise", "reset", "fit-reset")  # they would grade a model before the first byte is written
+
+
+@dataclass(frozen=True)
+class Case:
+    """A verb, where it is to write, and what keeps it from that. To be run in the checkout."""
+
+    name: str
+    arguments: tuple[str, ...]
+    fault: Callable[[], contextlib.AbstractContextManager[None]]
+
+
+def cases(root: Path) -> list[Case]:
+    """All verbs that write, with all faults; folders that targets lie in are made in ``root`` (use them once)."""
+    found = []
+    for verb, given in NAMED.items():
+        place = root / f"place-{verb}"
+        place.mkdir()
+        (place / "file").write_text("mine")
+        for name, fault in FAULTS.items():
+            if name == "no permission" or verb not in GRADING:
+                arguments = (verb, *given, str(place / "out"))
+                found.append(Case(f"{verb}, {name}", arguments, functools.partial(fault, place)))
+        for name, target in IMPOSSIBLE.items():
+            arguments = (verb, *given, str(target(place)))
+            found.append(Case(f"{verb}, {name}", arguments, contextlib.nullcontext))
+    for verb, (given, folder) in KNOWN.items():
+        (root / folder).mkdir(exist_ok=True)
+        for name, fault in FAULTS.items():
+            if verb != "pin" or name == "no permission":
+                found.append(Case(f"{verb}, {name}", (verb, *given), functools.partial(fault, root / folder)))
+    return found
+
+
+def carry_out(case: Case, root: Path) -> list[str]:
+    """Run a case in the checkout ``root``, the working directory; what is wrong about how it ended. Empty folders of
+    ``build/`` may be left."""
+    before = tree(root)
+    with case.fault():
+        end = run(*case.arguments)
+    for path in sorted(root.glob("build/**"), reverse=True):
+        if path.is_dir() and not path.is_symlink() and path.relative_to(root).as_posix() not in before:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+    return complaints(end, root, before)

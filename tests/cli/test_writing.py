@@ -13,6 +13,7 @@ import pytest
 
 from reqat.config import files
 from reqat.records import record
+from tests.campaign import faults
 from tests.campaign.faults import FAULTS, IMPOSSIBLE, complaints, run, tree
 
 ROOT = Path(__file__).parents[2]
@@ -221,3 +222,11 @@ def test_output_that_nobody_reads_ends_quietly(checkout: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"no space left" in done.stderr
+
+
+def test_the_campaign_has_a_case_for_every_verb_and_fault(checkout: Path) -> None:
+    found = faults.cases(checkout)
+    assert len(found) >= 60 and len({case.name for case in found}) == len(found)
+    for name in ("view, below a file", "noise, no permission", "schema, no space", "quantize, a name of 300 letters"):
+        (case,) = (case for case in found if case.name == name)
+        assert faults.carry_out(case, checkout) == []
