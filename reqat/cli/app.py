@@ -8,20 +8,24 @@ exit code 130 and says how to go on. torch is imported by the verbs that compute
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from reqat.config.errors import ReqatError
+from reqat.cli.arguments import check_environment, check_text
+from reqat.config.base import canonical
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import explain, os_error
 from reqat.config.paths import Paths, load, read_plan
 from reqat.config.plan import Plan
+from reqat.config.stage import DataSettings
 
 app = typer.Typer(
     name="reqat",
@@ -57,17 +61,32 @@ class Session:
     def plan(self, tier: str) -> Plan:
         """The plan of a tier: what config/ says now, or what it said when `--plan` was written."""
         paths = self.paths
-        if self.frozen is None:
-            return load(tier, paths)
-        plan = read_plan(self.frozen)
+        plan = load(tier, paths) if self.frozen is None else read_plan(self.frozen)
         if plan.tier.name != tier:
             raise ReqatError(f"{self.frozen} is a plan of tier {plan.tier.name}, not {tier}.")
+        check_families(plan)
         return plan
+
+
+def check_families(plan: Plan, *, options: bool = False) -> None:
+    """Raise `ReqatError` for a task family that there is none of, or (``options``: takes a second) that refuses its
+    options: before a base is trained, not when it is graded."""
+    from reqat.tasks import FAMILIES, get_family
+
+    asked = [evaluation.problems.families for evaluation in plan.evaluations.values()]
+    asked += [stage.settings.families for stage in plan.stages.values() if isinstance(stage.settings, DataSettings)]
+    for families in {canonical(families): families for families in asked}.values():
+        for name, given in families.items():
+            if name not in FAMILIES:
+                raise unknown("task family", name, FAMILIES, where=f"tier {plan.tier.name}")
+            if options:
+                get_family(name).dataset(seed=0, size=1, options=given)
 
 
 session = Session()
 INTERRUPTED = 130
 READER_GONE = 141
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # as torch and CUDA say it
 
 
 def find_root(start: Path) -> Path:
@@ -118,9 +137,16 @@ def main(arguments: list[str] | None = None) -> None:
     import reqat.cli.study
     import reqat.cli.view  # noqa: F401  (they register their verbs)
 
+    if arguments is None and sys.getfilesystemencoding().lower() != "utf-8":
+        _restart_in_utf8()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the run
+            stream.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if arguments is None else arguments
     session.debug = "--debug" in given
     try:
+        check_text(given)
+        check_environment()
         code = app(given, standalone_mode=False)
         if code == INTERRUPTED:  # typer turns Ctrl-C into this
             raise KeyboardInterrupt
@@ -133,21 +159,19 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(READER_GONE if type(sys.stdout).__name__ == "PacifyFlushWrapper" else end.code)
     except (KeyboardInterrupt, typer.Abort):
         _exit(INTERRUPTED, "interrupted; nothing half-written counts as done. The same command goes on from there.")
-    except (ValueError, OSError) as error:  # ReqatError among them
-        if session.debug:
-            raise
-        hint = "" if isinstance(error, ReqatError) else " (--debug shows where)"
-        text = str(explain(error)) if isinstance(error, OSError) else str(error) or type(error).__name__
-        _exit(2, f"{text}{hint}")
     except Exception as error:
-        if os_error(error) is not None:  # libraries in Rust have errors of their own for it
+        meant = _mendable(error)
+        if meant is not None:
             if session.debug:
                 raise
-            _exit(2, f"{explain(error)} (--debug shows where)")
+            _exit(2, str(meant))
         show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if callable(show) and code is not None:  # a usage error: typer words and places it
-            show()
-            sys.exit(code)
+        if callable(show) and code is not None:  # a usage error, found by typer
+            if not given:  # then it is the help
+                show()
+                sys.exit(code)
+            verb = getattr(getattr(error, "ctx", None), "info_name", None)
+            _exit(code, f"{_usage(error, given)} (reqat {f'{verb} ' if verb in given else ''}--help)")
         traceback.print_exc()
         _exit(1, f"{type(error).__name__}: {error} - a defect; please report it with the lines above.")
     sys.exit(code if isinstance(code, int) else 0)
@@ -168,6 +192,36 @@ def _drop_output() -> None:
     """Let standard output lead nowhere, so that nothing fails at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _mendable(error: Exception) -> ReqatError | None:
+    """What to tell a user who can mend it: bad input, what the system refuses, too little memory. None for a defect."""
+    if isinstance(error, ReqatError):
+        return error
+    if os_error(error) is not None or isinstance(error, OSError):  # libraries in Rust have errors of their own for it
+        return explain(error)
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+        what = " ".join(str(error).split())[:200] or "no word of how much"
+        return ReqatError(f"out of memory ({what}); lower batch rows, tokens or problems, or take a larger machine.")
+    return None
+
+
+def _usage(error: Any, given: list[str]) -> str:
+    """What typer found wrong with the arguments, with the value that was given."""
+    text = str(error.format_message()).replace("Value error, ", "")
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        values = [after for before, after in zip(given, given[1:], strict=False) if before == option]
+        values += [argument.removeprefix(f"{option}=") for argument in given if argument.startswith(f"{option}=")]
+        if values and repr(values[-1]) not in text:
+            text = text.replace("Invalid value for", f"Invalid value {values[-1][:80]!r} for")
+    return text
+
+
+def _restart_in_utf8() -> None:
+    """Run this command again in Python's UTF-8 mode: under LC_ALL=C with that turned off, paths beyond ASCII could
+    neither be printed nor be written into records."""
+    os.environ["PYTHONUTF8"] = "1"  # for processes that jobs start, too
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _exit(code: int, message: str) -> None:

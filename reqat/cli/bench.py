@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from reqat.cli.app import INTERRUPTED, Quiet, Tier, app, session, start_computing
+from reqat.cli.arguments import Threads
 from reqat.cli.results import Replace, Rewrite, rendering
 from reqat.cli.run import Force, finished, locked
 from reqat.cli.sections import Bench, Section, measured, preload, read_section, sections, write_section
@@ -98,7 +99,7 @@ def bench(
     tier: Tier = "laptop",
     quiet: Quiet = False,
     force: Force = False,
-    threads: Annotated[int, typer.Option(help="Threads to compute with (0: as the benchmark says).")] = 0,
+    threads: Threads = 0,
     current: Annotated[
         bool, typer.Option("--current", help="Again, too, if the code is newer than the result.")
     ] = False,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import reqat
+from reqat.cli import arguments
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.arguments import Seeds, Threads, seed_list
 from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
-from reqat.config.precision import family as check_precision
 from reqat.records import provenance, record
 from reqat.tasks.problem_files import Given, grade, of_problems, read_problems
 
@@ -26,27 +27,49 @@ if TYPE_CHECKING:
 
 @app.command()
 def entropy(
-    reference: Annotated[str, typer.Option(help="A model's folder (safetensors), or package:NAME.")],
+    reference: Annotated[
+        str, typer.Option(callback=arguments.model, help="A model's folder (safetensors), or package:NAME.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write: traces, tables, plots and a record.")],
-    candidate: Annotated[str | None, typer.Option(help="The model to hold against it (default: the same one).")] = None,
+    candidate: Annotated[
+        str | None,
+        typer.Option(callback=arguments.model, help="The model to hold against it (default: the same one)."),
+    ] = None,
     problems: Annotated[
         Path | None, typer.Option(help="JSON lines with prompt and, where there are, response, answer, id.")
     ] = None,
-    families: Annotated[str | None, typer.Option(help="Task families in place of a file, a,b (see --tier).")] = None,
-    tier: Tier = "laptop",
-    n: Annotated[int, typer.Option("--n", min=1, help="Problems of the task families, or of the file at most.")] = 200,
-    split: Annotated[str, typer.Option(help="Split of the task families.")] = "test",
-    problem_seed: Annotated[int, typer.Option(help="Seed that problems of task families are drawn with.")] = 1,
-    reference_precision: Annotated[str, typer.Option(help="Precision that the reference runs in.")] = "BF16",
-    candidate_precision: Annotated[str, typer.Option(help="And the candidate.")] = "NVFP4-W4A4KV4",
-    global_scale: Annotated[
-        str | None, typer.Option(help="dynamic or row (NVFP4; default: as the model was saved, or else row).")
+    families: Annotated[
+        str | None,
+        typer.Option(callback=arguments.families, help="Task families in place of a file, a,b (see --tier)."),
     ] = None,
-    kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
-    seeds: Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")] = "0",
-    decoding: Annotated[str, typer.Option(help=f"greedy, or {SAMPLE}.")] = SAMPLE,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest sampled response.")] = 352,
-    batch_rows: Annotated[int | None, typer.Option(min=1, help="Rows decoded together (default: by memory).")] = None,
+    tier: Tier = "laptop",
+    n: Annotated[
+        int,
+        typer.Option("--n", min=1, max=arguments.MOST, help="Problems of the task families, or of the file at most."),
+    ] = 200,
+    split: Annotated[Literal["train", "validation", "test"], typer.Option(help="Split of the task families.")] = "test",
+    problem_seed: Annotated[
+        int, typer.Option(min=0, max=arguments.MOST, help="Seed that problems of task families are drawn with.")
+    ] = 1,
+    reference_precision: Annotated[
+        str, typer.Option(callback=arguments.precision, help="Precision that the reference runs in.")
+    ] = "BF16",
+    candidate_precision: Annotated[
+        str, typer.Option(callback=arguments.precision, help="And the candidate.")
+    ] = "NVFP4-W4A4KV4",
+    global_scale: Annotated[
+        Literal["dynamic", "row"] | None,
+        typer.Option(help="dynamic or row (NVFP4; default: as the model was saved, or else row)."),
+    ] = None,
+    kv_element: Annotated[
+        arguments.Element | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")
+    ] = None,
+    seeds: Seeds = "0",
+    decoding: Annotated[str, typer.Option(callback=arguments.policy, help=f"greedy, or {SAMPLE}.")] = SAMPLE,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Longest sampled response.")] = 352,
+    batch_rows: Annotated[
+        int | None, typer.Option(min=1, max=arguments.LONGEST, help="Rows decoded together (default: by memory).")
+    ] = None,
     sample: Annotated[
         bool | None, typer.Option("--sample/--no-sample", help="Sample responses (default: where none is given).")
     ] = None,
@@ -56,11 +79,13 @@ def entropy(
     logprobs: Annotated[
         list[str] | None, typer.Option(help="PROBLEM:POSITION whose whole distributions are kept (repeatable).")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Most likely tokens kept a position.")] = 5,
-    bins: Annotated[int, typer.Option(min=2, help="Bins of the reference's entropy.")] = 20,
-    more_than: Annotated[int, typer.Option(help="Name token types seen more often than this.")] = 100,
+    top: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Most likely tokens kept a position.")] = 5,
+    bins: Annotated[int, typer.Option(min=2, max=10_000, help="Bins of the reference's entropy.")] = 20,
+    more_than: Annotated[
+        int, typer.Option(min=0, max=arguments.MOST, help="Name token types seen more often than this.")
+    ] = 100,
     quiet: Quiet = False,
-    threads: Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")] = 1,
+    threads: Threads = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace the result of `entropy` that is there.")] = False,
 ) -> None:
     """Collect the entropies of two models over the same tokens, and say where the second one differs.
@@ -68,11 +93,9 @@ def entropy(
     Both sample a response to every problem and seed (same random numbers); then both read every response, given or
     sampled, token by token.
     """
-    for name in (reference_precision, candidate_precision):
-        check_precision(name)
     if (problems is None) == (families is None):
         raise ReqatError("give either --problems FILE or --families a,b: one source of problems.")
-    numbers = _numbers(seeds, "--seeds")
+    numbers = seed_list(seeds)
     paths = {"reference": _absolute(reference), "candidate": _absolute(candidate or reference)}
     out, source = out.absolute(), problems.absolute() if problems is not None else None
     rows = read_problems(source, n) if source is not None else _of_families(str(families), tier, split, n, problem_seed)
@@ -338,16 +361,6 @@ def _of_families(names: str, tier: str, split: str, n: int, seed: int) -> list[G
     options = next((e.problems.families for e in plan.evaluations.values()), {})
     chosen = {name.strip(): options.get(name.strip(), {}) for name in names.split(",") if name.strip()}
     return of_problems(problems(chosen, split, n, seed))
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ReqatError(f"{option} {text!r}: write whole numbers with commas, 0,1,2.") from None
-    if len(set(found)) != len(found):
-        raise ReqatError(f"{option} {text!r}: a seed stands twice.")
-    return found
 
 
 def _positions(asked: Sequence[str], rows: Sequence[Given]) -> dict[str, tuple[int, ...]]:

@@ -11,12 +11,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import reqat
+from reqat.cli import arguments
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.arguments import Policy, Problems, Seeds, Threads, numbers, seed_list
 from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import write_file
@@ -31,14 +33,12 @@ if TYPE_CHECKING:
     from reqat.evaluation.interventions import Intervened
     from reqat.tasks import Problem
 
-Threads = Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")]
-Problems = Annotated[int, typer.Option("--n", min=1, help="Problems of the tier's evaluation split.")]
-Seeds = Annotated[str, typer.Option(help="Sampling seeds, 0,1,2.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the result of the same verb that is there.")]
-Held = Annotated[int, typer.Option("--held-out", min=1, help="Validation problems that percentiles are measured on.")]
-Policy = Annotated[str, typer.Option(help="Decoding: greedy, sample(...) or reset(...).")]
-T = TypeVar("T", int, float)
+Held = Annotated[
+    int,
+    typer.Option("--held-out", min=1, max=arguments.MOST, help="Validation problems that percentiles are measured on."),
+]
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,6 @@ def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrained
     else:
         model = load_at(folder, precision.name, override=True, **precision.options())
     return model, load_tokenizer(folder)
-
-
-def numbers(text: str, option: str, kind: type[T]) -> list[T]:
-    """Numbers between commas, each once. Raises `ReqatError` naming the option."""
-    try:
-        found = [kind(part) for part in text.split(",")]  # type: ignore[call-arg]
-    except ValueError:
-        raise ReqatError(f"{option} {text!r}: write {'whole ' * (kind is int)}numbers with commas, 0,1,2.") from None
-    if len(set(found)) != len(found):
-        raise ReqatError(f"{option} {text!r}: a number stands twice.")
-    return found
 
 
 def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
@@ -225,12 +214,23 @@ def entropy_percentile(
 
 @app.command()
 def route(
-    reference: Annotated[str, typer.Option(help="Folder of the model whose entropy decides.")],
+    reference: Annotated[
+        str, typer.Option(callback=arguments.model, help="Folder of the model whose entropy decides.")
+    ],
     out: Out,
-    candidate: Annotated[str | None, typer.Option(help="Folder of the other model (default: the same).")] = None,
-    candidate_precision: Annotated[str, typer.Option(help="The candidate's precision.")] = "NVFP4-W4A4KV4",
-    reference_precision: Annotated[str, typer.Option(help="The reference's precision.")] = "BF16",
-    threshold: Annotated[str, typer.Option(help="In nats, or p75: a percentile of the reference's entropies.")] = "0.6",
+    candidate: Annotated[
+        str | None, typer.Option(callback=arguments.model, help="Folder of the other model (default: the same).")
+    ] = None,
+    candidate_precision: Annotated[
+        str, typer.Option(callback=arguments.precision, help="The candidate's precision.")
+    ] = "NVFP4-W4A4KV4",
+    reference_precision: Annotated[
+        str, typer.Option(callback=arguments.precision, help="The reference's precision.")
+    ] = "BF16",
+    threshold: Annotated[
+        str,
+        typer.Option(callback=arguments.threshold, help="In nats, or p75: a percentile of the reference's entropies."),
+    ] = "0.6",
     policy: Annotated[list[str] | None, typer.Option(help="A policy's name (default: all four).")] = None,
     tier: Tier = "laptop",
     problems: Problems = 200,
@@ -242,8 +242,7 @@ def route(
     force: Force = False,
 ) -> None:
     """Entropy-routed decoding: sure tokens from one model, unsure ones from the other; four policies, graded."""
-    task, used, other = Task.of_tier(tier), numbers(seeds, "--seeds", int), candidate or reference
-    Threshold.parse(threshold)  # refuses what makes no sense before anything is loaded
+    task, used, other = Task.of_tier(tier), seed_list(seeds), candidate or reference
     roles = {"reference": reference, "candidate": other}
     with writing("route", out, roles, used, force=force, threads=threads) as conditions:
         from reqat.evaluation.interventions import policies
@@ -290,13 +289,16 @@ def grade_routes(
 
 @app.command()
 def noise(
-    model: Annotated[str, typer.Option(help="The model's folder.")],
+    model: Annotated[str, typer.Option(callback=arguments.model, help="The model's folder.")],
     out: Out,
-    sigmas: Annotated[str, typer.Option(help="Relative sizes of the noise, 0.1,0.3.")],
-    precision: Annotated[str, typer.Option(help="The model's precision.")] = "BF16",
-    share: Annotated[float, typer.Option(help="Share of the decisions that meet noise, at either end.")] = 0.25,
+    sigmas: Annotated[str, typer.Option(callback=arguments.sigmas, help="Relative sizes of the noise, 0.1,0.3.")],
+    precision: Annotated[str, typer.Option(callback=arguments.precision, help="The model's precision.")] = "BF16",
+    share: Annotated[
+        float, typer.Option(callback=arguments.unit, help="Share of the decisions that meet noise, at either end.")
+    ] = 0.25,
     by: Annotated[
-        str, typer.Option(help="batch: the share of each step's batch; percentile: a threshold measured beforehand.")
+        Literal["batch", "percentile"],
+        typer.Option(help="batch: the share of each step's batch; percentile: a threshold measured beforehand."),
     ] = "batch",
     tier: Tier = "laptop",
     problems: Problems = 200,
@@ -309,9 +311,7 @@ def noise(
 ) -> None:
     """Noise on the logits of the lowest- or highest-entropy decisions, over sigma; graded beside no noise."""
     task = Task.of_tier(tier)
-    used, sizes = numbers(seeds, "--seeds", int), numbers(sigmas, "--sigmas", float)
-    if by not in ("batch", "percentile"):
-        raise unknown("way to pick decisions", by, ("batch", "percentile"))
+    used, sizes = seed_list(seeds), numbers(sigmas, "--sigmas", float)
     with writing("noise", out, {"model": model}, used, force=force, threads=threads) as conditions:
         from reqat.evaluation.interventions import Noise
 

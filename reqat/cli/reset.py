@@ -7,23 +7,20 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 import reqat
+from reqat.cli import arguments
 from reqat.cli.app import Quiet, Tier, app, start_computing
+from reqat.cli.arguments import Policy, Problems, Seeds, Threads, seed_list
 from reqat.cli.intervene import (
     Conditions,
     Force,
     Out,
-    Policy,
-    Problems,
-    Seeds,
     Task,
-    Threads,
     load,
-    numbers,
     same_tokens,
     weights,
     writing,
@@ -45,17 +42,27 @@ BF16 = "bf16"
 
 @app.command("fit-reset")
 def fit_reset(
-    model: Annotated[str, typer.Option(help="The model's folder.")],
-    precision: Annotated[str, typer.Option(help="The precision that it will be used at.")],
+    model: Annotated[str, typer.Option(callback=arguments.model, help="The model's folder.")],
+    precision: Annotated[
+        str, typer.Option(callback=arguments.precision, help="The precision that it will be used at.")
+    ],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
-    problems: Annotated[int, typer.Option(min=1, help="Held-out (validation) problems.")] = 5,
+    problems: Annotated[int, typer.Option(min=1, max=arguments.MOST, help="Held-out (validation) problems.")] = 5,
     seeds: Seeds = "0",
-    t_low: Annotated[float, typer.Option(help="Temperature where the model is sure.")] = 0.3,
-    t_high: Annotated[float, typer.Option(help="Temperature where it is not.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Of the policy.")] = 0.95,
-    window: Annotated[int, typer.Option(help="Tokens that stand for a step shorter than that.")] = 32,
-    step: Annotated[str, typer.Option(help="What ends a step: paragraph, line or sentence.")] = "paragraph",
-    quantile: Annotated[float, typer.Option(help="Of the entropies that becomes tau0.")] = 0.8,
+    t_low: Annotated[
+        float, typer.Option(callback=arguments.positive, help="Temperature where the model is sure.")
+    ] = 0.3,
+    t_high: Annotated[float, typer.Option(callback=arguments.positive, help="Temperature where it is not.")] = 1.0,
+    top_p: Annotated[float, typer.Option(callback=arguments.unit, help="Of the policy.")] = 0.95,
+    window: Annotated[
+        int, typer.Option(min=1, max=arguments.LONGEST, help="Tokens that stand for a step shorter than that.")
+    ] = 32,
+    step: Annotated[
+        Literal["paragraph", "line", "sentence"], typer.Option(help="What ends a step: paragraph, line or sentence.")
+    ] = "paragraph",
+    quantile: Annotated[
+        float, typer.Option(callback=arguments.share, help="Of the entropies that becomes tau0.")
+    ] = 0.8,
     decoding: Policy = SAMPLE,
     tier: Tier = "laptop",
     quiet: Quiet = False,
@@ -63,7 +70,7 @@ def fit_reset(
     force: Force = False,
 ) -> None:
     """Fit ReSET's tau0 to a quantized model; the file's `policy` is what `--decoding` and `reqat reset` take."""
-    task, used = Task.of_tier(tier), numbers(seeds, "--seeds", int)
+    task, used = Task.of_tier(tier), seed_list(seeds)
     rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
     with making_file(out, is_fit, replace=force) as write:
         start_computing(threads)
@@ -135,13 +142,20 @@ def read_fit(path: Path) -> str:
 
 @app.command("reset")
 def grade_reset(
-    model: Annotated[str, typer.Option(help="The model's folder.")],
+    model: Annotated[str, typer.Option(callback=arguments.model, help="The model's folder.")],
     fit: Annotated[Path, typer.Option(help="The file that `reqat fit-reset` wrote.")],
     out: Out,
-    precision: Annotated[str, typer.Option(help="The quantized model's precision.")] = "NVFP4-W4A4KV4",
-    reference: Annotated[str | None, typer.Option(help="Folder of the BF16 model (default: the same).")] = None,
+    precision: Annotated[
+        str, typer.Option(callback=arguments.precision, help="The quantized model's precision.")
+    ] = "NVFP4-W4A4KV4",
+    reference: Annotated[
+        str | None, typer.Option(callback=arguments.model, help="Folder of the BF16 model (default: the same).")
+    ] = None,
     also: Annotated[
-        list[str] | None, typer.Option(help="Another decoding of the quantized model: a control. Can be repeated.")
+        list[str] | None,
+        typer.Option(
+            callback=arguments.policy, help="Another decoding of the quantized model: a control. Can be repeated."
+        ),
     ] = None,
     tier: Tier = "laptop",
     problems: Problems = 200,
@@ -152,7 +166,7 @@ def grade_reset(
     force: Force = False,
 ) -> None:
     """ReSET's ablation: the quantized model, the same with ReSET, and BF16, on the same problems and seeds."""
-    task, used_seeds, unquantized = Task.of_tier(tier), numbers(seeds, "--seeds", int), reference or model
+    task, used_seeds, unquantized = Task.of_tier(tier), seed_list(seeds), reference or model
     roles = {"model": model, "reference": unquantized}
     with writing("reset", out, roles, used_seeds, force=force, threads=threads) as found:
         decodings = reset_decodings(decoding, {"reset": read_fit(fit)}, also or [])

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -88,17 +88,15 @@ def pin_base(
     tier: Tier = "laptop",
     model: Annotated[str, typer.Option(help="Label of the model in the tier.")] = "testbed",
     dtype: Annotated[
-        str | None, typer.Option(help="Store the weights as bfloat16 or float16 (default: as trained).")
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option(help="Store the weights as bfloat16 or float16 (default: as trained)."),
     ] = None,
     allow_dirty: AllowDirty = False,
     force: Replace = False,
 ) -> None:
     """Promote the base model trained by `snakemake base` into results/base/."""
-    from reqat.config.errors import unknown
     from reqat.records import pin
 
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise unknown("dtype", dtype, ("bfloat16", "float16", "float32"))
     plan, paths = session.plan(tier), session.paths
     print(f"pinned: {pin.pin_base(plan, model, paths, allow_dirty=allow_dirty, force=force, dtype=dtype)}")
 

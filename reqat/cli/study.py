@@ -18,11 +18,12 @@ from typing import Annotated, Any
 import typer
 
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.arguments import Threads
 from reqat.cli.entropy import collect
 from reqat.cli.intervene import Conditions, Task, grade_noise, grade_routes, load, nats, noise_ends, same_tokens
 from reqat.cli.reset import fitted_tau0, grade_resets, reset_decodings
 from reqat.cli.results import Replace, Rewrite, rendering
-from reqat.cli.run import Force, Threads, finished, input_folders, locked
+from reqat.cli.run import Force, finished, input_folders, locked
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
 from reqat.config.paths import Paths, made

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from reqat.cli import arguments
 from reqat.cli.app import app
 
 
@@ -16,10 +17,15 @@ def view(
     folder: Annotated[Path, typer.Argument(help="Folder of token traces (tokens.parquet, traces.parquet, meta.json).")],
     out: Annotated[Path | None, typer.Option(help="The page (default: FOLDER/view.html).")] = None,
     title: Annotated[str | None, typer.Option(help="The page's heading (default: the labels).")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many problems and seeds.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=arguments.MOST, help="Only the first so many problems and seeds.")
+    ] = None,
     family: Annotated[str | None, typer.Option(help="Only problems of one task family.")] = None,
     floor: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Leave less probable tokens out of the lists of most probable ones.")
+        float,
+        typer.Option(
+            callback=arguments.floor, help="Leave less probable tokens out of the lists of most probable ones."
+        ),
     ] = 1e-3,
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="Leave out damaged traces, each named, instead of stopping.")

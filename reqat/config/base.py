@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any, TypeVar
+import math
+import reprlib
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reqat.config.errors import ReqatError, unknown
 
 
 class Strict(BaseModel):
-    """A frozen model that refuses unknown keys and names the closest one it knows."""
+    """A frozen model that refuses unknown keys and names the closest one it knows.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    Numbers are finite, and a truth value is no number: YAML reads ``n: yes`` as one, and Python would count it as 1.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -31,22 +37,88 @@ class Strict(BaseModel):
             for key in data:
                 if key not in fields:
                     raise unknown("key", key, fields)
+            for name, field in cls.model_fields.items():
+                if _holds_truth_value(data.get(name)) and not _takes_truth_values(field.annotation):
+                    raise ReqatError(f"{name}: a number or a text is needed, not {data[name]!r}.")
         return data
 
 
+def _holds_truth_value(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value))
+
+
+def _takes_truth_values(annotation: Any) -> bool:
+    """Whether a field of this type may be true or false itself (the values of a mapping are their own affair)."""
+    if annotation in (bool, Any):
+        return True
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, list, tuple):
+        return any(_takes_truth_values(part) for part in get_args(annotation))
+    return False
+
+
+# Bounds that no run comes near, so that a slip of the finger is named at once instead of filling the memory.
+Count = Annotated[int, Field(gt=0, le=10**12)]
+"""How many: tokens, problems, steps."""
+Size = Annotated[int, Field(gt=0, le=2**24)]
+"""Length of an axis of a tensor, or rows in a batch."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""Seeds a random stream."""
+
+
+def distinct(values: Sequence[Any]) -> Any:
+    """`values` themselves. Raises `ReqatError` if one is there twice: it would be computed, and counted, twice."""
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        raise ReqatError(f"{list(values)}: {twice[0]!r} stands twice; give each once.")
+    return values
+
+
+Seeds = Annotated[list[Seed], AfterValidator(distinct)]
+"""Seeds, each once."""
+
+
+def plain(value: Any) -> Any:
+    """`value` itself, if JSON can hold it. Raises `ReqatError` naming a date, an infinite number, or a key that is no
+    text."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ReqatError(f"the key {key!r} must be a text; put it in quotes.")
+            try:
+                plain(inner)
+            except ReqatError as error:
+                raise ReqatError(f"{key}: {error}") from None
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            plain(inner)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ReqatError(f"{value} is not a finite number.")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise ReqatError(f"{value} is a {type(value).__name__}; write a number or a text (in quotes).")
+    return value
+
+
+Families = Annotated[dict[str, dict[str, Any]], AfterValidator(plain)]
+"""Task family -> options of its generator."""
+
+
 M = TypeVar("M", bound=BaseModel)
+_short = reprlib.Repr()  # what was given may be a whole file
+_short.maxstring = _short.maxother = 120
 
 
 def parse(model: type[M], data: Any, where: str) -> M:
     """`data` as a `model`; every fault in one `ReqatError` that opens with `where` (a file) and the path of the key."""
     try:
         return model.model_validate(data)
+    except RecursionError:
+        raise ReqatError(f"{where}: nested too deeply; correct the file.") from None
     except ValidationError as error:
         lines = []
         for fault in error.errors():
             path = ".".join(str(part) for part in fault["loc"])
             message = fault["msg"].removeprefix("Value error, ")
-            given = "" if fault["type"] in ("value_error", "missing") else f" (given: {fault['input']!r})"
+            given = "" if fault["type"] in ("value_error", "missing") else f" (given: {_short.repr(fault['input'])})"
             lines.append(f"{where}: {path + ': ' if path else ''}{message}{given}")
         raise ReqatError("\n".join(lines)) from None
 

@@ -14,12 +14,12 @@ results/<tier>/                            a pinned run: plan.json, stages/, eva
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json
 from reqat.config.plan import Plan, plan
 from reqat.config.stage import BaseSettings, Evaluation, Stage
 from reqat.config.tier import load_catalogue, load_tier
@@ -110,20 +110,17 @@ def pinned_base(paths: Paths) -> str | None:
     record = paths.base / "record.json"
     if not record.exists():
         return None
+    what, remedy = "record of a base checkpoint", "restore it from git"
+    found = read_json(record, what, remedy)
     try:
-        return str(json.loads(record.read_text(encoding="utf-8"))["outputs"]["model/model.safetensors"]["sha256"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ReqatError(f"{record}: not a record of a base checkpoint ({error!r}); restore it from git.") from None
+        return str(found["outputs"]["model/model.safetensors"]["sha256"])
+    except (KeyError, TypeError) as error:
+        raise ReqatError(f"{record}: not a {what} ({error!r}); {remedy}.") from None
 
 
 def read_plan(path: Path) -> Plan:
     """The plan in a file (`Plan.dump`). Raises `ReqatError` if it is absent or holds something else."""
-    try:
-        return Plan.restore(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except FileNotFoundError:
-        raise ReqatError(f"{path}: no such plan; `reqat plan --json` prints one.") from None
-    except json.JSONDecodeError as error:
-        raise ReqatError(f"{path}: not a plan ({error}).") from None
+    return Plan.restore(read_json(path, "plan", "`reqat plan --json` prints one"), str(path))
 
 
 def load(tier: str, paths: Paths | None = None) -> Plan:

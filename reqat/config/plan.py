@@ -114,17 +114,36 @@ class Plan:
         """The plan that `dump` gave. Raises `ReqatError` if `where` (a file) holds something else, or ids that no
         longer fit."""
         try:
-            stages = {id: parse(Stage, value, where) for id, value in data["stages"].items()}
-            evaluations = {id: parse(Evaluation, value, where) for id, value in data["evaluations"].items()}
-            cells = [parse(Cell, value, where) for value in data["cells"]]
-            restored = cls(parse(Tier, data["tier"], where), stages, evaluations, cells, data["bases"], data["scratch"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ReqatError(f"{where}: not a plan ({error!r}).") from None
+            stages = {id: parse(Stage, value, f"{where}: {id}") for id, value in data["stages"].items()}
+            evaluations = {id: parse(Evaluation, v, f"{where}: {id}") for id, v in data["evaluations"].items()}
+            cells = [parse(Cell, value, f"{where}: cells") for value in data["cells"]]
+            bases, scratch = dict(data["bases"]), dict(data["scratch"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, ReqatError):
+                raise
+            raise ReqatError(f"{where}: not a plan ({error!r}); `reqat plan --json` prints one.") from None
+        restored = cls(parse(Tier, data.get("tier"), f"{where}: tier"), stages, evaluations, cells, bases, scratch)
         ids = {id: stage.id for id, stage in stages.items()} | {id: e.id for id, e in evaluations.items()}
         for id, now in ids.items():
             if id != now:
                 raise ReqatError(f"{where}: {id} is {now} under this version's rules; use the version that wrote it.")
+        restored.check(where)
         return restored
+
+    def check(self, where: str) -> None:
+        """Raise `ReqatError`, opening with `where`, if the plan names a stage or evaluation that it does not have."""
+        named = {id: f"base of {label}" for label, id in [*self.bases.items(), *self.scratch.items()]}
+        reads = {id: stage.inputs for id, stage in self.stages.items()}
+        reads |= {id: evaluation.inputs for id, evaluation in self.evaluations.items()}
+        for owner, inputs in reads.items():
+            named |= dict.fromkeys(inputs.values(), f"input of {owner}")
+        for id, role in named.items():
+            if id not in self.stages:
+                raise ReqatError(f"{where}: stage {id}, {role}, is missing; write the plan again (reqat plan --json).")
+        measured = {cell.evaluation for cell in self.cells}
+        for id in sorted(measured ^ self.evaluations.keys()):
+            what = "evaluation" if id in measured else "cell of evaluation"
+            raise ReqatError(f"{where}: the {what} {id} is missing; write the plan again (reqat plan --json).")
 
     @cached_property
     def artifacts(self) -> list[str]:

@@ -8,17 +8,34 @@ KV element where no KV cache is quantized, would give the same work two identiti
 
 from __future__ import annotations
 
+import difflib
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import AfterValidator, field_validator, model_validator
 
 from reqat.config.base import Strict
 from reqat.config.errors import ReqatError
 
 FORMATS = ("MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g128", "INT4-row")
-_NAME = re.compile(r"^(?P<format>.+?)-(?P<bits>(W4A4|W4A16)(KV4)?|KV4)$")
-_EXAMPLES = "BF16, MXFP4-W4A16, MXFP4-W4A4, NVFP4-W4A16, NVFP4-W4A4, NVFP4-W4A4KV4, NVFP4-KV4, AMXFP4-W4A4KV4"
+_NAME = re.compile(r"(?P<format>.+?)-(?P<bits>(W4A4|W4A16)(KV4)?|KV4)")
+BITS = ("W4A16", "W4A4", "W4A16KV4", "W4A4KV4", "KV4")
+KNOWN = (
+    "BF16",
+    "MXFP4-W4A16",
+    "MXFP4-W4A4",
+    "NVFP4-W4A16",
+    "NVFP4-W4A4",
+    "NVFP4-W4A4KV4",
+    "NVFP4-KV4",
+    "NVFP4-4/6-W4A16",
+    "NVFP4-4/6-W4A4",
+    "AMXFP4-W4A4",
+    "AMXFP4-W4A4KV4",
+    "INT4-g128-W4A16",
+    "INT4-row-W4A4KV4",
+)
+"""The settings of the paper, and those that the artifact adds; used to suggest what a misspelt name may have meant."""
 
 GlobalScale = Literal["dynamic", "row", "static"]
 
@@ -28,13 +45,36 @@ def family(name: str) -> str:
     else."""
     if name == "BF16":
         return name
-    match = _NAME.match(name)
+    match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if not match or match["format"] not in FORMATS:
-        raise ReqatError(
-            f"unknown precision {name!r}: expected BF16 or FORMAT-BITS with FORMAT one of {', '.join(FORMATS)} and "
-            f"BITS one of W4A16, W4A4, W4A16KV4, W4A4KV4, KV4; for example {_EXAMPLES}."
-        )
+        raise unknown_precision(name)
     return match["format"]
+
+
+def unknown_precision(name: object) -> ReqatError:
+    """The error for a name that is no precision: the closest one that is, and how names are made."""
+    text = str(name)
+    close = difflib.get_close_matches(text.upper(), [known.upper() for known in KNOWN], n=1, cutoff=0.4)
+    meant = next((known for known in KNOWN if close and known.upper() == close[0]), None)
+    hint = f" did you mean {meant!r}?" if meant and meant != text else ""
+    return ReqatError(
+        f"unknown precision {name!r}:{hint} Write BF16 or FORMAT-BITS, with FORMAT one of {', '.join(FORMATS)} and "
+        f"BITS one of {', '.join(BITS)}; for example {', '.join(KNOWN[:6])}."
+    )
+
+
+def check_rotation(size: Any, name: str = "rotation") -> Any:
+    """`size` itself, if a Hadamard matrix has it (or None). Raises `ReqatError` unless it is a power of two."""
+    if size is None:
+        return None
+    if type(size) is not int or not 1 <= size <= LARGEST_ROTATION or size & (size - 1):
+        raise ReqatError(f"{name} {size!r}: a block Hadamard size is a power of two (16, 32, 64, ...), or none at all.")
+    return size
+
+
+LARGEST_ROTATION = 2**15
+Rotation = Annotated[int, AfterValidator(check_rotation)]
+"""Size of a block Hadamard rotation: a power of two."""
 
 
 class PrecisionSpec(Strict):
@@ -43,9 +83,9 @@ class PrecisionSpec(Strict):
     name: str = "BF16"
     kv_element: Literal["E1M2", "E2M1"] | None = None
     """Element of the KV cache's codes; null: the format's own (NVFP4: E1M2), or no quantized KV cache."""
-    rotation: int | None = None
+    rotation: Rotation | None = None
     """Size of the block Hadamard rotation of the linear layers' inputs and weights; null for none."""
-    kv_rotation: int | None = None
+    kv_rotation: Rotation | None = None
     """Size of the block Hadamard rotation of queries and keys; null for none."""
     global_scale: GlobalScale | None = None
     """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""

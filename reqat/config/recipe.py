@@ -13,13 +13,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reqat.config.base import Strict
+from reqat.config.base import Count, Strict
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.precision import FORMATS, GlobalScale
+from reqat.config.precision import FORMATS, GlobalScale, Rotation, family
 from reqat.config.stage import Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
 AMOUNTS = ("total", "qat", "ft")
+_MOST_TOKENS = 1e15
 
 
 def amount(expression: str | int, values: Mapping[str, int]) -> int:
@@ -44,6 +45,8 @@ def amount(expression: str | int, values: Mapping[str, int]) -> int:
         if match[3] and match[3] not in values:
             raise unknown("token amount", match[3], values)
         value = float(match[2] or 1) * (values[match[3]] if match[3] else 1)
+        if not value < _MOST_TOKENS:
+            raise ReqatError(f"the token amount {text[:80]!r} is beyond {_MOST_TOKENS:g} tokens.")
         total += -value if match[1] == "-" else value
         position = match.end()
     if total < 1:
@@ -70,7 +73,7 @@ class TrainStep(_Step):
     step: Literal["finetune", "qat"]
     tokens: str | int = "total"
     """Size of the run of traces, in `total`, `qat`, `ft`."""
-    epochs: int = Field(default=1, gt=0)
+    epochs: Count = 1
     traces: Literal["same", "different"] = "same"
     """`same`: from the front of the store, so that a shorter stage sees a prefix of a longer one's traces;
     `different`: after `ft` tokens, none that fine-tuning saw."""
@@ -108,8 +111,8 @@ class PrecisionOptions(Strict):
     """Options that a recipe puts on precisions of one format."""
 
     kv_element: Literal["E1M2", "E2M1"] | None = None
-    rotation: int | None = None
-    kv_rotation: int | None = None
+    rotation: Rotation | None = None
+    kv_rotation: Rotation | None = None
     global_scale: GlobalScale | None = None
 
 
@@ -155,6 +158,13 @@ class Rows(Strict):
     """Evaluate with this mode in place of the tier's."""
     decoding: DecodingOptions = DecodingOptions()
     """Decode like this in place of the tier's."""
+
+    @field_validator("precisions")
+    @classmethod
+    def _known(cls, precisions: list[str]) -> list[str]:
+        for name in precisions:
+            family(name)
+        return precisions
 
 
 class Artifact(Strict):

@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from reqat.config.base import Strict, digest
+from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct
 from reqat.config.errors import ReqatError
 from reqat.config.precision import PrecisionSpec
 
@@ -52,13 +52,13 @@ class DataSettings(Strict):
     """A trace store: at least `tokens` tokens of verified traces over problems of `families`, and the tokenizer that
     counted them."""
 
-    families: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    families: Families = Field(default_factory=dict)
     """Task family -> options of its generator. Kept in the order of their names, so that order cannot change what a
     digest means."""
     split: Literal["train", "validation", "test"] = "train"
-    tokens: int = Field(gt=0)
+    tokens: Count
     """Smallest size of the store in tokens as trained on (prompt, response, markers)."""
-    seed: int = 0
+    seed: Seed = 0
     tokenizer: Literal["build", "model"] = "build"
     """`build`: the words of the families, one token a digit; `model`: the tokenizer of the parent stage's model."""
     source: str = "generated"
@@ -80,13 +80,13 @@ class DataSettings(Strict):
 class Architecture(Strict):
     """Shape of a Llama trained from scratch."""
 
-    hidden_size: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    kv_heads: int = Field(gt=0)
-    mlp: int = Field(gt=0)
+    hidden_size: Size
+    layers: Size
+    heads: Size
+    kv_heads: Size
+    mlp: Size
     tie_embeddings: bool = True
-    max_position_embeddings: int = 1024
+    max_position_embeddings: Size = 1024
 
     @model_validator(mode="after")
     def _divisible(self) -> Architecture:
@@ -101,17 +101,17 @@ class Architecture(Strict):
 class Training(Strict):
     """What one run of the training loop is given, except which tokens it sees. Only NLL unless told otherwise."""
 
-    lr: float = Field(default=1e-3, gt=0)
+    lr: float = Field(default=1e-3, gt=0, le=1e3)
     min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps spent warming up."""
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     clip: float | None = Field(default=1.0, gt=0)
-    rows_per_batch: int = Field(default=24, gt=0)
+    rows_per_batch: Size = 24
     """Packed rows in one micro-batch."""
-    accumulation: int = Field(default=1, gt=0)
-    row_tokens: int = Field(default=256, gt=0)
+    accumulation: Size = 1
+    row_tokens: Size = 256
     """Length of a packed row."""
     autocast: Literal["none", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
@@ -121,11 +121,11 @@ class Training(Strict):
 class Selection(Strict):
     """Which traces of the ordered store a training stage sees, and how often."""
 
-    tokens: int = Field(gt=0)
+    tokens: Count
     """Size of the chosen run of traces; `tokens * epochs` is the stage's budget."""
-    skip_tokens: int = Field(default=0, ge=0)
+    skip_tokens: int = Field(default=0, ge=0, le=10**12)
     """Traces that hold the first `skip_tokens` tokens of the store are left out."""
-    epochs: int = Field(default=1, gt=0)
+    epochs: Count = 1
 
     @property
     def budget_tokens(self) -> int:
@@ -139,7 +139,7 @@ class TrainSettings(Strict):
     kind: Literal["train"] = "train"
     training: Training
     traces: Selection
-    seed: int = 0
+    seed: Seed = 0
     """Order of the rows (and any other randomness of the loop)."""
 
 
@@ -156,7 +156,7 @@ class BaseSettings(Strict):
     architecture: Architecture | None = None
     training: Training | None = None
     traces: Selection | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _complete(self) -> BaseSettings:
@@ -171,8 +171,8 @@ class BaseSettings(Strict):
 class Calibration(Strict):
     """Sequences that a stage looks at without training: packed from the front of the trace store."""
 
-    sequences: int = Field(default=64, gt=0)
-    sequence_tokens: int = Field(default=256, gt=0)
+    sequences: Size = 64
+    sequence_tokens: Size = 256
 
 
 class QFitSettings(Strict):
@@ -182,7 +182,7 @@ class QFitSettings(Strict):
     kind: Literal["qfit"] = "qfit"
     scale: bool = True
     shift: bool = True
-    grid: int = Field(default=20, gt=0)
+    grid: Size = 20
     variant: Literal["paper", "released"] = "paper"
     calibration: Calibration = Calibration()
 
@@ -250,18 +250,18 @@ class Decoding(Strict):
     greedy: bool = False
     temperature: float = Field(default=0.6, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
-    max_new_tokens: int = Field(default=256, gt=0)
-    batch_rows: int = Field(default=256, gt=0)
+    max_new_tokens: Size = 256
+    batch_rows: Size = 256
     autocast: Literal["none", "bf16"] = "none"
 
 
 class ProblemSet(Strict):
     """The problems of an evaluation: the first `n` distinct ones of a split, in equal shares of the families."""
 
-    families: dict[str, dict[str, Any]]
+    families: Families
     split: Literal["validation", "test"] = "test"
-    n: int = Field(gt=0)
-    seed: int = 1
+    n: Count
+    seed: Seed = 1
 
     @field_validator("families")
     @classmethod
@@ -279,7 +279,7 @@ class Evaluation(Strict):
     precision: PrecisionSpec
     problems: ProblemSet
     decoding: Decoding
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(distinct)] = Field(min_length=1)
     """Sampling seeds; greedy decoding uses one."""
     calibration: Calibration | None = None
     """For static global scales: the sequences of `data` whose largest values set them."""

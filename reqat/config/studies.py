@@ -15,17 +15,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from reqat.config.base import Strict, digest, parse
+from reqat.config.base import Count, Seed, Size, Strict, digest, distinct, parse
 from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import read_yaml
 from reqat.config.plan import Plan
+from reqat.config.policy import Decoding as Policy
 from reqat.config.precision import PrecisionSpec, family
 from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet
 
 FILE = "studies.yaml"
+SeedTuple = Annotated[tuple[Seed, ...], AfterValidator(distinct)]
+
+
+def _policy(text: str) -> str:
+    Policy.parse(text)
+    return text
+
+
+PolicyText = Annotated[str, AfterValidator(_policy)]
 
 
 def _sizes(name: str, values: tuple[float, ...]) -> tuple[float, ...]:
@@ -43,9 +53,9 @@ class ModelChoice(Strict):
     recipe: str
     """Of `config/recipes.yaml`; `ft-ptq` at an FP4 precision is the fine-tuned model, rounded as it is loaded."""
     precision: str
-    total: int | None = Field(default=None, gt=0)
+    total: Count | None = None
     """Total budget in QAT budgets; null: the one that claims rest on."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Training seed; null: the tier's first."""
     model: str | None = None
     """Label of the base model; null: the tier's first."""
@@ -81,22 +91,15 @@ class _Study(Strict):
 
 
 class _Asked(_Study):
-    n: int = Field(gt=0)
+    n: Count
     """Problems."""
 
 
 class _Sampled(_Asked):
-    seeds: tuple[int, ...] = Field(min_length=1)
+    seeds: SeedTuple = Field(min_length=1)
     """Sampling seeds."""
-    decoding: str = SAMPLE
+    decoding: PolicyText = SAMPLE
     """As `reqat.evaluation.Decoding.parse` reads it."""
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) != len(seeds):
-            raise ReqatError(f"seeds {list(seeds)}: one stands twice.")
-        return seeds
 
 
 class _TwoModels(_Sampled):
@@ -108,9 +111,9 @@ class PairStudy(_TwoModels):
     """Entropies of two models over the same tokens, as `reqat entropy` collects them: Figures 2(a, b, f) and 9."""
 
     kind: Literal["pair"]
-    top: int = Field(default=5, gt=0)
+    top: Size = 5
     """Most likely tokens kept a position."""
-    bins: int = Field(default=20, ge=2)
+    bins: int = Field(default=20, ge=2, le=10_000)
     more_than: int = Field(default=100, ge=0)
     """Token types seen more often than this have an entropy of their own."""
 
@@ -121,7 +124,7 @@ class RoutingStudy(_TwoModels):
     kind: Literal["routing"]
     threshold: str
     """In nats (`0.6`), or a percentile of the reference's entropies on held-out problems (`p75`)."""
-    held_out: int = Field(default=20, gt=0)
+    held_out: Size = 20
     """Validation problems that a percentile is measured on."""
 
     @field_validator("threshold", mode="before")
@@ -141,7 +144,7 @@ class NoiseStudy(_Sampled):
     """Size of the noise, relative to the logits."""
     share: float = Field(default=0.25, gt=0, lt=1)
     by: Literal["batch", "percentile"] = "batch"
-    held_out: int = Field(default=20, gt=0)
+    held_out: Size = 20
 
     @field_validator("sigmas")
     @classmethod
@@ -159,24 +162,19 @@ class ResetStudy(_Sampled):
     """Temperatures where the model is sure, each a condition; tau0 is fitted once."""
     t_high: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
-    window: int = Field(default=32, gt=0)
+    window: Size = 32
     step: Literal["paragraph", "line", "sentence"] = "paragraph"
     quantile: float = Field(default=0.8, gt=0, lt=1)
-    held_out: int = Field(default=5, gt=0)
+    held_out: Size = 5
     """Validation problems that tau0 is fitted on."""
-    fit_seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
-    controls: tuple[str, ...] = ()
+    fit_seeds: SeedTuple = Field(default=(0,), min_length=1)
+    controls: tuple[PolicyText, ...] = ()
     """Other decodings of the quantized model."""
 
     @field_validator("t_low")
     @classmethod
     def _named_apart(cls, t_low: tuple[float, ...]) -> tuple[float, ...]:
         return _sizes("t_low", t_low)
-
-    @field_validator("fit_seeds")
-    @classmethod
-    def _drawn_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        return cls._distinct(seeds)
 
     @field_validator("reference")
     @classmethod
@@ -195,7 +193,7 @@ class DynamicsStudy(_Asked):
     base: ModelChoice
     models: dict[str, ModelChoice] = Field(min_length=1)
     """Label in figures -> model."""
-    bins: int = Field(default=4, ge=2)
+    bins: int = Field(default=4, ge=2, le=10_000)
     """Percentile bins of the base's entropy."""
     asks: ClassVar[Literal["tier", "validation", "nothing"]] = "validation"
 
@@ -212,7 +210,7 @@ class GradientsStudy(_Study):
 
     kind: Literal["gradients"]
     model: ModelChoice
-    every_steps: int = Field(gt=0)
+    every_steps: Count
     """Optimizer steps from one look to the next."""
     asks: ClassVar[Literal["tier", "validation", "nothing"]] = "nothing"
 

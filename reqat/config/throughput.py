@@ -7,38 +7,55 @@ digest that names a stage. The benchmark has its own name, the digest of its own
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from reqat.config.base import Strict, digest, parse
+from reqat.config.base import Size, Strict, digest, parse
+from reqat.config.errors import ReqatError
 from reqat.config.files import read_yaml
+from reqat.config.precision import family
 
 FILE = "throughput.yaml"
 LEAST_MEMORY_MB = 1500
 
 
+def _model(name: str) -> str:
+    if name.strip() in ("", "package:"):
+        raise ReqatError(f"model {name!r}: write pinned, a folder, or package:NAME.")
+    return name
+
+
+def _precision(name: str) -> str:
+    family(name)
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_model)]
+PrecisionName = Annotated[str, AfterValidator(_precision)]
+
+
 class LinearBench(Strict):
     """The matrix product: every M with every N = K."""
 
-    m: list[int] = Field(min_length=1)
-    nk: list[int] = Field(min_length=1)
-    rounds: int = Field(default=30, gt=0)
+    m: list[Size] = Field(min_length=1)
+    nk: list[Size] = Field(min_length=1)
+    rounds: Size = 30
 
 
 class AttentionBench(Strict):
     """Decode attention: every batch with every number of tokens in the cache."""
 
-    batches: list[int] = Field(min_length=1)
-    contexts: list[int] = Field(min_length=1)
-    rounds: int = Field(default=15, gt=0)
+    batches: list[Size] = Field(min_length=1)
+    contexts: list[Size] = Field(min_length=1)
+    rounds: Size = 15
 
 
 class FakeQuantizeBench(Strict):
     """Fake quantization of square float32 tensors."""
 
-    sizes: list[int] = Field(min_length=1)
-    rounds: int = Field(default=9, gt=0)
+    sizes: list[Size] = Field(min_length=1)
+    rounds: Size = 9
 
 
 class SEMLossBench(Strict):
@@ -46,59 +63,59 @@ class SEMLossBench(Strict):
 
     shapes: list[Literal["a", "b", "small", "tiny"]] = Field(min_length=1)
     """As in `reqat_kernels.bench.sem_loss`."""
-    rounds: int = Field(default=3, gt=0)
+    rounds: Size = 3
 
 
 class DecodeBench(Strict):
     """Decoding with a whole model through `generate()`."""
 
-    model: str
+    model: ModelName
     """`pinned` (the base checkpoint in results/base), a folder, or `package:NAME`."""
-    precision: str = "NVFP4-W4A4KV4"
-    batches: list[int] = Field(min_length=1)
-    prompt_tokens: int = Field(default=64, gt=0)
-    output_tokens: list[int] = Field(min_length=1)
+    precision: PrecisionName = "NVFP4-W4A4KV4"
+    batches: list[Size] = Field(min_length=1)
+    prompt_tokens: Size = 64
+    output_tokens: list[Size] = Field(min_length=1)
     """Each a row; all from generations of the longest."""
-    rounds: int = Field(default=1, gt=0)
+    rounds: Size = 1
 
 
 class TrainStepBench(Strict):
     """A QAT step against a BF16 step of the same model."""
 
-    model: str
+    model: ModelName
     """As in `DecodeBench`."""
-    precision: str = "NVFP4-W4A4KV4"
-    rows: int = Field(gt=0)
-    row_tokens: int = Field(gt=0)
-    rounds: int = Field(default=6, gt=0)
+    precision: PrecisionName = "NVFP4-W4A4KV4"
+    rows: Size
+    row_tokens: Size
+    rounds: Size = 6
 
 
 class AgreementBench(Strict):
     """Greedy responses of the packed model against its fake-quantized twin's (no clock)."""
 
-    model: str
-    precision: str = "NVFP4-W4A4KV4"
+    model: ModelName
+    precision: PrecisionName = "NVFP4-W4A4KV4"
     families: list[str] = Field(min_length=1)
-    prompts: int = Field(default=100, gt=0)
-    max_new_tokens: int = Field(gt=0)
-    batch_rows: int | None = Field(default=None, gt=0)
+    prompts: Size = 100
+    max_new_tokens: Size
+    batch_rows: Size | None = None
 
 
 class EntropyBench(Strict):
     """Generation with and without collecting entropies."""
 
-    model: str
+    model: ModelName
     """As in `DecodeBench`."""
-    batch: int = Field(gt=0)
-    prompt_tokens: int = Field(default=64, gt=0)
-    output_tokens: int = Field(ge=2)
-    rounds: int = Field(default=5, gt=0)
+    batch: Size
+    prompt_tokens: Size = 64
+    output_tokens: int = Field(ge=2, le=2**24)
+    rounds: Size = 5
 
 
 class Throughput(Strict):
     """One tier's benchmark."""
 
-    threads: int = Field(default=1, gt=0)
+    threads: int = Field(default=1, gt=0, le=4096)
     linear: LinearBench | None = None
     attention: AttentionBench | None = None
     fake_quantize: FakeQuantizeBench | None = None
@@ -107,9 +124,9 @@ class Throughput(Strict):
     train_step: list[TrainStepBench] = []
     entropy: list[EntropyBench] = []
     agreement: list[AgreementBench] = []
-    ring_bytes: int = Field(default=0, ge=0)
+    ring_bytes: int = Field(default=0, ge=0, le=10**12)
     """Bytes that rotating copies of weights must reach; 0: twice the last-level cache, as far as memory allows."""
-    memory_mb: int = Field(default=4000, ge=LEAST_MEMORY_MB, exclude=True)
+    memory_mb: int = Field(default=4000, ge=LEAST_MEMORY_MB, le=10**9, exclude=True)
     """Megabytes (10^6 bytes) of memory that it may take, whatever the caches' size; less is taken where less is free.
     Measures nothing, so it is not in the benchmark's name; each record says what was allowed and taken."""
     burst_ms: float = Field(default=2.0, gt=0)

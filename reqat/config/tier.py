@@ -8,11 +8,11 @@ replaced whole.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from reqat.config.base import Strict, merge, parse
+from reqat.config.base import Count, Families, Seed, Seeds, Size, Strict, distinct, merge, parse
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import read_yaml
 from reqat.config.precision import GlobalScale, family
@@ -29,9 +29,9 @@ class Scratch(Strict):
     architecture: Architecture
     data: DataSettings
     training: Training = Training()
-    tokens: int = Field(gt=0)
-    epochs: int = Field(default=1, gt=0)
-    seed: int = 0
+    tokens: Count
+    epochs: Count = 1
+    seed: Seed = 0
 
     def settings(self, name: str) -> BaseSettings:
         """Settings of the `base` stage that this describes."""
@@ -49,13 +49,13 @@ class Scratch(Strict):
 class Shape(Strict):
     """Size of a published model, enough to compute the memory it needs before it is there."""
 
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    vocabulary: int
+    hidden_size: Size
+    layers: Size
+    heads: Size
+    kv_heads: Size
+    head_dim: Size
+    mlp: Size
+    vocabulary: Size
     tie_embeddings: bool = False
 
 
@@ -67,10 +67,10 @@ class Model(Strict):
     """`package`: name of the installed package; `path`: folder under the models folder."""
     scratch: Scratch | None = None
     artifacts: list[str] = Field(min_length=1)
-    finetune_subset_tokens: int | None = Field(default=None, gt=0)
+    finetune_subset_tokens: Count | None = None
     """If set, longer stages make several epochs over this many tokens instead of seeing more traces (the paper's
     R1-Llama-8B)."""
-    claim_total: int | None = None
+    claim_total: Count | None = None
     """In place of the budget's, for this model's artifacts."""
     shape: Shape | None = None
 
@@ -96,7 +96,7 @@ class Trainings(Strict):
 class ClaimSeeds(Strict):
     """The cells that claims rest on are trained with these seeds too, at the tier's `claim_total`."""
 
-    seeds: list[int] = Field(default_factory=list)
+    seeds: Seeds = Field(default_factory=list)
     recipes: list[str] = Field(default_factory=list)
     precisions: list[str] = Field(default_factory=list)
 
@@ -104,9 +104,9 @@ class ClaimSeeds(Strict):
 class Budget(Strict):
     """Tokens: QAT's share, and the totals compared, as multiples of it."""
 
-    qat_tokens: int = Field(gt=0)
-    totals: list[int] = Field(min_length=1)
-    claim_total: int
+    qat_tokens: Count
+    totals: Annotated[list[Count], AfterValidator(distinct)] = Field(min_length=1)
+    claim_total: Count
 
     @model_validator(mode="after")
     def _consistent(self) -> Budget:
@@ -114,8 +114,6 @@ class Budget(Strict):
             raise ReqatError(f"claim_total {self.claim_total} is none of the totals {self.totals}.")
         if min(self.totals) < 2:
             raise ReqatError(f"totals {self.totals}: each must be at least 2, one for fine-tuning and one for QAT.")
-        if len(set(self.totals)) != len(self.totals):
-            raise ReqatError(f"totals {self.totals}: one stands twice.")
         return self
 
 
@@ -123,11 +121,11 @@ class EvaluationPlan(Strict):
     """How every model of the tier is graded."""
 
     split: Literal["validation", "test"] = "test"
-    n: int = Field(gt=0)
-    problem_seed: int = 1
-    families: dict[str, dict[str, Any]] | None = None
+    n: Count
+    problem_seed: Seed = 1
+    families: Families | None = None
     """Null: the families of the traces."""
-    seeds: list[int] = Field(min_length=1)
+    seeds: Seeds = Field(min_length=1)
     decoding: Decoding = Decoding()
     global_scale: GlobalScale = "row"
 
@@ -135,7 +133,7 @@ class EvaluationPlan(Strict):
 class QFitPlan(Strict):
     """Q-FIT's grid and calibration."""
 
-    grid: int = Field(default=20, gt=0)
+    grid: Size = 20
     calibration: Calibration = Calibration()
 
 
@@ -157,16 +155,16 @@ class Resources(Strict):
     """What jobs are given, and rough rates for `reqat plan`'s estimate."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    gpu_memory_gib: float = 0
+    gpu_memory_gib: float = Field(default=0, ge=0)
     """Memory of one GPU that the tier is planned for."""
-    train_memory_mb: int = 3000
-    evaluate_memory_mb: int = 2500
-    runtime_minutes: int = 600
-    threads: int = 1
-    train_tokens_per_s: float = 8000
-    qat_tokens_per_s: float = 5000
-    responses_per_s: float = 15
-    job_s: float = 8
+    train_memory_mb: Count = 3000
+    evaluate_memory_mb: Count = 2500
+    runtime_minutes: Count = 600
+    threads: int = Field(default=1, gt=0, le=4096)
+    train_tokens_per_s: float = Field(default=8000, gt=0)
+    qat_tokens_per_s: float = Field(default=5000, gt=0)
+    responses_per_s: float = Field(default=15, gt=0)
+    job_s: float = Field(default=8, ge=0)
     """Start-up and saving of a job, in seconds."""
 
 
@@ -180,13 +178,20 @@ class Tier(Strict):
     data: DataSettings
     train: Trainings = Trainings()
     budget: Budget
-    training_seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    training_seeds: Seeds = Field(default_factory=lambda: [0], min_length=1)
     claim_seeds: ClaimSeeds = ClaimSeeds()
     evaluation: EvaluationPlan
     qfit: QFitPlan = QFitPlan()
     ptq: PTQPlan = PTQPlan()
     only: Only = Only()
     resources: Resources = Resources()
+
+    @field_validator("models")
+    @classmethod
+    def _some(cls, models: dict[str, Model]) -> dict[str, Model]:
+        if not models:
+            raise ReqatError("name at least one model.")
+        return models
 
     def check(self, catalogue: Catalogue) -> Tier:
         """The tier itself; raises `ReqatError` if it names a recipe, precision or artifact that `catalogue` lacks."""
@@ -213,8 +218,11 @@ def _tier_data(name: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str,
         raise unknown("tier", name, tier_names(folder))
     if name in seen:
         raise ReqatError(f"config/tiers/{name}.yaml: `extends` goes round in a circle: {' -> '.join([*seen, name])}.")
-    data = read_yaml(folder / "tiers" / f"{name}.yaml")
+    path = folder / "tiers" / f"{name}.yaml"
+    data = read_yaml(path)
     parent = data.pop("extends", None)
+    if parent is not None and not isinstance(parent, str):
+        raise ReqatError(f"{path}: extends: name one tier (given: {parent!r}).")
     return merge(_tier_data(parent, folder, (*seen, name)), data) if parent else data
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from reqat.config.precision import KNOWN
 from reqat.quant.fake import Quantizer, fake_quantize, observing, straight_through
 from reqat.quant.hadamard import block_hadamard, hadamard
-from reqat.quant.precision import KNOWN, Precision
+from reqat.quant.precision import Precision
 from reqat.quant.state import MeasuredState
 
 __all__ = [

@@ -11,34 +11,18 @@ weights by Hadamard blocks of 32 and takes the ``ceil`` scale rule; global scale
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from reqat.config.errors import ReqatError
-from reqat.formats import Format, get_format
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.precision import check_rotation, unknown_precision
+from reqat.formats import FORMAT_NAMES, Format, get_format
 
 _ROLES = ("weights", "inputs", "keys", "values")
 _TOKENS = {"W": ("weights",), "A": ("inputs",), "KV": ("keys", "values"), "K": ("keys",), "V": ("values",)}
+OPTIONS = ("element", "kv_element", "global_scale", "scale", "scale_rule", "rounding", "rotation", "kv_rotation")
 _TERM = re.compile(r"(?P<family>.+)-(?P<spec>(?:(?:W|A|KV|K|V)(?:4|16))+)", re.IGNORECASE)
-
-#: The settings of the paper, and those that the artifact adds; used to suggest what a misspelt name may have meant.
-KNOWN = (
-    "BF16",
-    "MXFP4-W4A16",
-    "MXFP4-W4A4",
-    "NVFP4-W4A16",
-    "NVFP4-W4A4",
-    "NVFP4-W4A4KV4",
-    "NVFP4-KV4",
-    "NVFP4-4/6-W4A16",
-    "NVFP4-4/6-W4A4",
-    "AMXFP4-W4A4",
-    "AMXFP4-W4A4KV4",
-    "INT4-g128-W4A16",
-    "INT4-row-W4A4KV4",
-)
 
 
 @dataclass(frozen=True)
@@ -56,6 +40,14 @@ class Precision:
     rotation: int | None = None
     kv_rotation: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values. Raises `ReqatError` for what is no Format, or a rotation that is no power of two."""
+        for role in _ROLES:
+            if not isinstance(getattr(self, role), Format | None):
+                raise ReqatError(f"{role}={getattr(self, role)!r}: give a reqat.Format (reqat.get_format), or None.")
+        check_rotation(self.rotation, "rotation")
+        check_rotation(self.kv_rotation, "kv_rotation")
+
     @classmethod
     def parse(
         cls,
@@ -69,6 +61,7 @@ class Precision:
         rounding: str | None = None,
         rotation: int | Literal["default"] | None = "default",
         kv_rotation: int | None = None,
+        **others: Any,
     ) -> Precision:
         """Read a name such as ``NVFP4-W4A4KV4``; case does not matter.
 
@@ -82,20 +75,29 @@ class Precision:
             scale, scale_rule, rounding: passed on to the format of every role.
             rotation: Hadamard block of inputs and weights; "default" is 32 for MXFP4 and None otherwise.
             kv_rotation: Hadamard block of queries and keys; default None.
+            others: none; an unknown option is refused with the closest one there is.
 
         Raises:
-            ValueError: unknown family, unreadable name (the closest known name is suggested), or an option that the
-                family does not have.
+            ReqatError: unknown family, unreadable name (the closest known name is suggested), an unknown option, or one
+                that the family does not have.
         """
+        if others:
+            raise unknown("option of a precision", next(iter(others)), OPTIONS)
         if isinstance(name, Precision):
+            if any(
+                (element, kv_element, global_scale, scale, scale_rule, rounding, kv_rotation, rotation != "default")
+            ):
+                raise ReqatError(f"options beside the Precision {name} would be ignored; put them into it (replace).")
             return name
+        if not isinstance(name, str):
+            raise unknown_precision(name)
         if name.strip().upper() == "BF16":
             return cls()
         roles: dict[str, str] = {}
         for term in name.strip().split("+"):
             match = _TERM.fullmatch(term)
             if match is None:
-                raise _unreadable(name)
+                raise unknown_precision(name)
             family = match["family"]
             for token, bits in re.findall(r"(KV|W|A|K|V)(4|16)", match["spec"].upper()):
                 for role in _TOKENS[token]:
@@ -172,20 +174,7 @@ def _family(fmt: Format | None) -> str:
 def _format(name: str, family: str, options: dict[str, Any]) -> Format:
     try:
         return get_format(family, **options)
-    except ValueError as error:
-        known = difflib.get_close_matches(name.upper(), [k.upper() for k in KNOWN], n=1, cutoff=0.6)
-        hint = f"; did you mean {_spelling(known[0])!r}?" if known and known[0] != name.upper() else ""
-        raise ReqatError(f"precision {name!r}: {error}{hint}") from error
-
-
-def _unreadable(name: str) -> ReqatError:
-    close = difflib.get_close_matches(name.upper(), [k.upper() for k in KNOWN], n=1, cutoff=0.4)
-    hint = f"did you mean {_spelling(close[0])!r}? " if close else ""
-    return ReqatError(
-        f"unknown precision {name!r}: {hint}A precision is FAMILY-W{{4,16}}A{{4,16}}KV{{4,16}}, for example "
-        f"{', '.join(KNOWN[:6])}"
-    )
-
-
-def _spelling(upper: str) -> str:
-    return next(known for known in KNOWN if known.upper() == upper)
+    except (ValueError, TypeError) as error:
+        if family.upper() in (known.upper() for known in FORMAT_NAMES):  # then it is an option that does not fit
+            raise ReqatError(f"precision {name!r}: {error}") from error
+        raise unknown_precision(name) from error

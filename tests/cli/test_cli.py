@@ -85,7 +85,7 @@ EVALUATION = next(iter(SMOKE.evaluations))
         (["pin", "--tier", "smoke"], "tier smoke cannot be pinned:"),
         (["pin-base", "--tier", "smoke"], "so nothing finished here"),
         (["pin-base", "--tier", "smoke", "--model", "other"], "it has testbed"),
-        (["pin-base", "--tier", "smoke", "--dtype", "float8"], "unknown dtype 'float8'"),
+        (["pin-base", "--tier", "smoke", "--dtype", "float8"], "'--dtype': 'float8' is not one of"),
         (["doctor", "--tier", "latop"], "Did you mean 'laptop'?"),
         (["quantize", "--model", "m", "--precision", "NVFP4-W4A5", "--out", "o"], "unknown precision 'NVFP4-W4A5'"),
         (

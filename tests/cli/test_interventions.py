@@ -130,18 +130,18 @@ def test_noise(model: str, by: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["fit-reset", "--step", "word"], "step='word'"),
-        (["fit-reset", "--t-low", "0"], "t_low=0.0"),
-        (["fit-reset", "--seeds", "0,0"], "a number stands twice"),
+        (["fit-reset", "--step", "word"], "--step"),
+        (["fit-reset", "--t-low", "0"], "--t-low 0.0"),
+        (["fit-reset", "--seeds", "0,0"], "--seeds '0,0'"),
         (["fit-reset", "--precision", "NVFP4-W4A5"], "unknown precision 'NVFP4-W4A5'"),
         (["reset", "--fit", "none.json"], "none.json: no such file; `reqat fit-reset` writes one"),
         (["reset", "--fit", "config/schema.json"], "not a file of `reqat fit-reset`"),
         (["route", "--policy", "low-ref"], "unknown policy 'low-ref'. Did you mean 'low-reference'?"),
         (["route", "--threshold", "high"], "threshold 'high': write nats"),
         (["route", "--threshold", "p100"], "between p0 and p100"),
-        (["noise", "--sigmas", "-1"], "sigma=-1.0"),
-        (["noise", "--sigmas", "0.1", "--by", "row"], "unknown way to pick decisions 'row'"),
-        (["noise", "--sigmas", "0.1", "--share", "2"], "share=2.0"),
+        (["noise", "--sigmas", "-1"], "--sigmas '-1'"),
+        (["noise", "--sigmas", "0.1", "--by", "row"], "'row' is not one of 'batch'"),
+        (["noise", "--sigmas", "0.1", "--share", "2"], "--share 2.0"),
     ],
 )
 def test_what_a_user_can_mend(model: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

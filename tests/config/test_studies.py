@@ -119,9 +119,9 @@ def test_a_training_made_anew_reads_what_the_stage_read(tmp_path: Path, plan: Pl
         ({"threshold": "p100"}, "threshold 'p100': a percentile lies between p0 and p100"),
         ({"threshold": "low"}, "threshold 'low': write nats (0.6) or a percentile (p75)"),
         ({"threshold": -0.5}, "threshold '-0.5'"),
-        ({"threshold": True}, "threshold True"),
+        ({"threshold": True}, "threshold: a number or a text is needed, not True"),
         ({"n": 0}, "greater than 0"),
-        ({"seeds": [1, 1]}, "seeds [1, 1]: one stands twice"),
+        ({"seeds": [1, 1]}, "seeds: [1, 1]: 1 stands twice"),
         ({"candidate": {**FP4, "precision": "NVFP4-W4A5"}}, "unknown precision 'NVFP4-W4A5'"),
         ({"candidate": {**FP4, "recipe": "ft-ptqq"}}, "unknown recipe 'ft-ptqq'. Did you mean 'ft-ptq'"),
         ({"candidate": {**FP4, "precision": "MXFP4-W4A4"}}, "has no model of recipe 'ft-ptq' at MXFP4-W4A4"),
@@ -143,8 +143,8 @@ def test_what_a_user_can_mend(tmp_path: Path, plan: Plan, study: dict[str, Any],
         ([0.1, 0.10000001], "one stands twice"),  # one file name
         ([0.1, 0.0], "sigmas [0.1, 0.0]: every one must be a positive finite number"),
         ([0.1, -1], "every one must be a positive finite number"),
-        ([float("nan")], "every one must be a positive finite number"),
-        ([float("inf")], "every one must be a positive finite number"),
+        ([float("nan")], "finite number (given: nan)"),
+        ([float("inf")], "finite number (given: inf)"),
     ],
 )
 def test_sizes_of_noise_make_sense_and_stay_apart(tmp_path: Path, plan: Plan, sigmas: list[float], says: str) -> None:
@@ -160,7 +160,7 @@ def test_sizes_of_noise_make_sense_and_stay_apart(tmp_path: Path, plan: Plan, si
         ({"t_low": [0.3, 0.1, 0.3]}, "t_low [0.3, 0.1, 0.3]: one stands twice"),
         ({"t_low": [0.3, 0]}, "t_low [0.3, 0.0]: every one must be a positive finite number"),
         ({"t_low": []}, "at least 1"),
-        ({"fit_seeds": [2, 2]}, "seeds [2, 2]: one stands twice"),
+        ({"fit_seeds": [2, 2]}, "fit_seeds: [2, 2]: 2 stands twice"),
         ({"reference": FP4}, "reference at NVFP4-W4A4KV4: it is the condition `bf16`"),
     ],
 )
