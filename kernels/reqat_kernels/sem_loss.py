@@ -290,7 +290,8 @@ def _sweeps(
         label_C = _label_gradient(-nll_N[c], entropy_N[c], pull_C, plan.nll)
         plan.rows.row_gradient_(logits_CV, lse_N[c], entropy_N[c], pull_C, plan.nll)
         # Not scatter_: of bfloat16 it makes two copies of the whole chunk.
-        logits_CV[torch.arange(len(label_C), device=device), labels_N[c]] = label_C.to(logits_CV.dtype)
+        rows_C = torch.arange(len(label_C), dtype=torch.int64, device=device)
+        logits_CV[rows_C, labels_N[c]] = label_C.to(logits_CV.dtype)
         head.add_gradients(c, logits_CV)
 
     for c in chunks:

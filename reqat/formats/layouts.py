@@ -103,7 +103,7 @@ def to_layout(
     if input_global_scale is not None:
         if spec.input_scale is None:
             raise ValueError(f"layout {layout!r} has no input scale: MXFP4 needs none")
-        tensors[spec.input_scale] = _stored_global(torch.as_tensor(input_global_scale), spec)
+        tensors[spec.input_scale] = _stored_global(_number(input_global_scale), spec)
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -202,6 +202,10 @@ def _spec(layout: str) -> _Layout:
     if layout not in _LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(_LAYOUTS)}")
     return _LAYOUTS[layout]
+
+
+def _number(g: Tensor | float) -> Tensor:
+    return g if isinstance(g, Tensor) else torch.tensor(g, dtype=torch.float32, device="cpu")
 
 
 def _stored_global(g: Tensor, spec: _Layout) -> Tensor:

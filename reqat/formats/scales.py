@@ -48,7 +48,7 @@ SCALE_TYPES: dict[str, ScaleType] = {
 
 def divide(t: Tensor, number: float) -> Tensor:
     """``t / number``, correctly rounded everywhere. (On a GPU torch would multiply by the number's reciprocal.)"""
-    return t / number if t.device.type == "cpu" else t / torch.full((), number, device=t.device)
+    return t / number if t.device.type == "cpu" else t / torch.full((), number, dtype=t.dtype, device=t.device)
 
 
 def round_to_float(t: Tensor, kind: ScaleType, rounding: str = "even") -> Tensor:

@@ -113,7 +113,8 @@ class Fp4CacheLayer(CacheLayerMixin):
         """Repeat every row ``repeats`` times."""
         if self.is_initialized:
             assert self.keys is not None
-            self.select_rows(torch.arange(self.keys.shape[0], device=self.keys.device).repeat_interleave(repeats))
+            rows = torch.arange(self.keys.shape[0], dtype=torch.int64, device=self.keys.device)
+            self.select_rows(rows.repeat_interleave(repeats))
 
 
 class Fp4Cache(Cache):

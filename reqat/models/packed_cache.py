@@ -179,7 +179,8 @@ class PackedCacheLayer(Fp4CacheLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row ``repeats`` times."""
         if self.packed_keys is not None:
-            self.select_rows(torch.arange(self.packed_keys.shape[0]).repeat_interleave(repeats))
+            rows = torch.arange(self.packed_keys.shape[0], dtype=torch.long, device="cpu")
+            self.select_rows(rows.repeat_interleave(repeats))
 
 
 class PackedCache(Cache):
@@ -218,7 +219,7 @@ class PackedCache(Cache):
 
     def select_rows(self, rows: Tensor | list[int]) -> None:
         """Keep these batch rows, in this order, in every layer (drops finished rows while generating)."""
-        index = torch.as_tensor(rows, dtype=torch.long)
+        index = torch.as_tensor(rows, dtype=torch.long, device="cpu")
         for layer in self._packed_layers:
             layer.select_rows(index)
 

@@ -112,7 +112,7 @@ class NativeDecoder:
     ) -> Tensor:
         length = states[0].length
         if position_ids is None:
-            position_ids = torch.full((1, 1), length)
+            position_ids = torch.full((1, 1), length, dtype=torch.long, device=x_B1C.device)
         cos_BD, sin_BD = (part[:, 0].float() for part in self.decoder.rotary_emb(x_B1C, position_ids))
         if mask_BS is not None:
             mask_BS = mask_BS.bool()
@@ -222,8 +222,10 @@ def _agrees(model: Any, native: NativeDecoder) -> bool:
     """Whether native call and modules give the same for one token after three others, on two rows, one padded."""
     generator = torch.Generator().manual_seed(0)
     # Float32 whatever the model's type, so that rounding between its modules does not blur the comparison.
-    prompt, token = (torch.randn(2, T, native.stack.hidden, generator=generator) for T in (3, 1))
-    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    prompt, token = (
+        torch.randn(2, T, native.stack.hidden, generator=generator, dtype=torch.float32, device="cpu") for T in (3, 1)
+    )
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.long, device="cpu")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     results = []
     with _cut_to_one_layer(native.decoder):

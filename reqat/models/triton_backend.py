@@ -90,9 +90,8 @@ class TritonBackend:
         if not fmt.has_global_scale:
             g = None
         elif g is None and fmt.global_scale == "dynamic":  # of the tokens appended together: one a token is kept
-            side = KVSide.allocate(
-                batch, heads, capacity, head_dim, fmt, global_scale=torch.ones(capacity), device=states.device
-            )
+            ones = torch.ones(capacity, dtype=torch.float32, device=states.device)
+            side = KVSide.allocate(batch, heads, capacity, head_dim, fmt, global_scale=ones, device=states.device)
             return replace(side, format=fmt)
         return KVSide.allocate(batch, heads, capacity, head_dim, fmt, global_scale=g, device=states.device)
 

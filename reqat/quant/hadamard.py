@@ -24,7 +24,7 @@ def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | 
     """
     if n < 1 or n & (n - 1):
         raise ReqatError(f"Hadamard size must be a power of two, not {n}")
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while matrix.shape[0] < n:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return (matrix / n**0.5).to(dtype=dtype, device=device)

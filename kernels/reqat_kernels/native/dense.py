@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reqat_kernels.native import check
 from reqat_kernels.native.library import OPERATORS, library, threads
 
 #: Up to so many rows the native kernel is the faster one.
@@ -25,33 +26,45 @@ OPERATORS.define("dense_bf16(Tensor x, Tensor weight) -> Tensor")
 def dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` in float32: x [M, K], converted to float32; weight bfloat16 [N, K]. Not differentiable.
 
-    Raises ValueError for other shapes or another type of weight.
+    Raises ValueError for other shapes, types or devices, TypeError for what is no tensor.
     """
+    check.tensor("x", x)
+    check.tensor("weight", weight)
+    result: Tensor = torch.ops.reqat.dense_bf16(x, weight)
+    return result
+
+
+def _check(x: Tensor, weight: Tensor) -> None:
     if weight.dtype != torch.bfloat16 or weight.ndim != 2 or x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x [M, K] and a bfloat16 weight [N, K] are needed, got {tuple(x.shape)} and {weight.dtype} "
             f"{tuple(weight.shape)}"
         )
-    result: Tensor = torch.ops.reqat.dense_bf16(x, weight)
-    return result
+    check.floats("x", x, device=weight.device)
 
 
 def _dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    _check(x, weight)
     x = x.float()
     lib = _library()
     if lib is None or len(x) > MOST_ROWS:
         return F.linear(x.bfloat16(), weight).float() if len(x) > MOST_ROWS else F.linear(x, weight.float())
     x, weight = x.contiguous(), weight.contiguous()
-    y = torch.empty(len(x), len(weight))
-    n = threads(y.numel() * x.shape[1], _WORK_PER_THREAD)
-    lib.reqat_dense_bf16(weight.data_ptr(), x.data_ptr(), y.data_ptr(), len(x), len(weight), x.shape[1], n)
+    y = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")
+    if y.numel():
+        n = threads(y.numel() * x.shape[1], _WORK_PER_THREAD)
+        where = (check.address(weight), check.address(x), y.data_ptr())
+        lib.reqat_dense_bf16(*where, len(x), len(weight), x.shape[1], n)
     return y
 
 
+def _meta(x: Tensor, weight: Tensor) -> Tensor:
+    _check(x, weight)
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
+
+
 OPERATORS.impl("dense_bf16", _dense_bf16, "CPU")
-torch.library.register_fake(
-    "reqat::dense_bf16", lambda x, weight: x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
-)
+torch.library.register_fake("reqat::dense_bf16", _meta)
 
 
 @cache

@@ -26,6 +26,7 @@ from reqat.formats import Format, PackedTensor, QuantizedTensor, get_format
 from reqat.formats import quantize as reference_quantize
 from reqat.formats import quantize_dequantize as reference_quantize_dequantize
 from reqat.formats.scales import SCALE_TYPES
+from reqat_kernels.native import check
 from reqat_kernels.native.library import OK, OPERATORS, library
 
 _ELEMENTS = ("E2M1", "E1M2", "INT4")
@@ -82,6 +83,8 @@ def format_from_key(key: str) -> Format:
     """The inverse of :func:`format_key`; a name alone stands for that format's defaults. Errors are get_format's."""
     name, *options = key.split("|")
     fields = ("element", "scale", "scale_rule", "rounding", "global_scale")
+    if len(options) > len(fields):
+        raise ValueError(f"{key!r} is no format: a name and up to {len(fields)} options, separated by |")
     return get_format(name, **dict(zip(fields, options, strict=False)))
 
 
@@ -124,7 +127,9 @@ def _takes(x: Tensor, block: int) -> bool:
 
 def _given(global_scale: Tensor | float, ordered: Tensor, order: tuple[int, ...] | None) -> Tensor | None:
     """g as contiguous float32, a scalar or one a row of ``ordered`` (axes in ``order``); None if it does not fit."""
-    g = global_scale if isinstance(global_scale, Tensor) else torch.tensor(global_scale, dtype=torch.float32)
+    g = global_scale
+    if not isinstance(g, Tensor):
+        g = torch.tensor(g, dtype=torch.float32, device="cpu")
     if g.device.type != "cpu":
         return None
     g = g.detach().to(torch.float32)
@@ -165,15 +170,15 @@ def _fake(x: Tensor, fmt: Format, global_scale: Tensor | float | None, name: str
         y = x if order is None else x.permute(order).contiguous()
         g = None if global_scale is None else _given(global_scale, y, order)
         if (g is not None) == (global_scale is not None) and not (static and g is None):
-            out = torch.empty(y.shape, dtype=y.dtype)
+            out = torch.empty(y.shape, dtype=y.dtype, device="cpu")
             length, numel = y.shape[-1], y.numel()
             status = function(
                 spec,
                 _DTYPES[y.dtype],
-                y.data_ptr(),
+                check.address(y),
                 numel // length,
                 length,
-                None if g is None else g.data_ptr(),
+                check.address(g),
                 0 if g is None else g.numel(),
                 _threads(numel),
                 out.data_ptr(),
@@ -199,19 +204,21 @@ def _codes(
         if (given is not None) == (global_scale is not None) and not (static and given is None):
             leading, length, numel = y.shape[:-1], y.shape[-1], y.numel()
             blocks = length // (block or length)
-            codes = torch.empty(*leading, (length + 1) // 2 if packed else length, dtype=torch.uint8)
-            scales = torch.empty(*leading, blocks, *([2] if asymmetric else []), dtype=SCALE_TYPES[fmt.scale].dtype)
+            width = (length + 1) // 2 if packed else length
+            codes = torch.empty(*leading, width, dtype=torch.uint8, device="cpu")
+            signs, scale_type = [2] if asymmetric else [], SCALE_TYPES[fmt.scale].dtype
+            scales = torch.empty(*leading, blocks, *signs, dtype=scale_type, device="cpu")
             g = None
             if has_global:
                 per_row = given.numel() > 1 if given is not None else fmt.global_scale == "row"
-                g = torch.empty((*leading, 1) if per_row else (), dtype=torch.float32)
+                g = torch.empty((*leading, 1) if per_row else (), dtype=torch.float32, device="cpu")
             status = function(
                 spec,
                 _DTYPES[y.dtype],
-                y.data_ptr(),
+                check.address(y),
                 numel // length,
                 length,
-                None if given is None else given.data_ptr(),
+                check.address(given),
                 0 if given is None else given.numel(),
                 _threads(numel),
                 None,
@@ -286,20 +293,34 @@ def _fake_operator(x: Tensor, key: str, global_scale: Tensor | None = None) -> T
 
 def _quantize_operator(x: Tensor, key: str, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     packed, scales, g = _codes(x, format_from_key(key), global_scale, True, None)
-    return packed, scales, torch.empty(0) if g is None else g
+    return packed, scales, x.new_empty((0,), dtype=torch.float32) if g is None else g
+
+
+def _check(x: Tensor, key: str, global_scale: Tensor | None) -> Format:
+    """The format; ValueError for what the reference would refuse, as far as it can be told without the numbers."""
+    fmt = format_from_key(key)
+    check.floats("tensor", x, device=None if global_scale is None or global_scale.numel() == 1 else global_scale.device)
+    if x.ndim == 0 or (fmt.block and x.shape[-1] % fmt.block):
+        raise ValueError(f"tensor of shape {tuple(x.shape)}: its last axis must be a multiple of {fmt.block}")
+    if global_scale is None and fmt.global_scale == "static":
+        raise ValueError(f"{fmt.name} with global_scale='static' needs the calibrated value: pass global_scale=")
+    if global_scale is not None and not fmt.has_global_scale:
+        raise ValueError(f"{fmt.name} has no global scale: pass None")
+    return fmt
 
 
 def _fake_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> Tensor:
+    _check(x, key, global_scale)
     order = _memory_order(x)
     return _back(torch.empty_like(x if order is None else x.permute(order).contiguous()), order)
 
 
 def _quantize_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    fmt = format_from_key(key)
+    fmt = _check(x, key, global_scale)
     *leading, length = x.shape
     signs = [2] if fmt.asymmetric else []
     packed = x.new_empty((*leading, (length + 1) // 2), dtype=torch.uint8)
-    blocks = length // fmt.block if fmt.block else 1
+    blocks = length // (fmt.block or max(1, length))
     scales = x.new_empty((*leading, blocks, *signs), dtype=SCALE_TYPES[fmt.scale].dtype)
     if not fmt.has_global_scale:
         return packed, scales, x.new_empty((0,), dtype=torch.float32)

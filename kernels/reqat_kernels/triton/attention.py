@@ -368,8 +368,8 @@ def decode_attention(
     half = query.dtype == torch.bfloat16 and not INTERPRETED
     out = torch.empty(B, H, T, D, device=query.device, dtype=query.dtype)
     direct = splits == 1
-    partial = out if direct else torch.empty(splits, B * H * T, D, device=query.device)
-    stats = out if direct else torch.empty(2, splits, B * H * T, device=query.device)
+    partial = out if direct else torch.empty(splits, B * H * T, D, dtype=torch.float32, device=query.device)
+    stats = out if direct else torch.empty(2, splits, B * H * T, dtype=torch.float32, device=query.device)
     key_global, value_global = key.global_scale_BGS(), value.global_scale_BGS()
     mask_BHTS = _mask_BHTS(mask, B, H, T)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "add"

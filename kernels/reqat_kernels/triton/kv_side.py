@@ -76,7 +76,7 @@ class KVSide:
         g: Tensor | None = None
         if fmt.has_global_scale:
             fmt = fmt.replace(global_scale="row" if global_scale is None else "static")
-            g = torch.ones(shape, device=device)
+            g = torch.ones(shape, dtype=torch.float32, device=device)
             if global_scale is not None:
                 g = torch.as_tensor(global_scale, dtype=torch.float32, device=device)
         elif global_scale is not None:
@@ -163,7 +163,7 @@ class KVSide:
         """The global scale seen as float32 [B, G, S], without a copy: stride 0 along the axes that share it."""
         g = self.global_scale
         if g is None:  # never read by a kernel; any float32 pointer does
-            return torch.ones((), device=self.codes.device).expand(self.codes.shape[:3])
+            return torch.ones((), dtype=torch.float32, device=self.codes.device).expand(self.codes.shape[:3])
         if g.dtype != torch.float32 or g.device != self.codes.device:
             raise ValueError(f"global_scale must be float32 on {self.codes.device}, got {g.dtype} on {g.device}")
         if g.ndim == 4 and g.shape[-1] == 1:

@@ -25,7 +25,7 @@ def block_hadamard(x: Tensor, size: int) -> Tensor:
         a, b = pair[:, :, 0], pair[:, :, 1]
         y = torch.stack((a + b, a - b), dim=2).view(-1, size)
         step *= 2
-    y = y * torch.tensor(size, dtype=torch.float64).rsqrt().float()
+    y = y * torch.tensor(size, dtype=torch.float64, device=y.device).rsqrt().float()
     return y.view(x.shape).to(x.dtype)
 
 
@@ -48,7 +48,7 @@ def scaled_codes(t: PackedTensor) -> tuple[Tensor, Tensor]:
     q = t.unpack()
     values = q.format.element_type.decode(q.codes).double()
     s = 2.0 ** (q.scales.double() - 127) if q.format.scale == "E8M0" else q.scales.double()
-    g = torch.ones((), dtype=torch.float64) if q.global_scale is None else q.global_scale.double()
+    g = values.new_ones(()) if q.global_scale is None else q.global_scale.double()
     return values * s.repeat_interleave(q.format.block or 1, dim=-1), g.cpu().to(s.device).reshape(-1, 1)
 
 

@@ -68,9 +68,11 @@ def attention_weights_naive(
     v = dequantize_side(value, dtype)[:, :, :S].repeat_interleave(n, 1)
     logits = query.to(dtype) @ k.mT * (1 / math.sqrt(D) if scale is None else scale)
 
-    ends = torch.full((B,), S, device=query.device) if lengths is None else lengths
-    position = torch.arange(S, device=query.device)
-    last = ends[:, None] - (T - 1 - torch.arange(T, device=query.device) if causal else 0)  # [B, T] or [B, 1]
+    ends = torch.full((B,), S, dtype=torch.int64, device=query.device) if lengths is None else lengths
+    position = torch.arange(S, dtype=torch.int64, device=query.device)
+    last = ends[:, None] - (
+        T - 1 - torch.arange(T, dtype=torch.int64, device=query.device) if causal else 0
+    )  # [B, T] or [B, 1]
     visible = (position < ends[:, None, None]) & (position < last[..., None])
     visible = visible[:, None].expand(B, H, T, S)
     if mask is not None:
