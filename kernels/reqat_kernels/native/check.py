@@ -69,13 +69,18 @@ def bias(t: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"bias of shape {list(t.shape)} must have one number a row of the weight, [{rows}]")
 
 
-def size(name: str, n: Any, *, least: int = 0, most: int = MAX_SIZE) -> int:
-    """``n`` itself; refused unless it is an integer from ``least`` to ``most``."""
+def integer(name: str, n: Any) -> int:
+    """``n`` itself; TypeError unless it is an integer."""
     if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
         raise TypeError(f"{name} is {n!r}, not an integer")
-    if not least <= n <= most:
-        raise ValueError(f"{name} is {n}: {least} to {most} is possible")
     return n  # type: ignore[return-value]
+
+
+def size(name: str, n: Any, *, least: int = 0, most: int = MAX_SIZE) -> int:
+    """``n`` itself; refused unless it is an integer from ``least`` to ``most``."""
+    if not least <= integer(name, n) <= most:
+        raise ValueError(f"{name} is {n}: {least} to {most} is possible")
+    return n
 
 
 def global_scale(name: str, g: Any) -> float:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format
+from reqat_kernels.native import check
 from reqat_kernels.triton.elements import (
     as_float32,
     block_maxima,
@@ -245,8 +246,12 @@ def append(
     Raises ValueError for NaN or infinity, for tokens beyond the capacity, and for shapes, types, devices or formats
     that do not fit; nothing is written then.
     """
+    for side in (key_cache, value_cache):
+        if not isinstance(side, KVSide):
+            raise TypeError(f"the caches are KVSide, as KVSide.allocate makes them, not {type(side).__name__}")
+    offsets = offset if isinstance(offset, Tensor) else None
+    require(key, value, key_cache.codes, value_cache.codes, shift_GD, cos, sin, offsets)
     _check(key, value, key_cache, value_cache, offset, shift_GD, cos, sin)
-    require(key, value, key_cache.codes, value_cache.codes, shift_GD, cos, sin)
     if check_finite:
         for name, x in (("key", key), ("value", value)):
             if not bool(torch.isfinite(x).all()):
@@ -263,7 +268,6 @@ def append(
         cos, sin = (x.expand(B, T, D) if x.stride(-1) == 1 else x.expand(B, T, D).contiguous() for x in (cos, sin))
     cos_strides = (0, 0) if cos is None else cos.stride()[:2]
     sin_strides = (0, 0) if sin is None else sin.stride()[:2]
-    offsets = offset if isinstance(offset, Tensor) else None
     key_global, value_global = key_cache.global_scale_BGS(), value_cache.global_scale_BGS()
     rows = B * G * T
     padded = max(32, triton.next_power_of_2(D))
@@ -352,7 +356,7 @@ def _check(
                 raise ValueError(f"offsets must be contiguous on {x.device}")
             places = [0] if offset.device.type != "cpu" else offset.tolist()
         else:
-            places = [offset]
+            places = [check.integer("offset", offset)]
         if any(place < 0 or place + x.shape[2] > capacity for place in places):
             raise ValueError(
                 f"{x.shape[2]} tokens at {places if len(places) > 1 else places[0]} do not fit the cache's capacity of "

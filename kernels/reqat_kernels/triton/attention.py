@@ -29,6 +29,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from reqat_kernels.native import check
 from reqat_kernels.triton.elements import as_float32, bits_float, cast, decode_e4m3, decode_e8m0, spread
 from reqat_kernels.triton.kv_side import KVSide, check_pair, check_rows
 from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
@@ -42,6 +43,7 @@ BLOCK_S_FLOAT32 = 64 if INTERPRETED else 16  # products off the tensor cores hol
 MAX_BLOCK_M = 32
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
+_MAX_SPLITS = 128
 _QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def decode_attention_kernel(
     mask_h,
     mask_t,
     mask_s,
-    length,  # keys in use, where there are no lengths a row
+    length,  # keys in use; where there are lengths a row, the most
     heads,
     tokens,
     kv_heads,
@@ -181,7 +183,7 @@ def decode_attention_kernel(
     query_even, query_odd = as_float32(query_even).to(COMPUTE), as_float32(query_odd).to(COMPUTE)
 
     if HAS_LENGTHS:
-        length = tl.load(lengths + batch).to(tl.int32)
+        length = tl.minimum(tl.load(lengths + batch), length).to(tl.int32)  # never beyond the cache
     # Each split takes as many whole tiles as the row's own length asks for; the last ones may be left without any.
     tiles = tl.cdiv(tl.cdiv(length, BLOCK_S), tl.num_programs(0))
     first = split * tiles * BLOCK_S
@@ -337,7 +339,7 @@ def decode_attention(
     Args:
         length: keys in use, the same for every row of the batch; by default the capacity.
         lengths: integers [B] in place of it, each at most the capacity (not checked on a GPU, where it would wait for
-            the device; a greater one reads other memory).
+            the device; there a greater one counts as the capacity).
         mask: boolean (True: visible) or floating (added to the logits; -1e30 or less hides), [B, S] or broadcastable to
             [B, H, T, S], where S is at least ``length``.
         causal: token t of T sees the keys before ``length - T + t + 1``. Nothing changes for T = 1.
@@ -346,10 +348,17 @@ def decode_attention(
 
     A query that sees no key gives zeros. Raises ValueError for shapes, types, devices or lengths that do not fit.
     """
+    for side in (key, value):
+        if not isinstance(side, KVSide):
+            raise TypeError(f"keys and values are KVSide, as KVSide.allocate makes them, not {type(side).__name__}")
+    require(query, key.codes, value.codes, mask, lengths)
     _check(query, key, value, mask, length, lengths)
+    if splits is not None and not 1 <= check.integer("splits", splits) <= _MAX_SPLITS:
+        raise ValueError(f"splits must be 1 to {_MAX_SPLITS}, got {splits}")
+    if scale is not None:
+        check.finite("scale", scale)
     B, H, T, D = query.shape
     G, capacity = key.codes.shape[1:3]
-    require(query, key.codes, value.codes, mask, lengths)
     if query.numel() == 0:
         return torch.empty_like(query)
     if query.stride(-1) != 1:
@@ -361,8 +370,6 @@ def decode_attention(
     row_tiles = triton.cdiv(rows, block_m)
     if splits is None:
         splits = _splits(B * G * row_tiles, triton.cdiv(longest, block_s), query.device)
-    if splits < 1:
-        raise ValueError(f"splits must be at least 1, got {splits}")
 
     # The interpreter multiplies bf16 as if it were integers: float32 there.
     half = query.dtype == torch.bfloat16 and not INTERPRETED
@@ -442,7 +449,7 @@ def decode_attention(
 
 def _splits(programs: int, tiles: int, device: torch.device) -> int:
     """Enough programs for two on each multiprocessor, no split of less than one tile."""
-    return max(1, min(tiles, triton.cdiv(2 * _multiprocessors(device), programs), 128))
+    return max(1, min(tiles, triton.cdiv(2 * _multiprocessors(device), programs), _MAX_SPLITS))
 
 
 @lru_cache(maxsize=32)
@@ -472,6 +479,8 @@ def _check(
         raise ValueError(f"query on {query.device}, keys on {key.codes.device}: move them to one device")
     if length is not None and lengths is not None:
         raise ValueError("give length or lengths, not both")
+    if length is not None:
+        check.integer("length", length)
     if length is not None and not 0 <= length <= capacity:
         raise ValueError(f"length {length} is outside the cache's capacity of {capacity}")
     if lengths is not None:

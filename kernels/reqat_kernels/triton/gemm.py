@@ -338,6 +338,8 @@ class Parts:
     """
 
     def __init__(self, t: PackedTensor, name: str):
+        if not isinstance(t, PackedTensor):
+            raise TypeError(f"{name} is a {type(t).__name__}, not a PackedTensor; quantize() and .pack() make one")
         fmt = t.format
         if fmt.name not in ("NVFP4", "NVFP4-4/6", "MXFP4"):
             raise ValueError(
@@ -362,6 +364,9 @@ class Parts:
 
 def weight_parts(weight: PackedTensor, bias: Tensor | None, name: str) -> Parts:
     """The parts of a weight [N, K]; ValueError if it or the bias [N] does not fit."""
+    if not isinstance(weight, PackedTensor):
+        raise TypeError(f"{name} is a {type(weight).__name__}, not a PackedTensor; quantize() and .pack() make one")
+    require(bias)
     if len(weight.shape) != 2:
         raise ValueError(f"{name} must be [N, K], not {tuple(weight.shape)}")
     if bias is not None and (tuple(bias.shape) != (weight.shape[0],) or bias.dtype not in DTYPES):

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, QuantizedTensor, get_format, pack_codes, unpack_codes
+from reqat.formats.checks import SMALLEST_GLOBAL_SCALE
+from reqat.formats.scales import FLOAT32_MAX
+from reqat_kernels.native import check
+from reqat_kernels.native.states import check_batch_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +35,11 @@ class KVSide:
     format: Format
 
     def __post_init__(self) -> None:
+        if not isinstance(self.format, Format):
+            raise TypeError(f"format is a {type(self.format).__name__}, not a Format; get_format(name) makes one")
         check_format(self.format)
+        check.tensor("codes", self.codes)
+        check.tensor("scales", self.scales)
         codes, scales, block = self.codes, self.scales, self.format.block
         if codes.ndim != 4 or codes.dtype != torch.uint8:
             raise ValueError(f"codes must be uint8 [B, G, S, D/2], got {codes.dtype} {tuple(codes.shape)}")
@@ -52,6 +60,7 @@ class KVSide:
             needs = "needs a global_scale" if self.format.has_global_scale else "has no global scale: pass None"
             raise ValueError(f"{self.format} {needs}")
         if self.global_scale is not None:
+            check.tensor("global_scale", self.global_scale)
             self.global_scale_BGS()
 
     @classmethod
@@ -72,6 +81,8 @@ class KVSide:
         ``static``; None keeps one a row, [B, G, S], computed as tokens come, and makes it ``row``.
         """
         fmt = get_format(fmt)
+        for what, size in (("batch", batch), ("heads", kv_heads), ("capacity", capacity), ("head_dim", head_dim)):
+            check.size(what, size)
         shape = (batch, kv_heads, capacity)
         g: Tensor | None = None
         if fmt.has_global_scale:
@@ -79,6 +90,8 @@ class KVSide:
             g = torch.ones(shape, dtype=torch.float32, device=device)
             if global_scale is not None:
                 g = torch.as_tensor(global_scale, dtype=torch.float32, device=device)
+                if not bool(((g > SMALLEST_GLOBAL_SCALE) & (g <= FLOAT32_MAX)).all()):  # false for NaN
+                    raise ValueError(f"global_scale must be finite and above {SMALLEST_GLOBAL_SCALE:.2g}, got {g}")
         elif global_scale is not None:
             raise ValueError(f"{fmt} has no global scale: pass None")
         check_format(fmt)
@@ -111,7 +124,15 @@ class KVSide:
         Their global scales are written where the cache keeps them a token or a row. Raises ValueError for tokens that
         do not fit.
         """
+        if not isinstance(q, QuantizedTensor):
+            raise TypeError(f"tokens are a {type(q).__name__}, not a QuantizedTensor; reqat.quantize makes one")
         check_rows("tokens", q.shape, self)
+        mine, theirs = self.format, q.format
+        if (theirs.element, theirs.scale, theirs.block, q.axis) != (mine.element, mine.scale, mine.block, 3):
+            raise ValueError(f"tokens in {theirs!r} along axis {q.axis} do not fit a cache in {mine!r}")
+        if q.codes.device != self.codes.device:
+            raise ValueError(f"tokens are on {q.codes.device}, the cache on {self.codes.device}: move one of them")
+        check.integer("offset", offset)
         end = offset + q.shape[2]
         if not 0 <= offset <= end <= self.shape[2]:
             raise ValueError(f"{q.shape[2]} tokens at {offset} do not fit the cache's capacity of {self.shape[2]}")
@@ -124,7 +145,8 @@ class KVSide:
 
     def quantized(self, length: int) -> QuantizedTensor:
         """The first ``length`` tokens as codes [B, G, length, D] and scales in the types of ``reqat.quantize``."""
-        B, G, _, D = self.shape
+        B, G, room, D = self.shape
+        check.size("length", length, most=room)
         g = None if self.global_scale is None else self.global_scale_BGS()[:, :, :length, None]
         scales = self.scales[:, :, :length].contiguous()
         if self.format.scale == "E4M3":
@@ -141,10 +163,17 @@ class KVSide:
         return self._copied(capacity, length, lambda part: part)
 
     def select_rows(self, rows: Tensor, length: int) -> KVSide:
-        """A copy with these batch rows, in this order, that holds the first ``length`` tokens."""
-        return self._copied(self.shape[2], length, lambda part: part.index_select(0, rows))
+        """A copy with these batch rows (integers [rows], perhaps none), in this order, of the first ``length`` tokens.
+
+        Raises ValueError for a row that is not there.
+        """
+        check_batch_rows(rows, self.shape[0])
+        return self._copied(self.shape[2], length, lambda part: part.index_select(0, rows.long()))
 
     def _copied(self, capacity: int, length: int, chosen: Callable[[Tensor], Tensor]) -> KVSide:
+        check.size("capacity", capacity)
+        check.size("length", length, most=min(capacity, self.shape[2]))
+
         def copy(part: Tensor) -> Tensor:
             kept = chosen(part[:, :, :length])
             # Ones: a global scale divides, also where no token is yet.

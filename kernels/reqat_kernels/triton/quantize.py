@@ -243,6 +243,8 @@ def _launch(
 ) -> tuple[int, int, Tensor, Tensor | None, Tensor, Format]:
     """M, K, bytes [M, K / 2] and scale bytes [M, blocks] (``fake``: numbers, None), g ([M] or scalar), format."""
     label = name or "tensor"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{label} is a {type(x).__name__}, not a torch tensor; pass torch.as_tensor(...) of it")
     fmt, given = _resolve(fmt, global_scale, options)
     require(x, given if isinstance(given, Tensor) and given.numel() > 1 else None)
     block = fmt.block or 1

@@ -45,13 +45,21 @@ except ImportError:
 
 
 def require(*tensors: Tensor | None) -> None:
-    """Raise unless a kernel can run on these tensors: ImportError without triton, ValueError for the wrong device."""
+    """Raise unless a kernel can run on these tensors.
+
+    ImportError without triton, TypeError for what is no tensor, ValueError for the wrong device.
+    """
     if not AVAILABLE:
         raise ImportError(_REMEDY)
+    for t in tensors:
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{t!r:.80} is a {type(t).__name__}, not a torch tensor")
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"tensors lie on several devices ({', '.join(sorted(map(str, devices)))}): move them to one")
     wrong = [device for device in devices if device.type != "cuda"]
+    if any(device.type == "meta" for device in devices):
+        raise ValueError("tensors on the device meta have no numbers: move them to a GPU")
     if wrong and not INTERPRETED:
         raise ValueError(
             f"Triton kernels need CUDA tensors, got {wrong[0]}: move them to a GPU, use reqat_kernels.native on a CPU, "

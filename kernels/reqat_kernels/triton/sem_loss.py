@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from reqat_kernels.native.check import exactly
 from reqat_kernels.triton.runtime import require, tl, triton
 
 # Logits a program holds at once; long rows keep the memory busy with few programs.
@@ -91,6 +92,9 @@ def row_gradient_(logits_CV: Tensor, lse_C: Tensor, entropy_C: Tensor, pull_C: T
     """Logits ``[C, V]`` become ``p * (nll - pull * (log p + H))``, in place; a pull of None stands for zeros."""
     require(logits_CV, lse_C, entropy_C, pull_C)
     C, V = _shape(logits_CV)
+    for name, row in (("lse", lse_C), ("entropy", entropy_C), ("pull", pull_C)):
+        if row is not None:
+            exactly(name, row, torch.float32, (C,), logits_CV.device)
     block = _block(V)
     if C:
         gradient_kernel[(C, triton.cdiv(V, block))](
@@ -109,6 +113,8 @@ def row_gradient_(logits_CV: Tensor, lse_C: Tensor, entropy_C: Tensor, pull_C: T
 
 
 def _shape(logits_CV: Tensor) -> tuple[int, int]:
+    if logits_CV.ndim != 2 or not logits_CV.shape[1]:
+        raise ValueError(f"logits must be [C, V] with V above 0, got {list(logits_CV.shape)}")
     if logits_CV.dtype not in (torch.float32, torch.bfloat16, torch.float16) or logits_CV.stride(-1) != 1:
         raise ValueError(
             f"the Triton kernels take contiguous rows of float32, bfloat16 or float16, got {logits_CV.dtype} with "
