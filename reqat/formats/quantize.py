@@ -271,6 +271,8 @@ def _to_blocks(x: Tensor, axis: int, fmt: Format, pad: bool, name: str | None) -
         raise TypeError(f"{label} is a {type(x).__name__}, not a torch tensor; pass torch.as_tensor(...) of it")
     if x.dtype not in _DTYPES:
         raise ValueError(f"{label} has dtype {x.dtype}; formats take {', '.join(str(dtype) for dtype in _DTYPES)}")
+    if x.device.type == "meta":
+        raise ValueError(f"{label} is on the device meta and has no numbers to quantize")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"{label} of shape {tuple(x.shape)} has no axis {axis}")
     axis %= x.ndim
@@ -418,7 +420,7 @@ def _by_row(function: Callable[..., Tensor], amax: Tensor, g: Tensor, *rest: obj
     """``function(amax, g, ...)`` of [N] numbers, seen as [rows, blocks] where there is one g a row."""
     if g.ndim == 0:
         return function(amax, g, *rest)
-    return function(amax.view(len(g), -1), g, *rest).view(-1)
+    return function(amax.view(len(g), amax.numel() // max(1, len(g))), g, *rest).view(-1)
 
 
 def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, amax: Tensor, top: Tensor) -> Tensor:
@@ -432,6 +434,10 @@ def _global_scale(blocks: _Blocks, fmt: Format, given: Tensor | float | None, am
         if fmt.global_scale == "row" and amax.numel():
             top = amax.view(blocks.rows, -1).amax(-1, keepdim=True)
         return global_scale_from_amax(top, fmt.scale_cap, fmt.element_type.emax, fmt.scale_rule)
+    if not isinstance(given, Tensor | int | float) or isinstance(given, bool):
+        raise TypeError(f"global_scale is a {type(given).__name__}, not a number nor a tensor")
+    if isinstance(given, Tensor) and (given.device.type == "meta" or given.is_complex()):
+        raise ValueError(f"global_scale holds no real numbers: {given.dtype} on {given.device}")
     g = torch.as_tensor(given, dtype=torch.float32, device=amax.device)
     # The smallest g lets the largest block scale, 448 / g, still be a float32.
     if not bool((torch.isfinite(g) & (g > SMALLEST_GLOBAL_SCALE)).all()):
@@ -455,6 +461,8 @@ def _resolve(
     if isinstance(global_scale, str):
         options = {**options, "global_scale": global_scale}
         global_scale = None
+    if not isinstance(fmt, str | Format):
+        raise TypeError(f"format is a {type(fmt).__name__}, not a Format nor the name of one")
     if options or not isinstance(fmt, Format):
         fmt = get_format(fmt, **options)
     if global_scale is not None and not fmt.has_global_scale:

@@ -28,22 +28,27 @@ def runtime(name: str) -> str:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
-def test_native_code_is_clean_under_sanitizers(tmp_path: Path) -> None:
+def checked_environment(folder: Path) -> dict[str, str]:
+    """Build the library with the address sanitizer into ``folder``; the environment of a process that uses it."""
     assert COMPILER is not None
     preload = " ".join(runtime(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so.6"))
-    library = tmp_path / "checked.so"
+    library = folder / "checked.so"
     files = [str(path) for path in sources() if path.suffix == ".cpp"]
     define = f"-DREQAT_FINGERPRINT={fingerprint()}"
     subprocess.run([COMPILER, *FLAGS.split(), *SAME_AS_SETUP.split(), define, *files, "-o", str(library)], check=True)
-    environment = {
+    return {
         **os.environ,
         "LD_PRELOAD": preload,
         # Python and torch keep memory to the end on purpose.
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "REQAT_LIBRARY": str(library),
     }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
+def test_native_code_is_clean_under_sanitizers(tmp_path: Path) -> None:
+    environment = checked_environment(tmp_path)
     # Tests that start processes of their own, or trace operators, add minutes and no native code; and a sanitizer ends
     # the process that asks for more memory than there is.
     tests = [str(path) for path in sorted((ROOT / "tests" / "kernels").glob("test_native_*.py"))]

@@ -271,7 +271,7 @@ def _checked(
     query: Tensor, key: Side, value: Side, length: int, scaling: float, mask: Tensor | None, start: Tensor | None
 ) -> tuple[int, int, int, int]:
     """The query's shape; raises ValueError where the C++ code could read what is not there."""
-    if query.ndim != 4 or not query.is_floating_point():
+    if check.tensor("query", query).ndim != 4 or not query.is_floating_point():
         raise ValueError(f"query must be [B, H, T, D] of a float dtype, got {list(query.shape)} of {query.dtype}")
     B, H, T, D = query.shape
     for what, (codes, scales, g, element) in (("key", key), ("value", value)):

@@ -28,13 +28,15 @@ def dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
 
     Raises ValueError for other shapes, types or devices, TypeError for what is no tensor.
     """
-    check.tensor("x", x)
+    check.tensor("x", x)  # the dispatcher calls nothing for arguments without a tensor
     check.tensor("weight", weight)
     result: Tensor = torch.ops.reqat.dense_bf16(x, weight)
     return result
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
+    check.tensor("x", x)
+    check.tensor("weight", weight)
     if weight.dtype != torch.bfloat16 or weight.ndim != 2 or x.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"x [M, K] and a bfloat16 weight [N, K] are needed, got {tuple(x.shape)} and {weight.dtype} "

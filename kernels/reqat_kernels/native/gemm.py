@@ -127,8 +127,8 @@ def quantize_input(
         if global_scale is not None:
             raise ValueError("inputs='A8' has a scale a row and no global scale: pass None")
         return _int8_input(x_MK, block, x.shape, x.dtype, name)
-    if isinstance(global_scale, Tensor):
-        check.on_cpu("global_scale", global_scale)
+    if global_scale is not None:
+        check.on_cpu("global_scale", check.floats("global_scale", global_scale))
     lib = _library()
     if lib is not None and (global_scale is None or global_scale.numel() == 1):
         return _fp4_input(lib, x_MK, inputs, global_scale, x, name)
@@ -354,7 +354,7 @@ for _name, _function, _meta in (
 
 
 def _check_float(x: Tensor, weight: Tensor, bias: Tensor | None, rows: int, columns: int) -> None:
-    check.floats("x", x, ndim=2, device=weight.device)
+    check.floats("x", x, ndim=2, device=check.tensor("weight data", weight).device)
     if x.shape[1] != columns:
         raise ValueError(f"x of shape {list(x.shape)} does not fit a weight of shape [{rows}, {columns}]")
     check.bias(bias, rows, weight.device)
@@ -371,6 +371,7 @@ def _check_int(
     columns: int,
     scale: int,
 ) -> None:
+    check.tensor("x", x)
     M, padded, device = x.shape[0] if x.ndim else 0, padded_columns(columns, scale), weight.device
     blocks = padded // block_of(scale)
     check.exactly("x", x, torch.int8, (M, padded), device)

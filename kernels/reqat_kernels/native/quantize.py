@@ -125,12 +125,14 @@ def _takes(x: Tensor, block: int) -> bool:
     return x.numel() > 0 and not (block and length % block) and not x.is_neg() and not x.is_conj()
 
 
-def _given(global_scale: Tensor | float, ordered: Tensor, order: tuple[int, ...] | None) -> Tensor | None:
+def _given(global_scale: Any, ordered: Tensor, order: tuple[int, ...] | None) -> Tensor | None:
     """g as contiguous float32, a scalar or one a row of ``ordered`` (axes in ``order``); None if it does not fit."""
     g = global_scale
+    if not isinstance(g, Tensor | int | float) or isinstance(g, bool):
+        return None
     if not isinstance(g, Tensor):
         g = torch.tensor(g, dtype=torch.float32, device="cpu")
-    if g.device.type != "cpu":
+    if g.device.type != "cpu" or g.is_complex():
         return None
     g = g.detach().to(torch.float32)
     if g.numel() == 1:
@@ -235,6 +237,12 @@ def _codes(
     return (q.pack().packed if packed else q.codes), q.scales, q.global_scale
 
 
+def _format(fmt: Format | str) -> Format:
+    if not isinstance(fmt, str | Format):
+        raise TypeError(f"format is a {type(fmt).__name__}, not a Format nor the name of one")
+    return get_format(fmt) if isinstance(fmt, str) else fmt
+
+
 # --- for Python -------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +256,7 @@ def fake_quantize(
     Raises its errors: ValueError for NaN or infinity (naming ``name``), a length that the block does not divide, a
     global scale that is missing, out of range or of another shape.
     """
-    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    fmt = _format(fmt)
     if _plain(x):
         return _fake(x, fmt, global_scale, name)
     if isinstance(x, Tensor) and (global_scale is None or isinstance(global_scale, Tensor)):
@@ -261,7 +269,7 @@ def quantize(
     x: Tensor, fmt: Format | str, global_scale: Tensor | float | None = None, name: str | None = None
 ) -> QuantizedTensor:
     """``reqat.quantize(x, fmt, global_scale=global_scale, name=name)`` along the last axis, bit for bit; its errors."""
-    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    fmt = _format(fmt)
     if not isinstance(x, Tensor) or x.ndim == 0:
         return reference_quantize(x, fmt, global_scale=global_scale, name=name)
     codes, scales, g = _codes(x, fmt, global_scale, False, name)
@@ -273,7 +281,7 @@ def quantize_packed(
     x: Tensor, fmt: Format | str, global_scale: Tensor | float | None = None, name: str | None = None
 ) -> PackedTensor:
     """``quantize(...).pack()``, written packed at once. Same errors."""
-    fmt = get_format(fmt) if isinstance(fmt, str) else fmt
+    fmt = _format(fmt)
     if not isinstance(x, Tensor) or x.ndim == 0:
         return reference_quantize(x, fmt, global_scale=global_scale, name=name).pack()
     packed, scales, g = _codes(x, fmt, global_scale, True, name)
@@ -288,10 +296,12 @@ OPERATORS.define("quantize(Tensor x, str format, Tensor? global_scale=None) -> (
 
 
 def _fake_operator(x: Tensor, key: str, global_scale: Tensor | None = None) -> Tensor:
+    check.tensor("tensor", x)
     return _fake(x, format_from_key(key), global_scale, None)
 
 
 def _quantize_operator(x: Tensor, key: str, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    check.tensor("tensor", x)
     packed, scales, g = _codes(x, format_from_key(key), global_scale, True, None)
     return packed, scales, x.new_empty((0,), dtype=torch.float32) if g is None else g
 

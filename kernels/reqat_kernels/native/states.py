@@ -254,7 +254,7 @@ def _append(
 ) -> bool:
     """False if a number is not finite."""
     lib = library()
-    if lib is None or states.dtype not in STATE_DTYPES:
+    if lib is None or check.tensor("states", states).dtype not in STATE_DTYPES:
         return _append_torch(states, shift, codes, scales, global_scale, start, is_value, format)
     fmt = _check_append(states, shift, codes, scales, global_scale, start, format)
     if not states.numel():

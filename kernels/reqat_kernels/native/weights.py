@@ -173,7 +173,12 @@ def weight_of(w: PackedWeight) -> Weight:
 
 def struct_of(data: Tensor, rows: int, columns: int, element: int, scale: int, g: float) -> Weight:
     """The same of a weight's parts; refused unless the bytes are those of such a weight."""
-    if data.dtype != torch.uint8 or data.ndim != 1 or data.device.type != "cpu" or not data.is_contiguous():
+    if (
+        check.tensor("weight data", data).dtype != torch.uint8
+        or data.ndim != 1
+        or data.device.type != "cpu"
+        or not data.is_contiguous()
+    ):
         check_layout(rows, columns, element, scale, g)
         check_data(check.on_cpu("weight data", data), rows, columns, element, scale)
     return _checked_struct(data.data_ptr(), data.shape[0], rows, columns, element, scale, g)
