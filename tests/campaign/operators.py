@@ -227,7 +227,8 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None, got: Tensor) -> None:
     want = x @ w.T if bias is None else x @ w.T + bias.double()
     size = x.abs().nan_to_num(0, 0, 0) @ w.abs().T + (0 if bias is None else bias.double().abs())
     terms = (x.shape[-1] + 8) * 2.0**-23 + {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}.get(got.dtype, 0.0)
-    close(got, want, size * terms + 1e-30)
+    smallest = 2.0**-24 if got.dtype == torch.float16 else 1e-30  # a step of its subnormal numbers
+    close(got, want, size * terms + smallest)
 
 
 def raw_weight(a: dict[str, Any]) -> Tensor:
@@ -526,7 +527,13 @@ def broken(r: random.Random, value: Any) -> Any:
 
 #: Torch's own refusals: an argument of another type than the operator's schema says, which no operator sees, and a
 #: result for which there is no memory (a weight of 2^31 rows without columns takes none, its product does).
-_TORCHS = ("can't allocate memory", "Expected a value of type", "is missing value for argument", "Unable to cast", "Overflow when unpacking")
+_TORCHS = (
+    "can't allocate memory",
+    "Expected a value of type",
+    "is missing value for argument",
+    "Unable to cast",
+    "Overflow when unpacking",
+)
 
 
 def attempt(seed: int, index: int) -> tuple[str, str]:
