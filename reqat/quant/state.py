@@ -44,7 +44,7 @@ class MeasuredState(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.measured()
         super()._apply(fn, recurse)
-        self.device = fn(torch.empty(0, device=self.device)).device
+        self.device = fn(torch.empty(0, dtype=torch.float32, device=self.device)).device
         for name, value in before.items():
             if not value.is_meta:
                 setattr(self, name, value.to(self.device))

@@ -119,7 +119,7 @@ def quantize_input(
     if check.floats(label, x).ndim == 0:
         raise ValueError(f"{label} is a single number: an axis of length K is needed")
     check.on_cpu(label, x)
-    _check_inputs(inputs, block)
+    check_inputs(inputs, block)
     if x.is_neg():
         x = x.resolve_neg()
     x_MK = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -203,7 +203,7 @@ class Products:
             if w.columns != K or K % block or not x_MK.is_contiguous() or x_MK.is_neg():
                 raise ValueError(f"contiguous [M, {w.columns}] in blocks of {block} is needed, got {tuple(x_MK.shape)}")
             if inputs is not None:
-                _check_inputs(inputs, block)
+                check_inputs(inputs, block)
         if x_MK.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"x is {x_MK.dtype}; float32 and bfloat16 are taken")
         self.outputs = [torch.empty(M, w.rows, dtype=torch.float32, device="cpu") for w in weights]
@@ -383,7 +383,7 @@ def _check_int(
     check.bias(bias, rows, device)
 
 
-def _check_inputs(inputs: Any, block: int) -> None:
+def check_inputs(inputs: Any, block: int) -> None:
     """Refuse ways to round an input that do not fit a weight in blocks of ``block``."""
     check.size("block", block, least=1, most=_MAX_BLOCK)
     if isinstance(inputs, str) and inputs == "A8":
