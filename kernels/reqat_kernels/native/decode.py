@@ -19,7 +19,8 @@ from torch import Tensor
 
 from reqat.formats import Format
 from reqat_kernels.native.attention import AppendArgs, AttentionArgs, PackedStates, states_struct
-from reqat_kernels.native.gemm import PackedWeight, Weight, weight_struct
+from reqat_kernels.native.decode_check import check_cache, check_layers, check_step
+from reqat_kernels.native.gemm import PackedWeight, Weight, weight_of
 from reqat_kernels.native.library import NO_MEMORY, library, threads
 from reqat_kernels.native.quantize import Spec, spec_of
 
@@ -103,13 +104,17 @@ class LayerWeights:
 
 
 class NativeStack:
-    """Layers ready to be stepped; see the module's docstring. Raises ValueError if the native library is missing."""
+    """Layers ready to be stepped; see the module's docstring.
+
+    Raises ValueError if the native library is missing, or where weights of a layer do not fit together.
+    """
 
     def __init__(self, layers: Sequence[LayerWeights]) -> None:
         if not available():
             raise ValueError("no native library: install a C++ compiler, then reinstall the package")
         lib = library()
         assert lib is not None
+        check_layers(layers)
         self._call = lib.reqat_decode
         self.hidden = layers[0].linears[0][0].columns
         made = [_structure(layer) for layer in layers]
@@ -141,11 +146,13 @@ class NativeStack:
         keys and values of each layer; ``length``: tokens stored before, with room for one more. ``mask_BS``: boolean
         [B, length + 1], contiguous, or None: every token may be seen. ``half``: round to bfloat16 after each layer.
         Returns None, or the first layer that met something not finite, and what (``x_BC`` is then undefined). Raises
-        MemoryError.
+        ValueError for arguments of another type, shape or device, MemoryError.
         """
         for own, shift, (key, value) in zip(self._states, self._shifts, states, strict=True):
             if not own.holds(key, value):
                 own.bind(key, value, shift)
+            own.check_room(len(x_BC), length)
+        check_step(x_BC, cos_BD, sin_BD, mask_BS, self.hidden, self._layers[0].D, length)
         B, step, first = len(x_BC), self._step, self._layers[0]
         step.x, step.cos, step.sin = x_BC.data_ptr(), cos_BD.data_ptr(), sin_BD.data_ptr()
         step.stride = 0 if len(cos_BD) == 1 else cos_BD.stride(0)
@@ -163,10 +170,7 @@ def _structure(weights: LayerWeights) -> tuple[_Layer, Any]:
     """A layer as C reads it, and what must stay alive beside it."""
     norms = [None if norm is None else norm.detach().float().contiguous() for norm in weights.norms]
     biases = [None if bias is None else bias.detach().float().contiguous() for _, bias in weights.linears]
-    linears = [
-        _Linear(weight_struct(w.data.data_ptr(), *w.layout[:4], 0.5 / w.global_scale), _address(bias))
-        for (w, _), bias in zip(weights.linears, biases, strict=True)
-    ]
+    linears = [_Linear(weight_of(w), _address(bias)) for (w, _), bias in zip(weights.linears, biases, strict=True)]
     spec = None
     if weights.inputs is not None:
         static = any(g is not None for g in weights.global_scales)
@@ -202,6 +206,7 @@ class _LayerStates:
 
     def bind(self, key: PackedStates, value: PackedStates, shift: Tensor | None) -> None:
         """Take over where ``key`` and ``value`` lie."""
+        check_cache(key, value, self._attention.G, self._attention.D)
         for append, states in zip(self._append, (key, value), strict=True):
             B, G, room, D = states.shape
             append.states = states_struct(states.codes, states.scales, states.global_scale, states.format.element)
@@ -211,7 +216,16 @@ class _LayerStates:
             append.spec = spec_of(states.format)
         self._attention.key, self._attention.value = self._append[0].states, self._append[1].states
         self._attention.B, self._attention.tiles = self._append[0].B, self._append[0].tiles
+        self._rows, self._room = key.shape[0], key.shape[2]
         self._bound = (weakref.ref(key), weakref.ref(value))
+
+    def check_room(self, rows: int, length: int) -> None:
+        """Raise ValueError unless the cache has ``rows`` rows, with room for one token behind ``length``."""
+        if rows != self._rows or not 0 <= length < self._room:
+            raise ValueError(
+                f"a token of {rows} rows behind {length} others does not fit a cache of {self._rows} rows and "
+                f"{self._room} tokens"
+            )
 
 
 def _address(t: Tensor | None) -> int | None:

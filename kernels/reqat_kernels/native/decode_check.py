@@ -51,7 +51,7 @@ def _check_layer(layer: LayerWeights, hidden: int) -> None:
     for name, norm, size in zip(
         ("input norm", "attention norm", "query norm", "key norm"), layer.norms, (hidden, hidden, D, D), strict=True
     ):
-        if norm is None and size == D and name in ("query norm", "key norm"):
+        if norm is None and name in ("query norm", "key norm"):
             continue
         if check.floats(name, norm, ndim=1, device=torch.device("cpu")).shape[0] != size:
             raise ValueError(f"{name} of shape {list(norm.shape)} must be [{size}]")  # type: ignore[union-attr]
@@ -82,8 +82,8 @@ def check_cache(key: PackedStates, value: PackedStates, G: int, D: int) -> None:
         raise ValueError(f"keys of shape {list(key.shape)} and values of shape {list(value.shape)} differ")
 
 
-def check_step(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, hidden: int, D: int, length: int) -> int:
-    """The number of rows; raises ValueError unless the arguments of a step lie as C will read them."""
+def check_step(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, hidden: int, D: int, length: int) -> None:
+    """Raise ValueError unless the arguments of a step lie as C will read them."""
     cpu = torch.device("cpu")
     B = x.shape[0]
     check.exactly("x", x, torch.float32, (B, hidden), cpu)
@@ -94,11 +94,3 @@ def check_step(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, hidden:
     check.exactly("sin", sin, torch.float32, (rows, D), cpu)
     if mask is not None:
         check.exactly("mask", mask, torch.bool, (B, length + 1), cpu)
-    return B
-
-
-def check_room(states: PackedStates, B: int, length: int) -> None:
-    """Raise ValueError unless a cache of ``B`` rows has room for one token behind ``length``."""
-    batch, _, room, _ = states.shape
-    if batch != B or not 0 <= length < room:
-        raise ValueError(f"a token of {B} rows behind {length} others for a cache of {batch} rows and {room} tokens")
