@@ -273,6 +273,23 @@ def test_an_environment_of_another_tool_is_never_deleted(fake: FakeInstallation)
     assert (fake.folder / "half-installed").exists()
 
 
+def test_a_folder_that_no_environment_can_lie_in_is_named(fake: FakeInstallation) -> None:
+    with pytest.raises(environment.Problem, match="VENV="):
+        environment.create(fake.folder.parent / "a:b" / "venv")
+    assert fake.made == 0
+
+
+def test_the_project_is_installed_from_within_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """So that no part of its path is read by pip: `[x]` would be extras."""
+    done: list[tuple[list[str], str]] = []
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment.subprocess, "run", lambda words, **given: done.append((words, given["cwd"])))
+    monkeypatch.setattr(environment.subprocess, "check_output", lambda *_, **__: "")
+    environment.install(Path("python"))
+    words, folder = done[-1]
+    assert words[-2:] == ["-e", "."] and folder == str(tmp_path)
+
+
 def test_an_old_interpreter_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
     with pytest.raises(environment.Problem, match=r"Python 3\.11 or newer.*is 3\.9.*apt install"):
