@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -70,19 +72,26 @@ def operators(given: argparse.Namespace, say: Callable[[str], None]) -> Part:
     """Random calls of the kernels' operators."""
     from tests.campaign import operators as of_kernels
 
-    return _part("operators", of_kernels.run(given.calls, given.seed))
+    found = of_kernels.run(given.calls, given.seed, say=say)
+    counts = {name: int(count) for name, count in found["counts"].items()}
+    return Part("operators", found["tried"], len(found["failures"]), 0.0, counts, list(map(str, found["failures"])))
 
 
 def disk(given: argparse.Namespace, say: Callable[[str], None]) -> Part:
     """Disks that are full, and files that may not be written."""
-    from tests.campaign import faults
+    from tests.campaign import faults, material
 
-    return _part("disk", faults.run(given.seed))
-
-
-def _part(name: str, found: Any) -> Part:
-    counts = {key: int(value) for key, value in found["counts"].items()}
-    return Part(name, found["tried"], len(found["failures"]), 0.0, counts, list(map(str, found["failures"])))
+    failures: list[str] = []
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory(prefix="reqat-campaign-") as temporary:
+        root = material.build(Path(temporary) / "checkout")
+        shutil.copytree(ROOT / "results", root / "results", dirs_exist_ok=True)
+        with material.inside(root):
+            for case in faults.cases(root):
+                counts[case.name.rpartition(", ")[2]] += 1
+                failures += [f"{case.name}: {wrong}" for wrong in faults.carry_out(case, root)[:1]]
+                say(f"{counts.total()} cases, {len(failures)} failures: {case.name}")
+    return Part("disk", counts.total(), len(failures), 0.0, dict(counts), failures)
 
 
 def main() -> int:
