@@ -15,7 +15,7 @@ from reqat.cli.app import Quiet, Tier, app, check_families, session, start_compu
 from reqat.cli.arguments import Threads
 from reqat.config import resources
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.files import exclusive
+from reqat.config.files import exclusive, read_text
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.precision import family
@@ -285,7 +285,7 @@ def _calibration(source: Path, tokenizer: Any, wanted: Calibration) -> Any:
     if not source.is_file():
         raise ReqatError(f"{source}: no such calibration text or trace store.")
     need = wanted.sequences * wanted.sequence_tokens
-    ids = tokenizer(source.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(read_text(source, "calibration text", "save it as UTF-8"), add_special_tokens=False)["input_ids"]
     if len(ids) < need:
         raise ReqatError(f"{source} holds {len(ids)} tokens, calibration wants {need}: lower --sequences.")
     return torch.tensor(ids[:need]).reshape(wanted.sequences, wanted.sequence_tokens)

@@ -204,7 +204,10 @@ class Tier(Strict):
             if recipe not in catalogue.recipes:
                 raise unknown("recipe", recipe, catalogue.recipes, where=where)
         for precision in [*self.claim_seeds.precisions, *(self.only.precisions or ())]:
-            family(precision)
+            try:
+                family(precision)
+            except ReqatError as error:
+                raise ReqatError(f"{where}: {error}") from None
         return self
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong between a text and its token ids, in one error: a chat template is foreign code, a text may be none."""
+"""What goes wrong between a text and its token ids, in one error: a chat template is foreign code."""
 
 from __future__ import annotations
 
@@ -45,6 +45,6 @@ def check_text(text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ReqatError(
-            f"the text {text[:40]!r} holds half a character ({text[error.start]!r} at {error.start}, a lone surrogate), "
+            f"the text {text[:40]!r} has half a character ({text[error.start]!r} at {error.start}, a lone surrogate), "
             "which no tokenizer can read; write the whole character."
         ) from None

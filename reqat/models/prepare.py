@@ -261,6 +261,10 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
     Returns the number of scales set; 0 if the precision has no static ones (the batches are not run then). Raises
     ReqatError if ``batches`` is empty, and for a packed model, whose kernels hold the scales that it was packed with.
     """
+    if not isinstance(model, nn.Module):
+        raise ReqatError(f"calibrate_static needs a prepared model, not {type(model).__name__}.")
+    if not isinstance(batches, Iterable):
+        raise ReqatError(f"batches are tensors of ids [B, T] or dictionaries of them, not {type(batches).__name__}.")
     static = [
         module
         for module in model.modules()
@@ -275,13 +279,24 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
     try:
         with observing(static):
             for batch in batches:
-                inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+                inputs = _inputs(batch)
                 model(**inputs, use_cache=False)
     finally:
         model.train(training)
     for quantizer in static:
         quantizer.set_from_amax()
     return len(static)
+
+
+def _inputs(batch: object) -> dict[str, Any]:
+    """A batch of `calibrate_static` as the model's arguments. Raises `ReqatError` if it is none."""
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch) if isinstance(batch, Mapping) else {}
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    wrong = isinstance(ids, Tensor) and "input_ids" in inputs and (ids.is_floating_point() or ids.ndim != 2)
+    if not isinstance(ids, Tensor) or wrong:
+        shown = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(batch).__name__
+        raise ReqatError(f"a batch to calibrate with is a tensor of whole ids [B, T], or a dictionary, not {shown}.")
+    return inputs
 
 
 def _skipped(site: LinearSite, precision: Precision, patterns: list[str]) -> bool:

@@ -58,7 +58,9 @@ def _precisions() -> Iterator[Case]:
     ):
         key, value = next(iter(options.items()))
         yield _case(
-            f"Precision.parse({options})", (key, str(value).strip("[]'")[:20]), parse("NVFP4-W4A4KV4", **options)
+            f"Precision.parse({options})",
+            (key, "" if key == "globalscale" else str(value).strip("[]'")[:20]),
+            parse("NVFP4-W4A4KV4", **options),
         )
 
     def instance(**fields: Any) -> Callable[[Path], Any]:
