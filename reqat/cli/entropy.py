@@ -175,7 +175,7 @@ def collect(
     from reqat.evaluation.entropies import force_traces, vocabulary_of
     from reqat.evaluation.loading import load_at
     from reqat.evaluation.trace_files import TraceFolder, TraceWriter
-    from reqat.models import load_tokenizer
+    from reqat.models import end_ids, load_tokenizer
 
     policy = Decoding.parse(decoding)
     used = policy.effective_seeds(seeds)
@@ -188,7 +188,9 @@ def collect(
         given = {name: value for name, value in how.items() if value is not None}
         models[label] = load_at(path, precision, otherwise={"global_scale": "row"}, **given)
     faults: list[tuple[TraceInfo, str]] = []
-    traces = _given_traces(tokenizer, [row for row in rows if row.has_response], end_marker, logprobs, faults)
+    ends = tuple(dict.fromkeys(i for model in models.values() for i in end_ids(model, tokenizer)))
+    answered = [row for row in rows if row.has_response]
+    traces = _given_traces(tokenizer, answered, ends, end_marker, logprobs, faults)
     wanted = [row for row in rows if sample or (sample is None and not row.has_response)]
     asked = list({row.id: row for row in wanted}.values())  # one problem may come with several responses
     for label, model in models.items():
@@ -263,32 +265,36 @@ def check_tokenizers(a: Any, b: Any, paths: dict[str, str]) -> None:
 def _given_traces(
     tokenizer: Any,
     rows: Sequence[Given],
+    ends: tuple[int, ...],
     end_marker: str | None,
     logprobs: dict[str, tuple[int, ...]],
     faults: list[tuple[TraceInfo, str]],
 ) -> list[ForcedTrace]:
-    """Responses that came with the problems. A response's text is followed by the end of sequence, if it has one.
+    """Responses that came with the problems. A response's text is followed by the first of ``ends`` (the ids that end
+    a response), if it has one.
 
     Those with text that the tokenizer does not know go to ``faults``.
     """
-    from reqat.evaluation.entropies import ForcedTrace, encode_prompt
+    from reqat.data import encode_prompt, unknown_id
+    from reqat.evaluation.entropies import ForcedTrace
     from reqat.evaluation.trace_files import TraceInfo
 
     out = []
+    unknown = unknown_id(tokenizer)
     for row in rows:
         prompt = encode_prompt(tokenizer, row.prompt)
         finished = row.finished
         if row.response_ids is not None:
             ids = list(row.response_ids)
-            finished = finished and ids[-1:] == [tokenizer.eos_token_id]
+            finished = finished and bool(ids) and ids[-1] in ends
             known = [i for i in ids if 0 <= i < len(tokenizer)]
             text = row.response if row.response is not None else tokenizer.decode(known, skip_special_tokens=True)
         else:
             text = str(row.response)
             ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt + ids:
+            if unknown is not None and unknown in prompt + ids:
                 # The id that stands for "no such token" tells nothing; forced on it, a model is judged by noise.
-                where = "prompt" if tokenizer.unk_token_id in prompt else "response"
+                where = "prompt" if unknown in prompt else "response"
                 info = TraceInfo(row.id, row.family, row.seed, "given", row.prompt, text, row.answer, None, finished)
                 faults.append(
                     (
@@ -297,8 +303,8 @@ def _given_traces(
                     )
                 )
                 continue
-            if finished and ids and ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
-                ids.append(tokenizer.eos_token_id)
+            if finished and ids and ends and ids[-1] not in ends:
+                ids.append(ends[0])
         finished = finished and (end_marker is None or end_marker in text)
         correct = grade(row, text) if ids else None
         info = TraceInfo(row.id, row.family, row.seed, "given", row.prompt, text, row.answer, correct, finished)
@@ -324,8 +330,9 @@ def _sampled_traces(
     """A response of one model to each problem and seed."""
     if not rows:
         return []
+    from reqat.data import encode_prompt
     from reqat.evaluation import generate
-    from reqat.evaluation.entropies import ForcedTrace, encode_prompt
+    from reqat.evaluation.entropies import ForcedTrace
     from reqat.evaluation.trace_files import TraceInfo
 
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
@@ -345,11 +352,11 @@ def _sampled_traces(
     out = []
     for (row, prompt, seed), generation in zip(pairs, found, strict=True):
         text = tokenizer.decode(list(generation.token_ids), skip_special_tokens=True)
-        ids = [*generation.token_ids, *([tokenizer.eos_token_id] if generation.finished else [])]
+        ids = generation.all_ids
         finished = generation.finished and (end_marker is None or end_marker in text)
         info = TraceInfo(row.id, row.family, seed, label, row.prompt, text, row.answer, grade(row, text), finished)
         at = tuple(p for p in logprobs.get(row.id, ()) if p < len(ids))
-        out.append(ForcedTrace(info, tuple(prompt), tuple(ids), at))
+        out.append(ForcedTrace(info, tuple(prompt), ids, at))
     return out
 
 

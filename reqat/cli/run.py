@@ -246,6 +246,7 @@ def quantize(
     root = Path(reqat.__file__).parents[1]
     with record.asked_for("quantize", out, {}, root=root, force=force, inputs=given) as job:
         start_computing(threads)
+        from reqat.data import with_bos
         from reqat.models import load_model, load_tokenizer, prepare, save_model
         from reqat.quant import Precision
         from reqat.recipes import ptq
@@ -259,7 +260,7 @@ def quantize(
         if rotation is not None:
             options["rotation"] = rotation or None
         parsed = Precision.parse(precision, **options)
-        loaded, tokenizer = load_model(model), load_tokenizer(model)
+        loaded, tokenizer = load_model(model), with_bos(load_tokenizer(model))
         ids = None
         if calibration is not None:
             wanted = Calibration(sequences=sequences, sequence_tokens=sequence_tokens)

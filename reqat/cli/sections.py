@@ -262,7 +262,7 @@ def entropy(asked: EntropyBench, bench: Bench) -> tuple[Any, list[Any]]:
 
 def agreement(asked: AgreementBench, bench: Bench) -> tuple[Any, list[Any]]:
     """How many greedy responses of the packed model are its twin's; one scale a row, so that rows stand alone."""
-    from reqat.data import prompt_ids
+    from reqat.data import encode_prompt
     from reqat.evaluation.agreement import agreement as compare
     from reqat.models import load_tokenizer
     from reqat.models.loading import CheckpointNotFoundError
@@ -275,7 +275,8 @@ def agreement(asked: AgreementBench, bench: Bench) -> tuple[Any, list[Any]]:
     try:
         tokenizer = load_tokenizer(path)
         prompts = [
-            prompt_ids(tokenizer, problem.prompt) for problem in problems(asked.families, "test", asked.prompts, seed=0)
+            encode_prompt(tokenizer, problem.prompt)
+            for problem in problems(asked.families, "test", asked.prompts, seed=0)
         ]
         found = compare(
             path,

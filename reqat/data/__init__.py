@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reqat.data.packing import Batch, PackedRows, batches, pack
-from reqat.data.tokenizer import build_tokenizer, prompt_ids
+from reqat.data.tokenizer import build_tokenizer, encode_prompt, unknown_id, with_bos, without_bos
 from reqat.data.traces import Trace, TraceStore, select, write_store
 
 __all__ = [
@@ -13,8 +13,11 @@ __all__ = [
     "TraceStore",
     "batches",
     "build_tokenizer",
+    "encode_prompt",
     "pack",
-    "prompt_ids",
     "select",
+    "unknown_id",
+    "with_bos",
+    "without_bos",
     "write_store",
 ]

@@ -59,11 +59,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows as lists of traces, in a fixed order; ``row_tokens`` is the length they are padded to."""
+    """Rows as lists of traces, in a fixed order; ``row_tokens`` is the length they are padded to.
+
+    ``bos_id`` opens the traces that have a ``<bos>``; None where none of them has.
+    """
 
     rows: tuple[tuple[Trace, ...], ...]
     row_tokens: int
-    bos_id: int
+    bos_id: int | None
     pad_id: int
 
     def __len__(self) -> int:
@@ -95,8 +98,9 @@ class PackedRows:
         for b, index in enumerate(indices):
             at = 0
             for s, trace in enumerate(self.rows[index], start=1):
-                tokens = torch.tensor((self.bos_id, *trace.prompt_ids, *trace.response_ids))
-                n, prompt = len(tokens), 1 + len(trace.prompt_ids)
+                opening = (self.bos_id,) if trace.bos else ()
+                tokens = torch.tensor((*opening, *trace.prompt_ids, *trace.response_ids))
+                n, prompt = len(tokens), len(opening) + len(trace.prompt_ids)
                 ids[b, at : at + n] = tokens
                 positions[b, at : at + n] = torch.arange(n)
                 segments[b, at : at + n] = s
@@ -105,10 +109,11 @@ class PackedRows:
         return Batch(ids, labels, positions, segments)
 
 
-def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int, pad_id: int) -> PackedRows:
+def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int | None, pad_id: int) -> PackedRows:
     """First-fit packing in the traces' order over a window of open rows; every trace lands whole in exactly one row.
 
-    Raises ``ReqatError`` for no traces, or for a trace longer than a row, naming it.
+    Raises ``ReqatError`` for no traces, or naming a trace that is longer than a row, has no prompt (nothing predicts
+    its first token), or begins with ``<bos>`` where ``bos_id`` is None.
     """
     if not traces:
         raise ReqatError("no traces to pack; the selection is empty")
@@ -116,6 +121,13 @@ def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int, pad_id: int) 
     open_rows: list[tuple[int, list[Trace]]] = []
     for trace in traces:
         n = trace.n_tokens
+        if trace.bos and bos_id is None:
+            raise ReqatError(
+                f"trace {trace.id} begins with <bos>, and the tokenizer has none: the traces were written for another "
+                "tokenizer or by an older version; make them again"
+            )
+        if n == len(trace.response_ids):
+            raise ReqatError(f"trace {trace.id} has an empty prompt, so nothing predicts its first token; leave it out")
         if n > row_tokens:
             raise ReqatError(
                 f"trace {trace.id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out"

@@ -28,7 +28,11 @@ _IDS = 2**31  # token ids lie below
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt and verified response. Ids exclude ``<bos>``; ``response_ids`` ends with the end-of-sequence token."""
+    """One prompt and verified response. Ids exclude ``<bos>``; ``response_ids`` ends with the end-of-sequence token.
+
+    ``bos`` says whether ``<bos>`` comes before ``prompt_ids``: a chat template may write none. A store holds the key
+    only where it is false.
+    """
 
     id: str
     problem_id: str
@@ -37,11 +41,12 @@ class Trace:
     response: str
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
+    bos: bool = True
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the trace as trained on, with its ``<bos>``."""
-        return 1 + len(self.prompt_ids) + len(self.response_ids)
+        """Tokens of the trace as trained on, with its ``<bos>`` if it has one."""
+        return int(self.bos) + len(self.prompt_ids) + len(self.response_ids)
 
 
 @dataclass(frozen=True)
@@ -115,12 +120,15 @@ def _entry(manifest: Path, name: str) -> dict[str, Any]:
 def _trace(line: str, where: str) -> Trace:
     """The trace in a line of JSON; ``where`` names file and line."""
     row = parse_json(line, where, "trace", _REMEDY)
-    keys = {field.name for field in fields(Trace)}
-    if not isinstance(row, dict) or row.keys() != keys:
-        wrong = sorted(keys.symmetric_difference(row)) if isinstance(row, dict) else ["no object"]
+    keys = {field.name for field in fields(Trace)} - {"bos"}
+    if not isinstance(row, dict) or row.keys() - {"bos"} != keys:
+        wrong = sorted(keys.symmetric_difference(row.keys() - {"bos"})) if isinstance(row, dict) else ["no object"]
         raise ReqatError(f"{where}: not a trace, missing or unknown: {', '.join(map(str, wrong))}; {_REMEDY}")
     for key, value in row.items():
-        if not key.endswith("_ids"):
+        if key == "bos":
+            if type(value) is not bool:
+                raise ReqatError(f"{where}: bos is {value!r}, where true or false is needed; {_REMEDY}")
+        elif not key.endswith("_ids"):
             if not isinstance(value, str):
                 raise ReqatError(f"{where}: {key} is {value!r}, where a text is needed; {_REMEDY}")
         elif not isinstance(value, list) or not all(type(id) is int and 0 <= id < _IDS for id in value):
@@ -131,6 +139,13 @@ def _trace(line: str, where: str) -> Trace:
     if not row["response_ids"]:
         raise ReqatError(f"{where}: response_ids is empty; a trace has a response. {_REMEDY.capitalize()}")
     return Trace(**row)
+
+
+def _row(trace: Trace) -> dict[str, object]:
+    row = asdict(trace)
+    if trace.bos:
+        del row["bos"]
+    return row
 
 
 def write_store(folder: Path, files: dict[str, Iterable[Trace]]) -> None:
@@ -160,7 +175,7 @@ def _write_store(folder: Path, files: dict[str, Iterable[Trace]], made: list[Pat
         with open(folder / f"{name}.jsonl", "xb") as f:
             made.append(folder / f"{name}.jsonl")
             for trace in traces:
-                line = json.dumps(asdict(trace), separators=(",", ":")).encode() + b"\n"
+                line = json.dumps(_row(trace), separators=(",", ":")).encode() + b"\n"
                 f.write(line)
                 digest.update(line)
                 n_bytes, n_traces, n_tokens = n_bytes + len(line), n_traces + 1, n_tokens + trace.n_tokens

@@ -79,7 +79,7 @@ def agreement(
             batch_rows=batch_rows,
             progress=label if progress else False,
         )
-        return [generation.token_ids + ((-1,) if generation.finished else ()) for generation in found]
+        return [generation.all_ids for generation in found]
 
     def twin(dtype: torch.dtype) -> PreTrainedModel:
         model = load_model(path, dtype=dtype)

@@ -92,12 +92,13 @@ def measure_collection(
     def run(processors: Any = None, decoding: Decoding = policy) -> list[Generation]:
         return generate(
             model,
-            None,  # without a tokenizer no token ends a row
+            None,
             ids,
             seeds=[0] * batch,
             row_keys=names,
             decoding=decoding,
             max_new_tokens=output_tokens,
+            eos_id=(),  # no token ends a row
             processors=processors,
             batch_rows=batch,
         )

@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.data import prompt_ids
+from reqat.data import encode_prompt
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.distributions import Statistics, token_statistics
 from reqat.evaluation.generation import BatchStart, generate
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
+from reqat.models import ATTENTION, attention_window, check_length, check_token_ids, forget_lengths
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -298,12 +299,6 @@ def sample_traces(
     return writer.n_traces - before
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """``<bos>`` (if the tokenizer has one) and the prompt, as every evaluation feeds it."""
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + prompt_ids(tokenizer, prompt)
-
-
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     """The text of each token id below ``size``, as it reads on its own."""
     known = len(tokenizer)
@@ -410,16 +405,13 @@ def _checked(trace: ForcedTrace, models: Mapping[str, PreTrainedModel], writer: 
     if not trace.prompt_ids:
         raise ReqatError(f"{trace.info.name}: its prompt has no token; give it at least <bos>.")
     writer.check(trace.info, trace.prompt_ids)
-    length = len(trace.prompt_ids) + len(trace.response_ids)
+    length = len(trace.prompt_ids) + len(trace.response_ids) - 1  # the last token is read by nobody
     for label, model in models.items():
-        if max(*trace.prompt_ids, *trace.response_ids) >= model.config.vocab_size:
-            raise ReqatError(
-                f"{trace.info.name}: token id {max(*trace.prompt_ids, *trace.response_ids)} is unknown to {label}, "
-                f"whose vocabulary has {model.config.vocab_size} tokens."
-            )
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and length - 1 > limit:
-            raise ReqatError(f"{trace.info.name}: {length} tokens, but {label} has {limit} positions.")
+        check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), trace.info.name, label=label)
+        check_length(model.config, length, trace.info.name, label=label)
+        window = attention_window(model.config) if model.config._attn_implementation == ATTENTION else None
+        if window is not None and length > window:
+            raise ReqatError(f"{trace.info.name}: {length} tokens, but {label} has a sliding window of {window}.")
     outside = [p for p in trace.logprobs_at if not 0 <= p < len(trace.response_ids)]
     if outside:
         raise ReqatError(
@@ -446,6 +438,7 @@ def _force(
 ) -> list[TokenColumns]:
     """Statistics of the responses of a batch under one model."""
     device = model.device
+    forget_lengths(model)
     # The last token is read by nobody.
     ids = [[*trace.prompt_ids, *trace.response_ids][:-1] for trace in traces]
     longest = max(map(len, ids))

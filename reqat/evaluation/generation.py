@@ -34,6 +34,7 @@ from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
 from reqat.models.attention import ATTENTION
 from reqat.models.cache import Fp4Cache
+from reqat.models.limits import attention_window, check_token_ids, end_ids, forget_lengths, position_limit
 from reqat.models.packed import is_packed, packs_cache
 from reqat.models.packed_cache import PackedCache
 
@@ -52,15 +53,21 @@ _RANDOM_STEPS = 64
 
 @dataclass(frozen=True)
 class Generation:
-    """A response: its tokens without the end-of-sequence token, and whether it ended with one."""
+    """A response: its tokens without the end-of-sequence token, whether it ended with one, and with which."""
 
     token_ids: tuple[int, ...]
     finished: bool
+    end_id: int | None = None
 
     @property
     def n_tokens(self) -> int:
         """Tokens that the model generated, the end-of-sequence token included."""
         return len(self.token_ids) + int(self.finished)
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Every token that the model generated, the end-of-sequence token included."""
+        return self.token_ids if self.end_id is None else (*self.token_ids, self.end_id)
 
 
 @dataclass(frozen=True)
@@ -113,14 +120,15 @@ def generate(
 
     Args:
         model: a decoder of transformers: plain, prepared, or prepared and frozen (fast: weights are quantized once).
-        tokenizer: only its ``eos_token_id`` is used, where ``eos_id`` is not given; may be None, but for a ``reset``
-            policy, which reads the text of tokens.
+        tokenizer: its ``eos_token_id`` ends a response too, where ``eos_id`` is not given; may be None, but for a
+            ``reset`` policy, which reads the text of tokens.
         prompts: token ids of each row.
         seeds: one sampling seed a row.
         row_keys: one stable name a row (a problem's id): with the seed it fixes the row's random numbers.
         decoding: the policy.
         max_new_tokens: a row without an end after so many tokens is returned unfinished.
-        eos_id: token id (or several) that ends a response.
+        eos_id: token id (or several, or ``()`` for none) that ends a response; None: what tokenizer and model say
+            (:func:`reqat.models.end_ids`).
         processors: transformers' logits processors, called with the ids so far (padded prompts and responses,
             [B, P + step]) and float32 logits before ``decoding``. Those with the hooks of :class:`StatefulProcessor`
             are told of batches and of dropped rows.
@@ -129,8 +137,9 @@ def generate(
         progress: show a progress bar; a string is its caption.
 
     Raises:
-        ValueError: for lists of different lengths, an empty prompt, prompts too long for the model, a sampled policy
-            with a repeated (seed, row key), or logits that are not finite.
+        ValueError: for lists of different lengths, an empty prompt, a token id that the model does not know, prompts
+            too long for the model's positions or sliding window, a sampled policy with a repeated (seed, row key), or
+            logits that are not finite.
     """
     eos_ids = _check(model, tokenizer, prompts, seeds, row_keys, decoding, max_new_tokens, eos_id, batch_rows)
     if not prompts:
@@ -185,13 +194,8 @@ def _check(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ReqatError(f"the prompt of row {row} ({row_keys[row]!r}) is empty; give it at least <bos>")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    longest = max(map(len, prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise ReqatError(
-            f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} positions; "
-            f"lower max_new_tokens to {limit - longest} or leave out longer prompts"
-        )
+        check_token_ids(model, prompt, f"the prompt of row {row} ({row_keys[row]!r})", tokenizer=tokenizer)
+    _check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
     if not decoding.is_greedy:
         seen: set[tuple[int, str]] = set()
         for pair in zip(seeds, row_keys, strict=True):
@@ -202,10 +206,25 @@ def _check(
                 )
             seen.add(pair)
     if eos_id is None:
-        eos_id = getattr(tokenizer, "eos_token_id", None)
-    if eos_id is None:
-        return ()
+        return end_ids(model, tokenizer)
     return (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+
+
+def _check_lengths(model: PreTrainedModel, lengths: list[int], max_new_tokens: int) -> None:
+    """Prompts and responses fit into the model's positions, and into its sliding window where that must be.
+
+    Past the window our attention function has no answer; a plain model's has, but not under our masks of padding.
+    """
+    longest = max(lengths, default=0)
+    bounds = {"positions": position_limit(model.config)}
+    if model.config._attn_implementation == ATTENTION or len(set(lengths)) > 1:
+        bounds["tokens of sliding window"] = attention_window(model.config)
+    for what, limit in bounds.items():
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ReqatError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the model's {limit} {what}; "
+                f"lower max_new_tokens to {max(0, limit - longest)} or leave out longer prompts"
+            )
 
 
 def _default_batch_rows(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> int:
@@ -246,6 +265,7 @@ class RunningBatch:
     ) -> None:
         """Pad the sorted ``prompts``, run the model on the distinct ones; ``logits`` [B, V] follow the last token."""
         self.model, self.autocast, self.device = model, autocast, model.device
+        forget_lengths(model)
         distinct: list[Sequence[int]] = []
         of_row: list[int] = []
         for prompt in prompts:
@@ -391,7 +411,7 @@ def _split(tokens_NB: Tensor, eos_ids: tuple[int, ...]) -> Iterator[Generation]:
     # argmax of 0/1 is the first 1
     lengths = torch.where(is_end_BN.any(dim=1), is_end_BN.int().argmax(dim=1), tokens_BN.shape[1]).tolist()
     for row, length, ended in zip(tokens_BN.tolist(), lengths, finished, strict=True):
-        yield Generation(tuple(row[:length]), ended)
+        yield Generation(tuple(row[:length]), ended, row[length] if ended else None)
 
 
 @contextlib.contextmanager

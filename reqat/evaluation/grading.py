@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from reqat.config.errors import ReqatError
-from reqat.data import prompt_ids
+from reqat.data import encode_prompt
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.generation import generate
 from reqat.evaluation.outcomes import Outcomes
@@ -43,7 +43,7 @@ def evaluate(
 ) -> Outcomes:
     """Generate and grade ``len(problems) * len(seeds)`` responses; rows ordered by problem, then seed.
 
-    The model reads ``<bos>`` (if the tokenizer has one) and the problem's prompt. The response is decoded without
+    The model reads :func:`reqat.data.encode_prompt` of the problem's prompt. The response is decoded without
     special tokens and graded by ``verify(problem, response)``. A response without an end is graded as it stands and
     counted as unfinished. The other arguments are those of :func:`reqat.evaluation.generation.generate`.
 
@@ -53,8 +53,7 @@ def evaluate(
     """
     decoding = Decoding.parse(decoding) if isinstance(decoding, str) else decoding
     _check(problems, seeds, decoding)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompts = [bos + prompt_ids(tokenizer, problem.prompt) for problem in problems]
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
     generations = generate(
         model,
         tokenizer,

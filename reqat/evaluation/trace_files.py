@@ -178,7 +178,10 @@ class TraceWriter:
 
     def check(self, info: TraceInfo, tokens_N: Sequence[int] | NDArray[np.int32]) -> NDArray[np.int32]:
         """The tokens as int32. Raises `ReqatError` naming the trace if it is empty or holds an unknown token id."""
-        tokens = np.asarray(tokens_N, dtype=np.int64)
+        try:
+            tokens = np.asarray(tokens_N, dtype=np.int64)
+        except OverflowError:  # an id beyond 64 bits is as unknown as any other
+            tokens = np.asarray(tokens_N, dtype=object)
         if tokens.size == 0:
             raise ReqatError(f"{info.name} is empty: it has no response token.")
         bad = (tokens < 0) | (tokens >= len(self.vocabulary))

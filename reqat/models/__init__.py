@@ -12,6 +12,15 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
 from reqat.models.cache import Fp4Cache  # noqa: E402
 from reqat.models.kv import KVQuantizer, kv_quantizers  # noqa: E402
+from reqat.models.limits import (  # noqa: E402
+    attention_window,
+    check_length,
+    check_token_ids,
+    embedding_rows,
+    end_ids,
+    forget_lengths,
+    position_limit,
+)
 from reqat.models.linear import QuantLinear, quant_linears, weights_quantized_once  # noqa: E402
 from reqat.models.loading import load_model, load_tokenizer  # noqa: E402
 from reqat.models.packed import is_packed, memory, pack  # noqa: E402
@@ -33,7 +42,13 @@ __all__ = [
     "PackedCache",
     "QuantLinear",
     "Report",
+    "attention_window",
     "calibrate_static",
+    "check_length",
+    "check_token_ids",
+    "embedding_rows",
+    "end_ids",
+    "forget_lengths",
     "freeze",
     "is_packed",
     "kv_quantizers",
@@ -41,6 +56,7 @@ __all__ = [
     "load_tokenizer",
     "memory",
     "pack",
+    "position_limit",
     "precision_of",
     "prepare",
     "quant_linears",

@@ -1,9 +1,9 @@
 """What a supported decoder looks like, and where its linear layers are.
 
 Nothing here goes by class names: a decoder layer is supported if it *does* what this package can swap, that is if it
-has one self-attention with separate ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, full causal softmax attention
-called through transformers' ``AttentionInterface``, and dense ``nn.Linear`` layers otherwise. Llama, Qwen2 and Qwen3
-do.
+has one self-attention with separate ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``, causal softmax attention called
+through transformers' ``AttentionInterface`` (sliding windows as far as they hide nothing), and dense ``nn.Linear``
+layers otherwise. Llama, Mistral, Qwen2 and Qwen3 do.
 """
 
 from __future__ import annotations
@@ -126,12 +126,10 @@ def _check_attention(model: PreTrainedModel, layers: list[DecoderLayer]) -> None
             "supported"
         )
 
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    # Sliding attention is full attention within the window; beyond it the attention function raises.
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise refuse(f"layer types {', '.join(sorted(kinds))}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and getattr(config, "use_sliding_window", True):
-        raise refuse(f"sliding window of {window} tokens; if no input is longer, set config.sliding_window = None")
     if getattr(config, "attn_logit_softcapping", None):
         raise refuse(f"soft cap {config.attn_logit_softcapping} on the attention logits")
     for layer in layers:

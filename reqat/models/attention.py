@@ -145,9 +145,15 @@ def reqat_attention(
 
     Returns ([B, T, H, D] in the query's dtype, None). ``attention_mask``: see :func:`softmax_attention`.
     """
-    for unsupported in ("softcap", "s_aux", "position_bias", "sliding_window"):
+    for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ReqatError(f"attention {ATTENTION!r} does not support {unsupported}={kwargs[unsupported]!r}")
+    window = kwargs.get("sliding_window")  # of a layer that slides; within it every earlier token is seen
+    if window is not None and key.shape[2] > window:
+        raise ReqatError(
+            f"attention {ATTENTION!r} over {key.shape[2]} tokens in a layer with a sliding window of {window}: only "
+            f"full attention is supported; keep prompt and response within {window} tokens"
+        )
     kv = getattr(module, "reqat_kv", None)
     dtype = query.dtype
     if kv is not None:

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -110,7 +111,11 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or ``package:NAME``, as for :func:`load_model`. Raises ReqatError for damaged files."""
+    """The tokenizer of a folder or ``package:NAME``, as for :func:`load_model`. Raises ReqatError for damaged files.
+
+    ``tokenizer.json`` says how text is split. ``AutoTokenizer`` need not ask it: for a Qwen2 or Llama model, or where
+    ``tokenizer_config.json`` names such a class, it takes the vocabulary alone and splits as those models do.
+    """
     with quiet():
         if str(path).startswith(PACKAGE):
             file = package_gguf(str(path))
@@ -121,7 +126,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         if (folder / CONFIG).is_file():  # transformers looks there for the kind of tokenizer
             read_json(folder / CONFIG, "model configuration", REMEDY)
         with _third_party(f"{folder} ({TOKENIZER_CONFIG}, {TOKENIZER})", REMEDY):
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if not (folder / TOKENIZER).is_file() or type(tokenizer) is PreTrainedTokenizerFast:
+                return tokenizer
+            whole = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        for name, token in tokenizer.special_tokens_map.items():
+            # What the class knows and the file does not say, if it is a token of the vocabulary.
+            if isinstance(token, str) and getattr(whole, name, None) is None and token in whole.get_vocab():
+                setattr(whole, name, token)
+        if whole.chat_template is None:
+            whole.chat_template = tokenizer.chat_template
+        return whole
 
 
 _INSTALL = "install the package again"

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from reqat.config.errors import ReqatError
 from reqat.models.architecture import DecoderLayer, HeadShape
 from reqat.models.kv import KVQuantizer
+from reqat.models.limits import attention_window
 from reqat.models.linear import InputQuantizer
 from reqat.models.packed_cache import PackedCache, PackedCacheLayer
 from reqat.models.packed_linear import PackedLinear
@@ -148,7 +149,7 @@ def _asks(name: str, value: Any) -> bool:
 def native_decoder(model: Any, layers: list[DecoderLayer], heads: HeadShape) -> bool:
     """Let the model's decoder take single tokens natively if it qualifies; returns whether it does."""
     decoder = model.get_decoder()
-    sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    sliding = attention_window(model.config) is not None  # the modules' attention holds it to its window
     if not available() or sliding or {name for name, _ in decoder.named_children()} != _PARTS:
         return False
     weights = [_weights(layer.module, heads) for layer in layers]

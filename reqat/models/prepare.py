@@ -32,7 +32,9 @@ from reqat.models.architecture import (
 from reqat.models.asked import Asked, settle
 from reqat.models.attention import ATTENTION, check_call
 from reqat.models.kv import KVQuantizer
+from reqat.models.limits import check_token_ids, forget_lengths
 from reqat.models.linear import InputQuantizer, QuantLinear, quant_linears
+from reqat.models.padding import unpadded
 from reqat.models.pretrained import hook_saving
 from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision, Quantizer, observing
@@ -256,10 +258,13 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
 
     Args:
         model: prepared with ``global_scale="static"``.
-        batches: input ids [B, T], or dictionaries of the model's arguments.
+        batches: input ids [B, T] without padding, or dictionaries of the model's arguments. Where an
+            ``attention_mask`` [B, T] hides tokens, each row is run alone without them, so that scales are those of the
+            unpadded rows.
 
     Returns the number of scales set; 0 if the precision has no static ones (the batches are not run then). Raises
-    ReqatError if ``batches`` is empty, and for a packed model, whose kernels hold the scales that it was packed with.
+    ReqatError if ``batches`` is empty, holds a token id without an embedding row or a mask that is not [B, T], and for
+    a packed model, whose kernels hold the scales that it was packed with.
     """
     if not isinstance(model, nn.Module):
         raise ReqatError(f"calibrate_static needs a prepared model, not {type(model).__name__}.")
@@ -279,8 +284,11 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
     try:
         with observing(static):
             for batch in batches:
-                inputs = _inputs(batch)
-                model(**inputs, use_cache=False)
+                for inputs in unpadded(_inputs(batch)):
+                    if isinstance(inputs.get("input_ids"), Tensor):
+                        check_token_ids(model, inputs["input_ids"], "calibration")
+                    forget_lengths(model)
+                    model(**{**inputs, "use_cache": False})
     finally:
         model.train(training)
     for quantizer in static:

@@ -32,7 +32,16 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats import QuantizedTensor
-from reqat.models import QuantLinear, freeze, precision_of, quant_linears
+from reqat.models import (
+    QuantLinear,
+    attention_window,
+    check_length,
+    check_token_ids,
+    end_ids,
+    freeze,
+    precision_of,
+    quant_linears,
+)
 from reqat.models.architecture import DecoderLayer, decoder_layers, sharing_groups
 
 # Tokens that go through a layer at once, unless the caller says otherwise: 4096 tokens of a 14B model's MLP are 0.2 GB.
@@ -65,18 +74,40 @@ class Step:
 
 
 def check_input_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Raise ``ReqatError`` unless ``input_ids`` is [n, T] integers within the model's vocabulary, n and T positive."""
+    """Raise ``ReqatError`` unless ``input_ids`` is [n, T] integers within the model's vocabulary, n and T positive, T
+    within its positions and its sliding window, and no sequence begins or ends with padding.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise ReqatError(
+            f"calibration needs token ids [sequences, tokens], got a {type(input_ids).__name__}: give whole sequences "
+            "of one length, without padding or mask"
+        )
     if input_ids.dim() != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
         raise ReqatError(
             f"calibration needs token ids [sequences, tokens], got {input_ids.dtype} of shape {tuple(input_ids.shape)}"
         )
-    vocabulary = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    low, high = int(input_ids.min()), int(input_ids.max())
-    if low < 0 or high >= vocabulary:
+    check_token_ids(model, input_ids, "calibration")
+    check_length(model.config, input_ids.shape[1], "calibration sequences")
+    window = attention_window(model.config)
+    if window is not None and input_ids.shape[1] > window:
         raise ReqatError(
-            f"calibration token ids run from {low} to {high}, but the model knows 0 to {vocabulary - 1}: were they "
-            "made with another tokenizer?"
+            f"calibration sequences of {input_ids.shape[1]} tokens, but the model has a sliding window of {window}: "
+            "calibrate on shorter ones"
         )
+    padding = _padding_id(model)
+    if padding is not None and bool((input_ids[:, [0, -1]] == padding).any()):
+        raise ReqatError(
+            f"a calibration sequence begins or ends with padding (token id {padding}), which would count as text: give "
+            "whole sequences of one length, strung together and cut"
+        )
+
+
+def _padding_id(model: PreTrainedModel) -> int | None:
+    """The id that means padding and nothing else; None where it also ends or opens a sequence."""
+    config = model.config
+    pad = getattr(config, "pad_token_id", None)
+    used = {getattr(config, "bos_token_id", None), *end_ids(model, None)}
+    return None if pad is None or pad in used else int(pad)
 
 
 def walk(model: PreTrainedModel, input_ids: Tensor, *, batch_rows: int | None = None) -> Iterator[Step]:

@@ -29,8 +29,19 @@ from reqat.config.stage import (
     Training,
     TrainSettings,
 )
-from reqat.data import PackedRows, Trace, TraceStore, build_tokenizer, pack, prompt_ids, select, write_store
-from reqat.models import load_model, load_tokenizer, prepare, save_model
+from reqat.data import (
+    PackedRows,
+    Trace,
+    TraceStore,
+    build_tokenizer,
+    encode_prompt,
+    pack,
+    select,
+    with_bos,
+    without_bos,
+    write_store,
+)
+from reqat.models import check_length, check_token_ids, embedding_rows, load_model, load_tokenizer, prepare, save_model
 from reqat.recipes.qad import QAD
 from reqat.recipes.sem import SEM
 from reqat.tasks import problems, write_trace
@@ -78,7 +89,7 @@ def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
             f"traces from a file ({settings.source!r}) are read where the model is; place them as a trace store folder."
         )
     if settings.tokenizer == "model":
-        tokenizer = load_tokenizer(inputs["parent"] / MODEL)
+        tokenizer = with_bos(load_tokenizer(inputs["parent"] / MODEL))
     else:
         rng = random.Random(_VOCABULARY_SEED)
         sample = (
@@ -116,11 +127,13 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
     """Verified traces without end, the families in turn; a pure function of ``settings.families``, ``split`` and
     ``seed``.
 
-    Raises ``ReqatError`` where a family runs out of problems.
+    Raises ``ReqatError`` where a family runs out of problems, or the tokenizer has no end-of-sequence token.
     """
     rng = random.Random(settings.seed)
     streams = {f: stream(f, settings.split, settings.seed, options) for f, options in settings.families.items()}
     eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ReqatError("the tokenizer has no eos_token, so no trace could end: set it in tokenizer_config.json")
     for index, family in enumerate(itertools.cycle(streams)):
         while True:
             problem = next(streams[family], None)
@@ -131,14 +144,16 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
             if (response := write_trace(problem, rng)) is not None:
                 break
         response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], eos]
+        has_bos, prompt_ids = without_bos(tokenizer, encode_prompt(tokenizer, problem.prompt))
         yield Trace(
             f"{index:08d}-{problem.id}",
             problem.id,
             family,
             problem.prompt,
             response,
-            tuple(prompt_ids(tokenizer, problem.prompt)),
+            tuple(prompt_ids),
             tuple(response_ids),
+            has_bos,
         )
 
 
@@ -152,13 +167,13 @@ def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
             "path": str(settings.reference),
         }[settings.source]
         model = load_model(location)
-        save_model(model, load_tokenizer(location), out / MODEL)
+        save_model(model, with_bos(load_tokenizer(location)), out / MODEL)
         return {"parameters": sum(p.numel() for p in model.parameters())}
     assert settings.architecture and settings.training and settings.traces
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = settings.architecture
-    tokenizer = load_tokenizer(inputs["data"] / TOKENIZER)
+    tokenizer = with_bos(load_tokenizer(inputs["data"] / TOKENIZER))
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -296,17 +311,20 @@ def selected(store: TraceStore, selection: Selection) -> list[Trace]:
 
 
 def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration: Calibration) -> torch.Tensor:
-    """``[sequences, sequence_tokens]`` int64: the store's first traces strung together with their ``<bos>``, without
-    padding.
+    """``[sequences, sequence_tokens]`` int64: the store's first traces strung together, each with its ``<bos>`` if it
+    has one, without padding.
 
-    Raises ``ReqatError`` where the store is too small.
+    Raises ``ReqatError`` where the store is too small, or was written for a tokenizer with a ``<bos>`` and this one has
+    none.
     """
     need = calibration.sequences * calibration.sequence_tokens
     ids: list[int] = []
     for trace in TraceStore.read(data).traces:
         if len(ids) >= need:
             break
-        ids += [_bos(tokenizer), *trace.prompt_ids, *trace.response_ids]
+        if trace.bos:
+            ids.append(_bos(tokenizer, trace))
+        ids += [*trace.prompt_ids, *trace.response_ids]
     if len(ids) < need:
         raise ReqatError(
             f"calibration wants {need} tokens, the trace store holds {len(ids)}; lower calibration.sequences."
@@ -316,12 +334,23 @@ def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration:
 
 def _parent(inputs: Mapping[str, Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = inputs["parent"] / MODEL
-    return load_model(folder), load_tokenizer(folder)
+    return load_model(folder), with_bos(load_tokenizer(folder))
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase) -> int:
-    # Qwen2's tokenizer has no <bos>; its end-of-text token opens a sequence there.
-    return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+def _bos(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> int:
+    if tokenizer.bos_token_id is None:
+        raise ReqatError(
+            f"trace {trace.id} begins with <bos>, and the tokenizer has none: the traces were written for another "
+            "tokenizer or by an older version; make the data stage again"
+        )
+    return int(tokenizer.bos_token_id)
+
+
+def _pad(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """What padded positions hold: nothing sees it, but it needs an embedding row, and an added <pad> may have none."""
+    rows = embedding_rows(model)
+    given = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(i) for i in given if i is not None and 0 <= int(i) < rows), 0)
 
 
 def _train(
@@ -337,13 +366,12 @@ def _train(
     progress: bool,
     observer: Observer | None = None,
 ) -> TrainResult:
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows: PackedRows = pack(
-        selected(TraceStore.read(inputs["data"]), selection),
-        training.row_tokens,
-        bos_id=_bos(tokenizer),
-        pad_id=int(pad),
-    )
+    chosen = selected(TraceStore.read(inputs["data"]), selection)
+    for trace in chosen:
+        what = f"{stage.id}, trace {trace.id}"
+        check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), what, tokenizer=tokenizer)
+        check_length(model.config, trace.n_tokens, what)
+    rows: PackedRows = pack(chosen, training.row_tokens, bos_id=tokenizer.bos_token_id, pad_id=_pad(model, tokenizer))
     settings = LoopSettings(
         lr=training.lr,
         min_lr_ratio=training.min_lr_ratio,

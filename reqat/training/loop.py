@@ -25,7 +25,7 @@ from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
-from reqat.models import precision_of, weights_quantized_once
+from reqat.models import check_token_ids, precision_of, weights_quantized_once
 from reqat.models.digests import tensors_digest
 from reqat.training import checkpoint
 from reqat.training.objective import Objective, TermContext
@@ -220,9 +220,9 @@ def train(
 
     ``checkpoints`` is a folder for the resumable state; a run that finds one there goes on from it, and the folder is
     left for the caller to delete. ``observer`` sees every micro-batch and changes nothing; after a kill it sees again
-    the steps since the last checkpoint. Raises ``ReqatError`` where the objective wants a teacher and has none, a
-    checkpoint is damaged or of another run (naming in what they differ) or cannot be written, or the loss is not
-    finite (naming the step).
+    the steps since the last checkpoint. Raises ``ReqatError`` where the objective wants a teacher and has none, a trace
+    holds a token id without an embedding row (naming both), a checkpoint is damaged or of another run (naming in what
+    they differ) or cannot be written, or the loss is not finite (naming the step).
     """
     if objective.needs_teacher and teacher is None:
         raise ReqatError("the objective has a term that needs a teacher; give the stage one")
@@ -248,6 +248,9 @@ def train(
     position = checkpoint.load(checkpoints, model, optimizer, run)
     if position is not None:
         result = _result(checkpoints / checkpoint.FILE, position.get("result"), len(steps))
+    check_token_ids(model, [i for i in (rows.pad_id, rows.bos_id) if i is not None], f"{label}, padding and <bos>")
+    for trace in (trace for row in rows.rows for trace in row):
+        check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), f"{label}, trace {trace.id}")
 
     def state() -> dict[str, Any]:
         return {

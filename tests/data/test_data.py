@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reqat.config.stage import DataSettings
-from reqat.data import Trace, TraceStore, batches, build_tokenizer, pack, prompt_ids, select, write_store
+from reqat.data import Trace, TraceStore, batches, build_tokenizer, encode_prompt, pack, select, write_store
 from reqat.data.packing import IGNORE
 from reqat.recipes.stages import traces as generate
 from reqat.tasks import problems, write_trace
@@ -34,13 +34,12 @@ def test_a_prompt_is_taken_as_it_stands_or_put_into_the_models_chat_template(tok
     from transformers import AutoTokenizer
 
     prompt = "3 + 4 =\n"
-    assert tokenizer.decode(prompt_ids(tokenizer, prompt)) == prompt
+    assert tokenizer.decode(encode_prompt(tokenizer, prompt)) == f"<bos>{prompt}"
     tokenizer.save_pretrained(tmp_path)
     chat = AutoTokenizer.from_pretrained(tmp_path)
     opening = "{% for m in messages %}{{ bos_token }} u {{ m['content'] }}{{ eos_token }}{% endfor %}"
     chat.chat_template = opening + "{% if add_generation_prompt %} a{% endif %}"
-    # Without <bos>, which every sequence gets anyway; the template's other tokens stay.
-    assert chat.decode([chat.bos_token_id, *prompt_ids(chat, prompt)]) == "<bos> u 3 + 4 =<eos> a"
+    assert chat.decode(encode_prompt(chat, prompt)) == "<bos> u 3 + 4 =<eos> a"
 
 
 def test_text_survives_encoding_and_every_digit_is_one_token(texts, tokenizer, tmp_path: Path) -> None:
@@ -49,10 +48,11 @@ def test_text_survives_encoding_and_every_digit_is_one_token(texts, tokenizer, t
     tokenizer.save_pretrained(tmp_path)
     for tok in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         for text in texts:
-            ids = tok(text)["input_ids"]
+            ids = tok(text, add_special_tokens=False)["input_ids"]
             assert tok.decode(ids) == text
             assert tok.unk_token_id not in ids
-        digits = tok.convert_ids_to_tokens(tok(" 1234567890")["input_ids"])
+            assert tok(text)["input_ids"] == [tok.bos_token_id, *ids]
+        digits = tok.convert_ids_to_tokens(tok(" 1234567890", add_special_tokens=False)["input_ids"])
         assert [d.strip() for d in digits] == list("1234567890")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reqat.config.errors import ReqatError
-from reqat.data import prompt_ids
+from reqat.data import encode_prompt
 from reqat.evaluation.agreement import Agreement, _common, agreement
 from reqat.models import load_tokenizer
 from reqat.tasks import problems
@@ -23,7 +23,7 @@ def test_common_beginnings() -> None:
 
 def test_the_pinned_base_packed_parts_from_its_twin_as_seldom_as_float64_does() -> None:
     tokenizer = load_tokenizer(BASE)
-    prompts = [prompt_ids(tokenizer, problem.prompt) for problem in problems(["chain_sum"], "test", 24, seed=0)]
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems(["chain_sum"], "test", 24, seed=0)]
     found = agreement(str(BASE), tokenizer, prompts, "NVFP4-W4A4KV4", max_new_tokens=60, global_scale="row")
     assert isinstance(found, Agreement) and found.prompts == 24 and found.tokens > 24 * 20
     # Packed and twin both err against float64, so they may part twice as often as twin and control, and by chance more.

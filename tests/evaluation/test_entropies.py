@@ -305,5 +305,5 @@ def test_labels_of_models_and_writer_must_match(tiny: Tiny, tmp_path: Path) -> N
 def test_vocabulary_reads_as_text_and_pads_to_the_models_width() -> None:
     vocabulary = vocabulary_of(TOKENIZER, len(TOKENIZER) + 2)
     assert len(vocabulary) == len(TOKENIZER) + 2
-    ids = TOKENIZER("2 + 1 gives 3")["input_ids"]
+    ids = TOKENIZER("2 + 1 gives 3", add_special_tokens=False)["input_ids"]
     assert "".join(vocabulary[i] for i in ids) == "2 + 1 gives 3"

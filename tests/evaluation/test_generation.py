@@ -55,7 +55,9 @@ def test_greedy_equals_transformers(tiny: Tiny, prompts: list[list[int]]) -> Non
     stops = {token: {tuple(row).index(token) if token in row else None for row in free} for token in range(41)}
     end = max((t for t in stops if None in stops[t]), key=lambda t: len(stops[t]))
     assert len(stops[end]) >= 4
-    expected = [Generation(tuple(r[: r.index(end)]), True) if end in r else Generation(tuple(r), False) for r in free]
+    expected = [
+        Generation(tuple(r[: r.index(end)]), True, end) if end in r else Generation(tuple(r), False) for r in free
+    ]
     for precision in (None, "BF16"):
         if precision is not None:
             prepare(model, precision)
@@ -66,14 +68,17 @@ def test_greedy_equals_transformers(tiny: Tiny, prompts: list[list[int]]) -> Non
 
 def test_several_ends(tiny: Tiny, prompts: list[list[int]]) -> None:
     model = tiny()
-    one_end = run(model, prompts, eos_id=None, decoding=Decoding.greedy())
+    one_end = run(model, prompts, eos_id=(), decoding=Decoding.greedy())
     assert all(not g.finished and len(g.token_ids) == 12 for g in one_end)
     ends = (EOS, 11, 30)
     several = run(model, prompts, eos_id=ends, decoding=Decoding.greedy())
     assert any(g.finished for g in several)
     for free, ended in zip(one_end, several, strict=True):
         stop = next((i for i, token in enumerate(free.token_ids) if token in ends), None)
-        assert ended == Generation(free.token_ids[:stop], stop is not None)
+        assert ended == Generation(
+            free.token_ids[:stop], stop is not None, None if stop is None else free.token_ids[stop]
+        )
+        assert ended.all_ids == free.token_ids[: None if stop is None else stop + 1]
 
 
 @pytest.mark.parametrize(
@@ -115,9 +120,9 @@ def test_a_row_depends_on_no_other_row(
 def test_seed_and_key_make_the_response(tiny: Tiny) -> None:
     model = tiny()
     rows = [(0, "a"), (1, "a"), (0, "b")]
-    first = run(model, [[1, 5, 6]] * 3, seeds=[s for s, _ in rows], row_keys=[k for _, k in rows], eos_id=None)
+    first = run(model, [[1, 5, 6]] * 3, seeds=[s for s, _ in rows], row_keys=[k for _, k in rows], eos_id=())
     assert len(set(first)) == 3
-    assert run(model, [[1, 5, 6]] * 3, seeds=[s for s, _ in rows], row_keys=[k for _, k in rows], eos_id=None) == first
+    assert run(model, [[1, 5, 6]] * 3, seeds=[s for s, _ in rows], row_keys=[k for _, k in rows], eos_id=()) == first
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "reqat"])
@@ -151,7 +156,7 @@ def test_no_mask_where_lengths_are_equal_and_prompts_are_read_once(tiny: Tiny) -
     model = tiny()
     calls: list[dict[str, Any]] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
-    run(model, [[1, 5], [1, 6]] * 10, eos_id=None, max_new_tokens=3, row_keys=[str(i) for i in range(20)])
+    run(model, [[1, 5], [1, 6]] * 10, eos_id=(), max_new_tokens=3, row_keys=[str(i) for i in range(20)])
     assert [tuple(c["input_ids"].shape) for c in calls] == [(2, 2), (20, 1), (20, 1)]
     assert all(c["attention_mask"] is None for c in calls)
 
@@ -160,7 +165,7 @@ def test_no_mask_where_lengths_are_equal_and_prompts_are_read_once(tiny: Tiny) -
 def test_finished_rows_leave_the_batch(tiny: Tiny, prompts: list[list[int]], n_ends: int) -> None:
     model, prompts = tiny(), prompts * 3
     options: dict[str, Any] = {"max_new_tokens": 30, "row_keys": [str(i) for i in range(72)]}
-    free = np.bincount([t for g in run(model, prompts, eos_id=None, **options) for t in g.token_ids], minlength=41)
+    free = np.bincount([t for g in run(model, prompts, eos_id=(), **options) for t in g.token_ids], minlength=41)
     rows: list[int] = []
     model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
     ends = free.argsort()[::-1][:n_ends].tolist()
@@ -181,7 +186,7 @@ def test_frequencies_of_the_first_token(tiny: Tiny) -> None:
         seeds=list(range(n)),
         row_keys=["p"] * n,
         decoding=Decoding.sample(2.0, 1.0),
-        eos_id=None,
+        eos_id=(),
         max_new_tokens=1,
     )
     counts = np.bincount([g.token_ids[0] for g in out], minlength=41)

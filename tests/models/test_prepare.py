@@ -238,9 +238,9 @@ def test_bad_models_and_precisions_are_refused(tiny: Tiny) -> None:
     refused(tiny("llama"), "NVFP4-W4A4KV44", "unknown precision 'NVFP4-W4A4KV44': did you mean 'NVFP4-W4A4KV4'")
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=11))
     refused(gpt2, "NVFP4-W4A4", "'gpt2'.*attention is not supported")
-    refused(tiny("mistral", sliding_window=8), "NVFP4-W4A4", "'mistral': unsupported attention .sliding window of 8")
-    sliding = tiny("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    refused(sliding, "NVFP4-W4A4", "'qwen2': unsupported attention .layer types sliding_attention")
+    chunked = tiny("llama")
+    chunked.config.layer_types = ["full_attention", "chunked_attention"]
+    refused(chunked, "NVFP4-W4A4", "'llama': unsupported attention .layer types chunked_attention")
     refused(nn.Linear(2, 2), "NVFP4-W4A4", "Linear is not a transformers PreTrainedModel")
     refused(tiny("llama", head_dim=24), "NVFP4-KV4", "head_dim 24 is not divisible by the block 16")
     refused(tiny("llama", head_dim=16), "AMXFP4-W4A4KV4", "head_dim 16 is not divisible by the block 32")

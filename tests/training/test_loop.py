@@ -327,3 +327,9 @@ def test_objective_refuses_terms_it_could_not_tell_apart() -> None:
 def test_settings_refuse_what_makes_no_sense(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         TrainSettings(**{field: value})
+
+
+def test_a_trace_of_tokens_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    given = pack([*traces(2), Trace("strange", "p", "f", "", "", (5,), (6, 2**40))], 24, bos_id=BOS, pad_id=PAD)
+    with pytest.raises(ReqatError, match=f"trace strange: token id {2**40} "):
+        train(tiny_model(), given, Objective(), TrainSettings(), tmp_path, progress=False)
