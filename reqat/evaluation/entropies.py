@@ -35,6 +35,7 @@ from reqat.evaluation.distributions import Statistics, token_statistics
 from reqat.evaluation.generation import BatchStart, generate
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
 from reqat.models import ATTENTION, attention_window, check_length, check_token_ids, forget_lengths
+from reqat.models.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -351,10 +352,7 @@ def force_traces(
     if tuple(models) != writer.labels:
         raise ReqatError(f"models for {', '.join(models)}, but the writer is for {', '.join(writer.labels)}.")
     before = writer.n_traces
-    training = {label: model.training for label, model in models.items()}
-    try:
-        for model in models.values():
-            model.eval()
+    with evaluating(*models.values()):
         for window in _windows(traces):
             good = []
             for trace in window:
@@ -380,9 +378,6 @@ def force_traces(
                     writer.leave_out(trace.info, str(error))
             if progress is not None:
                 progress(writer.n_traces, writer.n_tokens)
-    finally:
-        for label, model in models.items():
-            model.train(training[label])
     return writer.n_traces - before
 
 

@@ -35,6 +35,7 @@ from reqat.evaluation.sampling import greedy_tokens, row_state, sample_tokens, u
 from reqat.models.attention import ATTENTION
 from reqat.models.cache import Fp4Cache
 from reqat.models.limits import attention_window, check_token_ids, end_ids, forget_lengths, position_limit
+from reqat.models.modes import evaluating
 from reqat.models.packed import is_packed, packs_cache
 from reqat.models.packed_cache import PackedCache
 
@@ -160,7 +161,7 @@ def generate(
     states = np.array([row_state(s, k) for s, k in zip(seeds, row_keys, strict=True)], dtype=np.uint64)
     out: list[Generation | None] = [None] * len(prompts)
     # no_grad and not inference_mode: layers may look at a tensor's version counter, which inference tensors lack.
-    with _evaluating(model), torch.no_grad(), _Progress(len(prompts), progress) as bar:
+    with evaluating(model), torch.no_grad(), _Progress(len(prompts), progress) as bar:
         for low, high in zip(bounds, bounds[1:], strict=False):
             chosen = order[low:high]
             batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
@@ -412,17 +413,6 @@ def _split(tokens_NB: Tensor, eos_ids: tuple[int, ...]) -> Iterator[Generation]:
     lengths = torch.where(is_end_BN.any(dim=1), is_end_BN.int().argmax(dim=1), tokens_BN.shape[1]).tolist()
     for row, length, ended in zip(tokens_BN.tolist(), lengths, finished, strict=True):
         yield Generation(tuple(row[:length]), ended, row[length] if ended else None)
-
-
-@contextlib.contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode, put back afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

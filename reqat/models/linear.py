@@ -23,6 +23,7 @@ tensor once a forward pass.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
@@ -90,42 +91,54 @@ def weights_quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[N
             layer.keeping, layer._kept = False, None
 
 
+class _Memo(threading.local):
+    """An input and what became of it, with the layers that took it: a thread's own, or one would take another's."""
+
+    held: tuple[Tensor, tuple[Any, ...], Any, set[int]] | None = None
+
+
 class InputQuantizer(Quantizer):
     """A quantizer shared by ``consumers`` layers that read the same input tensor.
 
     The result for the tensor at hand is kept until its last consumer took it. It is found by the tensor's identity and
-    version, so a layer called alone, or with another tensor, is never served a stale one.
+    version, and served once a consumer, so a layer called alone, again, or with another tensor, is never served a stale
+    one; nor is a layer that another thread calls at the same time.
     """
 
     def __init__(self, precision: Precision, consumers: int, name: str) -> None:
         super().__init__(precision.inputs, rotation=precision.rotation, name=name)
         self.consumers = consumers
-        self._memo: tuple[Tensor, tuple[Any, ...], Any] | None = None
-        self._uses = 0
+        self._memo = _Memo()
 
     def compute(self, x: Tensor) -> Any:
         """What consumers get: ``x`` rotated and fake-quantized along its last axis."""
         return super().forward(x)
 
-    def forward(self, x: Tensor) -> Any:
-        """:meth:`compute`, once for all consumers."""
+    def forward(self, x: Tensor, consumer: nn.Module | None = None) -> Any:
+        """:meth:`compute`, once for all consumers; a ``consumer`` that asks again is served anew."""
         if self.consumers == 1 or (self.format is None and self.rotation is None):
             return self.compute(x)
         version = None if x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), self.observing)
-        if self._memo is not None and self._memo[0] is x and self._memo[1] == key:
-            out = self._memo[2]
-            self._uses += 1
-            if self._uses >= self.consumers:
-                self._memo = None
-            return out
+        memo, asks = self._memo, id(consumer)
+        held = memo.held
+        if held is not None and held[0] is x and held[1] == key and asks not in held[3]:
+            served = held[3]
+            served.add(asks)
+            if len(served) >= self.consumers:
+                memo.held = None
+            return held[2]
         out = self.compute(x)
-        self._memo, self._uses = (x, key, out), 1
+        memo.held = (x, key, out, {asks})
         return out
 
     def __getstate__(self) -> dict[str, Any]:
         # The memo holds activations; copies and pickles of the module must not.
-        return {**self.__dict__, "_memo": None, "_uses": 0}
+        return {name: value for name, value in self.__dict__.items() if name != "_memo"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._memo = _Memo()
 
 
 class QuantLinear(nn.Linear):
@@ -150,7 +163,7 @@ class QuantLinear(nn.Linear):
         """y = Q(x) Q(W)^T + b; once frozen, Q(W) is the stored weight."""
         if self.frozen and x.ndim > 1 and x.shape[-2] > 1:  # a prompt: single tokens would wait for the comparison
             self._check_sample()
-        x = self.input_quantizer(x)
+        x = self.input_quantizer(x, self)
         return F.linear(x, self.weight if self.frozen else self._quantized_weight(), self.bias)
 
     def _quantized_weight(self) -> Tensor:

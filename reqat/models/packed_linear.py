@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The product, in x's dtype."""
-        return self.backend.linear(self.input_quantizer(x), self.packed, self.bias)
+        return self.backend.linear(self.input_quantizer(x, self), self.packed, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         # The order of codes is that of one device's kernels, and what the kernel holds would not move along.

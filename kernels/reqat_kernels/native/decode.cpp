@@ -77,6 +77,7 @@ REQAT_CLONES void hadamard(float* x, int64_t length, int64_t n) {
     }
 }
 
+// Room for what lies between the products of a layer: a thread's own.
 struct Scratch {
     std::vector<float> hidden, query, key, value, attended, gate, up, scale;
     std::vector<int8_t> rounded;
@@ -146,16 +147,18 @@ int one_layer(const DecodeLayer& layer, const DecodeStates& states, const Decode
             rope(head, cos, sin, D);
         }
     }
-    AppendArgs* appended[2] = {states.key, states.value};
-    for (AppendArgs* append : appended) {
-        append->x = append == states.key ? k : v;
-        append->start = s.length;
-        append->dtype = DTYPE_F32;
-        append->x_b = G * D, append->x_g = append->x_t = D;
-        append->T = 1;
-        if (const int error = reqat_kv_append(append)) return error == NOT_FINITE ? (append == states.key ? 4 : 5) : error;
+    // Copies: what changes from call to call is this call's own, so that threads may share a model.
+    AppendArgs appended[2] = {*states.key, *states.value};
+    for (int i = 0; i < 2; i++) {
+        AppendArgs& append = appended[i];
+        append.x = i == 0 ? k : v;
+        append.start = s.length;
+        append.dtype = DTYPE_F32;
+        append.x_b = G * D, append.x_g = append.x_t = D;
+        append.T = 1;
+        if (const int error = reqat_kv_append(&append)) return error == NOT_FINITE ? 4 + i : error;
     }
-    AttentionArgs& attention = *states.attention;
+    AttentionArgs attention = *states.attention;
     attention.query = q;
     attention.out = scratch.attended.data();
     attention.S = s.length + 1;

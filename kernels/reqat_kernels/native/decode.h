@@ -24,12 +24,12 @@ struct DecodeLayer {
     float global_scale[4];     // of a static format: inputs of query/key/value, out, gate/up, down
 };
 
-// What a layer reads and writes of the cache. The x of `key` and `value`, the query and out of `attention`, and all that
-// changes from token to token are set in decode.cpp.
+// Where a layer's part of the cache lies. The x of `key` and `value`, the query and out of `attention`, and all that
+// changes from token to token are set by decode.cpp in copies of its own.
 struct DecodeStates {
-    AppendArgs* key;
-    AppendArgs* value;
-    AttentionArgs* attention;
+    const AppendArgs* key;
+    const AppendArgs* value;
+    const AttentionArgs* attention;
 };
 
 // One step of all layers: x [B, hidden] in place; cos, sin [B, D] with the given stride between rows.

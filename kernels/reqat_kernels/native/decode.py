@@ -2,13 +2,15 @@
 
 With one token at hand a layer's work is some tens of microseconds, and the thirty Python calls that transformers makes
 of it cost several times as much. :class:`NativeStack` holds everything that stays the same from token to token as plain
-pointers; :meth:`NativeStack.step` does the rest of the layers' forward pass. It needs the native library; callers that
+pointers; :meth:`NativeStack.step` does the rest of the layers' forward pass. Several threads may step one stack, each
+over a cache of its own. It needs the native library; callers that
 find :func:`available` false go the ordinary way, through the modules.
 """
 
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,9 +124,8 @@ class NativeStack:
         self._alive = [alive for _, alive in made]  # the structures hold bare addresses
         self._shifts = [None if layer.shift is None else layer.shift.float().contiguous() for layer in layers]
         self._work = sum(w.rows * w.columns for w, _ in layers[0].linears)
-        self._states = [_LayerStates(layer) for layer in layers]
-        self._pointers = (_States * len(layers))(*(states.pointers for states in self._states))
-        self._step = _Step()
+        self._heads = [(layer.heads, layer.scaling) for layer in layers]
+        self._bound = _Bound()
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -148,19 +149,22 @@ class NativeStack:
         Returns None, or the first layer that met something not finite, and what (``x_BC`` is then undefined). Raises
         ValueError for arguments of another type, shape or device, MemoryError.
         """
-        for own, shift, (key, value) in zip(self._states, self._shifts, states, strict=True):
+        bound = self._bound.cache
+        if bound is None:
+            bound = self._bound.cache = _BoundCache([_LayerStates(*of_layer) for of_layer in self._heads])
+        for own, shift, (key, value) in zip(bound.layers, self._shifts, states, strict=True):
             if not own.holds(key, value):
                 own.bind(key, value, shift)
             own.check_room(len(x_BC), length)
         check_step(x_BC, cos_BD, sin_BD, mask_BS, self.hidden, self._layers[0].D, length)
-        B, step, first = len(x_BC), self._step, self._layers[0]
+        B, step, first = len(x_BC), _Step(), self._layers[0]
         step.x, step.cos, step.sin = x_BC.data_ptr(), cos_BD.data_ptr(), sin_BD.data_ptr()
         step.stride = 0 if len(cos_BD) == 1 else cos_BD.stride(0)
         step.B, step.length, step.half = B, length, half
         step.mask = None if mask_BS is None else mask_BS.data_ptr()
         step.threads = threads(self._work * B, _WORK_PER_THREAD)
         step.attention_threads = threads(2 * B * first.G * (length + 1) * first.D, _ATTENTION_PER_THREAD)
-        status = self._call(self._layers, self._pointers, len(self._layers), step)
+        status = self._call(self._layers, bound.pointers, len(self._layers), step)
         if status == NO_MEMORY:
             raise MemoryError(f"no memory for one decoding step of {B} rows over {length} tokens")
         return None if status == 0 else (status // 16, _PARTS[status % 16 - 3])
@@ -192,12 +196,12 @@ def _structure(weights: LayerWeights) -> tuple[_Layer, Any]:
 class _LayerStates:
     """The cache of one layer, as C reads it; bound anew when it has moved."""
 
-    def __init__(self, weights: LayerWeights) -> None:
-        H, G, D = weights.heads
+    def __init__(self, heads: tuple[int, int, int], scaling: float) -> None:
+        H, G, D = heads
         # Weak: a cache's memory is freed when its owner lets go of it, and the next one is then bound.
         self._bound: tuple[weakref.ref[PackedStates], weakref.ref[PackedStates]] | None = None
         self._append = (AppendArgs(), AppendArgs())
-        self._attention = AttentionArgs(scaling=weights.scaling, T=1, causal=0, H=H, G=G, D=D)
+        self._attention = AttentionArgs(scaling=scaling, T=1, causal=0, H=H, G=G, D=D)
         self.pointers = _States(*(ctypes.pointer(part) for part in (*self._append, self._attention)))
 
     def holds(self, key: PackedStates, value: PackedStates) -> bool:
@@ -226,6 +230,20 @@ class _LayerStates:
                 f"a token of {rows} rows behind {length} others does not fit a cache of {self._rows} rows and "
                 f"{self._room} tokens"
             )
+
+
+class _BoundCache:
+    """Where the layers of a cache lie: an array for C, and what stands behind it."""
+
+    def __init__(self, layers: list[_LayerStates]) -> None:
+        self.layers = layers
+        self.pointers = (_States * len(layers))(*(layer.pointers for layer in layers))
+
+
+class _Bound(threading.local):
+    """The cache that a thread decoded with last; every thread has its own, or one would write into another's."""
+
+    cache: _BoundCache | None = None
 
 
 def _address(t: Tensor | None) -> int | None:

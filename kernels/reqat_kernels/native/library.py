@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import warnings
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -23,6 +24,7 @@ from reqat_kernels.native.fingerprint import fingerprint
 ISAS = ("portable", "avx2", "avx512")  # by reqat::Isa
 OK, NO_MEMORY, NOT_FINITE = 0, 1, 2  # what entry points return, by reqat::Status
 _HERE = Path(__file__).resolve().parent
+_LOCK = threading.Lock()
 
 #: Operators of all kernels live in torch's namespace ``reqat``: ``torch.ops.reqat.<name>``.
 OPERATORS = torch.library.Library("reqat", "FRAGMENT")
@@ -34,6 +36,13 @@ def library() -> ctypes.CDLL | None:
 
     Raises ValueError for a ``REQAT_ISA`` that names no instruction set.
     """
+    # Without the lock two threads could get two objects, one of which lacks the argument types that callers set.
+    with _LOCK:
+        return _opened()
+
+
+@cache
+def _opened() -> ctypes.CDLL | None:
     wanted = os.environ.get("REQAT_ISA", "").strip().lower()
     if wanted not in ("", "torch", *ISAS):
         raise ValueError(f"REQAT_ISA={wanted!r}: choose torch, {', '.join(ISAS)}, or leave it unset")
@@ -45,13 +54,13 @@ def library() -> ctypes.CDLL | None:
         lib.reqat_fingerprint.restype = ctypes.c_char_p
         found = lib.reqat_fingerprint().decode()
     except (OSError, AttributeError) as error:
-        warnings.warn(f"{path} cannot be used ({error}): FP4 kernels run in PyTorch, slowly", stacklevel=2)
+        warnings.warn(f"{path} cannot be used ({error}): FP4 kernels run in PyTorch, slowly", stacklevel=3)
         return None
     if found != fingerprint():
         warnings.warn(
             f"{path} was built from other sources ({found}, not {fingerprint()}): FP4 kernels run in PyTorch, slowly; "
             "run `make env` again to build it",
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
     if wanted:
