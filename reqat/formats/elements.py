@@ -32,8 +32,9 @@ BELOW_HALF = 0.5 - 2.0**-25
 
 @cache
 def _exponent_mask(device: torch.device) -> Tensor:
-    # Kept as a tensor: a Python number would be made into one at every call.
-    return torch.tensor(0x7F800000, dtype=torch.int32, device=device)
+    # Kept as a tensor: a Python number would be made into one at every call. For callers of every mode.
+    with torch.inference_mode(False):
+        return torch.tensor(0x7F800000, dtype=torch.int32, device=device)
 
 
 def power_of_two(y: Tensor, out: Tensor) -> Tensor:

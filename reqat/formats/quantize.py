@@ -43,6 +43,7 @@ from reqat.formats.scales import (
     replace_zero_,
     round_to_float,
 )
+from reqat.formats.subnormals import keeps_subnormals, subnormals_kept
 
 if TYPE_CHECKING:
     from reqat.formats.packing import PackedTensor
@@ -88,15 +89,19 @@ class QuantizedTensor:
     def block_scales(self) -> Tensor:
         """What codes are multiplied by, float32, in the shape of ``scales``: ``s / g``, or ``s``."""
         s = e8m0_to_float(self.scales) if self.format.scale == "E8M0" else self.scales.float()
-        return effective_scale(s, self.global_scale, self.format.scale_rule)
+        with subnormals_kept(s):
+            return effective_scale(s, self.global_scale, self.format.scale_rule)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers that codes and scales stand for, in the input's shape and type (or ``dtype``).
 
         ``value(code) * S`` in float32, then rounded to ``dtype``, saturating at its largest number. Zeros are +0.0.
         """
-        dtype = dtype or self.dtype
         check_codes(self.codes)
+        with subnormals_kept(self.codes):
+            return self._dequantized(dtype or self.dtype)
+
+    def _dequantized(self, dtype: torch.dtype) -> Tensor:
         codes = self.codes.movedim(self.axis, -1)
         values = self.format.element_type.decode(codes)
         S = self.block_scales()
@@ -135,6 +140,7 @@ class QuantizedTensor:
 
 
 @torch.no_grad()
+@keeps_subnormals
 def quantize(
     x: Tensor,
     fmt: str | Format,
@@ -182,6 +188,7 @@ def quantize(
 
 
 @torch.no_grad()
+@keeps_subnormals
 def quantize_dequantize(
     x: Tensor,
     fmt: str | Format,
@@ -214,6 +221,7 @@ def quantize_dequantize(
     return blocks.restore(out, crop=True)
 
 
+@keeps_subnormals
 def global_scale_for(x: Tensor, fmt: str | Format, *, axis: int = -1, name: str | None = None) -> Tensor:
     """The global scale that ``fmt`` computes for ``x``: ``g = 448 * emax / amax``, float32 (256 for four-over-six).
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.formats.subnormals import subnormals_kept
 from reqat.models.architecture import decoder_layers
 from reqat.quant import MeasuredState, Precision, Quantizer, block_hadamard
 
@@ -64,7 +65,8 @@ class KVQuantizer(MeasuredState):
         if self.key.format is not None:
             key_BGSD = _widened(key_BGSD)
             if self.shift is not None:
-                key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
+                with subnormals_kept(key_BGSD):
+                    key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
             key_BGSD = self.key(key_BGSD)
         if self.value.format is not None:
             value_BGSD = self.value(_widened(value_BGSD))

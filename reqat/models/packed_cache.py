@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from reqat.config.errors import ReqatError
+from reqat.formats.subnormals import subnormals_kept
 from reqat.models.attention import mark_packed, mark_quantized, softmax_attention
 from reqat.models.backend import Backend, States, backend_for
 from reqat.models.cache import Fp4CacheLayer
@@ -84,7 +85,8 @@ class PackedCacheLayer(Fp4CacheLayer):
         if rotation is not None or self.dtype != torch.float32:  # the kernel shifts, in float32, and no more
             key_states = key_states.to(self.dtype)
             if shift is not None:
-                key_states, shift = key_states - shift[:, None].to(self.dtype), None
+                with subnormals_kept(key_states):
+                    key_states, shift = key_states - shift[:, None].to(self.dtype), None
             if rotation is not None:
                 key_states = block_hadamard(key_states, rotation)
         end = self.length + key_states.shape[2]

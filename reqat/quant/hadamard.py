@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.formats.subnormals import subnormals_kept
 
 
 @functools.lru_cache(maxsize=32)
@@ -24,10 +25,11 @@ def hadamard(n: int, dtype: torch.dtype = torch.float32, device: torch.device | 
     """
     if n < 1 or n & (n - 1):
         raise ReqatError(f"Hadamard size must be a power of two, not {n}")
-    matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
-    while matrix.shape[0] < n:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return (matrix / n**0.5).to(dtype=dtype, device=device)
+    with torch.inference_mode(False):  # kept for all callers: an ordinary tensor, whatever the mode of the first
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+        while matrix.shape[0] < n:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+        return (matrix / n**0.5).to(dtype=dtype, device=device)
 
 
 def block_hadamard(x: Tensor, block: int) -> Tensor:
@@ -39,6 +41,6 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     if x.shape[-1] % block:
         raise ReqatError(f"the Hadamard block {block} does not divide the last axis of shape {tuple(x.shape)}")
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), subnormals_kept(x):
         rotated = torch.matmul(x.to(dtype).reshape(-1, block), hadamard(block, dtype, x.device))
     return rotated.reshape(x.shape).to(x.dtype)

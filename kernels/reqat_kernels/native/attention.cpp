@@ -351,24 +351,21 @@ bool put_row(const AppendArgs& a, int64_t head, int64_t t, float g) {
 // Largest magnitude of all new tokens, as bits.
 int32_t amax_of(const AppendArgs& a) {
     int32_t top = 0;
-#pragma omp parallel for reduction(max : top) schedule(static) num_threads(int(a.threads)) if (a.threads > 1)
-    for (int64_t i = 0; i < a.B * a.G * a.T; ++i) {
-        float row[MAX_HEAD];
-        load_row(a, i / a.T, i % a.T, row);
-        const int32_t bits = amax_bits(row, DTYPE_F32, a.D);
-        top = bits > top ? bits : top;
+#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
+    {
+        const FloatMode mode;
+#pragma omp for reduction(max : top) schedule(static)
+        for (int64_t i = 0; i < a.B * a.G * a.T; ++i) {
+            float row[MAX_HEAD];
+            load_row(a, i / a.T, i % a.T, row);
+            const int32_t bits = amax_bits(row, DTYPE_F32, a.D);
+            top = bits > top ? bits : top;
+        }
     }
     return top;
 }
 
-}  // namespace
-}  // namespace reqat
-
-// Quantize new tokens and store them; OK, or NOT_FINITE if a number is not (what was stored of the new tokens is then
-// undefined, older tokens are as they were).
-REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
-    using namespace reqat;
-    const AppendArgs& a = *args;
+int append(const AppendArgs& a) {
     float g = 1.0f;
     if (a.spec.global_scale == STATIC) g = *a.states.global_scale;
     if (a.spec.global_scale == DYNAMIC) {
@@ -379,20 +376,21 @@ REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
     }
     const int64_t first = a.start / TILE, tiles = (a.start + a.T + TILE - 1) / TILE - first;
     std::atomic<bool> finite{true};
-    // A tile is one thread's: its tokens share bytes.
-#pragma omp parallel for schedule(static) num_threads(int(a.threads)) if (a.threads > 1)
-    for (int64_t i = 0; i < a.B * a.G * tiles; ++i) {
-        const int64_t begin = (first + i % tiles) * TILE - a.start;
-        for (int64_t t = begin < 0 ? 0 : begin; t < begin + TILE && t < a.T; ++t)
-            if (!put_row(a, i / tiles, t, g)) finite = false;
+#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
+    {
+        const FloatMode mode;
+        // A tile is one thread's: its tokens share bytes.
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < a.B * a.G * tiles; ++i) {
+            const int64_t begin = (first + i % tiles) * TILE - a.start;
+            for (int64_t t = begin < 0 ? 0 : begin; t < begin + TILE && t < a.T; ++t)
+                if (!put_row(a, i / tiles, t, g)) finite = false;
+        }
     }
-    return finite ? 0 : 2;
+    return finite ? OK : NOT_FINITE;
 }
 
-// Decode attention; 0, or 1 where there is no memory for the partial sums.
-REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
-    using namespace reqat;
-    const AttentionArgs& a = *args;
+int attend(const AttentionArgs& a) {
     const int64_t spans = (a.S + SPAN - 1) / SPAN, rows = a.H / a.G * a.T, stride = (a.D + 2 + 15) / 16 * 16;
     const int64_t tasks = a.B * a.G * spans;
     float* partial = new (std::nothrow) float[size_t(tasks * rows * stride)];
@@ -400,6 +398,7 @@ REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
     const Span span = choose_span();
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
     {
+        const FloatMode mode;
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < tasks; ++task) {
             const int64_t head = task / spans, t0 = task % spans * SPAN;
@@ -418,12 +417,27 @@ REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
         }
     }
     delete[] partial;
-    return 0;
+    return OK;
+}
+
+}  // namespace
+}  // namespace reqat
+
+// Quantize new tokens and store them; OK, or NOT_FINITE if a number is not (what was stored of the new tokens is then
+// undefined, older tokens are as they were).
+REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
+    return reqat::in_float_mode([&] { return reqat::append(*args); });
+}
+
+// Decode attention; 0, or 1 where there is no memory for the partial sums.
+REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
+    return reqat::in_float_mode([&] { return reqat::attend(*args); });
 }
 
 // The exponential of the kernel's softmax, for its test: n a multiple of 16.
 REQAT_API void reqat_kv_exp(const float* x, float* out, int64_t n) {
     using namespace reqat;
+    const FloatMode mode;
 #if REQAT_X86
     if (isa() == AVX512) return avx512::exp_all<avx512::Lanes>(x, out, n);
     if (isa() == AVX2) return avx2::exp_all<avx2::Lanes>(x, out, n);

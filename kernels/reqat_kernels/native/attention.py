@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from reqat.formats.subnormals import subnormals_kept
 from reqat_kernels.native import check
 from reqat_kernels.native.library import NO_MEMORY, OPERATORS, library, threads
 from reqat_kernels.native.states import (
@@ -199,7 +201,7 @@ def _attention(
     return out
 
 
-def _attention_torch(
+def _attended(
     query: Tensor,
     key_codes: Tensor,
     key_scales: Tensor,
@@ -235,6 +237,11 @@ def _attention_torch(
     blind = (scores == -math.inf).all(-1, keepdim=True)
     p = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
     return (p.view(B, G, H // G * T, length) @ v).view(B, H, T, D)
+
+
+def _attention_torch(query: Tensor, key_codes: Tensor, *rest: Any) -> Tensor:
+    with subnormals_kept(key_codes):
+        return _attended(query, key_codes, *rest)
 
 
 def _attention_meta(

@@ -39,10 +39,65 @@ int isa();
 // What entry points return where they can fail. No exception may leave them: their callers are not C++.
 enum Status : int { OK = 0, NO_MEMORY = 1, NOT_FINITE = 2, BAD_GLOBAL_SCALE = 3 };
 
+// Floating point as IEEE 754 has it for as long as this lives: to the nearest, subnormals kept. Callers may have flushed
+// subnormals to zero (torch.set_flush_denormal, libraries built with -ffast-math), and so may the threads that they
+// started; a block's scale of 2^-127 would then be zero. The caller's mode comes back at the end. Where the mode is the
+// ordinary one already this reads a register and no more.
+class FloatMode {
+  public:
+#if REQAT_X86
+    FloatMode() {
+        asm volatile("stmxcsr %0" : "=m"(before));
+        // All but the six flags of exceptions: these say what has happened, not how to compute.
+        if ((before & ~0x3Fu) != ORDINARY) write(ORDINARY);
+    }
+    ~FloatMode() {
+        if ((before & ~0x3Fu) != ORDINARY) write(before);
+    }
+
+  private:
+    static constexpr uint32_t ORDINARY = 0x1F80;
+    static void write(uint32_t mode) { asm volatile("ldmxcsr %0" : : "m"(mode) : "memory"); }
+    uint32_t before;
+#elif defined(__aarch64__)
+    FloatMode() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        if (before & CHANGES) write(before & ~CHANGES);
+    }
+    ~FloatMode() {
+        if (before & CHANGES) write(before);
+    }
+
+  private:
+    static constexpr uint64_t CHANGES = 0x1C80003;  // FZ, RMode, FZ16; FIZ and AH
+    static void write(uint64_t mode) { asm volatile("msr fpcr, %0" : : "r"(mode) : "memory"); }
+    uint64_t before;
+#else
+    FloatMode() {}
+    ~FloatMode() {}
+
+  private:
+#endif
+    FloatMode(const FloatMode&) = delete;
+    FloatMode& operator=(const FloatMode&) = delete;
+};
+
+// Compute in the ordinary FloatMode. Not inlined, so that no operation moves in front of the change of mode.
+template <class Function>
+__attribute__((noinline)) auto computed(const Function& function) {
+    return function();
+}
+
+template <class Function>
+auto in_float_mode(const Function& function) {
+    const FloatMode mode;
+    return computed(function);
+}
+
 template <class Function>
 int guarded(Function&& function) {
     try {
-        return function();
+        return in_float_mode(function);
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
     } catch (const std::length_error&) {  // more than a vector can ever hold
@@ -72,7 +127,7 @@ inline uint16_t float_to_bf16(float value) {
 }
 
 // E4M3 (fn, bias 7) of a non-negative scale: its bits become float32's by a shift and a change of bias. Subnormals
-// come out right because the multiplication normalizes them (denormals-are-zero must be off, as it is by default).
+// come out right because the multiplication normalizes them (denormals-are-zero is off: see FloatMode).
 inline float e4m3_to_float(uint8_t bits) { return bits_to_float(uint32_t(bits & 0x7F) << 20) * 0x1p120f; }
 
 // E8M0: 2^(bits - 127); 0 is the subnormal 2^-127.

@@ -95,12 +95,16 @@ void rows(const uint16_t* w, const float* x, float* out, int64_t M, int64_t K) {
 REQAT_API void reqat_dense_bf16(const uint16_t* w, const float* x, float* y, int64_t M, int64_t N, int64_t K,
                                 int threads) {
     using namespace reqat;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t m = 0; m < M; m += ROWS) {
-            const int64_t count = M - m < ROWS ? M - m : ROWS;
-            float out[ROWS];
-            rows(w + n * K, x + m * K, out, count, K);
-            for (int64_t i = 0; i < count; i++) y[(m + i) * N + n] = out[i];
-        }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const FloatMode mode;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t m = 0; m < M; m += ROWS) {
+                const int64_t count = M - m < ROWS ? M - m : ROWS;
+                float out[ROWS];
+                rows(w + n * K, x + m * K, out, count, K);
+                for (int64_t i = 0; i < count; i++) y[(m + i) * N + n] = out[i];
+            }
+    }
 }

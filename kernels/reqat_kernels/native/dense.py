@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reqat.formats.subnormals import subnormals_kept
 from reqat_kernels.native import check
 from reqat_kernels.native.library import OPERATORS, library, threads
 
@@ -50,7 +51,8 @@ def _dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
     x = x.float()
     lib = _library()
     if lib is None or len(x) > MOST_ROWS:
-        return F.linear(x.bfloat16(), weight).float() if len(x) > MOST_ROWS else F.linear(x, weight.float())
+        with subnormals_kept(weight):
+            return F.linear(x.bfloat16(), weight).float() if len(x) > MOST_ROWS else F.linear(x, weight.float())
     x, weight = x.contiguous(), weight.contiguous()
     y = torch.empty(len(x), len(weight), dtype=torch.float32, device="cpu")
     if y.numel():

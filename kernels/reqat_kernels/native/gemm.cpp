@@ -395,7 +395,7 @@ void store(const Weight& w, int64_t tile, const float* out, const float* row_sca
            int64_t stride_y) {
     const int64_t first = tile * LANES, count = w.rows - first < LANES ? w.rows - first : LANES;
     for (int m = 0; m < ROWS; m++, out += LANES) {
-        const float factor = row_scale ? w.alpha * row_scale[m] : w.alpha;
+        const float alpha = float(w.alpha), factor = row_scale ? alpha * row_scale[m] : alpha;
         float* to = y + m * stride_y + first;
         for (int64_t r = 0; r < count; r++) to[r] = bias ? out[r] * factor + bias[first + r] : out[r] * factor;
     }
@@ -409,7 +409,8 @@ REQAT_AVX512 void store_avx512(const Weight& w, int64_t tile, const float* out, 
     const int64_t first = tile * LANES, count = w.rows - first < LANES ? w.rows - first : LANES;
     const __mmask16 mask = __mmask16((1u << count) - 1);
     for (int m = 0; m < ROWS; m++, out += LANES) {
-        __m512 value = _mm512_mul_ps(_mm512_loadu_ps(out), _mm512_set1_ps(row_scale ? w.alpha * row_scale[m] : w.alpha));
+        const float alpha = float(w.alpha);
+        __m512 value = _mm512_mul_ps(_mm512_loadu_ps(out), _mm512_set1_ps(row_scale ? alpha * row_scale[m] : alpha));
         if (bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, bias + first));
         _mm512_mask_storeu_ps(y + m * stride_y + first, mask, value);
     }
@@ -422,17 +423,21 @@ template <int MOST, class Kernel>
 void all_tiles(const Weight& w, const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
                int threads, const Kernel& kernel) {
     const int64_t tiles = (w.rows + LANES - 1) / LANES;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t t = 0; t < tiles; t++) {
-        alignas(64) float out[MOST * LANES];
-        by_groups<MOST>(0, M, [&](int64_t m, auto rows) {
-            kernel(t, m, rows, out);
-            const float* scale = row_scale ? row_scale + m : nullptr;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const FloatMode mode;
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tiles; t++) {
+            alignas(64) float out[MOST * LANES];
+            by_groups<MOST>(0, M, [&](int64_t m, auto rows) {
+                kernel(t, m, rows, out);
+                const float* scale = row_scale ? row_scale + m : nullptr;
 #if REQAT_X86
-            if (isa() == AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
+                if (isa() == AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
 #endif
-            store<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
-        });
+                store<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
+            });
+        }
     }
 }
 
@@ -610,7 +615,7 @@ using namespace reqat;
 
 REQAT_API int reqat_fp4_input(const Spec* format, const float* x, int64_t M, int64_t K, float g, int8_t* values,
                               int32_t* start, float* scale) {
-    return fp4_input(*format, x, M, K, g, values, start, scale);
+    return in_float_mode([&] { return int(fp4_input(*format, x, M, K, g, values, start, scale)); });
 }
 
 REQAT_API int reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* start, const float* scale_x,
@@ -640,8 +645,8 @@ REQAT_API int reqat_gemm_float(const Weight* w, const float* x, const float* bia
 
 // Round rows of x [M, K] to int8: scale = amax / 127 (1 for a row of zeros), value = x / scale to nearest even. Columns
 // K to `padded` become 0. Returns 0 if x holds NaN or infinity.
-REQAT_API int reqat_int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values,
-                               int32_t* start, float* row_scale) {
+static int int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values, int32_t* start,
+                      float* row_scale) {
     for (int64_t m = 0; m < M; m++) {
         const uint32_t top = largest_bits(x + m * K, K);
         if (top >= 0x7F800000) return 0;
@@ -653,6 +658,11 @@ REQAT_API int reqat_int8_input(const float* x, int64_t M, int64_t K, int64_t pad
         row_scale[m] = scale;
     }
     return 1;
+}
+
+REQAT_API int reqat_int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values,
+                               int32_t* start, float* row_scale) {
+    return in_float_mode([&] { return int8_input(x, M, K, padded, block, values, start, row_scale); });
 }
 
 // One linear layer from its unrounded input to its output. Mirrored in gemm.py.
@@ -696,7 +706,7 @@ int products(const Product* first, int64_t n, int threads) {
         scale.resize(size_t(p->format ? blocks : p->M));
         const bool finite =
             p->format ? fp4_input(*p->format, x, p->M, K, p->g, values.data(), start.data(), scale.data())
-                      : reqat_int8_input(x, p->M, K, K, w.block, values.data(), start.data(), scale.data());
+                      : int8_input(x, p->M, K, K, w.block, values.data(), start.data(), scale.data());
         if (!finite) return NOT_FINITE;
         gemm_int(w, values.data(), start.data(), p->format ? scale.data() : nullptr,
                  p->format ? nullptr : scale.data(), nullptr, p->y, p->M, w.rows, threads);

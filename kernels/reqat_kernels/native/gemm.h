@@ -26,7 +26,7 @@ struct Weight {
     int32_t block;          // columns that share a scale: 16 or 32
     int32_t scale_kind;     // 0: E4M3, 1: E8M0
     int8_t values[16];      // what each code stands for, doubled for E2M1 and E1M2
-    float alpha;            // factor of the result: 1 / g, and 1/2 where values are doubled
+    double alpha;           // factor of the result: 1 / g, and 1/2 where values are doubled; rounded to float32 in use
 };
 
 // Round rows of x [M, K] to an FP4 format whose block is that of the weight and divides K.

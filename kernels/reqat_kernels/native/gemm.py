@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reqat.formats import Format, quantize
+from reqat.formats.subnormals import keeps_subnormals, subnormals_kept
 from reqat_kernels.native import check
 from reqat_kernels.native.library import NO_MEMORY, NOT_FINITE, OPERATORS, library, threads
 from reqat_kernels.native.quantize import Spec, spec_of
@@ -101,6 +102,7 @@ class QuantizedInput:
     dtype: torch.dtype
 
 
+@keeps_subnormals
 def quantize_input(
     x: Tensor,
     inputs: Format | Literal["A8"],
@@ -263,7 +265,8 @@ def _fp4_linear(
     lib = _library()
     x = x if x.dtype == torch.bfloat16 and lib is not None else x.float()
     if lib is None:
-        return F.linear(x, dense(weight, rows, columns, element, scale).mul_(0.5 / g), bias)
+        with subnormals_kept(weight):
+            return F.linear(x, dense(weight, rows, columns, element, scale).mul_(0.5 / g), bias)
     padded = padded_columns(columns, scale)
     x = F.pad(x, (0, padded - columns)) if padded != columns else x.contiguous()
     y = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
@@ -294,13 +297,14 @@ def _fp4_linear_int(
     bias = None if bias is None else bias.float().contiguous()
     lib = _library()
     if lib is None:
-        dense_NK = F.pad(dense(weight, rows, columns, element, scale), (0, x.shape[1] - columns))
-        values = x.float()
-        if block_scale is not None:
-            values = values.view(*block_scale.shape, block_of(scale)).mul(block_scale.unsqueeze(-1)).view(x.shape)
-        y = F.linear(values, dense_NK).mul_(0.5 / g)
-        y = y if row_scale is None else y.mul_(row_scale[:, None])
-        return y if bias is None else y.add_(bias)
+        with subnormals_kept(weight):
+            dense_NK = F.pad(dense(weight, rows, columns, element, scale), (0, x.shape[1] - columns))
+            values = x.float()
+            if block_scale is not None:
+                values = values.view(*block_scale.shape, block_of(scale)).mul(block_scale.unsqueeze(-1)).view(x.shape)
+            y = F.linear(values, dense_NK).mul_(0.5 / g)
+            y = y if row_scale is None else y.mul_(row_scale[:, None])
+            return y if bias is None else y.add_(bias)
     y = torch.empty(len(x), rows, dtype=torch.float32, device="cpu")
     if not x.numel() or not rows:
         return y.zero_() if bias is None else y.copy_(bias)

@@ -116,8 +116,12 @@ static int32_t quantize_tensor(Job job, int32_t dtype, const float* given, int64
         if (threads <= 1) {
             for (int64_t r = 0; r < job.rows; r++) row(r);
         } else {
-#pragma omp parallel for schedule(static) num_threads(threads)
-            for (int64_t r = 0; r < job.rows; r++) row(r);
+#pragma omp parallel num_threads(threads)
+            {
+                const FloatMode mode;
+#pragma omp for schedule(static)
+                for (int64_t r = 0; r < job.rows; r++) row(r);
+            }
         }
         return status.load();
     }
@@ -142,10 +146,14 @@ static int32_t quantize_tensor(Job job, int32_t dtype, const float* given, int64
                 top = here > top ? here : top;
             }
         } else {
-#pragma omp parallel for schedule(static) num_threads(threads) reduction(max : top)
-            for (int64_t p = 0; p < pieces; p++) {
-                const int32_t here = piece(p);
-                top = here > top ? here : top;
+#pragma omp parallel num_threads(threads)
+            {
+                const FloatMode mode;
+#pragma omp for schedule(static) reduction(max : top)
+                for (int64_t p = 0; p < pieces; p++) {
+                    const int32_t here = piece(p);
+                    top = here > top ? here : top;
+                }
             }
         }
         if (top >= 0x7F800000) return NOT_FINITE;
@@ -159,8 +167,12 @@ static int32_t quantize_tensor(Job job, int32_t dtype, const float* given, int64
     if (threads <= 1) {
         for (int64_t p = 0; p < pieces; p++) piece(p);
     } else {
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int64_t p = 0; p < pieces; p++) piece(p);
+#pragma omp parallel num_threads(threads)
+        {
+            const FloatMode mode;
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < pieces; p++) piece(p);
+        }
     }
     return status.load();
 }
@@ -175,7 +187,7 @@ REQAT_API int32_t reqat_quantize(
     reqat::RowOut out;
     out.codes = codes, out.packed = packed, out.scales = scales;
     const reqat::Job job = {*spec, x, rows, n, reqat::block_of(*spec, n), fake, out};
-    return reqat::quantize_tensor(job, dtype, given, n_given, g_out, threads);
+    return reqat::in_float_mode([&] { return reqat::quantize_tensor(job, dtype, given, n_given, g_out, threads); });
 }
 
 // quantize_row(), for tests: the outputs that reqat_quantize() does not offer.
@@ -185,5 +197,6 @@ REQAT_API int32_t reqat_quantize_row(
     reqat::RowOut out;
     out.packed = packed, out.doubled = doubled, out.scales = scales, out.effective = effective;
     out.dequantized = dequantized;
-    return reqat::quantize_row(*spec, x, dtype, n, g, out) ? reqat::OK : reqat::NOT_FINITE;
+    return reqat::in_float_mode(
+        [&] { return int32_t(reqat::quantize_row(*spec, x, dtype, n, g, out) ? reqat::OK : reqat::NOT_FINITE); });
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 from reqat.formats import Format, QuantizedTensor, pack_codes, quantize, unpack_codes
 from reqat.formats.elements import ELEMENTS
 from reqat.formats.scales import e8m0_to_float
+from reqat.formats.subnormals import keeps_subnormals, subnormals_kept
 from reqat_kernels.native import check
 from reqat_kernels.native.library import NOT_FINITE, OPERATORS, library, threads
 from reqat_kernels.native.quantize import Spec, format_from_key, format_key, spec_of
@@ -169,7 +170,8 @@ class PackedStates:
         if not states.numel():
             return
         if states.dtype == torch.float64:  # rounded once, after the subtraction, as the reference does
-            states = (states if shift is None else states - shift[:, None]).float()
+            with subnormals_kept(states):
+                states = (states if shift is None else states - shift[:, None]).float()
             shift = None
         fmt = self.format
         ok = torch.ops.reqat.kv_append(
@@ -283,6 +285,7 @@ def _append(
     return lib.reqat_kv_append(ctypes.byref(args)) != NOT_FINITE
 
 
+@keeps_subnormals
 def _append_torch(
     states: Tensor,
     shift: Tensor | None,

@@ -37,7 +37,7 @@ class Weight(ctypes.Structure):
         ("block", ctypes.c_int32),
         ("scale_kind", ctypes.c_int32),
         ("values", ctypes.c_int8 * 16),
-        ("alpha", ctypes.c_float),
+        ("alpha", ctypes.c_double),  # as float32 the caller's float mode could flush it to zero
     ]
 
 
