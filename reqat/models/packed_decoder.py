@@ -77,9 +77,10 @@ class NativeDecoder:
         last = self._decode(embeddings, attention_mask, position_ids, states)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NativeDecoder:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         raise ReqatError(
-            "a packed model holds addresses of its own memory and cannot be copied: copy the frozen model, then pack"
+            "a packed model holds addresses of its own memory and cannot be copied or pickled: copy or save the frozen "
+            "model, then pack"
         )
 
     def _states(self, cache: Any, rows: int, mask: Any, position_ids: Tensor | None) -> list[PackedCacheLayer] | None:

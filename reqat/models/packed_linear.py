@@ -64,6 +64,12 @@ class PackedLinear(nn.Module):
                 )
         return super()._apply(fn, recurse)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ReqatError(
+            f"{self.name}: a packed model cannot be copied or pickled, its codes lie where its kernels read them: copy or "
+            "save the frozen model, then pack"
+        )
+
     def _save_to_state_dict(self, *args: Any) -> None:
         raise ReqatError(
             f"{self.name}: a packed model has no dense weights for a state dict or a checkpoint: take or save those of "

@@ -57,3 +57,13 @@ def test_native_code_is_clean_under_sanitizers(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout and "no native library" not in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
+def test_threads_that_share_a_packed_model_are_clean_under_sanitizers(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += [str(ROOT / "tests" / "models" / "test_threads.py"), "-k", "packed and not other_kernels"]
+    done = subprocess.run(command, env=checked_environment(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout and "no native library" not in done.stdout
