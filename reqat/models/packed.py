@@ -16,7 +16,9 @@ The packed model only runs: it cannot be trained or saved. Save the frozen model
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +95,16 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     if kernels.name == "native" and isinstance(head, nn.Linear) and half:
         model.set_output_embeddings(HalfHead(head))
     model._reqat_packed = True  # type: ignore[assignment]
+    # Before any part is moved: a refusal in the middle would leave half of the model elsewhere.
+    model._apply = partial(_checked_apply, model)  # type: ignore[method-assign]
     return model
+
+
+def _checked_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.check_conversion(fn)
+    return type(model)._apply(model, fn, recurse)
 
 
 def is_packed(model: nn.Module) -> bool:

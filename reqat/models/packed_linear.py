@@ -53,7 +53,8 @@ class PackedLinear(nn.Module):
         """The product, in x's dtype."""
         return self.backend.linear(self.input_quantizer(x, self), self.packed, self.bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raise ReqatError if ``fn`` would move or convert the codes; nothing is changed."""
         # The order of codes is that of one device's kernels, and what the kernel holds would not move along.
         for name, tensor in self.named_buffers(recurse=False):
             new = fn(tensor)
@@ -62,12 +63,15 @@ class PackedLinear(nn.Module):
                     f"{self.name}: a packed model stays on {tensor.device} with its codes as they are, and {name} was "
                     f"to become {new.dtype} on {new.device}: load the frozen model, move or convert it, then pack it"
                 )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        self.check_conversion(fn)
         return super()._apply(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ReqatError(
-            f"{self.name}: a packed model cannot be copied or pickled, its codes lie where its kernels read them: copy or "
-            "save the frozen model, then pack"
+            f"{self.name}: a packed model cannot be copied or pickled, its codes lie where kernels read them: save or "
+            "copy the frozen model, then pack"
         )
 
     def _save_to_state_dict(self, *args: Any) -> None:
