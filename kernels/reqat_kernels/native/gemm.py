@@ -298,7 +298,7 @@ def _fp4_linear_int(
     lib = _library()
     if lib is None:
         with subnormals_kept(weight):
-            dense_NK = F.pad(dense(weight, rows, columns, element, scale), (0, x.shape[1] - columns))
+            dense_NK = dense(weight, rows, x.shape[1], element, scale)  # padded columns too, as C reads them
             values = x.float()
             if block_scale is not None:
                 values = values.view(*block_scale.shape, block_of(scale)).mul(block_scale.unsqueeze(-1)).view(x.shape)
