@@ -240,7 +240,7 @@ def _attended(
 
 
 def _attention_torch(query: Tensor, key_codes: Tensor, *rest: Any) -> Tensor:
-    with subnormals_kept(key_codes):
+    with subnormals_kept(check.tensor("key codes", key_codes)):
         return _attended(query, key_codes, *rest)
 
 

@@ -256,7 +256,7 @@ def _append(
 ) -> bool:
     """False if a number is not finite."""
     lib = library()
-    if lib is None or check.tensor("states", states).dtype not in STATE_DTYPES:
+    if check.tensor("states", states).dtype not in STATE_DTYPES or lib is None:
         return _append_torch(states, shift, codes, scales, global_scale, start, is_value, format)
     fmt = _check_append(states, shift, codes, scales, global_scale, start, format)
     if not states.numel():
@@ -285,6 +285,7 @@ def _append(
     return lib.reqat_kv_append(ctypes.byref(args)) != NOT_FINITE
 
 
+@torch.no_grad()  # writes into the cache, whoever follows gradients through it
 @keeps_subnormals
 def _append_torch(
     states: Tensor,
