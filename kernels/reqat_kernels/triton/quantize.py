@@ -200,7 +200,8 @@ def quantize(
     _, K, packed, scales, g, fmt = _launch(x, fmt, rotation, global_scale, check, name, options, fake=False)
     lead = x.shape[:-1]
     assert scales is not None
-    return PackedTensor(
+    make = PackedTensor if check else PackedTensor.unchecked
+    return make(
         packed.view(*lead, K // 2),
         (scales if fmt.scale == "E8M0" else scales.view(torch.float8_e4m3fn)).view(*lead, scales.shape[-1]),
         None if not fmt.has_global_scale else g.view(*lead, 1) if g.ndim else g,
