@@ -8,7 +8,6 @@ is needed: TypeError for what is no tensor or no number, ValueError for the rest
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from reqat.formats.scales import FLOAT32_MAX
 #: C computes addresses in 64 bits; a size below this cannot overflow when it is multiplied by a type's bytes and by 2.
 MAX_SIZE = 1 << 58
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS, _NUMBERS = (int, torch.SymInt), (int, float, torch.SymInt, torch.SymFloat)  # made once: unions cost
 
 
 def tensor(name: str, t: Any) -> Tensor:
@@ -41,10 +41,10 @@ def floats(name: str, t: Any, *, ndim: int | None = None, device: torch.device |
     return t
 
 
-def exactly(name: str, t: Any, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Tensor:
+def exactly(name: str, t: Any, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """``t`` itself; refused unless it is a contiguous tensor of this type and shape on this device."""
     tensor(name, t)
-    if t.dtype != dtype or t.shape != tuple(shape) or t.device != device or not t.is_contiguous():
+    if t.dtype != dtype or t.shape != shape or t.device != device or not t.is_contiguous():
         how = "" if t.is_contiguous() else ", not contiguous"
         raise ValueError(
             f"{name} must be contiguous {dtype} of shape {list(shape)} on {device}, got {t.dtype} of shape "
@@ -71,7 +71,7 @@ def bias(t: Any, rows: int, device: torch.device) -> None:
 
 def integer(name: str, n: Any) -> int:
     """``n`` itself; TypeError unless it is an integer."""
-    if isinstance(n, bool) or not isinstance(n, int | torch.SymInt):
+    if isinstance(n, bool) or not isinstance(n, _INTEGERS):
         raise TypeError(f"{name} is {n!r}, not an integer")
     return n  # type: ignore[return-value]
 
@@ -98,7 +98,7 @@ def global_scale(name: str, g: Any) -> float:
 
 def finite(name: str, number: Any) -> float:
     """``number`` itself; refused unless it is a finite number."""
-    if isinstance(number, bool) or not isinstance(number, int | float | torch.SymFloat):
+    if isinstance(number, bool) or not isinstance(number, _NUMBERS):
         raise TypeError(f"{name} is {number!r}, not a number")
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")

@@ -156,7 +156,7 @@ def linear(
     """
     if not isinstance(w, PackedWeight):
         raise TypeError(f"w is a {type(w).__name__}, not a PackedWeight; pack_weight() makes one")
-    if not isinstance(x, Tensor | QuantizedInput):
+    if not isinstance(x, (Tensor, QuantizedInput)):
         raise TypeError(f"x is a {type(x).__name__}, not a torch tensor nor what quantize_input() makes")
     if (inputs is None or isinstance(x, QuantizedInput)) and global_scale is not None:
         raise ValueError("global_scale is that of inputs rounded here: say how in inputs=, or leave it out")
@@ -389,7 +389,8 @@ def _check_int(
 
 def check_inputs(inputs: Any, block: int) -> None:
     """Refuse ways to round an input that do not fit a weight in blocks of ``block``."""
-    check.size("block", block, least=1, most=_MAX_BLOCK)
+    if type(block) is not int or not 0 < block <= _MAX_BLOCK:
+        check.size("block", block, least=1, most=_MAX_BLOCK)
     if isinstance(inputs, str) and inputs == "A8":
         return
     if not isinstance(inputs, Format):
