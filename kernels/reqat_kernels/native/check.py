@@ -55,7 +55,7 @@ def exactly(name: str, t: Any, dtype: torch.dtype, shape: tuple[int, ...], devic
 
 def on_cpu(name: str, t: Tensor) -> Tensor:
     """``t`` itself; ValueError unless it lies on the CPU."""
-    if t.device.type != "cpu":
+    if not t.is_cpu:
         raise ValueError(f"{name} is on {t.device}: native kernels take CPU tensors, move it with .cpu()")
     return t
 

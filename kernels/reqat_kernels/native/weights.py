@@ -176,7 +176,7 @@ def struct_of(data: Tensor, rows: int, columns: int, element: int, scale: int, g
     if (
         check.tensor("weight data", data).dtype != torch.uint8
         or data.ndim != 1
-        or data.device.type != "cpu"
+        or not data.is_cpu
         or not data.is_contiguous()
     ):
         check_layout(rows, columns, element, scale, g)
