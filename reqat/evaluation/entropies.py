@@ -36,6 +36,7 @@ from reqat.evaluation.generation import BatchStart, generate
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
 from reqat.models import ATTENTION, attention_window, check_length, check_token_ids, forget_lengths
 from reqat.models.modes import evaluating
+from reqat.quant import autocast as autocast_region
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -447,9 +448,7 @@ def _force(
         wanted.update({first + p: (b, p) for p in trace.logprobs_at})
         first += len(trace.response_ids)
     head = model.get_output_embeddings()
-    region = (
-        torch.autocast(device.type, autocast) if autocast is not None else torch.autocast(device.type, enabled=False)
-    )
+    region = autocast_region(device.type, autocast)
     parts: list[tuple[Statistics, Tensor]] = []
     logprobs: list[dict[int, NDArray[np.float32]]] = [{} for _ in traces]
     with region:

@@ -38,6 +38,7 @@ from reqat.models.limits import attention_window, check_token_ids, end_ids, forg
 from reqat.models.modes import evaluating
 from reqat.models.packed import is_packed, packs_cache
 from reqat.models.packed_cache import PackedCache
+from reqat.quant import autocast
 
 if TYPE_CHECKING:
     from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
@@ -416,7 +417,7 @@ def _split(tokens_NB: Tensor, eos_ids: tuple[int, ...]) -> Iterator[Generation]:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    return contextlib.nullcontext() if dtype is None else autocast(device.type, dtype)
 
 
 class _Progress:

@@ -72,6 +72,9 @@ def stands_for(weight: Tensor, quantized: QuantizedTensor, rotation: int | None)
     return False
 
 
+_KEEPING = threading.Lock()  # held while the number of blocks changes, never while anything computes
+
+
 @contextmanager
 def weights_quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Within this block the unfrozen layers of ``model`` keep their quantized weights; at its end they drop them.
@@ -82,13 +85,17 @@ def weights_quantized_once(model: nn.Module, enabled: bool = True) -> Iterator[N
     """
     layers = list(quant_linears(model).values()) if enabled else []
     layers = [layer for layer in layers if layer.weight_quantizer.format is not None]
-    for layer in layers:
-        layer.keeping = True
+    with _KEEPING:
+        for layer in layers:
+            layer.keeping += 1
     try:
         yield
     finally:
-        for layer in layers:
-            layer.keeping, layer._kept = False, None
+        with _KEEPING:
+            for layer in layers:
+                layer.keeping -= 1
+                if not layer.keeping:  # the last block that keeps them, of whatever thread
+                    layer._kept = None
 
 
 class _Memo(threading.local):
@@ -155,7 +162,7 @@ class QuantLinear(nn.Linear):
         self.quantized: QuantizedTensor | None = None
         self.frozen = False
         self._sample: Tensor | None = None  # of the weight as it was frozen
-        self.keeping = False  # see weights_quantized_once
+        self.keeping = 0  # blocks of weights_quantized_once that are at work
         self._kept: tuple[Tensor, Tensor | None, tuple[Any, ...], Tensor] | None = None
         self.train(linear.training)
 
@@ -182,11 +189,13 @@ class QuantLinear(nn.Linear):
         if kept is None or kept[0] is not weight or kept[1] is not g or kept[2] != key:
             with torch.no_grad():
                 kept = self._kept = (weight, g, key, quantizer(weight.detach()).to(dtype))
+            if not self.keeping:  # another thread's block, which asked for it, ended meanwhile
+                self._kept = None
         return straight_through(weight, kept[3], rotation=self.rotation)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles carry no quantized weight, and are no part of the block that keeps them.
-        return {**self.__dict__, "keeping": False, "_kept": None}
+        return {**self.__dict__, "keeping": 0, "_kept": None}
 
     def _sampled(self) -> Tensor:
         flat = self.weight.detach().reshape(-1)

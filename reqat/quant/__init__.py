@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from reqat.config.precision import KNOWN
+from reqat.quant.autocast import autocast
 from reqat.quant.fake import Quantizer, fake_quantize, observing, straight_through
 from reqat.quant.hadamard import block_hadamard, hadamard
 from reqat.quant.precision import Precision
@@ -13,6 +14,7 @@ __all__ = [
     "MeasuredState",
     "Precision",
     "Quantizer",
+    "autocast",
     "block_hadamard",
     "fake_quantize",
     "hadamard",

@@ -96,7 +96,9 @@ def read(folder: Path) -> dict[str, Any]:
         for name, entry in record.get(key, {}).items():
             _check_output(path, key, name, entry, remedy)
     for role, given in record.get("inputs", {}).items():
-        if not (isinstance(given, dict) and isinstance(given.get("id"), str) and isinstance(given.get("sha256"), str)):
+        # Of a stage its digest; of a folder that the user named, the digests of its weights.
+        digests = (given.get("sha256", given.get("weights")),) if isinstance(given, dict) else ()
+        if not (digests and isinstance(given.get("id"), str) and isinstance(digests[0], str | dict)):
             raise ReqatError(f"{path}: the input {role} is {_short(given)}, not an id and a sha256; {remedy}.")
     if (place := _not_finite(record, "")) is not None:
         raise ReqatError(f"{path}: {place} is NaN or infinite, which no record of ours holds; {remedy}.")

@@ -27,6 +27,7 @@ from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
 from reqat.models import check_token_ids, precision_of, weights_quantized_once
 from reqat.models.digests import tensors_digest
+from reqat.quant import autocast as autocast_region
 from reqat.training import checkpoint
 from reqat.training.objective import Objective, TermContext
 from reqat.training.progress import StepProgress
@@ -134,7 +135,7 @@ def batch_loss(
     """
     keep = batch.labels != IGNORE
     labels = batch.labels[keep]
-    with torch.autocast(batch.labels.device.type, torch.bfloat16, enabled=autocast):
+    with autocast_region(batch.labels.device.type, torch.bfloat16, enabled=autocast):
         hidden = response_hidden(model, batch, keep)
         head = model.get_output_embeddings()
         if objective.fusable and _is_plain(head) and 4 * len(labels) * len(head.weight) > FUSE_ABOVE_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -188,6 +189,7 @@ def test_a_known_tail_ratio_is_found(tmp_path: Path) -> None:
     with TraceWriter(tmp_path, [REF, CAND], WORDS, k=2) as writer:
         for p in range(10):
             ref = columns(40, rng)
+            ref = dataclasses.replace(ref, tail=ref.tail / 2)  # three times as much is a probability still
             cand = TokenColumns(ref.entropy * 2, ref.tail * 3, ref.prob, ref.top.copy(), ref.top_prob)
             cand.top[:10, 0] = (cand.top[:10, 0] + 1) % len(WORDS)
             writer.add(info(f"p{p}", 0, "given"), np.full(40, 3), {REF: ref, CAND: cand})

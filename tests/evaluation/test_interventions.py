@@ -79,7 +79,7 @@ def slowly(
         seen.append(logits_V)
         token = int(sample_tokens(logits_V[None], random_N[step : step + 1], 0.9, 0.95))
         if token in (EOS, 8):
-            return Generation(tuple(ids[len(prompt) :]), True), seen
+            return Generation(tuple(ids[len(prompt) :]), True, token), seen
         ids.append(token)
     return Generation(tuple(ids[len(prompt) :]), False), seen
 

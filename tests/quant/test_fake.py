@@ -60,7 +60,8 @@ def test_static_scale_is_the_one_of_everything_seen() -> None:
     assert torch.equal(quantizer.global_scale, expected)
     x = torch.randn(3, 32)
     assert torch.equal(quantizer(x), quantize(x, STATIC, global_scale=expected).dequantize())
-    assert quantizer.state_dict() == {}  # checkpoints keep the Hugging Face layout
+    assert list(quantizer.state_dict()) == ["global_scale"]  # saved checkpoints have it in the sidecar
+    assert torch.equal(quantizer.state_dict()["global_scale"], expected)
 
 
 def test_observer_sees_the_rotated_tensor() -> None:
