@@ -69,15 +69,15 @@ class Session:
 
 
 def check_families(plan: Plan, *, options: bool = False) -> None:
-    """Raise `ReqatError` for a task family that there is none of, or (``options``: takes a second) that refuses its
-    options: before a base is trained, not when it is graded."""
-    from reqat.tasks import FAMILIES, get_family
+    """Raise `ReqatError` for a task family that there is none of, or (``options``: takes a second) that has no problems
+    yet or refuses its options: before a base is trained, not when it is graded."""
+    from reqat.tasks import FAMILIES, PLANNED, get_family
 
     asked = [evaluation.problems.families for evaluation in plan.evaluations.values()]
     asked += [stage.settings.families for stage in plan.stages.values() if isinstance(stage.settings, DataSettings)]
     for families in {canonical(families): families for families in asked}.values():
         for name, given in families.items():
-            if name not in FAMILIES:
+            if name not in (*FAMILIES, *PLANNED):
                 raise unknown("task family", name, FAMILIES, where=f"tier {plan.tier.name}")
             if options:
                 get_family(name).dataset(seed=0, size=1, options=given)

@@ -8,6 +8,6 @@ train, validation and test, so no problem can be in two.
 
 from __future__ import annotations
 
-from reqat.tasks.family import FAMILIES, SPLITS, Family, Problem, get_family, problems, verify, write_trace
+from reqat.tasks.family import FAMILIES, PLANNED, SPLITS, Family, Problem, get_family, problems, verify, write_trace
 
-__all__ = ["FAMILIES", "SPLITS", "Family", "Problem", "get_family", "problems", "verify", "write_trace"]
+__all__ = ["FAMILIES", "PLANNED", "SPLITS", "Family", "Problem", "get_family", "problems", "verify", "write_trace"]
