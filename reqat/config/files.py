@@ -271,6 +271,8 @@ def _lock(lock: Path, what: str, wait: bool) -> int:
 def beside(path: Path, suffix: str) -> Path:
     """A hidden neighbour of ``path``: its name with ``suffix``, shortened where the file system would not take it."""
     name = path.name
+    if not name:
+        raise ReqatError(f"{path} is the root of the file system, which is never replaced; name a folder in it.")
     if len(os.fsencode(name)) > _NAME_BYTES:
         digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
         name = os.fsencode(name)[:_NAME_BYTES].decode("utf-8", "ignore") + digest

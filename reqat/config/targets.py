@@ -129,9 +129,7 @@ def _check_place(target: Path, inputs: Iterable[Path]) -> None:
 
 
 def _check_parents(target: Path) -> None:
-    """Refuse a target below a file, where no folder can be made, and the file system's root, which has no name."""
-    if not Path(os.path.abspath(target)).name:
-        raise ReqatError(f"{target} is the root of the file system, which is never replaced; name a new folder.")
+    """Refuse a target below a file: no folder can be made there."""
     for parent in target.parents:
         if os.path.lexists(parent):
             if not parent.is_dir():
