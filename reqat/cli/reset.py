@@ -132,8 +132,10 @@ def read_fit(path: Path) -> str:
     try:
         made = json.loads(path.read_text(encoding="utf-8"))
         if made["schema"] != SCHEMA:
-            raise ReqatError(f"{path}: schema {made['schema']!r}, this version reads {SCHEMA!r}; fit it again.")
+            raise ReqatError(f"schema {made['schema']!r}, this version reads {SCHEMA!r}; fit it again.")
         return str(Decoding.parse(made["policy"]))
+    except ReqatError as error:
+        raise ReqatError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise ReqatError(f"{path}: no such file; `reqat fit-reset` writes one.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

@@ -125,6 +125,14 @@ class EvaluationPlan(Strict):
     problem_seed: Seed = 1
     families: Families | None = None
     """Null: the families of the traces."""
+
+    @field_validator("families")
+    @classmethod
+    def _some(cls, value: Families | None) -> Families | None:
+        if value is not None and not value:
+            raise ValueError("name at least one task family, or leave it out for those of the traces")
+        return value
+
     seeds: Seeds = Field(min_length=1)
     decoding: Decoding = Decoding()
     global_scale: GlobalScale = "row"
@@ -200,14 +208,15 @@ class Tier(Strict):
             for artifact in model.artifacts:
                 if artifact not in catalogue.artifacts:
                     raise unknown("artifact", artifact, catalogue.artifacts, where=f"{where}: models.{label}")
-        for recipe in [*self.claim_seeds.recipes, *(self.only.recipes or ())]:
-            if recipe not in catalogue.recipes:
-                raise unknown("recipe", recipe, catalogue.recipes, where=where)
-        for precision in [*self.claim_seeds.precisions, *(self.only.precisions or ())]:
-            try:
-                family(precision)
-            except ReqatError as error:
-                raise ReqatError(f"{where}: {error}") from None
+        for key, named in (("claim_seeds", self.claim_seeds), ("only", self.only)):
+            for recipe in named.recipes or ():
+                if recipe not in catalogue.recipes:
+                    raise unknown("recipe", recipe, catalogue.recipes, where=f"{where}: {key}.recipes")
+            for precision in named.precisions or ():
+                try:
+                    family(precision)
+                except ReqatError as error:
+                    raise ReqatError(f"{where}: {key}.precisions: {error}") from None
         return self
 
 

@@ -80,6 +80,9 @@ def check_config(folder: Path) -> dict[str, Any]:
     pad, vocabulary = config.get("pad_token_id"), config.get("vocab_size")
     if type(pad) is int and vocabulary is not None and pad >= vocabulary:
         raise _wrong(file, "pad_token_id", pad, f"an id below vocab_size {vocabulary}")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise _wrong(file, "architectures", names, "a list of class names")
     for key in ("hidden_act", "hidden_activation"):
         value = config.get(key)
         if value is not None and (not isinstance(value, str) or value not in ACT2CLS):

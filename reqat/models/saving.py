@@ -48,6 +48,10 @@ def save_model(
     left behind then.
     """
     folder = Path(folder)
+    if not isinstance(model, PreTrainedModel):
+        raise ReqatError(f"save_model writes a transformers model, not {type(model).__name__} ({model!r:.60})")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise ReqatError(f"dtype {dtype!r}: weights are stored in torch.float32, torch.bfloat16 or torch.float16")
     check_savable(model, folder)
     source = str(getattr(model, "name_or_path", "") or "")
     inputs = [Path(source)] if source and Path(source).is_dir() else []

@@ -59,7 +59,7 @@ def _precisions() -> Iterator[Case]:
         key, value = next(iter(options.items()))
         yield _case(
             f"Precision.parse({options})",
-            (key, "" if key == "globalscale" else str(value).strip("[]'")[:20]),
+            ("" if key == "kv_element" else key, "" if key == "globalscale" else str(value).strip("[]'")[:20]),
             parse("NVFP4-W4A4KV4", **options),
         )
 
@@ -350,7 +350,7 @@ def _checkpoints() -> Iterator[Case]:
         from reqat.training import checkpoint
 
         layer = torch.nn.Linear(4, 4)
-        return checkpoint.load(folder / "checkpoint", layer, torch.optim.AdamW(layer.parameters()))
+        return checkpoint.load(folder / "checkpoint", layer, torch.optim.AdamW(layer.parameters()), {})
 
     def spoiled(change: Callable[[dict[str, Any]], dict[str, Any]], metadata: Any = None) -> Callable[[Path], None]:
         def prepare(folder: Path) -> None:

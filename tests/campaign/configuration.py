@@ -137,7 +137,7 @@ DAMAGES: tuple[tuple[str, Callable[[bytes], bytes], str], ...] = (
     ("bad UTF-8", lambda data: b"# \xff\xfe\n" + data, "UTF-8"),
     ("a list", lambda data: b"- 1\n- 2\n", ""),
     ("cut in a bracket", lambda data: data + b"\nx: [1,\n", ""),
-    ("a key twice", lambda data: data + data, "twice"),
+    ("a key twice", lambda data: data + data, "twice|duplicate"),
     ("nested deeply", lambda data: b"x: " + b"[" * 3000, "nest"),
     ("a tab", lambda data: data + b"\n\tx: 1\n", ""),
     ("a key that is a list", lambda data: data + b"\n? [1]\n: 2\n", ""),
@@ -184,7 +184,7 @@ def cases() -> Iterator[Case]:
             "configuration file", f"{name}: a folder", (Path(name).name,), verb, prepare=_as_folder(f"config/{name}")
         )
     for key, change in STUDIES:
-        says = ("studies.yaml", key)
+        says = ("studies.yaml", f"{key}|study pair")
         yield Case("study", f"{change}"[:80], says, ("plan", "--tier", "smoke"), prepare=_studies(PAIR | change))
     yield Case(
         "study", "two of one name", ("studies.yaml", "pair"), ("plan", "--tier", "smoke"), prepare=_studies(PAIR, PAIR)

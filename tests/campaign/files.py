@@ -245,9 +245,7 @@ def sidecars() -> Iterator[tuple[str, str, Callable[[Path], None]]]:
 def _problems() -> Iterator[Case]:
     for what, line, says in PROBLEM_LINES:
         first = b'{"id": "p1", "prompt": "So 2 + 2 =", "response": "4"}\n' if "same id" in what else b""
-        yield Case(
-            "problems", what, ("problems", says), ENTROPY, prepare=_bytes("problems.jsonl", first + line + b"\n")
-        )
+        yield Case("problems", what, ("problem", says), ENTROPY, prepare=_bytes("problems.jsonl", first + line + b"\n"))
     for what, data in (
         ("empty", b""),
         ("blank lines", b"\n\n"),
@@ -329,7 +327,7 @@ def _views() -> Iterator[Case]:
         {"vocabulary": []},
     ):
         yield Case("traces", f"meta {change}", ("traces|meta.json",), view, prepare=_json("traces/meta.json", change))
-    for column in ("trace", "position", "token_id"):
+    for column in ("trace", "position", "token"):
         yield Case(
             "traces", f"tokens without {column}", ("tokens.parquet|traces", column), view, prepare=_no_column(column)
         )

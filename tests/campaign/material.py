@@ -101,7 +101,7 @@ def _checkpoint(folder: Path) -> None:
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    checkpoint.save(folder, layer, optimizer, {"step": 1})
+    checkpoint.save(folder, layer, optimizer, {"step": 1, "run": {}})
 
 
 @contextmanager

@@ -146,6 +146,8 @@ def _option(verb: str, option: str, value: str, says: tuple[str, ...] | None = N
         del base[at : at + 2]
     shown = value.strip() or option
     named = f"{option}|{option.removeprefix('--').replace('-', ' ')}|{option.removeprefix('--').replace('-', '_')}"
+    if option in ("--reference", "--candidate"):  # names the folder, and that it is none of a model
+        named += "|no model folder"
     return Case(
         "option",
         f"{verb} {option} {value!r}",
