@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,16 +128,16 @@ def read_fit(path: Path) -> str:
     """The policy in a file of `fit-reset`. Raises `ReqatError` where there is none."""
     from reqat.evaluation import Decoding
 
+    if not path.exists():
+        raise ReqatError(f"{path}: no such file; `reqat fit-reset` writes one.")
     try:
-        made = json.loads(path.read_text(encoding="utf-8"))
+        made = read_json(path, "file of `reqat fit-reset`", "fit it again")
         if made["schema"] != SCHEMA:
             raise ReqatError(f"schema {made['schema']!r}, this version reads {SCHEMA!r}; fit it again.")
         return str(Decoding.parse(made["policy"]))
     except ReqatError as error:
-        raise ReqatError(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise ReqatError(f"{path}: no such file; `reqat fit-reset` writes one.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise error if str(path) in str(error) else ReqatError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise ReqatError(f"{path}: not a file of `reqat fit-reset` ({error}); fit it again.") from None
 
 

@@ -279,6 +279,7 @@ def _calibration(source: Path, tokenizer: Any, wanted: Calibration) -> Any:
     """`[sequences, sequence_tokens]` token ids from a text file or a trace store."""
     import torch
 
+    from reqat.data.tokenizer import unknown_id
     from reqat.recipes.stages import calibration_ids
 
     if source.is_dir():
@@ -289,4 +290,7 @@ def _calibration(source: Path, tokenizer: Any, wanted: Calibration) -> Any:
     ids = tokenizer(read_text(source, "calibration text", "save it as UTF-8"), add_special_tokens=False)["input_ids"]
     if len(ids) < need:
         raise ReqatError(f"{source} holds {len(ids)} tokens, calibration wants {need}: lower --sequences.")
+    unknown_token = unknown_id(tokenizer)
+    if unknown_token is not None and ids[:need].count(unknown_token) > need // 2:
+        raise ReqatError(f"{source}: the tokenizer knows no token for most of it; take a text of the model's language.")
     return torch.tensor(ids[:need]).reshape(wanted.sequences, wanted.sequence_tokens)

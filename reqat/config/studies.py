@@ -336,7 +336,7 @@ def load_studies(plan: Plan, folder: Path) -> dict[str, PlannedStudy]:
     Raises `ReqatError` on a fault in the file, or for a model that the plan does not have.
     """
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
     asked = parse(StudiesFile, read_yaml(path), f"config/{FILE}").tiers.get(plan.tier.name, [])
     planned = [plan_study(plan, settings) for settings in asked]

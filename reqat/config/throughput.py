@@ -156,6 +156,6 @@ def sources(root: Path) -> list[Path]:
 def load_throughput(tier: str, folder: Path) -> Throughput | None:
     """The benchmark of a tier; None if it has none. Raises `ReqatError` on a fault in the file."""
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     return parse(ThroughputFile, read_yaml(path), f"config/{FILE}").tiers.get(tier)

@@ -58,6 +58,8 @@ def settle(
     Raises ReqatError as ``Precision.parse`` does, and naming each option that differs.
     """
     wanted = Precision.parse(precision, **options)
+    if not (skip is None or isinstance(skip, list | tuple | set) and all(isinstance(s, str) for s in skip)):
+        raise ReqatError(f"skip={skip!r}: give a list of patterns of layers' names, such as ['model.layers.0.*']")
     patterns = None if skip is None else tuple(skip)
     fresh = Asked(wanted, patterns or ())
     if saved == Precision():

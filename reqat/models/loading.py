@@ -69,6 +69,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         ReqatError: a source that is quantized already; only pickled weights; a damaged file; weights that are not
             finite, or of another model than ``config.json`` describes; a sidecar of other weights.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ReqatError(f"dtype={dtype!r}: give one of torch's for weights, such as torch.bfloat16")
     if str(path).startswith(PACKAGE):
         file = package_gguf(str(path))
         # Its progress bar knows no switch.
@@ -160,7 +162,11 @@ def _third_party(file: Path | str, remedy: str) -> Iterator[None]:
 
 
 def _folder(path: str | Path, needs: str = CONFIG) -> Path:
+    if not isinstance(path, str | Path):
+        raise ReqatError(f"no model at {path!r}: give a folder's path, or {PACKAGE}NAME")
     folder = Path(path)
+    if len(str(path)) > 4096:
+        raise CheckpointNotFoundError(f"no model folder at {str(path)[:60]!r}...: the path is too long")
     if not folder.is_dir():
         raise CheckpointNotFoundError(
             f"no model folder at {str(path)!r}: give a local Hugging Face folder, or {PACKAGE}NAME for a GGUF file in "
