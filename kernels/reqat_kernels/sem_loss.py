@@ -37,6 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reqat_kernels.products import cpu_multiplies, mm
+
 #: Logits held at once, in bytes: almost all the memory that the loss takes beside its gradients.
 CHUNK_BYTES = 320 * 2**20
 # A block of the weight, cast to the dtype of the products or as a gradient not yet added up.
@@ -329,25 +331,25 @@ class _Head:
     def logits(self, c: slice, out_CV: Tensor) -> Tensor:
         """``hidden[c] @ weight.T`` into ``out_CV``."""
         for b in self.blocks:
-            torch.mm(self.hidden_ND[c], self.weight_VD[b].to(self.dtype).t(), out=out_CV[:, b])
+            mm(self.hidden_ND[c], self.weight_VD[b].to(self.dtype).t(), out_CV[:, b])
         return out_CV
 
     def add_gradients(self, c: slice, grad_CV: Tensor) -> None:
         """From the gradient of the logits of ``c`` those of hidden (set) and weight (added to)."""
         if self.hidden_grad is not None:
             if len(self.blocks) == 1:
-                self.hidden_grad[c] = grad_CV @ self.weight_VD.to(self.dtype)
+                self.hidden_grad[c] = mm(grad_CV, self.weight_VD.to(self.dtype))
             else:
                 total_CD = torch.zeros_like(self.hidden_ND[c], dtype=_wide(self.dtype))
                 for b in self.blocks:
-                    total_CD += grad_CV[:, b] @ self.weight_VD[b].to(self.dtype)
+                    total_CD += mm(grad_CV[:, b], self.weight_VD[b].to(self.dtype))
                 self.hidden_grad[c] = total_CD
         if self.weight_grad is not None:
             for b in self.blocks:
-                if self.weight_grad.dtype == self.dtype:
+                if self.weight_grad.dtype == self.dtype and (self.weight_grad.is_cuda or cpu_multiplies(self.dtype)):
                     self.weight_grad[b].addmm_(grad_CV[:, b].t(), self.hidden_ND[c])
                 else:
-                    self.weight_grad[b] += grad_CV[:, b].t() @ self.hidden_ND[c]
+                    self.weight_grad[b] += mm(grad_CV[:, b].t(), self.hidden_ND[c])
 
 
 def _check(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> torch.dtype:

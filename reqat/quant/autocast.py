@@ -9,11 +9,12 @@ order of the sum. Elsewhere it is ``torch.autocast``.
 from __future__ import annotations
 
 import warnings
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from reqat_kernels.products import cpu_multiplies
 
 _ROUNDED = (torch.bfloat16, torch.float16)
 _library: torch.library.Library | None = None
@@ -22,15 +23,9 @@ _library: torch.library.Library | None = None
 def autocast(device_type: str, dtype: torch.dtype | None, enabled: bool = True) -> torch.autocast:
     """``torch.autocast`` for a kind of device (``cpu``, ``cuda``); ``dtype`` None or ``enabled`` False: none at all."""
     enabled = enabled and dtype is not None
-    if enabled and device_type == "cpu" and not has_bfloat16_products():
+    if enabled and device_type == "cpu" and dtype is not None and not cpu_multiplies(dtype):
         _install()
     return torch.autocast(device_type, dtype, enabled=enabled)
-
-
-@cache
-def has_bfloat16_products() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices at least as fast as float32 ones."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

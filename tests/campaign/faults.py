@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +68,14 @@ def full_disk(folder: Path, bytes_left: int = 0) -> Iterator[None]:
     """No file may grow beyond ``bytes_left``: writing fails in the middle, in the system calls that a full disk fails
     in (EFBIG in place of ENOSPC). Any process may do this to itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Python 3.11 keeps what it could write of a module's bytecode, which then can never be imported again.
+    bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, hard))  # Python ignores the signal that comes with it
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        sys.dont_write_bytecode = bytecode
 
 
 @contextlib.contextmanager

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -27,6 +25,7 @@ from reqat.models import (
     quant_linears,
     save_model,
 )
+from tests.campaign.faults import full_disk
 
 Tiny = Callable[..., PreTrainedModel]
 
@@ -230,17 +229,6 @@ def test_a_damaged_or_foreign_sidecar(tiny: Tiny, tmp_path: Path) -> None:
         load_model(folder)
 
 
-@contextmanager
-def full_disk(limit_bytes: int) -> Iterator[None]:
-    """No file may grow beyond the limit: writing fails in the middle, in the same calls as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))  # Python ignores the signal that comes with it
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_leaves_nothing_behind_and_the_old_model_intact(tiny: Tiny, tmp_path: Path) -> None:
     model = tiny("llama")
     old = save_model(model, None, tmp_path / "old")
@@ -248,7 +236,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_model_intact(tiny: Tiny, 
     for target in (tmp_path / "new", old):
         for limit in (20_000, 100):  # within the weights, within the first small file
             with (
-                full_disk(limit),
+                full_disk(tmp_path, limit),
                 pytest.raises(ValueError, match=f"(?i)cannot save the model to {target}.*free disk space"),
             ):
                 save_model(model, None, target, overwrite=True)

@@ -48,7 +48,7 @@ def test_without_bfloat16_products_layers_go_that_way_and_otherwise_torchs() -> 
     code = (
         "import torch; from reqat.quant import autocast as m; from reqat.quant.autocast import autocast, linear\n"
         "import reqat.quant.autocast as module, sys\n"
-        "module = sys.modules['reqat.quant.autocast']; module.has_bfloat16_products = lambda: False\n"
+        "module = sys.modules['reqat.quant.autocast']; module.cpu_multiplies = lambda dtype: False\n"
         "torch.manual_seed(0); x, layer = torch.randn(64, 96), torch.nn.Linear(96, 80)\n"
         "with autocast('cpu', torch.bfloat16): y = layer(x)\n"
         "with torch.autocast('cpu', torch.bfloat16): z = linear(x, layer.weight, layer.bias)\n"
