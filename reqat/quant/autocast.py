@@ -1,14 +1,15 @@
 """bfloat16 autocast that is fast on every CPU.
 
-Where the processor has no instruction for bfloat16 products (x86 with AVX2 alone), torch's own linear layers fall to a
-reference path that is five to ten times slower than float32. There :func:`autocast` computes them in float32 from
-operands rounded to bfloat16, and rounds the result to bfloat16: what hardware with such instructions does, up to the
-order of the sum. Elsewhere it is ``torch.autocast``.
+Where the processor has no instruction for bfloat16 products (x86 with AVX2 alone), torch's own linear layers and
+attention take a reference path that is five to ten times slower than float32. There :func:`autocast` computes them in
+float32 from operands rounded to bfloat16, and rounds the result to bfloat16: what hardware with such instructions does,
+up to the order of the sum. Elsewhere it is ``torch.autocast``.
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,16 +37,47 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
     given = (x, weight) if bias is None else (x, weight, bias)
     with torch.autocast("cpu", enabled=False):
-        if dtype not in _ROUNDED or any(t.dtype not in (torch.float32, *_ROUNDED) or not t.is_cpu for t in given):
+        if not _ours(dtype, *given):
             return F.linear(x, weight, bias)
         return F.linear(*(t.to(dtype).float() for t in given)).to(dtype)
 
 
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` as :func:`linear` is a linear layer; the probabilities stay in float32, where
+    torch's own rounds them, too. query [..., H, T, D], key and value [..., H or fewer, S, D]."""
+    dtype = torch.get_autocast_dtype("cpu")
+    # A mask that is added is rounded as the operands are; one that chooses holds booleans.
+    added = [attn_mask] if attn_mask is not None and attn_mask.dtype != torch.bool else []
+    given = [query, key, value, *added]
+    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
+    with torch.autocast("cpu", enabled=False):
+        if not _ours(dtype, *given):
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+        q, k, v, *mask = (t.to(dtype).float() for t in given)
+        return F.scaled_dot_product_attention(q, k, v, mask[0] if mask else attn_mask, **options).to(dtype)
+
+
+def _ours(dtype: torch.dtype, *given: Tensor) -> bool:
+    return dtype in _ROUNDED and all(t.dtype in (torch.float32, *_ROUNDED) and t.is_cpu for t in given)
+
+
 def _install() -> None:
-    """Let linear layers under CPU autocast be computed by :func:`linear`, in this process from now on."""
+    """Let linear layers and attention under CPU autocast be computed by the functions above, from now on in this
+    process."""
     global _library
     if _library is None:
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch's own is replaced is the point
             _library.impl("linear", linear, "AutocastCPU", allow_override=True)
+            _library.impl("scaled_dot_product_attention", attention, "AutocastCPU", allow_override=True)
