@@ -98,6 +98,7 @@ class Provenance:
     splits: tuple[str, ...]  # "test", or "validation" for a sweep
     decoding: tuple[str, ...]
     arithmetic: tuple[str, ...]
+    options: tuple[str, ...]  # precisions with options that are not their names' defaults, and who has them
     commits: tuple[str, ...]  # with "+changes" where the tree was dirty
 
     def notes(self) -> tuple[str, ...]:
@@ -117,6 +118,7 @@ class Provenance:
             + several(self.training_seeds, "training seed", "training seeds")
             + ".",
             f"Arithmetic: {'; '.join(self.arithmetic)}.",
+            *([f"Options of precisions: {'; '.join(self.options)}."] if self.options else []),
             f"Commit {', '.join(self.commits)}.",
         ]
         return tuple(out)
@@ -341,8 +343,25 @@ class Results:
             splits=_unique(e.problems.split for e in evaluations),
             decoding=_unique(_decoding(e.decoding) for e in evaluations),
             arithmetic=_unique(arithmetic_of(r) for r in records),
+            options=self._options(chosen),
             commits=_unique(commit_of(r) for r in records),
         )
+
+
+    def _options(self, chosen: Sequence[Entry]) -> tuple[str, ...]:
+        """``NVFP4-W4A4KV4:kv_element=E1M2 in ReQAT-TQ, ReQAT-TQS`` for each such precision of these entries."""
+        written = {e: str(self.plan.evaluation(e.cells[0].evaluation).precision) for e in chosen}
+        found = []
+        for text in dict.fromkeys(written.values()):
+            name, colon, _ = text.partition(":")
+            if not colon:
+                continue
+            same = [e for e in chosen if written[e].partition(":")[0] == name]
+            having = [e for e in same if written[e] == text]
+            others = {e.method for e in same if written[e] != text}
+            who = dict.fromkeys(f"{e.method} ({e.condition})" if e.method in others else e.method for e in having)
+            found.append(f"{text} in {'every method' if len(having) == len(same) else ', '.join(who)}")
+        return tuple(found)
 
 
 def _ends(values: Iterable[int]) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ from reqat.tasks import problems
 ROOT = Path(reqat.__file__).parents[1]
 
 # %% tags=["parameters"]
-precision = "NVFP4-W4A4KV4"
+precision = "NVFP4-W4A4KV4:kv_element=E1M2"
 sequences = int(os.environ.get("REQAT_NOTEBOOK_SEQUENCES", "8"))
 tokens = int(os.environ.get("REQAT_NOTEBOOK_TOKENS", "192"))
 grid = int(os.environ.get("REQAT_NOTEBOOK_GRID", "10"))  # the paper's is 20

@@ -93,8 +93,10 @@ def entropy(
     Both sample a response to every problem and seed (same random numbers); then both read every response, given or
     sampled, token by token.
     """
-    if (problems is None) == (families is None):
-        raise ReqatError("give either --problems FILE or --families a,b: one source of problems.")
+    if problems is not None and families is not None:
+        raise ReqatError(f"--problems {problems} and --families {families}: give one source of problems.")
+    if problems is None and families is None:
+        raise ReqatError("no problems: give --problems FILE or --families a,b.")
     numbers = seed_list(seeds)
     paths = {"reference": _absolute(reference), "candidate": _absolute(candidate or reference)}
     out, source = out.absolute(), problems.absolute() if problems is not None else None
@@ -186,7 +188,7 @@ def collect(
     models: dict[str, Any] = {}
     for label, path, precision, how in zip(labels, paths.values(), precisions, options, strict=True):
         given = {name: value for name, value in how.items() if value is not None}
-        models[label] = load_at(path, precision, otherwise={"global_scale": "row"}, **given)
+        models[label] = load_at(path, precision, **given)
     faults: list[tuple[TraceInfo, str]] = []
     ends = tuple(dict.fromkeys(i for model in models.values() for i in end_ids(model, tokenizer)))
     answered = [row for row in rows if row.has_response]

@@ -105,7 +105,7 @@ def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrained
 
     if isinstance(precision, str):
         family(precision)  # says what is wrong in one line
-        model = load_at(folder, precision, otherwise=PrecisionSpec(name=precision).options())
+        model = load_at(folder, precision)
     else:
         model = load_at(folder, precision.name, override=True, **precision.options())
     return model, load_tokenizer(folder)

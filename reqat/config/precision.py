@@ -1,25 +1,52 @@
-"""The name of a precision and its options, as configuration sees them: checked here by shape, given meaning by
-`reqat.quant.Precision`.
+"""What the name of a precision means: the one place where names are read, written and given defaults.
 
-Configuration must be readable without torch (the DAG is parsed in a second), so this floor knows only which names
-exist and normalizes the options that a name does not use. Otherwise `rotation: 32` on a model without rotation, or a
-KV element where no KV cache is quantized, would give the same work two identities.
+``NVFP4-W4A4KV4`` reads: family NVFP4, four-bit weights (W), inputs of the linear layers (A) and key/value cache (KV);
+16 means unquantized, ``BF16`` quantizes nothing. Families can be mixed with ``+``: ``MXFP4-W4A4+NVFP4-KV4``. Options
+stand behind a colon: ``MXFP4-W4A4:rotation=32``, ``NVFP4-W4A4KV4:kv_element=E1M2,global_scale=static``; for one role
+alone with its name in front, ``inputs.scale_rule=multiply``.
+
+A name means what engines mean by it: nothing is rotated, keys and values take the family's own element (E2M1), and the
+global scales of inputs, keys and values do not depend on other rows of a batch (``row``). What ReQAT does otherwise
+(E1M2 keys and values of Q-FIT, MXFP4's rotation by blocks of 32, ``dynamic`` global scales in training) is an option,
+given by recipe or user and shown wherever it is not the default.
+
+Readable without torch: the command line checks arguments and the DAG is parsed in a second. :class:`reqat.Precision` is
+the same choice as formats of tensors.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_validator, model_validator
 
 from reqat.config.base import Strict
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
+from reqat.config.formats import FAMILIES, FORMATS, has_global_scale
 
-FORMATS = ("MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g128", "INT4-row")
-_NAME = re.compile(r"(?P<format>.+?)-(?P<bits>(W4A4|W4A16)(KV4)?|KV4)")
-BITS = ("W4A16", "W4A4", "W4A16KV4", "W4A4KV4", "KV4")
+ROLES = ("weights", "inputs", "keys", "values")
+LINEAR, CACHE = ("weights", "inputs"), ("keys", "values")
+SCALED = ("inputs", "keys", "values")
+"""Roles whose global scale is a choice. That of weights always follows from the whole weight."""
+
+ACTS_ON: dict[str, tuple[tuple[str, ...], str]] = {
+    "element": (LINEAR, "element"),
+    "kv_element": (CACHE, "element"),
+    "global_scale": (SCALED, "global_scale"),
+    "scale": (ROLES, "scale"),
+    "scale_rule": (ROLES, "scale_rule"),
+    "rounding": (ROLES, "rounding"),
+}
+"""Option of a precision -> the roles that it acts on, and the field of their formats."""
+ROTATIONS = ("rotation", "kv_rotation")
+OPTIONS = (*ACTS_ON, *ROTATIONS)
+_FIELDS = ("element", "scale", "scale_rule", "rounding", "global_scale")
+_ROLE_OPTIONS = tuple(f"{role}.{field}" for role in ROLES for field in _FIELDS)
+
 KNOWN = (
     "BF16",
     "MXFP4-W4A16",
@@ -38,17 +65,127 @@ KNOWN = (
 """The settings of the paper, and those that the artifact adds; used to suggest what a misspelt name may have meant."""
 
 GlobalScale = Literal["dynamic", "row", "static"]
+DEFAULT_GLOBAL_SCALE: GlobalScale = "row"
+LARGEST_ROTATION = 2**15
+
+_TOKENS = {"W": ("weights",), "A": ("inputs",), "KV": CACHE, "K": ("keys",), "V": ("values",)}
+_TERM = re.compile(r"(?P<family>.+)-(?P<spec>(?:(?:W|A|KV|K|V)(?:4|16))+)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A name and its options, understood: the family of each quantized role, what its format is told besides, and the
+    sizes of the block Hadamard rotations."""
+
+    families: Mapping[str, str] = field(default_factory=dict)
+    fields: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Role -> field of its format -> value. A field that is not there has the family's default."""
+    rotation: int | None = None
+    kv_rotation: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in its usual spelling, without options."""
+        return name_of(self.families)
+
+    @property
+    def family(self) -> str:
+        """The family of the linear layers, or else of the cache; ``BF16`` where nothing is quantized."""
+        return next((self.families[role] for role in ROLES if role in self.families), "BF16")
+
+
+def resolve(name: str, options: Mapping[str, Any] | None = None) -> Resolved:
+    """What ``name`` means; case does not matter.
+
+    Args:
+        name: a name, possibly with options behind a colon.
+        options: more of them by their names (:data:`OPTIONS`, or ``ROLE.FIELD``); None stands for the default. One that
+            none of the name's roles takes is left out.
+
+    Raises:
+        ReqatError: an unreadable name (the closest known one is suggested); an unknown option or value; one that the
+            family does not have; one in the name that acts on nothing, or that is given otherwise beside it.
+    """
+    if not isinstance(name, str):
+        raise unknown_precision(name)
+    families = _families(name, name.partition(":")[0].strip())
+    inline = inline_options(name)
+    given = {key: value for key, value in (options or {}).items() if value is not None}
+    for option in (*inline, *given):
+        if option not in OPTIONS and option not in _ROLE_OPTIONS:
+            raise unknown("option of a precision", option, OPTIONS)
+    for option, value in inline.items():
+        if option in given and str(given[option]) != value:
+            raise ReqatError(f"precision {name!r} says {option}={value}, and {given[option]!r} is asked for beside it.")
+        if not _acts(option, families):
+            raise ReqatError(f"precision {name!r}: {option}={value} acts on nothing in {name_of(families)}.")
+    chosen: dict[str, Any] = {**inline, **given}
+    fields = {role: _fields(name, role, family, chosen) for role, family in families.items()}
+    sizes = {option: _size(chosen.get(option), option) for option in ROTATIONS}
+    return Resolved(
+        families,
+        fields,
+        rotation=sizes["rotation"] if any(role in families for role in LINEAR) else None,
+        kv_rotation=sizes["kv_rotation"] if any(role in families for role in CACHE) else None,
+    )
+
+
+def inline_options(name: str) -> dict[str, str]:
+    """The options that stand in a name, behind its colon. Raises `ReqatError` for what is none."""
+    _, colon, text = name.partition(":")
+    return _inline(name, text) if colon else {}
 
 
 def family(name: str) -> str:
     """The format of a precision's name: `NVFP4` of `NVFP4-W4A4KV4`, `BF16` of `BF16`. Raises `ReqatError` on anything
     else."""
-    if name == "BF16":
-        return name
-    match = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if not match or match["format"] not in FORMATS:
-        raise unknown_precision(name)
-    return match["format"]
+    return resolve(name).family
+
+
+def name_of(families: Mapping[str, str]) -> str:
+    """The name of a precision whose roles have these families, in its usual spelling."""
+    parts: list[tuple[str, str]] = []  # (family, tokens), neighbours of one family merged
+    keys, values = families.get("keys"), families.get("values")
+    entries = [("W", families.get("weights")), ("A", families.get("inputs"))]
+    entries += [("KV", keys)] if keys == values else [("K", keys), ("V", values)]
+    linear = {families[role] for role in LINEAR if role in families}
+    for token, name in entries:
+        if name is not None:
+            bits, of = "4", name
+        elif token in ("W", "A") and len(linear) == 1:
+            bits, of = "16", next(iter(linear))  # "W4A16", not "W4"
+        else:
+            continue
+        if parts and parts[-1][0] == of:
+            parts[-1] = (of, parts[-1][1] + token + bits)
+        else:
+            parts.append((of, token + bits))
+    return "+".join(f"{of}-{spec}" for of, spec in parts) or "BF16"
+
+
+def options_of(families: Mapping[str, str], fields: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The options that formats of these families and fields deviate from their defaults with, as few as say it."""
+    found: dict[str, str] = {}
+    for option, (roles, part) in ACTS_ON.items():
+        there = [role for role in roles if role in families]
+        if option == "global_scale":
+            there = [role for role in there if has_global_scale(families[role])]
+        values = {role: fields[role].get(part, _default(role, families[role], part)) for role in there}
+        deviating = {role: v for role, v in values.items() if v != _default(role, families[role], part)}
+        if deviating and len(deviating) == len(there) and len(set(deviating.values())) == 1:
+            found[option] = next(iter(deviating.values()))
+        else:
+            found |= {f"{role}.{part}": value for role, value in deviating.items()}
+    if "weights" in families:
+        own = fields["weights"].get("global_scale", "")
+        if own and own != _default("weights", families["weights"], "global_scale"):
+            found["weights.global_scale"] = own
+    return found
+
+
+def written(name: str, options: Mapping[str, Any]) -> str:
+    """``NAME:option=value,...``, which :func:`resolve` reads back."""
+    return name + (":" + ",".join(f"{option}={value}" for option, value in options.items()) if options else "")
 
 
 def unknown_precision(name: object) -> ReqatError:
@@ -59,7 +196,7 @@ def unknown_precision(name: object) -> ReqatError:
     hint = f" did you mean {meant!r}?" if meant and meant != text else ""
     return ReqatError(
         f"unknown precision {name!r}:{hint} Write BF16 or FORMAT-BITS, with FORMAT one of {', '.join(FORMATS)} and "
-        f"BITS one of {', '.join(BITS)}; for example {', '.join(KNOWN[:6])}."
+        f"BITS such as W4A16, W4A4, W4A4KV4 or KV4; for example {', '.join(KNOWN[:6])}."
     )
 
 
@@ -72,17 +209,95 @@ def check_rotation(size: Any, name: str = "rotation") -> Any:
     return size
 
 
-LARGEST_ROTATION = 2**15
+def _families(name: str, bare: str) -> dict[str, str]:
+    """Role -> family, from the name without options."""
+    if bare.upper() == "BF16":
+        return {}
+    known = {family.upper(): family for family in FORMATS}
+    bits: dict[str, str] = {}
+    for term in bare.split("+"):
+        match = _TERM.fullmatch(term)
+        if match is None or match["family"].upper() not in known:
+            raise unknown_precision(name)
+        for token, width in re.findall(r"(KV|W|A|K|V)(4|16)", match["spec"].upper()):
+            for role in _TOKENS[token]:
+                if role in bits:
+                    raise ReqatError(f"precision {name!r} sets {role} twice")
+                bits[role] = known[match["family"].upper()] if width == "4" else ""
+    return {role: bits[role] for role in ROLES if bits.get(role)}
+
+
+def _inline(name: str, text: str) -> dict[str, str]:
+    """The options behind the colon."""
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        option, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (option and equals and value):
+            raise ReqatError(
+                f"precision {name!r}: {part.strip()!r} is no option; write option=value, as in "
+                "NVFP4-W4A4KV4:kv_element=E1M2,rotation=32."
+            )
+        if option in found:
+            raise ReqatError(f"precision {name!r} gives {option} twice")
+        found[option] = value
+    return found
+
+
+def _acts(option: str, families: Mapping[str, str]) -> bool:
+    if option == "rotation":
+        return any(role in families for role in LINEAR)
+    if option == "kv_rotation":
+        return any(role in families for role in CACHE)
+    if option == "global_scale":
+        return any(role in families and has_global_scale(families[role]) for role in SCALED)
+    if option in ACTS_ON:
+        return any(role in families for role in ACTS_ON[option][0])
+    return option.partition(".")[0] in families
+
+
+def _default(role: str, family: str, part: str) -> str:
+    """What a field of the format of a role is where nothing is said."""
+    if part == "global_scale" and role in SCALED and has_global_scale(family):
+        return DEFAULT_GLOBAL_SCALE
+    return str(FAMILIES[family][part][0])
+
+
+def _fields(name: str, role: str, family: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """What the format of one role is told, checked against its family."""
+    fields: dict[str, str] = {}
+    for option, (roles, part) in ACTS_ON.items():
+        # A global scale is meant for the families that have one.
+        if option in options and role in roles and (part != "global_scale" or has_global_scale(family)):
+            fields[part] = options[option]
+    for part in _FIELDS:
+        if f"{role}.{part}" in options:
+            fields[part] = options[f"{role}.{part}"]
+    for part, value in fields.items():
+        allowed = FAMILIES[family][part]
+        if not isinstance(value, str) or (value not in allowed and not (part == "scale" and value == "PO2")):
+            raise unknown(f"{part} of {family}", value, allowed, where=f"precision {name!r}")
+    if role in SCALED and has_global_scale(family):
+        fields.setdefault("global_scale", DEFAULT_GLOBAL_SCALE)
+    return fields
+
+
+def _size(value: Any, option: str) -> int | None:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)  # behind a colon everything is text
+    return check_rotation(value, option)
+
+
 Rotation = Annotated[int, AfterValidator(check_rotation)]
 """Size of a block Hadamard rotation: a power of two."""
 
 
 class PrecisionSpec(Strict):
-    """A precision by name with its options. `options()` is what `Precision.parse(name, **options)` takes."""
+    """A precision by name with its options, as configuration holds it: what a name does not use is None, so that the
+    same work has one identity. `options()` is what `Precision.parse(name, **options)` takes."""
 
     name: str = "BF16"
     kv_element: Literal["E1M2", "E2M1"] | None = None
-    """Element of the KV cache's codes; null: the format's own (NVFP4: E1M2), or no quantized KV cache."""
+    """Element of the KV cache's codes, where NVFP4 leaves a choice; null: E2M1."""
     rotation: Rotation | None = None
     """Size of the block Hadamard rotation of the linear layers' inputs and weights; null for none."""
     kv_rotation: Rotation | None = None
@@ -103,22 +318,32 @@ class PrecisionSpec(Strict):
             data = {"name": data}
         if not isinstance(data, dict):
             return data
-        name = data.get("name", "BF16")
-        kind = family(name)
-        nvfp4 = kind in ("NVFP4", "NVFP4-4/6")
-        kv = "KV4" in name
-        scaled = nvfp4 and ("A4" in name or "KV4" in name)
-        has_linear = "-W4" in name
+        text = data.get("name", "BF16")
+        asked = {option: data.get(option) for option in ("kv_element", "rotation", "kv_rotation", "global_scale")}
+        found = resolve(text)
+        inline = inline_options(text)
+        for option, value in inline.items():  # they become fields
+            if option not in asked:
+                raise unknown("option of a precision in configuration", option, asked, where=text)
+            if asked[option] not in (None, value, _size(value, option) if option in ROTATIONS else value):
+                raise ReqatError(f"precision {text!r} says {option}={value}, and {asked[option]!r} beside it.")
+            asked[option] = _size(value, option) if option in ROTATIONS else value
+        kind, cache = found.family, next((found.families[r] for r in CACHE if r in found.families), None)
+        element = asked["kv_element"] if cache else None
+        if cache is not None and element in (None, _default("keys", cache, "element")):
+            element = "E2M1" if cache == "NVFP4" else None  # that NVFP4's stands there is part of the digests in use
+        scaled = any(has_global_scale(found.families[role]) for role in SCALED if role in found.families)
         return data | {
-            "kv_element": (data.get("kv_element") or ("E1M2" if kind == "NVFP4" else None)) if kv else None,
-            "kv_rotation": data.get("kv_rotation") if kv else None,
-            "global_scale": (data.get("global_scale") or "row") if scaled else None,
-            "rotation": data.get("rotation") if has_linear else None,
+            "name": found.name if kind != "BF16" else "BF16",
+            "kv_element": element,
+            "kv_rotation": asked["kv_rotation"] if cache else None,
+            "global_scale": (asked["global_scale"] or DEFAULT_GLOBAL_SCALE) if scaled else None,
+            "rotation": asked["rotation"] if any(role in found.families for role in LINEAR) else None,
         }
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for `reqat.quant.Precision.parse`, those that this name uses. `rotation` is always given,
-        None included."""
+        """Keyword arguments for `reqat.Precision.parse`, those that this name uses. `rotation` is always given, None
+        included."""
         named = {"kv_element": self.kv_element, "global_scale": self.global_scale, "kv_rotation": self.kv_rotation}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 
@@ -126,3 +351,9 @@ class PrecisionSpec(Strict):
     def family(self) -> str:
         """`NVFP4` of `NVFP4-W4A4KV4`; `BF16` of `BF16`."""
         return family(self.name)
+
+    def __str__(self) -> str:
+        """The name with each option that is not the default; `resolve` reads it back."""
+        found = resolve(self.name, self.options())
+        sizes = {option: size for option in ROTATIONS if (size := getattr(found, option)) is not None}
+        return written(found.name, {**options_of(found.families, found.fields), **sizes})

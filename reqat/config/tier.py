@@ -207,7 +207,7 @@ class Tier(Strict):
         for label, model in self.models.items():
             for artifact in model.artifacts:
                 if artifact not in catalogue.artifacts:
-                    raise unknown("artifact", artifact, catalogue.artifacts, where=f"{where}: models.{label}")
+                    raise unknown("artifact", artifact, catalogue.artifacts, where=f"{where}: models.{label}.artifacts")
         for key, named in (("claim_seeds", self.claim_seeds), ("only", self.only)):
             for recipe in named.recipes or ():
                 if recipe not in catalogue.recipes:

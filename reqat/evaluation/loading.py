@@ -6,13 +6,12 @@ of another are of the same arithmetic on the same device: the one that a record'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reqat.models import freeze, load_model, prepare, saved_at
+from reqat.models import freeze, load_model, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +24,6 @@ def load_at(
     folder: str | Path,
     precision: str,
     *,
-    otherwise: Mapping[str, Any] | None = None,
     override: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
@@ -37,15 +35,12 @@ def load_at(
     Args:
         folder: of the model.
         precision: a name; the options that ``folder`` was saved with count if it was saved at it.
-        otherwise: options for those that are not in ``options``, if ``folder`` was not saved at ``precision``.
         override: take ``precision`` and ``options`` as they are, as a plan does, which gives all of them.
         options: of ``prepare``.
 
     Raises `ReqatError` as ``load_model`` and ``prepare`` do.
     """
     model = load_model(folder)
-    if otherwise is not None and not saved_at(model, precision):
-        options = {**otherwise, **options}
     prepare(model, precision, override=override, **options)
     if torch.cuda.is_available():
         torch.nn.Module.cuda(model)

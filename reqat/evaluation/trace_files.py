@@ -262,7 +262,7 @@ class TraceWriter:
         if self.n_traces == 0:
             self.abort()
             why = f" (all left out: {self.left_out[0]['reason']})" if self.left_out else ""
-            raise ReqatError(f"{self.folder}: no traces to write{why}")
+            raise ReqatError(f"there are no traces to write{why}")
         with explaining(self.folder):
             self._flush()
             for writer in (self._tokens, self._traces):

@@ -86,7 +86,8 @@ def require(path: Path, wanted: Iterable[str], there: Sequence[str]) -> None:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """``meta.json`` of this schema; its ``labels`` are one or more different texts.
+    """``meta.json`` of this schema: ``labels`` one or more different texts, ``k`` at least 1
+    where it is said.
 
     Raises `ReqatError` where there is none (`MissingFileError`), and for one that is damaged or of another schema.
     """
@@ -100,6 +101,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise ReqatError(f"{path}: labels is {labels!r}, not a list of precisions; {REMEDY}.")
     if len(set(labels)) != len(labels):
         raise ReqatError(f"{path}: labels {labels} name a precision twice; {REMEDY}.")
+    k = meta.get("k", 1)
+    if type(k) is not int or k < 1:
+        raise ReqatError(f"{path} is damaged: k is {k!r}, not a number of tokens; {REMEDY}.")
     return meta
 
 

@@ -1,19 +1,7 @@
 """A Format is a frozen value that says everything about how a tensor is quantized: element, block, scale, rounding.
 
-A name stands for a family with defaults; options change what the family leaves open (defaults first):
-
-| name | element | block | scale | scale_rule | rounding | global_scale |
-|---|---|---|---|---|---|---|
-| MXFP4 | E2M1, E1M2 | 32 | E8M0 | ceil, floor, even | even, away | none |
-| NVFP4 | E2M1, E1M2 | 16 | E4M3 | divide, multiply, reciprocal | even, away | dynamic, row, static |
-| NVFP4-4/6 | E2M1 | 16 | E4M3 | divide | even, away | dynamic, row, static |
-| AMXFP4 | E2M1, E1M2 | 32, a scale a sign | E5M2, E4M3, FP16 | nearest | away, even | none |
-| | | | E8M0 ("PO2") | floor, even | away, even | none |
-| INT4-g128 | INT4 | 128 | FP32, FP16 | nearest | even, away | none |
-| INT4-row | INT4 | the whole row | FP32, FP16 | nearest | even, away | none |
-
-MXFP4's default is ``ceil`` because ReQAT uses it; OCP's specification says ``floor``, compressed-tensors exports
-``even``. What each rule computes is in :mod:`reqat.formats.scales`.
+A name stands for a family with defaults; options change what the family leaves open. The table of families is
+:mod:`reqat.config.formats`.
 """
 
 from __future__ import annotations
@@ -25,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from reqat.config.formats import FAMILIES
 from reqat.formats.elements import ELEMENTS, Element
 from reqat.formats.scales import E4M3_MAX, SCALE_TYPES
 
@@ -51,9 +40,9 @@ class Format:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        if self.name not in _FAMILIES:
-            raise ValueError(_unknown("format", self.name, _FAMILIES))
-        for field, allowed in _FAMILIES[self.name].items():
+        if self.name not in FAMILIES:
+            raise ValueError(_unknown("format", self.name, FAMILIES))
+        for field, allowed in FAMILIES[self.name].items():
             if getattr(self, field) not in allowed:
                 raise ValueError(_unknown(f"{field} of {self.name}", getattr(self, field), allowed))
         if self.asymmetric and (self.scale == "E8M0") == (self.scale_rule == "nearest"):
@@ -89,40 +78,6 @@ class Format:
         return self.name
 
 
-def _family(block: int | None, *, asymmetric: bool = False, adaptive: bool = False, **choices: str) -> dict[str, Any]:
-    """What each field of a Format may be, the default first."""
-    fields = {"element": "E2M1", "global_scale": "none", "rounding": "even away", **choices}
-    return {
-        "block": (block,),
-        "asymmetric": (asymmetric,),
-        "adaptive": (adaptive,),
-        **{field: tuple(values.split()) for field, values in fields.items()},
-    }
-
-
-_FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "MXFP4": _family(32, element="E2M1 E1M2", scale="E8M0", scale_rule="ceil floor even"),
-    "NVFP4": _family(
-        16,
-        element="E2M1 E1M2",
-        scale="E4M3",
-        scale_rule="divide multiply reciprocal",
-        global_scale="dynamic row static",
-    ),
-    "NVFP4-4/6": _family(16, adaptive=True, scale="E4M3", scale_rule="divide", global_scale="dynamic row static"),
-    "AMXFP4": _family(
-        32,
-        asymmetric=True,
-        element="E2M1 E1M2",
-        scale="E5M2 E4M3 FP16 E8M0",
-        scale_rule="nearest floor even",
-        rounding="away even",
-    ),
-    "INT4-g128": _family(128, element="INT4", scale="FP32 FP16", scale_rule="nearest"),
-    "INT4-row": _family(None, element="INT4", scale="FP32 FP16", scale_rule="nearest"),
-}
-
-FORMAT_NAMES = tuple(_FAMILIES)
 _OPTIONS = ("element", "scale", "scale_rule", "rounding", "global_scale")
 
 
@@ -143,10 +98,10 @@ def get_format(name: str | Format, **options: str | None) -> Format:
     if isinstance(name, Format):
         fields = dataclasses.asdict(name)
     else:
-        known = next((family for family in _FAMILIES if family.upper() == str(name).upper()), None)
+        known = next((family for family in FAMILIES if family.upper() == str(name).upper()), None)
         if known is None:
-            raise ValueError(_unknown("format", name, _FAMILIES))
-        fields = {"name": known, **{field: values[0] for field, values in _FAMILIES[known].items()}}
+            raise ValueError(_unknown("format", name, FAMILIES))
+        fields = {"name": known, **{field: values[0] for field, values in FAMILIES[known].items()}}
     if chosen.get("scale") == "PO2":
         chosen["scale"] = "E8M0"
     if fields["asymmetric"] and "scale" in chosen and "scale_rule" not in chosen:

@@ -31,7 +31,6 @@ from reqat.models.prepare import (  # noqa: E402
     freeze,
     precision_of,
     prepare,
-    saved_at,
 )
 from reqat.models.saving import save_model  # noqa: E402
 
@@ -61,7 +60,6 @@ __all__ = [
     "prepare",
     "quant_linears",
     "save_model",
-    "saved_at",
     "softmax_attention",
     "weights_quantized_once",
 ]

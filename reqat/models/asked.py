@@ -1,8 +1,8 @@
 """Which precision a model is prepared for: what is asked for, and what its folder was saved with.
 
-A name such as ``NVFP4-W4A4KV4`` leaves options open. Asked for by the name that the folder was saved with, the options
-are the folder's; one that is given and differs is an error, because the model would compute something else than it was
-trained, quantized or measured with. Another name is another precision; what differs is reported.
+A name such as ``NVFP4-W4A4KV4`` leaves options open. Asked for by the name that the folder was saved with, options that
+are not given are the folder's; one that is given and differs is an error, because the model would compute something
+else than it was trained, quantized or measured with. Another name is another precision; what differs is reported.
 """
 
 from __future__ import annotations
@@ -13,19 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from reqat.config.errors import ReqatError
+from reqat.config.precision import ACTS_ON, ROLES, ROTATIONS, inline_options
 from reqat.quant import Precision
-
-_CACHE, _INPUTS = ("keys", "values"), ("inputs", "keys", "values")
-_LINEAR, _ALL = ("weights", "inputs"), ("weights", "inputs", "keys", "values")
-# Where each option of Precision.parse acts: the roles, and the field of their format.
-_ACTS_ON: dict[str, tuple[tuple[str, ...], str]] = {
-    "element": (_LINEAR, "element"),
-    "kv_element": (_CACHE, "element"),
-    "global_scale": (_INPUTS, "global_scale"),
-    "scale": (_ALL, "scale"),
-    "scale_rule": (_ALL, "scale_rule"),
-    "rounding": (_ALL, "rounding"),
-}
 
 
 @dataclass(frozen=True)
@@ -67,9 +56,11 @@ def settle(
     differs = differences(wanted, saved)
     if patterns is not None and saved_skip is not None and patterns != saved_skip:
         differs["skip"] = f"skip: saved with {list(saved_skip)}, asked for {list(patterns)}"
-    if override or str(wanted) != str(saved):
+    if override or wanted.name != saved.name:
         return dataclasses.replace(fresh, differs=tuple(differs.values()))
-    given = {"skip"} | (set(differs) if isinstance(precision, Precision) else _places(options))
+    given = {"skip"} | (
+        set(differs) if isinstance(precision, Precision) else _places({**inline_options(precision), **options})
+    )
     conflicts = [text for place, text in differs.items() if place in given]
     if conflicts:
         raise ReqatError(
@@ -82,14 +73,14 @@ def settle(
 def differences(wanted: Precision, saved: Precision) -> dict[str, str]:
     """A line for each setting in which two precisions differ, by its place (``inputs.global_scale``, ``rotation``)."""
     found: dict[str, tuple[Any, Any]] = {}
-    for role in _ALL:
+    for role in ROLES:
         now, then = getattr(wanted, role), getattr(saved, role)
         if now is None or then is None:
             found[role] = tuple("unquantized" if fmt is None else fmt.name for fmt in (then, now))  # type: ignore[assignment]
             continue
         for part in dataclasses.fields(now):
             found[f"{role}.{part.name}"] = getattr(then, part.name), getattr(now, part.name)
-    for place in ("rotation", "kv_rotation"):
+    for place in ROTATIONS:
         found[place] = getattr(saved, place), getattr(wanted, place)
     return {
         place: f"{place}: saved with {then}, asked for {now}" for place, (then, now) in found.items() if then != now
@@ -97,12 +88,14 @@ def differences(wanted: Precision, saved: Precision) -> dict[str, str]:
 
 
 def _places(options: Mapping[str, Any]) -> set[str]:
-    """The places on which the options given act; ``rotation="default"`` leaves it to the name."""
+    """The places on which the options given act. None given for a rotation means none, elsewhere the default."""
     places = set()
     for option, value in options.items():
-        if option == "kv_rotation" or (option == "rotation" and value != "default"):
+        if option in ROTATIONS:
             places.add(option)
-        elif option in _ACTS_ON and value is not None:
-            roles, part = _ACTS_ON[option]
+        elif option in ACTS_ON and value is not None:
+            roles, part = ACTS_ON[option]
             places |= {f"{role}.{part}" for role in roles}
+        elif value is not None:
+            places.add(option)
     return places

@@ -205,13 +205,6 @@ def _asked(
     return settle(precision, skip, options, saved, saved_skip, override=override)
 
 
-def saved_at(model: PreTrainedModel, precision: str | Precision) -> bool:
-    """Whether the folder that ``model`` was loaded from was saved at the precision of this name."""
-    sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
-    name = str(Precision.parse(precision))
-    return sidecar is not None and name != "BF16" and str(sidecar.precision) == name
-
-
 def precision_of(model: PreTrainedModel) -> Precision | None:
     """The precision that ``model`` was prepared for, or None."""
     report: Report | None = getattr(model, "_reqat_report", None)

@@ -110,8 +110,8 @@ def read_stored(folder: Path) -> Stored | None:
     _check_about(file, about)
     try:
         precision = Precision.from_dict(about["precision"])
-        if str(precision) != about["precision"].get("name", str(precision)):
-            raise ValueError(f"its formats are those of {precision}, its name is {about['precision']['name']}")
+        if precision.name != about["precision"].get("name", precision.name):
+            raise ValueError(f"its formats are those of {precision.name}, its name is {about['precision']['name']}")
         for block in (precision.rotation, precision.kv_rotation):
             if block is not None and (type(block) is not int or block < 1 or block & (block - 1)):
                 raise ValueError(f"rotation block {block!r}, where a power of two is needed")

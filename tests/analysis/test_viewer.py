@@ -452,6 +452,7 @@ def test_no_trace_at_all(pairs: Path, tmp_path: Path) -> None:
     [
         ({"labels": []}, "labels is"),
         ({"labels": ["BF16", "BF16"]}, "name a precision twice"),
+        ({"k": -1}, "k is -1"),
         ({"labels": ["BF16", "W4"]}, "lacks the columns entropy_W4"),
         ({"vocabulary": None}, "neither a vocabulary"),
         ({"vocabulary": [1, 2]}, "no string"),

@@ -50,7 +50,7 @@ TIER: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("qfit.grid", (0, HUGE)),
     ("qfit.calibration.sequences", (0, HUGE, -1)),
     ("ptq.damp", (0, NAN, INF, "small")),
-    ("models", ({}, None, [], {"testbed": None})),
+    ("models", (None, [], {"testbed": None})),
     ("models.testbed.source", ("scrach", "package", "path", None)),
     ("models.testbed.artifacts", ([], ["tabel1"], "table1")),
     ("models.testbed.scratch.architecture.heads", (0, 7, HUGE, -2)),

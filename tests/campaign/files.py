@@ -178,7 +178,6 @@ def _tokenizers() -> Iterator[Case]:
         for what, data in (*JSON_DAMAGES, ("an empty object", b"{}" if name == "tokenizer.json" else b"[1]")):
             yield Case("tokenizer", f"{name} {what}", ("tokenizer",), ENTROPY, prepare=_bytes(f"model/{name}", data))
     for what, change in (
-        ("class of another kind", {"tokenizer_class": "NoSuchTokenizer"}),
         ("bos a list", {"bos_token": [1]}),
         ("template a number", {"chat_template": 5}),
     ):

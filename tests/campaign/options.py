@@ -63,7 +63,7 @@ OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("route", "entropy"), "--candidate-precision", PRECISIONS[:3]),
     (("route", "entropy"), "--reference-precision", PRECISIONS[3:]),
     (("noise",), "--sigmas", ("nan", "inf", "-0.1", "0.1,0.1", "a", "0.1,", "0.1,0.10000001")),
-    (("noise",), "--share", ("nan", "0", "1", "-0.5", "2", "inf", "half")),
+    (("noise",), "--share", ("nan", "0", "-0.5", "2", "inf", "half")),
     (("noise",), "--by", ("rows", "Batch")),
     (("route",), "--threshold", ("nan", "p100", "p0", "low", "-0.5", "inf", "p")),
     (("route",), "--policy", ("low", "all_reference")),

@@ -171,6 +171,18 @@ def test_q_is_qfit_for_nvfp4_and_the_block_rotation_for_mxfp4():
             assert last.precision.kv_element == evaluation.precision.kv_element
 
 
+def test_keys_and_values_are_e1m2_where_qfit_is_and_nowhere_else():
+    seen = set()
+    for cell in LAPTOP.cells:
+        evaluation = LAPTOP.evaluation(cell.evaluation)
+        if not evaluation.precision.name.endswith("KV4"):
+            continue
+        fitted = any(s.kind == "qfit" for s in LAPTOP.lineage(evaluation.stage)) and cell.recipe != "qfit-e2m1"
+        assert evaluation.precision.kv_element == ("E1M2" if fitted else "E2M1"), cell
+        seen.add((cell.recipe, fitted))
+    assert {("ptq", False), ("qat", False), ("reqat-t", False), ("reqat-tqs", True)} <= seen
+
+
 def test_tqs_differs_from_tq_in_the_objective_alone():
     tq, tqs = (chain(LAPTOP, r, "NVFP4-W4A4KV4", 2) for r in ("reqat-tq", "reqat-tqs"))
     assert [s.id for s in tq[:-1]] == [s.id for s in tqs[:-1]]

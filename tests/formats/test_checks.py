@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reqat.formats import FORMAT_NAMES, Format, PackedTensor, QuantizedTensor, get_format, quantize
+from reqat.formats import FORMATS, Format, PackedTensor, QuantizedTensor, get_format, quantize
 from reqat.formats.checks import check_parts
 
 #: Bits of each scale type that stand for NaN, infinity, a negative number or -0.0.
@@ -65,7 +65,7 @@ CHANGES: dict[str, Callable[[QuantizedTensor], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("name", FORMAT_NAMES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_parts_that_do_not_belong_together_are_refused(name: str, change: str) -> None:
     q = quantized(get_format(name))
     with pytest.raises((ValueError, TypeError), match="of tensor"):

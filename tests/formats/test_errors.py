@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from reqat.formats import FORMAT_NAMES, Format, get_format, global_scale_for, quantize, quantize_dequantize
+from reqat.formats import FORMATS, Format, get_format, global_scale_for, quantize, quantize_dequantize
 
 BOTH = pytest.mark.parametrize("function", [quantize, quantize_dequantize])
 
@@ -135,7 +135,7 @@ def test_unknown_names_and_options_list_the_valid_ones(name: str, options: dict[
 
 
 def test_formats_are_values():
-    for name in FORMAT_NAMES:
+    for name in FORMATS:
         fmt = get_format(name)
         assert (
             get_format(name.lower()) == fmt == get_format(fmt) and str(fmt) == name and hash(fmt) == hash(fmt.replace())

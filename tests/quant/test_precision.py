@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from reqat.formats import get_format
+from reqat.config.errors import ReqatError
+from reqat.config.formats import FAMILIES
+from reqat.config.precision import PrecisionSpec
+from reqat.formats import Format, get_format
 from reqat.quant import KNOWN, Precision
 
 
@@ -30,18 +36,20 @@ def test_a_name_is_printed_as_it_was_read(name: str) -> None:
 
 
 def test_what_names_mean() -> None:
-    paper = Precision.parse("NVFP4-W4A4KV4")
-    assert (paper.weights, paper.inputs) == (get_format("NVFP4"), get_format("NVFP4"))
-    assert paper.keys == paper.values == get_format("NVFP4", element="E1M2")
-    assert paper.rotation is None and paper.keys.global_scale == "dynamic"
-    assert Precision.parse("NVFP4-W4A4KV4", kv_element="E2M1").keys == get_format("NVFP4")
+    nvfp4 = Precision.parse("NVFP4-W4A4KV4")
+    assert nvfp4.weights == get_format("NVFP4")
+    assert nvfp4.inputs == nvfp4.keys == nvfp4.values == get_format("NVFP4", global_scale="row")
+    assert nvfp4.rotation is None and nvfp4.kv_rotation is None
+    fitted = Precision.parse("NVFP4-W4A4KV4", kv_element="E1M2")
+    assert fitted.keys == fitted.values == get_format("NVFP4", element="E1M2", global_scale="row")
+    assert fitted == Precision.parse("nvfp4-w4a4kv4:kv_element=E1M2") != nvfp4
 
     mx = Precision.parse("MXFP4-W4A16")
-    assert mx.weights == get_format("MXFP4", scale_rule="ceil") and mx.rotation == 32
+    assert mx.weights == get_format("MXFP4", scale_rule="ceil") and mx.rotation is None
     assert mx.inputs is None and mx.keys is None
-    assert Precision.parse("MXFP4-W4A4", rotation=None).rotation is None
-    assert Precision.parse("NVFP4-W4A4", rotation=16).rotation == 16
-    assert Precision.parse("MXFP4-KV4").rotation is None
+    assert Precision.parse("MXFP4-W4A4:rotation=32") == Precision.parse("MXFP4-W4A4", rotation=32)
+    assert Precision.parse("MXFP4-W4A4", rotation=32).rotation == 32
+    assert Precision.parse("MXFP4-KV4", rotation=32).rotation is None
 
     assert Precision.parse("BF16") == Precision() == Precision.parse("NVFP4-W16A16KV16")
     assert not Precision().quantizes_linear and not Precision().quantizes_cache
@@ -49,8 +57,94 @@ def test_what_names_mean() -> None:
     assert kv.quantizes_cache and not kv.quantizes_linear
 
 
+def _formats() -> st.SearchStrategy[Format]:
+    """Any format of any family."""
+
+    def of(family: str) -> st.SearchStrategy[Format]:
+        parts = {part: st.sampled_from(values) for part, values in FAMILIES[family].items()}
+        return st.builds(_or_none, st.just(family), st.fixed_dictionaries(parts)).filter(lambda fmt: fmt is not None)
+
+    return st.sampled_from(sorted(FAMILIES)).flatmap(of)
+
+
+def _or_none(family: str, fields: dict[str, Any]) -> Format | None:
+    try:
+        return Format(family, **fields)
+    except ValueError:  # a scale of AMXFP4 with another one's rule
+        return None
+
+
+_SIZES = st.sampled_from([None, 1, 16, 32])
+
+
+@given(st.tuples(*[st.none() | _formats()] * 4), _SIZES, _SIZES)
+def test_what_is_printed_is_read_back_whatever_the_formats(
+    formats: tuple[Format | None, ...], rotation: int | None, kv_rotation: int | None
+) -> None:
+    linear, cache = any(formats[:2]), any(formats[2:])
+    precision = Precision(*formats, rotation if linear else None, kv_rotation if cache else None)
+    assert Precision.parse(str(precision)) == precision
+    assert Precision.parse(precision.name, **precision.options) == precision
+    assert str(precision).startswith(precision.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "text"),
+    [
+        ("NVFP4-W4A4KV4", {}, "NVFP4-W4A4KV4"),
+        ("NVFP4-W4A4KV4", {"kv_element": "E2M1", "global_scale": "row"}, "NVFP4-W4A4KV4"),
+        ("NVFP4-W4A4KV4", {"kv_element": "E1M2"}, "NVFP4-W4A4KV4:kv_element=E1M2"),
+        ("NVFP4-W4A4", {"global_scale": "dynamic", "rotation": 16}, "NVFP4-W4A4:global_scale=dynamic,rotation=16"),
+        ("MXFP4-W4A4KV4", {"kv_rotation": 32}, "MXFP4-W4A4KV4:kv_rotation=32"),
+        ("MXFP4-W4A4", {"inputs.scale_rule": "floor"}, "MXFP4-W4A4:inputs.scale_rule=floor"),
+        ("MXFP4-W4A4", {"scale_rule": "floor"}, "MXFP4-W4A4:scale_rule=floor"),
+        ("NVFP4-W4A4KV4", {"keys.element": "E1M2"}, "NVFP4-W4A4KV4:keys.element=E1M2"),
+    ],
+)
+def test_each_option_that_is_not_the_default_is_printed(name: str, options: dict[str, Any], text: str) -> None:
+    assert str(Precision.parse(name, **options)) == text
+
+
+@given(
+    st.sampled_from([*KNOWN, "MXFP4-W4A4+NVFP4-KV4", "NVFP4-W4A16KV4", "nvfp4-w4a4kv4"]),
+    st.sampled_from([None, "E1M2", "E2M1"]),
+    _SIZES,
+    _SIZES,
+    st.sampled_from([None, "dynamic", "row", "static"]),
+)
+def test_configuration_and_library_mean_the_same(
+    name: str, element: str | None, rotation: int | None, kv_rotation: int | None, scale: str | None
+) -> None:
+    options = {"kv_element": element, "rotation": rotation, "kv_rotation": kv_rotation, "global_scale": scale}
+    try:
+        precision = Precision.parse(name, **options)
+    except ReqatError:
+        assert element in ("E1M2", "E2M1")  # a family without it
+        return
+    spec = PrecisionSpec.model_validate({"name": name, **options})
+    assert Precision.parse(spec.name, **spec.options()) == precision
+    assert str(spec) == str(precision) and PrecisionSpec.model_validate(str(spec)) == spec
+
+
+def test_options_in_a_name_act_and_agree_with_what_is_given_beside_it() -> None:
+    for name in ("NVFP4-W4A16:kv_element=E1M2", "MXFP4-W4A4:global_scale=row,kv_rotation=16"):
+        with pytest.raises(ReqatError, match="acts on nothing|no global scale|global_scale"):
+            Precision.parse(name)
+    with pytest.raises(ReqatError, match="rotation=16.*32"):
+        Precision.parse("MXFP4-W4A4:rotation=16", rotation=32)
+    for text in ("NVFP4-W4A4:", "NVFP4-W4A4:rotation", "NVFP4-W4A4:rotation=", "NVFP4-W4A4:rotation=16,rotation=16"):
+        with pytest.raises(ReqatError, match="rotation|option"):
+            Precision.parse(text)
+    with pytest.raises(ReqatError, match="kv_elment.*kv_element"):
+        Precision.parse("NVFP4-W4A4KV4:kv_elment=E1M2")
+    with pytest.raises(ReqatError, match="rounding"):
+        Precision.parse("NVFP4-W4A4", rounding=["even"])
+    with pytest.raises(ValueError, match="scale_rule"):
+        PrecisionSpec.model_validate("MXFP4-W4A4:scale_rule=floor")
+
+
 def test_global_scale_option_is_for_inputs_and_cache_never_for_weights() -> None:
-    for mode in ("row", "static"):
+    for mode in ("row", "static", "dynamic"):
         precision = Precision.parse("NVFP4-W4A4KV4", global_scale=mode)
         assert precision.weights.global_scale == "dynamic"
         assert {f.global_scale for f in (precision.inputs, precision.keys, precision.values)} == {mode}
