@@ -1,8 +1,8 @@
 """What `reqat tables` and `reqat figures` call: every table and figure of a tier, from a folder of results to a folder
 of files.
 
-Which files come out depends on the plan alone (`analysis.names`), so the DAG can name them without reading a result. A
-tier without an artifact has no file for it; a tier with the artifact but without a result is an error.
+Which files come out depends on the plan alone (`analysis.registry`), so the DAG can name them without reading a
+result. A tier without an artifact has no file for it; a tier with the artifact but without a result is an error.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.names import figure_names, table_names
+from analysis.registry import figure_names, table_names
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
 from reqat.config.paths import Paths, load
@@ -18,7 +18,7 @@ from reqat.config.plan import Plan
 from reqat.config.tier import load_catalogue
 
 if TYPE_CHECKING:
-    from analysis.cells import Results
+    from analysis.report.cells import Results
 
 __all__ = ["build_figures", "build_tables", "figure_names", "results_of", "table_names"]
 
@@ -27,12 +27,12 @@ _RESTORE = "restore it from git, or pin the run again"
 
 
 def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: Paths | None = None) -> Results:
-    """The tier's `analysis.cells.Results` under `source`, which holds `evaluations/` and `stages/`.
+    """The tier's `analysis.report.cells.Results` under `source`, which holds `evaluations/` and `stages/`.
 
     `tier` is a plan, or a name; of a name, a pinned folder's own `plan.json` is taken if it has one, else the plan of
     the configuration in `paths`. Raises `ReqatError` if the folder is not there.
     """
-    from analysis.cells import Results
+    from analysis.report.cells import Results
 
     source, paths = Path(source), paths or Paths()
     name = tier if isinstance(tier, str) else tier.tier.name
@@ -58,7 +58,7 @@ def build_tables(
 
     Raises `MissingResults` (a `ReqatError`) that lists the cells nobody has measured, before anything is written.
     """
-    from analysis.tables import tables
+    from analysis.tables._grid import tables
 
     results = results_of(tier, source, pinned=pinned, paths=paths)
     results.check()
@@ -69,7 +69,8 @@ def build_figures(
     tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
 ) -> list[Path]:
     """Draw every figure of the tier as PNG and PDF into `out`; returns the files written. Raises alike."""
-    from analysis import figures, style
+    from analysis.figures import _results as figures
+    from analysis.report import style
 
     results = results_of(tier, source, pinned=pinned, paths=paths)
     results.check()

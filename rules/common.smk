@@ -10,7 +10,7 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from analysis.names import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
+from analysis.registry import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
 from reqat.config.paths import made
 from reqat.config.progress import Progress
@@ -100,8 +100,9 @@ BENCH_TABLES, BENCH_PLOTS = (
 KERNELS = [path.as_posix() for path in sources(PATHS.root)]
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
 PINNED = next((tier for tier in (TIER, "overnight", "laptop") if Path(f"results/{tier}/plan.json").exists()), TIER)
-# Tables and plots cost seconds, so they follow their sources; trainings follow their settings alone.
-ANALYSIS = sorted(path.as_posix() for path in Path("analysis").glob("*.py"))
+# Tables and plots cost seconds, so they follow their sources (the viewer and the notebooks make neither); trainings follow their
+# settings alone.
+ANALYSIS = sorted(path.as_posix() for path in Path("analysis").rglob("*.py") if path.parts[1] not in ("viewer", "notebooks"))
 CAPTION = {
     "tier": TIER,
     "title": PLAN.tier.title.replace("{", "{{").replace("}", "}}"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from analysis.build import build_tables
-from analysis.names import study_names, table_names
-from analysis.studies import build_studies, load_studies, pinned_studies
+from analysis.registry import study_names, table_names
+from analysis.report.studies import build_studies, load_studies, pinned_studies
 from reqat.config import Paths, load
 from reqat.config.studies import KINDS
 from reqat.records import pin, record

@@ -31,8 +31,9 @@ import sys
 from pathlib import Path
 
 import reqat
-from analysis import entropy, walkthrough
-from analysis.entropy_report import figures, report
+from analysis import entropy
+from analysis.entropy import walkthrough
+from analysis.entropy.pair_report import figures, report
 from reqat.evaluation.trace_files import TraceFolder
 
 ROOT = Path(reqat.__file__).parents[1]

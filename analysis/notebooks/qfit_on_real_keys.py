@@ -36,8 +36,8 @@ from pathlib import Path
 from IPython.display import display
 
 import reqat
-from analysis import keys
-from analysis.walkthrough import show
+from analysis.entropy.walkthrough import show
+from analysis.report import keys
 from reqat.models import load_model, load_tokenizer
 from reqat.recipes import qfit
 from reqat.tasks import problems

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from analysis.cells import Results
+from analysis.report.cells import Results
 from reqat.config.plan import Plan, plan
 from reqat.config.tier import Tier, load_catalogue
 from reqat.evaluation.outcomes import Outcomes

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from analysis.entropy_report import report
-from analysis.studies import Study
+from analysis.entropy.pair_report import report
+from analysis.report.studies import Study
 from reqat.evaluation.trace_files import TokenColumns, TraceFolder, TraceInfo, TraceWriter
 
 REF, CAND = "BF16", "NVFP4-W4A4KV4"

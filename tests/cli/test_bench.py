@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis.throughput import read
+from analysis.report.benchmark import read
 from reqat.cli.app import main
 from reqat.config.errors import ReqatError
 from reqat.config.throughput import load_throughput

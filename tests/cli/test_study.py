@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from analysis.studies import Study, by_kind, load_studies, pinned_studies
+from analysis.report.studies import Study, by_kind, load_studies, pinned_studies
 from reqat.cli.app import main
 from reqat.cli.study import same_stages, stages_there
 from reqat.config import Paths, load

@@ -49,7 +49,7 @@ def test_schema_file_says_what_the_models_say():
 
 def test_reading_configuration_loads_neither_torch_nor_pandas():
     code = (
-        "import sys; from reqat.config import load; import analysis.names; load('smoke');"
+        "import sys; from reqat.config import load; import analysis.registry; load('smoke');"
         "print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,0 +1,1 @@
+"""The figures: drawn from the same entries and estimates as the tables."""

@@ -1,0 +1,1 @@
+"""The tables: from entries of the plan and their estimates to `Table` values."""
