@@ -1,4 +1,4 @@
-"""What `reqat entropy` says of a pair of models: one table of headlines, every statistic as CSV, and three figures.
+"""What `reqat entropy` says of a pair of models: one table of headlines, and every statistic as CSV.
 
 All of it is made of a trace folder alone, by the functions of :mod:`analysis.entropy`; a statistic that the folder has
 no traces for (no sampled pair, no graded response) is left out of the table, and its CSV is empty but for the header.
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.entropy import tokens as entropy
+from analysis import entropy
+from analysis.entropy.frames import tokens_of
 from analysis.report.document import EMPTY, MINUS, Column, Table, Text, number, percent
 from reqat.config.files import write_file
 from reqat.evaluation.trace_files import TraceFolder
@@ -78,7 +79,7 @@ def report(
     not have, and for damaged or non-finite columns, naming the trace.
     """
     where = entropy.trace_source(folder, reference)
-    shared = int(entropy._tokens_of(folder, where).sum())
+    shared = int(tokens_of(folder, where).sum())
     bins = min(bins, shared)
     sources = set(folder.traces["source"])
     frames = {
@@ -228,152 +229,3 @@ def _table(
         sections=(tuple(lines),),
         data=pd.DataFrame(data),
     )
-
-
-# -- figures ---------------------------------------------------------------------------------------------------------
-def draw(found: Report, folder: Path) -> list[Path]:
-    """Draw the figures that the report has numbers for, as PNG and PDF; returns the files."""
-    from analysis.report import style
-
-    written = []
-    for name, fig in figures(found).items():
-        with style.context():
-            written += style.save(fig, folder, name)
-    return written
-
-
-def figures(found: Report) -> dict[str, Any]:
-    """The figures that the report has numbers for, by name: ``entropy-damage``, ``entropy-kinds``, and
-    ``entropy-errors`` where both models sampled.
-    """
-    from analysis.report import style
-
-    make = {"entropy-damage": _damage, "entropy-kinds": _kinds}
-    if "divergence-shares" in found.frames:
-        make["entropy-errors"] = _errors
-    with style.context():
-        return {name: one(found) for name, one in make.items()}
-
-
-def draw_interval_line(ax: Any, x: Any, rows: pd.DataFrame, colour: str, marker: str, label: str) -> None:
-    """A line through ``rows``' values with their intervals; none where an interval is unknown."""
-    value, lo, hi = (rows[name].to_numpy() for name in ("value", "lo", "hi"))
-    known = ~np.isnan(lo)
-    error = np.where(known, [value - lo, hi - value], 0.0).clip(min=0)
-    ax.errorbar(x, value, yerr=error, color=colour, marker=marker, markersize=3.5, linewidth=1.1, label=label)
-
-
-def percentiles(rows: pd.DataFrame) -> Any:
-    """The middle of each bin, in percentiles of the reference's entropy."""
-    return (rows["bin"].to_numpy() + 0.5) * 100 / (rows["bin"].max() + 1)
-
-
-def _damage(found: Report) -> Any:
-    from analysis.report import style
-
-    fig = style.figure(2.7)
-    left, right = fig.subplots(1, 2)
-    frame = found.frames["tail-and-mismatch"]
-    for statistic, colour, marker in (
-        ("tail ratio (geometric mean)", style.BLUE, "o"),
-        ("tail ratio (of means)", style.ORANGE, "s"),
-    ):
-        rows = frame[frame["statistic"] == statistic]
-        words = statistic.removeprefix("tail ratio (").removesuffix(")")
-        draw_interval_line(left, percentiles(rows), rows, colour, marker, words)
-    left.axhline(1, color=style.GREY, linewidth=0.8)
-    left.set_yscale("log")
-    left.set_ylabel("tail-mass ratio")
-    left.legend(loc="best")
-    style.panel(left, "a", "Tail mass, candidate over reference")
-    rows = frame[frame["statistic"] == "top-1 mismatch"]
-    draw_interval_line(
-        right,
-        percentiles(rows),
-        rows.assign(**{c: 100 * rows[c] for c in ("value", "lo", "hi")}),
-        style.VERMILION,
-        "D",
-        "",
-    )
-    right.set_ylabel("top-1 mismatch, %")
-    right.set_ylim(bottom=0)
-    style.panel(right, "b", "Another most likely token")
-    for ax in (left, right):
-        ax.set_xlabel(f"percentile of token entropy under {found.reference}")
-        ax.set_xlim(0, 100)
-    style.footer(fig, found.table.footer[:2])
-    return fig
-
-
-def _kinds(found: Report) -> Any:
-    from analysis.report import style
-
-    fig = style.figure(2.5, width_in=style.WIDTH_IN / 1.6)
-    ax = fig.subplots()
-    frame = found.frames["kinds-by-bin"]
-    for kind, colour, marker in (("digit", style.BLUE, "o"), ("operator", style.VERMILION, "s")):
-        rows = frame[frame["kind"] == kind]
-        scaled = rows.assign(**{c: 100 * rows[c] for c in ("value", "lo", "hi")})
-        draw_interval_line(ax, percentiles(rows), scaled, colour, marker, f"{kind}s")
-    ax.set_ylabel("share of tokens, %")
-    ax.set_xlabel(f"percentile of token entropy under {found.reference}")
-    ax.set_xlim(0, 100)
-    ax.set_ylim(0, 1.35 * ax.get_ylim()[1])  # room for the legend
-    ax.legend(loc="upper left", ncols=2)
-    style.footer(fig, found.table.footer[:2])
-    return fig
-
-
-def _errors(found: Report) -> Any:
-    from analysis.report import style
-
-    shares, errors = found.frames["divergence-shares"], found.frames.get("derailment-shares")
-    if errors is None:  # no response derailed: there is one panel, of all pairs
-        fig = style.figure(2.7, style.WIDTH_IN / 1.6)
-        left, right = fig.subplots(), None
-    else:
-        fig = style.figure(2.7)
-        left, right = fig.subplots(1, 2)
-    series = [
-        ("first divergence, all pairs", shares[(shares["pairs"] == "all") & (shares["threshold"] != "")], style.SKY),
-    ]
-    if errors is not None:
-        derailed = shares[(shares["pairs"] == "derailed") & (shares["threshold"] != "")]
-        series.append(("first divergence, derailed", derailed, style.BLUE))
-        series.append(("first error, derailed", errors[errors["statistic"] == "low entropy"], style.VERMILION))
-    low = shares[(shares["pairs"] == "all") & (shares["threshold"] != "")]
-    draw_bars(left, [f"below\n{name}" for name in low["threshold"]], series)
-    for i, chance in enumerate(low["chance"]):
-        left.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color=style.BLACK, linewidth=0.9, linestyle="--")
-    left.set_ylim(0, 150)  # room for the legend
-    left.set_yticks(range(0, 101, 25))
-    left.set_ylabel("share, %")
-    left.legend(loc="upper left")
-    style.panel(left, "a" if right is not None else "", "Where responses part (dashed: by chance)")
-    if errors is not None and right is not None:
-        kinds = errors[errors["statistic"] == "error"]
-        draw_bars(right, [k.replace(" ", "\n") for k in kinds["which"]], [("", kinds, style.VERMILION)])
-        right.set_ylabel("share of derailed responses, %")
-        style.panel(right, "b", "What went wrong first")
-    style.footer(fig, found.table.footer[:2])
-    return fig
-
-
-def draw_bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, str]]) -> None:
-    """Groups of bars in percent, with intervals: one group a tick, one bar a series of (label, rows, colour)."""
-    width = 0.8 / len(series)
-    for j, (label, rows, colour) in enumerate(series):
-        value, lo, hi = (100 * rows[name].to_numpy(dtype=float) for name in ("value", "lo", "hi"))
-        x = np.arange(len(ticks)) + (j - (len(series) - 1) / 2) * width
-        known = ~np.isnan(value)
-        error = np.array([value - lo, hi - value])[:, known].clip(min=0)
-        ax.bar(
-            x[known],
-            value[known],
-            width * 0.92,
-            yerr=error,
-            color=colour,
-            label=label or None,
-            error_kw={"linewidth": 0.9},
-        )
-    ax.set_xticks(np.arange(len(ticks)), ticks)

@@ -18,10 +18,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.entropy import tokens as entropy
+from analysis import entropy
+from analysis.entropy.frames import tokens_of
 from analysis.report import style
 from analysis.viewer import colours
 from reqat.config.errors import ReqatError
+from reqat.evaluation.low_entropy import LOW_NATS
 from reqat.evaluation.trace_files import TraceFolder
 from reqat.evaluation.trace_tables import stream_tokens
 
@@ -52,7 +54,7 @@ def visible(text: str) -> str:
 # -- entropies and token types ---------------------------------------------------------------------------------------
 def draw_entropies(folder: TraceFolder, labels: Sequence[str], *, notes: Sequence[str] = ()) -> Figure:
     """The share of tokens above each entropy, a line a precision, over the same tokens."""
-    keep = entropy._tokens_of(folder, entropy.trace_source(folder, labels[0]))
+    keep = tokens_of(folder, entropy.trace_source(folder, labels[0]))
     with style.context():
         fig = style.figure(2.5, style.WIDTH_IN / 1.6)
         ax = fig.subplots()
@@ -60,11 +62,11 @@ def draw_entropies(folder: TraceFolder, labels: Sequence[str], *, notes: Sequenc
             values = np.sort(folder.entropy(label)[keep].clip(min=_LEAST_NATS))
             above = 100 * (1 - np.arange(len(values)) / len(values))
             ax.plot(values, above, color=colour, label=label, drawstyle="steps-post")
-        ax.axvline(entropy.LOW_NATS, color=style.GREY, lw=0.8, ls="--")
+        ax.axvline(LOW_NATS, color=style.GREY, lw=0.8, ls="--")
         ax.set_xscale("log")
         ax.set_xlim(left=_LEAST_NATS)
         ax.set_ylim(0, 100)
-        ax.set_xlabel(f"token entropy, nats (dashed: {entropy.LOW_NATS})")
+        ax.set_xlabel(f"token entropy, nats (dashed: {LOW_NATS})")
         ax.set_ylabel("tokens above it, %")
         ax.legend(loc="upper center")
         style.footer(fig, [f"n = {int(keep.sum()):,} tokens that both models read.", *notes])
@@ -165,7 +167,7 @@ def draw_around(
             values = frame[f"entropy_{label}"].clip(lower=_LEAST_NATS)
             ax.plot(x, values, color=colour, marker=marker, ms=4, lw=1, label=label)
         ax.axvspan(position - 0.5, position + 0.5, color=style.YELLOW, alpha=0.5, lw=0)
-        ax.axhline(entropy.LOW_NATS, color=style.GREY, lw=0.8, ls="--")
+        ax.axhline(LOW_NATS, color=style.GREY, lw=0.8, ls="--")
         ax.set_yscale("log")
         ax.set_ylabel("entropy, nats")
         ax.set_xticks(x, [visible(text) for text in frame["text"]], rotation=90 if _wide(frame["text"]) else 0)

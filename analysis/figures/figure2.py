@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.entropy.pair_report import draw_bars, draw_interval_line, percentiles
-from analysis.entropy.tokens import outcome_shares
+from analysis.entropy import outcome_shares
 from analysis.report import style
 from analysis.report.document import MINUS
+from analysis.report.plots import draw_bars, draw_interval_line, percentiles
 from analysis.report.studies import ByKind, Study
 from reqat.config.errors import ReqatError
 from reqat.evaluation.statistics import holm

@@ -33,7 +33,8 @@ from pathlib import Path
 import reqat
 from analysis import entropy
 from analysis.entropy import walkthrough
-from analysis.entropy.pair_report import figures, report
+from analysis.entropy.pair_plots import figures
+from analysis.entropy.pair_report import report
 from reqat.evaluation.trace_files import TraceFolder
 
 ROOT = Path(reqat.__file__).parents[1]

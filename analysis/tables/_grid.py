@@ -484,7 +484,7 @@ def table6(results: Results, artifact: str = "table6") -> Table:
     The bins are quartiles of the lengths of all responses of a model's lines together: one column means the same
     lengths in every line, and lines differ in how many of their responses fall into it.
     """
-    from analysis.entropy.tokens import length_bins, length_edges
+    from analysis.entropy import length_bins, length_edges
     from reqat.evaluation.statistics import clustered_means
 
     entries = [e for e in results.of("table2") if e.method in _BY_LENGTH]

@@ -172,7 +172,8 @@ def collect(
     ``paths`` are the folders of reference and candidate, ``precisions`` and ``options`` (of `prepare`) go with them;
     ``autocast`` (e.g. ``torch.bfloat16``) is what both sample and read under.
     """
-    from analysis.entropy.pair_report import draw, report
+    from analysis.entropy.pair_plots import draw
+    from analysis.entropy.pair_report import report
     from reqat.evaluation import Decoding
     from reqat.evaluation.entropies import force_traces, vocabulary_of
     from reqat.evaluation.loading import load_at

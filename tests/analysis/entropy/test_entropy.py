@@ -16,7 +16,8 @@ from scipy import stats
 
 from analysis import entropy
 from analysis.entropy import Derailment, first_error, solution_steps, steps
-from analysis.entropy.pair_report import draw, report
+from analysis.entropy.pair_plots import draw
+from analysis.entropy.pair_report import report
 from reqat.config.errors import ReqatError
 from reqat.evaluation.outcomes import Outcomes
 from reqat.evaluation.statistics import accuracy, clustered_means
