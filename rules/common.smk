@@ -10,7 +10,8 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from analysis.registry import FIGURE_SUFFIXES, TABLE_SUFFIXES, figure_names, study_names, table_names, throughput_names
+from analysis.registry import figure_names, study_names, table_names, throughput_names
+from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
 from reqat.config.paths import made
 from reqat.config.progress import Progress

@@ -20,11 +20,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.registry import BF16, REFERENCE_PRECISION, qfit_cell
 from analysis.report import paper, style
 from analysis.report.cells import Entry, Results
 from analysis.report.document import tokens
 from analysis.report.keys import error_maps
+from analysis.report.names import BF16, REFERENCE_PRECISION
+from analysis.report.needs import qfit_cell
 from analysis.tables._grid import Line, lines
 from reqat.config.errors import ReqatError
 

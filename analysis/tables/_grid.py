@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.registry import BF16, REFERENCE_PRECISION, table_names
+from analysis.registry import table_names
 from analysis.report import paper
 from analysis.report.cells import Entry, Results
-from analysis.report.claims import ALPHA, PARITY_POINTS, tested
 from analysis.report.document import EMPTY, Column, Table, Text, best, interval, number, p_value, percent, tokens
+from analysis.report.names import BF16, REFERENCE_PRECISION
+from analysis.report.verdicts import ALPHA, PARITY_POINTS, tested
 from reqat.config.errors import ReqatError
 
 if TYPE_CHECKING:

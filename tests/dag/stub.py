@@ -64,14 +64,8 @@ def main() -> None:
         state_of(build, rest[0]).parent.mkdir(parents=True, exist_ok=True)
         state_of(build, rest[0]).write_text(json.dumps({"state": "failed", "reason": reason}))
         return
-    from analysis.registry import (
-        FIGURE_SUFFIXES,
-        TABLE_SUFFIXES,
-        figure_names,
-        study_names,
-        table_names,
-        throughput_names,
-    )
+    from analysis.registry import figure_names, study_names, table_names, throughput_names
+    from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
     from reqat.config import Paths, load
     from reqat.config.studies import load_studies
     from reqat.config.throughput import load_throughput

@@ -16,6 +16,7 @@ from matplotlib.image import imread
 from analysis import registry as names
 from analysis.report import benchmark as throughput
 from analysis.report import paper, roofline, style
+from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
 from analysis.report.roofline import B200, BF16, DGX_SPARK, H100, QWEN_14B, REQUESTS, W4A4KV4, Bits, Device
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, load
@@ -242,8 +243,8 @@ def test_decoding_in_ratios_and_memory(bench: Callable[..., Path]) -> None:
 def test_all_files_are_written_by_the_names_that_the_dag_expects(bench: Callable[..., Path], tmp_path: Path) -> None:
     written = throughput.build_throughput(bench(rows()), tmp_path / "t", tmp_path / "p")
     tables, figures = names.throughput_names(Throughput.model_validate(SETTINGS))
-    expected = {f"{t}.{s}" for t in tables for s in names.TABLE_SUFFIXES}
-    expected |= {f"{f}.{s}" for f in figures for s in names.FIGURE_SUFFIXES}
+    expected = {f"{t}.{s}" for t in tables for s in TABLE_SUFFIXES}
+    expected |= {f"{f}.{s}" for f in figures for s in FIGURE_SUFFIXES}
     assert {path.name for path in written} == expected
     pixels = imread(tmp_path / "p" / "figure6.png")
     assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI) and pixels[..., :3].std() > 0.05

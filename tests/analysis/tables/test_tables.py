@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 
 from analysis.build import build_tables
-from analysis.registry import CLAIMS, table_names
-from analysis.report import claims, paper
+from analysis.registry import table_names
+from analysis.report import paper, verdicts
 from analysis.report.cells import Results
-from analysis.report.claims import paper_differences
+from analysis.report.claims import CLAIMS
+from analysis.report.verdicts import paper_differences
 from analysis.tables import _grid as builders
 from analysis.tables._grid import tables
 from reqat.config.errors import ReqatError
@@ -240,7 +241,7 @@ def test_verdicts(
 ) -> None:
     claim = next(c for c in CLAIMS if c.parity == parity)
     entry = results.entries[0]
-    made = claims.Tested(claim, "m", "NVFP4-W4A4KV4", 2, True, entry, entry, value, lo, hi, 0.01, theirs, adjusted)
+    made = verdicts.Tested(claim, "m", "NVFP4-W4A4KV4", 2, True, entry, entry, value, lo, hi, 0.01, theirs, adjusted)
     assert made.verdict == verdict
 
 
@@ -256,7 +257,7 @@ def test_claims_table(results: Results, made: dict) -> None:
     a, b = (entries["NVFP4-W4A4KV4", m, 3] for m in ("ReQAT-TQS", "QAT"))
     assert row["difference"] == pytest.approx(100 * (results.estimate(a).value - results.estimate(b).value))
     assert row["verdict"] == "agrees" and row["training_seeds"] == "0 1 2"
-    assert len(claims.tested(results)) == len(data) == 3 * 3 * 7 + 3
+    assert len(verdicts.tested(results)) == len(data) == 3 * 3 * 7 + 3
 
 
 def test_every_table_of_the_paper_that_is_built_here_is_built_by_its_own_function() -> None:
