@@ -7,10 +7,11 @@ result. A tier without an artifact has no file for it; a tier with the artifact 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.registry import figure_names, table_names
+from analysis.registry import discovered, figure_names, table_names
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
 from reqat.config.paths import Paths, load
@@ -19,9 +20,9 @@ from reqat.config.tier import load_catalogue
 
 if TYPE_CHECKING:
     from analysis.report.cells import Results
+    from analysis.report.document import Table
 
-__all__ = ["build_figures", "build_tables", "figure_names", "results_of", "table_names"]
-
+__all__ = ["build_figures", "build_tables", "figure_names", "results_of", "table_names", "tables"]
 
 _RESTORE = "restore it from git, or pin the run again"
 
@@ -51,6 +52,15 @@ def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: P
     return Results(tier, source, pinned=pinned, titles=titles)
 
 
+def tables(results: Results) -> list[Table]:
+    """Every table that the tier's plan asks for; of an artifact that no module claims, the generic one."""
+    made = discovered("tables")
+    return [
+        import_module(made[name].module if name in made else "analysis.tables._generic").build(results, name)
+        for name in table_names(results.plan)
+    ]
+
+
 def build_tables(
     tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
 ) -> list[Path]:
@@ -58,8 +68,6 @@ def build_tables(
 
     Raises `MissingResults` (a `ReqatError`) that lists the cells nobody has measured, before anything is written.
     """
-    from analysis.tables._grid import tables
-
     results = results_of(tier, source, pinned=pinned, paths=paths)
     results.check()
     return [path for table in tables(results) for path in table.write(Path(out))]

@@ -4,8 +4,13 @@ asks while it is parsed.
 
 from __future__ import annotations
 
+import ast
+import functools
+import pkgutil
 import re
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from analysis.report.claims import has_claims
 from analysis.report.names import BF16
@@ -47,6 +52,53 @@ THROUGHPUT_KERNELS = (
     "entropy",
     "agreement",
 )
+
+
+# Constants at the top of a module that say what it makes; they are read without importing it.
+DECLARED = ("NAME",)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a module of `analysis.tables` or `analysis.figures` says it makes."""
+
+    module: str
+    """Its dotted name."""
+    name: str
+    """File stem of the table or figure."""
+
+
+@functools.cache
+def discovered(package: str) -> dict[str, Made]:
+    """File stem -> module, for all modules of `analysis.<package>` but those whose name begins with an underscore.
+
+    Raises ValueError for a module that declares no NAME, and for two that declare the same one.
+    """
+    folder = Path(__file__).with_name(package)
+    found: dict[str, Made] = {}
+    for module in pkgutil.iter_modules([str(folder)]):
+        if module.name.startswith("_"):
+            continue
+        file = folder / f"{module.name}.py"
+        made = Made(f"analysis.{package}.{module.name}", **_declared(file))
+        if made.name in found:
+            raise ValueError(f"{file}: {found[made.name].module} makes {made.name!r}, too")
+        found[made.name] = made
+    return found
+
+
+def _declared(file: Path) -> dict[str, Any]:
+    """The constants of a module that are in `DECLARED`, by their names in small letters."""
+    found = {
+        target.id.lower(): ast.literal_eval(statement.value)
+        for statement in ast.parse(file.read_text(encoding="utf-8"), str(file)).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name) and target.id in DECLARED
+    }
+    if not isinstance(found.get("name"), str):
+        raise ValueError(f"{file}: it needs a NAME, the file stem of what it makes")
+    return found
 
 
 def table_names(plan: Plan) -> list[str]:

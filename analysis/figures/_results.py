@@ -24,9 +24,9 @@ from analysis.report import paper, style
 from analysis.report.cells import Entry, Results
 from analysis.report.document import tokens
 from analysis.report.keys import error_maps
+from analysis.report.lines import Line, lines
 from analysis.report.names import BF16, REFERENCE_PRECISION
 from analysis.report.needs import qfit_cell
-from analysis.tables._grid import Line, lines
 from reqat.config.errors import ReqatError
 
 METHODS = ("PTQ", "FT+PTQ", "QAT", "ReQAT-T", "ReQAT-TQ", "ReQAT-TQS")  # quantized methods of Figure 1, in this order

@@ -34,7 +34,7 @@ MAKERS = {
     "figure7": "analysis.figures.figure4:figure7",
     "figure8": "analysis.figures.figure2:figure8",
     "figure9": "analysis.figures.figure2:figure9",
-    "reset": "analysis.tables.reset:reset",
+    "reset": "analysis.tables.reset:build",
 }
 ByKind = Mapping[str, Sequence["Study"]]
 

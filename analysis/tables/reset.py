@@ -19,6 +19,8 @@ from analysis.report.document import Column, Table, Text, interval, number, p_va
 from analysis.report.studies import ByKind, Study
 from reqat.config.errors import ReqatError
 
+NAME = "reset"
+
 RESET_CITATION = "ReSET, arXiv 2606.13233"
 RESET_MODELS = ("R1-Qwen-7B", "R1-Qwen-14B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
 # AIME-120 accuracy in percent, as reported, by model; the paper gives no intervals.
@@ -39,7 +41,7 @@ def decoding_words(decoding: str) -> str:
     return decoding
 
 
-def reset(studies: ByKind) -> Table:
+def build(studies: ByKind) -> Table:
     """Table `reset`: the quantized model, with each fitted ReSET, with constant temperatures, and BF16.
 
     Raises `ReqatError` if the tier has no study of the kind `reset`, or one without the condition `quantized`.
@@ -68,13 +70,13 @@ def reset(studies: ByKind) -> Table:
     for column in ("problems", "seeds", "unfinished"):
         data[column] = data[column].astype("Int64")
     return Table(
-        "reset",
+        NAME,
         "ReSET: sampling by entropy",
         "Accuracy with 95% interval of one quantized model under several decodings, and of the same model unquantized. "
         "Differences are to the quantized model under its usual decoding, in points, from a paired test on the same "
         "problems and sampling seeds, p adjusted for the comparisons of the study (Holm); a decoding with other seeds "
-        "(greedy has one) has none. The second block is what "
-        "constant temperatures give. The block on the right is what ReSET's paper reports of its own models.",
+        "(greedy has one) has none. The second block is what constant temperatures give. The block on the right is "
+        "what ReSET's paper reports of its own models.",
         (
             *notes(*chosen),
             *(_fitted(study) for study in chosen),

@@ -1,79 +1,22 @@
-"""Accuracy by response length against the rows themselves, and ReSET's table against a study with known outcomes."""
+"""ReSET's table, of a study with known outcomes."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from analysis.report import paper
-from analysis.report.cells import Results
 from analysis.report.document import Table
-from analysis.tables._grid import table6
-from analysis.tables.reset import reset
+from analysis.tables.reset import build
 from reqat.config.errors import ReqatError
 from tests.analysis import study_folders
 from tests.analysis.report.test_document import check_latex
 
-COMPARED = ["Baseline", "FT", "PTQ", "FT+PTQ", "QAT", "ReQAT-TQS"]
 
-
-# -- accuracy by response length -------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def by_length(results: Results) -> Table:
-    return table6(results)
-
-
-def rows_of(results: Results, evaluations: str) -> pd.DataFrame:
-    folders = [results.root / "evaluations" / id for id in evaluations.split()]
-    return pd.concat([pd.read_parquet(folder / "outcomes.parquet") for folder in folders], ignore_index=True)
-
-
-def test_bins_cover_every_response_once_and_hold_what_the_outcomes_say(results: Results, by_length: Table) -> None:
-    data = by_length.data[by_length.data["source"] == "measured"]
-    assert list(dict.fromkeys(data["method"])) == COMPARED
-    everything = []
-    for evaluations, group in data.groupby("evaluations"):
-        rows = rows_of(results, str(evaluations))
-        everything.append(rows["n_tokens"])
-        assert group["n_responses"].sum() == len(rows)
-        for row in group.itertuples():
-            inside = rows[(rows["n_tokens"] >= row.tokens_lo) & (rows["n_tokens"] <= row.tokens_hi)]
-            assert len(inside) == row.n_responses and inside["problem_id"].nunique() == row.n_problems
-            assert row.value == pytest.approx(100 * inside["correct"].mean())
-            assert row.unfinished == pytest.approx(1 - inside["finished"].mean())
-            assert row.lo <= row.value <= row.hi
-    pooled = pd.concat(everything)
-    ends = sorted(set(data["tokens_hi"]))
-    assert len(ends) == 4 and ends[-1] == pooled.max() and min(data["tokens_lo"]) == pooled.min()
-    for end, quantile in zip(ends, (0.25, 0.5, 0.75, 1), strict=True):
-        assert np.mean(pooled < end) < quantile <= np.mean(pooled <= end)
-
-
-def test_the_paper_stands_beside_and_says_how_many(by_length: Table) -> None:
-    theirs = [i for i, column in enumerate(by_length.columns) if column.group.startswith("Paper")]
-    lines = {row[1].text: row for section in by_length.sections for row in section}
-    assert [by_length.columns[i].name for i in theirs] == ["0-8K", "8-16K", "16-24K", "24-32K"]
-    last = lines["ReQAT-TQS"][theirs[-1]]
-    (reported,) = paper.select("table6", method="ReQAT", response_tokens="24-32K")
-    assert (last.text, last.detail) == (f"{reported.value:.1f}", f"n={reported.condition['n']}")
-    paper_rows = by_length.data[by_length.data["source"] == "paper"]
-    assert len(paper_rows) == len(paper.select("table6")) and set(paper_rows["precision"]) == {"BF16", "NVFP4-W4A4KV4"}
-
-
-def test_its_three_forms_can_be_read(by_length: Table) -> None:
-    check_latex(by_length.latex(), len(by_length.columns))
-    assert len(pd.read_csv(io.StringIO(by_length.csv()))) == len(by_length.data)
-    assert "testbed: " in by_length.markdown()
-
-
-# -- ReSET -----------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory: pytest.TempPathFactory) -> Table:
-    return reset({"reset": [study_folders.reset(tmp_path_factory.mktemp("studies") / "reset")]})
+    return build({"reset": [study_folders.reset(tmp_path_factory.mktemp("studies") / "reset")]})
 
 
 def test_reset_blocks_are_the_model_its_controls_and_bf16(ablation: Table) -> None:
@@ -124,6 +67,6 @@ def test_a_study_without_the_plain_model_is_refused(tmp_path: Path) -> None:
     study_folders.conditions(tmp_path, [{"condition": "reset", "accuracy": 0.5}])
     broken = study_folders.study(tmp_path, "reset", "reset", {"quantized": "NVFP4-W4A4KV4", "reference": "BF16"})
     with pytest.raises(ReqatError, match="no condition 'quantized'"):
-        reset({"reset": [broken]})
+        build({"reset": [broken]})
     with pytest.raises(ReqatError, match="no study of kind 'reset'"):
-        reset({})
+        build({})

@@ -13,7 +13,7 @@ import pytest
 
 from analysis.report import paper
 from analysis.report.cells import Results
-from analysis.tables._grid import greedy_minus_sampled, table15
+from analysis.tables.table15 import build, greedy_minus_sampled
 from tests.analysis.report.test_document import check_latex
 
 MODELS = {"testbed": {"source": "pinned", "artifacts": ["table15", "table1"]}}
@@ -79,7 +79,7 @@ def test_difference_and_interval_are_those_of_problem_means(results: Results) ->
 
 
 def test_table_has_both_ways_and_the_papers_numbers(results: Results) -> None:
-    table = table15(results)
+    table = build(results)
     check_latex(table.latex(), len(table.columns))
     data = pd.read_csv(io.StringIO(table.csv()), keep_default_na=False, na_values=[""])
     measured = data[data["metric"] == "accuracy"]
@@ -100,7 +100,7 @@ def test_table_has_both_ways_and_the_papers_numbers(results: Results) -> None:
 
 
 def test_bf16_is_compared_within_one_way_of_decoding(results: Results) -> None:
-    table = table15(results)
+    table = build(results)
     data = table.data[table.data["metric"] == "accuracy"]
     wide = data.pivot(index="method", columns="condition", values="value")
     for row in data[data["difference"].notna()].itertuples():
@@ -119,6 +119,6 @@ def test_two_models_each_have_their_rows(make_results: Callable[..., Results]) -
         budget={"qat_tokens": 1000, "totals": [2], "claim_total": 2},
         claim_seeds={},
     )
-    table = table15(two)
+    table = build(two)
     assert table.columns[0].name == "Model"
     assert {row[0].text for section in table.sections for row in section} == {"small", "large"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,16 +12,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.build import build_tables
+from analysis.build import build_tables, tables
 from analysis.registry import table_names
-from analysis.report import paper, verdicts
+from analysis.report import paper
 from analysis.report.cells import Results
-from analysis.report.claims import CLAIMS
-from analysis.report.verdicts import paper_differences
-from analysis.tables import _grid as builders
-from analysis.tables._grid import tables
 from reqat.config.errors import ReqatError
-from reqat.evaluation.statistics import holm
 from tests.analysis.report.test_document import check_latex
 
 RECIPES = ["base", "ft", "ptq", "ft-ptq", "gptq", "qat", "reqat-t", "reqat-tq", "reqat-tqs", "ft-qat-different"]
@@ -199,68 +193,3 @@ def test_two_models_share_a_table(make_results: Callable[..., Results]) -> None:
     for table in tables(results):
         assert table.columns[0].name == "Model"
         assert {r[0].text for s in table.sections for r in s} == {"small", "large"}
-
-
-# -- claims ----------------------------------------------------------------------------------------------------------
-def test_paper_differences_from_the_numbers() -> None:
-    by_name = {c.name: c for c in CLAIMS}
-    assert paper_differences(by_name["ReQAT-TQS reaches BF16 FT"], "NVFP4-W4A4KV4") == pytest.approx(
-        [-3.91, 0.11, -1.09, 0.84]
-    )
-    assert paper_differences(by_name["same traces above different"], "MXFP4-W4A16") == pytest.approx(
-        [1.05, 3.76, 2.81, 4.69]
-    )
-    assert paper_differences(by_name["ReQAT-T above QAT"], "NVFP4-W4A4") == ()
-
-
-@pytest.mark.parametrize(
-    ("parity", "value", "lo", "hi", "adjusted", "theirs", "verdict"),
-    [
-        (False, 5.0, 2.0, 8.0, 0.01, (3.0, 4.0), "agrees"),
-        (False, -5.0, -8.0, -2.0, 0.01, (3.0, 4.0), "disagrees"),
-        (False, -5.0, -8.0, -2.0, 0.01, (-3.0,), "agrees"),
-        (False, 5.0, -1.0, 11.0, 0.06, (3.0,), "inconclusive"),
-        (False, 5.0, 2.0, 8.0, math.nan, (3.0,), "inconclusive"),
-        (False, 5.0, 2.0, 8.0, 0.01, (0.0, 0.84, -1.57, 0.42), "no direction"),
-        (False, 5.0, 2.0, 8.0, 0.01, (), "no direction"),
-        (True, -1.0, -2.9, 1.0, 0.9, (0.0,), "agrees"),
-        (True, -1.0, -3.1, 1.0, 0.9, (0.0,), "inconclusive"),  # a large p alone shows nothing
-        (True, -6.0, -9.0, -3.1, 0.001, (0.0,), "disagrees"),
-        (True, 4.0, 1.0, 7.0, 0.001, (0.0,), "agrees"),
-    ],
-)
-def test_verdicts(
-    parity: bool,
-    value: float,
-    lo: float,
-    hi: float,
-    adjusted: float,
-    theirs: tuple[float, ...],
-    verdict: str,
-    results: Results,
-) -> None:
-    claim = next(c for c in CLAIMS if c.parity == parity)
-    entry = results.entries[0]
-    made = verdicts.Tested(claim, "m", "NVFP4-W4A4KV4", 2, True, entry, entry, value, lo, hi, 0.01, theirs, adjusted)
-    assert made.verdict == verdict
-
-
-def test_claims_table(results: Results, made: dict) -> None:
-    data = read(made["claims"])
-    primary = data[data["block"] == "primary"]
-    assert primary["claim"].tolist() == [c.name for c in CLAIMS if c.main]
-    assert primary["p_holm"].tolist() == pytest.approx(holm(primary["p"].tolist()))
-    for block, group in data.groupby("block"):
-        assert group["p_holm"].tolist() == pytest.approx(holm(group["p"].tolist())), block
-    row = primary[primary["claim"] == "ReQAT-TQS above QAT"].iloc[0]
-    entries = {(e.precision, e.method, e.multiple): e for e in results.of("table1")}
-    a, b = (entries["NVFP4-W4A4KV4", m, 3] for m in ("ReQAT-TQS", "QAT"))
-    assert row["difference"] == pytest.approx(100 * (results.estimate(a).value - results.estimate(b).value))
-    assert row["verdict"] == "agrees" and row["training_seeds"] == "0 1 2"
-    assert len(verdicts.tested(results)) == len(data) == 3 * 3 * 7 + 3
-
-
-def test_every_table_of_the_paper_that_is_built_here_is_built_by_its_own_function() -> None:
-    own = {name for name in vars(builders) if re.fullmatch(r"table\d+", name)}
-    assert own == {name for name in builders.BUILDERS if re.fullmatch(r"table\d+", name)}
-    assert all(builders.BUILDERS[name] is getattr(builders, name) for name in own)
