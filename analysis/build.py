@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.registry import discovered, figure_names, table_names
+from analysis.registry import discovered, figure_names, table_names, throughput_names
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
 from reqat.config.paths import Paths, load
@@ -19,10 +19,10 @@ from reqat.config.plan import Plan
 from reqat.config.tier import load_catalogue
 
 if TYPE_CHECKING:
+    from analysis.report.benchmark import Measured
     from analysis.report.cells import Results
     from analysis.report.document import Table
-
-__all__ = ["build_figures", "build_tables", "figure_names", "results_of", "table_names", "tables"]
+    from reqat.config.throughput import Throughput
 
 _RESTORE = "restore it from git, or pin the run again"
 
@@ -86,4 +86,45 @@ def build_figures(
     for name, (figure, model) in figure_names(results.plan).items():
         with style.context():
             written += style.save(figures.DRAW[figure](results, model), Path(out), name)
+    return written
+
+
+def throughput_tables(measured: Measured) -> list[Table]:
+    """Every table of a benchmark, by the names that `analysis.registry.throughput_names` gives."""
+    made = discovered("tables")
+    names, _ = throughput_names(measured.record["config"])
+    return [import_module(made[name].module).build(measured) for name in names]
+
+
+def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> list[Path]:
+    """Write every table and figure of the benchmark in `source`; returns the files.
+
+    Raises `ReqatError` as `analysis.report.benchmark.read`.
+    """
+    from analysis.figures import figure6
+    from analysis.report import benchmark, style
+
+    measured = benchmark.read(Path(source))
+    written = [path for table in throughput_tables(measured) for path in table.write(Path(table_folder))]
+    with style.context():
+        written += style.save(figure6.build(measured), Path(plot_folder), "figure6")
+    return written
+
+
+def build_missing(settings: Throughput, reason: str, table_folder: Path, plot_folder: Path) -> list[Path]:
+    """Write placeholders for every table and figure of a benchmark that failed; returns the files.
+
+    What needs no benchmark, the roofline model's errors, is written as ever.
+    """
+    from analysis.figures._missing import missing_figure
+    from analysis.report import style
+    from analysis.tables import figure6_error
+    from analysis.tables._missing import missing_table
+
+    names, figures = throughput_names(settings)
+    made = [figure6_error.build() if name == figure6_error.NAME else missing_table(name, reason) for name in names]
+    written = [path for table in made for path in table.write(Path(table_folder))]
+    with style.context():
+        for name in figures:
+            written += style.save(missing_figure(reason), Path(plot_folder), name)
     return written

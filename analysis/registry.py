@@ -110,11 +110,15 @@ def table_names(plan: Plan) -> list[str]:
     return [*tabled, *by_length, *(["claims"] if has_claims(plan) else [])]
 
 
-def throughput_names(bench: Throughput | None) -> tuple[list[str], list[str]]:
-    """File stems of the tables and of the figures that a benchmark makes; none where a tier has no benchmark."""
+def throughput_names(bench: Throughput | Mapping[str, Any] | None) -> tuple[list[str], list[str]]:
+    """File stems of the tables and of the figures that a benchmark makes; none where a tier has no benchmark (None).
+
+    `bench`: its settings, or what its record keeps of them.
+    """
     if bench is None:
         return [], []
-    kernels = [name for name in THROUGHPUT_KERNELS if getattr(bench, name)]
+    asked = dict(bench)
+    kernels = [name for name in THROUGHPUT_KERNELS if asked.get(name)]
     return [*(f"throughput-{name.replace('_', '-')}" for name in kernels), "figure6-error", "figure6-memory"], [
         *THROUGHPUT_FIGURES
     ]

@@ -234,8 +234,7 @@ def throughput(
     force: Rewrite = False,
 ) -> None:
     """Make Figure 6 and its tables from the rows of `bench`; if that failed, placeholders that say why."""
-    from analysis.report.benchmark import build_throughput
-    from analysis.tables._missing import build_missing
+    from analysis.build import build_missing, build_throughput
 
     paths = session.paths
     settings = None if pinned else settings_of(tier)
@@ -258,7 +257,7 @@ def pin_throughput(
     force: Replace = False,
 ) -> None:
     """Keep a tier's finished benchmark, its tables and its figure in results/throughput/<tier>."""
-    from analysis.report.benchmark import build_throughput
+    from analysis.build import build_throughput
 
     source, target = folder_of(settings_of(tier)), session.paths.results / "throughput" / tier
     with making(target, pinned_rows, replace=force) as draft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from reqat.config.plan import Plan, plan
 from reqat.config.tier import Tier, load_catalogue
 from reqat.evaluation.outcomes import Outcomes
 from reqat.records import record
+from tests.analysis import benchmarks
 
 CONFIG = Path(__file__).parents[2] / "config"
 TIER: dict[str, Any] = {
@@ -147,6 +149,12 @@ def own_results(results: Results, tmp_path: Path) -> Results:
     """A copy to spoil."""
     shutil.copytree(results.root, tmp_path / "own")
     return Results(results.plan, tmp_path / "own", titles=results.titles)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a benchmark's folder from rows."""
+    return functools.partial(benchmarks.write, tmp_path)
 
 
 @pytest.fixture

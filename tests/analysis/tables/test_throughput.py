@@ -1,0 +1,135 @@
+"""The benchmark's tables, of made-up rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from analysis.build import build_throughput
+from analysis.figures.figure6 import decode_ratios
+from analysis.registry import throughput_names
+from analysis.report import benchmark, style
+from analysis.report.document import EMPTY
+from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
+from reqat.config.throughput import Throughput
+from tests.analysis.benchmarks import SETTINGS, cells, rows, tables_of
+
+
+def test_the_linear_table_says_how_many_times_ours_is_as_fast(bench: Callable[..., Path]) -> None:
+    table = tables_of(bench(rows(), skipped=["linear, x: absent."]))["throughput-linear"]
+    assert [(c.group, c.name) for c in table.columns[2:]] == [("N=K=64", "M=1"), ("N=K=64", "M=8")]
+    assert cells(table, 0)[3] == ["torch, dynamic", "INT8", "60.0", "60.0"]
+    assert [c.bold for c in table.sections[0][3]] == [False, False, True, True]
+    # M=1: 240 / 80 and 120 / 80; M=8: 240 / 160 and 120 / 160. INT8 is neither.
+    assert cells(table, 2) == [
+        ["ours: times as fast as the best BF16", "", "3.00", "1.50"],
+        ["ours: times as fast as the best other 4-bit", "", "1.50", "0.75"],
+        ["ours: times as fast as INT8", "", "0.75", "0.38"],
+    ]
+    assert [(c.text, c.detail) for c in table.sections[3][0][2:]] == [("29.0", "(97%)")] * 2
+    assert "Skipped: linear, x: absent." in table.footer
+    assert any("up to 0.25 cores" in note and "samples were set aside" in note for note in table.footer)
+    assert len(table.data) == 12 and "\u00b5" not in table.latex()
+
+
+def test_what_is_added_to_generation_is_said_of_each(bench: Callable[..., Path]) -> None:
+    first = rows()[0] | {"kernel": "entropy", "format": "BF16", "roofline_fraction": math.nan}
+    made = [
+        first
+        | {
+            "shape": f"B={batch} P=4 T=8",
+            "m": batch,
+            "provider": provider,
+            "median_us": us * batch,
+            "ours": ours,
+        }
+        for batch in (1, 2)
+        for provider, us, ours in (
+            ("generate", 200e3, False),
+            ("generate + EntropyRecorder", 210e3, True),
+            ("generate + ReSET", 199e3, True),
+        )
+    ]
+    settings = {"entropy": [{"model": "pinned", "batch": 1, "prompt_tokens": 4, "output_tokens": 8}]}
+    table = tables_of(bench(made, settings))["throughput-entropy"]
+    assert len(table.sections) == 2  # no "times": the fastest of ours would be another thing than ours
+    plain, recorded, led = (row for section in table.sections for row in section)
+    assert [(c.text, c.detail) for c in plain[2:]] == [("200", ""), ("400", "")]  # milliseconds
+    assert [(c.text, c.detail) for c in recorded[2:]] == [("210", "(+5.0%)"), ("420", "(+5.0%)")]
+    assert [c.detail for c in led[2:]] == ["(\u22120.5%)"] * 2
+
+
+def test_the_loss_is_shown_with_its_memory_and_no_share_of_bandwidth(bench: Callable[..., Path]) -> None:
+    first = rows()[0] | {
+        "kernel": "sem_loss",
+        "format": "FP32",
+        "shape": "tokens=4 D=8 V=9",
+        "roofline_fraction": 0.001,
+    }
+    made = [
+        first | {"provider": provider, "median_us": us, "ours": ours, "peak_extra_bytes": bytes}
+        for provider, us, ours, bytes in (
+            ("ce-forward", 2_100_000.0, False, -5e5),
+            ("ce-recompute", 2_800_000.0, False, 200 * 2**20),
+            ("naive", 3_000_000.0, False, math.nan),  # not measured: nothing is said
+            ("reqat", 2_625_000.0, True, 302 * 2**20),
+        )
+    ]
+    table = tables_of(bench(made, {"sem_loss": {"shapes": ["tiny"]}}))["throughput-sem-loss"]
+    assert table.name == "throughput-sem-loss" and len(table.sections) == 3  # no line of the probe
+    found = [(row[2].text, row[2].detail) for section in table.sections[:2] for row in section]
+    assert found == [("2100", "(<1 MiB)"), ("2800", "(200 MiB)"), ("3000", ""), ("2625", "(302 MiB)")]
+    assert [row[2].text for row in table.sections[2]] == ["0.80", "1.07"]
+
+
+def test_each_table_speaks_of_its_own_rows(bench: Callable[..., Path]) -> None:
+    made = [
+        row | ({"probe_gb_per_s": 20.0 + row["m"], "set_aside": 0} if row["kernel"] == "linear" else {"cold": False})
+        for row in rows()
+    ]
+    made_tables = tables_of(bench(made))
+    linear, decode = made_tables["throughput-linear"], made_tables["throughput-decode"]
+    assert [(c.text, c.detail) for c in linear.sections[3][0][2:]] == [("21.0", "(70%)"), ("28.0", "(93%)")]
+    assert any("0 samples" in note for note in linear.footer) and not any("in the cache" in n for n in linear.footer)
+    assert any("32 samples" in note for note in decode.footer) and any("in the cache" in n for n in decode.footer)
+
+
+def test_decoding_in_ratios_and_memory(bench: Callable[..., Path]) -> None:
+    source = bench(rows())
+    measured = benchmark.read(source)
+    ratios = decode_ratios(measured)
+    assert ratios.values.tolist() == [[1, 8, 2], [1, 16, 2], [2, 8, 3], [2, 16, 3]]  # over the better of the two BF16
+    memory = benchmark.memory_rows(measured).set_index(["model", "precision"])
+    assert memory.loc[("SmolLM2-135M", "BF16"), "cache_bytes"] == 4e5
+    assert memory.loc[("SmolLM2-135M", "NVFP4-W4A4KV4"), "weight_bytes"] == 1e6
+    computed = memory.loc["R1-Qwen-14B"].cache_bytes
+    assert computed["BF16"] / computed["NVFP4-W4A4KV4"] == pytest.approx(16 / 4.5)
+    assert cells(tables_of(source)["throughput-decode"], 0)[2][2:6] == ["40.0", "40.0", "60.0", "60.0"]
+
+
+def test_all_files_are_written_by_the_names_that_the_dag_expects(bench: Callable[..., Path], tmp_path: Path) -> None:
+    written = build_throughput(bench(rows()), tmp_path / "t", tmp_path / "p")
+    tables, figures = throughput_names(Throughput.model_validate(SETTINGS))
+    expected = {f"{t}.{s}" for t in tables for s in TABLE_SUFFIXES}
+    expected |= {f"{f}.{s}" for f in figures for s in FIGURE_SUFFIXES}
+    assert {path.name for path in written} == expected
+    pixels = imread(tmp_path / "p" / "figure6.png")
+    assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI) and pixels[..., :3].std() > 0.05
+
+
+def test_devices_have_columns_of_their_own(bench: Callable[..., Path]) -> None:
+    """A GPU's rows neither take the place of the CPU's nor count in its ratios."""
+    peers = [row for row in rows() if row["kernel"] == "linear" and row["m"] == 1 and not row["ours"]]
+    gpu = [row | {"device": "cuda", "median_us": row["median_us"] / 100} for row in peers]
+    own = gpu[0] | {"provider": "reqat, Triton", "format": "NVFP4 W4A4", "ours": True, "median_us": 0.6}
+    table = tables_of(bench([*rows(), *gpu, own]))["throughput-linear"]
+    assert [(c.group, c.name) for c in table.columns[2:]] == [
+        ("N=K=64", "M=1"), ("N=K=64", "M=8"), ("N=K=64, cuda", "M=1"),
+    ]  # fmt: skip
+    assert cells(table, 2)[0] == ["ours: times as fast as the best BF16", "", "3.00", "1.50", "4.00"]
+    assert cells(table, 0)[0] == ["torch", "BF16", "300", "300", "3.0"]
+    assert ["reqat, Triton", "NVFP4 W4A4", EMPTY, EMPTY, "0.6"] in cells(table, 1)
