@@ -1,5 +1,5 @@
-"""What `reqat tables` and `reqat figures` call: every table and figure of a tier, from a folder of results to a folder
-of files.
+"""Every table and figure of a tier, from a folder of results to a folder of files: what the verbs `tables`, `figures`,
+`study-report` and `throughput` of `reqat` call.
 
 Which files come out depends on the plan alone (`analysis.registry`), so the DAG can name them without reading a
 result. A tier without an artifact has no file for it; a tier with the artifact but without a result is an error.
@@ -7,11 +7,12 @@ result. A tier without an artifact has no file for it; a tier with the artifact 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from analysis.registry import discovered, figure_names, table_names, throughput_names
+from analysis.registry import discovered, figure_names, study_names, table_names, throughput_names
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
 from reqat.config.paths import Paths, load
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from analysis.report.benchmark import Measured
     from analysis.report.cells import Results
     from analysis.report.document import Table
+    from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
 
 _RESTORE = "restore it from git, or pin the run again"
@@ -52,13 +54,18 @@ def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: P
     return Results(tier, source, pinned=pinned, titles=titles)
 
 
+def maker(package: str, name: str) -> Callable[..., Any]:
+    """The function `build` of the module that makes a table ("tables") or figure ("figures"); of a table that no module
+    claims, that of the generic one.
+    """
+    made = discovered(package)
+    module = made[name].module if name in made else f"analysis.{package}._generic"
+    return import_module(module).build  # type: ignore[no-any-return]
+
+
 def tables(results: Results) -> list[Table]:
-    """Every table that the tier's plan asks for; of an artifact that no module claims, the generic one."""
-    made = discovered("tables")
-    return [
-        import_module(made[name].module if name in made else "analysis.tables._generic").build(results, name)
-        for name in table_names(results.plan)
-    ]
+    """Every table that the tier's plan asks for."""
+    return [maker("tables", name)(results, name) for name in table_names(results.plan)]
 
 
 def build_tables(
@@ -77,7 +84,6 @@ def build_figures(
     tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
 ) -> list[Path]:
     """Draw every figure of the tier as PNG and PDF into `out`; returns the files written. Raises alike."""
-    from analysis.figures import _results as figures
     from analysis.report import style
 
     results = results_of(tier, source, pinned=pinned, paths=paths)
@@ -85,15 +91,41 @@ def build_figures(
     written = []
     for name, (figure, model) in figure_names(results.plan).items():
         with style.context():
-            written += style.save(figures.DRAW[figure](results, model), Path(out), name)
+            written += style.save(maker("figures", figure)(results, model), Path(out), name)
+    return written
+
+
+def build_studies(
+    planned: Mapping[str, PlannedStudy],
+    source: Path,
+    table_folder: Path,
+    plot_folder: Path,
+    *,
+    pinned: bool = False,
+    stages: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write every table and figure of a tier's studies; returns the files.
+
+    Options and errors: `analysis.report.studies.load_studies`.
+    """
+    from analysis.report import style
+    from analysis.report.studies import by_kind, load_studies
+
+    studies = by_kind(load_studies(planned, source, pinned=pinned, stages=stages))
+    wanted_tables, wanted_figures = study_names(planned)
+    written: list[Path] = []
+    for name in wanted_tables:
+        written += maker("tables", name)(studies).write(Path(table_folder))
+    for name in wanted_figures:
+        with style.context():
+            written += style.save(maker("figures", name)(studies), Path(plot_folder), name)
     return written
 
 
 def throughput_tables(measured: Measured) -> list[Table]:
-    """Every table of a benchmark, by the names that `analysis.registry.throughput_names` gives."""
-    made = discovered("tables")
+    """Every table of a benchmark."""
     names, _ = throughput_names(measured.record["config"])
-    return [import_module(made[name].module).build(measured) for name in names]
+    return [maker("tables", name)(measured) for name in names]
 
 
 def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> list[Path]:
@@ -101,13 +133,14 @@ def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> lis
 
     Raises `ReqatError` as `analysis.report.benchmark.read`.
     """
-    from analysis.figures import figure6
     from analysis.report import benchmark, style
 
     measured = benchmark.read(Path(source))
     written = [path for table in throughput_tables(measured) for path in table.write(Path(table_folder))]
-    with style.context():
-        written += style.save(figure6.build(measured), Path(plot_folder), "figure6")
+    _, figures = throughput_names(measured.record["config"])
+    for name in figures:
+        with style.context():
+            written += style.save(maker("figures", name)(measured), Path(plot_folder), name)
     return written
 
 

@@ -1,5 +1,19 @@
-"""Which tables and figures a plan asks for. Reads the plan alone and imports neither pandas nor matplotlib: the DAG
-asks while it is parsed.
+"""Which tables and figures there are, and which of them a plan asks for.
+
+Each module of `analysis.tables` and `analysis.figures` makes one, and says in constants at its top what that is and
+what it is made of:
+
+    NAME       file stem of the table or figure
+    ARTIFACT   made of the cells of this artifact of the plan (without it, of any)
+    NEEDS      what these cells must hold, one of `analysis.report.needs.NEEDS`
+    STUDIES    made of a tier's studies: the kinds that it needs, all of them
+    BENCHMARK  made of a tier's benchmark: the parts of config/throughput.yaml that it needs, all of them
+
+A table with a NAME alone is that of the artifact of this name. Figures of ARTIFACT or NEEDS are drawn once a model. A
+new module is found without being listed anywhere; `analysis.build` calls its function `build`.
+
+The constants are read from the source, because the DAG asks while it is parsed: importing the modules would load pandas
+and matplotlib, which takes longer than all else that the DAG does then.
 """
 
 from __future__ import annotations
@@ -12,9 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.report.claims import has_claims
-from analysis.report.names import BF16
-from analysis.report.needs import qfit_cell
+from analysis.report.needs import NEEDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,91 +35,93 @@ if TYPE_CHECKING:
     from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
 
-# Figure -> the artifact whose cells it draws (None: any with a Q-FIT stage).
-FIGURES: dict[str, str | None] = {
-    "figure1b": "figure1",
-    "figure1c": "figure1",
-    "table1-dots": "table1",
-    "losses": "table1",
-    "qfit": None,
-}
-# Made of the throughput benchmark (config/throughput.yaml) alone, on tiers that have one.
-THROUGHPUT_FIGURES = ("figure6",)
-# Made of studies (config/studies.yaml): file stem -> the kinds of study that it needs, all of them.
-STUDY_TABLES: dict[str, tuple[str, ...]] = {"studies": (), "reset": ("reset",)}
-STUDY_FIGURES: dict[str, tuple[str, ...]] = {
-    "figure2": ("pair", "routing", "noise"),
-    "figure4": ("dynamics",),
-    "figure7": ("gradients",),
-    "figure8": ("routing",),
-    "figure9": ("pair",),
-}
-THROUGHPUT_KERNELS = (
-    "linear",
-    "attention",
-    "fake_quantize",
-    "sem_loss",
-    "decode",
-    "train_step",
-    "entropy",
-    "agreement",
-)
-
-
-# Constants at the top of a module that say what it makes; they are read without importing it.
-DECLARED = ("NAME",)
+DECLARED = ("NAME", "ARTIFACT", "NEEDS", "STUDIES", "BENCHMARK")
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a module of `analysis.tables` or `analysis.figures` says it makes."""
+    """What a module says that it makes; see the constants above."""
 
     module: str
     """Its dotted name."""
     name: str
-    """File stem of the table or figure."""
+    artifact: str | None = None
+    needs: str | None = None
+    studies: tuple[str, ...] | None = None
+    benchmark: tuple[str, ...] | None = None
+
+    @property
+    def of_cells(self) -> bool:
+        """Whether it declares cells that it is made of."""
+        return self.artifact is not None or self.needs is not None
+
+    def wanted(self, plan: Plan, model: str | None = None) -> bool:
+        """Whether a plan has the cells that it is made of: any, or of one model."""
+        cells = [c for c in plan.cells if self.artifact in (None, c.artifact) and model in (None, c.model)]
+        return bool(cells) and NEEDS[self.needs or "cells"](plan, cells)
 
 
 @functools.cache
 def discovered(package: str) -> dict[str, Made]:
-    """File stem -> module, for all modules of `analysis.<package>` but those whose name begins with an underscore.
+    """File stem -> module, of all modules of `analysis.<package>` but those whose name begins with an underscore.
 
-    Raises ValueError for a module that declares no NAME, and for two that declare the same one.
+    Raises ValueError for a module whose constants say nothing sensible, and for two of one NAME.
     """
-    folder = Path(__file__).with_name(package)
+    return declared_in(Path(__file__).with_name(package), f"analysis.{package}")
+
+
+def declared_in(folder: Path, package: str) -> dict[str, Made]:
+    """The same of the modules in a folder, which `package` names. Raises as `discovered`."""
     found: dict[str, Made] = {}
     for module in pkgutil.iter_modules([str(folder)]):
         if module.name.startswith("_"):
             continue
         file = folder / f"{module.name}.py"
-        made = Made(f"analysis.{package}.{module.name}", **_declared(file))
+        made = _read(file, f"{package}.{module.name}")
         if made.name in found:
             raise ValueError(f"{file}: {found[made.name].module} makes {made.name!r}, too")
         found[made.name] = made
     return found
 
 
-def _declared(file: Path) -> dict[str, Any]:
-    """The constants of a module that are in `DECLARED`, by their names in small letters."""
-    found = {
+def _read(file: Path, module: str) -> Made:
+    constants: dict[str, Any] = {
         target.id.lower(): ast.literal_eval(statement.value)
         for statement in ast.parse(file.read_text(encoding="utf-8"), str(file)).body
         if isinstance(statement, ast.Assign)
         for target in statement.targets
         if isinstance(target, ast.Name) and target.id in DECLARED
     }
-    if not isinstance(found.get("name"), str):
+    if "name" not in constants:
         raise ValueError(f"{file}: it needs a NAME, the file stem of what it makes")
-    return found
+    made = Made(module, **constants)
+    if not isinstance(made.studies, tuple | None) or not isinstance(made.benchmark, tuple | None):
+        raise ValueError(f"{file}: STUDIES and BENCHMARK are tuples of words")
+    if made.of_cells + (made.studies is not None) + (made.benchmark is not None) > 1:
+        raise ValueError(f"{file}: made of cells, of studies or of the benchmark, not of several")
+    if made.needs is not None and made.needs not in NEEDS:
+        raise ValueError(f"{file}: NEEDS is {made.needs!r}, not one of {', '.join(NEEDS)}")
+    return made
 
 
 def table_names(plan: Plan) -> list[str]:
-    """File stems of the plan's tables: one an artifact, `table6` (other columns of the cells of `table2`), the claims
-    last (where it has any). `figure1` is drawn, not tabled.
+    """File stems of the plan's tables: one an artifact (those named after a figure are drawn, not tabled), then those
+    made of other artifacts' cells.
     """
-    tabled = [name for name in plan.artifacts if name != "figure1"]
-    by_length = ["table6"] if "table2" in tabled else []
-    return [*tabled, *by_length, *(["claims"] if has_claims(plan) else [])]
+    tabled = [name for name in plan.artifacts if not name.startswith("figure")]
+    return [*tabled, *(name for name, made in discovered("tables").items() if made.of_cells and made.wanted(plan))]
+
+
+def figure_names(plan: Plan) -> dict[str, tuple[str, str]]:
+    """File stem -> (figure, model label). A second model with the same artifact has its label in the stem:
+    `figure1b-<model>`.
+    """
+    out = {}
+    for figure, made in discovered("figures").items():
+        models = [model for model in plan.tier.models if made.of_cells and made.wanted(plan, model)]
+        for i, model in enumerate(models):
+            out[figure if i == 0 else f"{figure}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}"] = (figure, model)
+    return out
 
 
 def throughput_names(bench: Throughput | Mapping[str, Any] | None) -> tuple[list[str], list[str]]:
@@ -118,10 +132,15 @@ def throughput_names(bench: Throughput | Mapping[str, Any] | None) -> tuple[list
     if bench is None:
         return [], []
     asked = dict(bench)
-    kernels = [name for name in THROUGHPUT_KERNELS if asked.get(name)]
-    return [*(f"throughput-{name.replace('_', '-')}" for name in kernels), "figure6-error", "figure6-memory"], [
-        *THROUGHPUT_FIGURES
-    ]
+    tables, figures = (
+        [
+            name
+            for name, made in discovered(package).items()
+            if made.benchmark is not None and all(asked.get(part) for part in made.benchmark)
+        ]
+        for package in ("tables", "figures")
+    )
+    return tables, figures
 
 
 def study_names(studies: Mapping[str, PlannedStudy]) -> tuple[list[str], list[str]]:
@@ -130,26 +149,11 @@ def study_names(studies: Mapping[str, PlannedStudy]) -> tuple[list[str], list[st
         return [], []
     kinds = {study.kind for study in studies.values()}
     tables, figures = (
-        [name for name, needed in names.items() if kinds.issuperset(needed)] for names in (STUDY_TABLES, STUDY_FIGURES)
+        [
+            name
+            for name, made in discovered(package).items()
+            if made.studies is not None and kinds.issuperset(made.studies)
+        ]
+        for package in ("tables", "figures")
     )
     return tables, figures
-
-
-def figure_names(plan: Plan) -> dict[str, tuple[str, str]]:
-    """File stem -> (figure, model label). A second model with the same artifact has its label in the stem:
-    `figure1b-<model>`.
-    """
-    out = {}
-    for figure in FIGURES:
-        models = [m for m in plan.tier.models if can_draw(plan, figure, m)]
-        for i, model in enumerate(models):
-            out[figure if i == 0 else f"{figure}-{re.sub(r'[^A-Za-z0-9.]+', '-', model).strip('-')}"] = (figure, model)
-    return out
-
-
-def can_draw(plan: Plan, figure: str, model: str) -> bool:
-    """Whether the plan has the cells that a figure draws, for a model."""
-    if figure == "qfit":
-        return qfit_cell(plan, model) is not None
-    cells = [c for c in plan.cells if c.artifact == FIGURES[figure] and c.model == model and c.precision != BF16]
-    return any(c.multiple is not None for c in cells) if figure == "losses" else bool(cells)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.build import build_tables
+from analysis.build import build_studies, build_tables
 from analysis.registry import study_names, table_names
-from analysis.report.studies import build_studies, load_studies, pinned_studies
+from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
 from reqat.config.studies import KINDS
 from reqat.records import pin, record

@@ -1,10 +1,15 @@
-"""What a figure needs of a plan, beyond cells of its artifact. Reads plans alone, so that the DAG can ask it."""
+"""What a table or figure can need of the cells of a plan that it is made of.
+
+Reads plans alone and imports neither pandas nor matplotlib, so that the DAG can ask it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from analysis.report.names import REFERENCE_PRECISION
+from analysis.report.claims import has_claims
+from analysis.report.names import BF16, REFERENCE_PRECISION
 
 if TYPE_CHECKING:
     from reqat.config.plan import Cell, Plan
@@ -30,3 +35,17 @@ def qfit_cell(plan: Plan, model: str) -> tuple[str, Cell] | None:
             if s.kind == "qfit" and s.scale and s.shift and s.variant == "paper":
                 return stage.id, cell
     return None
+
+
+def _qfit(plan: Plan, cells: Sequence[Cell]) -> bool:
+    return any(qfit_cell(plan, model) is not None for model in {cell.model for cell in cells})
+
+
+# Word -> whether cells of a plan (of one artifact and model, where these are given) hold it. Never asked of no cells.
+NEEDS: dict[str, Callable[[Plan, Sequence[Cell]], bool]] = {
+    "cells": lambda plan, cells: True,
+    "quantized": lambda plan, cells: any(c.precision != BF16 for c in cells),
+    "trained": lambda plan, cells: any(c.precision != BF16 and c.multiple is not None for c in cells),
+    "qfit": _qfit,
+    "claims": lambda plan, cells: has_claims(plan),
+}

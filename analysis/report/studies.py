@@ -1,41 +1,29 @@
-"""From finished studies to tables and figures: which studies there are, and which function draws what of them.
+"""Finished studies as tables and figures read them.
 
-A study (`reqat.config.studies`) is a folder with a record and what was measured. Whoever draws gets the studies of a
-tier by kind, as a list (a tier may ask for two of one kind, such as routing at two thresholds, in the order of
-`config/studies.yaml`), and reads nothing but their folders. `MAKERS` says which function makes which file; a figure
-exists where the tier has every kind of study that it needs (`analysis.registry`).
+A study (`reqat.config.studies`) is a folder with a record and what was measured. Tables and figures get the studies of
+a tier by kind, as a list (a tier may ask for two of one kind, such as routing at two thresholds, in the order of
+`config/studies.yaml`), and read nothing but their folders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from analysis.registry import study_names
-from analysis.report.document import EMPTY, Column, Table, Text
 from reqat.config.base import digest, parse
 from reqat.config.errors import MissingFileError, ReqatError
 from reqat.config.files import explain, read_json, read_json_list
 from reqat.config.studies import PlannedStudy
+from reqat.evaluation.statistics import holm
 from reqat.records import record
 
 STUDIES = "studies.json"
-# File stem -> "module:function". Each takes the studies by kind and returns a Table, or a matplotlib Figure.
-MAKERS = {
-    "studies": "analysis.report.studies:overview",
-    "figure2": "analysis.figures.figure2:figure2",
-    "figure4": "analysis.figures.figure4:figure4",
-    "figure7": "analysis.figures.figure4:figure7",
-    "figure8": "analysis.figures.figure2:figure8",
-    "figure9": "analysis.figures.figure2:figure9",
-    "reset": "analysis.tables.reset:build",
-}
 ByKind = Mapping[str, Sequence["Study"]]
 
 
@@ -167,74 +155,45 @@ def by_kind(studies: Sequence[Study]) -> dict[str, list[Study]]:
     return out
 
 
-def overview(studies: ByKind) -> Table:
-    """What was measured on which models: a row a study."""
-    lines, data = [], []
-    for group in studies.values():
-        for study in group:
-            planned = parse(PlannedStudy, study.record["config"], str(study.path))
-            recipes, precisions = study.settings["recipes"], study.settings["precisions"]
-            models = {role: f"{recipe} at {precisions[role]}" for role, recipe in recipes.items()}
-            row = {
-                "kind": study.kind,
-                "name": study.name,
-                "models": "; ".join(f"{role}: {text}" for role, text in models.items()),
-                "stages": "; ".join(sorted({model.stage for model in planned.models.values()})),
-                "split": planned.problems.split if planned.problems else "",
-                "problems": planned.problems.n if planned.problems else 0,
-                "seeds": len(study.seeds),
-                "study": study.id,
-                "commit": study.record["commit"],
-            }
-            data.append(row)
-            asked = f"{row['problems']} ({row['split']})" if row["split"] else EMPTY
-            shown = row["models"] if len(models) < 3 else ", ".join(models)
-            words = [row["kind"], row["name"], shown, asked, str(row["seeds"] or EMPTY), row["study"]]
-            lines.append(tuple(Text(str(word)) for word in words))
-    dirty = any(study.record["dirty"] is not False for group in studies.values() for study in group)
-    commits = sorted({str(row["commit"])[:12] for row in data})
-    return Table(
-        name="studies",
-        title="Studies of the tier's models",
-        caption="Measurements on models that the tier's stages trained, each with its models, problems and sampling "
-        "seeds; where there are many, by their labels in the figure. The studies' ids name their folders.",
-        footer=(f"Commit {', '.join(commits)}{', with uncommitted changes' if dirty else ''}.",),
-        columns=(
-            Column("kind", align="l"),
-            Column("name", align="l"),
-            Column("models", align="l"),
-            Column("problems"),
-            Column("seeds"),
-            Column("study", align="l"),
-        ),
-        sections=(tuple(lines),),
-        data=pd.DataFrame(data),
-    )
+def one(studies: ByKind, kind: str) -> Study:
+    """The first study of a kind. Raises `ReqatError` if there is none."""
+    return several(studies, kind)[0]
 
 
-def _maker(name: str) -> Callable[[ByKind], Any]:
-    module, function = MAKERS[name].split(":")
-    return getattr(import_module(module), function)  # type: ignore[no-any-return]
+def several(studies: ByKind, kind: str) -> Sequence[Study]:
+    """All studies of a kind. Raises `ReqatError` if there is none."""
+    found = studies.get(kind)
+    if not found:
+        raise ReqatError(f"no study of kind {kind!r} to draw; add one to the tier in config/studies.yaml.")
+    return found
 
 
-def build_studies(
-    planned: Mapping[str, PlannedStudy],
-    source: Path,
-    tables: Path,
-    plots: Path,
-    *,
-    pinned: bool = False,
-    stages: Mapping[str, str] | None = None,
-) -> list[Path]:
-    """Write every table and figure of a tier's studies; returns the files. Options and errors: `load_studies`."""
-    from analysis.report import style
+def optional(study: Study, name: str) -> pd.DataFrame | None:
+    """`tables/<name>.csv` of a study, None where it measured no such thing (or the file is empty)."""
+    if not (study.path / "tables" / f"{name}.csv").is_file():
+        return None
+    frame = study.table(name)
+    return frame if len(frame) else None
 
-    studies = by_kind(load_studies(planned, source, pinned=pinned, stages=stages))
-    wanted_tables, wanted_figures = study_names(planned)
-    written: list[Path] = []
-    for name in wanted_tables:
-        written += _maker(name)(studies).write(Path(tables))
-    for name in wanted_figures:
-        with style.context():
-            written += style.save(_maker(name)(studies), Path(plots), name)
-    return written
+
+def conditions_named(study: Study, names: Sequence[str]) -> pd.DataFrame:
+    """Rows of these conditions, in this order. Raises `ReqatError` naming one that is not there."""
+    frame = study.conditions.set_index("condition")
+    missing = [name for name in names if name not in frame.index]
+    if missing:
+        raise ReqatError(f"{study.path}: no condition {missing[0]!r} in summary.json; run the study again.")
+    return frame.loc[list(names)]
+
+
+def adjusted(conditions: pd.DataFrame) -> pd.Series:
+    """Holm's adjusted p of each row of a study's conditions, over all comparisons of the study; NaN without one.
+
+    A study asks several questions of the same responses; each p alone would find something by chance too often.
+    """
+    if "p" not in conditions:
+        return pd.Series(np.nan, index=conditions.index)
+    p = conditions["p"].astype(float)
+    known = p.notna()
+    out = p.copy()
+    out[known] = holm(p[known].tolist())
+    return out

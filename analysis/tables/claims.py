@@ -14,6 +14,7 @@ from analysis.tables._columns import PRECISION
 from reqat.config.errors import ReqatError
 
 NAME = "claims"
+NEEDS = "claims"
 
 
 def build(results: Results, artifact: str = NAME) -> Table:

@@ -14,12 +14,13 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.figures.figure2 import adjusted, notes, several
 from analysis.report.document import Column, Table, Text, interval, number, p_value, percent
-from analysis.report.studies import ByKind, Study
+from analysis.report.studies import ByKind, Study, adjusted, several
+from analysis.report.study_words import notes
 from reqat.config.errors import ReqatError
 
 NAME = "reset"
+STUDIES = ("reset",)
 
 RESET_CITATION = "ReSET, arXiv 2606.13233"
 RESET_MODELS = ("R1-Qwen-7B", "R1-Qwen-14B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")

@@ -16,6 +16,7 @@ from reqat.config.errors import ReqatError
 from reqat.evaluation.statistics import clustered_means
 
 NAME = "table6"
+ARTIFACT = "table2"
 
 _BY_LENGTH = ("Baseline", "FT", "PTQ", "FT+PTQ", "QAT", "ReQAT-TQS")  # the paper's lines; its "ReQAT" is TQS
 _LENGTH_BINS = 4

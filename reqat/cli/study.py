@@ -272,7 +272,8 @@ def study_report(
     force: Rewrite = False,
 ) -> None:
     """Make the tables and figures of a tier's finished studies."""
-    from analysis.report.studies import build_studies, pinned_studies
+    from analysis.build import build_studies
+    from analysis.report.studies import pinned_studies
 
     paths = session.paths
     if pinned:
@@ -294,7 +295,8 @@ def pin_studies(
     force: Replace = False,
 ) -> None:
     """Keep a tier's finished studies (not their token traces) and what is drawn of them in results/studies/<tier>."""
-    from analysis.report.studies import STUDIES, build_studies
+    from analysis.build import build_studies
+    from analysis.report.studies import STUDIES
 
     paths, plan = session.paths, session.plan(tier)
     target = paths.results / "studies" / tier

@@ -1,10 +1,7 @@
-"""The figures: what is drawn is what was measured, all of it is on the page, same records give same files."""
+"""The figures of evaluations: what is drawn is what was measured, all of it is on the page."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,14 +11,17 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
 
-from analysis.build import build_figures
-from analysis.figures import _results as figures
-from analysis.registry import FIGURES, figure_names
+from analysis.build import build_figures, maker
+from analysis.figures import figure1b, figure1c, losses, qfit
+from analysis.figures._results import METHODS
+from analysis.registry import discovered, figure_names
 from analysis.report import style
 from analysis.report.cells import Results
 from reqat.config.errors import ReqatError
 
 ROOT = Path(__file__).parents[3]
+
+FIGURES = [name for name, made in discovered("figures").items() if made.of_cells]
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def off_the_page(fig: Figure) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
+@pytest.mark.parametrize("name", FIGURES)
 def test_every_text_is_on_the_page(results: Results, drawing: None, name: str) -> None:
-    fig = figures.DRAW[name](results, "testbed")
+    fig = maker("figures", name)(results, "testbed")
     assert off_the_page(fig) == []
     footer = " ".join(t.get_text().replace("\n", " ") for t in texts(fig))
     assert "Tier synthetic" in footer and "fake-quantized, CPU" in footer and "Commit 0123456789" in footer
@@ -74,19 +74,19 @@ def test_every_text_is_on_the_page(results: Results, drawing: None, name: str) -
 
 
 def test_figure1b_bars_are_the_estimates(results: Results, drawing: None) -> None:
-    left, right = figures.figure1b(results, "testbed").axes
+    left, right = figure1b.build(results, "testbed").axes
     table = {(e.precision, e.method, e.multiple): 100 * results.estimate(e).value for e in results.of("figure1")}
     expected = [
         table.get((p, m, 3), table.get((p, m, None)))
         for p in ("MXFP4-W4A16", "MXFP4-W4A4", "NVFP4-W4A4KV4")
-        for m in figures.METHODS
+        for m in METHODS
     ]
     assert [b.get_height() for b in left.patches if b.get_width() < 0.5] == pytest.approx(expected)
     assert [b.get_height() for b in right.patches if b.get_width() < 0.5][-3:] == [60.42, 63.44, 64.28]  # at 210M
 
 
 def test_figure1c_lines_are_the_estimates(results: Results, drawing: None) -> None:
-    left, right = figures.figure1c(results, "testbed").axes
+    left, right = figure1c.build(results, "testbed").axes
     drawn = {line.get_color(): line for line in left.get_lines() if len(line.get_xdata()) == 3}
     ours = [e for e in results.of("figure1") if e.precision == "NVFP4-W4A4KV4" and e.method == "ReQAT-T"]
     line = drawn[style.colour("ReQAT-T")]
@@ -100,19 +100,19 @@ def test_losses_count_tokens_from_the_base_model(results: Results) -> None:
     entry = next(
         e for e in results.of("table1") if (e.precision, e.method, e.multiple) == ("NVFP4-W4A4KV4", "ReQAT-TQ", 3)
     )
-    x, y = figures.curve(results, results.plan.evaluation(entry.cells[0].evaluation).stage)
+    x, y = losses.curve(results, results.plan.evaluation(entry.cells[0].evaluation).stage)
     assert x[0] == 200_000 + 1000 and x[-1] == 300_000 and len(y) == 100
     with pytest.raises(ReqatError, match="trains nothing"):
-        figures.curve(results, results.plan.bases["testbed"])
+        losses.curve(results, results.plan.bases["testbed"])
 
 
 def test_moving_average() -> None:
-    assert figures.moving_average(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
-    assert figures.moving_average(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
+    assert losses.moving_average(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
+    assert losses.moving_average(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
 
 
 def test_qfit_marks_the_chosen_point(results: Results, drawing: None) -> None:
-    fig = figures.qfit(results, "testbed")
+    fig = qfit.build(results, "testbed")
     marked = [(line.get_xdata()[0], line.get_ydata()[0]) for ax in fig.axes[:4] for line in ax.get_lines()]
     assert np.array(marked) == pytest.approx(np.array([(0.8, 0.3), (0.8, 0.4), (0.8, 0.5), (0.8, 0.6)]))
     for ax in fig.axes[:4]:
@@ -120,29 +120,6 @@ def test_qfit_marks_the_chosen_point(results: Results, drawing: None) -> None:
         i, j = np.unravel_index(np.argmin(shown), shown.shape)
         assert (i / 20, j / 20) == pytest.approx((ax.get_lines()[0].get_ydata()[0], 0.8))
         assert shown[0, 0] == 0
-
-
-def test_files_are_the_same_each_time(results: Results, tmp_path: Path) -> None:
-    """Also in another process with another hash seed; and nothing in them says when."""
-    code = (
-        "import sys; from pathlib import Path; from analysis.report import style\n"
-        "def draw(folder):\n"
-        "    with style.context():\n"
-        "        fig = style.figure(2.0); ax = fig.subplots(); ax.plot([1, 2, 3], label='Ab \\u03b1'); ax.legend()\n"
-        "        style.footer(fig, ['n 3.']); style.save(fig, Path(folder), 'x')\n"
-    )
-    space: dict[str, object] = {}
-    exec(code, space)
-    space["draw"](tmp_path / "1")  # type: ignore[operator]
-    env = os.environ | {"PYTHONHASHSEED": "12", "PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, "-c", code + "draw(sys.argv[1])", str(tmp_path / "2")], check=True, cwd=ROOT, env=env
-    )
-    for suffix in ("png", "pdf"):
-        a, b = ((tmp_path / seed / f"x.{suffix}").read_bytes() for seed in ("1", "2"))
-        assert a == b
-        assert b"Date" not in a and b"atplotlib" not in a
-    assert sorted(p.name for p in (tmp_path / "1").iterdir()) == ["x.pdf", "x.png"]
 
 
 def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_path: Path) -> None:
@@ -160,21 +137,4 @@ def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_pat
     assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI)
     assert pixels[..., :3].std() > 0.05  # not an empty page
     with style.context():
-        assert off_the_page(figures.figure1c(results, "testbed")) == []
-
-
-def test_each_method_has_its_own_colour_and_marker() -> None:
-    drawn = [m for m in style.COLOURS if m != "FT+QAT"]
-    assert len({style.COLOURS[m] for m in drawn}) == len({style.MARKERS[m] for m in drawn}) == len(drawn)
-    with pytest.raises(ValueError, match="no colour for method 'XYZ'"):
-        style.colour("XYZ")
-
-
-def test_importing_analysis_is_light() -> None:
-    code = (
-        "import sys; import analysis.registry, analysis.report.paper\n"
-        "assert not {'pandas', 'matplotlib', 'torch'} & set(sys.modules)\n"
-        "import analysis.build, analysis.report.cells, analysis.tables.table1, analysis.figures._results\n"
-        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert off_the_page(figure1c.build(results, "testbed")) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.registry import FIGURES, figure_names, study_names, table_names, throughput_names
+from analysis.registry import figure_names, study_names, table_names, throughput_names
 from reqat.config.paths import Paths, load
 from reqat.config.studies import load_studies
 from reqat.config.throughput import load_throughput
@@ -36,9 +36,3 @@ def test_captions_use_known_fields(path: Path) -> None:
         snakemake={"params": dict.fromkeys(FIELDS, "x"), "config": {"tier": "smoke"}}
     )
     assert "{" not in filled and len(filled.split()) > 20
-
-
-def test_figures_and_their_functions_have_the_same_names() -> None:
-    from analysis.figures._results import DRAW
-
-    assert list(DRAW) == list(FIGURES)

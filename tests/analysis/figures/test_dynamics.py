@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
 
-from analysis.figures.figure4 import figure4, figure7, looks, smoothed
+from analysis.figures.figure4 import build as figure4
+from analysis.figures.figure4 import looks
+from analysis.figures.figure7 import build as figure7
+from analysis.figures.figure7 import smoothed
 from analysis.report import style
 from analysis.report.studies import Study
 from reqat.config.errors import ReqatError

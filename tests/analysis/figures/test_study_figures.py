@@ -13,13 +13,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from analysis import entropy
-from analysis.figures.figure2 import figure2, figure8, figure9, nats, visible
+from analysis.figures import figure2, figure8, figure9
+from analysis.figures.figure2 import visible
 from analysis.report import style
 from analysis.report.studies import Study
+from analysis.report.study_words import nats
 from reqat.config.errors import ReqatError
 from tests.analysis import study_folders as made
 
-FIGURES = {"figure2": figure2, "figure8": figure8, "figure9": figure9}
+FIGURES = {"figure2": figure2.build, "figure8": figure8.build, "figure9": figure9.build}
 ACCURACIES = (0.9, 0.85, 0.6, 0.5)
 
 
@@ -182,18 +184,18 @@ def test_figure9_is_the_tables(studies: dict[str, list[Study]], drawn: dict[str,
 
 def test_what_a_short_study_lacks_is_said(studies: dict[str, list[Study]], tmp_path: Path) -> None:
     quiet = studies | {"pair": [made.pair(tmp_path / "quiet", wrong=(), more_than=10**6)]}
-    assert "no response derailed" in texts(draw(figure9, quiet))
-    words = texts(draw(figure2, quiet))
+    assert "no response derailed" in texts(draw(figure9.build, quiet))
+    words = texts(draw(figure2.build, quiet))
     assert "no such position" in words and "no token type is seen often enough" in words
 
 
 def test_what_is_missing_is_named(studies: dict[str, list[Study]], tmp_path: Path) -> None:
     with pytest.raises(ReqatError, match="no study of kind 'noise'"):
-        figure2({k: v for k, v in studies.items() if k != "noise"})
+        figure2.build({k: v for k, v in studies.items() if k != "noise"})
     made.conditions(tmp_path, [{"condition": "all-reference", "accuracy": 0.5, "touched": 0.0}])
     broken = made.study(tmp_path, "routing", "nats", made.TWO, threshold="0.6")
     with pytest.raises(ReqatError, match="no condition 'low-reference'"):
-        figure8({"routing": [broken]})
+        figure8.build({"routing": [broken]})
 
 
 # -- the examples ----------------------------------------------------------------------------------------------------
