@@ -5,14 +5,16 @@ returns a table or draws a figure. Nothing is trained, generated or guessed. A t
 an error that names the cell and the command that makes it; it is never left out in silence.
 
     analysis.report     what tables and figures share: results, the paper's numbers, a table as a value, one look
-    analysis.tables     the tables
-    analysis.figures    the figures
-    analysis.entropy    statistics of token traces
     analysis.viewer     one page to read token traces in
-    analysis.registry   which tables and figures a plan asks for
-    analysis.build      build_tables(), build_figures(): what `reqat tables` and `reqat figures` call
+    analysis.entropy    statistics of token traces
+    analysis.tables     the tables, one module each
+    analysis.figures    the figures, one module each
+    analysis.notebooks  walks through entropies and Q-FIT
+    analysis.registry   which tables and figures there are, and which of them a plan asks for
+    analysis.build      writes them: what the verbs of `reqat` call
 
-Importing this package imports neither torch nor matplotlib.
+A package imports only from itself and from those above it in this list. Importing `analysis` or `analysis.registry`
+imports neither torch nor pandas nor matplotlib.
 """
 
 from __future__ import annotations

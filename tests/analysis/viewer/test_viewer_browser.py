@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import struct
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from analysis.viewer import encode, write_page
+from tests.analysis.viewer import chromium
+from tests.analysis.viewer import trace_folders as folders
 
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"viewer_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-folders, chromium = load("trace_folders"), load("chromium")
 BINARY = chromium.find()
 pytestmark = pytest.mark.skipif(
     BINARY is None, reason="no Chromium on this machine: install it (apt install chromium) or name it in CHROMIUM"

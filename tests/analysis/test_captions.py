@@ -13,7 +13,7 @@ from reqat.config.studies import load_studies
 from reqat.config.throughput import load_throughput
 from reqat.config.tier import tier_names
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 FIELDS = {"tier", "title", "problems", "split", "sampling_seeds", "training_seeds", "claim_seeds"}
 
 
