@@ -1,4 +1,6 @@
-"""What tables and figures share. Nothing here imports a table or a figure.
+"""What tables and figures share; it imports none of them.
+
+The modules:
 
     names, claims, needs      names of precisions and files; the paper's claims; what a plan has. Read by the DAG, too
     paper                     the numbers that the paper reports
