@@ -1,4 +1,4 @@
-"""Quantized tensors: codes with their scales, one code a byte (:class:`QuantizedTensor`) or two (:class:`PackedTensor`).
+"""Quantized tensors: codes and scales, one code a byte (:class:`QuantizedTensor`) or two (:class:`PackedTensor`).
 
 Packed, the low nibble holds the even index along the axis and the high nibble the odd one.
 """
