@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
-    from reqat.models import calibrate_static, freeze, load_model, pack, prepare
+    from reqat.inference import pack
+    from reqat.models import calibrate_static, freeze, load_model, prepare
     from reqat.quant.precision import Precision
 
 __version__ = "0.1.0"
@@ -42,7 +43,7 @@ _HOMES = {
     "calibrate_static": "reqat.models",
     "freeze": "reqat.models",
     "load_model": "reqat.models",
-    "pack": "reqat.models",
+    "pack": "reqat.inference",
     "prepare": "reqat.models",
 }
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from reqat.config.errors import ReqatError
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.generation import generate
-from reqat.models import freeze, load_model, pack, prepare
+from reqat.inference import pack
+from reqat.models import freeze, load_model, prepare
 
 
 @dataclass(frozen=True)

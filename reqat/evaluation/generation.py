@@ -32,12 +32,12 @@ from torch import Tensor
 from reqat.config.errors import ReqatError
 from reqat.evaluation.decoding import Decoding
 from reqat.evaluation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
+from reqat.inference.packed import is_packed, packs_cache
+from reqat.inference.packed_cache import PackedCache
 from reqat.models.attention import ATTENTION
 from reqat.models.cache import Fp4Cache
 from reqat.models.limits import attention_window, check_token_ids, end_ids, forget_lengths, position_limit
 from reqat.models.modes import evaluating
-from reqat.models.packed import is_packed, packs_cache
-from reqat.models.packed_cache import PackedCache
 from reqat.quant import autocast
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reqat.models import calibrate_static, load_model, memory, pack, prepare
+from reqat.inference import memory, pack
+from reqat.models import calibrate_static, load_model, prepare
 from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
 from reqat_kernels.bench.measure import Result, Row, Wrong, percentile, undisturbed
 

@@ -12,16 +12,8 @@ from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel, Qwen2Config
 
 from reqat.config.errors import ReqatError
-from reqat.models import (
-    PackedCache,
-    attention_window,
-    calibrate_static,
-    check_token_ids,
-    end_ids,
-    pack,
-    position_limit,
-    prepare,
-)
+from reqat.inference import PackedCache, pack
+from reqat.models import attention_window, calibrate_static, check_token_ids, end_ids, position_limit, prepare
 from reqat.models.padding import unpadded
 
 Tiny = Callable[..., PreTrainedModel]

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, memory, pack, prepare, save_model
-from reqat.models.packed_cache import PackedCache
-from reqat.models.packed_decoder import NativeDecoder
-from reqat.models.packed_linear import HalfHead, PackedLinear
+from reqat.inference import memory, pack
+from reqat.inference.packed_cache import PackedCache
+from reqat.inference.packed_decoder import NativeDecoder
+from reqat.inference.packed_linear import HalfHead, PackedLinear
+from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare, save_model
 from reqat_kernels.native import instruction_set
 from reqat_kernels.native.dense import dense_bf16
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from reqat.inference.packed_cache import PackedCache
 from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare
-from reqat.models.packed_cache import PackedCache
 
 Tiny = Callable[..., PreTrainedModel]
 SCALES = ("static", "row", "dynamic")

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.models import Fp4Cache, PackedCache, calibrate_static, freeze, kv_quantizers, memory, pack, prepare
-from reqat.models.backend import backend_for
+from reqat.inference import PackedCache, memory, pack
+from reqat.inference.backends import backend_for
+from reqat.inference.packed_linear import PackedLinear
+from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare
 from reqat.models.linear import quant_linears
-from reqat.models.packed_linear import PackedLinear
 
 runtime = pytest.importorskip("reqat_kernels.triton.runtime")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

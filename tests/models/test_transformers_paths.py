@@ -20,17 +20,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from transformers.cache_utils import Cache, Fp8QuantizedLayer
 
 from reqat.config.errors import ReqatError
-from reqat.models import (
-    calibrate_static,
-    freeze,
-    kv_quantizers,
-    load_model,
-    pack,
-    prepare,
-    quant_linears,
-    save_model,
-)
-from reqat.models.packed_linear import PackedLinear
+from reqat.inference import pack
+from reqat.inference.packed_linear import PackedLinear
+from reqat.models import calibrate_static, freeze, kv_quantizers, load_model, prepare, quant_linears, save_model
 from reqat.models.pretrained import plain_state
 
 Tiny = Callable[..., PreTrainedModel]

@@ -1,11 +1,11 @@
 """A packed model: weights and key/value cache really in four bits, inputs rounded to integers, products by kernels.
 
 ``pack`` takes a prepared model and replaces each quantized linear layer by a
-:class:`~reqat.models.packed_linear.PackedLinear`, which holds the
+:class:`~reqat.inference.packed_linear.PackedLinear`, which holds the
 codes and scales in the order in which the kernel streams them, and the dense weight no more. Everything else stays:
 transformers' model code, its ``generate()``, the attention function; only single tokens on a CPU take a shorter way
-through the decoder (:mod:`reqat.models.packed_decoder`). A cache that ``generate()`` makes is exchanged for
-a :class:`~reqat.models.packed_cache.PackedCache` at the first forward pass.
+through the decoder (:mod:`reqat.inference.packed_decoder`). A cache that ``generate()`` makes is exchanged for
+a :class:`~reqat.inference.packed_cache.PackedCache` at the first forward pass.
 
 The numbers are those of the frozen fake-quantized model up to the order of float32 summation (and, in a bfloat16
 model, up to where it rounds to bfloat16): inputs are rounded by the same functions, weights are the same codes. Where
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from reqat.config.errors import ReqatError
+from reqat.inference.backends import Choice, backend_for
+from reqat.inference.packed_cache import PackedCache
+from reqat.inference.packed_decoder import native_decoder
+from reqat.inference.packed_linear import HalfHead, PackedInput, PackedLinear
 from reqat.models.architecture import decoder_layers, head_shape
-from reqat.models.backend import Choice, backend_for
 from reqat.models.linear import InputQuantizer, quant_linears
-from reqat.models.packed_cache import PackedCache
-from reqat.models.packed_decoder import native_decoder
-from reqat.models.packed_linear import HalfHead, PackedInput, PackedLinear
 from reqat.models.prepare import freeze, precision_of
 from reqat_kernels.native.attention import unsupported
 
@@ -113,7 +113,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def packs_cache(model: PreTrainedModel) -> bool:
-    """Whether a prepared model's keys and values can be held in a :class:`~reqat.models.packed_cache.PackedCache`."""
+    """Whether a prepared model's keys and values fit a :class:`~reqat.inference.packed_cache.PackedCache`."""
     precision, head_dim = precision_of(model), head_shape(model).head_dim
     return precision is not None and not any(unsupported(f, head_dim) for f in (precision.keys, precision.values))
 

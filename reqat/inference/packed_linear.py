@@ -1,8 +1,8 @@
 """Linear layers of a packed model: four-bit codes and scales and no dense weight, inputs rounded to codes.
 
 Layers that read the same tensor share one :class:`PackedInput`, as their fake-quantized twins share one
-:class:`~reqat.models.linear.InputQuantizer`. What computes is the :class:`~reqat.models.backend.Backend` that the model
-was packed for.
+:class:`~reqat.models.linear.InputQuantizer`. The :class:`~reqat.inference.backend.Backend` that the model was packed
+for computes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
-from reqat.models.backend import Backend, TokenInput
+from reqat.inference.backend import Backend, TokenInput
 from reqat.models.linear import InputQuantizer, QuantLinear
 from reqat.quant import Precision
 from reqat_kernels.native.dense import dense_bf16

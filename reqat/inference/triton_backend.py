@@ -1,4 +1,4 @@
-"""The Triton kernels as a packed model calls them; see :mod:`reqat.models.backend`.
+"""The Triton kernels as a packed model calls them; see :mod:`reqat.inference.backend`.
 
 Imported only where it is used, because it imports triton.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, PackedTensor, QuantizedTensor, quantize
-from reqat.models.backend import TokenInput
+from reqat.inference.backend import TokenInput
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.triton import append as triton_append
 from reqat_kernels.triton import attention as triton_attention
