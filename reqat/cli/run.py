@@ -18,6 +18,7 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import exclusive, read_text
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
+from reqat.config.policy import Decoding
 from reqat.config.precision import family
 from reqat.config.stage import BaseSettings, Calibration, Evaluation, Stage
 from reqat.records import provenance, record
@@ -189,7 +190,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
 
         calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
     asked, how = todo.problems, todo.decoding
-    decoding = evaluation.Decoding.greedy() if how.greedy else evaluation.Decoding.sample(how.temperature, how.top_p)
+    decoding = Decoding.greedy() if how.greedy else Decoding.sample(how.temperature, how.top_p)
     outcomes = evaluation.evaluate(
         model,
         tokenizer,

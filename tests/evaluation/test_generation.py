@@ -12,8 +12,8 @@ from scipy import stats
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, SuppressTokensLogitsProcessor
 
-from reqat.evaluation import BatchStart, Decoding, Generation, generate
-from reqat.evaluation import generation as module
+from reqat.generation import BatchStart, Decoding, Generation, generate
+from reqat.generation import batches as module
 from reqat.models import freeze, prepare
 
 EOS = 2

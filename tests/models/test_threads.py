@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reqat.evaluation import generate
-from reqat.evaluation.decoding import Decoding
+from reqat.config.policy import Decoding
+from reqat.generation import generate
 from reqat.inference import pack
 from reqat.inference.packed_cache import PackedCache
 from reqat.models import Fp4Cache, calibrate_static, freeze, prepare, quant_linears, weights_quantized_once
