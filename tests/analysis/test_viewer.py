@@ -23,7 +23,7 @@ import pytest
 from analysis.viewer import build_page, colours, encode, write_page
 from analysis.viewer.folder import open_folder
 from analysis.viewer.vocabulary import Vocabulary
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.config.errors import ReqatError
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation.trace_files import TraceFolder
 from reqat.models import save_model

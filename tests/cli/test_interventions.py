@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Outcomes, accuracy, paired
 from reqat.generation import Decoding

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.studies import Study, by_kind, load_studies, pinned_studies
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.cli.study import same_stages, stages_there
 from reqat.config import Paths, load
 from reqat.config import studies as config
