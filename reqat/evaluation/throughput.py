@@ -1,7 +1,7 @@
 """How fast a whole model decodes: tokens a second through ``generate()``, and what weights and cache take.
 
-The kernels' benchmark (:mod:`reqat_kernels.bench`) knows no models, so decoding is timed here, one floor above them,
-and gives the same rows. Each step of a generation is a sample: the clock is read where transformers asks whether to
+The kernels' benchmark (:mod:`reqat_kernels.bench`) knows no models, so decoding is timed here and
+gives the same rows. Each step of a generation is a sample: the clock is read where transformers asks whether to
 stop. Providers take whole generations in turns, with a reading of the bandwidth probe between them. Before it is
 timed a provider has to generate what the reference agrees with.
 

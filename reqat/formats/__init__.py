@@ -1,4 +1,4 @@
-"""4-bit number formats (floor 0: torch alone): elements, block scales, quantization, packing, checkpoint layouts."""
+"""4-bit number formats (need torch alone): elements, block scales, quantization, packing, checkpoint layouts."""
 
 from __future__ import annotations
 

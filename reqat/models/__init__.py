@@ -1,4 +1,4 @@
-"""Models (floor 2): loading and saving, swapping quantized layers in, the four-bit key/value cache."""
+"""Models: loading and saving, quantized layers in place of linear ones, the four-bit key/value cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Precision specs, fake quantization and rotations (floor 1: imports reqat.formats, reqat_kernels and torch alone)."""
+"""Precisions, fake quantization and rotations."""
 
 from __future__ import annotations
 
