@@ -1,8 +1,8 @@
 """reqat: quantization-aware training of reasoning models in 4-bit floating point.
 
 The package has layers: ``config`` and ``formats`` at the bottom, then ``quant``, then ``models``, ``data`` and
-``tasks``, and so on up to the command line. Importing ``reqat`` itself loads nothing: the public names below are loaded on first
-use, so that a command that only reads configuration does not import torch.
+``tasks``, and so on up to the command line. Importing ``reqat`` itself loads nothing: the public names below are loaded
+on first use, so that a command that only reads configuration does not import torch.
 """
 
 from __future__ import annotations

@@ -109,9 +109,10 @@ def wrong_imports(root: Path) -> list[str]:
             elif top == "reqat" and other not in LAYER:
                 if not other.startswith("reqat.__") and own != "reqat.cli":  # reqat.__version__; the top layer may
                     wrong.append(f"{where}: name the package that it is in")
-            elif other not in (own, *ONLY.get(own, {other})) or LAYER.get(other, -1) >= LAYER[own] and other != own:
-                if other in LAYER:
-                    wrong.append(f"{where}: {own} (layer {LAYER[own]}) may not use {other} (layer {LAYER[other]})")
+            elif (
+                other in LAYER and other != own and (LAYER[other] >= LAYER[own] or other not in ONLY.get(own, {other}))
+            ):
+                wrong.append(f"{where}: {own} (layer {LAYER[own]}) may not use {other} (layer {LAYER[other]})")
     return wrong
 
 

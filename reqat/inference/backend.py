@@ -52,7 +52,7 @@ class States(Protocol):
 
 
 @dataclass(frozen=True)
-class TokenInput:
+class InputQuantSpec:
     """What an input quantizer needs to know besides the numbers. ``format``: None leaves them at 16 or 32 bits."""
 
     format: Format | None
@@ -66,22 +66,22 @@ class Backend(Protocol):
     """The functions that a packed model calls."""
 
     name: str
-    few_tokens: int
+    max_decode_tokens: int
     """New tokens a call up to which :meth:`attend` reads the packed cache; beyond, dequantizing it once is faster."""
 
-    def fits(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
+    def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """Whether linear layers of these formats have a kernel; ``inputs`` None: not quantized."""
 
-    def rooms(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
+    def allocate_weight_buffers(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
         """Memory for weights of these shapes [N, K], side by side; None: each is allocated as it is packed."""
 
-    def pack_weight(self, weight: QuantizedTensor, room: Tensor | None = None) -> Any:
+    def pack_weight(self, weight: QuantizedTensor, buffer: Tensor | None = None) -> Any:
         """A weight [N, K] in the kernel's order."""
 
     def tensors(self, weight: Any) -> dict[str, Tensor]:
         """The memory behind a packed weight, by name."""
 
-    def quantize_input(self, x: Tensor, how: TokenInput) -> Any:
+    def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Any:
         """``x`` [..., K] rotated and rounded, as :meth:`linear` takes it. Raises ValueError for NaN or infinity."""
 
     def linear(self, x: Any, weight: Any, bias: Tensor | None) -> Tensor:

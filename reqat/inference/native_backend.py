@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from reqat.formats import Format, QuantizedTensor
-from reqat.inference.backend import TokenInput
+from reqat.inference.backend import InputQuantSpec
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native import attention as native_attention
 from reqat_kernels.native import gemm as native_gemm
@@ -18,28 +18,28 @@ class NativeBackend:
     """C++ kernels on CPU tensors, or their PyTorch path where there is no library."""
 
     name = "native"
-    few_tokens = 8
+    max_decode_tokens = 8
 
-    def fits(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
+    def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """FP4 weights; inputs at 16 bits, or FP4 in blocks of the same size. Ragged ends are padded."""
         return native_gemm.supports(weights) and (
             inputs is None or (native_gemm.supports(inputs) and inputs.block == weights.block)
         )
 
-    def rooms(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
+    def allocate_weight_buffers(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
         """Pieces of one allocation in huge pages."""
         sizes = [native_gemm.packed_bytes(rows, columns, fmt) for rows, columns in shapes]
         return [*native_gemm.allocate(sum(sizes)).split(sizes)]
 
-    def pack_weight(self, weight: QuantizedTensor, room: Tensor | None = None) -> native_gemm.PackedWeight:
+    def pack_weight(self, weight: QuantizedTensor, buffer: Tensor | None = None) -> native_gemm.PackedWeight:
         """16 rows side by side."""
-        return native_gemm.pack_weight(weight, room)
+        return native_gemm.pack_weight(weight, buffer)
 
     def tensors(self, weight: native_gemm.PackedWeight) -> dict[str, Tensor]:
         """Codes and scales are one piece."""
         return {"data": weight.data}
 
-    def quantize_input(self, x: Tensor, how: TokenInput) -> Tensor | native_gemm.QuantizedInput:
+    def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | native_gemm.QuantizedInput:
         """Integers."""
         if how.rotation is not None:
             x = block_hadamard(x, how.rotation)

@@ -145,7 +145,7 @@ class PackedCacheLayer(Fp4CacheLayer):
         assert self.backend is not None
         reads_codes = (
             query_BHTD.dtype != torch.float64
-            and query_BHTD.shape[2] <= self.backend.few_tokens
+            and query_BHTD.shape[2] <= self.backend.max_decode_tokens
             and dropout == 0.0
             and not (torch.is_grad_enabled() and query_BHTD.requires_grad)
         )

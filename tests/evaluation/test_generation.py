@@ -87,7 +87,7 @@ def test_several_ends(tiny: Tiny, prompts: list[list[int]]) -> None:
         (None, {}),
         ("BF16", {}),
         ("NVFP4-W4A4KV4", {"global_scale": "row"}),
-        ("MXFP4-W4A4", {}),
+        ("MXFP4-W4A4", {"rotation": 32}),
     ],
 )
 def test_a_row_depends_on_no_other_row(

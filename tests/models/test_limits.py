@@ -103,7 +103,7 @@ def test_a_sliding_layer_is_exact_within_its_window_and_refuses_more(
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_packed_model_keeps_to_its_window_too(tiny: Tiny, ids: Tensor, family: str) -> None:
     model = tiny(family, **dict(SLIDING)[family])
-    prepare(model, "MXFP4-W4A4KV4")
+    prepare(model, "MXFP4-W4A4KV4", rotation=32)
     pack(model)
     cache = PackedCache(model, 16)
     with torch.no_grad():

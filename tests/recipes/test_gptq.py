@@ -109,7 +109,7 @@ def test_damping_must_be_positive():
         gptq_codes(problem("NVFP4"), damp=0)
 
 
-@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "NVFP4-W4A16", "MXFP4-W4A4", "INT4-row-W4A16"])
+@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "NVFP4-W4A16", "MXFP4-W4A4:rotation=32", "INT4-row-W4A16"])
 def test_every_layer_of_a_model_improves(tiny, ids, precision):
     model = tiny("qwen2")
     prepare(model, precision)
@@ -122,7 +122,7 @@ def test_every_layer_of_a_model_improves(tiny, ids, precision):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "MXFP4-W4A4", "NVFP4-W4A16"])
+@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "MXFP4-W4A4:rotation=32", "NVFP4-W4A16"])
 def test_hessians_come_from_quantized_inputs_behind_quantized_layers(tiny, ids, precision):
     """What each solver saw is what each matrix product of the finished model gets as its input."""
     model, seen = tiny("llama"), {}
@@ -155,11 +155,11 @@ def _leader(name: str) -> str:
 
 def test_solved_codes_survive_the_checkpoint(tiny, ids, tmp_path):
     model = tiny("llama")
-    prepare(model, "MXFP4-W4A4")
+    prepare(model, "MXFP4-W4A4:rotation=32")
     solve("gptq", model, ids, act_order=True, damp=0.02, progress=False)
     save_model(model, None, tmp_path / "m")
     again = load_model(tmp_path / "m")
-    prepare(again, "MXFP4-W4A4")
+    prepare(again, "MXFP4-W4A4:rotation=32")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
 
