@@ -84,7 +84,7 @@ def naive_logits(model: PreTrainedModel, ids: Tensor, precision: Precision) -> T
     "name", ["BF16", "NVFP4-W4A4KV4", "NVFP4-W4A4KV4:kv_element=E1M2", "MXFP4-W4A4:rotation=32", "AMXFP4-W4A4KV4"]
 )
 def test_forward_equals_a_naive_decoder(tiny: Tiny, family: str, name: str) -> None:
-    # float64, so that differences in summation order do not flip a rounding. transformers' norms and the quantizers work
+    # float64, so that differences in summation order do not flip a rounding. Norms of transformers and quantizers work
     # in float32, so values within 1e-7 of a threshold still may: these tokens have none.
     ids = torch.randint(0, 61, (3, 14), generator=torch.Generator().manual_seed(3))
     model = tiny(family).double()
