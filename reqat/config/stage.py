@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct
-from reqat.config.errors import ReqatError
+from reqat.config.catalogue import PTQ_METHODS
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec
 
 Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
@@ -187,14 +188,26 @@ class QFitSettings(Strict):
     calibration: Calibration = Calibration()
 
 
+def _ptq_method(name: str) -> str:
+    if name not in PTQ_METHODS:
+        raise unknown("PTQ method", name, PTQ_METHODS)
+    return name
+
+
+PTQMethod = Annotated[str, AfterValidator(_ptq_method), Field(json_schema_extra={"enum": list(PTQ_METHODS)})]
+"""A method of `reqat.recipes.ptq`."""
+
+
 class PTQSettings(Strict):
     """Settings of a `ptq` stage. `rtn` stands for completeness: an evaluation at a precision rounds to nearest by
     itself."""
 
     kind: Literal["ptq"] = "ptq"
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: PTQMethod = "gptq"
     act_order: bool = True
     damp: float = Field(default=0.01, gt=0)
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    """SmoothQuant: how much of the range goes from activations to weights; null: the method's own."""
     calibration: Calibration = Calibration()
 
 

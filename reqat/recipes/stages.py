@@ -270,10 +270,17 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
     settings = stage.settings
     assert isinstance(settings, PTQSettings)
     model, tokenizer = _parent(inputs)
-    prepare(model, stage.precision.name, override=True, **stage.precision.options())
-    ids = calibration_ids(inputs["data"], tokenizer, settings.calibration)
-    metrics = ptq.solve(
-        settings.method, model, ids, act_order=settings.act_order, damp=settings.damp, progress=progress
+    _, metrics = ptq.quantize(
+        settings.method,
+        model,
+        stage.precision.name,
+        calibration_ids(inputs["data"], tokenizer, settings.calibration),
+        precision_options=stage.precision.options(),
+        override=True,
+        progress=progress,
+        act_order=settings.act_order,
+        damp=settings.damp,
+        alpha=settings.alpha,
     )
     save_model(model, tokenizer, out / MODEL)
     return metrics
