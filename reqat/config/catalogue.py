@@ -16,3 +16,9 @@ def modules_of(package: str) -> tuple[str, ...]:
 
 PTQ_METHODS = modules_of("recipes.ptq")
 """Post-training quantization methods, one a file of `reqat/recipes/ptq/`."""
+
+OBJECTIVE_TERMS = modules_of("recipes.terms")
+"""Terms of the training objective, one a file of `reqat/recipes/terms/`."""
+
+TASK_FAMILIES = modules_of("tasks.families")
+"""Task families, one a file of `reqat/tasks/families/`."""
