@@ -1,8 +1,8 @@
 """reqat: quantization-aware training of reasoning models in 4-bit floating point.
 
-The package is a house of floors: ``formats`` and ``config`` at the bottom, then ``quant``, then ``models``, ``data``
-and ``tasks``, and so on up to the command line. Importing ``reqat`` itself loads nothing: the public names below are
-found on first use, so a command that only reads configuration never pays for torch.
+The package has layers: ``config`` and ``formats`` at the bottom, then ``quant``, then ``models``, ``data`` and
+``tasks``, and so on up to the command line. Importing ``reqat`` itself loads nothing: the public names below are loaded
+on first use, so that a command that only reads configuration does not import torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
-    from reqat.models import calibrate_static, freeze, load_model, pack, prepare
+    from reqat.inference import pack
+    from reqat.models import calibrate_static, freeze, load_model, prepare
     from reqat.quant.precision import Precision
 
 __version__ = "0.1.0"
@@ -42,13 +43,13 @@ _HOMES = {
     "calibrate_static": "reqat.models",
     "freeze": "reqat.models",
     "load_model": "reqat.models",
-    "pack": "reqat.models",
+    "pack": "reqat.inference",
     "prepare": "reqat.models",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Find a public name in the room that defines it (PEP 562), and keep it."""
+    """Load a public name from the package that defines it (PEP 562), and keep it."""
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'reqat' has no attribute {name!r}; public names are {', '.join(__all__)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -174,10 +174,10 @@ def collect(
     """
     from analysis.entropy.pair_plots import draw
     from analysis.entropy.pair_report import report
-    from reqat.evaluation import Decoding
     from reqat.evaluation.entropies import force_traces, vocabulary_of
     from reqat.evaluation.loading import load_at
     from reqat.evaluation.trace_files import TraceFolder, TraceWriter
+    from reqat.generation import Decoding
     from reqat.models import end_ids, load_tokenizer
 
     policy = Decoding.parse(decoding)
@@ -334,9 +334,9 @@ def _sampled_traces(
     if not rows:
         return []
     from reqat.data import encode_prompt
-    from reqat.evaluation import generate
     from reqat.evaluation.entropies import ForcedTrace
     from reqat.evaluation.trace_files import TraceInfo
+    from reqat.generation import generate
 
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows]
     pairs = [(row, prompt, seed) for row, prompt in zip(rows, prompts, strict=True) for seed in seeds]

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from reqat.config.studies import PlannedStudy
     from reqat.evaluation import Outcomes
-    from reqat.evaluation.interventions import Intervened
+    from reqat.evaluation.intervened import Intervened
     from reqat.tasks import Problem
 
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
@@ -83,8 +83,8 @@ class Task:
 
     def options(self, seeds: Sequence[int], decoding: str, quiet: bool, caption: str) -> dict[str, Any]:
         """What `evaluate` is told, besides models and problems."""
-        from reqat.evaluation import Decoding
         from reqat.evaluation.loading import AUTOCAST
+        from reqat.generation import Decoding
 
         policy = Decoding.parse(decoding)
         return {
@@ -204,7 +204,7 @@ def entropy_percentile(
     percentile: float, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool
 ) -> float:
     """A percentile of the model's entropies (nats) on the first `n` held-out problems."""
-    from reqat.evaluation.reset import fit_tau0
+    from reqat.evaluation.tau0 import fit_tau0
 
     options = task.options([0], SAMPLE, quiet, "measuring entropies")
     found = fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=percentile / 100, **options)
@@ -245,7 +245,7 @@ def route(
     task, used, other = Task.of_tier(tier), seed_list(seeds), candidate or reference
     roles = {"reference": reference, "candidate": other}
     with writing("route", out, roles, used, force=force, threads=threads) as conditions:
-        from reqat.evaluation.interventions import policies
+        from reqat.generation.interventions import policies
 
         names = policy or list(policies(0.0))
         for name in names:
@@ -278,7 +278,8 @@ def grade_routes(
     quiet: bool,
 ) -> None:
     """Grade each of the policies `names` on the first `n` problems."""
-    from reqat.evaluation.interventions import evaluate_routed, policies
+    from reqat.evaluation.intervened import evaluate_routed
+    from reqat.generation.interventions import policies
 
     asked, given = task.problems(n), policies(threshold_nats)
     for name in names:
@@ -313,7 +314,7 @@ def noise(
     task = Task.of_tier(tier)
     used, sizes = seed_list(seeds), numbers(sigmas, "--sigmas", float)
     with writing("noise", out, {"model": model}, used, force=force, threads=threads) as conditions:
-        from reqat.evaluation.interventions import Noise
+        from reqat.generation.interventions import Noise
 
         for value in sizes:
             Noise(value, "low", share)  # refuses what makes no sense before anything is loaded
@@ -358,7 +359,8 @@ def grade_noise(
 ) -> None:
     """Grade no noise, and noise of every size at either end, on the first `n` problems."""
     from reqat.evaluation import evaluate
-    from reqat.evaluation.interventions import Noise, evaluate_noisy
+    from reqat.evaluation.intervened import evaluate_noisy
+    from reqat.generation.interventions import Noise
 
     asked = task.problems(n)
     options = task.options(seeds, decoding, quiet, "no noise")

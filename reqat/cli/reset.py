@@ -33,7 +33,7 @@ from reqat.records import provenance, record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from reqat.evaluation.reset import EntropyQuantile
+    from reqat.evaluation.tau0 import EntropyQuantile
 
 SCHEMA = "reqat.reset/1"
 BF16 = "bf16"
@@ -73,7 +73,7 @@ def fit_reset(
     rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
     with making_file(out, is_fit, replace=force) as write:
         start_computing(threads)
-        from reqat.evaluation import Decoding
+        from reqat.generation import Decoding
 
         Decoding.reset(t_low, 0.0, **rule)  # refuses what makes no sense before anything is loaded
         loaded, tokenizer = load(model, precision)
@@ -110,7 +110,7 @@ def fitted_tau0(
     quiet: bool,
 ) -> EntropyQuantile:
     """ReSET's tau0 on the first `n` validation problems."""
-    from reqat.evaluation.reset import fit_tau0
+    from reqat.evaluation.tau0 import fit_tau0
 
     options = task.options(seeds, decoding, quiet, "fitting tau0")
     return fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=quantile, **options)
@@ -126,7 +126,7 @@ def is_fit(path: Path) -> bool:
 
 def read_fit(path: Path) -> str:
     """The policy in a file of `fit-reset`. Raises `ReqatError` where there is none."""
-    from reqat.evaluation import Decoding
+    from reqat.generation import Decoding
 
     if not path.exists():
         raise ReqatError(f"{path}: no such file; `reqat fit-reset` writes one.")

@@ -14,10 +14,12 @@ from reqat.cli import arguments
 from reqat.cli.app import Quiet, Tier, app, check_families, session, start_computing
 from reqat.cli.arguments import Threads
 from reqat.config import resources
-from reqat.config.errors import ReqatError, unknown
+from reqat.config.catalogue import PTQ_METHODS
+from reqat.config.errors import ReqatError
 from reqat.config.files import exclusive, read_text
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
+from reqat.config.policy import Decoding
 from reqat.config.precision import family
 from reqat.config.stage import BaseSettings, Calibration, Evaluation, Stage
 from reqat.records import provenance, record
@@ -189,7 +191,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
 
         calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
     asked, how = todo.problems, todo.decoding
-    decoding = evaluation.Decoding.greedy() if how.greedy else evaluation.Decoding.sample(how.temperature, how.top_p)
+    decoding = Decoding.greedy() if how.greedy else Decoding.sample(how.temperature, how.top_p)
     outcomes = evaluation.evaluate(
         model,
         tokenizer,
@@ -223,11 +225,16 @@ def quantize(
     ],
     precision: Annotated[str, typer.Option(callback=arguments.precision, help="For example NVFP4-W4A4KV4.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    method: Annotated[str, typer.Option(help="rtn (round to nearest) or gptq.")] = "rtn",
+    method: Annotated[
+        str, typer.Option(callback=arguments.ptq_method, help=f"{', '.join(PTQ_METHODS)} (rtn: round to nearest).")
+    ] = "rtn",
     calibration: Annotated[Path | None, typer.Option(help="A text file, or the folder of a trace store.")] = None,
     sequences: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Calibration sequences.")] = 64,
     sequence_tokens: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Tokens of each.")] = 256,
     act_order: Annotated[bool, typer.Option(help="GPTQ: columns by their activations' size.")] = True,
+    alpha: Annotated[
+        float | None, typer.Option(callback=arguments.floor, help="SmoothQuant: how much of the range goes to weights.")
+    ] = None,
     kv_element: Annotated[
         arguments.Element | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")
     ] = None,
@@ -247,12 +254,10 @@ def quantize(
     with record.asked_for("quantize", out, {}, root=root, force=force, inputs=given) as job:
         start_computing(threads)
         from reqat.data import with_bos
-        from reqat.models import load_model, load_tokenizer, prepare, save_model
+        from reqat.models import load_model, load_tokenizer, save_model
         from reqat.quant import Precision
         from reqat.recipes import ptq
 
-        if method not in ptq.METHODS:
-            raise unknown("method", method, ptq.METHODS)
         if ptq.METHODS[method].needs_calibration and calibration is None:
             raise ReqatError(f"--method {method} needs --calibration: a text file, or the folder of a trace store.")
         options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale}
@@ -267,10 +272,19 @@ def quantize(
             ids = _calibration(calibration, tokenizer, wanted)
         job.config = {
             "model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order,
+            "alpha": alpha,
         }  # fmt: skip
-        report = prepare(loaded, precision, **options)
+        report, job.metrics = ptq.quantize(
+            method,
+            loaded,
+            precision,
+            ids,
+            precision_options=options,
+            progress=not quiet,
+            act_order=act_order,
+            alpha=alpha,
+        )
         print(report)
-        job.metrics = ptq.solve(method, loaded, ids, act_order=act_order, progress=not quiet)
         save_model(loaded, tokenizer, job.partial / "model")
     print(f"written: {out / 'model'}")
 

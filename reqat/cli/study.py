@@ -159,7 +159,7 @@ def pair(run: Run) -> dict[str, Any]:
 
 def routing(run: Run) -> dict[str, Any]:
     """As `reqat route`: the four policies at one threshold."""
-    from reqat.evaluation.interventions import policies
+    from reqat.generation.interventions import policies
 
     s = run.study.settings
     assert isinstance(s, RoutingStudy)
@@ -190,7 +190,7 @@ def reset(run: Run) -> dict[str, Any]:
     """As `reqat fit-reset` and `reqat reset`: tau0 on held-out problems, then every decoding on the same problems."""
     import dataclasses
 
-    from reqat.evaluation import Decoding
+    from reqat.generation import Decoding
 
     s = run.study.settings
     assert isinstance(s, ResetStudy)

@@ -216,7 +216,13 @@ class _Builder:
             )
         if isinstance(step, PTQStep):
             ptq = self.tier.ptq
-            return PTQSettings(method=step.method, act_order=step.act_order, damp=ptq.damp, calibration=ptq.calibration)
+            return PTQSettings(
+                method=step.method,
+                act_order=step.act_order,
+                damp=ptq.damp,
+                alpha=step.alpha,
+                calibration=ptq.calibration,
+            )
         train = self.tier.train
         training = train.finetune if step.step == "finetune" else train.qat
         if step.step == "qat" and not finetuned and train.qat_from_base is not None:

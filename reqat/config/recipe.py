@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from reqat.config.base import Count, Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import FORMATS, GlobalScale, Rotation, family
-from reqat.config.stage import Term
+from reqat.config.stage import PTQMethod, Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
 AMOUNTS = ("total", "qat", "ft")
@@ -100,8 +100,10 @@ class PTQStep(_Step):
     """A `ptq` step."""
 
     step: Literal["ptq"]
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: PTQMethod = "gptq"
     act_order: bool = True
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    """SmoothQuant: how much of the range goes from activations to weights; null: the method's own."""
 
 
 Step = Annotated[TrainStep | QFitStep | PTQStep, Field(discriminator="step")]

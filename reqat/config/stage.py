@@ -11,14 +11,21 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct
-from reqat.config.errors import ReqatError
+from reqat.config.catalogue import OBJECTIVE_TERMS, PTQ_METHODS
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec
 
 Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
 DIGEST_LENGTH = 12
+
+
+def _objective_term(name: str) -> str:
+    if name not in OBJECTIVE_TERMS:
+        raise unknown("objective term", name, OBJECTIVE_TERMS)
+    return name
 
 
 class NLLTerm(Strict):
@@ -44,8 +51,29 @@ class QADTerm(Strict):
     weight: float = Field(default=1.0, ge=0)
 
 
-Term = Annotated[NLLTerm | SEMTerm | QADTerm, Field(discriminator="name")]
-"""One summand of the objective; a new loss adds its model here and its class to `reqat.recipes`."""
+class OtherTerm(BaseModel):
+    """Any other term of `reqat.recipes.terms`; settings besides its weight are arguments of its class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: Annotated[str, AfterValidator(_objective_term)]
+    weight: float = 1.0
+
+
+def _kind_of_term(value: Any) -> str:
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return name if name in ("nll", "sem", "qad") else "other"
+
+
+Term = Annotated[
+    Annotated[NLLTerm, Tag("nll")]
+    | Annotated[SEMTerm, Tag("sem")]
+    | Annotated[QADTerm, Tag("qad")]
+    | Annotated[OtherTerm, Tag("other")],
+    Discriminator(_kind_of_term),
+]
+"""One summand of the objective. A new one is a file of `reqat/recipes/terms/`; its own model here is needed only for
+settings that are to be checked before torch is imported."""
 
 
 class DataSettings(Strict):
@@ -187,14 +215,26 @@ class QFitSettings(Strict):
     calibration: Calibration = Calibration()
 
 
+def _ptq_method(name: str) -> str:
+    if name not in PTQ_METHODS:
+        raise unknown("PTQ method", name, PTQ_METHODS)
+    return name
+
+
+PTQMethod = Annotated[str, AfterValidator(_ptq_method), Field(json_schema_extra={"enum": list(PTQ_METHODS)})]
+"""A method of `reqat.recipes.ptq`."""
+
+
 class PTQSettings(Strict):
     """Settings of a `ptq` stage. `rtn` stands for completeness: an evaluation at a precision rounds to nearest by
     itself."""
 
     kind: Literal["ptq"] = "ptq"
-    method: Literal["rtn", "gptq"] = "gptq"
+    method: PTQMethod = "gptq"
     act_order: bool = True
     damp: float = Field(default=0.01, gt=0)
+    alpha: float | None = Field(default=None, ge=0, le=1)
+    """SmoothQuant: how much of the range goes from activations to weights; null: the method's own."""
     calibration: Calibration = Calibration()
 
 

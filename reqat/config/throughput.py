@@ -147,7 +147,7 @@ def sources(root: Path) -> list[Path]:
     """Files of the code that a benchmark measures: with newer ones its numbers are those of other code."""
     return sorted(
         path
-        for folder in ("kernels/reqat_kernels", "reqat/models")
+        for folder in ("kernels/reqat_kernels", "reqat/models", "reqat/inference")
         for path in (root / folder).rglob("*")
         if path.suffix in (".py", ".cpp", ".h")
     )

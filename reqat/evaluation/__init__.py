@@ -1,4 +1,4 @@
-"""Evaluation: the one generation path, grading, and statistics that know what a cluster is (floor 3).
+"""Evaluation: grading, token entropies, and statistics that know what a cluster is.
 
 Names load on first use: reading outcomes and computing intervals needs neither torch nor transformers.
 """
@@ -9,8 +9,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reqat.evaluation.decoding import Decoding
-    from reqat.evaluation.generation import BatchStart, Generation, StatefulProcessor, generate
     from reqat.evaluation.grading import evaluate
     from reqat.evaluation.outcomes import Outcomes
     from reqat.evaluation.statistics import (
@@ -24,34 +22,24 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
-    "BatchStart": "generation",
-    "Decoding": "decoding",
     "Difference": "statistics",
     "Estimate": "statistics",
-    "Generation": "generation",
     "Outcomes": "outcomes",
-    "StatefulProcessor": "generation",
     "accuracy": "statistics",
     "accuracy_by_family": "statistics",
     "evaluate": "grading",
-    "generate": "generation",
     "holm": "statistics",
     "paired": "statistics",
     "paired_by_family": "statistics",
 }
 
 __all__ = [
-    "BatchStart",
-    "Decoding",
     "Difference",
     "Estimate",
-    "Generation",
     "Outcomes",
-    "StatefulProcessor",
     "accuracy",
     "accuracy_by_family",
     "evaluate",
-    "generate",
     "holm",
     "paired",
     "paired_by_family",

@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.decoding import Decoding
-from reqat.evaluation.generation import generate
-from reqat.models import freeze, load_model, pack, prepare
+from reqat.config.policy import Decoding
+from reqat.generation.batches import generate
+from reqat.inference import pack
+from reqat.models import freeze, load_model, prepare
 
 
 @dataclass(frozen=True)

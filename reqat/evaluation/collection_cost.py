@@ -5,7 +5,7 @@ Providers, from plain to everything:
 * ``generate``: sampling alone;
 * ``+ EntropyRecorder``: each step's entropy, tail mass, most likely tokens and the probability of the one taken;
 * ``+ written``: these handed on to a :class:`~reqat.evaluation.trace_files.TraceWriter`, parquet files and all;
-* ``+ ReSET``: sampling at a temperature that follows the entropy (:class:`~reqat.evaluation.reset.ReSET`). Its tables
+* ``+ ReSET``: sampling at a temperature that follows the entropy (:class:`~reqat.generation.reset.ReSET`). Its tables
   of step ends, made once a tokenizer, are not in the time.
 
 A sample is one whole generation, from the call to the moment when nothing is left to do (spooled steps handed over,
@@ -28,12 +28,12 @@ from typing import Any
 import torch
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.decoding import Decoding
+from reqat.config.policy import Decoding
 from reqat.evaluation.entropies import EntropyRecorder, RecordedTrace
-from reqat.evaluation.generation import Generation, generate
-from reqat.evaluation.reset import ReSET
 from reqat.evaluation.throughput import allocated_bytes
 from reqat.evaluation.trace_files import TraceInfo, TraceWriter
+from reqat.generation.batches import Generation, generate
+from reqat.generation.reset import ReSET
 from reqat.models import freeze, load_model, load_tokenizer, prepare
 from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
 from reqat_kernels.bench.measure import Result, Row, Wrong, percentile, undisturbed

@@ -1,9 +1,9 @@
 """Entropies of a model's choices, collected while it generates or over responses that are there already.
 
-Everything is of the raw logits at temperature 1 (:mod:`reqat.evaluation.distributions`): the entropy in nats, the most
+Everything is of the raw logits at temperature 1 (:mod:`reqat.generation.distributions`): the entropy in nats, the most
 likely tokens, the probability of the token taken, and the tail mass ``1 - p(top1)``.
 
-* :class:`EntropyRecorder` rides along in :func:`reqat.evaluation.generation.generate` as a logits processor. It looks
+* :class:`EntropyRecorder` rides along in :func:`reqat.generation.batches.generate` as a logits processor. It looks
   at each step's logits once, keeps a few dozen steps in memory and spools the rest to a temporary file, so traces may
   be of any length.
 * :func:`force_traces` runs several models over the same tokens (teacher forcing): whole responses in one forward pass
@@ -29,11 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.config.policy import Decoding
 from reqat.data import encode_prompt
-from reqat.evaluation.decoding import Decoding
-from reqat.evaluation.distributions import Statistics, token_statistics
-from reqat.evaluation.generation import BatchStart, generate
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
+from reqat.generation.batches import generate
+from reqat.generation.distributions import Statistics, token_statistics
+from reqat.generation.processors import BatchStart
 from reqat.models import ATTENTION, attention_window, check_length, check_token_ids, forget_lengths
 from reqat.models.modes import evaluating
 from reqat.quant import autocast as autocast_region

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from reqat.config.errors import ReqatError
+from reqat.config.policy import Decoding
 from reqat.data import encode_prompt
-from reqat.evaluation.decoding import Decoding
-from reqat.evaluation.generation import generate
 from reqat.evaluation.outcomes import Outcomes
+from reqat.generation.batches import generate
 from reqat.tasks import Problem
 from reqat.tasks import verify as verify_by_family
 
@@ -45,7 +45,7 @@ def evaluate(
 
     The model reads :func:`reqat.data.encode_prompt` of the problem's prompt. The response is decoded without
     special tokens and graded by ``verify(problem, response)``. A response without an end is graded as it stands and
-    counted as unfinished. The other arguments are those of :func:`reqat.evaluation.generation.generate`.
+    counted as unfinished. The other arguments are those of :func:`reqat.generation.batches.generate`.
 
     Raises:
         ValueError: for no problems or seeds, a repeated problem or seed, several seeds with greedy decoding (they would

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import beside, unique
+from reqat.evaluation.decoders import CHECKED_TOKENS, Decoder, Steps, agrees
 from reqat_kernels.bench.machine import waited_ns
 from reqat_kernels.bench.measure import Wrong
-
-if TYPE_CHECKING:
-    from reqat.evaluation.throughput import Decoder
 
 TYPES = ("BF16", "Q4_0", "MXFP4")
 NAME = "llama.cpp"
@@ -52,7 +50,6 @@ def decoders(
     one is missing or wrong, why is appended to ``skipped`` or ``refused``. Those named in ``avoid`` are left out;
     ``entering`` is told whose code runs next.
     """
-    from reqat.evaluation.throughput import CHECKED_TOKENS, agrees
     from reqat.models.loading import PACKAGE, package_gguf
 
     if importlib.util.find_spec("llama_cpp") is None:
@@ -152,8 +149,6 @@ def rounded(reference: Any, type_name: str) -> Any:
 
 def _decoder(file: Path, type_name: str, context: int) -> Decoder:
     from llama_cpp import Llama, llama_cpp
-
-    from reqat.evaluation.throughput import Decoder, Steps
 
     threads = torch.get_num_threads()
     llama: Any = Llama(

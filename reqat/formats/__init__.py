@@ -1,4 +1,4 @@
-"""4-bit number formats (floor 0: torch alone): elements, block scales, quantization, packing, checkpoint layouts."""
+"""4-bit number formats (need torch alone): elements, block scales, quantization, packing, checkpoint layouts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from reqat.config.formats import FORMATS
 from reqat.formats.elements import ELEMENTS, Element
 from reqat.formats.format import Format, get_format
 from reqat.formats.layouts import LAYOUT_NAMES, from_layout, input_global_scale, quantization_config, to_layout
-from reqat.formats.packing import PackedTensor, pack_codes, unpack_codes
-from reqat.formats.quantize import QuantizedTensor, global_scale_for, quantize, quantize_dequantize
+from reqat.formats.quantize import global_scale_for, quantize, quantize_dequantize
+from reqat.formats.tensors import PackedTensor, QuantizedTensor, pack_codes, unpack_codes
 
 __all__ = [
     "ELEMENTS",

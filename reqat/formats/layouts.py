@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats.format import Format, get_format
-from reqat.formats.packing import PackedTensor, unpack_codes
-from reqat.formats.quantize import QuantizedTensor
+from reqat.formats.tensors import PackedTensor, QuantizedTensor, unpack_codes
 
 
 @dataclass(frozen=True)

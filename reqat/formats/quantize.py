@@ -21,12 +21,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reqat.formats.checks import SMALLEST_GLOBAL_SCALE, check_codes, check_construction, check_parts
+from reqat.formats.checks import SMALLEST_GLOBAL_SCALE
 from reqat.formats.elements import power_of_two
 from reqat.formats.format import Format, get_format
 from reqat.formats.scales import (
@@ -43,100 +42,12 @@ from reqat.formats.scales import (
     replace_zero_,
     round_to_float,
 )
-from reqat.formats.subnormals import keeps_subnormals, subnormals_kept
-
-if TYPE_CHECKING:
-    from reqat.formats.packing import PackedTensor
+from reqat.formats.subnormals import keeps_subnormals
+from reqat.formats.tensors import QuantizedTensor, largest
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Elements handled at a time on a CPU: three float32 buffers of this size (768 KiB) stay in a core's cache.
 _PIECE = 65536
-
-
-@dataclass(frozen=True, eq=False)
-class QuantizedTensor:
-    """Codes and scales of one tensor.
-
-    ``codes``: uint8, one 4-bit code an element, in the shape of the input (longer along ``axis`` if it was padded).
-    ``scales``: one a block, in the input's shape with ``axis`` as long as there are blocks, in the stored type (E8M0:
-    uint8 exponents; E4M3, E5M2: torch's float8; FP16; FP32). AMXFP4 adds a last axis of 2: [positive, negative].
-    ``global_scale``: float32 divisor g, a scalar, or (``row``) the input's shape with ``axis`` of length 1; or None.
-    ``shape`` and ``dtype`` are the input's; ``axis`` counts from 0.
-
-    Parts that do not belong together, and scales that are NaN, infinite or negative, raise ValueError
-    (:mod:`reqat.formats.checks`).
-    """
-
-    codes: Tensor
-    scales: Tensor
-    global_scale: Tensor | None
-    format: Format
-    axis: int
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        check_construction(
-            self.codes, self.scales, self.global_scale, self.format, self.axis, self.shape, self.dtype, packed=False
-        )
-
-    def check(self, name: str | None = None) -> None:
-        """Raise ValueError unless every number is valid too: :func:`reqat.formats.checks.check_parts`."""
-        check_parts(
-            self.codes, self.scales, self.global_scale, self.format, self.axis, self.shape, dtype=self.dtype, name=name
-        )
-
-    def block_scales(self) -> Tensor:
-        """What codes are multiplied by, float32, in the shape of ``scales``: ``s / g``, or ``s``."""
-        s = e8m0_to_float(self.scales) if self.format.scale == "E8M0" else self.scales.float()
-        with subnormals_kept(s):
-            return effective_scale(s, self.global_scale, self.format.scale_rule)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The numbers that codes and scales stand for, in the input's shape and type (or ``dtype``).
-
-        ``value(code) * S`` in float32, then rounded to ``dtype``, saturating at its largest number. Zeros are +0.0.
-        """
-        check_codes(self.codes)
-        with subnormals_kept(self.codes):
-            return self._dequantized(dtype or self.dtype)
-
-    def _dequantized(self, dtype: torch.dtype) -> Tensor:
-        codes = self.codes.movedim(self.axis, -1)
-        values = self.format.element_type.decode(codes)
-        S = self.block_scales()
-        if self.format.asymmetric:
-            positive, negative = (self._each(S[..., sign], codes) for sign in (0, 1))
-            values *= torch.where(values < 0, negative, positive)
-        else:
-            values *= self._each(S, codes)
-        limit = _largest(dtype)
-        values = values.clamp_(-limit, limit).to(dtype)[..., : self.shape[self.axis]]
-        return values.movedim(-1, self.axis).contiguous()
-
-    def _each(self, S: Tensor, codes: Tensor) -> Tensor:
-        """One scale an element, from one a block."""
-        S = S.movedim(self.axis, -1)
-        return S.repeat_interleave(codes.shape[-1] // max(1, S.shape[-1]), dim=-1)
-
-    def pack(self) -> PackedTensor:
-        """Two codes a byte; see :class:`reqat.formats.PackedTensor`."""
-        from reqat.formats.packing import PackedTensor
-
-        return PackedTensor.from_quantized(self)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the packed tensor takes: half a byte a code, the scales, the global scale."""
-        rows = self.codes.numel() // max(1, self.codes.shape[self.axis])
-        packed = rows * ((self.codes.shape[self.axis] + 1) // 2)
-        return packed + self.scales.nbytes + (0 if self.global_scale is None else self.global_scale.nbytes)
-
-    def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same on another device."""
-        g = None if self.global_scale is None else self.global_scale.to(device)
-        codes, scales = self.codes.to(device), self.scales.to(device)
-        return QuantizedTensor(codes, scales, g, self.format, self.axis, self.shape, self.dtype)
 
 
 @torch.no_grad()
@@ -205,7 +116,7 @@ def quantize_dequantize(
     scaled = _scales(blocks, fmt, given, name)
     out = torch.empty(blocks.x.shape, dtype=x.dtype, device=x.device)
     element, rounding, clip = fmt.element_type, fmt.rounding, scaled.clip
-    limit = _largest(x.dtype)
+    limit = largest(x.dtype)
     saturate = scaled.top > limit / 2  # rounding up may then step over the largest number of the type
     scratch = buffer = None
     for piece, D, S, target in _pieces(blocks.x, scaled.divisor, scaled.effective, out):
@@ -487,8 +398,3 @@ def _not_finite(x: Tensor, name: str | None) -> ValueError:
     found = " and ".join(f"{count} {what}" for count, what in counts if count) or "numbers beyond the float32 range"
     label = name or "tensor"
     return ValueError(f"{label} of shape {tuple(x.shape)} holds {found}; only finite numbers can be quantized")
-
-
-def _largest(dtype: torch.dtype) -> float:
-    """The largest number that an output of this type may hold (values are float32 before)."""
-    return min(torch.finfo(dtype).max, FLOAT32_MAX)

@@ -1,4 +1,4 @@
-"""Models (floor 2): loading and saving, swapping quantized layers in, the four-bit key/value cache."""
+"""Models: loading and saving, quantized layers in place of linear ones, the four-bit key/value cache."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from reqat.models.limits import (  # noqa: E402
 )
 from reqat.models.linear import QuantLinear, quant_linears, weights_quantized_once  # noqa: E402
 from reqat.models.loading import load_model, load_tokenizer  # noqa: E402
-from reqat.models.packed import is_packed, memory, pack  # noqa: E402
-from reqat.models.packed_cache import PackedCache  # noqa: E402
 from reqat.models.prepare import (  # noqa: E402
     Report,
     calibrate_static,
@@ -38,7 +36,6 @@ __all__ = [
     "ATTENTION",
     "Fp4Cache",
     "KVQuantizer",
-    "PackedCache",
     "QuantLinear",
     "Report",
     "attention_window",
@@ -49,12 +46,9 @@ __all__ = [
     "end_ids",
     "forget_lengths",
     "freeze",
-    "is_packed",
     "kv_quantizers",
     "load_model",
     "load_tokenizer",
-    "memory",
-    "pack",
     "position_limit",
     "precision_of",
     "prepare",

@@ -9,6 +9,7 @@ layers otherwise. Llama, Mistral, Qwen2 and Qwen3 do.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -72,8 +73,8 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
-def head_shape(model: PreTrainedModel) -> HeadShape:
-    """Heads and head_dim of ``model``."""
+def head_shape(model: Any) -> HeadShape:
+    """Heads and head_dim of ``model``, or of anything else that has its ``config``."""
     config = model.config
     query_heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or query_heads

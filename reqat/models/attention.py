@@ -6,7 +6,7 @@ included, so that fine-tuning, QAT and evaluation share one code path; it differ
 1. Keys and values pass through the layer's :class:`~reqat.models.kv.KVQuantizer` (``module.reqat_kv``), if it has one.
    Keys arrive here after RoPE, which is where the paper quantizes them (ReQAT, section 1); queries are left alone.
    Tensors that come from :class:`~reqat.models.cache.Fp4Cache` were quantized when they were appended and are marked.
-   Those of :class:`~reqat.models.packed_cache.PackedCache` hold no numbers; the cache layer behind them attends.
+   Those of :class:`~reqat.inference.packed_cache.PackedCache` hold no numbers; the cache layer behind them attends.
 2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
    times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
 

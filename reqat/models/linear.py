@@ -126,7 +126,7 @@ class InputQuantizer(Quantizer):
         if self.consumers == 1 or (self.format is None and self.rotation is None):
             return self.compute(x)
         version = None if x.is_inference() else x._version
-        key = (version, torch.is_grad_enabled(), self.observing)
+        key = (version, torch.is_grad_enabled(), self.calibrating)
         memo, asks = self._memo, id(consumer)
         held = memo.held
         if held is not None and held[0] is x and held[1] == key and asks not in held[3]:
@@ -177,7 +177,7 @@ class QuantLinear(nn.Linear):
         """Q(W) with W's gradient, kept if :func:`weights_quantized_once` says so."""
         weight, quantizer = self.weight, self.weight_quantizer
         # Inference tensors have no version, and must not get into a graph.
-        if not self.keeping or quantizer.observing or torch.is_inference_mode_enabled() or weight.is_inference():
+        if not self.keeping or quantizer.calibrating or torch.is_inference_mode_enabled() or weight.is_inference():
             return quantizer(weight)
         g = quantizer.global_scale
         scale_version = None if g is None or g.is_inference() else g._version

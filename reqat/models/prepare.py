@@ -37,7 +37,7 @@ from reqat.models.linear import InputQuantizer, QuantLinear, quant_linears
 from reqat.models.padding import unpadded
 from reqat.models.pretrained import hook_saving
 from reqat.models.sidecar import Sidecar
-from reqat.quant import Precision, Quantizer, observing
+from reqat.quant import Precision, Quantizer, calibrating
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
     training = model.training
     model.eval()
     try:
-        with observing(static):
+        with calibrating(static):
             for batch in batches:
                 for inputs in unpadded(_inputs(batch)):
                     if isinstance(inputs.get("input_ids"), Tensor):

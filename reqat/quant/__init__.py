@@ -1,10 +1,10 @@
-"""Precision specs, fake quantization and rotations (floor 1: imports reqat.formats, reqat_kernels and torch alone)."""
+"""Precisions, fake quantization and rotations."""
 
 from __future__ import annotations
 
 from reqat.config.precision import KNOWN
 from reqat.quant.autocast import autocast
-from reqat.quant.fake import Quantizer, fake_quantize, observing, straight_through
+from reqat.quant.fake import Quantizer, calibrating, fake_quantize, straight_through
 from reqat.quant.hadamard import block_hadamard, hadamard
 from reqat.quant.precision import Precision
 from reqat.quant.state import MeasuredState
@@ -18,6 +18,6 @@ __all__ = [
     "block_hadamard",
     "fake_quantize",
     "hadamard",
-    "observing",
+    "calibrating",
     "straight_through",
 ]

@@ -96,8 +96,8 @@ class Quantizer(MeasuredState):
 
     ``global_scale`` (float32 scalar buffer, or None) is used instead of a computed one wherever it is set. It stays
     float32 when the model's dtype changes, and the state dict contains it; checkpoints keep the Hugging Face layout,
-    so there the sidecar holds it. While calibrating (:func:`observing`), the largest magnitude seen is kept in ``amax``
-    and static formats scale dynamically.
+    so there the sidecar holds it. Within :func:`calibrating` the largest magnitude seen is kept in ``amax``, and static
+    formats scale dynamically.
     """
 
     global_scale: Tensor | None
@@ -107,7 +107,7 @@ class Quantizer(MeasuredState):
         self.format = fmt
         self.rotation = rotation
         self.name = name
-        self.observing = False
+        self.calibrating = False
         self.amax: Tensor | None = None
         self.register_measured("global_scale")
 
@@ -137,7 +137,7 @@ class Quantizer(MeasuredState):
         if self.format is None:
             return x if self.rotation is None else block_hadamard(x, self.rotation)
         fmt, global_scale = self.format, self.global_scale
-        if self.observing:
+        if self.calibrating:
             self._observe(x)
             if fmt.global_scale == "static":
                 fmt, global_scale = _dynamic(fmt), None
@@ -177,12 +177,12 @@ def _dynamic(fmt: Format) -> Format:
 
 
 @contextmanager
-def observing(quantizers: list[Quantizer]) -> Iterator[None]:
+def calibrating(quantizers: list[Quantizer]) -> Iterator[None]:
     """Let these quantizers record the magnitudes they see, from nothing, until the block ends."""
     for quantizer in quantizers:
-        quantizer.observing, quantizer.amax = True, None
+        quantizer.calibrating, quantizer.amax = True, None
     try:
         yield
     finally:
         for quantizer in quantizers:
-            quantizer.observing = False
+            quantizer.calibrating = False

@@ -1,1 +1,1 @@
-"""Recipes (floor 4): one published method a file, and the stages that chain them."""
+"""Published methods, one a file, and the stages that chain them."""

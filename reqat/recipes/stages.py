@@ -42,11 +42,10 @@ from reqat.data import (
     write_store,
 )
 from reqat.models import check_length, check_token_ids, embedding_rows, load_model, load_tokenizer, prepare, save_model
-from reqat.recipes.qad import QAD
-from reqat.recipes.sem import SEM
+from reqat.recipes.terms import TERMS
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
-from reqat.training import NLL, Objective, Observer, Term, TrainResult, train
+from reqat.training import Objective, Observer, TrainResult, train
 from reqat.training import TrainSettings as LoopSettings
 
 MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
@@ -270,10 +269,17 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
     settings = stage.settings
     assert isinstance(settings, PTQSettings)
     model, tokenizer = _parent(inputs)
-    prepare(model, stage.precision.name, override=True, **stage.precision.options())
-    ids = calibration_ids(inputs["data"], tokenizer, settings.calibration)
-    metrics = ptq.solve(
-        settings.method, model, ids, act_order=settings.act_order, damp=settings.damp, progress=progress
+    _, metrics = ptq.quantize(
+        settings.method,
+        model,
+        stage.precision.name,
+        calibration_ids(inputs["data"], tokenizer, settings.calibration),
+        precision_options=stage.precision.options(),
+        override=True,
+        progress=progress,
+        act_order=settings.act_order,
+        damp=settings.damp,
+        alpha=settings.alpha,
     )
     save_model(model, tokenizer, out / MODEL)
     return metrics
@@ -289,10 +295,6 @@ _RUN: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-# Name of a term in configuration -> its class, which takes the other settings under the names they have there.
-_TERMS: dict[str, Callable[..., Term]] = {"nll": NLL, "sem": SEM, "qad": QAD}
-
-
 def precision_of(stage: Stage) -> Any:
     """The stage's :class:`reqat.quant.Precision`."""
     from reqat.quant import Precision
@@ -302,7 +304,14 @@ def precision_of(stage: Stage) -> Any:
 
 def objective(training: Training) -> Objective:
     """The objective that a configuration's list of terms means."""
-    return Objective(tuple(_TERMS[term.name](**term.model_dump(exclude={"name"})) for term in training.objective))
+    terms = []
+    for term in training.objective:
+        settings = term.model_dump(exclude={"name"})
+        try:
+            terms.append(TERMS[term.name](**settings))
+        except TypeError as error:
+            raise ReqatError(f"objective term {term.name}: {error}; its settings are its class's arguments.") from error
+    return Objective(tuple(terms))
 
 
 def selected(store: TraceStore, selection: Selection) -> list[Trace]:

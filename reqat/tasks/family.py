@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from reqat.config.catalogue import TASK_FAMILIES
 from reqat.config.errors import ReqatError
 
 SPLITS = ("train", "validation", "test")
@@ -46,7 +47,8 @@ class Problem:
 
 
 class Family(ABC):
-    """A generator with a verifier and a writer of traces. Subclasses live one a file, named as in reasoning-gym."""
+    """A generator with a verifier and a writer of traces. Subclasses live one a file of `reqat.tasks.families`, named
+    as in reasoning-gym; the file defines ``FAMILY``."""
 
     name: str
     defaults: Mapping[str, Any] = {}
@@ -94,7 +96,7 @@ def _scorer(name: str) -> Any:
     return get_family(name).dataset(seed=0, size=1, options={})
 
 
-FAMILIES: tuple[str, ...] = ("chain_sum", "leg_counting", "simple_equations", "gsm_symbolic")
+FAMILIES = TASK_FAMILIES
 # Benchmarks that tiers may name and plan with, and that have no problems here yet: AIME, MATH-500 and their kin.
 PLANNED: tuple[str, ...] = ("math",)
 
@@ -111,7 +113,7 @@ def get_family(name: str) -> Family:
         close = difflib.get_close_matches(name, FAMILIES, 1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ReqatError(f"unknown task family {name!r}{hint}; known: {', '.join(FAMILIES)}")
-    return importlib.import_module(f"reqat.tasks.{name}").FAMILY
+    return importlib.import_module(f"reqat.tasks.families.{name}").FAMILY
 
 
 def split_of(family: Family, question: str) -> str:

@@ -7,7 +7,6 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
-
 from tests.test_house import imports_in, package_of
 
 ROOT = Path(__file__).parents[2]

@@ -252,7 +252,7 @@ def _sidecars() -> Iterator[Case]:
 def _generation() -> Iterator[Case]:
     def run(prompts: Any, **options: Any) -> Callable[[Path], Any]:
         def call(folder: Path) -> Any:
-            from reqat.evaluation import Decoding, generate
+            from reqat.generation import Decoding, generate
             from reqat.models import load_model, load_tokenizer
 
             model, tokenizer = load_model(folder / "model"), load_tokenizer(folder / "model")
@@ -280,7 +280,7 @@ def _generation() -> Iterator[Case]:
 
     def decoding(text: Any) -> Callable[[Path], Any]:
         def call(_: Path) -> Any:
-            from reqat.evaluation import Decoding
+            from reqat.generation import Decoding
 
             return Decoding.parse(text)
 

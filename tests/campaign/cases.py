@@ -86,7 +86,7 @@ def _unsaid(says: tuple[str, ...], message: str) -> str:
 
 
 def _command(case: Case) -> tuple[str, str]:
-    from reqat.cli.app import main
+    from reqat.cli.main import main
 
     before = set(_left())
     out, err, code = io.StringIO(), io.StringIO(), None

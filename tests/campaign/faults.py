@@ -35,7 +35,7 @@ class End:
 def run(*arguments: object) -> End:
     """Run ``reqat ARGUMENTS`` in this process. What it prints goes nowhere near a file, so that a limit on files does
     not meet it."""
-    from reqat.cli.app import main
+    from reqat.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -117,7 +117,7 @@ def inside(folder: Path) -> Iterator[None]:
 
 def good(*arguments: str) -> str:
     """Run a command that must succeed; returns what it printed."""
-    from reqat.cli.app import main
+    from reqat.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -120,7 +120,9 @@ def cases() -> Iterator[Case]:
         yield _option(verb, option, "")
         yield _option(verb, option, "\udcff", says=(option, "UTF-8"))
     yield Case("option", "empty argument with =", ("--out",), (*BASE["quantize"][:-2], "--out="))
-    yield Case("option", "two sources of problems", ("--problems", "--families"), (*BASE["entropy"], "--families", "x"))
+    yield Case(
+        "option", "two sources of problems", ("--problems", "--families"), (*BASE["entropy"], "--families", "chain_sum")
+    )
     yield Case("option", "no source of problems", ("--families",), (*BASE["entropy"][:3], "--out", "out"))
     for names in ("no_such", "chain_sum,chain_sum", "chain_sum,", ","):
         given = (*BASE["entropy"][:3], "--out", "out", "--families", names, "--tier", "smoke")

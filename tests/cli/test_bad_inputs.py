@@ -59,7 +59,7 @@ def test_the_campaign_sees_what_is_accepted_and_what_is_a_defect(checkout: Path,
 def test_bad_options_are_refused_before_torch_is_imported():
     code = """
 import contextlib, io, json, sys
-from reqat.cli.app import main
+from reqat.cli.main import main
 for arguments in json.loads(sys.argv[1]):
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from analysis.report.benchmark import read
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.config.errors import ReqatError
 from reqat.config.throughput import load_throughput
 from reqat.records import record

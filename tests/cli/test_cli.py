@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.config import Paths, Plan, load
 from reqat.records import record
 
@@ -180,7 +180,7 @@ def test_a_changed_input_is_refused(capsys: pytest.CaptureFixture[str]):
 def test_help_needs_no_torch():
     code = """
 import sys
-from reqat.cli.app import main
+from reqat.cli.main import main
 try:
     main(["--help"])
 except SystemExit:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.config import machine, working_folder
 
 ROOT = Path(__file__).parents[2]

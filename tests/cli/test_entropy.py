@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation.trace_files import TraceFolder
 from reqat.models import save_model
@@ -133,7 +133,7 @@ def test_an_end_marker_flags_what_lacks_it(models: Path, tmp_path: Path) -> None
         (["--candidate-precision", "BF16"], SAMPLED, "the same model in BF16"),
         (["--candidate-precision", "NVFP5-W4A4"], SAMPLED, "unknown precision 'NVFP5-W4A4'"),
         (["--seeds", "0,x"], SAMPLED, "--seeds '0,x': write whole numbers"),
-        (["--families", "chain_sum"], SAMPLED, "either --problems FILE or --families"),
+        (["--families", "chain_sum"], SAMPLED, "--families chain_sum: give one source"),
         (["--logprobs", "two"], SAMPLED, "--logprobs 'two': write PROBLEM:POSITION"),
         ([], [{"answer": "4"}], "p.jsonl, line 1: it needs a prompt"),
         ([], [{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], "line 2: problem '1' with seed 0"),

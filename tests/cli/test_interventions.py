@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation import Decoding, Outcomes, accuracy, paired
+from reqat.evaluation import Outcomes, accuracy, paired
+from reqat.generation import Decoding
 from reqat.models import save_model
 from reqat.records import record
 from reqat.tasks import problems, write_trace

@@ -15,8 +15,8 @@ import pandas as pd
 import pytest
 import yaml
 
-from reqat.cli.app import main
 from reqat.cli.isolation import Died, Mark, isolated
+from reqat.cli.main import main
 from reqat.cli.sections import Bench, measured
 from reqat.config.errors import ReqatError
 from reqat.config.throughput import Throughput, load_throughput

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.cli.run import run_evaluation, run_stage
 from reqat.config import Paths, Plan, ReqatError, load_catalogue, load_tier, plan
 from reqat.config.base import merge, parse

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.report.studies import Study, by_kind, load_studies, pinned_studies
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.cli.study import same_stages, stages_there
 from reqat.config import Paths, load
 from reqat.config import studies as config
@@ -25,9 +25,9 @@ from reqat.config.paths import made
 from reqat.config.studies import PlannedStudy
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Outcomes, entropies
-from reqat.evaluation.generation import RunningBatch
 from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_files import TraceFolder
+from reqat.generation.batches import RunningBatch
 from reqat.models import save_model
 from reqat.records import pin, record
 from reqat.tasks import problems, write_trace

@@ -6,7 +6,7 @@ import pytest
 
 from reqat.config.decoding import SAMPLE, Threshold
 from reqat.config.errors import ReqatError
-from reqat.evaluation import Decoding
+from reqat.generation import Decoding
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reqat.config.policy import Decoding
 from reqat.evaluation import collection_cost
 from reqat.evaluation.collection_cost import PLAIN, RECORDED, RESET, WRITTEN, measure_collection
-from reqat.evaluation.decoding import Decoding
 from reqat.models import load_model, load_tokenizer, save_model
 from reqat_kernels.bench import Wrong
 from reqat_kernels.bench.machine import Probe

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reqat.evaluation import Decoding
-from reqat.evaluation.decoding import ReSETRule
+from reqat.config.policy import ReSETRule
+from reqat.generation import Decoding
 
 
 @given(st.floats(1e-3, 100), st.floats(1e-6, 1))

@@ -15,7 +15,6 @@ from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from reqat.config.errors import ReqatError
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation import BatchStart, Decoding, generate
 from reqat.evaluation import entropies as module
 from reqat.evaluation.entropies import (
     EntropyRecorder,
@@ -27,6 +26,7 @@ from reqat.evaluation.entropies import (
     vocabulary_of,
 )
 from reqat.evaluation.trace_files import TraceFolder, TraceInfo, TraceWriter
+from reqat.generation import BatchStart, Decoding, generate
 from reqat.models import freeze, prepare
 
 EOS = 2

@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation import BatchStart, Decoding, evaluate
+from reqat.evaluation import evaluate
+from reqat.generation import BatchStart, Decoding
 from reqat.tasks import Problem, problems, write_trace
 
 Tiny = Callable[..., LlamaForCausalLM]

@@ -14,19 +14,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation import BatchStart, Decoding, Generation, evaluate, generate
-from reqat.evaluation.distributions import entropy_nats
-from reqat.evaluation.interventions import (
-    LogitNoise,
-    Noise,
-    Router,
-    Routing,
-    evaluate_noisy,
-    evaluate_routed,
-    normals,
-    policies,
-)
-from reqat.evaluation.sampling import row_state, sample_tokens, uniforms
+from reqat.evaluation import evaluate
+from reqat.evaluation.intervened import evaluate_noisy, evaluate_routed
+from reqat.generation import BatchStart, Decoding, Generation, generate
+from reqat.generation.distributions import entropy_nats
+from reqat.generation.interventions import LogitNoise, Noise, Router, Routing, normals, policies
+from reqat.generation.sampling import row_state, sample_tokens, uniforms
 from reqat.models import freeze, prepare
 from reqat.tasks import Problem, problems, write_trace
 

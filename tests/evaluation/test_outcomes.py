@@ -142,7 +142,8 @@ def test_bad_columns(outcomes: Make) -> None:
 def test_reading_and_statistics_need_no_torch() -> None:
     script = (
         "import sys\n"
-        "from reqat.evaluation import Decoding, Outcomes, accuracy, holm, paired\n"
+        "from reqat.config.policy import Decoding\n"
+        "from reqat.evaluation import Outcomes, accuracy, holm, paired\n"
         "assert not {'torch', 'transformers', 'pandas', 'pyarrow', 'scipy'} & set(sys.modules), sys.modules.keys()\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).resolve().parents[2], check=True)

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList
 
+from reqat.config.policy import ReSETRule
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation import Decoding, generate
-from reqat.evaluation.decoding import ReSETRule
-from reqat.evaluation.distributions import entropy_nats
-from reqat.evaluation.reset import (
-    STEP_ENDS,
-    EntropyLog,
-    ReSET,
-    StepEnds,
-    collect_rows,
-    fit_tau0,
-)
+from reqat.evaluation.tau0 import fit_tau0
+from reqat.generation import Decoding, generate
+from reqat.generation.distributions import entropy_nats
+from reqat.generation.reset import STEP_ENDS, EntropyLog, ReSET, StepEnds, collect_rows
 from reqat.tasks import problems, write_trace
 
 Tiny = Callable[..., LlamaForCausalLM]

@@ -9,8 +9,8 @@ from scipy import stats
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-from reqat.evaluation import sampling
-from reqat.evaluation.sampling import greedy_tokens, random_bits, row_state, sample_tokens, uniforms
+from reqat.generation import sampling
+from reqat.generation.sampling import greedy_tokens, random_bits, row_state, sample_tokens, uniforms
 
 
 def states(n: int) -> np.ndarray:

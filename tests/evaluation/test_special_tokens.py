@@ -27,7 +27,7 @@ from reqat.data import (
     without_bos,
     write_store,
 )
-from reqat.evaluation import Decoding, Generation, generate
+from reqat.generation import Decoding, Generation, generate
 from reqat.models import freeze, load_tokenizer, prepare
 from reqat.recipes.stages import calibration_ids
 

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from reqat.evaluation import llama_cpp, throughput
+from reqat.evaluation import decoders, llama_cpp
 from reqat.evaluation.throughput import Steps, agrees, allocated_bytes, measure_decoding, timed_generate
 from reqat.models import save_model
 from reqat_kernels.bench import Wrong
@@ -64,7 +64,7 @@ def test_bytes_are_those_of_storages_each_once() -> None:
 
 
 def test_every_batch_and_length_has_a_row_of_every_decoder(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "MARGIN", 3.0)  # random weights: four bits of them choose other tokens
+    monkeypatch.setattr(decoders, "MARGIN", 3.0)  # random weights: four bits of them choose other tokens
     said: list[str] = []
     result = measure_decoding(
         checkpoint,

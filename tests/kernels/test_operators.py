@@ -229,7 +229,7 @@ CREATORS = {
     "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 KERNELS = ("kernels/reqat_kernels/*.py", "kernels/reqat_kernels/native/*.py", "kernels/reqat_kernels/triton/*.py")
-SOURCES = (*KERNELS, "reqat/formats/*.py", "reqat/quant/*.py", "reqat/models/packed*.py", "reqat/models/*backend.py")
+SOURCES = (*KERNELS, "reqat/formats/*.py", "reqat/quant/*.py", "reqat/inference/*.py")
 
 
 def test_every_tensor_that_is_created_names_dtype_and_device() -> None:

@@ -81,7 +81,7 @@ def test_cpu_attention_is_float32_under_autocast_forward_and_backward() -> None:
 @pytest.mark.parametrize("kv_rotation", [None, 32])
 def test_keys_are_shifted_rotated_and_quantized_values_as_they_are(kv_rotation: int | None) -> None:
     q, k, v = tensors(dtype=torch.float32)
-    precision = Precision.parse("NVFP4-KV4", kv_rotation=kv_rotation)
+    precision = Precision.parse("NVFP4-KV4", kv_element="E1M2", kv_rotation=kv_rotation)
     kv = KVQuantizer(precision, 2, 32, "layer")
     kv.set_shift(torch.randn(2, 32))
     module = SimpleNamespace(reqat_kv=kv, is_causal=True)
@@ -91,8 +91,8 @@ def test_keys_are_shifted_rotated_and_quantized_values_as_they_are(kv_rotation: 
         return block_hadamard(x, 32) if kv_rotation else x
 
     shifted = k - kv.shift[:, None]  # type: ignore[index]
-    k_hat = quantize(rotate(shifted), "NVFP4", element="E1M2").dequantize()
-    v_hat = quantize(v, "NVFP4", element="E1M2").dequantize()
+    k_hat = quantize(rotate(shifted), "NVFP4", element="E1M2", global_scale="row").dequantize()
+    v_hat = quantize(v, "NVFP4", element="E1M2", global_scale="row").dequantize()
     expected = naive(rotate(q), k_hat, v_hat, torch.ones(2, 7, 7, dtype=torch.bool).tril())
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 

@@ -53,7 +53,7 @@ def test_decoding_equals_recomputation(tiny: Tiny, family: str, ids: Tensor, glo
     assert cache.get_seq_length() == 14
 
 
-@pytest.mark.parametrize("name", ["BF16", "MXFP4-W4A4", "AMXFP4-W4A4KV4", "INT4-row-W4A4KV4"])
+@pytest.mark.parametrize("name", ["BF16", "MXFP4-W4A4:rotation=32", "AMXFP4-W4A4KV4", "INT4-row-W4A4KV4"])
 def test_formats_without_a_global_scale_decode_the_same_too(tiny: Tiny, ids: Tensor, name: str) -> None:
     model = prepared(tiny, "qwen3", ids, "row", name)
     with torch.no_grad():

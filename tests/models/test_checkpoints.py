@@ -51,7 +51,10 @@ def test_a_dense_model_comes_back_exactly(tiny: Tiny, family: str, tmp_path: Pat
     assert str(tmp_path) not in (tmp_path / "c" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("name", ["NVFP4-W4A4KV4", "MXFP4-W4A4", "NVFP4-4/6-W4A16", "AMXFP4-W4A4", "INT4-row-W4A16"])
+@pytest.mark.parametrize(
+    "name",
+    ["NVFP4-W4A4KV4:kv_element=E1M2", "MXFP4-W4A4:rotation=32", "NVFP4-4/6-W4A16", "AMXFP4-W4A4", "INT4-row-W4A16"],
+)
 def test_quantized_weights_come_back_exactly(tiny: Tiny, tmp_path: Path, ids: Tensor, name: str) -> None:
     model = tiny("llama")
     prepare(model, name)
@@ -74,7 +77,7 @@ def test_quantized_weights_come_back_exactly(tiny: Tiny, tmp_path: Path, ids: Te
     assert (tmp_path / "again/reqat.safetensors").read_bytes() == (tmp_path / "m/reqat.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["NVFP4-W4A16", "MXFP4-W4A16"])
+@pytest.mark.parametrize("name", ["NVFP4-W4A16", "MXFP4-W4A16:rotation=32"])
 def test_a_frozen_folder_loads_in_plain_transformers(tiny: Tiny, tmp_path: Path, ids: Tensor, name: str) -> None:
     model = tiny("qwen3")
     prepare(model, name)
@@ -121,9 +124,11 @@ def test_shift_and_static_scales_come_back(tiny: Tiny, tmp_path: Path, ids: Tens
     assert torch.equal(freeze(loaded)(ids).logits, expected)
 
     other = load_model(tmp_path / "static")  # other elements have another range: their scale is not taken over
-    with pytest.raises(ReqatError, match="keys.element: saved with E1M2, asked for E2M1"):
-        prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E2M1")
-    prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E2M1", override=True)
+    with pytest.raises(ReqatError, match="keys.element: saved with E2M1, asked for E1M2"):
+        prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E1M2")
+    with pytest.raises(ReqatError, match="keys.element: saved with E2M1, asked for E1M2"):
+        prepare(other, "NVFP4-W4A4KV4:kv_element=E1M2")
+    prepare(other, "NVFP4-W4A4KV4", global_scale="static", kv_element="E1M2", override=True)
     with pytest.raises(ValueError, match="keys: the global scale is static and not calibrated"):
         other(ids)
 

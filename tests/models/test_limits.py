@@ -12,16 +12,8 @@ from torch import Tensor
 from transformers import MistralConfig, PreTrainedModel, Qwen2Config
 
 from reqat.config.errors import ReqatError
-from reqat.models import (
-    PackedCache,
-    attention_window,
-    calibrate_static,
-    check_token_ids,
-    end_ids,
-    pack,
-    position_limit,
-    prepare,
-)
+from reqat.inference import PackedCache, pack
+from reqat.models import attention_window, calibrate_static, check_token_ids, end_ids, position_limit, prepare
 from reqat.models.padding import unpadded
 
 Tiny = Callable[..., PreTrainedModel]
@@ -111,7 +103,7 @@ def test_a_sliding_layer_is_exact_within_its_window_and_refuses_more(
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_a_packed_model_keeps_to_its_window_too(tiny: Tiny, ids: Tensor, family: str) -> None:
     model = tiny(family, **dict(SLIDING)[family])
-    prepare(model, "MXFP4-W4A4KV4")
+    prepare(model, "MXFP4-W4A4KV4", rotation=32)
     pack(model)
     cache = PackedCache(model, 16)
     with torch.no_grad():

@@ -18,22 +18,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, memory, pack, prepare, save_model
-from reqat.models.packed_cache import PackedCache
-from reqat.models.packed_decoder import NativeDecoder
-from reqat.models.packed_linear import HalfHead, PackedLinear
+from reqat.inference import memory, pack
+from reqat.inference.packed_cache import PackedCache
+from reqat.inference.packed_decoder import NativeDecoder
+from reqat.inference.packed_linear import Bf16LMHead, PackedLinear
+from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare, save_model
 from reqat_kernels.native import instruction_set
 from reqat_kernels.native.dense import dense_bf16
 
 Tiny = Callable[..., PreTrainedModel]
 NATIVE = instruction_set() != "torch"
 PRECISIONS: list[tuple[str, dict[str, Any]]] = [
-    ("NVFP4-W4A4KV4", {"global_scale": "static"}),
-    ("NVFP4-W4A4KV4", {"global_scale": "row"}),
-    ("NVFP4-W4A4KV4", {"global_scale": "dynamic", "kv_element": "E2M1"}),
+    ("NVFP4-W4A4KV4", {"global_scale": "static", "kv_element": "E1M2"}),
+    ("NVFP4-W4A4KV4", {"kv_element": "E1M2"}),
+    ("NVFP4-W4A4KV4", {"global_scale": "dynamic"}),
     ("NVFP4-W4A16KV4", {}),
     ("NVFP4-4/6-W4A4KV4", {}),
-    ("MXFP4-W4A4KV4", {}),
+    ("MXFP4-W4A4KV4", {"rotation": 32}),
 ]
 
 
@@ -170,7 +171,7 @@ def test_a_bfloat16_head_keeps_its_weight(tiny: Tiny, ids: Tensor) -> None:
     embedding = model.get_input_embeddings().weight
     pack(model)
     head = model.get_output_embeddings()
-    assert isinstance(head, HalfHead) and head.weight is embedding
+    assert isinstance(head, Bf16LMHead) and head.weight is embedding
     x = torch.randn(5, 64)
     exact = x.double() @ embedding.double().T
     bound = 64 * 2.0**-24 * (x.double().abs() @ embedding.double().abs().T)
@@ -242,7 +243,7 @@ def test_without_the_library_it_is_the_same_model() -> None:
     script = """
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from reqat.models import pack, prepare
+from reqat import pack, prepare
 torch.manual_seed(0)
 shape = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(vocab_size=61, **shape)).eval()

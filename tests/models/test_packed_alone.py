@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.models import freeze, pack, prepare
-from reqat.models.packed_cache import PackedCache
+from reqat.inference import pack
+from reqat.inference.packed_cache import PackedCache
+from reqat.models import freeze, prepare
 
 Tiny = Callable[..., PreTrainedModel]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from reqat.inference.packed_cache import PackedCache
 from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare
-from reqat.models.packed_cache import PackedCache
 
 Tiny = Callable[..., PreTrainedModel]
 SCALES = ("static", "row", "dynamic")
@@ -66,7 +66,7 @@ def test_it_holds_the_numbers_of_the_fake_quantized_cache(
     assert_same_numbers(packed, fake)
 
 
-@pytest.mark.parametrize("options", [{"name": "MXFP4-W4A4+MXFP4-KV4"}, {"kv_rotation": 32}, {"kv_element": "E2M1"}])
+@pytest.mark.parametrize("options", [{"name": "MXFP4-W4A4+MXFP4-KV4"}, {"kv_rotation": 32}, {"kv_element": "E1M2"}])
 def test_other_formats_and_rotated_keys(tiny: Tiny, ids: Tensor, options: dict[str, object]) -> None:
     model = prepared(tiny, ids, **options).double()  # type: ignore[arg-type]
     packed, fake = PackedCache(model, 14), Fp4Cache(model, 14)

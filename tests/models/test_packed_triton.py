@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.models import Fp4Cache, PackedCache, calibrate_static, freeze, kv_quantizers, memory, pack, prepare
-from reqat.models.backend import backend_for
+from reqat.inference import PackedCache, memory, pack
+from reqat.inference.backends import backend_for
+from reqat.inference.packed_linear import PackedLinear
+from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare
 from reqat.models.linear import quant_linears
-from reqat.models.packed_linear import PackedLinear
 
 runtime = pytest.importorskip("reqat_kernels.triton.runtime")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,12 +33,12 @@ Tiny = Callable[..., PreTrainedModel]
 U = 2.0**-24
 NEW = 3
 PRECISIONS: list[tuple[str, dict[str, Any]]] = [
-    ("NVFP4-W4A4KV4", {"global_scale": "static"}),
-    ("NVFP4-W4A4KV4", {"global_scale": "row"}),
-    ("NVFP4-W4A4KV4", {"global_scale": "dynamic", "kv_element": "E2M1"}),
+    ("NVFP4-W4A4KV4", {"global_scale": "static", "kv_element": "E1M2"}),
+    ("NVFP4-W4A4KV4", {"kv_element": "E1M2"}),
+    ("NVFP4-W4A4KV4", {"global_scale": "dynamic"}),
     ("NVFP4-W4A16KV4", {"global_scale": "row"}),
     ("NVFP4-4/6-W4A4KV4", {"global_scale": "row"}),
-    ("MXFP4-W4A4KV4", {}),
+    ("MXFP4-W4A4KV4", {"rotation": 32}),
 ]
 
 
@@ -100,7 +101,7 @@ def prompts(ids: Tensor) -> tuple[Tensor, Tensor]:
     ("family", "name", "options"),
     [
         ("llama", "NVFP4-W4A4KV4", {"global_scale": "static"}),
-        ("qwen2", "MXFP4-W4A4KV4", {}),
+        ("qwen2", "MXFP4-W4A4KV4", {"rotation": 32}),
         ("qwen3", "NVFP4-W4A16KV4", {"global_scale": "row"}),
     ],
 )

@@ -60,7 +60,7 @@ def nvfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def mxfp4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return frozen(tmp_path_factory.mktemp("mxfp4") / "m", "MXFP4-W4A16")
+    return frozen(tmp_path_factory.mktemp("mxfp4") / "m", "MXFP4-W4A16:rotation=32")
 
 
 @pytest.fixture

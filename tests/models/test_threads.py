@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reqat.evaluation import generate
-from reqat.evaluation.decoding import Decoding
-from reqat.models import Fp4Cache, calibrate_static, freeze, pack, prepare, quant_linears, weights_quantized_once
+from reqat.config.policy import Decoding
+from reqat.generation import generate
+from reqat.inference import pack
+from reqat.inference.packed_cache import PackedCache
+from reqat.models import Fp4Cache, calibrate_static, freeze, prepare, quant_linears, weights_quantized_once
 from reqat.models.modes import evaluating
-from reqat.models.packed_cache import PackedCache
 from reqat_kernels.native import instruction_set
 
 Tiny = Callable[..., PreTrainedModel]

@@ -20,21 +20,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, St
 from transformers.cache_utils import Cache, Fp8QuantizedLayer
 
 from reqat.config.errors import ReqatError
-from reqat.models import (
-    calibrate_static,
-    freeze,
-    kv_quantizers,
-    load_model,
-    pack,
-    prepare,
-    quant_linears,
-    save_model,
-)
-from reqat.models.packed_linear import PackedLinear
+from reqat.inference import pack
+from reqat.inference.packed_linear import PackedLinear
+from reqat.models import calibrate_static, freeze, kv_quantizers, load_model, prepare, quant_linears, save_model
 from reqat.models.pretrained import plain_state
 
 Tiny = Callable[..., PreTrainedModel]
-ROTATED = "MXFP4-W4A4"
+ROTATED = "MXFP4-W4A4:rotation=32"
 KV4 = "NVFP4-W4A4KV4"
 
 
@@ -71,7 +63,7 @@ def calibrated(tiny: Tiny, ids: Tensor, **changes: Any) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("name", [ROTATED, KV4, "MXFP4-W4A16"])
+@pytest.mark.parametrize("name", [ROTATED, KV4, "MXFP4-W4A16:rotation=32"])
 @pytest.mark.parametrize("how", ["prepared", "frozen", "tied", "sharded", "state_dict"])
 def test_save_pretrained_writes_what_everyone_loads(
     tiny: Tiny, tmp_path: Path, ids: Tensor, name: str, how: str

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reqat.formats import get_format, global_scale_for, quantize
-from reqat.quant import Quantizer, block_hadamard, fake_quantize, observing
+from reqat.quant import Quantizer, block_hadamard, calibrating, fake_quantize
 
 STATIC = get_format("NVFP4", global_scale="static")
 
@@ -52,7 +52,7 @@ def test_static_scale_is_the_one_of_everything_seen() -> None:
     quantizer = Quantizer(STATIC, name="q")
     with pytest.raises(ValueError, match="q: the global scale is static and not calibrated"):
         quantizer(batches[0])
-    with observing([quantizer]):
+    with calibrating([quantizer]):
         for batch in batches:
             assert torch.equal(quantizer(batch), quantize(batch, "NVFP4").dequantize())  # dynamic meanwhile
     quantizer.set_from_amax()
@@ -68,14 +68,14 @@ def test_observer_sees_the_rotated_tensor() -> None:
     x = torch.zeros(1, 32)
     x[0, 0] = 32.0
     quantizer = Quantizer(STATIC, rotation=32)
-    with observing([quantizer]):
+    with calibrating([quantizer]):
         quantizer(x)
     assert float(quantizer.amax) == pytest.approx(32.0 / 32**0.5)
 
 
 def test_calibration_without_data_is_an_error() -> None:
     quantizer = Quantizer(STATIC, name="layer input")
-    with observing([quantizer]):
+    with calibrating([quantizer]):
         pass
     with pytest.raises(ValueError, match="layer input: nothing was observed"):
         quantizer.set_from_amax()

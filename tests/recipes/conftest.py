@@ -29,9 +29,9 @@ SHAPE = {
     "max_position_embeddings": 128,
 }
 FAMILIES = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+    "llama": lambda shape: LlamaForCausalLM(LlamaConfig(**shape)),
+    "qwen2": lambda shape: Qwen2ForCausalLM(Qwen2Config(**shape)),
+    "qwen3": lambda shape: Qwen3ForCausalLM(Qwen3Config(**shape)),
 }
 
 
@@ -43,13 +43,21 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
 def tiny() -> Callable[..., PreTrainedModel]:
-    """``tiny(family, seed=0, dtype=float32)``: random weights, biases and norms, of order one where it matters."""
+    """``tiny(family, seed=0, dtype=float32, **shape)``: random weights, biases and norms, of order one where it
+    matters."""
 
-    def make(family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    def make(
+        family: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: int
+    ) -> PreTrainedModel:
         torch.manual_seed(seed)
-        model = FAMILIES[family]().to(dtype).eval()
+        model = FAMILIES[family]({**SHAPE, **shape}).to(dtype).eval()
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 nn.init.normal_(parameter)

@@ -10,9 +10,9 @@ import torch
 from reqat.formats import quantize
 from reqat.models import load_model, prepare, quant_linears, save_model
 from reqat.quant import Precision
-from reqat.recipes.gptq import gptq, gptq_codes
 from reqat.recipes.layerwise import WeightProblem, solve_weights
-from reqat.recipes.ptq import solve
+from reqat.recipes.ptq import quantize as quantize_model
+from reqat.recipes.ptq.gptq import gptq, gptq_codes
 
 FORMATS = ["NVFP4", "NVFP4-4/6", "MXFP4", "AMXFP4", "INT4-g128", "INT4-row"]
 
@@ -68,7 +68,7 @@ def textbook(p: WeightProblem, *, act_order: bool, damp: float) -> torch.Tensor:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_matches_textbook_column_by_column(monkeypatch, fmt, act_order):
-    monkeypatch.setattr("reqat.recipes.gptq._BATCH", 24)  # several batches, the last one shorter
+    monkeypatch.setattr("reqat.recipes.ptq.gptq._BATCH", 24)  # several batches, the last one shorter
     p = problem(fmt, N=5, K=128 if fmt == "INT4-g128" else 64)
     ours = gptq_codes(p, act_order=act_order, damp=0.05)
     assert torch.equal(ours.dequantize(), textbook(p, act_order=act_order, damp=0.05))
@@ -109,7 +109,7 @@ def test_damping_must_be_positive():
         gptq_codes(problem("NVFP4"), damp=0)
 
 
-@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "NVFP4-W4A16", "MXFP4-W4A4", "INT4-row-W4A16"])
+@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "NVFP4-W4A16", "MXFP4-W4A4:rotation=32", "INT4-row-W4A16"])
 def test_every_layer_of_a_model_improves(tiny, ids, precision):
     model = tiny("qwen2")
     prepare(model, precision)
@@ -122,7 +122,7 @@ def test_every_layer_of_a_model_improves(tiny, ids, precision):
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "MXFP4-W4A4", "NVFP4-W4A16"])
+@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "MXFP4-W4A4:rotation=32", "NVFP4-W4A16"])
 def test_hessians_come_from_quantized_inputs_behind_quantized_layers(tiny, ids, precision):
     """What each solver saw is what each matrix product of the finished model gets as its input."""
     model, seen = tiny("llama"), {}
@@ -155,46 +155,42 @@ def _leader(name: str) -> str:
 
 def test_solved_codes_survive_the_checkpoint(tiny, ids, tmp_path):
     model = tiny("llama")
-    prepare(model, "MXFP4-W4A4")
-    solve("gptq", model, ids, act_order=True, damp=0.02, progress=False)
+    quantize_model("gptq", model, "MXFP4-W4A4:rotation=32", ids, act_order=True, damp=0.02, progress=False)
     save_model(model, None, tmp_path / "m")
     again = load_model(tmp_path / "m")
-    prepare(again, "MXFP4-W4A4")
+    prepare(again, "MXFP4-W4A4:rotation=32")
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
 
 
 def test_rtn_is_freezing(tiny, ids):
     model, fake = tiny("llama"), tiny("llama")
-    prepare(model, "NVFP4-W4A4")
     prepare(fake, "NVFP4-W4A4")
-    assert solve("rtn", model, ids, act_order=True, damp=0.01, progress=False) == {"method": "rtn", "layers": 14}
+    _, metrics = quantize_model("rtn", model, "NVFP4-W4A4", act_order=True, damp=0.01, progress=False)
+    assert metrics == {"method": "rtn", "layers": 14}
     with torch.no_grad():
         assert torch.equal(model(ids).logits, fake(ids).logits)
 
 
 def test_static_scales_are_calibrated_on_the_way(tiny, ids):
     model = tiny("llama")
-    prepare(model, "NVFP4-W4A4KV4", global_scale="static")
-    solve("gptq", model, ids, progress=False)
+    quantize_model("gptq", model, "NVFP4-W4A4KV4", ids, precision_options={"global_scale": "static"}, progress=False)
     assert all(layer.input_quantizer.global_scale is not None for layer in quant_linears(model).values())
 
 
 def test_bad_input_is_refused(tiny, ids):
     model = tiny("llama")
-    with pytest.raises(ValueError, match="the model was not prepared"):
-        solve("gptq", model, ids)
-    with pytest.raises(ValueError, match="unknown PTQ method 'gptqq': valid are gptq, rtn"):
-        solve("gptqq", model, ids)
-    with pytest.raises(ValueError, match="no PTQ method has the option 'dampp'"):
-        solve("gptq", model, ids, dampp=1)
-    with pytest.raises(ValueError, match="give it calibration input_ids"):
-        solve("gptq", model)
-    prepare(model, "NVFP4-KV4")
-    with pytest.raises(ValueError, match="prepared for NVFP4-KV4, which keeps its weights"):
-        solve("gptq", model, ids)
+    with pytest.raises(ValueError, match="not prepared"):
+        gptq(model, ids)
+    with pytest.raises(ValueError, match="gptqq.*gptq"):
+        quantize_model("gptqq", model, "NVFP4-W4A4", ids)
+    with pytest.raises(ValueError, match="dampp.*damp"):
+        quantize_model("gptq", model, "NVFP4-W4A4", ids, dampp=1)
+    with pytest.raises(ValueError, match="calibration input_ids"):
+        quantize_model("gptq", model, "NVFP4-W4A4")
+    with pytest.raises(ValueError, match="NVFP4-KV4.*keeps its weights"):
+        quantize_model("gptq", model, "NVFP4-KV4", ids)
     model = tiny("llama")
-    prepare(model, "NVFP4-W4A4")
-    solve("rtn", model)
-    with pytest.raises(ValueError, match="q_proj is frozen already"):
-        solve("gptq", model, ids)
+    quantize_model("rtn", model, "NVFP4-W4A4")
+    with pytest.raises(ValueError, match="q_proj is frozen"):
+        gptq(model, ids)

@@ -16,7 +16,7 @@ from reqat.models import freeze, kv_quantizers, load_model, prepare, save_model
 from reqat.quant import Precision, block_hadamard
 from reqat.recipes.qfit import AttentionError, QFitResult, calibrate, fold, pair_scale
 
-KV4 = "NVFP4-KV4"
+KV4 = "NVFP4-KV4:kv_element=E1M2"
 CASES = [("llama", "shared"), ("qwen2", "shared"), ("qwen3", "shared"), ("qwen3", "widened")]
 
 
@@ -106,15 +106,15 @@ def naive_error(model, ids, a, b, *, precision, variant="paper", share=False):
 @pytest.mark.parametrize(
     ("family", "options"),
     [
+        ("llama", {"kv_element": "E1M2", "global_scale": "dynamic"}),
+        ("qwen2", {"kv_element": "E1M2"}),
+        ("qwen3", {"kv_element": "E1M2", "kv_rotation": 32}),
         ("llama", {}),
-        ("qwen2", {"global_scale": "row"}),
-        ("qwen3", {"kv_rotation": 32}),
-        ("llama", {"kv_element": "E2M1"}),
     ],
 )
 def test_error_map_is_the_naive_one(tiny, ids, family, options, variant):
     model = tiny(family)
-    precision = Precision.parse(KV4, **options)
+    precision = Precision.parse("NVFP4-KV4", **options)
     result = calibrate(model, precision, ids, grid=3, variant=variant, progress=False)
     assert result.alphas == result.betas == (0, 1 / 3, 2 / 3)
     options = {"precision": precision, "variant": variant, "share": family == "qwen3"}

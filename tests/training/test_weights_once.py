@@ -20,7 +20,7 @@ from reqat.models import freeze, prepare, quant_linears, weights_quantized_once
 from reqat.models.linear import QuantLinear
 from reqat.quant import block_hadamard
 
-PRECISIONS = ["NVFP4-W4A4KV4", "MXFP4-W4A4", "INT4-row-W4A16"]
+PRECISIONS = ["NVFP4-W4A4KV4", "MXFP4-W4A4:rotation=32", "INT4-row-W4A16"]
 
 
 def model_of(precision: str = "NVFP4-W4A4KV4", seed: int = 0) -> LlamaForCausalLM:
@@ -129,7 +129,7 @@ def test_once_a_step_and_dropped_after_it(counted: list[str]) -> None:
     assert len([name for name in counted if name.endswith(".weight")]) == 28
 
 
-@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "MXFP4-W4A4"])
+@pytest.mark.parametrize("precision", ["NVFP4-W4A4KV4", "MXFP4-W4A4:rotation=32"])
 def test_a_changed_weight_is_never_served_stale(precision: str) -> None:
     model = model_of(precision)
     layer = layer_of(model)
@@ -175,7 +175,7 @@ def test_fused_optimizers_write_unseen_so_the_block_ends_before_them() -> None:
 
 
 def test_values_and_gradient_are_those_of_fake_quantization() -> None:
-    for precision in ("NVFP4-W4A16", "MXFP4-W4A4"):
+    for precision in ("NVFP4-W4A16", "MXFP4-W4A4:rotation=32"):
         model = model_of(precision)
         layer = layer_of(model)
         with weights_quantized_once(model):

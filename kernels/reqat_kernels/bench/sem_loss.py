@@ -2,7 +2,7 @@
 
     python -m reqat_kernels.bench.sem_loss --shape a --dtype float32 --rounds 3
 
-    naive           full logits and autograd, the formula of :mod:`reqat.recipes.sem` as it is written
+    naive           full logits and autograd, the formula of :mod:`reqat.recipes.terms.sem` as it is written
     ce-forward      chunked cross-entropy that computes its gradient in the forward sweep: 3 matrix products, no SEM
     ce-recompute    chunked cross-entropy that recomputes the logits in backward: 4 matrix products, no SEM
     reqat-ce        ours without the entropy term

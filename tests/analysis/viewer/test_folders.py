@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.viewer import build_page
-from reqat.cli.app import main
+from reqat.cli.main import main
 from reqat.config.errors import ReqatError
 from tests.analysis.viewer.read_pages import (
     index_of,
@@ -128,6 +128,7 @@ def test_no_trace_at_all(pairs: Path, tmp_path: Path) -> None:
     [
         ({"labels": []}, "labels is"),
         ({"labels": ["BF16", "BF16"]}, "name a precision twice"),
+        ({"k": -1}, "k is -1"),
         ({"k": -1}, "k is -1"),
         ({"labels": ["BF16", "W4"]}, "lacks the columns entropy_W4"),
         ({"vocabulary": None}, "neither a vocabulary"),

@@ -11,7 +11,7 @@ Both ask where quantization does its damage, by doing something to the decisions
   at each step, as published, or those below (above) a threshold measured beforehand. The first makes a row's tokens
   depend on the rows beside it; the second does not, and is the better experiment where batches differ.
 
-Both are logits processors of the one generation path (:func:`reqat.evaluation.generation.generate`), so batches,
+Both are logits processors of the one generation path (:func:`reqat.generation.batches.generate`), so batches,
 dropped rows, random numbers and grading are those of any other evaluation. Noise draws from a stream of its own a row,
 by counter: the same problem and seed meet the same ``eta`` at a step for every sigma, every model and every mask, so
 that comparisons are paired. Trade-off: routing costs two forward passes a token, whoever chooses.
@@ -23,30 +23,26 @@ Shapes: B rows, V vocabulary, N picked rows.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.distributions import entropy_nats
-from reqat.evaluation.generation import BatchStart, RunningBatch
-from reqat.evaluation.grading import evaluate
-from reqat.evaluation.outcomes import Outcomes
-from reqat.evaluation.reset import collect_rows
-from reqat.evaluation.sampling import random_bits
+from reqat.generation.batches import RunningBatch
+from reqat.generation.distributions import entropy_nats
+from reqat.generation.processors import BatchStart
+from reqat.generation.reset import collect_rows
+from reqat.generation.sampling import random_bits
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from reqat.tasks import Problem
+    from transformers import PreTrainedModel
 
 Who = Literal["reference", "candidate"]
 Side = Literal["low", "high"]
@@ -96,7 +92,7 @@ class Router(LogitsProcessor):
     """Gives each row the logits of the model whose turn it is. The model of ``generate`` is the reference.
 
     The candidate keeps its own cache in its own precision; it is read from the batch's beginning and fed every token
-    after it. Works in :func:`reqat.evaluation.generation.generate` alone, which says where batches begin.
+    after it. Works in :func:`reqat.generation.batches.generate` alone, which says where batches begin.
 
     Args:
         candidate: any model with the reference's vocabulary; put into evaluation mode.
@@ -181,7 +177,7 @@ class Noise:
 
 
 class LogitNoise(LogitsProcessor):
-    """Adds :class:`Noise` to the logits. Works in :func:`reqat.evaluation.generation.generate` alone.
+    """Adds :class:`Noise` to the logits. Works in :func:`reqat.generation.batches.generate` alone.
 
     Raises ``ReqatError`` where it is used without that function's hooks.
     """
@@ -253,70 +249,3 @@ def normals(states_N: NDArray[np.uint64], step: int, size: int) -> Tensor:
     angle_NP = ((bits_NP & np.uint64(0xFFFFFFFF)).astype(np.float64) + 0.5) * (2 * math.pi * 2.0**-32)
     both_NP2 = np.stack([radius_NP * np.cos(angle_NP), radius_NP * np.sin(angle_NP)], axis=-1)
     return torch.from_numpy(both_NP2.reshape(len(states_N), 2 * pairs)[:, :size].astype(np.float32))
-
-
-@dataclass(frozen=True)
-class Intervened:
-    """Graded responses, and what the intervention did to them.
-
-    ``touched`` is the share of all tokens that the candidate chose (routing) or that met noise, ``low`` the share of
-    tokens below the threshold (None where nothing measured it).
-    """
-
-    outcomes: Outcomes
-    touched: float
-    low: float | None = None
-
-
-def evaluate_routed(
-    reference: PreTrainedModel,
-    candidate: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    routing: Routing,
-    *,
-    autocast: torch.dtype | None = None,
-    **options: Any,
-) -> Intervened:
-    """Grade a routing policy; ``options`` are those of :func:`reqat.evaluation.evaluate`.
-
-    Where one model chooses everything the other is not run: the tokens are those of a plain evaluation, and ``low`` is
-    None.
-
-    Raises ``ReqatError`` for vocabularies of different sizes, and as ``evaluate`` does.
-    """
-    sizes = reference.config.vocab_size, candidate.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ReqatError(
-            f"the reference has {sizes[0]} tokens and the candidate {sizes[1]}: route between models of one vocabulary"
-        )
-    if routing.low == routing.high:
-        alone = reference if routing.low == "reference" else candidate
-        outcomes = evaluate(alone, tokenizer, problems, autocast=autocast, **options)
-        return Intervened(_named(outcomes, routing), float(routing.low == "candidate"))
-    router = Router(candidate, routing, autocast=autocast)
-    outcomes = evaluate(
-        reference, tokenizer, problems, autocast=autocast, processors=LogitsProcessorList([router]), **options
-    )
-    decided_N2 = np.concatenate(router.decisions(outcomes.n_tokens.tolist()))
-    low, theirs = decided_N2.mean(axis=0).tolist()
-    return Intervened(_named(outcomes, routing), theirs, low)
-
-
-def evaluate_noisy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
-    noise: Noise,
-    **options: Any,
-) -> Intervened:
-    """Grade a model under logit noise; ``options`` are those of :func:`reqat.evaluation.evaluate`. Raises as that."""
-    processor = LogitNoise(noise)
-    outcomes = evaluate(model, tokenizer, problems, processors=LogitsProcessorList([processor]), **options)
-    return Intervened(
-        _named(outcomes, noise), float(np.concatenate(processor.decisions(outcomes.n_tokens.tolist())).mean())
-    )
-
-
-def _named(outcomes: Outcomes, intervention: Routing | Noise) -> Outcomes:
-    return dataclasses.replace(outcomes, metadata={**outcomes.metadata, "intervention": str(intervention)})

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.formats import QuantizedTensor
 from reqat.recipes.layerwise import WeightProblem, solve_weights
+from reqat.recipes.ptq._method import Method
 
 # Columns between two updates of the whole matrix.
 _BATCH = 128
@@ -129,3 +130,8 @@ def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tupl
         return values, values * s
 
     return rounding
+
+
+METHOD = Method(
+    gptq, options={"act_order": True, "damp": 0.01}, solver_needs_data=True, solver_options=("act_order", "damp")
+)

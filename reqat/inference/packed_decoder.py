@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from reqat.config.errors import ReqatError
+from reqat.inference.packed_cache import PackedCache, PackedCacheLayer
+from reqat.inference.packed_linear import PackedLinear
 from reqat.models.architecture import DecoderLayer, HeadShape
 from reqat.models.kv import KVQuantizer
 from reqat.models.limits import attention_window
 from reqat.models.linear import InputQuantizer
-from reqat.models.packed_cache import PackedCache, PackedCacheLayer
-from reqat.models.packed_linear import PackedLinear
 from reqat_kernels.native.decode import MOST_ROWS, LayerWeights, NativeStack, available
 
 _LINEARS = (

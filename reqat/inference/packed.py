@@ -1,11 +1,11 @@
 """A packed model: weights and key/value cache really in four bits, inputs rounded to integers, products by kernels.
 
 ``pack`` takes a prepared model and replaces each quantized linear layer by a
-:class:`~reqat.models.packed_linear.PackedLinear`, which holds the
+:class:`~reqat.inference.packed_linear.PackedLinear`, which holds the
 codes and scales in the order in which the kernel streams them, and the dense weight no more. Everything else stays:
 transformers' model code, its ``generate()``, the attention function; only single tokens on a CPU take a shorter way
-through the decoder (:mod:`reqat.models.packed_decoder`). A cache that ``generate()`` makes is exchanged for
-a :class:`~reqat.models.packed_cache.PackedCache` at the first forward pass.
+through the decoder (:mod:`reqat.inference.packed_decoder`). A cache that ``generate()`` makes is exchanged for
+a :class:`~reqat.inference.packed_cache.PackedCache` at the first forward pass.
 
 The numbers are those of the frozen fake-quantized model up to the order of float32 summation (and, in a bfloat16
 model, up to where it rounds to bfloat16): inputs are rounded by the same functions, weights are the same codes. Where
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 from reqat.config.errors import ReqatError
+from reqat.inference.backends import Choice, backend_for
+from reqat.inference.packed_cache import PackedCache
+from reqat.inference.packed_decoder import native_decoder
+from reqat.inference.packed_linear import Bf16LMHead, PackedInput, PackedLinear
 from reqat.models.architecture import decoder_layers, head_shape
-from reqat.models.backend import Choice, backend_for
 from reqat.models.linear import InputQuantizer, quant_linears
-from reqat.models.packed_cache import PackedCache
-from reqat.models.packed_decoder import native_decoder
-from reqat.models.packed_linear import HalfHead, PackedInput, PackedLinear
 from reqat.models.prepare import freeze, precision_of
 from reqat_kernels.native.attention import unsupported
 
@@ -76,15 +76,17 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     fmt = precision.weights
     linears = {} if fmt is None else quant_linears(model)
     if fmt is not None:
-        linears = {k: v for k, v in linears.items() if kernels.fits(fmt, precision.inputs, v.in_features)}
+        linears = {k: v for k, v in linears.items() if kernels.supports(fmt, precision.inputs, v.in_features)}
     if fmt is not None and linears:
-        rooms = kernels.rooms([(linear.out_features, linear.in_features) for linear in linears.values()], fmt)
+        buffers = kernels.allocate_weight_buffers(
+            [(linear.out_features, linear.in_features) for linear in linears.values()], fmt
+        )
         shared: dict[int, PackedInput] = {}
-        for (name, linear), room in zip(linears.items(), rooms, strict=True):
+        for (name, linear), buffer in zip(linears.items(), buffers, strict=True):
             source = linear.input_quantizer
             inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block or 1, kernels))
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs, room))
+            setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs, buffer))
     model._reqat_backend = kernels  # type: ignore[assignment]
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
@@ -93,7 +95,7 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     head = model.get_output_embeddings()
     half = isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16
     if kernels.name == "native" and isinstance(head, nn.Linear) and half:
-        model.set_output_embeddings(HalfHead(head))
+        model.set_output_embeddings(Bf16LMHead(head))
     model._reqat_packed = True  # type: ignore[assignment]
     # Before any part is moved: a refusal in the middle would leave half of the model elsewhere.
     model._apply = partial(_checked_apply, model)  # type: ignore[method-assign]
@@ -113,7 +115,7 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def packs_cache(model: PreTrainedModel) -> bool:
-    """Whether a prepared model's keys and values can be held in a :class:`~reqat.models.packed_cache.PackedCache`."""
+    """Whether a prepared model's keys and values fit a :class:`~reqat.inference.packed_cache.PackedCache`."""
     precision, head_dim = precision_of(model), head_shape(model).head_dim
     return precision is not None and not any(unsupported(f, head_dim) for f in (precision.keys, precision.values))
 

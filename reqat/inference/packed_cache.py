@@ -6,8 +6,8 @@ scales: 4.5 bits a number in NVFP4, 4.25 in MXFP4, and 32 for each row, or token
 How the attention function gets at them: ``update`` returns stand-ins for keys and values, tensors of the right shape
 that own a single number, which is NaN, so that an attention function that does not know them cannot go unnoticed. Ours
 asks the layer behind them (:meth:`PackedCacheLayer.attend`). A few new tokens are attended to by the kernel that reads
-the codes (:mod:`reqat.models.backend` chooses it by device); a prompt or float64 get the cache dequantized and then go
-the usual way.
+the codes (:mod:`reqat.inference.backends` chooses it by device); a prompt or float64 get the cache dequantized and then
+go the usual way.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from transformers.cache_utils import Cache
 
 from reqat.config.errors import ReqatError
 from reqat.formats.subnormals import subnormals_kept
+from reqat.inference.backend import Backend, States
+from reqat.inference.backends import backend_for
 from reqat.models.attention import mark_packed, mark_quantized, softmax_attention
-from reqat.models.backend import Backend, States, backend_for
 from reqat.models.cache import Fp4CacheLayer
 from reqat.models.kv import KVQuantizer, kv_quantizers
 from reqat.quant import Quantizer, block_hadamard
@@ -144,7 +145,7 @@ class PackedCacheLayer(Fp4CacheLayer):
         assert self.backend is not None
         reads_codes = (
             query_BHTD.dtype != torch.float64
-            and query_BHTD.shape[2] <= self.backend.few_tokens
+            and query_BHTD.shape[2] <= self.backend.max_decode_tokens
             and dropout == 0.0
             and not (torch.is_grad_enabled() and query_BHTD.requires_grad)
         )

@@ -1,8 +1,8 @@
 """Linear layers of a packed model: four-bit codes and scales and no dense weight, inputs rounded to codes.
 
 Layers that read the same tensor share one :class:`PackedInput`, as their fake-quantized twins share one
-:class:`~reqat.models.linear.InputQuantizer`. What computes is the :class:`~reqat.models.backend.Backend` that the model
-was packed for.
+:class:`~reqat.models.linear.InputQuantizer`. The :class:`~reqat.inference.backend.Backend` that the model was packed
+for computes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
-from reqat.models.backend import Backend, TokenInput
+from reqat.inference.backend import Backend, InputQuantSpec
 from reqat.models.linear import InputQuantizer, QuantLinear
 from reqat.quant import Precision
 from reqat_kernels.native.dense import dense_bf16
@@ -31,18 +31,18 @@ class PackedInput(InputQuantizer):
 
     def compute(self, x: Tensor) -> Any:
         """Rotated and rounded to codes, or only rotated where the precision leaves inputs alone."""
-        how = TokenInput(self.format, self.block, self.rotation, self.global_scale, self.name or "input")
+        how = InputQuantSpec(self.format, self.block, self.rotation, self.global_scale, self.name or "input")
         return self.backend.quantize_input(x, how)
 
 
 class PackedLinear(nn.Module):
     """``y = Q(x) W^T + b`` with W [N, K] packed; x [..., K]. Inference only."""
 
-    def __init__(self, linear: QuantLinear, inputs: PackedInput, room: Tensor | None = None) -> None:
+    def __init__(self, linear: QuantLinear, inputs: PackedInput, buffer: Tensor | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.name = linear.in_features, linear.out_features, linear.name
         self.backend = inputs.backend
-        self.packed = self.backend.pack_weight(linear.quantize_weight(), room)
+        self.packed = self.backend.pack_weight(linear.quantize_weight(), buffer)
         for name, tensor in self.backend.tensors(self.packed).items():
             self.register_buffer(name, tensor, persistent=False)
         self.bias = linear.bias
@@ -90,7 +90,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.nbytes:,} bytes"
 
 
-class HalfHead(nn.Module):
+class Bf16LMHead(nn.Module):
     """The output head of a packed model in bfloat16: never quantized, read at the speed of memory, float32 logits.
 
     Moves the weight into huge pages, where it takes two thirds of the time to read.

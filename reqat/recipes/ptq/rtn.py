@@ -7,9 +7,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from reqat.models import freeze, quant_linears
+from reqat.recipes.ptq._method import Method
 
 
 def rtn(model: PreTrainedModel) -> dict[str, Any]:
     """Freeze a prepared ``model`` in place. Raises ``ReqatError`` if it was not prepared."""
     freeze(model)
     return {"method": "rtn", "layers": len(quant_linears(model))}
+
+
+METHOD = Method(rtn)

@@ -8,7 +8,7 @@ and none of them may change a row's tokens:
 * padding positions repeat the row's first token and see only themselves, so they compute what that token computes and
   add nothing to the largest magnitude that a dynamic quantizer looks for;
 * finished rows leave the batch, and the cache, once they are a quarter of it;
-* random numbers belong to the row and the step, not to the batch (:mod:`reqat.evaluation.sampling`).
+* random numbers belong to the row and the step, not to the batch (:mod:`reqat.generation.sampling`).
 
 What can still tie a row to its batch is the model: per-tensor ``dynamic`` scales look at all rows by definition, and
 matrix kernels may sum in another order for another batch size. ``row`` and ``static`` scales have only the latter.
@@ -23,21 +23,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.decoding import Decoding
-from reqat.evaluation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
+from reqat.config.policy import Decoding
+from reqat.generation.processors import BatchStart
+from reqat.generation.reset import ReSET
+from reqat.generation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
+from reqat.inference.packed import is_packed, packs_cache
+from reqat.inference.packed_cache import PackedCache
 from reqat.models.attention import ATTENTION
 from reqat.models.cache import Fp4Cache
 from reqat.models.limits import attention_window, check_token_ids, end_ids, forget_lengths, position_limit
 from reqat.models.modes import evaluating
-from reqat.models.packed import is_packed, packs_cache
-from reqat.models.packed_cache import PackedCache
 from reqat.quant import autocast
 
 if TYPE_CHECKING:
@@ -70,37 +72,6 @@ class Generation:
     def all_ids(self) -> tuple[int, ...]:
         """Every token that the model generated, the end-of-sequence token included."""
         return self.token_ids if self.end_id is None else (*self.token_ids, self.end_id)
-
-
-@dataclass(frozen=True)
-class BatchStart:
-    """What a stateful logits processor is told when a batch begins.
-
-    ``input_ids`` [B, P] are the padded prompts, ``attention`` [B, P] is False on padding, ``rows`` are the indices of
-    the batch's rows in the caller's prompts, and ``capacity`` is the most tokens that a row can come to hold.
-    ``streams`` are the states of the rows' random streams (:func:`reqat.evaluation.sampling.row_state`): whoever draws
-    numbers for a row derives its own stream from them. A row whose last token is one of ``eos_ids`` has finished.
-    """
-
-    input_ids: Tensor
-    attention: Tensor
-    rows: tuple[int, ...]
-    capacity: int
-    streams: tuple[int, ...] = ()
-    eos_ids: tuple[int, ...] = ()
-
-
-class StatefulProcessor(Protocol):
-    """Optional hooks of a logits processor that keeps state a row (a second model's cache, a noise stream)."""
-
-    def begin_batch(self, start: BatchStart) -> None:
-        """A new batch begins; forget the one before."""
-
-    def select_rows(self, index: Tensor) -> None:
-        """Only the rows ``index`` of the batch go on, in that order."""
-
-    def take_tokens(self, tokens_B: Tensor) -> None:
-        """The rows took ``tokens_B``; a finished row is fed its end again, which is no token of its response."""
 
 
 def generate(
@@ -148,8 +119,6 @@ def generate(
         return []
     if decoding.rule is not None:
         from transformers import LogitsProcessorList
-
-        from reqat.evaluation.reset import ReSET
 
         if tokenizer is None:
             raise ReqatError(f"decoding {decoding} needs the tokenizer: the text of tokens says where steps end")

@@ -35,3 +35,6 @@ class QAD:
         with torch.no_grad():
             teacher_NV = torch.log_softmax(ctx.teacher_logits.float(), dim=-1)
         return F.kl_div(ctx.log_probs(), teacher_NV, reduction="sum", log_target=True)
+
+
+TERM = QAD

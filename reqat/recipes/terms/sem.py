@@ -112,3 +112,6 @@ class SEM:
             return None
         settings = {"percentile": self.percentile, "binary": self.binary, "eps": self.eps}
         return FusedPart("sem", {"lam": self.weight, **settings})
+
+
+TERM = SEM

@@ -1,4 +1,4 @@
-"""The Triton kernels as a packed model calls them; see :mod:`reqat.models.backend`.
+"""The Triton kernels as a packed model calls them; see :mod:`reqat.inference.backend`.
 
 Imported only where it is used, because it imports triton.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, PackedTensor, QuantizedTensor, quantize
-from reqat.models.backend import TokenInput
+from reqat.inference.backend import InputQuantSpec
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.triton import append as triton_append
 from reqat_kernels.triton import attention as triton_attention
@@ -32,9 +32,9 @@ class TritonBackend:
     """
 
     name = "triton"
-    few_tokens = 8
+    max_decode_tokens = 8
 
-    def fits(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
+    def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """FP4 weights in whole blocks; inputs at 16 bits, or of the same element, scale and block."""
         block = weights.block or 1
         if weights.name not in ("NVFP4", "NVFP4-4/6", "MXFP4") or in_features % block:
@@ -44,11 +44,11 @@ class TritonBackend:
         )  # fmt: skip
         return same and (inputs is None or inputs.name in ("NVFP4", "NVFP4-4/6", "MXFP4"))
 
-    def rooms(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
+    def allocate_weight_buffers(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
         """PyTorch's allocator keeps them together."""
         return [None for _ in shapes]
 
-    def pack_weight(self, weight: QuantizedTensor, room: Tensor | None = None) -> PackedTensor:
+    def pack_weight(self, weight: QuantizedTensor, buffer: Tensor | None = None) -> PackedTensor:
         """Row after row, as checkpoints have them."""
         return weight.pack()
 
@@ -57,7 +57,7 @@ class TritonBackend:
         parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def quantize_input(self, x: Tensor, how: TokenInput) -> Tensor | PackedTensor:
+    def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | PackedTensor:
         """Codes and scales; the rotation is fused where the kernel has its size."""
         fmt, rotation = how.format, how.rotation
         fused = fmt is not None and not fmt.adaptive and fmt.rounding == "even"

@@ -1,0 +1,117 @@
+"""Which kernels a packed model computes with: one object a device, the same few functions on each.
+
+:class:`~reqat.inference.native_backend.NativeBackend` (CPU, C++) and
+:class:`~reqat.inference.triton_backend.TritonBackend` (CUDA) each keep weights and cache in an order of their own, so a
+model is packed for one of them; :func:`reqat.inference.backends.backend_for` chooses by device, once.
+Everything else in this package asks the backend it was packed for and knows neither.
+
+A backend promises the numbers of the frozen fake-quantized twin: the codes of inputs and of cached tokens bit for bit,
+products and attention up to the order of float32 sums. The exception is a rotation done on the way by sums and
+differences instead of a matrix product (Triton's quantizer; native decoding): there a code next to a rounding threshold
+may differ too.
+
+The Triton functions also run on CPU tensors in triton's interpreter, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from reqat.formats import Format, QuantizedTensor
+from reqat.quant import Quantizer
+
+
+class States(Protocol):
+    """Packed keys or values of one layer [B, G, capacity, D], in a backend's own order."""
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8, two codes a byte."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, G, tokens that fit, D)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+
+    def dequantize(self, length: int, dtype: torch.dtype = ...) -> Tensor:
+        """The first ``length`` tokens as numbers, [B, G, length, D]."""
+
+    def resized(self, capacity: int, length: int) -> Any:
+        """A copy with another capacity that holds the first ``length`` tokens."""
+
+    def select_rows(self, rows: Tensor, length: int) -> Any:
+        """A copy with these batch rows."""
+
+
+@dataclass(frozen=True)
+class InputQuantSpec:
+    """What an input quantizer needs to know besides the numbers. ``format``: None leaves them at 16 or 32 bits."""
+
+    format: Format | None
+    block: int
+    rotation: int | None
+    global_scale: Tensor | None
+    name: str
+
+
+class Backend(Protocol):
+    """The functions that a packed model calls."""
+
+    name: str
+    max_decode_tokens: int
+    """New tokens a call up to which :meth:`attend` reads the packed cache; beyond, dequantizing it once is faster."""
+
+    def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
+        """Whether linear layers of these formats have a kernel; ``inputs`` None: not quantized."""
+
+    def allocate_weight_buffers(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
+        """Memory for weights of these shapes [N, K], side by side; None: each is allocated as it is packed."""
+
+    def pack_weight(self, weight: QuantizedTensor, buffer: Tensor | None = None) -> Any:
+        """A weight [N, K] in the kernel's order."""
+
+    def tensors(self, weight: Any) -> dict[str, Tensor]:
+        """The memory behind a packed weight, by name."""
+
+    def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Any:
+        """``x`` [..., K] rotated and rounded, as :meth:`linear` takes it. Raises ValueError for NaN or infinity."""
+
+    def linear(self, x: Any, weight: Any, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias`` [..., N] in the type of the input that was quantized."""
+
+    def allocate(self, kind: Literal["key", "value"], quantizer: Quantizer, states: Tensor, capacity: int) -> States:
+        """Room for ``capacity`` tokens like ``states`` [B, G, T, D]."""
+
+    def append(
+        self,
+        keys: Any,
+        values: Any,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        start: int,
+        *,
+        shift_GD: Tensor | None,
+        names: tuple[str | None, str | None],
+    ) -> None:
+        """Quantize ``key - shift`` (in float32) and ``value``, store them from token ``start`` on."""
+
+    def attend(
+        self,
+        query_BHTD: Tensor,
+        keys: Any,
+        values: Any,
+        length: int,
+        *,
+        scaling: float | None,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """Attention of a few new tokens over the first ``length`` of the cache, [B, H, T, D]; no gradient."""

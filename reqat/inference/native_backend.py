@@ -1,0 +1,102 @@
+"""The native kernels (C++, CPU) as a packed model calls them; see :mod:`reqat.inference.backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from torch import Tensor
+
+from reqat.formats import Format, QuantizedTensor
+from reqat.inference.backend import InputQuantSpec
+from reqat.quant import Quantizer, block_hadamard
+from reqat_kernels.native import attention as native_attention
+from reqat_kernels.native import gemm as native_gemm
+
+
+class NativeBackend:
+    """C++ kernels on CPU tensors, or their PyTorch path where there is no library."""
+
+    name = "native"
+    max_decode_tokens = 8
+
+    def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
+        """FP4 weights; inputs at 16 bits, or FP4 in blocks of the same size. Ragged ends are padded."""
+        return native_gemm.supports(weights) and (
+            inputs is None or (native_gemm.supports(inputs) and inputs.block == weights.block)
+        )
+
+    def allocate_weight_buffers(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
+        """Pieces of one allocation in huge pages."""
+        sizes = [native_gemm.packed_bytes(rows, columns, fmt) for rows, columns in shapes]
+        return [*native_gemm.allocate(sum(sizes)).split(sizes)]
+
+    def pack_weight(self, weight: QuantizedTensor, buffer: Tensor | None = None) -> native_gemm.PackedWeight:
+        """16 rows side by side."""
+        return native_gemm.pack_weight(weight, buffer)
+
+    def tensors(self, weight: native_gemm.PackedWeight) -> dict[str, Tensor]:
+        """Codes and scales are one piece."""
+        return {"data": weight.data}
+
+    def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | native_gemm.QuantizedInput:
+        """Integers."""
+        if how.rotation is not None:
+            x = block_hadamard(x, how.rotation)
+        if how.format is None:
+            return x
+        return native_gemm.quantize_input(x, how.format, block=how.block, global_scale=how.global_scale, name=how.name)
+
+    def linear(
+        self, x: Tensor | native_gemm.QuantizedInput, weight: native_gemm.PackedWeight, bias: Tensor | None
+    ) -> Tensor:
+        """Exact within a block, float32 across blocks."""
+        return native_gemm.linear(x, weight, bias)
+
+    def allocate(
+        self, kind: Literal["key", "value"], quantizer: Quantizer, states: Tensor, capacity: int
+    ) -> native_attention.PackedStates:
+        """Tiles of 16 tokens."""
+        batch, heads, _, head_dim = states.shape
+        assert quantizer.format is not None
+        return native_attention.PackedStates.allocate(
+            kind,
+            quantizer.format,
+            batch,
+            heads,
+            capacity,
+            head_dim,
+            global_scale=quantizer.global_scale,
+            device=states.device,
+        )
+
+    def append(
+        self,
+        keys: native_attention.PackedStates,
+        values: native_attention.PackedStates,
+        key_BGTD: Tensor,
+        value_BGTD: Tensor,
+        start: int,
+        *,
+        shift_GD: Tensor | None,
+        names: tuple[str | None, str | None],
+    ) -> None:
+        """Keys, then values."""
+        keys.append(key_BGTD, start, shift=shift_GD, name=names[0])
+        values.append(value_BGTD, start, name=names[1])
+
+    def attend(
+        self,
+        query_BHTD: Tensor,
+        keys: native_attention.PackedStates,
+        values: native_attention.PackedStates,
+        length: int,
+        *,
+        scaling: float | None,
+        mask: Tensor | None,
+        is_causal: bool,
+    ) -> Tensor:
+        """In float32."""
+        return native_attention.kv_attention(
+            query_BHTD, keys, values, length, scaling=scaling, mask=mask, is_causal=is_causal
+        )

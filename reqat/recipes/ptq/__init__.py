@@ -1,0 +1,87 @@
+"""Post-training quantization methods by name. A new method is one file in this package that defines ``METHOD``.
+
+A method is *transforms*, which rewrite the full-precision model without changing what it computes (scales folded into
+neighbouring layers), then a *solver*, which chooses the codes of the prepared model's weights:
+:func:`reqat.recipes.layerwise.solve_weights` walks the model for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reqat.config.catalogue import PTQ_METHODS
+from reqat.config.errors import ReqatError, unknown
+from reqat.models import Report, calibrate_static, prepare
+from reqat.quant import Precision
+from reqat.recipes.layerwise import BATCH_TOKENS, check_input_ids
+from reqat.recipes.ptq._method import Method, Transform
+
+__all__ = ["METHODS", "Method", "Transform", "quantize"]
+
+METHODS: dict[str, Method] = {name: importlib.import_module(f"{__name__}.{name}").METHOD for name in PTQ_METHODS}
+
+
+def quantize(
+    method: str,
+    model: PreTrainedModel,
+    precision: str | Precision,
+    input_ids: Tensor | None = None,
+    *,
+    precision_options: Mapping[str, Any] | None = None,
+    override: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Report, dict[str, Any]]:
+    """Quantize ``model`` in place by the named method: transform, prepare, calibrate static scales, choose codes.
+
+    Args:
+        method: a key of :data:`METHODS`.
+        model: as loaded, not prepared (a transform may have left a KV shift in it).
+        precision, precision_options, override: of :func:`reqat.models.prepare`.
+        input_ids: ``[n, T]`` int64 calibration sequences without padding; methods that look at no data do without,
+            unless the precision has static scales.
+        progress: show bars.
+        options: settings, of which a method takes those that it has.
+
+    Returns what was prepared, and the method's metrics. The model is frozen.
+
+    Raises:
+        ReqatError: unknown method, an option that no method has, missing calibration data, a model that is prepared for
+            another precision, or what the method refuses.
+    """
+    if method not in METHODS:
+        raise unknown("PTQ method", method, METHODS)
+    known = {option for m in METHODS.values() for option in m.options}
+    if strange := sorted(set(options) - known):
+        raise unknown("option of PTQ methods", strange[0], known)
+    chosen = METHODS[method]
+    if input_ids is not None:
+        check_input_ids(model, input_ids)
+    elif chosen.needs_calibration:
+        raise ReqatError(f"{method} looks at what flows through the model: give it calibration input_ids")
+    taken = {key: value for key, value in options.items() if key in chosen.options and value is not None}
+    wanted = Precision.parse(precision, **(precision_options or {}))
+    metrics: dict[str, Any] = {}
+    for transform in chosen.transforms:
+        assert input_ids is not None
+        metrics |= transform(
+            model,
+            wanted,
+            input_ids,
+            progress=progress,
+            **{k: v for k, v in taken.items() if k not in chosen.solver_options},
+        )
+    report = prepare(model, precision, override=override, **(precision_options or {}))
+    if input_ids is not None and any(getattr(module, "needs_calibration", False) for module in model.modules()):
+        calibrate_static(model, input_ids.split(max(1, BATCH_TOKENS // input_ids.shape[1])))
+    settings = {k: v for k, v in taken.items() if k in chosen.solver_options}
+    if chosen.solver_needs_data:
+        found = chosen.solver(model, input_ids, progress=progress, **settings)
+    else:
+        found = chosen.solver(model, **settings)
+    return report, {**found, **metrics, "method": method}

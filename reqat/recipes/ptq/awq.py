@@ -1,0 +1,161 @@
+"""AWQ (arXiv 2306.00978): scale up the input channels of a weight that matter most, so that rounding hurts them less.
+
+For a group of layers that share an input x, with a_c = mean_t |x[t, c]|, the scales are a power of the activations'
+size, and the power is searched::
+
+    s(r) = a ** r / sqrt(max(a ** r) min(a ** r)),    r in {0, 1/20, ..., 19/20}
+    E(r) = MSE(f(x; W), f(x / s; Q(W s)))
+
+f is the module that the group is part of: the whole attention for q, k and v, the whole MLP for gate and up, the layer
+itself for o and down. r = 0 scales nothing and wins ties, so no group's error grows. W s is folded into the weights,
+1/s into the norm (or v_proj, up_proj) before them; weights are then rounded to nearest. Where the precision quantizes
+inputs the candidates quantize x / s, too.
+
+Clipping, AWQ's second step, is left out: a scale of MXFP4 is a power of two, so that a clipped block loses whole bits
+(ReQAT runs AWQ without it, too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reqat.config.errors import ReqatError
+from reqat.formats import Format
+from reqat.models.architecture import decoder_layers
+from reqat.quant import Precision, block_hadamard, fake_quantize
+from reqat.recipes.layerwise import Step, hooked, progress_bar, walk
+from reqat.recipes.ptq._method import Method
+from reqat.recipes.ptq.rtn import rtn
+from reqat.recipes.scaling import Group, check_full_precision, groups_of, inputs_of
+
+GRID = 20
+_FLOOR = 1e-4
+
+
+@torch.no_grad()
+def scale(
+    model: PreTrainedModel, precision: Precision, input_ids: Tensor, *, grid: int = GRID, progress: bool = True
+) -> dict[str, Any]:
+    """Search and fold the scales of every group of a full-precision ``model``, in place.
+
+    Args:
+        model: as loaded, not quantized.
+        precision: what weights (and inputs) will be quantized to.
+        input_ids: ``[n, T]`` int64 calibration sequences without padding.
+        grid: r is 0, 1/grid, ..., (grid-1)/grid.
+        progress: show a bar.
+
+    Returns the relative error of each group before and after, and the chosen r.
+
+    Raises ReqatError for a precision that keeps weights, a quantized model, or bad ``input_ids``.
+    """
+    if precision.weights is None:
+        raise ReqatError(f"AWQ scales weights to be quantized, but {precision} keeps them: take a precision with W4")
+    check_full_precision(model, "AWQ")
+    found = []
+    with progress_bar("AWQ", len(decoder_layers(model)), enabled=progress) as advance:
+        for step in walk(model, input_ids):
+            groups = [group for group in groups_of(step) if group.divide is not None]
+            for group, inputs in zip(groups, inputs_of(step, groups), strict=True):  # folding changes none of them
+                found.append(_search(step, group, inputs, precision, grid))
+            advance()
+    size = max(1, len(found))
+    return {
+        "grid": grid,
+        "groups": found,
+        "group_error_nearest": sum(f["error_nearest"] for f in found) / size,
+        "group_error": sum(f["error"] for f in found) / size,
+    }
+
+
+def _search(step: Step, group: Group, inputs: list[Tensor], precision: Precision, grid: int) -> dict[str, Any]:
+    """Choose r for one group and fold its scales."""
+    tokens = sum(x.numel() // x.shape[-1] for x in inputs)
+    mean_K = sum(x.abs().flatten(0, -2).sum(0).double() for x in inputs) / tokens
+    assert isinstance(mean_K, Tensor)
+    module = _inspected(step, group)
+    calls, reference = _calls(step, module)
+    size = sum(float(y.double().square().sum()) for y in reference) or 1.0
+    errors = []
+    for i in range(grid):
+        with _candidate(group, _scales(mean_K, i / grid), precision):
+            outputs = [_first(module(*args, **kwargs)) for args, kwargs in calls]
+        pairs = zip(outputs, reference, strict=True)
+        errors.append(sum(float((y.double() - z.double()).square().sum()) for y, z in pairs) / size)
+    best = min(range(grid), key=lambda i: (errors[i], i))
+    if best:
+        group.fold(_scales(mean_K, best / grid))
+    return {"layer": group.name, "r": best / grid, "error_nearest": errors[0], "error": errors[best]}
+
+
+def _scales(mean_K: Tensor, r: float) -> Tensor:
+    """s(r) [K] float64, all ones at r = 0."""
+    s = mean_K.clamp(min=_FLOOR**2).pow(r).clamp(min=_FLOOR)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def _inspected(step: Step, group: Group) -> nn.Module:
+    """The module whose output the error is measured on."""
+    if len(group.sites) == 1:
+        return group.linears[0]
+    parent = group.sites[0].parent
+    return step.layer.attention if parent is step.layer.attention else parent
+
+
+def _calls(step: Step, module: nn.Module) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], list[Tensor]]:
+    """The arguments that ``module`` is called with on the step's batches, and what it returns."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[Tensor] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args, kwargs))
+        outputs.append(_first(output))
+
+    with hooked([module.register_forward_hook(note, with_kwargs=True)]):
+        step.run()
+    return calls, outputs
+
+
+def _first(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+@contextmanager
+def _candidate(group: Group, s_K: Tensor, precision: Precision) -> Iterator[None]:
+    """Within the block the group's layers compute ``Q(x / s) Q(W s)``, both rotated if the precision rotates."""
+    weights, inputs, rotation = _dynamic(precision.weights), _dynamic(precision.inputs), precision.rotation
+
+    def divided(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0] / s_K.to(args[0])
+        if inputs is not None:
+            x = fake_quantize(x, inputs, rotation=rotation)
+        elif rotation is not None:
+            x = block_hadamard(x, rotation)
+        return (x, *args[1:])
+
+    linears = group.linears
+    kept = [linear.weight.detach().clone() for linear in linears]
+    try:
+        for linear, weight in zip(linears, kept, strict=True):
+            assert weights is not None
+            linear.weight.copy_(fake_quantize(weight * s_K.to(weight), weights, rotation=rotation))
+        with hooked([linear.register_forward_pre_hook(divided) for linear in linears]):
+            yield
+    finally:
+        for linear, weight in zip(linears, kept, strict=True):
+            linear.weight.copy_(weight)
+
+
+def _dynamic(fmt: Format | None) -> Format | None:
+    """A static global scale is calibrated later; the search takes it from the tensor at hand."""
+    return fmt.replace(global_scale="dynamic") if fmt is not None and fmt.global_scale == "static" else fmt
+
+
+METHOD = Method(rtn, transforms=(scale,), options={"grid": GRID})

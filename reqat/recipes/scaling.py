@@ -1,0 +1,189 @@
+"""Scale the inputs of linear layers, and undo it in whatever makes them: no change to what the model computes.
+
+For a group of linear layers that read one tensor x, ``W x = (W diag(s)) (x / s)``. The division goes into the module
+that makes x, where that is linear in its own weight:
+
+- a norm (attention and MLP inputs): its weight is divided by s;
+- ``v_proj`` (inputs of ``o_proj``): attention mixes tokens and never channels, so its rows are divided by s. With fewer
+  key/value heads than query heads one row makes several inputs, and the group is left alone;
+- ``up_proj`` (inputs of ``down_proj``): the gated product is linear in it.
+
+What makes x is found by looking: the module whose output *is* the tensor that the group reads. AWQ and SmoothQuant
+choose s; here it is folded.
+
+Shapes: K inputs of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reqat.config.errors import ReqatError
+from reqat.models import quant_linears
+from reqat.models.architecture import LinearSite, head_shape, sharing_groups
+from reqat.recipes.layerwise import Step, hooked
+
+# Two parameters of a norm that multiply its output: `weight` (Llama), or `1 + weight` (Gemma).
+_PROBES = (0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that read one tensor, and how to divide that tensor by s [K]; None where nothing can."""
+
+    sites: tuple[LinearSite, ...]
+    divide: Callable[[Tensor], None] | None
+
+    @property
+    def name(self) -> str:
+        """Of its first layer."""
+        return self.sites[0].name
+
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The layers."""
+        return [site.module for site in self.sites]
+
+    @torch.no_grad()
+    def fold(self, s_K: Tensor) -> None:
+        """Multiply the weights' columns by s, and divide their input by it. Raises ReqatError unless s is positive and
+        finite."""
+        if not bool((torch.isfinite(s_K) & (s_K > 0)).all()):
+            raise ReqatError(f"{self.name}: its input scales are not all positive and finite: the model has diverged")
+        assert self.divide is not None
+        for linear in self.linears:
+            linear.weight.copy_(linear.weight.double() * s_K.double().to(linear.weight.device))
+        self.divide(s_K)
+
+
+def check_full_precision(model: nn.Module, what: str) -> None:
+    """Raise ReqatError if ``model`` is quantized: a transform rewrites the model as loaded."""
+    for name, linear in quant_linears(model).items():
+        if linear.frozen or linear.weight_quantizer.format is not None or linear.input_quantizer.format is not None:
+            raise ReqatError(f"{what} rewrites the full-precision model, but {name} is quantized: load the model again")
+
+
+def groups_of(step: Step) -> list[Group]:
+    """The groups of a decoder layer in forward order; runs the layer on its first batch to see what makes their
+    inputs."""
+    made = _makers(step)
+    heads = head_shape(step.layer.attention)  # it has the model's config
+    found = []
+    for sites in sharing_groups(step.layer):
+        first = sites[0].module
+        attribute = sites[0].plain_name.rpartition(".")[2]
+        attention: Any = step.layer.attention
+        divide: Callable[[Tensor], None] | None = None
+        if (maker := made.get(id(first))) is not None:
+            divide = _dividing_norm(maker, first.in_features)
+        elif attribute == "o_proj" and heads.query_heads == heads.kv_heads:
+            divide = _dividing_rows(attention.v_proj)
+        elif attribute == "down_proj":
+            up = getattr(sites[0].parent, "up_proj", None)
+            gated = hasattr(sites[0].parent, "gate_proj")
+            divide = _dividing_rows(up) if gated and isinstance(up, nn.Linear) else None
+        found.append(Group(tuple(sites), divide))
+    return found
+
+
+def _makers(step: Step) -> dict[int, nn.Module]:
+    """id of a linear layer -> the module whose output tensor it reads, as the layer's first batch shows."""
+    outputs: list[tuple[Tensor, nn.Module]] = []  # tensors are kept: an id is only one's own while it lives
+    makers: dict[int, nn.Module] = {}
+
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append((output, module))
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        maker = next((m for tensor, m in reversed(outputs) if args and tensor is args[0]), None)
+        if maker is not None:
+            makers[id(module)] = maker
+
+    handles: list[Any] = []
+    for module in step.layer.module.modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(before))
+        elif not list(module.children()):
+            handles.append(module.register_forward_hook(after))
+    with hooked(handles), torch.no_grad():
+        step.layer.module(step.hidden[0][:1], **_first_rows(step.kwargs[0], len(step.hidden[0])))
+    return makers
+
+
+def _first_rows(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The call's other arguments for its first row alone."""
+    return {
+        key: value[:1] if isinstance(value, Tensor) and value.ndim > 1 and len(value) == rows else value
+        for key, value in kwargs.items()
+    }
+
+
+def _dividing_norm(norm: nn.Module, size: int) -> Callable[[Tensor], None] | None:
+    """Division of a norm's output by s, if its weight [K] multiplies it, plain or with 1 added."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.shape != (size,) or getattr(norm, "bias", None) is not None:
+        return None
+    added = _added(norm, weight)
+    if added is None:
+        return None
+
+    def divide(s_K: Tensor) -> None:
+        scaled = (weight.double() + added) / s_K.double().to(weight.device) - added
+        weight.copy_(scaled)
+
+    return divide
+
+
+@torch.no_grad()
+def _added(norm: nn.Module, weight: nn.Parameter) -> float | None:
+    """What the norm adds to its weight before it multiplies: 0 or 1; None if it does something else with it."""
+    x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)[None] + 0.1
+    kept = weight.clone()
+    try:
+        weight.fill_(0.0)
+        at_zero = norm(x).double()
+        weight.fill_(1.0)
+        at_one = norm(x).double()
+        weight.fill_(3.0)
+        at_three = norm(x).double()
+    finally:
+        weight.copy_(kept)
+    step = at_one - at_zero  # x^ where the weight is linear
+    tolerance = 0.02 * float(step.abs().max())
+    if float((at_three - at_one - 2 * step).abs().max()) > tolerance or tolerance == 0:
+        return None
+    return next((c for c in _PROBES if float((at_zero - c * step).abs().max()) <= tolerance), None)
+
+
+def _dividing_rows(linear: nn.Linear) -> Callable[[Tensor], None]:
+    """Division of a linear layer's output by s."""
+
+    def divide(s_K: Tensor) -> None:
+        s = s_K.double().to(linear.weight.device)
+        linear.weight.copy_(linear.weight.double() / s[:, None])
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias.double() / s)
+
+    return divide
+
+
+@torch.no_grad()
+def inputs_of(step: Step, groups: list[Group]) -> list[list[Tensor]]:
+    """What each group reads on the step's batches, ``[rows, T, K]`` each."""
+    kept: list[list[Tensor]] = [[] for _ in groups]
+
+    def keeping(where: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, args: where.append(args[0].detach())
+
+    handles = [
+        group.linears[0].register_forward_pre_hook(keeping(where)) for group, where in zip(groups, kept, strict=True)
+    ]
+    with hooked(handles):
+        step.outputs = step.run()
+    return kept

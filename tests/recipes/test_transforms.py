@@ -1,0 +1,169 @@
+"""Transforms: the unquantized model computes the same before and after, and what they are for gets better."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+
+from reqat.config.errors import ReqatError
+from reqat.models import prepare, quant_linears
+from reqat.quant import Precision
+from reqat.recipes import ptq, qfit
+from reqat.recipes.layerwise import walk
+from reqat.recipes.ptq import awq, smoothquant
+from reqat.recipes.scaling import groups_of
+
+Tiny = Callable[..., PreTrainedModel]
+W4A4 = Precision.parse("NVFP4-W4A4")
+
+
+def _qfit(model: PreTrainedModel, precision: Precision, ids: Tensor, **_: Any) -> dict[str, Any]:
+    wanted = Precision.parse("NVFP4-KV4:kv_element=E1M2")
+    qfit.fold(model, qfit.calibrate(model, wanted, ids, grid=4, progress=False))
+    return {}
+
+
+TRANSFORMS = {
+    "qfit": _qfit,
+    **{f"{name}, {t.__name__}": t for name, method in ptq.METHODS.items() for t in method.transforms},
+}
+
+
+def with_outliers(model: PreTrainedModel) -> PreTrainedModel:
+    """Some channels of every norm's output and of v and up are large, as in trained models."""
+    for name, module in model.named_modules():
+        if name.endswith("layernorm") and hasattr(module, "weight"):
+            module.weight.data[::7] *= 12.0
+        if name.endswith(("v_proj", "up_proj")):
+            module.weight.data[::5] *= 8.0
+    return model
+
+
+def test_every_transform_of_a_method_is_tried() -> None:
+    assert {"awq, scale", "smoothquant, smooth", "qfit"} <= set(TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_the_unquantized_model_computes_the_same(
+    tiny: Tiny, family: str, ids: Tensor, name: str, kv_heads: int
+) -> None:
+    model = with_outliers(tiny(family, num_key_value_heads=kv_heads)).double()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = model(ids).logits
+    TRANSFORMS[name](model, W4A4, ids, progress=False)
+    actual = model(ids).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # transformers' norms compute in float32
+    after = model.state_dict()
+    assert any(not torch.equal(value, after[key]) for key, value in before.items()), "it must have done something"
+
+
+def test_what_makes_an_input_is_found(tiny: Tiny, ids: Tensor) -> None:
+    for kv_heads, foldable in (
+        (2, {"q_proj", "gate_proj", "down_proj"}),
+        (4, {"q_proj", "o_proj", "gate_proj", "down_proj"}),
+    ):
+        model = tiny("llama", num_key_value_heads=kv_heads)
+        for step in walk(model, ids):
+            groups = groups_of(step)
+            assert {g.name.rpartition(".")[2] for g in groups if g.divide is not None} == foldable
+
+
+def test_a_norm_that_adds_one_to_its_weight_is_folded(ids: Tensor) -> None:
+    config = Gemma2Config(
+        vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None,
+        sliding_window=64, query_pre_attn_scalar=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    expected = model(ids).logits
+    done = smoothquant.smooth(model, W4A4, ids, progress=False)
+    assert done["smoothed"] == 2
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_smoothquant_is_its_formula(tiny: Tiny, ids: Tensor) -> None:
+    model = with_outliers(tiny("llama"))
+    plain = copy.deepcopy(model)
+    layer: Any = plain.get_decoder().layers[0]
+    seen: list[Tensor] = []
+    handle = layer.self_attn.q_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    plain(ids)
+    handle.remove()
+    names = ("q_proj", "k_proj", "v_proj")
+    largest_w = torch.stack([getattr(layer.self_attn, n).weight.abs().amax(0) for n in names]).amax(0)
+    s = seen[0].abs().flatten(0, 1).amax(0) ** 0.7 / largest_w**0.3
+    smoothquant.smooth(model, W4A4, ids, alpha=0.7, progress=False)
+    smoothed: Any = model.get_decoder().layers[0]
+    for n in names:
+        before, after = getattr(layer.self_attn, n).weight, getattr(smoothed.self_attn, n).weight
+        torch.testing.assert_close(after, before * s, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(smoothed.input_layernorm.weight, layer.input_layernorm.weight / s, rtol=1e-5, atol=1e-7)
+    assert torch.equal(smoothed.self_attn.o_proj.weight, layer.self_attn.o_proj.weight)
+
+
+@pytest.mark.parametrize(
+    "precision", ["NVFP4-W4A16", "MXFP4-W4A4", "MXFP4-W4A4:rotation=32", "NVFP4-W4A4:global_scale=static"]
+)
+def test_awq_never_loses_to_rounding_on_its_own_error(tiny: Tiny, ids: Tensor, precision: str) -> None:
+    found = awq.scale(with_outliers(tiny("qwen2")), Precision.parse(precision), ids, grid=6, progress=False)
+    assert len(found["groups"]) == 2 * 3
+    for group in found["groups"]:
+        assert group["error"] <= group["error_nearest"]
+        assert (group["r"] == 0) == (group["error"] == group["error_nearest"])
+    assert found["group_error"] < found["group_error_nearest"]
+
+
+def test_awqs_error_is_that_of_the_layer_as_it_will_be_quantized(tiny: Tiny, ids: Tensor) -> None:
+    """The error of the first group at r = 0 is that of the attention of a model that is prepared and frozen."""
+    model = with_outliers(tiny("llama"))
+    prepared = copy.deepcopy(model)
+    prepare(prepared, "NVFP4-W4A4", skip=["*.o_proj", "*.mlp.*"])
+    outputs: list[list[Tensor]] = [[], []]
+    for which, m in enumerate((model, prepared)):
+        attention: Any = m.get_decoder().layers[0].self_attn
+        handle = attention.register_forward_hook(lambda _m, _a, out, w=which: outputs[w].append(out[0].detach()))
+        m(ids)
+        handle.remove()
+    y, z = outputs[0][0].double(), outputs[1][0].double()
+    expected = float((y - z).square().sum() / y.square().sum())
+    found = awq.scale(model, Precision.parse("NVFP4-W4A4"), ids, grid=2, progress=False)
+    assert found["groups"][0]["error_nearest"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", sorted(ptq.METHODS))
+def test_every_method_leaves_a_frozen_model_of_its_precision(tiny: Tiny, ids: Tensor, method: str) -> None:
+    model = with_outliers(tiny("qwen3"))
+    report, metrics = ptq.quantize(method, model, "NVFP4-W4A4KV4:global_scale=static", ids, progress=False)
+    assert metrics["method"] == method and str(report.precision) == "NVFP4-W4A4KV4:global_scale=static"
+    assert all(linear.frozen for linear in quant_linears(model).values())
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def test_what_a_user_can_mend_is_said_before_the_model_is_changed(tiny: Tiny, ids: Tensor) -> None:
+    model = tiny("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for method, precision, options, says in (
+        ("awk", "NVFP4-W4A4", {}, "awk.*awq"),
+        ("awq", "NVFP4-KV4", {}, "NVFP4-KV4"),
+        ("smoothquant", "NVFP4-W4A4", {"alpha": 1.5}, "1.5"),
+        ("smoothquant", "NVFP4-W4A4", {"beta": 1.5}, "beta"),
+    ):
+        with pytest.raises(ReqatError, match=says):
+            ptq.quantize(method, model, precision, ids, progress=False, **options)
+    with pytest.raises(ReqatError, match="calibration"):
+        ptq.quantize("awq", model, "NVFP4-W4A4", progress=False)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    prepare(model, "NVFP4-W4A4")
+    with pytest.raises(ReqatError, match="full-precision"):
+        ptq.quantize("awq", model, "NVFP4-W4A4", ids, progress=False)
+    assert isinstance(model, nn.Module)
