@@ -11,6 +11,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,9 @@ THIRD_PARTY = {
 }
 #: Of one package, no other one: kernels are used by projects that have no use for the rest.
 ONLY = {"reqat_kernels": {"reqat.formats"}}
+#: Within analysis/ a folder builds on those before it; the modules beside the folders on all.
+ANALYSIS = ("report", "viewer", "entropy", "tables", "figures")
+MOST_LINES = 500
 #: Slow to import, and of use to few verbs: loaded in the function that needs them.
 LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "snakemake"}
 
@@ -129,22 +133,11 @@ def graph(root: Path) -> dict[str, set[str]]:
 
 def circle(edges: Mapping[str, set[str]]) -> list[str]:
     """Modules that import each other in a ring, the first one repeated at the end; [] if there is no ring."""
-    done: set[str] = set()
-    path: list[str] = []
-
-    def visit(name: str) -> list[str]:
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name in done:
-            return []
-        path.append(name)
-        for target in sorted(edges[name]):
-            if ring := visit(target):
-                return ring
-        done.add(path.pop())
-        return []
-
-    return next((ring for name in sorted(edges) if (ring := visit(name))), [])
+    try:
+        list(TopologicalSorter(edges).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def test_every_package_has_a_layer() -> None:
@@ -157,6 +150,25 @@ def test_packages_import_only_from_layers_below() -> None:
 
 def test_no_imports_in_a_circle() -> None:
     assert circle(graph(ROOT)) == []
+
+
+def test_folders_of_analysis_build_on_those_before_them() -> None:
+    wrong = []
+    for name, file in modules(ROOT).items():
+        if not name.startswith("analysis.") or name.count(".") < 2:
+            continue
+        folder = ANALYSIS.index(name.split(".")[1])
+        for line, target, _, _ in imports_in(name, file):
+            parts = target.split(".")
+            if parts[0] == "analysis" and (parts[1] not in ANALYSIS or ANALYSIS.index(parts[1]) > folder):
+                wrong.append(f"{file.relative_to(ROOT)}:{line} imports {target}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("folder", ["reqat", "kernels", "analysis", "tests", "tools"])
+def test_files_are_short(folder: str) -> None:
+    lines = {file: len(file.read_text().splitlines()) for file in (ROOT / folder).rglob("*.py")}
+    assert {str(file.relative_to(ROOT)): n for file, n in lines.items() if n > MOST_LINES} == {}
 
 
 @pytest.mark.parametrize(
