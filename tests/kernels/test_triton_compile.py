@@ -21,15 +21,14 @@ pytest.importorskip("triton")
 
 import reqat_kernels.triton as package  # noqa: E402
 from reqat_kernels.triton.compile import (  # noqa: E402
-    CAPABILITIES,
     Row,
-    cases,
     compile_case,
     core_pairs,
     to_markdown,
     violations,
     write_csv,
 )
+from reqat_kernels.triton.compile_cases import CAPABILITIES, cases  # noqa: E402
 from reqat_kernels.triton.runtime import INTERPRETED  # noqa: E402
 
 
@@ -38,7 +37,7 @@ def compile_in_a_process(tmp_path: Path, *arguments: str, seconds: int) -> list[
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     table = tmp_path / "table.csv"
     done = subprocess.run(
-        [sys.executable, "-m", "reqat_kernels.triton.compile", "--out", str(table), *arguments],
+        [sys.executable, "-m", "reqat_kernels.triton.compile", "--out", str(table), "--force", *arguments],
         env=environment,
         capture_output=True,
         text=True,

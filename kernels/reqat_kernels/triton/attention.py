@@ -30,8 +30,9 @@ import torch
 from torch import Tensor
 
 from reqat_kernels.native import check
+from reqat_kernels.triton.attention_check import check_arguments, expanded_mask
 from reqat_kernels.triton.elements import as_float32, bits_float, cast, decode_e4m3, decode_e8m0, spread
-from reqat_kernels.triton.kv_side import KVSide, check_pair, check_rows
+from reqat_kernels.triton.kv_side import KVSide
 from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
@@ -44,7 +45,6 @@ MAX_BLOCK_M = 32
 OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 128
-_QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 # M: rows, the n query heads of a KV head times T tokens. S: keys. C: half of head_dim, D/2, padded to a power of two.
@@ -352,7 +352,7 @@ def decode_attention(
         if not isinstance(side, KVSide):
             raise TypeError(f"keys and values are KVSide, as KVSide.allocate makes them, not {type(side).__name__}")
     require(query, key.codes, value.codes, mask, lengths)
-    _check(query, key, value, mask, length, lengths)
+    check_arguments(query, key, value, mask, length, lengths)
     if splits is not None and not 1 <= check.integer("splits", splits) <= _MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {_MAX_SPLITS}, got {splits}")
     if scale is not None:
@@ -378,7 +378,7 @@ def decode_attention(
     partial = out if direct else torch.empty(splits, B * H * T, D, dtype=torch.float32, device=query.device)
     stats = out if direct else torch.empty(2, splits, B * H * T, dtype=torch.float32, device=query.device)
     key_global, value_global = key.global_scale_BGS(), value.global_scale_BGS()
-    mask_BHTS = _mask_BHTS(mask, B, H, T)
+    mask_BHTS = expanded_mask(mask, B, H, T)
     mask_kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "add"
     if mask_BHTS is None:
         mask_BHTS = stats.reshape(1, 1, 1, -1)  # not read
@@ -455,51 +455,3 @@ def _splits(programs: int, tiles: int, device: torch.device) -> int:
 @lru_cache(maxsize=32)
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _mask_BHTS(mask: Tensor | None, B: int, H: int, T: int) -> Tensor | None:
-    if mask is None:
-        return None
-    if mask.ndim == 2:
-        mask = mask[:, None, None, :]
-    return mask.expand(B, H, T, mask.shape[-1])
-
-
-def _check(
-    query: Tensor, key: KVSide, value: KVSide, mask: Tensor | None, length: int | None, lengths: Tensor | None
-) -> None:
-    """Raise ValueError for arguments of decode_attention that do not fit together."""
-    if query.ndim != 4 or query.dtype not in _QUERY_DTYPES:
-        raise ValueError(f"query must be [B, H, T, D] in bf16, fp16 or fp32, got {query.dtype} {tuple(query.shape)}")
-    B, H, T, _ = query.shape
-    capacity = key.shape[2]
-    check_pair(key, value)
-    check_rows("query", query.shape, key, grouped=True)
-    if query.device != key.codes.device:
-        raise ValueError(f"query on {query.device}, keys on {key.codes.device}: move them to one device")
-    if length is not None and lengths is not None:
-        raise ValueError("give length or lengths, not both")
-    if length is not None:
-        check.integer("length", length)
-    if length is not None and not 0 <= length <= capacity:
-        raise ValueError(f"length {length} is outside the cache's capacity of {capacity}")
-    if lengths is not None:
-        if tuple(lengths.shape) != (B,) or lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
-        if lengths.device != query.device or not lengths.is_contiguous():
-            raise ValueError(f"lengths must be contiguous on {query.device}")
-        if lengths.device.type == "cpu" and B and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
-            raise ValueError(f"lengths {lengths.tolist()} are outside the cache's capacity of {capacity}")
-    if mask is None:
-        return
-    if mask.ndim not in (2, 4) or not (mask.dtype == torch.bool or mask.dtype.is_floating_point):
-        raise ValueError(f"mask must be boolean or floating, [B, S] or 4D, got {mask.dtype} {tuple(mask.shape)}")
-    lead = mask.shape[:1] if mask.ndim == 2 else mask.shape[:3]
-    wanted = (B,) if mask.ndim == 2 else (B, H, T)
-    needed = capacity if length is None else length
-    if any(have not in (1, want) for have, want in zip(lead, wanted, strict=True)) or mask.shape[-1] < needed:
-        raise ValueError(
-            f"mask of shape {tuple(mask.shape)} must broadcast to {(B, H, T)} and have at least {needed} keys"
-        )
-    if mask.device != query.device:
-        raise ValueError(f"mask is on {mask.device}, query on {query.device}")

@@ -1,0 +1,356 @@
+"""What is compiled ahead of time: each kernel in launches typical of a model of head_dim 128 and hidden size 4096.
+
+Each case has a budget of registers and names the matrix instruction that each generation is to use; see
+:mod:`reqat_kernels.triton.compile`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from reqat_kernels.triton import append, attention, gemm, gemv, quantize, sem_loss
+from reqat_kernels.triton.runtime import tl
+
+#: Ampere, Hopper, datacenter Blackwell, consumer Blackwell (and DGX Spark's close relative).
+CAPABILITIES = (80, 90, 100, 120)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch to compile.
+
+    ``types``: triton's type of each argument (``*u8``, ``fp32``); integers need no mention. ``registers``: the budget,
+    a thread's. ``matrix``: by capability, what the name of every matrix instruction must contain ("" : there is none).
+    ``impossible``: by capability, why it does not compile. ``unused``: why the launcher takes another way there;
+    no budget holds then. ``spilled``: bytes allowed, where it is not 0. ``subnormals``: whether small numbers must not
+    be flushed. ``core``: capabilities in the test that always runs.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    registers: int
+    matrix: dict[int, str] = field(default_factory=dict)
+    multiples: tuple[str, ...] = ()
+    impossible: dict[int, str] = field(default_factory=dict)
+    unused: dict[int, str] = field(default_factory=dict)
+    spilled: dict[int, int] = field(default_factory=dict)
+    subnormals: bool = True
+    core: tuple[int, ...] = ()
+
+    def signature(self) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
+        """Types by argument, and which arguments are multiples of 16, as triton's ASTSource takes them."""
+        types, attributes = {}, {}
+        for index, argument in enumerate(self.kernel.arg_names):
+            kind = "constexpr" if argument in self.constants else self.types.get(argument, "i32")
+            types[argument] = kind
+            if kind.startswith("*") or (argument in self.multiples and kind != "constexpr"):
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        return types, attributes
+
+
+def cases() -> list[Case]:
+    """Every kernel of the package, in launches typical of a model of head_dim 128 and hidden size 4096."""
+    return [*_quantize_cases(), *_gemm_cases(), *_attention_cases(), *_append_cases(), *_loss_cases()]
+
+
+_UNPACKED = "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32"
+
+
+def _by_capability(sm80: str, sm90: str, sm100: str, sm120: str) -> dict[int, str]:
+    return dict(zip(CAPABILITIES, (sm80, sm90, sm100, sm120), strict=True))
+
+
+def _quantize_cases() -> list[Case]:
+    block_m, block_k = quantize._tile(4096, 4096, 16)
+    types = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scales_ptr": "*u8", "g_ptr": "*fp32", "amax_ptr": "*i32"}
+    tile = {"BLOCK_M": block_m, "BLOCK_K": block_k}
+    options = {"num_warps": 4, "enable_fp_fusion": False}
+    nvfp4 = {"BLOCK": 16, "E1M2": False, "RULE": "divide", "NVFP4": True, "ROW": False, "DYNAMIC": False}
+    mxfp4 = {"BLOCK": 32, "E1M2": False, "RULE": "ceil", "NVFP4": False, "ROW": False, "DYNAMIC": False}
+    kernel = quantize.quantize_kernel
+
+    def case(name: str, constants: dict[str, Any], core: tuple[int, ...] = (), fake: bool = False) -> Case:
+        kinds = {**types, "packed_ptr": "*bf16"} if fake else types
+        constants = {"FAKE": fake, "LIMIT": torch.finfo(torch.bfloat16).max if fake else 0.0, **constants, **tile}
+        return Case(name, kernel, kinds, constants, options, 128, multiples=("M", "K"), core=core)
+
+    return [
+        Case(
+            "quantize: amax, rows, Hadamard 16",
+            quantize.amax_kernel,
+            types,
+            {"ROW": True, "HADAMARD": 16, **tile},
+            options,
+            128,
+            multiples=("M", "K"),
+        ),
+        case("quantize: NVFP4, static", {**nvfp4, "TRACK": False, "HADAMARD": 0}, core=(80,)),
+        case(
+            "quantize: NVFP4, row, Hadamard 16", {**nvfp4, "ROW": True, "DYNAMIC": True, "TRACK": False, "HADAMARD": 16}
+        ),
+        case("quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}),
+        case("quantize: MXFP4, Hadamard 32", {**mxfp4, "TRACK": False, "HADAMARD": 32}),
+        case("fake quantize: NVFP4, dynamic", {**nvfp4, "DYNAMIC": True, "TRACK": False, "HADAMARD": 0}, (90,), True),
+        case("fake quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}, fake=True),
+    ]
+
+
+def _gemm_cases() -> list[Case]:
+    types = dict.fromkeys(("a_ptr", "as_ptr", "w_ptr", "ws_ptr"), "*u8")
+    types |= {"ga_ptr": "*fp32", "gw_ptr": "*fp32", "x_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    types |= {"top_ptr": "*i32"}
+    nvfp4 = {"BLOCK": 16, "NVFP4": True, "E1M2": False, "G_A": 2, "G_W": 1, "HAS_BIAS": False}
+    mxfp4 = {"BLOCK": 32, "NVFP4": False, "E1M2": False, "G_A": 0, "G_W": 0, "HAS_BIAS": False}
+
+    def case(
+        name: str,
+        kernel: Any,
+        rows: int,
+        depth: int,
+        constants: dict[str, Any],
+        matrix: dict[int, str],
+        registers: int = 255,
+        **others: Any,
+    ) -> Case:
+        block_m, block_n, block_k, options = gemm._tile(rows, 4096, depth)
+        constants = {**constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        return Case(name, kernel, types, constants, options, registers, matrix, ("N", "K"), **others)
+
+    bf16, fp16 = _UNPACKED.format("bf16"), _UNPACKED.format("f16")
+    w4a16 = {"SHIFT": False, "COMPUTE": tl.bfloat16}
+    scaled, unpacked = {"SCALED": True, "COMPUTE": tl.float16}, {"SCALED": False, "COMPUTE": tl.float16}
+    found = []
+    for label, constants in (("NVFP4", nvfp4), ("MXFP4", mxfp4)):
+        big = _by_capability(bf16, "wgmma", "tcgen05.mma", bf16)
+        found.append(case(f"W4A16: {label}, 16 rows", gemm.w4a16_kernel, 16, 64, {**constants, **w4a16}, _all(bf16)))
+        found.append(case(f"W4A16: {label}, 4096 rows", gemm.w4a16_kernel, 4096, 64, {**constants, **w4a16}, big))
+    found.append(
+        case(
+            "W4A4: NVFP4, scaled, 4096 rows",
+            gemm.w4a4_kernel,
+            4096,
+            128,
+            {**nvfp4, **scaled},
+            _by_capability("", "wgmma", "kind::mxf4nvf4.block_scale", "kind::mxf4nvf4.block_scale.scale_vec::4X"),
+            impossible={80: "sm_80 has no E4M3 type (fp8e4nv); the unpacking branch is launched"},
+            unused={90: "sm_90 has no FP4 instruction; the unpacking branch is launched"},
+            core=(100,),
+        )
+    )
+    found.append(
+        case(
+            "W4A4: MXFP4, scaled, 4096 rows",
+            gemm.w4a4_kernel,
+            4096,
+            128,
+            {**mxfp4, **scaled},
+            _by_capability(bf16, "wgmma", "kind::mxf4.block_scale", "kind::mxf4nvf4.block_scale.scale_vec::2X"),
+            unused={80: "spills; the unpacking branch is launched"},
+        )
+    )
+    big = _by_capability(fp16, "wgmma", "tcgen05.mma", fp16)
+    found.append(case("W4A4: NVFP4, unpacked, 4096 rows", gemm.w4a4_kernel, 4096, 64, {**nvfp4, **unpacked}, big))
+    big = _by_capability(bf16, "wgmma", "tcgen05.mma", bf16)
+    unpacked = {"SCALED": False, "COMPUTE": tl.bfloat16}
+    found.append(case("W4A4: MXFP4, unpacked, 4096 rows", gemm.w4a4_kernel, 4096, 64, {**mxfp4, **unpacked}, big))
+    for label, constants in (("NVFP4", nvfp4), ("MXFP4", mxfp4)):
+        for rows in (1, 8):
+            found.append(
+                Case(
+                    f"W4A4 small M: {label}, {rows} rows",
+                    gemv.gemv_w4a4_kernel,
+                    types,
+                    {**constants, "ROWS": rows, "BLOCK_N": 8, "BLOCK_K": 512},
+                    {"num_warps": 4, "enable_fp_fusion": False},
+                    255,
+                    multiples=("N", "K"),
+                    # ptxas gives up two registers to stay at 128, where four blocks fit on a multiprocessor.
+                    spilled={120: 8} if rows == 8 else {},
+                    core=(120,) if rows == 1 and label == "NVFP4" else (),
+                )
+            )
+    return found
+
+
+def _all(instruction: str) -> dict[int, str]:
+    return dict.fromkeys(CAPABILITIES, instruction)
+
+
+_CACHE_TYPES = {
+    f"{side}_{part}": kind
+    for side in ("key", "value")
+    for part, kind in (("codes", "*u8"), ("scales", "*u8"), ("global", "*fp32"))
+}
+# Strides of [B, G, S, D/2] codes and of what is larger; those of scales along S are D/16 = 8.
+_CACHE_MULTIPLES = tuple(
+    f"{side}_{part}_{axis}"
+    for side in ("key", "value")
+    for part, axes in (("codes", "bgs"), ("scales", "bg"), ("global", "bg"))
+    for axis in axes
+)
+
+
+def _sides(key: str, value: str, **more: tuple[Any, Any]) -> dict[str, Any]:
+    """The constants of keys and values in formats like ``NVFP4`` or ``MXFP4 E1M2``."""
+    constants: dict[str, Any] = {}
+    for index, (side, fmt) in enumerate((("KEY", key), ("VALUE", value))):
+        constants[f"{side}_E1M2"] = "E1M2" in fmt
+        constants[f"{side}_SCALE"] = "E4M3" if "NVFP4" in fmt else "E8M0"
+        constants[f"{side}_BLOCK"] = 16 if "NVFP4" in fmt else 32
+        constants |= {f"{side}_{name}": pair[index] for name, pair in more.items()}
+    return constants
+
+
+def _attention_cases() -> list[Case]:
+    types = {
+        **_CACHE_TYPES,
+        "query": "*bf16",
+        "out": "*bf16",
+        "partial": "*fp32",
+        "partial_stats": "*fp32",
+        "mask": "*u8",
+        "lengths": "*i64",
+        "scale_log2": "fp32",
+    }
+    common = {
+        "GROUP": 4,
+        "HALF_DIM": 64,
+        "C": 64,
+        "MASK": "none",
+        "HAS_LENGTHS": True,
+        "CAUSAL": False,
+        "DIRECT": False,
+        "BLOCK_M": 16,
+        "BLOCK_S": attention.BLOCK_S,
+        "COMPUTE": tl.bfloat16,
+        "PRECISION": "ieee",
+        "key_global_s": 1,
+        "value_global_s": 1,
+    }
+    multiples = (*_CACHE_MULTIPLES, "query_b", "query_h", "query_t", "mask_b", "mask_h", "mask_t")
+
+    def case(
+        name: str, key: str, value: str, registers: int, instruction: str, core: tuple[int, ...] = (), **changes: Any
+    ) -> Case:
+        kinds = {**types, **changes.pop("types", {})}
+        constants = {**common, **_sides(key, value), **changes}
+        options = attention.OPTIONS
+        kernel = attention.decode_attention_kernel
+        # At 168 registers three blocks fit on a multiprocessor, and ptxas gives up two registers to stay there.
+        spilled = dict.fromkeys(CAPABILITIES, 8) if constants["MASK"] != "none" or constants["CAUSAL"] else {}
+        matrix = _all(instruction)
+        return Case(name, kernel, kinds, constants, options, registers, matrix, multiples, spilled=spilled, core=core)
+
+    bf16 = _UNPACKED.format("bf16")
+    fp32: dict[str, str] = {"query": "*fp32", "out": "*fp32"}
+    narrow: dict[str, Any] = {"HALF_DIM": 32, "C": 32, "DIRECT": True}
+    tf32: dict[str, Any] = {"PRECISION": "tf32", "COMPUTE": tl.float32}
+    return [
+        case("decode attention: NVFP4", "NVFP4", "NVFP4", 192, bf16, core=(90,)),
+        case("decode attention: NVFP4 E1M2", "NVFP4 E1M2", "NVFP4 E1M2", 192, bf16),
+        case("decode attention: MXFP4", "MXFP4", "MXFP4", 160, bf16),
+        case("decode attention: NVFP4, boolean mask", "NVFP4", "NVFP4", 200, bf16, MASK="bool"),
+        case("decode attention: NVFP4, head_dim 64, one split", "NVFP4", "NVFP4", 128, bf16, **narrow),
+        case(
+            "decode attention: NVFP4, 32 rows, causal",
+            "NVFP4",
+            "NVFP4",
+            255,
+            bf16,
+            BLOCK_M=attention.MAX_BLOCK_M,
+            CAUSAL=True,
+        ),
+        case(
+            "decode attention: NVFP4, float16 queries",
+            "NVFP4",
+            "NVFP4",
+            255,
+            "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
+            types={"query": "*fp16", "out": "*fp16"},
+            **tf32,
+        ),
+        case(
+            "decode attention: NVFP4, float32 queries",
+            "NVFP4",
+            "NVFP4",
+            255,
+            "",
+            types=fp32,
+            COMPUTE=tl.float32,
+            BLOCK_S=attention.BLOCK_S_FLOAT32,
+        ),
+        Case(
+            "decode attention: merging 16 splits",
+            attention.merge_splits_kernel,
+            types,
+            {"HEAD_DIM": 128, "D": 128, "SPLITS": 16, "CHUNK": 16},
+            {"num_warps": 4, "enable_fp_fusion": True},
+            64,
+        ),
+    ]
+
+
+def _append_cases() -> list[Case]:
+    types = {
+        **_CACHE_TYPES,
+        **dict.fromkeys(("key", "value", "cos", "sin"), "*bf16"),
+        "shift": "*fp32",
+        "offsets": "*i64",
+    }
+    multiples = (*_CACHE_MULTIPLES, *(f"{x}_{axis}" for x in ("key", "value", "cos", "sin") for axis in "bgt"))
+
+    def case(name: str, key: str, value: str, rotate: Any, row: bool, rows: int, core: tuple[int, ...] = ()) -> Case:
+        rules = ("divide" if "NVFP4" in key else "ceil", "divide" if "NVFP4" in value else "ceil")
+        constants = {
+            **_sides(key, value, RULE=rules, ROW_SCALE=(row, row)),
+            "HEAD_DIM": 128,
+            "D": 128,
+            "ROWS": rows,
+            "HAS_OFFSETS": True,
+            "HAS_SHIFT": True,
+            "ROTATE": rotate,
+            "key_global_s": 1,
+            "value_global_s": 1,
+        }
+        return Case(name, append.append_kernel, types, constants, append.OPTIONS, 96, {}, multiples, core=core)
+
+    return [
+        case("append: NVFP4 row, rotated and shifted", "NVFP4", "NVFP4", tl.bfloat16, True, 16, core=(80,)),
+        case("append: NVFP4 static, E1M2 keys, one row", "NVFP4 E1M2", "NVFP4", None, False, 1),
+        case("append: MXFP4, rotated and shifted", "MXFP4", "MXFP4", tl.bfloat16, False, 16),
+    ]
+
+
+def _loss_cases() -> list[Case]:
+    types = {"logits": "*fp32", "lse": "*fp32", "entropy": "*fp32", "pull": "*fp32", "nll": "fp32"}
+    options = {"num_warps": sem_loss._WARPS, "enable_fp_fusion": False}
+    block = sem_loss._block(49152)
+    return [
+        Case(
+            "SEM loss: statistics",
+            sem_loss.statistics_kernel,
+            types,
+            {"ENTROPY": True, "BLOCK": block},
+            options,
+            128,
+            multiples=("size", "stride"),
+            subnormals=False,
+        ),
+        Case(
+            "SEM loss: gradient",
+            sem_loss.gradient_kernel,
+            types,
+            {"PULL": True, "BLOCK": block},
+            options,
+            128,
+            multiples=("size", "stride"),
+            subnormals=False,
+        ),
+    ]
