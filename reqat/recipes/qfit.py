@@ -49,11 +49,12 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import MissingFileError, ReqatError
 from reqat.config.files import explain, parse_json
+from reqat.config.progress import bar
 from reqat.formats import Format, quantize_dequantize
 from reqat.models import QuantLinear, precision_of, prepare
 from reqat.models.architecture import DecoderLayer, HeadShape, decoder_layers, head_shape
 from reqat.quant import Precision, block_hadamard
-from reqat.recipes.layerwise import Step, hooked, on_output, progress_bar, walk
+from reqat.recipes.layerwise import Step, hooked, on_output, walk
 
 Variant = Literal["paper", "released"]
 QKNorm = Literal["shared", "widened"]
@@ -247,7 +248,7 @@ def calibrate(
     norms = [_has_qk_norm(layer.attention) for layer in layers]
     where = qk_norm if all(norms) else "none"
     found, seconds = [], []
-    with progress_bar("Q-FIT", len(layers) * len(alphas), enabled=progress) as advance:
+    with bar("Q-FIT", len(layers) * len(alphas), "scales", enabled=progress) as shown:
         for step in walk(model, input_ids):
             activations = _capture(step, heads)
             began = time.perf_counter()
@@ -263,7 +264,7 @@ def calibrate(
                     share_heads=where == "shared",
                     queries=queries,
                     name=step.layer.name,
-                    advance=advance,
+                    advance=shown.update,
                 )
             )
             seconds.append(time.perf_counter() - began)
