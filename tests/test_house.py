@@ -34,7 +34,7 @@ FLOORS = {
 # On one floor rooms do not know each other, but for this one: every verb of the command line writes a record.
 SAME_FLOOR = {("cli", "records")}
 # What a room may import from outside the project, for the rooms that are kept narrow on purpose.
-THIRD_PARTY = {"config": {"pydantic", "yaml", "tqdm"}, "formats": {"torch"}}
+THIRD_PARTY = {"config": {"pydantic", "yaml", "tqdm", "filelock"}, "formats": {"torch"}}
 # Slow to import, and of use to few verbs: loaded in the function that needs them.
 LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "snakemake", "tqdm"}
 
