@@ -347,7 +347,6 @@ class Results:
             commits=_unique(commit_of(r) for r in records),
         )
 
-
     def _options(self, chosen: Sequence[Entry]) -> tuple[str, ...]:
         """``NVFP4-W4A4KV4:kv_element=E1M2 in ReQAT-TQ, ReQAT-TQS`` for each such precision of these entries."""
         written = {e: str(self.plan.evaluation(e.cells[0].evaluation).precision) for e in chosen}

@@ -115,7 +115,6 @@ def bench(
 @app.command("bench-failed", hidden=True)
 def bench_failed(
     id: Annotated[str, typer.Argument(help="Id of the benchmark that failed.")],
-    tier: Tier = "laptop",
     code: Annotated[int, typer.Option(help="Exit code of `reqat bench`.")] = 1,
     log: Annotated[Path | None, typer.Option(help="Its log.")] = None,
 ) -> None:

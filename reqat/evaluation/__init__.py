@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         accuracy_by_family,
         holm,
         paired,
-        paired_by_family,
     )
 
 _HOME = {
@@ -37,7 +36,6 @@ _HOME = {
     "generate": "generation",
     "holm": "statistics",
     "paired": "statistics",
-    "paired_by_family": "statistics",
 }
 
 __all__ = [
@@ -54,7 +52,6 @@ __all__ = [
     "generate",
     "holm",
     "paired",
-    "paired_by_family",
 ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from reqat.config.errors import unknown_text
 from reqat.config.formats import FAMILIES
 from reqat.formats.elements import ELEMENTS, Element
-from reqat.formats.scales import E4M3_MAX, SCALE_TYPES
+from reqat.formats.scales import E4M3_MAX
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,6 @@ class Format:
     def scale_cap(self) -> float:
         """What the global scale maps the largest block scale to: E4M3's 448, or 256, four-over-six's headroom."""
         return 256.0 if self.adaptive else E4M3_MAX
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits an element costs with its share of the block scales (not of global scales, nor of a scale a row)."""
-        scales = SCALE_TYPES[self.scale].bits * (2 if self.asymmetric else 1)
-        return 4 + (scales / self.block if self.block else 0)
 
     def replace(self, **changes: Any) -> Format:
         """A copy with some fields changed, checked again."""
