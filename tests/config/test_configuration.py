@@ -87,7 +87,7 @@ def test_a_fault_in_a_tier_names_the_key_and_the_remedy(folder: Path, keys, valu
 
 
 def test_misspelt_tier_names_the_closest(folder: Path):
-    with pytest.raises(ReqatError, match="unknown tier 'latop'. Did you mean 'laptop'"):
+    with pytest.raises(ReqatError, match="tier 'latop'.*'laptop'"):
         load_tier("latop", folder)
 
 
@@ -124,9 +124,7 @@ def test_a_fault_in_recipes_names_it(folder: Path, old: str, new: str, says: str
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["W4A4", "NVFP4", "NVFP4-W8A8", "FP8-W4A4", "", "BF16-W4A4", "NVFP4-W4A4 KV4"]
-)
+@pytest.mark.parametrize("name", ["W4A4", "NVFP4", "NVFP4-W8A8", "FP8-W4A4", "", "BF16-W4A4", "NVFP4-W4A4 KV4"])
 def test_precision_that_does_not_exist_is_refused(name: str):
     with pytest.raises(ReqatError, match="unknown precision"):
         family(name)

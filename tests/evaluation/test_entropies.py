@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,13 +250,13 @@ def test_forcing_two_models_keeps_order_and_whole_distributions_where_asked(tiny
 @pytest.mark.parametrize(
     ("trace", "says"),
     [
-        (trace_of([], problem="nothing"), "trace of problem 'nothing', seed 0, source 'given' is empty"),
-        (trace_of([3, 99], problem="x"), "unknown token id 99 at position 1"),
-        (trace_of([3, -1]), "unknown token id -1 at position 1"),
-        (trace_of([3], prompt=()), "its prompt has no token"),
-        (trace_of([3], prompt=(77,)), "unknown token id 77"),
-        (trace_of([3] * 120), "but A has 96 positions"),
-        (trace_of([3], logprobs_at=(1,)), "no position 1 in a response of 1 tokens"),
+        (trace_of([], problem="nothing"), "'nothing', seed 0, source 'given'.*empty"),
+        (trace_of([3, 99], problem="x"), "token id 99.*position 1"),
+        (trace_of([3, -1]), "token id -1.*position 1"),
+        (trace_of([3], prompt=()), "prompt.*no token"),
+        (trace_of([3], prompt=(77,)), "token id 77"),
+        (trace_of([3] * 120), "A has 96 positions"),
+        (trace_of([3], logprobs_at=(1,)), "no position 1.*1 tokens"),
     ],
 )
 def test_a_faulty_trace_is_named_and_costs_no_other(tiny: Tiny, tmp_path: Path, trace: ForcedTrace, says: str) -> None:
@@ -268,7 +269,7 @@ def test_a_faulty_trace_is_named_and_costs_no_other(tiny: Tiny, tmp_path: Path, 
     folder = TraceFolder(tmp_path / "lenient")
     assert folder.traces["problem"].tolist() == ["first", "last"]
     assert [entry["problem"] for entry in folder.meta["left_out"]] == [trace.info.problem]
-    assert says in folder.meta["left_out"][0]["reason"]
+    assert re.search(says, folder.meta["left_out"][0]["reason"])
 
 
 def poisoned(model: LlamaForCausalLM, token: int) -> LlamaForCausalLM:
@@ -282,7 +283,7 @@ def test_a_distribution_of_nan_is_named_and_costs_no_other(tiny: Tiny, tmp_path:
     model = poisoned(tiny(), 9)
     traces = [trace_of([4, 5], problem="good"), trace_of([4, 9, 5], problem="bad"), trace_of([9], problem="last only")]
     with (
-        pytest.raises(ReqatError, match="problem 'bad'.*distribution of A at position . is not finite"),
+        pytest.raises(ReqatError, match="'bad'.*A at position .*not finite"),
         write(tmp_path / "strict", ["A"], WORDS) as writer,
     ):
         force_traces({"A": model}, traces, writer)
@@ -312,12 +313,12 @@ def test_what_follows_the_end_of_a_row_may_be_nan() -> None:
     recorder(ids, broken)
     recorder.take_tokens(torch.tensor([EOS, 1]))
     broken[1] = torch.nan
-    with pytest.raises(ReqatError, match="row 3: the distribution at position 2 is not finite"):
+    with pytest.raises(ReqatError, match="row 3.*position 2"):
         recorder(ids, broken)
 
 
 def test_labels_of_models_and_writer_must_match(tiny: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(ReqatError, match="models for B, but the writer is for A"), write(tmp_path, ["A"], WORDS) as w:
+    with pytest.raises(ReqatError, match="models for B.*for A"), write(tmp_path, ["A"], WORDS) as w:
         force_traces({"B": tiny()}, [trace_of([3])], w)
 
 

@@ -223,21 +223,19 @@ def test_order_of_rows_does_not_matter(outcomes: Make) -> None:
 
 def test_refuses_to_pair_what_differs(outcomes: Make) -> None:
     a = outcomes(np.ones((6, 2)))
-    with pytest.raises(ValueError, match=r"a and b have different problems: 2 only in a \(p4, p5\)"):
+    with pytest.raises(ValueError, match=r"problems: 2 only in a \(p4, p5\)"):
         paired(a, outcomes(np.ones((4, 2))))
-    with pytest.raises(ValueError, match=r"different sampling seeds: 1 only in b \(2\)"):
+    with pytest.raises(ValueError, match=r"seeds: 1 only in b \(2\)"):
         paired(a, outcomes(np.ones((6, 3))))
-    with pytest.raises(
-        ValueError, match=r"different sampling seeds: 2 only in a run 0 \(0, 1\); 2 only in b run 1 \(5, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"seeds: 2 only in a run 0 \(0, 1\).*2 only in b run 1 \(5, 6\)"):
         paired([a, a], [a, outcomes(np.ones((6, 2)), seed=[5, 6] * 6)])
-    with pytest.raises(ValueError, match="'p0' belongs to family 'even' in a and to 'else' in b"):
+    with pytest.raises(ValueError, match="'p0'.*'even' in a.*'else' in b"):
         paired(a, outcomes(np.ones((6, 2)), family=["else"] * 12))
-    with pytest.raises(ValueError, match="2 training runs of a with 1 of b"):
+    with pytest.raises(ValueError, match="2 training runs.*1 of b"):
         paired([a, a], [a])
-    with pytest.raises(ValueError, match=r"b lacks 1 of 12 outcomes \(first: problem 'p3', seed 1\)"):
+    with pytest.raises(ValueError, match=r"b lacks 1 of 12.*'p3', seed 1"):
         paired(a, a.select(np.arange(12) != 7))
-    with pytest.raises(ValueError, match="run 0 and run 1 have different problems"):
+    with pytest.raises(ValueError, match="run 0 and run 1.*problems"):
         accuracy([a, outcomes(np.ones((5, 2)))])
     with pytest.raises(ValueError, match="no outcomes"):
         accuracy([])

@@ -19,16 +19,16 @@ def test_nan_and_infinity_name_the_tensor(fmt: Format, dtype: torch.dtype):
             x = torch.randn(4, 256).to(dtype)
             x[2, 7] = bad
             x[0, 0] = 1e4  # larger numbers elsewhere do not hide it
-            with pytest.raises(ValueError, match=rf"layers\.3\.weight of shape \(4, 256\) holds {what}; only finite"):
+            with pytest.raises(ValueError, match=rf"layers\.3\.weight .*\(4, 256\) holds {what}"):
                 function(x, fmt, name="layers.3.weight")
     x[3] = torch.nan
-    with pytest.raises(ValueError, match=r"tensor of shape \(4, 256\) holds 256 NaN and 1 infinite values"):
+    with pytest.raises(ValueError, match=r"256 NaN and 1 infinite"):
         quantize(x, fmt)
 
 
 @BOTH
 def test_only_tensors_are_taken(function: Callable):
-    with pytest.raises(TypeError, match=r"bias is a list, not a torch tensor; pass torch\.as_tensor"):
+    with pytest.raises(TypeError, match=r"bias is a list.*torch\.as_tensor"):
         function([1.0, 2.0], "NVFP4", name="bias")
 
 
@@ -54,11 +54,9 @@ def test_float64_beyond_float32_is_refused(fmt: Format, function: Callable):
 @BOTH
 def test_a_length_that_does_not_divide_is_refused(function: Callable):
     x = torch.randn(3, 40)
-    with pytest.raises(
-        ValueError, match=r"keys of shape \(3, 40\): length 40 along axis 1 .* block of 32; pass pad=True"
-    ):
+    with pytest.raises(ValueError, match=r"keys .*\(3, 40\).* 40 along axis 1 .*block of 32.*pad=True"):
         function(x, "MXFP4", name="keys")
-    with pytest.raises(ValueError, match=r"length 3 along axis 0 is not a multiple of NVFP4's block of 16"):
+    with pytest.raises(ValueError, match=r"3 along axis 0 .*NVFP4's block of 16"):
         function(x, "NVFP4", axis=0)
     function(x, "INT4-row")
 
@@ -66,10 +64,10 @@ def test_a_length_that_does_not_divide_is_refused(function: Callable):
 @BOTH
 def test_types_axes_and_scalars(function: Callable):
     for dtype in (torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        with pytest.raises(ValueError, match=f"tokens has dtype {dtype}; formats take torch.float16"):
+        with pytest.raises(ValueError, match=f"tokens.*{dtype}.*torch.float16"):
             function(torch.zeros(32, dtype=dtype), "MXFP4", name="tokens")
     for axis in (2, -3):
-        with pytest.raises(ValueError, match=rf"tensor of shape \(4, 32\) has no axis {axis}"):
+        with pytest.raises(ValueError, match=rf"\(4, 32\) has no axis {axis}"):
             function(torch.zeros(4, 32), "MXFP4", axis=axis)
     with pytest.raises(ValueError, match="has no axis -1"):
         function(torch.tensor(1.0), "INT4-row")
@@ -78,12 +76,12 @@ def test_types_axes_and_scalars(function: Callable):
 @BOTH
 def test_global_scales(function: Callable):
     x = torch.randn(4, 32)
-    with pytest.raises(ValueError, match="'static' needs the calibrated value: pass global_scale="):
+    with pytest.raises(ValueError, match="'static'.*pass global_scale="):
         function(x, "NVFP4", global_scale="static")
     for bad in (0.0, -1.0, float("nan"), float("inf"), 1e-37):
-        with pytest.raises(ValueError, match="global_scale must be finite and above"):
+        with pytest.raises(ValueError, match="global_scale.*finite"):
             function(x, "NVFP4", global_scale=bad)
-    with pytest.raises(ValueError, match=r"of shape \(3, 1\) must be a scalar or of shape \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"\(3, 1\).*scalar or of shape \(4, 1\)"):
         function(x, "NVFP4", global_scale=torch.ones(3, 1))
     with pytest.raises(ValueError, match="MXFP4 has no global scale"):
         function(x, "MXFP4", global_scale=1.0)

@@ -172,7 +172,7 @@ def test_a_frozen_model_takes_its_own_state_dict_and_no_other(tiny: Tiny, ids: T
     assert torch.equal(model(ids).logits, expected)
     model.load_state_dict(plain_state(model))  # a plain checkpoint of the same weights
     assert torch.equal(model(ids).logits, expected)
-    with pytest.raises(ReqatError, match=r"q_proj\.weight: the layer is frozen.*before freeze"):
+    with pytest.raises(ReqatError, match=r"q_proj\.weight.*frozen.*before freeze"):
         model.load_state_dict(tiny("llama").state_dict())
 
 
@@ -358,11 +358,11 @@ def test_prepare_takes_the_options_of_the_folder_or_says_what_differs(tiny: Tiny
     )
     for what, options in conflicts:
         loaded = load_model(tmp_path / "m")
-        with pytest.raises(ReqatError, match=f"{what}: saved with .*override=True"):
+        with pytest.raises(ReqatError, match=f"{what}: .*override=True"):
             prepare(loaded, KV4, **options)
         assert not quant_linears(loaded)
         report = prepare(loaded, KV4, override=True, **options)
         assert any(line.startswith(what) or what in line for line in report.differs)
     loaded = load_model(tmp_path / "m")
-    with pytest.warns(UserWarning, match="keys: saved with NVFP4, asked for unquantized"):
+    with pytest.warns(UserWarning, match="keys.*NVFP4.*unquantized"):
         assert "differs   from the checkpoint" in str(prepare(loaded, "NVFP4-W4A4"))

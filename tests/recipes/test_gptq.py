@@ -105,7 +105,7 @@ def test_inputs_that_never_move_keep_their_nearest_codes():
 
 
 def test_damping_must_be_positive():
-    with pytest.raises(ValueError, match="damp must be positive, got 0"):
+    with pytest.raises(ValueError, match="damp.*got 0"):
         gptq_codes(problem("NVFP4"), damp=0)
 
 
@@ -184,14 +184,14 @@ def test_bad_input_is_refused(tiny, ids):
     model = tiny("llama")
     with pytest.raises(ValueError, match="the model was not prepared"):
         solve("gptq", model, ids)
-    with pytest.raises(ValueError, match="unknown PTQ method 'gptqq': valid are gptq, rtn"):
+    with pytest.raises(ValueError, match="'gptqq'.*gptq, rtn"):
         solve("gptqq", model, ids)
-    with pytest.raises(ValueError, match="no PTQ method has the option 'dampp'"):
+    with pytest.raises(ValueError, match="option 'dampp'"):
         solve("gptq", model, ids, dampp=1)
-    with pytest.raises(ValueError, match="give it calibration input_ids"):
+    with pytest.raises(ValueError, match="calibration input_ids"):
         solve("gptq", model)
     prepare(model, "NVFP4-KV4")
-    with pytest.raises(ValueError, match="prepared for NVFP4-KV4, which keeps its weights"):
+    with pytest.raises(ValueError, match="NVFP4-KV4.*keeps its weights"):
         solve("gptq", model, ids)
     model = tiny("llama")
     prepare(model, "NVFP4-W4A4")
