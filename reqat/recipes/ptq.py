@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 from reqat.models import calibrate_static
 from reqat.recipes.gptq import gptq
 from reqat.recipes.layerwise import BATCH_TOKENS, check_input_ids
@@ -51,10 +51,10 @@ def solve(method: str, model: PreTrainedModel, input_ids: Tensor | None = None, 
         ValueError: unknown method, an option that no method has, missing calibration data, or what the method refuses.
     """
     if method not in METHODS:
-        raise ReqatError(f"unknown PTQ method {method!r}: valid are {', '.join(sorted(METHODS))}")
+        raise unknown("PTQ method", method, METHODS)
     known = {option for m in METHODS.values() for option in m.options}
-    if unknown := sorted(set(options) - known):
-        raise ReqatError(f"no PTQ method has the option {unknown[0]!r}: known are {', '.join(sorted(known))}")
+    if others := sorted(set(options) - known):
+        raise unknown("option of PTQ methods", others[0], known)
     chosen = METHODS[method]
     if input_ids is not None:
         check_input_ids(model, input_ids)

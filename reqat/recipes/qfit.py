@@ -47,7 +47,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.errors import MissingFileError, ReqatError, unknown
 from reqat.config.files import explain, parse_json
 from reqat.config.progress import bar
 from reqat.formats import Format, quantize_dequantize
@@ -235,9 +235,9 @@ def calibrate(
     if grid < 1:
         raise ReqatError(f"Q-FIT's grid must have at least 1 point a side, got {grid}")
     if variant not in ("paper", "released"):
-        raise ReqatError(f"unknown Q-FIT variant {variant!r}: valid are 'paper' and 'released'")
+        raise unknown("Q-FIT variant", variant, ("paper", "released"))
     if qk_norm not in ("shared", "widened"):
-        raise ReqatError(f"unknown qk_norm {qk_norm!r}: valid are 'shared' and 'widened'")
+        raise unknown("qk_norm", qk_norm, ("shared", "widened"))
     if queries is not None and queries < 1:
         raise ReqatError(f"Q-FIT needs at least 1 query position a sequence, got queries={queries}")
     layers = decoder_layers(model)

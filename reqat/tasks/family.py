@@ -126,7 +126,7 @@ def stream(family: str, split: str, seed: int, options: Mapping[str, Any] | None
     Raises ``ReqatError`` for an unknown family, split or generator option.
     """
     if split not in SPLITS:
-        raise ReqatError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise unknown("split", split, SPLITS)
     fam = get_family(family)
     data = fam.dataset(seed=seed * _SEED_STRIDE, size=_SEED_STRIDE, options=options or {})
     seen: set[str] = set()

@@ -211,7 +211,7 @@ def test_the_configuration_is_the_documented_one():
         (lambda: quantize(weight(32, 96), "NVFP4", axis=0), "nvfp4-pack-quantized", "transpose"),
         (lambda: quantize(weight(4, 100), "NVFP4", pad=True), "nvfp4-pack-quantized", "100.*multiple of 16"),
         (lambda: quantize(weight(), "NVFP4", global_scale="row"), "modelopt", "one global scale"),
-        (lambda: quantize(weight(), "NVFP4"), "gguf", "nvfp4-pack-quantized, mxfp4-pack-quantized, modelopt"),
+        (lambda: quantize(weight(), "NVFP4"), "gguf", "modelopt, mxfp4-pack-quantized, nvfp4-pack-quantized"),
     ],
 )
 def test_what_a_layout_cannot_express_is_refused(q: Callable, layout: str, message: str):

@@ -186,7 +186,7 @@ def test_bad_input_is_refused(tiny, ids):
         solve("gptq", model, ids)
     with pytest.raises(ValueError, match="'gptqq'.*gptq, rtn"):
         solve("gptqq", model, ids)
-    with pytest.raises(ValueError, match="option 'dampp'"):
+    with pytest.raises(ValueError, match="'dampp'.*'damp'"):
         solve("gptq", model, ids, dampp=1)
     with pytest.raises(ValueError, match="calibration input_ids"):
         solve("gptq", model)
