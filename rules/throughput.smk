@@ -30,7 +30,7 @@ if BENCH:
             runtime=60,
         shell:
             "{params.reqat} bench {params.id:q} --tier {params.tier:q} --current > {log:q} 2>&1 || "
-            "{params.reqat} bench-failed {params.id:q} --tier {params.tier:q} --code $? --log {log:q}"
+            "{params.reqat} bench-failed {params.id:q} --code $? --log {log:q}"
 
     rule throughput:
         input:

@@ -37,7 +37,7 @@ LAYER = {package: level for level, packages in enumerate(LAYERS) for package in 
 FOLDERS = (("reqat", Path()), ("analysis", Path()), ("reqat_kernels", Path("kernels")))
 #: Of packages that are kept narrow on purpose: what they may import from outside the project.
 THIRD_PARTY = {
-    "reqat.config": {"pydantic", "yaml"},
+    "reqat.config": {"pydantic", "yaml", "filelock", "tqdm"},
     "reqat.formats": {"torch"},
     "reqat_kernels": {"torch", "triton", "numpy"},
 }

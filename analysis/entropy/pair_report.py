@@ -103,9 +103,7 @@ def report(
     return Report(reference, candidate, frames, _table(folder, reference, candidate, frames, eps, where))
 
 
-def _rows(
-    reference: str, candidate: str, frames: dict[str, pd.DataFrame]
-) -> Iterator[tuple[str, str, str, pd.Series | dict[str, Any]]]:
+def _rows(frames: dict[str, pd.DataFrame]) -> Iterator[tuple[str, str, str, pd.Series | dict[str, Any]]]:
     """(statistic, where, how its value reads, row) of each line of the table."""
     for _, row in frames["accuracy"].iterrows():
         yield "accuracy", row["source"], "%", row
@@ -159,7 +157,7 @@ def _table(
     where: str | None,
 ) -> Table:
     lines, data = [], []
-    for statistic, place, unit, row in _rows(reference, candidate, frames):
+    for statistic, place, unit, row in _rows(frames):
         value, lo, hi = float(row["value"]), float(row["lo"]), float(row["hi"])
         if np.isnan(value):
             continue

@@ -19,9 +19,8 @@ from reqat.cli.app import INTERRUPTED, Quiet, Tier, app, session, start_computin
 from reqat.cli.arguments import Threads
 from reqat.cli.results import Replace, Rewrite, rendering
 from reqat.cli.run import Force, finished, locked
-from reqat.cli.sections import Bench, Section, measured, preload, read_section, sections, write_section
+from reqat.cli.sections import Bench, Section, measured, preload, sections
 from reqat.config import machine
-from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json, write_file
 from reqat.config.targets import making
@@ -66,19 +65,6 @@ def is_current(out: Path) -> bool:
     return all(file.stat().st_mtime <= made for file in sources(session.paths.root))
 
 
-def kept_sections(settings: Throughput, threads: int) -> Path | None:
-    """Where measured sections wait for the others: those of one commit, number of threads and CPU go together.
-
-    None for code that no commit holds.
-    """
-    made = provenance.commit(session.paths.root)
-    if made["dirty"] is not False:
-        return None
-    # Not provenance.hardware(): it looks for GPUs, and what touched one cannot be forked.
-    where = digest([made["commit"], threads, provenance.cpu_model()], 12)
-    return session.paths.work / "throughput" / f".{settings.id}.sections" / where
-
-
 def memory_of(settings: Throughput) -> int:
     """Bytes that the benchmark may take: what its settings declare, less where less is free.
 
@@ -104,10 +90,7 @@ def bench(
         bool, typer.Option("--current", help="Again, too, if the code is newer than the result.")
     ] = False,
 ) -> None:
-    """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it.
-
-    Interrupted, it goes on with the section that was cut off (where the code is committed).
-    """
+    """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it."""
     settings = settings_of(tier)
     if id is not None and id != settings.id:
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
@@ -123,14 +106,8 @@ def bench(
         where = session.paths.partial(settings.id)
         paths = session.paths
         with record.job("throughput", settings.id, settings, root=paths.root, out=out, partial=where, tier=tier) as job:
-            kept = kept_sections(settings, threads or settings.threads)
-            if kept is not None and force:
-                shutil.rmtree(kept, ignore_errors=True)
             say = None if quiet else lambda line: print(line, flush=True)
-            job.metrics = measure_all(settings, job.partial, say, kept)
-            job.resumed = job.metrics["resumed_sections"] > 0
-        if kept is not None:
-            shutil.rmtree(kept.parent, ignore_errors=True)
+            job.metrics = measure_all(settings, job.partial, say)
         write_state(settings.id, None)
     print(f"{settings.id}: done, {out}")
 
@@ -138,7 +115,6 @@ def bench(
 @app.command("bench-failed", hidden=True)
 def bench_failed(
     id: Annotated[str, typer.Argument(help="Id of the benchmark that failed.")],
-    tier: Tier = "laptop",
     code: Annotated[int, typer.Option(help="Exit code of `reqat bench`.")] = 1,
     log: Annotated[Path | None, typer.Option(help="Its log.")] = None,
 ) -> None:
@@ -166,10 +142,9 @@ def reason_of(code: int, log: Path | None) -> str:
     return said[-1].removeprefix(ERROR_PREFIX) if said else f"it ended with exit code {code}"
 
 
-def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | None = None) -> dict[str, Any]:
+def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, Any]:
     """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics.
 
-    A finished section is written into the folder `kept` at once, and read from there if it is already in it.
     Raises `ReqatError` where memory is short or a section cannot be measured.
     """
     import pandas as pd
@@ -182,16 +157,9 @@ def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | N
     bench = Bench(settings, memory_of(settings), out, say or (lambda _: None))
     cache_bytes = last_level_cache_bytes()
     preload(settings)
-    whole, peaks, resumed = Section(Result(), [], []), {}, 0
+    whole, peaks = Section(Result(), [], []), {}
     for name, work in sections(settings).items():
-        file = None if kept is None else kept / f"{name}.json"
-        if file is not None and file.is_file():
-            bench.say(f"{name}: measured before, kept")
-            section, resumed = read_section(file), resumed + 1
-        else:
-            section = measured(name, work, bench)
-            if file is not None:
-                write_section(file, section)
+        section = measured(name, work, bench)
         peaks[name] = section.peak_memory_bytes
         if section.peak_memory_bytes > bench.memory:
             took, allowed = section.peak_memory_bytes / 1e9, bench.memory / 1e9
@@ -221,7 +189,6 @@ def measure_all(settings: Throughput, out: Path, say: Any = None, kept: Path | N
         "last_level_cache_bytes": cache_bytes,
         "memory": {"budget_bytes": bench.memory, "peak_bytes": peaks},
         "agreement": whole.agreement,
-        "resumed_sections": resumed,
     }
 
 

@@ -1,4 +1,4 @@
-"""The sections of a benchmark: what each measures, in a process of its own, and how it waits for the others.
+"""The sections of a benchmark: what each measures, in a process of its own.
 
 A section is measured in a fork (:mod:`reqat.cli.isolation`). So its memory is free again before the next one starts,
 and code of others that dies (a protection fault inside ggml, say) costs its own rows: the section is measured again
@@ -8,7 +8,6 @@ without it, and the record says so.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -18,7 +17,6 @@ from typing import Any
 from reqat.cli.app import session
 from reqat.cli.isolation import Died, Mark, isolated
 from reqat.config.errors import ReqatError
-from reqat.config.files import read_json, write_file
 from reqat.config.throughput import AgreementBench, DecodeBench, EntropyBench, Throughput, TrainStepBench
 
 _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
@@ -76,7 +74,7 @@ def measured(name: str, work: Callable[[Bench], tuple[Any, list[Any]]], bench: B
             if not died.mark or died.mark in bench.avoid:
                 raise ReqatError(
                     f"section {name} of the benchmark ended: {died.how}. Free some memory if that is short, and run it "
-                    "again; finished sections are kept where the code is committed."
+                    "again."
                 ) from None
             bench.avoid.add(died.mark)
             lost.append(f"{name}, {died.mark}, not timed: its process died, {died.how}.")
@@ -98,25 +96,6 @@ def preload(settings: Throughput) -> None:
         import reqat.evaluation.throughput
         import reqat.tasks
         import reqat.training.throughput  # noqa: F401
-
-
-def write_section(file: Path, section: Section) -> None:
-    """Keep a section, whole or not at all. Raises `ReqatError` if it cannot be written."""
-    write_file(file, json.dumps(dataclasses.asdict(section), default=float))  # NaN stays NaN
-
-
-def read_section(file: Path) -> Section:
-    """A section that was kept. Raises `ReqatError` if the file is damaged."""
-    from reqat_kernels.bench.measure import Result, Row
-
-    remedy = "remove it, and it is measured again"
-    found = read_json(file, "section of a benchmark", remedy)
-    try:
-        given = found["result"]
-        result = Result([Row(**row) for row in given["rows"]], given["skipped"], given["refused"])
-        return Section(result, found["probe_bytes_per_s"], found["agreement"], found.get("peak_memory_bytes", 0))
-    except (KeyError, TypeError) as error:
-        raise ReqatError(f"{file}: damaged ({error}); {remedy}.") from None
 
 
 def sections(settings: Throughput) -> dict[str, Callable[[Bench], tuple[Any, list[Any]]]]:

@@ -18,12 +18,17 @@ class MissingFileError(ReqatError, FileNotFoundError):
     """There is no file or folder where one was expected. Its text is whole: it has no errno."""
 
 
-def unknown(kind: str, name: object, valid: Iterable[str], where: str = "") -> ReqatError:
-    """An error for a `name` that is none of `valid`, with the closest match (if any) and the whole list."""
+def unknown(kind: str, name: object, valid: Iterable[object], where: str = "", remedy: str = "") -> ReqatError:
+    """An error for a `name` that is none of `valid`: the closest match (if any), and the whole list or a `remedy`."""
+    return ReqatError(unknown_text(kind, name, valid, where, remedy))
+
+
+def unknown_text(kind: str, name: object, valid: Iterable[object], where: str = "", remedy: str = "") -> str:
+    """The message of :func:`unknown`, for errors of another type. Upper and lower case count as close."""
     options = sorted(str(option) for option in valid)
-    match = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5) or [
-        option for option in options if option.lower() == str(name).lower()
-    ]
-    hint = f" Did you mean {match[0]!r}?" if match else ""
+    by_upper = {option.upper(): option for option in options if option != str(name)}
+    close = difflib.get_close_matches(str(name).upper(), by_upper, n=1, cutoff=0.5)
+    hint = f" Did you mean {by_upper[close[0]]!r}?" if close else ""
     prefix = f"{where}: " if where else ""
-    return ReqatError(f"{prefix}unknown {kind} {str(name)!r}.{hint} Known: {', '.join(options) or 'none'}.")
+    known = f"Known: {', '.join(options) or 'none'}."
+    return f"{prefix}unknown {kind} {name!r}.{hint} {remedy or known}"

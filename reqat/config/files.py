@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -237,9 +236,14 @@ def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     Raises `ReqatError` naming ``what`` at once if another process holds it (``wait``: waits for it instead), or if the
     file cannot be made.
     """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(lock, fallback_to_soft=False)  # a soft lock would outlive a killed process
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        handle = _lock(lock, what, wait)
+        held.acquire(blocking=wait)
+    except Timeout:
+        raise ReqatError(f"{what}: another process is making it; wait for it, or end it.") from None
     except OSError as error:
         made = error.filename is None or os.path.lexists(error.filename)
         raise explain(error if made else OSError(error.errno, error.strerror), lock.parent) from error
@@ -248,24 +252,7 @@ def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             lock.unlink()  # while it is held: whoever waits for it sees that its file is gone, and makes another
-        os.close(handle)
-
-
-def _lock(lock: Path, what: str, wait: bool) -> int:
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(lock, follow_symlinks=False)):
-                    return handle
-        except BlockingIOError:
-            os.close(handle)
-            raise ReqatError(f"{what}: another process is making it; wait for it, or end it.") from None
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)  # its holder removed it in between
+        held.release()
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -16,7 +16,6 @@ the same choice as formats of tensors.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -190,14 +189,11 @@ def written(name: str, options: Mapping[str, Any]) -> str:
 
 def unknown_precision(name: object) -> ReqatError:
     """The error for a name that is no precision: the closest one that is, and how names are made."""
-    text = str(name)
-    close = difflib.get_close_matches(text.upper(), [known.upper() for known in KNOWN], n=1, cutoff=0.4)
-    meant = next((known for known in KNOWN if close and known.upper() == close[0]), None)
-    hint = f" did you mean {meant!r}?" if meant and meant != text else ""
-    return ReqatError(
-        f"unknown precision {name!r}:{hint} Write BF16 or FORMAT-BITS, with FORMAT one of {', '.join(FORMATS)} and "
-        f"BITS such as W4A16, W4A4, W4A4KV4 or KV4; for example {', '.join(KNOWN[:6])}."
+    remedy = (
+        f"Write BF16 or FORMAT-BITS, with FORMAT one of {', '.join(FORMATS)} and BITS such as W4A16, W4A4, W4A4KV4 or "
+        f"KV4; for example {', '.join(KNOWN[:6])}."
     )
+    return unknown("precision", name, KNOWN, remedy=remedy)
 
 
 def check_rotation(size: Any, name: str = "rotation") -> Any:

@@ -1,4 +1,4 @@
-"""What a long run is doing, a line every half minute: jobs done, time to go, and how far the running ones are.
+"""How far a long run is: a bar for each job (:func:`bar`), and a line every half minute about all jobs together.
 
 Snakemake says when a job starts and ends; the jobs' own output goes to their logs, so that nothing is heard for as long
 as a training takes. :class:`Progress` listens to Snakemake's log records and says what their sum is. It only ever
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -99,6 +100,35 @@ class Progress(logging.Handler):
                     self.say(self.line())
 
         threading.Thread(target=speak, name="progress", daemon=True).start()
+
+
+def bar(label: str, total: int, unit: str, *, done: int = 0, enabled: bool = True, logged: bool = True) -> Any:
+    """A tqdm bar on standard error, with rate and time left. Where that is no terminal: a line every half minute (and
+    the first and last state), or nothing without ``logged``. Large numbers of tokens are abbreviated."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        desc=label,
+        total=total,
+        initial=done,
+        unit=f" {unit}",
+        unit_scale=unit == "tokens",
+        disable=not enabled or not (terminal or logged),
+        file=sys.stderr if terminal else _Lines(),
+        dynamic_ncols=terminal,
+        mininterval=0.2 if terminal else EVERY_S,
+        miniters=0,  # the time alone decides
+        smoothing=0,  # the rate since the beginning
+    )
+
+
+class _Lines:
+    """Standard error for a bar in a log: each state on a line of its own, where tqdm would overwrite it."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
 
 
 def minutes(seconds: float) -> str:

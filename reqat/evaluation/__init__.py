@@ -18,7 +18,6 @@ if TYPE_CHECKING:
         accuracy_by_family,
         holm,
         paired,
-        paired_by_family,
     )
 
 _HOME = {
@@ -30,7 +29,6 @@ _HOME = {
     "evaluate": "grading",
     "holm": "statistics",
     "paired": "statistics",
-    "paired_by_family": "statistics",
 }
 
 __all__ = [
@@ -42,7 +40,6 @@ __all__ = [
     "evaluate",
     "holm",
     "paired",
-    "paired_by_family",
 ]
 
 

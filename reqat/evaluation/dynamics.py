@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from reqat.config.errors import ReqatError
 from reqat.config.precision import PrecisionSpec
-from reqat.evaluation.entropies import ForcedTrace, encode_prompt, force_traces, vocabulary_of
+from reqat.data import encode_prompt
+from reqat.evaluation.entropies import ForcedTrace, force_traces, vocabulary_of
 from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_files import TraceInfo, TraceWriter
 from reqat.models import load_tokenizer

@@ -21,7 +21,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.config.policy import Decoding
-from reqat.data import encode_prompt
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
-from reqat.generation.batches import generate
 from reqat.generation.distributions import Statistics, token_statistics
 from reqat.generation.processors import BatchStart
 from reqat.models import ATTENTION, attention_window, check_length, check_token_ids, forget_lengths
@@ -40,7 +37,7 @@ from reqat.models.modes import evaluating
 from reqat.quant import autocast as autocast_region
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Steps that a recorder keeps in memory before it spools them.
 _SPOOL_STEPS = 64
@@ -48,26 +45,6 @@ _SPOOL_STEPS = 64
 _LOGITS_BYTES = 64 * 2**20
 # Statistics of this many tokens are held until their traces are put back into order.
 _WINDOW_TOKENS = 262_144
-
-
-class Prompted(Protocol):
-    """A problem: :class:`reqat.tasks.Problem` is one."""
-
-    @property
-    def id(self) -> str:
-        """A stable name."""
-
-    @property
-    def family(self) -> str:
-        """The family, or where it is from."""
-
-    @property
-    def prompt(self) -> str:
-        """The text a model is given."""
-
-    @property
-    def answer(self) -> str:
-        """The expected answer; empty where there is none."""
 
 
 class RecordedTrace(NamedTuple):
@@ -151,9 +128,9 @@ class EntropyRecorder:
         self._spool()
         self._alive_B, self._done_B, self._buffer = self._alive_B[index.cpu()], self._done_B[index.cpu()], None
 
-    def close(self, *, only_finished: bool = False) -> None:
-        """Hand over the last batch; of a batch that was broken off, only the rows that had finished."""
-        self._finish(only_finished)
+    def close(self) -> None:
+        """Hand over the last batch."""
+        self._finish()
 
     def _check(self, entropy_B: Tensor) -> None:
         finite_B = torch.isfinite(entropy_B)
@@ -180,7 +157,7 @@ class EntropyRecorder:
         self._file.write(self._buffer[: self._filled].data)
         self._filled = 0
 
-    def _finish(self, only_finished: bool = False) -> None:
+    def _finish(self) -> None:
         if self._start is None or self._file is None:
             return
         self._spool()
@@ -197,8 +174,6 @@ class EntropyRecorder:
             records = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
             is_end = np.isin(records["token"], ends)
             finished = bool(is_end.any())
-            if only_finished and not finished:
-                continue
             records = records[: int(is_end.argmax()) + 1] if finished else records
             self.on_trace(RecordedTrace(row, records["token"].copy(), _columns(records), finished))
         self._file.close()
@@ -224,82 +199,6 @@ def _columns(records: NDArray[Any]) -> TokenColumns:
         np.ascontiguousarray(records[name]) for name in ("entropy", "tail", "prob", "top", "top_prob")
     )
     return TokenColumns(entropy, tail, prob, top, top_prob)
-
-
-def sample_traces(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Prompted],
-    writer: TraceWriter,
-    *,
-    label: str,
-    seeds: Sequence[int],
-    decoding: Decoding | str,
-    max_new_tokens: int,
-    verify: Callable[[Any, str], bool | None],
-    processors: LogitsProcessorList | None = None,
-    **options: Any,
-) -> int:
-    """Sample a response to every problem and seed, its entropies in the same pass; returns the number of traces.
-
-    Rows are written batch by batch, in the order in which :func:`generate` batches them. The same problems and seeds
-    give the tokens that :func:`reqat.evaluation.evaluate` grades.
-
-    Args:
-        writer: of the one label ``label``.
-        verify: ``verify(problem, response)`` says whether the response is right, None where nothing tells.
-        processors: further logits processors, after the recorder.
-        options: of :func:`generate` (``batch_rows``, ``autocast``, ``eos_id``, ``progress``).
-
-    Raises ``ValueError`` as :func:`generate` does, and `ReqatError` naming the trace for a distribution that is not
-    finite; what earlier batches gave is in the writer by then, and so are the batch's rows that had finished.
-    """
-    from transformers import LogitsProcessorList
-
-    decoding = Decoding.parse(decoding) if isinstance(decoding, str) else decoding
-    if writer.labels != (label,):
-        raise ReqatError(f"sampling records one precision, {label!r}; the writer is for {', '.join(writer.labels)}.")
-    rows = [(problem, seed) for problem in problems for seed in seeds]
-
-    def keep(trace: RecordedTrace) -> None:
-        ids = trace.tokens[:-1] if trace.finished else trace.tokens
-        response = tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-        assert isinstance(response, str)
-        problem, seed = rows[trace.row]
-        info = TraceInfo(
-            problem=problem.id,
-            family=problem.family,
-            seed=seed,
-            source=label,
-            prompt=problem.prompt,
-            response=response,
-            answer=problem.answer,
-            correct=verify(problem, response),
-            finished=trace.finished,
-        )
-        writer.add(info, trace.tokens, {label: trace.columns})
-
-    names = [f"trace of problem {problem.id!r}, seed {seed}, source {label!r}" for problem, seed in rows]
-    recorder = EntropyRecorder(keep, k=writer.k, names=names, spool=writer.folder)
-    before = writer.n_traces
-    distinct = {problem.id: encode_prompt(tokenizer, problem.prompt) for problem in problems}
-    try:
-        generate(
-            model,
-            tokenizer,
-            [distinct[problem.id] for problem, _ in rows],
-            seeds=[seed for _, seed in rows],
-            row_keys=[problem.id for problem, _ in rows],
-            decoding=decoding,
-            max_new_tokens=max_new_tokens,
-            processors=LogitsProcessorList([recorder, *(processors or [])]),  # type: ignore[list-item]
-            **options,
-        )
-    except BaseException:
-        recorder.close(only_finished=True)
-        raise
-    recorder.close()
-    return writer.n_traces - before
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:

@@ -48,10 +48,10 @@ _FEW_DISCORDANT = 10
 class Estimate:
     """An accuracy in [0, 1] with its interval ``lo`` to ``hi``.
 
-    ``std_error`` is the root of the variance behind it. ``problem_interval`` takes the training runs as given (equal to
-    ``lo, hi`` for one run); ``training_interval`` is the plain Student interval over the runs' accuracies with the
-    problems as given, None below three runs or where all are equal; ``training_sd`` the standard deviation between
-    runs. ``n_unfinished`` counts responses that the token limit cut off, among ``n_responses``.
+    ``std_error`` is the root of the variance behind it. ``training_interval`` is the plain Student interval over the
+    runs' accuracies with the problems as given, None below three runs or where all are equal; ``training_sd`` the
+    standard deviation between runs. ``n_unfinished`` counts responses that the token limit cut off, among
+    ``n_responses``.
     """
 
     value: float
@@ -62,7 +62,6 @@ class Estimate:
     n_seeds: int
     n_training_seeds: int
     n_unfinished: int
-    problem_interval: tuple[float, float]
     training_interval: tuple[float, float] | None = None
     training_sd: float | None = None
     level: float = 0.95
@@ -86,8 +85,7 @@ class Difference:
     """Accuracy of a minus accuracy of b, on the same problems and seeds, with its interval and two-sided p-value.
 
     ``p`` is the value to report: ``p_problems`` for one training run, the Student value with both variances for
-    several. ``p_problems`` is the exact sign-flip test over problems for these very checkpoints. ``n_discordant``
-    problems have different accuracies under a and b.
+    several. ``p_problems`` is the exact sign-flip test over problems for these very checkpoints.
     """
 
     value: float
@@ -100,7 +98,6 @@ class Difference:
     n_problems: int
     n_seeds: int
     n_training_seeds: int
-    n_discordant: int
     p_problems: float
     level: float = 0.95
 
@@ -126,15 +123,12 @@ def accuracy(outcomes: Outcomes | Sequence[Outcomes], *, level: float = 0.95) ->
     value = float(mean_RP.mean())
     spread = _spread(mean_RP, augment=False)
 
-    def interval(variance: float, df: float) -> tuple[float, float]:
-        n_eff = float(R * P * S)  # what responses are worth at most, as if they were independent
-        if P == 1 or value in (0.0, 1.0):  # no variance over problems to speak of: a problem is one observation
-            n_eff = P
-        elif variance > 0:
-            n_eff = min(value * (1 - value) / variance, n_eff)
-        return _wilson(value, n_eff, _t_quantile(level, df))
-
-    lo, hi = interval(spread.variance, spread.df)
+    n_eff = float(R * P * S)  # what responses are worth at most, as if they were independent
+    if P == 1 or value in (0.0, 1.0):  # no variance over problems to speak of: a problem is one observation
+        n_eff = P
+    elif spread.variance > 0:
+        n_eff = min(value * (1 - value) / spread.variance, n_eff)
+    lo, hi = _wilson(value, n_eff, _t_quantile(level, spread.df))
     run_R = mean_RP.mean(axis=1)
     training_sd = float(run_R.std(ddof=1)) if R > 1 else None
     training_interval = None
@@ -150,7 +144,6 @@ def accuracy(outcomes: Outcomes | Sequence[Outcomes], *, level: float = 0.95) ->
         n_seeds=S,
         n_training_seeds=R,
         n_unfinished=sum(run.n_unfinished for run in runs),
-        problem_interval=interval(spread.problem_variance, spread.problem_df),
         training_interval=training_interval,
         training_sd=training_sd,
         level=level,
@@ -206,25 +199,9 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
         n_problems=P,
         n_seeds=S,
         n_training_seeds=R,
-        n_discordant=int((difference_RP.sum(axis=0) != 0).sum()),
         p_problems=p_problems,
         level=level,
     )
-
-
-def paired_by_family(
-    a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *, level: float = 0.95
-) -> dict[str, Difference]:
-    """:func:`paired` of each task family on its own, families in alphabetical order. Raises as ``paired`` does."""
-    runs_a, runs_b = _as_runs(a, "a"), _as_runs(b, "b")
-    paired(runs_a, runs_b, level=level)  # refuses what does not match as a whole, before it is taken apart
-    families = sorted({family for run in runs_a for family in run.family})
-    return {
-        family: paired(
-            [_of_family(run, family) for run in runs_a], [_of_family(run, family) for run in runs_b], level=level
-        )
-        for family in families
-    }
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -335,13 +312,11 @@ class _Grid:
 
 @dataclass(frozen=True)
 class _Spread:
-    """A mean and its variance: over problems alone, and over problems and training runs."""
+    """A mean, and its variance over problems and, where there are several, training runs."""
 
     centre: float
     variance: float
     df: float
-    problem_variance: float
-    problem_df: float
 
 
 def _spread(values_RP: NDArray[np.float64], *, augment: bool) -> _Spread:
@@ -357,11 +332,11 @@ def _spread(values_RP: NDArray[np.float64], *, augment: bool) -> _Spread:
     problem = float(values_P.var(ddof=1)) / n if n > 1 else 0.0
     problem_df = float(n - 1) if n > 1 else math.inf
     if R == 1:
-        return _Spread(float(values_P.mean()), problem, problem_df, problem, problem_df)
+        return _Spread(float(values_P.mean()), problem, problem_df)
     training = float(values_RP.mean(axis=1).var(ddof=1)) / R
     variance = problem + training
     df = problem_df if variance == 0 else variance**2 / (problem**2 / problem_df + training**2 / (R - 1))
-    return _Spread(float(values_P.mean()), variance, df, problem, problem_df)
+    return _Spread(float(values_P.mean()), variance, df)
 
 
 def _wilson(value: float, n: float, quantile: float) -> tuple[float, float]:

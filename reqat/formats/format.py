@@ -7,15 +7,14 @@ A name stands for a family with defaults; options change what the family leaves 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from reqat.config.errors import unknown_text
 from reqat.config.formats import FAMILIES
 from reqat.formats.elements import ELEMENTS, Element
-from reqat.formats.scales import E4M3_MAX, SCALE_TYPES
+from reqat.formats.scales import E4M3_MAX
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,10 @@ class Format:
 
     def __post_init__(self) -> None:
         if self.name not in FAMILIES:
-            raise ValueError(_unknown("format", self.name, FAMILIES))
+            raise ValueError(unknown_text("format", self.name, FAMILIES))
         for field, allowed in FAMILIES[self.name].items():
             if getattr(self, field) not in allowed:
-                raise ValueError(_unknown(f"{field} of {self.name}", getattr(self, field), allowed))
+                raise ValueError(unknown_text(f"{field} of {self.name}", getattr(self, field), allowed))
         if self.asymmetric and (self.scale == "E8M0") == (self.scale_rule == "nearest"):
             rules = "'floor' or 'even'" if self.scale == "E8M0" else "'nearest'"
             raise ValueError(f"{self.name} with scale {self.scale!r} takes scale_rule {rules}, not {self.scale_rule!r}")
@@ -63,12 +62,6 @@ class Format:
     def scale_cap(self) -> float:
         """What the global scale maps the largest block scale to: E4M3's 448, or 256, four-over-six's headroom."""
         return 256.0 if self.adaptive else E4M3_MAX
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits an element costs with its share of the block scales (not of global scales, nor of a scale a row)."""
-        scales = SCALE_TYPES[self.scale].bits * (2 if self.asymmetric else 1)
-        return 4 + (scales / self.block if self.block else 0)
 
     def replace(self, **changes: Any) -> Format:
         """A copy with some fields changed, checked again."""
@@ -93,24 +86,17 @@ def get_format(name: str | Format, **options: str | None) -> Format:
     """
     for option in options:
         if option not in _OPTIONS:
-            raise ValueError(_unknown("format option", option, _OPTIONS))
+            raise ValueError(unknown_text("format option", option, _OPTIONS))
     chosen: dict[str, Any] = {option: value for option, value in options.items() if value is not None}
     if isinstance(name, Format):
         fields = dataclasses.asdict(name)
     else:
         known = next((family for family in FAMILIES if family.upper() == str(name).upper()), None)
         if known is None:
-            raise ValueError(_unknown("format", name, FAMILIES))
+            raise ValueError(unknown_text("format", name, FAMILIES))
         fields = {"name": known, **{field: values[0] for field, values in FAMILIES[known].items()}}
     if chosen.get("scale") == "PO2":
         chosen["scale"] = "E8M0"
     if fields["asymmetric"] and "scale" in chosen and "scale_rule" not in chosen:
         chosen["scale_rule"] = "floor" if chosen["scale"] == "E8M0" else "nearest"
     return Format(**{**fields, **chosen})
-
-
-def _unknown(what: str, value: object, valid: Iterable[Any]) -> str:
-    names = [str(name) for name in valid]
-    close = difflib.get_close_matches(str(value).upper(), [name.upper() for name in names], n=1, cutoff=0.5)
-    hint = next((f"; did you mean {name!r}?" for name in names if close and name.upper() == close[0]), ".")
-    return f"unknown {what}: {value!r}{hint} Valid: {', '.join(names)}"

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reqat.config.errors import unknown_text
 from reqat.formats.format import Format, get_format
 from reqat.formats.tensors import PackedTensor, QuantizedTensor, unpack_codes
 
@@ -199,7 +200,7 @@ _COMPRESSED = "nvfp4-pack-quantized, mxfp4-pack-quantized"
 
 def _spec(layout: str) -> _Layout:
     if layout not in _LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; valid: {', '.join(_LAYOUTS)}")
+        raise ValueError(unknown_text("layout", layout, _LAYOUTS))
     return _LAYOUTS[layout]
 
 

@@ -27,7 +27,6 @@ class ScaleType:
 
     name: str
     dtype: torch.dtype
-    bits: int
     mantissa_bits: int = 0
     min_exponent: int = 0
     max: float = 0.0
@@ -37,11 +36,11 @@ class ScaleType:
 SCALE_TYPES: dict[str, ScaleType] = {
     kind.name: kind
     for kind in (
-        ScaleType("E8M0", torch.uint8, 8),
-        ScaleType("E4M3", torch.float8_e4m3fn, 8, 3, -6, E4M3_MAX),
-        ScaleType("E5M2", torch.float8_e5m2, 8, 2, -14, 57344.0),
-        ScaleType("FP16", torch.float16, 16, 10, -14, 65504.0),
-        ScaleType("FP32", torch.float32, 32, 23, -126, FLOAT32_MAX),
+        ScaleType("E8M0", torch.uint8),
+        ScaleType("E4M3", torch.float8_e4m3fn, 3, -6, E4M3_MAX),
+        ScaleType("E5M2", torch.float8_e5m2, 2, -14, 57344.0),
+        ScaleType("FP16", torch.float16, 10, -14, 65504.0),
+        ScaleType("FP32", torch.float32, 23, -126, FLOAT32_MAX),
     )
 }
 

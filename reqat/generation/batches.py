@@ -22,7 +22,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.config.policy import Decoding
+from reqat.config.progress import bar
 from reqat.generation.processors import BatchStart
 from reqat.generation.reset import ReSET
 from reqat.generation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
@@ -131,11 +131,13 @@ def generate(
     states = np.array([row_state(s, k) for s, k in zip(seeds, row_keys, strict=True)], dtype=np.uint64)
     out: list[Generation | None] = [None] * len(prompts)
     # no_grad and not inference_mode: layers may look at a tensor's version counter, which inference tensors lack.
-    with evaluating(model), torch.no_grad(), _Progress(len(prompts), progress) as bar:
+    caption = progress if isinstance(progress, str) else "generating"
+    shown = bar(caption, len(prompts), "rows", enabled=bool(progress), logged=False)
+    with evaluating(model), torch.no_grad(), shown:
         for low, high in zip(bounds, bounds[1:], strict=False):
             chosen = order[low:high]
             batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
-            tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, bar)
+            tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, shown)
             for row, generation in zip(chosen, _split(tokens_NB, eos_ids), strict=True):
                 out[row] = generation
     return cast("list[Generation]", out)
@@ -318,7 +320,7 @@ def _decode(
     decoding: Decoding,
     eos_ids: tuple[int, ...],
     processors: LogitsProcessorList | None,
-    bar: _Progress,
+    shown: Any,
 ) -> Tensor:
     """Tokens of all rows of a batch, int64 [N, B] on the CPU; a row ends at its first end-of-sequence id."""
     device = batch.device
@@ -333,7 +335,7 @@ def _decode(
     out_NB = torch.full((max_new_tokens, len(rows)), eos_ids[0] if eos_ids else 0, dtype=torch.int64, device=device)
     alive_B = torch.arange(len(rows), device=device)  # of each row in the batch, its column in out_NB
     ids_BT = batch.input_ids if processors else None
-    n_done, step = 0, 0
+    n_done, step, n_tokens, began = 0, 0, 0, time.monotonic()
     done_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
     uniforms_SB = torch.empty(0)
     while True:
@@ -351,13 +353,15 @@ def _decode(
         for processor in takers:
             processor.take_tokens(tokens_B)
         step += 1
-        bar.advance(tokens=len(alive_B) - n_done)
+        was_done = n_done
         if eos_ids:
             done_B = tokens_B == eos[0] if len(eos_ids) == 1 else torch.isin(tokens_B, eos)
-            was_done, n_done = n_done, int(done_B.sum())
-            bar.advance(rows=n_done - was_done)
+            n_done = int(done_B.sum())
+        n_tokens += len(alive_B) - was_done
+        shown.set_postfix_str(f"{n_tokens / (time.monotonic() - began):,.0f} tokens/s", refresh=False)
+        shown.update(n_done - was_done)
         if n_done == len(alive_B) or step == max_new_tokens:
-            bar.advance(rows=len(alive_B) - n_done)
+            shown.update(len(alive_B) - n_done)
             return out_NB[:step].cpu()
         if ids_BT is not None:
             ids_BT = torch.cat([ids_BT, tokens_B[:, None]], dim=1)
@@ -387,54 +391,3 @@ def _split(tokens_NB: Tensor, eos_ids: tuple[int, ...]) -> Iterator[Generation]:
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype is None else autocast(device.type, dtype)
-
-
-class _Progress:
-    """A progress bar on standard error: rows finished, tokens a second, time left. Silent where that is no terminal."""
-
-    _REFRESH_S = 0.2
-
-    def __init__(self, rows: int, progress: bool | str) -> None:
-        self.n_rows, self.caption = rows, progress if isinstance(progress, str) else "generating"
-        self.wanted = bool(progress)
-        self.rows = self.tokens = 0
-        self.bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        if self.wanted:
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            console = Console(stderr=True)
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("rows · {task.fields[rate]} tokens/s"),
-                TimeRemainingColumn(),
-                console=console,
-                disable=not console.is_terminal,
-                auto_refresh=False,
-            )
-            self.task = self.bar.add_task(self.caption, total=self.n_rows, rate="–")
-            self.start = self.shown = time.monotonic()
-            self.bar.start()
-        return self
-
-    def advance(self, *, rows: int = 0, tokens: int = 0) -> None:
-        self.rows += rows
-        self.tokens += tokens
-        if self.bar is not None and time.monotonic() - self.shown > self._REFRESH_S:
-            self._show()
-
-    def _show(self) -> None:
-        self.shown = time.monotonic()
-        rate = self.tokens / max(self.shown - self.start, 1e-9)
-        self.bar.update(self.task, completed=self.rows, rate=f"{rate:,.0f}", refresh=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self._show()
-            self.bar.stop()

@@ -17,20 +17,17 @@ Shapes: n sequences, T tokens, E hidden size; N outputs and K inputs of a linear
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.progress import bar
 from reqat.formats import QuantizedTensor
 from reqat.models import (
     QuantLinear,
@@ -46,7 +43,6 @@ from reqat.models.architecture import DecoderLayer, decoder_layers, sharing_grou
 
 # Tokens that go through a layer at once, unless the caller says otherwise: 4096 tokens of a 14B model's MLP are 0.2 GB.
 BATCH_TOKENS = 4096
-_LOG_SECONDS = 30.0
 
 
 class _Reached(Exception):
@@ -173,29 +169,6 @@ def on_output(module: nn.Module, look: Callable[[Tensor], None]) -> Any:
     return module.register_forward_hook(lambda _module, _args, output: look(output))
 
 
-@contextmanager
-def progress_bar(label: str, total: int, *, enabled: bool = True) -> Iterator[Callable[[], None]]:
-    """Gives a function that counts one of ``total`` things: a bar in a terminal, a line every half minute in a log."""
-    if enabled and sys.stderr.isatty():
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total)
-            yield lambda: bar.advance(task)
-        return
-    began = logged = time.monotonic()
-    done = 0
-
-    def advance() -> None:
-        nonlocal done, logged
-        done += 1
-        now = time.monotonic()
-        if enabled and now - logged > _LOG_SECONDS:
-            logged = now
-            left = (total - done) * (now - began) / done
-            print(f"{label}: {done} of {total}, {left / 60:.1f} min left", file=sys.stderr, flush=True)
-
-    yield advance
-
-
 @dataclass(frozen=True)
 class WeightProblem:
     """What a weight solver works on: one linear layer y = W x with quantized inputs x.
@@ -244,7 +217,7 @@ def solve_weights(
         raise ReqatError(f"{label} starts from dense weights, but {done[0]} is frozen already: load the model again")
     groups = {layer.index: _quantized_groups(layer) for layer in decoder_layers(model)}
     solved: list[dict[str, Any]] = []
-    with progress_bar(label, sum(map(len, groups.values())), enabled=progress) as advance:
+    with bar(label, sum(map(len, groups.values())), "groups of layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             for group in groups[step.layer.index]:
                 hessian = _hessian(step, group)
@@ -257,7 +230,7 @@ def solve_weights(
                     size = problem.error(None) or 1.0
                     nearest, now = problem.error(problem.nearest) / size, problem.error(quantized) / size
                     solved.append({"layer": linear.name, "error_nearest": nearest, "error": now})
-                advance()
+                shown.update()
     freeze(model)
     return solved
 

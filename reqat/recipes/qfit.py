@@ -47,13 +47,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.errors import MissingFileError, ReqatError, unknown
 from reqat.config.files import explain, parse_json
+from reqat.config.progress import bar
 from reqat.formats import Format, quantize_dequantize
 from reqat.models import QuantLinear, precision_of, prepare
 from reqat.models.architecture import DecoderLayer, HeadShape, decoder_layers, head_shape
 from reqat.quant import Precision, block_hadamard
-from reqat.recipes.layerwise import Step, hooked, on_output, progress_bar, walk
+from reqat.recipes.layerwise import Step, hooked, on_output, walk
 
 Variant = Literal["paper", "released"]
 QKNorm = Literal["shared", "widened"]
@@ -234,9 +235,9 @@ def calibrate(
     if grid < 1:
         raise ReqatError(f"Q-FIT's grid must have at least 1 point a side, got {grid}")
     if variant not in ("paper", "released"):
-        raise ReqatError(f"unknown Q-FIT variant {variant!r}: valid are 'paper' and 'released'")
+        raise unknown("Q-FIT variant", variant, ("paper", "released"))
     if qk_norm not in ("shared", "widened"):
-        raise ReqatError(f"unknown qk_norm {qk_norm!r}: valid are 'shared' and 'widened'")
+        raise unknown("qk_norm", qk_norm, ("shared", "widened"))
     if queries is not None and queries < 1:
         raise ReqatError(f"Q-FIT needs at least 1 query position a sequence, got queries={queries}")
     layers = decoder_layers(model)
@@ -247,7 +248,7 @@ def calibrate(
     norms = [_has_qk_norm(layer.attention) for layer in layers]
     where = qk_norm if all(norms) else "none"
     found, seconds = [], []
-    with progress_bar("Q-FIT", len(layers) * len(alphas), enabled=progress) as advance:
+    with bar("Q-FIT", len(layers) * len(alphas), "scales", enabled=progress) as shown:
         for step in walk(model, input_ids):
             activations = _capture(step, heads)
             began = time.perf_counter()
@@ -263,7 +264,7 @@ def calibrate(
                     share_heads=where == "shared",
                     queries=queries,
                     name=step.layer.name,
-                    advance=advance,
+                    advance=shown.update,
                 )
             )
             seconds.append(time.perf_counter() - began)

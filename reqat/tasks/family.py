@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import random
@@ -13,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from reqat.config.catalogue import TASK_FAMILIES
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 
 SPLITS = ("train", "validation", "test")
 # Shares of the hash space: 85% train, 5% validation, 10% test.
@@ -110,9 +109,7 @@ def get_family(name: str) -> Family:
     if name in PLANNED:
         raise ReqatError(f"task family {name!r} is planned and has no problems yet; take one of {', '.join(FAMILIES)}.")
     if name not in FAMILIES:
-        close = difflib.get_close_matches(name, FAMILIES, 1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ReqatError(f"unknown task family {name!r}{hint}; known: {', '.join(FAMILIES)}")
+        raise unknown("task family", name, FAMILIES)
     return importlib.import_module(f"reqat.tasks.families.{name}").FAMILY
 
 
@@ -131,7 +128,7 @@ def stream(family: str, split: str, seed: int, options: Mapping[str, Any] | None
     Raises ``ReqatError`` for an unknown family, split or generator option.
     """
     if split not in SPLITS:
-        raise ReqatError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise unknown("split", split, SPLITS)
     fam = get_family(family)
     data = fam.dataset(seed=seed * _SEED_STRIDE, size=_SEED_STRIDE, options=options or {})
     seen: set[str] = set()

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
+from reqat.config.progress import bar
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
 from reqat.models import check_token_ids, precision_of, weights_quantized_once
@@ -30,7 +31,6 @@ from reqat.models.digests import tensors_digest
 from reqat.quant import autocast as autocast_region
 from reqat.training import checkpoint
 from reqat.training.objective import Objective, TermContext
-from reqat.training.progress import StepProgress
 from reqat_kernels.sem_loss import CHUNK_BYTES
 
 # A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
@@ -261,7 +261,7 @@ def train(
 
     total_tokens = rows.n_tokens * settings.epochs
     saved = time.monotonic()
-    with StepProgress(label, total_tokens, result.tokens, enabled=progress) as bar:
+    with bar(label, total_tokens, "tokens", done=result.tokens, enabled=progress) as shown:
         for step in range(result.steps, len(steps)):
             began = time.monotonic()
             lr = learning_rate(step, len(steps), settings)
@@ -302,7 +302,8 @@ def train(
             result.history.append(
                 {"step": step + 1, "tokens": result.tokens, "lr": lr, "loss": total, "grad_norm": float(norm), **sums}
             )
-            bar.advance(tokens, loss=total)
+            shown.set_postfix_str(f"loss {total:.4f}", refresh=False)
+            shown.update(tokens)
             if time.monotonic() - saved > settings.checkpoint_seconds:
                 checkpoint.save(checkpoints, model, optimizer, state())
                 saved = time.monotonic()

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.campaign.cases import Case
+from tests.campaign.damage import (
+    chat_template,
+    contents,
+    entries,
+    filled,
+    first_weight,
+    flip_last,
+    folder_for,
+    index_file,
+    more_tokens,
+    pickled,
+    rewritten,
+    stored_trace,
+    tensors,
+    torch_module,
+    with_tensor,
+    without_column,
+)
 
 HUGE = 2**70
 QUANTIZE = ("quantize", "--model", "model", "--precision", "NVFP4-W4A4KV4", "--out", "out", "--quiet")
@@ -124,13 +140,13 @@ def cases() -> Iterator[Case]:
 
 def _models() -> Iterator[Case]:
     for change, says in CONFIG:
-        yield _model(f"config.json {change}"[:90], says, _json("model/config.json", change))
+        yield _model(f"config.json {change}"[:90], says, entries("model/config.json", change))
     for what, data in JSON_DAMAGES:
-        yield _model(f"config.json {what}", "config.json", _bytes("model/config.json", data))
+        yield _model(f"config.json {what}", "config.json", contents("model/config.json", data))
         yield _model(
             f"generation_config.json {what}" if data is not None else "no weights",
             "json|safetensors",
-            _bytes("model/generation_config.json" if data is not None else "model/model.safetensors", data),
+            contents("model/generation_config.json" if data is not None else "model/model.safetensors", data),
         )
     for what, change in (
         ("cut", lambda data: data[:-100]),
@@ -139,22 +155,28 @@ def _models() -> Iterator[Case]:
         ("not safetensors", lambda data: b"PK" + data[2:]),
         ("a pickle", lambda data: b"\x80\x04."),
     ):
-        yield _model(f"weights {what}", "safetensors", _change("model/model.safetensors", change))
-    yield _model("weights a folder", "safetensors", _folder_for("model/model.safetensors"))
-    yield _model("only pickled weights", "pickle", _pickled)
+        yield _model(f"weights {what}", "safetensors", rewritten("model/model.safetensors", change))
+    yield _model("weights a folder", "safetensors", folder_for("model/model.safetensors"))
+    yield _model("only pickled weights", "pickle", pickled)
     yield _model(
         "weights of integers",
         "dtype|I32|int32|integer",
-        _tensors(lambda t: {**t, _first(t): t[_first(t)].to(_torch().int32)}),
+        tensors(lambda t: {**t, first_weight(t): t[first_weight(t)].to(torch_module().int32)}),
     )
-    yield _model("weights with NaN", "NaN", _tensors(lambda t: {**t, _first(t): t[_first(t)] * float("nan")}))
-    yield _model("weights of another shape", "shape", _tensors(lambda t: {**t, _first(t): t[_first(t)][:3].clone()}))
-    yield _model("a weight missing", "missing", _tensors(lambda t: {k: v for k, v in t.items() if k != _first(t)}))
-    yield _model("a weight more", "unknown|more", _tensors(lambda t: {**t, "model.extra.weight": t[_first(t)].clone()}))
+    yield _model(
+        "weights with NaN", "NaN", tensors(lambda t: {**t, first_weight(t): t[first_weight(t)] * float("nan")})
+    )
+    yield _model(
+        "weights of another shape", "shape", tensors(lambda t: {**t, first_weight(t): t[first_weight(t)][:3].clone()})
+    )
+    yield _model("a weight missing", "missing", tensors(lambda t: {k: v for k, v in t.items() if k != first_weight(t)}))
+    yield _model(
+        "a weight more", "unknown|more", tensors(lambda t: {**t, "model.extra.weight": t[first_weight(t)].clone()})
+    )
     yield _model(
         "F32 declared as I32",
         "dtype|I32|int",
-        _change("model/model.safetensors", lambda d: d.replace(b'"F32"', b'"I32"')),
+        rewritten("model/model.safetensors", lambda d: d.replace(b'"F32"', b'"I32"')),
     )
     for what, index in (
         ("leaves the folder", {"metadata": {}, "weight_map": {"x": "../outside.safetensors"}}),
@@ -167,16 +189,16 @@ def _models() -> Iterator[Case]:
         ("names no file", {"metadata": {}, "weight_map": {}}),
         ("null name", {"weight_map": {"x": None}}),
     ):
-        yield _model(f"index {what}", "index|safetensors", _index(index))
+        yield _model(f"index {what}", "index|safetensors", index_file(index))
     yield _model(
-        "index cut", "index", _bytes("model/model.safetensors.index.json", b'{"weight_map": ', also=_index({}))
+        "index cut", "index", contents("model/model.safetensors.index.json", b'{"weight_map": ', also=index_file({}))
     )
 
 
 def _tokenizers() -> Iterator[Case]:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         for what, data in (*JSON_DAMAGES, ("an empty object", b"{}" if name == "tokenizer.json" else b"[1]")):
-            yield Case("tokenizer", f"{name} {what}", ("tokenizer",), ENTROPY, prepare=_bytes(f"model/{name}", data))
+            yield Case("tokenizer", f"{name} {what}", ("tokenizer",), ENTROPY, prepare=contents(f"model/{name}", data))
     for what, change in (
         ("bos a list", {"bos_token": [1]}),
         ("template a number", {"chat_template": 5}),
@@ -186,9 +208,9 @@ def _tokenizers() -> Iterator[Case]:
             f"{what}",
             ("tokenizer|template",),
             ENTROPY,
-            prepare=_json("model/tokenizer_config.json", change),
+            prepare=entries("model/tokenizer_config.json", change),
         )
-    yield Case("tokenizer", "ids beyond the embedding", ("token|embedding|vocabular",), ENTROPY, prepare=_more_tokens)
+    yield Case("tokenizer", "ids beyond the embedding", ("token|embedding|vocabular",), ENTROPY, prepare=more_tokens)
     for what, template in (
         ("syntax", "{% for m in messages %}{{ m"),
         ("unknown filter", "{{ messages | nosuch }}"),
@@ -201,32 +223,32 @@ def _tokenizers() -> Iterator[Case]:
         ("recursion", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"),
         ("unknown tag", "{% include 'x' %}"),
     ):
-        yield Case("template", what, ("template",), ENTROPY, prepare=_template(template))
+        yield Case("template", what, ("template",), ENTROPY, prepare=chat_template(template))
 
 
 def sidecars() -> Iterator[tuple[str, str, Callable[[Path], None]]]:
     """(name, what the message says, change) of sidecars of a quantized model."""
     says = "reqat|scale|codes"
     for change, what in (
-        (lambda t: _with(t, "weight_scale", lambda x: x[:, :-1].clone()), "fewer blocks"),
-        (lambda t: _with(t, "weight_scale", lambda x: x.view(_torch().uint8)), "scales as bytes"),
-        (lambda t: _with(t, "weight_scale", _filled(0x7F)), "scales NaN"),
-        (lambda t: _with(t, "weight_scale", _filled(0xB8)), "scales negative"),
-        (lambda t: _with(t, "weight_scale", lambda x: x[:1].clone()), "one row of scales"),
-        (lambda t: _with(t, "weight_scale", lambda x: x[:0].clone()), "no scales"),
-        (lambda t: _with(t, "weight_global_scale", lambda x: x * 0), "global scale 0"),
-        (lambda t: _with(t, "weight_global_scale", lambda x: -x), "global scale negative"),
-        (lambda t: _with(t, "weight_global_scale", lambda x: x * float("nan")), "global scale NaN"),
+        (lambda t: with_tensor(t, "weight_scale", lambda x: x[:, :-1].clone()), "fewer blocks"),
+        (lambda t: with_tensor(t, "weight_scale", lambda x: x.view(torch_module().uint8)), "scales as bytes"),
+        (lambda t: with_tensor(t, "weight_scale", filled(0x7F)), "scales NaN"),
+        (lambda t: with_tensor(t, "weight_scale", filled(0xB8)), "scales negative"),
+        (lambda t: with_tensor(t, "weight_scale", lambda x: x[:1].clone()), "one row of scales"),
+        (lambda t: with_tensor(t, "weight_scale", lambda x: x[:0].clone()), "no scales"),
+        (lambda t: with_tensor(t, "weight_global_scale", lambda x: x * 0), "global scale 0"),
+        (lambda t: with_tensor(t, "weight_global_scale", lambda x: -x), "global scale negative"),
+        (lambda t: with_tensor(t, "weight_global_scale", lambda x: x * float("nan")), "global scale NaN"),
         (lambda t: {k: v for k, v in t.items() if "global" not in k}, "no global scale"),
-        (lambda t: _with(t, "weight_packed", lambda x: x.flatten()[:-1].clone()), "codes cut"),
-        (lambda t: _with(t, "weight_packed", lambda x: x.to(_torch().float32)), "codes of floats"),
-        (lambda t: _with(t, "weight_packed", lambda x: x ^ 1), "a bit of each code flipped"),
+        (lambda t: with_tensor(t, "weight_packed", lambda x: x.flatten()[:-1].clone()), "codes cut"),
+        (lambda t: with_tensor(t, "weight_packed", lambda x: x.to(torch_module().float32)), "codes of floats"),
+        (lambda t: with_tensor(t, "weight_packed", lambda x: x ^ 1), "a bit of each code flipped"),
         (lambda t: {k + "x": v for k, v in t.items()}, "of other names"),
         (lambda t: {}, "nothing in it"),
     ):
-        yield what, says, _tensors(change, "quantized/model/reqat.safetensors")
+        yield what, says, tensors(change, "quantized/model/reqat.safetensors")
     for what, data in JSON_DAMAGES[1:]:
-        yield f"description {what}", "reqat.json", _bytes("quantized/model/reqat.json", data)
+        yield f"description {what}", "reqat.json", contents("quantized/model/reqat.json", data)
     for key, value in (
         ("precision", 5),
         ("precision", {"name": "X"}),
@@ -234,17 +256,19 @@ def sidecars() -> Iterator[tuple[str, str, Callable[[Path], None]]]:
         ("schema", 999),
         ("schema", None),
     ):
-        yield f"description's {key} {value}", "reqat.json", _json("quantized/model/reqat.json", {key: value})
-    for what, change_bytes in (("cut", lambda data: data[:-50]), ("a byte flipped", _flip_last)):
-        yield f"tensors {what}", says, _change("quantized/model/reqat.safetensors", change_bytes)
-    yield "no tensors", says, _bytes("quantized/model/reqat.safetensors", None)
-    yield "no description", says, _bytes("quantized/model/reqat.json", None)
+        yield f"description's {key} {value}", "reqat.json", entries("quantized/model/reqat.json", {key: value})
+    for what, change_bytes in (("cut", lambda data: data[:-50]), ("a byte flipped", flip_last)):
+        yield f"tensors {what}", says, rewritten("quantized/model/reqat.safetensors", change_bytes)
+    yield "no tensors", says, contents("quantized/model/reqat.safetensors", None)
+    yield "no description", says, contents("quantized/model/reqat.json", None)
 
 
 def _problems() -> Iterator[Case]:
     for what, line, says in PROBLEM_LINES:
         first = b'{"id": "p1", "prompt": "So 2 + 2 =", "response": "4"}\n' if "same id" in what else b""
-        yield Case("problems", what, ("problem", says), ENTROPY, prepare=_bytes("problems.jsonl", first + line + b"\n"))
+        yield Case(
+            "problems", what, ("problem", says), ENTROPY, prepare=contents("problems.jsonl", first + line + b"\n")
+        )
     for what, data in (
         ("empty", b""),
         ("blank lines", b"\n\n"),
@@ -252,8 +276,8 @@ def _problems() -> Iterator[Case]:
         ("array of numbers", b"[1]"),
         ("not there", None),
     ):
-        yield Case("problems", what, ("problem",), ENTROPY, prepare=_bytes("problems.jsonl", data))
-    yield Case("problems", "a folder", ("problems.jsonl",), ENTROPY, prepare=_folder_for("problems.jsonl"))
+        yield Case("problems", what, ("problem",), ENTROPY, prepare=contents("problems.jsonl", data))
+    yield Case("problems", "a folder", ("problems.jsonl",), ENTROPY, prepare=folder_for("problems.jsonl"))
 
 
 def _stores() -> Iterator[Case]:
@@ -272,14 +296,14 @@ def _stores() -> Iterator[Case]:
     store = (*given, "--calibration", "store")
     for what, data in JSON_DAMAGES:
         yield Case(
-            "trace store", f"manifest {what}", ("manifest|store",), store, prepare=_bytes("store/manifest.json", data)
+            "trace store", f"manifest {what}", ("manifest|store",), store, prepare=contents("store/manifest.json", data)
         )
     for what, change in (
         ("cut", lambda data: data[:-40]),
         ("empty", lambda data: b""),
         ("a byte changed", lambda data: data[:50] + b"z" + data[51:]),
     ):
-        yield Case("trace store", what, ("train.jsonl|store",), store, prepare=_change("store/train.jsonl", change))
+        yield Case("trace store", what, ("train.jsonl|store",), store, prepare=rewritten("store/train.jsonl", change))
     for what, change in (
         ("unknown key", {"extra": 1}),
         ("id beyond the vocabulary", {"prompt_ids": [10**6]}),
@@ -288,20 +312,20 @@ def _stores() -> Iterator[Case]:
         ("no ids", {"response_ids": None}),
         ("id 2^70", {"response_ids": [HUGE]}),
     ):
-        yield Case("trace store", what, ("train.jsonl|trace|token id",), store, prepare=_store(change))
+        yield Case("trace store", what, ("train.jsonl|trace|token id",), store, prepare=stored_trace(change))
     yield Case("trace store", "not there", ("nowhere",), (*given, "--calibration", "nowhere"))
     yield Case("trace store", "too small", ("sequences|tokens",), (*store, "--sequences", "10000"))
     text = (*given, "--calibration", "text.txt")
     yield Case(
-        "calibration text", "bad UTF-8", ("text.txt", "UTF-8"), text, prepare=_bytes("text.txt", b"So 2 \xff" * 99)
+        "calibration text", "bad UTF-8", ("text.txt", "UTF-8"), text, prepare=contents("text.txt", b"So 2 \xff" * 99)
     )
-    yield Case("calibration text", "empty", ("text.txt",), text, prepare=_bytes("text.txt", b""))
+    yield Case("calibration text", "empty", ("text.txt",), text, prepare=contents("text.txt", b""))
     yield Case(
         "calibration text",
         "unknown words only",
         ("text.txt|unknown|token",),
         text,
-        prepare=_bytes("text.txt", "我们".encode() * 999),
+        prepare=contents("text.txt", "我们".encode() * 999),
     )
 
 
@@ -313,10 +337,10 @@ def _views() -> Iterator[Case]:
             ("empty", lambda data: b""),
             ("other bytes", lambda data: b"x" * 300),
         ):
-            yield Case("traces", f"{name} {what}", (name,), view, prepare=_change(f"traces/{name}", change))
-        yield Case("traces", f"{name} not there", (name,), view, prepare=_bytes(f"traces/{name}", None))
+            yield Case("traces", f"{name} {what}", (name,), view, prepare=rewritten(f"traces/{name}", change))
+        yield Case("traces", f"{name} not there", (name,), view, prepare=contents(f"traces/{name}", None))
     for what, data in JSON_DAMAGES[2:]:
-        yield Case("traces", f"meta.json {what}", ("meta.json",), view, prepare=_bytes("traces/meta.json", data))
+        yield Case("traces", f"meta.json {what}", ("meta.json",), view, prepare=contents("traces/meta.json", data))
     for change in (
         {"schema": "reqat.traces/999"},
         {"labels": []},
@@ -325,10 +349,14 @@ def _views() -> Iterator[Case]:
         {"k": -1},
         {"vocabulary": []},
     ):
-        yield Case("traces", f"meta {change}", ("traces|meta.json",), view, prepare=_json("traces/meta.json", change))
+        yield Case("traces", f"meta {change}", ("traces|meta.json",), view, prepare=entries("traces/meta.json", change))
     for column in ("trace", "position", "token"):
         yield Case(
-            "traces", f"tokens without {column}", ("tokens.parquet|traces", column), view, prepare=_no_column(column)
+            "traces",
+            f"tokens without {column}",
+            ("tokens.parquet|traces", column),
+            view,
+            prepare=without_column(column),
         )
     yield Case("traces", "no such folder", ("nowhere",), ("view", "nowhere", "--out", "out.html"))
     yield Case("traces", "a file", ("text.txt",), ("view", "text.txt", "--out", "out.html"))
@@ -343,12 +371,12 @@ def _fits() -> Iterator[Case]:
         ("policy a number", b'{"schema": "reqat.reset/1", "policy": 5}'),
         ("policy nonsense", b'{"schema": "reqat.reset/1", "policy": "beam"}'),
     ):
-        yield Case("fit", what, ("fit.json|beam",), given, prepare=_bytes("fit.json", data))
+        yield Case("fit", what, ("fit.json|beam",), given, prepare=contents("fit.json", data))
 
 
 def _records() -> Iterator[Case]:
     for what, data in (*JSON_DAMAGES, ("outputs a list", b'{"outputs": [1]}'), ("no outputs", b'{"id": "x"}')):
-        yield Case("record", what, ("record.json",), call=_read_record, prepare=_bytes("quantized/record.json", data))
+        yield Case("record", what, ("record.json",), call=_read_record, prepare=contents("quantized/record.json", data))
     for change in (
         {"outputs": {"model/config.json": 5}},
         {"outputs": {"../x": {"bytes": 1, "sha256": "0"}}},
@@ -364,14 +392,14 @@ def _records() -> Iterator[Case]:
             f"{change}"[:80],
             ("record.json|quantized",),
             call=_read_record,
-            prepare=_json("quantized/record.json", change),
+            prepare=entries("quantized/record.json", change),
         )
     yield Case(
         "record",
         "an output changed",
         ("config.json",),
         call=_read_record,
-        prepare=_json("quantized/model/config.json", {"x": 1}),
+        prepare=entries("quantized/model/config.json", {"x": 1}),
     )
 
 
@@ -381,144 +409,5 @@ def _read_record(folder: Path) -> Any:
     return record.verify(folder / "quantized", id="quantized", deep=True)
 
 
-# Changes
-
-
 def _model(name: str, says: str, prepare: Callable[[Path], None]) -> Case:
     return Case("model folder", name, ("model", says), QUANTIZE, prepare=prepare)
-
-
-def _torch() -> Any:
-    import torch
-
-    return torch
-
-
-def _first(tensors: dict[str, Any]) -> str:
-    return next(name for name in sorted(tensors) if name.endswith("down_proj.weight"))
-
-
-def _json(name: str, change: dict[str, Any]) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        path = folder / name
-        data = json.loads(path.read_text(encoding="utf-8")) | change
-        path.write_text(json.dumps(data), encoding="utf-8")
-
-    return prepare
-
-
-def _bytes(name: str, data: bytes | None, also: Callable[[Path], None] | None = None) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        if also is not None:
-            also(folder)
-        (folder / name).unlink(missing_ok=True)
-        if data is not None:
-            (folder / name).write_bytes(data)
-
-    return prepare
-
-
-def _change(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        (folder / name).write_bytes(change((folder / name).read_bytes()))
-
-    return prepare
-
-
-def _flip_last(data: bytes) -> bytes:
-    return data[:-1] + bytes([data[-1] ^ 0x11])
-
-
-def _folder_for(name: str) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return prepare
-
-
-def _pickled(folder: Path) -> None:
-    (folder / "model/model.safetensors").rename(folder / "model/pytorch_model.bin")
-
-
-def _index(index: Any) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        shutil.copyfile(folder / "model/model.safetensors", folder / "outside.safetensors")
-        (folder / "model/model.safetensors").unlink()
-        (folder / "model/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-
-    return prepare
-
-
-def _tensors(
-    change: Callable[[dict[str, Any]], dict[str, Any]], name: str = "model/model.safetensors"
-) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        from safetensors import safe_open
-        from safetensors.torch import load_file, save_file
-
-        with safe_open(folder / name, "pt") as file:
-            metadata = file.metadata()
-        save_file(change(load_file(folder / name)), folder / name, metadata)
-
-    return prepare
-
-
-def _with(tensors: dict[str, Any], what: str, change: Callable[[Any], Any]) -> dict[str, Any]:
-    """The tensors with ``change`` at the first one called ``what``."""
-    name = next(name for name in sorted(tensors) if name.rsplit(".", 1)[-1] == what)
-    return {**tensors, name: change(tensors[name])}
-
-
-def _filled(byte: int) -> Callable[[Any], Any]:
-    def change(scales: Any) -> Any:
-        torch = _torch()
-        changed = scales.view(torch.uint8).clone()
-        changed.view(-1)[0] = byte
-        return changed.view(scales.dtype)
-
-    return change
-
-
-def _more_tokens(folder: Path) -> None:
-    path = folder / "model/tokenizer.json"
-    data = json.loads(path.read_text(encoding="utf-8"))
-    data["model"]["vocab"] = {token: i + (1000 if token == "So" else 0) for token, i in data["model"]["vocab"].items()}
-    path.write_text(json.dumps(data), encoding="utf-8")
-
-
-def _template(template: str) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        _json("model/tokenizer_config.json", {"chat_template": template})(folder)
-        (folder / "model/chat_template.jinja").write_text(template, encoding="utf-8")
-
-    return prepare
-
-
-def _store(change: dict[str, Any]) -> Callable[[Path], None]:
-    """Change the first trace, and the manifest along with it, as whoever writes a store of their own would."""
-
-    def prepare(folder: Path) -> None:
-        import hashlib
-
-        path, manifest = folder / "store/train.jsonl", folder / "store/manifest.json"
-        lines = path.read_bytes().splitlines()
-        lines[0] = json.dumps(json.loads(lines[0]) | change).encode()
-        data = b"".join(line + b"\n" for line in lines)
-        path.write_bytes(data)
-        stated = json.loads(manifest.read_text(encoding="utf-8"))
-        stated["files"]["train"] |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        manifest.write_text(json.dumps(stated), encoding="utf-8")
-
-    return prepare
-
-
-def _no_column(column: str) -> Callable[[Path], None]:
-    def prepare(folder: Path) -> None:
-        import pyarrow.parquet as pq
-
-        path = folder / "traces/tokens.parquet"
-        table = pq.read_table(path)
-        pq.write_table(table.drop_columns([column]), path)
-
-    return prepare

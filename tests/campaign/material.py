@@ -21,7 +21,6 @@ PROBLEMS = [
     {"id": "p1", "prompt": "How many legs have cats?", "answer": "4", "response": "So the answer is 4."},
     {"id": "p2", "prompt": "So 2 + 2 =", "answer": "4", "response": "So 2 + 2 = 4."},
 ]
-TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 def build(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import yaml
 
 from analysis.report.benchmark import read
 from reqat.cli.main import main
-from reqat.config.errors import ReqatError
 from reqat.config.throughput import load_throughput
 from reqat.records import record
 
@@ -79,26 +77,3 @@ def test_what_a_user_can_mend(
 ) -> None:
     assert reqat(*arguments) == 2
     assert says in capsys.readouterr().err
-
-
-def test_an_interrupted_benchmark_goes_on_with_the_section_that_was_cut_off(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = load_throughput("smoke", checkout / "config")
-    assert settings is not None
-    kept = checkout / "build" / "throughput" / ".sections" / "commit"
-    monkeypatch.setattr("reqat.cli.bench.kept_sections", lambda *_: kept)
-
-    def cut(*_: object) -> None:
-        raise ReqatError("power cut")
-
-    with monkeypatch.context() as context:
-        context.setattr("reqat.cli.sections.decode", cut)
-        assert reqat("bench", "--tier", "smoke", "--quiet") == 2
-    assert [path.name for path in kept.iterdir()] == ["linear.json"]
-    times = [row["median_us"] for row in json.loads((kept / "linear.json").read_text())["result"]["rows"]]
-    assert reqat("bench", "--tier", "smoke") == 0
-    assert "linear: measured before, kept" in capsys.readouterr().out
-    folder = checkout / "build" / "throughput" / settings.id
-    assert list(pd.read_csv(folder / "throughput.csv").median_us) == times
-    assert record.read(folder)["resumed"] and not kept.exists()

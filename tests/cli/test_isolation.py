@@ -162,7 +162,7 @@ def test_figure_and_tables_of_a_failed_benchmark_say_why(checkout: Path, capsys:
     assert settings is not None
     state, log = checkout / "build" / "throughput" / f"{settings.id}.json", checkout / "log"
     log.write_text("linear, M=1\nreqat: error: the benchmark needs 1.5 GB of $free$ memory\n")
-    failed = ("bench-failed", settings.id, "--tier", "smoke", "--log", str(log), "--code")
+    failed = ("bench-failed", settings.id, "--log", str(log), "--code")
     for interrupted in (130, 143):
         assert reqat(*failed, str(interrupted)) == interrupted and not state.exists()
     assert reqat(*failed, "137") == 0 and "SIGKILL" in json.loads(state.read_text())["reason"]

@@ -87,7 +87,7 @@ def test_a_fault_in_a_tier_names_the_key_and_the_remedy(folder: Path, keys, valu
 
 
 def test_misspelt_tier_names_the_closest(folder: Path):
-    with pytest.raises(ReqatError, match="unknown tier 'latop'. Did you mean 'laptop'"):
+    with pytest.raises(ReqatError, match="tier 'latop'.*'laptop'"):
         load_tier("latop", folder)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from reqat.config.progress import Progress, minutes
+import pytest
+
+from reqat.config.progress import Progress, bar, minutes, percent
 
 
 class Clock:
@@ -57,3 +59,35 @@ def test_a_failed_job_is_not_done_and_strange_records_are_left_out() -> None:
 
 def test_times_are_for_people() -> None:
     assert [minutes(s) for s in (-3, 89, 90, 3600, 7200)] == ["0 s", "89 s", "2 min", "60 min", "2.0 h"]
+
+
+def test_a_bar_in_a_log_is_lines_and_a_run_reads_its_percentage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reqat.config.progress.EVERY_S", 0)
+    with bar("train: qat-1", 40_000, "tokens", done=10_000) as shown:
+        shown.set_postfix_str("loss 1.2345", refresh=False)
+        shown.update(6_000)
+    (log := tmp_path / "train.log").write_text(capsys.readouterr().err)
+    lines = log.read_text().splitlines()
+    assert len(lines) == 3 and not any("\r" in line for line in lines)
+    assert lines[0].startswith("train: qat-1:  25%|") and "10.0k/40.0k" in lines[0]
+    assert "16.0k/40.0k" in lines[1] and "tokens/s, loss 1.2345]" in lines[1]
+    assert percent(log) == ", 40%"
+
+
+def test_bars_are_quiet_where_they_are_asked_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for options in ({"enabled": False}, {"logged": False}):
+        with bar("generating", 3, "rows", **options) as shown:
+            shown.update(3)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_bar_on_a_terminal_overwrites_itself(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with bar("generating", 3, "rows", logged=False) as shown:
+        shown.update(3)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "\rgenerating: 100%|" in err and "3/3" in err and " rows/s" in err

@@ -47,9 +47,7 @@ def test_paper_tier_is_refused_without_its_gpus_and_starts_with_them():
     assert shape is not None
     assert wanted.device_bytes >= training_bytes(shape, PAPER.tier.train.qat) > 16 * parameters(shape)
     gpu, host = 80 * GIB, 2 * wanted.host_bytes
-    with pytest.raises(
-        ReqatError, match=rf"paper cannot start here.*{wanted.gpus} GPUs of 80 GiB.*has 0 GPUs.*--dry-run"
-    ):
+    with pytest.raises(ReqatError, match=rf"paper.*{wanted.gpus} GPUs of 80 GiB.*0 GPUs.*--dry-run"):
         require(PAPER, [], host)
     with pytest.raises(ReqatError, match="cannot start here"):
         require(PAPER, [gpu] * (wanted.gpus - 1) + [24 * GIB], host)

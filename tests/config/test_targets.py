@@ -106,12 +106,29 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, error: BaseException) -
 
 def test_the_second_of_two_is_refused_at_once_and_changes_nothing(tmp_path: Path) -> None:
     with targets.making(tmp_path / "out", ours) as work:
-        with pytest.raises(ReqatError, match="another process is making it"):
+        with pytest.raises(ReqatError, match="out.*another process"):
             make(tmp_path / "out")
         (work / "mark").touch()
         (work / "data").write_text("first")
     assert (tmp_path / "out" / "data").read_text() == "first"
     make(tmp_path / "out", "second", replace=True)
+
+
+def test_what_a_killed_process_held_is_free(tmp_path: Path) -> None:
+    hold = (
+        "import pathlib, sys, time; from reqat.config.files import exclusive\n"
+        "with exclusive(pathlib.Path(sys.argv[1]), 'out'): print(flush=True); time.sleep(60)"
+    )
+    lock = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", hold, lock], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with pytest.raises(ReqatError, match="out.*another process"), files.exclusive(lock, "out"):
+            pass
+        holder.kill()
+    assert lock.exists()
+    with files.exclusive(lock, "out"):
+        pass
+    assert not lock.exists()
 
 
 def test_a_link_in_the_place_of_a_working_folder_is_not_followed(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def main() -> None:
     arguments = sys.argv[1:]
     options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     verb, *rest = arguments[6:]  # after --build B --models M --plan P
-    build, tier = Path(options["--build"]), options["--tier"]
+    build, tier = Path(options["--build"]), options.get("--tier", "")
     subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else verb
     with Path("calls").open("a") as log:
         log.write(f"{subject}\n")

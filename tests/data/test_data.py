@@ -140,7 +140,7 @@ def test_selection_refuses_more_than_there_is() -> None:
     store = [trace(i, 3, 4) for i in range(5)]
     assert select(store, 8) == store[:1] and select(store, 9) == store[:2]
     assert select(store, 8, skip_tokens=8) == store[1:2]
-    with pytest.raises(ValueError, match="41 tokens after the first 0 were asked for, the store holds 40"):
+    with pytest.raises(ValueError, match="41 tokens.*holds 40"):
         select(store, 41)
     with pytest.raises(ValueError, match="tokens=0"):
         select(store, 0)
@@ -167,6 +167,6 @@ def test_a_store_reads_back_equal_and_a_damaged_one_is_refused(tmp_path: Path) -
         TraceStore.read(tmp_path)
     with pytest.raises(ValueError, match="no traces for 'train'"):
         write_store(tmp_path / "new", {"train": []})
-    with pytest.raises(ValueError, match=r"train\.jsonl is there already"):
+    with pytest.raises(ValueError, match=r"train\.jsonl.*already"):
         write_store(tmp_path, {"train": store})
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir() if p.is_file()] == ["train.jsonl"]

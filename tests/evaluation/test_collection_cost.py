@@ -69,7 +69,7 @@ def test_recording_that_changes_a_token_is_refused(checkpoint: str, monkeypatch:
             return -super().__call__(input_ids, scores)
 
     monkeypatch.setattr(collection_cost, "EntropyRecorder", Meddler)
-    with pytest.raises(Wrong, match="EntropyRecorder took other tokens"):
+    with pytest.raises(Wrong, match="EntropyRecorder.*other tokens"):
         measure_collection(checkpoint, batch=2, prompt_tokens=3, output_tokens=4, rounds=1, probe=Probe(1024))
     with pytest.raises(ValueError, match="rounds=0"):
         measure_collection(checkpoint, batch=2, prompt_tokens=3, output_tokens=4, rounds=0)

@@ -38,7 +38,7 @@ def test_spelling_of_reset() -> None:
 
 def test_a_rule_belongs_to_reset_alone() -> None:
     for make in (lambda: Decoding("sample", rule=ReSETRule(0.1, 0.5)), lambda: Decoding("reset")):
-        with pytest.raises(ValueError, match="'reset' wants a ReSETRule, others none"):
+        with pytest.raises(ValueError, match="'reset'.*ReSETRule"):
             make()
 
 
@@ -60,13 +60,13 @@ def test_effective_seeds() -> None:
         ("sample(top_p=high)", "'high'"),
         ("greedy(temperature=0.6)", "temperature"),
         ("sample(0.6", "sample\\(0.6"),
-        ("reset(t_low=0.1)", "lacks tau0; `reqat fit-reset`"),
+        ("reset(t_low=0.1)", "tau0.*fit-reset"),
         ("reset", "lacks t_low and tau0"),
         ("reset(t_low=0, tau0=0.5)", "t_low=0"),
         ("reset(t_low=0.1, tau0=-1)", "tau0=-1"),
         ("reset(t_low=0.1, tau0=0.5, window=0)", "window=0"),
-        ("reset(t_low=0.1, tau0=0.5, window=1.5)", "'1.5', not a number"),
-        ("reset(t_low=0.1, tau0=0.5, step=word)", "'word' is none of paragraph, line, sentence"),
+        ("reset(t_low=0.1, tau0=0.5, window=1.5)", "'1.5'"),
+        ("reset(t_low=0.1, tau0=0.5, step=word)", "'word'.*paragraph, line, sentence"),
         ("reset(t_low=0.1, tau0=0.5, temperature=0.6)", "option 'temperature'"),
         ("sample(t_low=0.1)", "option 't_low'"),
         ("", "''"),

@@ -85,7 +85,7 @@ def test_what_cannot_be_compared_is_refused(folders: dict[str, Path], tiny: Tiny
     with pytest.raises(ReqatError, match="compare models with a base"):
         run_dynamics({"base": base}, traces, tmp_path / "out")
     static = (folders["trained"], FP4.model_copy(update={"global_scale": "static"}))
-    with pytest.raises(ReqatError, match="QAT: static global scales"):
+    with pytest.raises(ReqatError, match="QAT.*static"):
         run_dynamics({"base": base, "QAT": static}, traces, tmp_path / "out")
     other = build_tokenizer(["other words"])
     save_model(tiny(vocab_size=len(other)), other, tmp_path / "other")

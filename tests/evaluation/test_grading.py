@@ -115,8 +115,8 @@ def test_batches_do_not_matter(tiny: Tiny, asked: list[Problem], tokenizer: PreT
     [
         (0, {}, "0 problems and 2 seeds"),
         (1, {"seeds": []}, "1 problems and 0 seeds"),
-        (1, {"seeds": [5, 5]}, "seed 5 is given more than once"),
-        (1, {"decoding": "greedy"}, "same response for all 2 seeds .*effective_seeds"),
+        (1, {"seeds": [5, 5]}, "seed 5.*more than once"),
+        (1, {"decoding": "greedy"}, "2 seeds .*effective_seeds"),
         (1, {"decoding": "gredy"}, "gredy"),
     ],
 )
@@ -130,5 +130,5 @@ def test_bad_arguments(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(tiny(), tokenizer, asked[:n], **settings(**options))
-    with pytest.raises(ValueError, match="problem .* is given more than once"):
+    with pytest.raises(ValueError, match="problem .*more than once"):
         evaluate(tiny(), tokenizer, [asked[0]] * 2, **settings(seeds=[0], decoding=Decoding.greedy()))

@@ -264,7 +264,7 @@ def test_graded(tiny: Tiny, asked: list[Problem], tokenizer: PreTrainedTokenizer
     assert noisy.outcomes.problem_id == low_reference.outcomes.problem_id
     assert 0.2 < noisy.touched < 0.3 and noisy.low is None
     assert noisy.outcomes.metadata["intervention"] == "noise(sigma=0.5, side=high, share=0.25)"
-    with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens and the candidate 41"):
+    with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens.*candidate 41"):
         evaluate_routed(reference, tiny(), tokenizer, asked, policies(0.6)["low-reference"], **settings)
 
 
@@ -286,7 +286,7 @@ def test_errors_name_the_value(make: Callable[[], Any], message: str) -> None:
 
 
 def test_models_of_different_vocabularies(tiny: Tiny, prompts: list[list[int]]) -> None:
-    with pytest.raises(ValueError, match="44 tokens and the reference 41"):
+    with pytest.raises(ValueError, match="44 tokens.*reference 41"):
         run(tiny(), prompts, Router(tiny(vocab_size=44), Routing("reference", "candidate")))
     with pytest.raises(ValueError, match="needs begin_batch"):
         Router(tiny(), Routing("reference", "candidate"))(torch.ones(1, 1).long(), torch.ones(1, 41))

@@ -50,7 +50,7 @@ def test_truncated_file(outcomes: Make, tmp_path: Path, keep: float) -> None:
     outcomes(np.ones((40, 2))).to_parquet(path)
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if 0 < keep < 1 else int(keep)])
-    with pytest.raises(ValueError, match="o.parquet is damaged or cut short.*delete it and run its evaluation again"):
+    with pytest.raises(ValueError, match="o.parquet.*damaged.*run its evaluation again"):
         Outcomes.from_parquet(path)
 
 
@@ -69,11 +69,11 @@ def test_every_flipped_byte_is_noticed(outcomes: Make, tmp_path: Path) -> None:
 
 
 def test_other_files(outcomes: Make, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no outcomes at .*absent.parquet; run the evaluation"):
+    with pytest.raises(FileNotFoundError, match="absent.parquet.*run the evaluation"):
         Outcomes.from_parquet(tmp_path / "absent.parquet")
     path = tmp_path / "other.parquet"
     pq.write_table(pa.table({"problem_id": ["a"], "seed": [1]}), path)
-    with pytest.raises(ValueError, match="no outcomes file of schema .* but None with columns problem_id, seed"):
+    with pytest.raises(ValueError, match="schema .*None.*problem_id, seed"):
         Outcomes.from_parquet(path)
     before = path.read_bytes()
     with pytest.raises(ReqatError, match="no file of ours"):
@@ -133,7 +133,7 @@ def test_full_disk(outcomes: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_bad_columns(outcomes: Make) -> None:
     with pytest.raises(ValueError, match="different lengths.*'seed': 3"):
         outcomes([[1, 0]], seed=[0, 1, 2])
-    with pytest.raises(ValueError, match="'p0' has two outcomes with seed 0"):
+    with pytest.raises(ValueError, match="'p0'.*two outcomes.*seed 0"):
         outcomes([[1, 0]], seed=[0, 0])
     with pytest.raises(ValueError, match="empty"):
         Outcomes((), (), np.array([]), np.array([]), np.array([]), np.array([]))

@@ -140,7 +140,7 @@ def test_logits_that_are_not_finite(bad: float) -> None:
     logits = torch.zeros(3, 8)
     logits[1, 2] = bad
     for choose in (greedy_tokens, lambda x: sample_tokens(x, torch.rand(3), 0.6, 0.95)):
-        with pytest.raises(ValueError, match=r"1 of 3 rows hold (nan|inf) \(first: row 1"):
+        with pytest.raises(ValueError, match=r"1 of 3 rows.*(nan|inf).*row 1"):
             choose(logits)
     with pytest.raises(ValueError, match="-inf"):
         greedy_tokens(torch.full((2, 4), -torch.inf))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from reqat.evaluation import Outcomes, accuracy, accuracy_by_family, holm, paired, paired_by_family
+from reqat.evaluation import Outcomes, accuracy, accuracy_by_family, holm, paired
 
 Make = Callable[..., Outcomes]
 
@@ -41,7 +41,6 @@ def test_interval_closed_form(outcomes: Make) -> None:
     expected = wilson(p, p * (1 - p) / sandwich, stats.t.ppf(0.975, 49))
     assert (found.lo, found.hi) == pytest.approx(expected, abs=1e-12)
     assert (found.n_problems, found.n_seeds, found.n_training_seeds, found.n_responses) == (50, 4, 1, 200)
-    assert found.problem_interval == (found.lo, found.hi)
 
 
 def test_identical_seeds_add_nothing(outcomes: Make) -> None:
@@ -100,15 +99,13 @@ def test_coverage_over_training_runs(outcomes: Make) -> None:
     """Three runs whose true accuracies differ: the interval is for the mean over runs, not for these three."""
     rng = np.random.default_rng(12)
     P, n, sd = 150, 200, 0.08
-    covered = problems_only = 0
+    covered = 0
     for _ in range(n):
         difficulty = rng.normal(size=(P, 1))
         runs = [outcomes(rng.random((P, 2)) < stats.norm.cdf(difficulty + rng.normal() * sd / 0.28)) for _ in range(3)]
         found = accuracy(runs)
         covered += found.lo <= 0.5 <= found.hi  # by symmetry
-        problems_only += found.problem_interval[0] <= 0.5 <= found.problem_interval[1]
     assert 0.93 * n <= covered <= n
-    assert problems_only < 0.8 * n
 
 
 def test_training_runs_closed_form(outcomes: Make) -> None:
@@ -125,9 +122,6 @@ def test_training_runs_closed_form(outcomes: Make) -> None:
     assert (found.lo, found.hi) == pytest.approx(wilson(p, p * (1 - p) / variance, stats.t.ppf(0.975, df)), abs=1e-12)
     assert found.training_sd == pytest.approx(run.std(ddof=1), rel=1e-12)
     assert found.training_interval == pytest.approx(stats.t.interval(0.95, 2, run.mean(), stats.sem(run)), abs=1e-12)
-    assert found.problem_interval == pytest.approx(
-        wilson(p, p * (1 - p) / over_problems, stats.t.ppf(0.975, 29)), abs=1e-12
-    )
     assert found.n_training_seeds == 3
     assert accuracy([outcomes(correct[0])]) == accuracy(outcomes(correct[0]))
 
@@ -167,7 +161,6 @@ def test_exact_sign_flip_against_enumeration_and_mcnemar(outcomes: Make) -> None
     wins, losses = int((a & ~b).sum()), int((b & ~a).sum())
     found = paired(outcomes(a), outcomes(b))
     assert found.p == pytest.approx(stats.binomtest(wins, wins + losses).pvalue, rel=1e-9)
-    assert found.n_discordant == wins + losses
 
 
 def test_methods_that_never_differ(outcomes: Make) -> None:
@@ -175,7 +168,7 @@ def test_methods_that_never_differ(outcomes: Make) -> None:
     same = paired(outcomes(correct), outcomes(correct))
     # Bonett and Price: one problem for, one against.
     half = stats.t.ppf(0.975, 51) * math.sqrt(2 / 51 / 52)
-    assert (same.value, same.p, same.n_discordant) == (0, 1, 0)
+    assert (same.value, same.p) == (0, 1)
     assert (same.lo, same.hi) == pytest.approx((-half, half), abs=1e-12)
     always = paired(outcomes(np.ones((50, 2))), outcomes(np.zeros((50, 2))))
     assert always.value == 1 and 0.8 < always.lo < always.hi == 1
@@ -218,8 +211,6 @@ def test_families(outcomes: Make) -> None:
     by_family = accuracy_by_family(outcomes(a))
     assert list(by_family) == ["even", "odd"]
     assert by_family["odd"].value == pytest.approx(a[1::2].mean()) and by_family["even"].n_problems == 11
-    difference = paired_by_family(outcomes(a), outcomes(b))
-    assert difference["even"].value == pytest.approx(a[::2].mean() - b[::2].mean())
     over_runs = accuracy_by_family([outcomes(a), outcomes(b)])
     assert over_runs["odd"].n_training_seeds == 2
 
@@ -232,21 +223,19 @@ def test_order_of_rows_does_not_matter(outcomes: Make) -> None:
 
 def test_refuses_to_pair_what_differs(outcomes: Make) -> None:
     a = outcomes(np.ones((6, 2)))
-    with pytest.raises(ValueError, match=r"a and b have different problems: 2 only in a \(p4, p5\)"):
+    with pytest.raises(ValueError, match=r"problems: 2 only in a \(p4, p5\)"):
         paired(a, outcomes(np.ones((4, 2))))
-    with pytest.raises(ValueError, match=r"different sampling seeds: 1 only in b \(2\)"):
+    with pytest.raises(ValueError, match=r"seeds: 1 only in b \(2\)"):
         paired(a, outcomes(np.ones((6, 3))))
-    with pytest.raises(
-        ValueError, match=r"different sampling seeds: 2 only in a run 0 \(0, 1\); 2 only in b run 1 \(5, 6\)"
-    ):
+    with pytest.raises(ValueError, match=r"seeds: 2 only in a run 0 \(0, 1\).*2 only in b run 1 \(5, 6\)"):
         paired([a, a], [a, outcomes(np.ones((6, 2)), seed=[5, 6] * 6)])
-    with pytest.raises(ValueError, match="'p0' belongs to family 'even' in a and to 'else' in b"):
+    with pytest.raises(ValueError, match="'p0'.*'even' in a.*'else' in b"):
         paired(a, outcomes(np.ones((6, 2)), family=["else"] * 12))
-    with pytest.raises(ValueError, match="2 training runs of a with 1 of b"):
+    with pytest.raises(ValueError, match="2 training runs.*1 of b"):
         paired([a, a], [a])
-    with pytest.raises(ValueError, match=r"b lacks 1 of 12 outcomes \(first: problem 'p3', seed 1\)"):
+    with pytest.raises(ValueError, match=r"b lacks 1 of 12.*'p3', seed 1"):
         paired(a, a.select(np.arange(12) != 7))
-    with pytest.raises(ValueError, match="run 0 and run 1 have different problems"):
+    with pytest.raises(ValueError, match="run 0 and run 1.*problems"):
         accuracy([a, outcomes(np.ones((5, 2)))])
     with pytest.raises(ValueError, match="no outcomes"):
         accuracy([])

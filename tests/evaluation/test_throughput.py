@@ -52,7 +52,7 @@ def test_who_chooses_what_the_reference_would_not_is_found_out(tiny: Callable[..
     agrees(model, IDS, tokens, "itself")
     with torch.no_grad():
         worst = model(torch.cat([IDS, tokens[:, :-1]], 1)).logits[0, -1].argmin()
-    with pytest.raises(Wrong, match="somebody chose tokens .* standard deviations of the logits below the best"):
+    with pytest.raises(Wrong, match="somebody.*standard deviations"):
         agrees(model, IDS, torch.cat([tokens[:, :-1], worst.reshape(1, 1)], 1), "somebody")
 
 

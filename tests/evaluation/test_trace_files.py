@@ -91,14 +91,14 @@ def test_without_tails_they_follow_from_the_probabilities(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("tokens", "change", "says"),
     [
-        ([], {}, "trace of problem 'p0', seed 0, source 'B' is empty"),
-        ([3, 20], {}, "unknown token id 20 at position 1; the vocabulary has 20 tokens"),
+        ([], {}, "'p0', seed 0, source 'B'.*empty"),
+        ([3, 20], {}, "token id 20.*position 1.*20 tokens"),
         (
             [3, 4],
             {"entropy": np.array([0.1, np.nan], dtype=np.float32)},
-            "distribution of A at position 1 is not finite",
+            "A at position 1.*not finite",
         ),
-        ([3, 4, 5], {}, "2 statistics of A for 3 tokens"),
+        ([3, 4, 5], {}, "2 statistics of A.*3 tokens"),
     ],
 )
 def test_a_faulty_trace_is_refused_and_the_others_stay(
@@ -130,10 +130,10 @@ def test_nothing_is_left_of_a_run_that_failed(tmp_path: Path) -> None:
 def test_traces_that_are_there_are_not_replaced(tmp_path: Path) -> None:
     write(tmp_path, [2])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ReqatError, match=r"meta\.json is there already"):
+    with pytest.raises(ReqatError, match=r"meta\.json.*already"):
         TraceWriter(tmp_path, ["A"], WORDS)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with pytest.raises(FileNotFoundError, match="no meta.json in .*`reqat entropy`"):
+    with pytest.raises(FileNotFoundError, match="meta.json.*`reqat entropy`"):
         TraceFolder(tmp_path / "none")
 
 
@@ -148,9 +148,7 @@ def damage(folder: Path, group: int) -> None:
 def test_a_damaged_row_group_costs_its_traces_and_names_them(tmp_path: Path) -> None:
     written = write(tmp_path, [40, 40, 40, 40, 40], group_tokens=80)
     damage(tmp_path, 1)
-    with pytest.raises(
-        ReqatError, match=r"tokens.parquet: row group 1 \(traces 2 to 3: trace 2 of problem 'p1', seed 2"
-    ):
+    with pytest.raises(ReqatError, match=r"tokens.parquet.*row group 1.*traces 2 to 3.*'p1', seed 2"):
         TraceFolder(tmp_path)
     folder = TraceFolder(tmp_path, lost="skip")
     assert folder.skipped == [2, 3] and folder.traces["trace"].tolist() == [0, 1, 4]
@@ -164,7 +162,7 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path: Path, name: str, how: str)
     write(tmp_path, [5, 5])
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes({"cut": data[: len(data) // 2], "empty": b"", "text": b"hello" * 100}[how])
-    with pytest.raises(ReqatError, match=f"{name} is damaged or cut short"):
+    with pytest.raises(ReqatError, match=f"{name}.*damaged"):
         TraceFolder(tmp_path)
 
 
@@ -184,9 +182,7 @@ def test_nan_in_a_file_names_trace_and_position(tmp_path: Path) -> None:
     rewritten(tmp_path, TOKENS, spoil)
     folder = TraceFolder(tmp_path)
     assert len(folder.entropy("A")) == 6  # the other columns are read all the same
-    with pytest.raises(
-        ReqatError, match="entropy_B is nan in trace 1 of problem 'p0', seed 1, source 'A' at position 1"
-    ):
+    with pytest.raises(ReqatError, match="entropy_B is nan.*'p0', seed 1, source 'A'.*position 1"):
         folder.entropy("B")
 
 
@@ -196,10 +192,10 @@ def test_nan_in_a_file_names_trace_and_position(tmp_path: Path) -> None:
         (
             TOKENS,
             lambda t: t.slice(0, 5),
-            "trace 1 of problem 'p0', seed 1, source 'A' has 2 tokens, traces.parquet says 3",
+            "'p0', seed 1, source 'A'.*2 tokens.*traces.parquet.*3",
         ),
-        (TOKENS, lambda t: t.slice(0, 3), "no tokens of trace 1 of problem 'p0'"),
-        (TOKENS, lambda t: t.take([1, 0, 2, 3, 4, 5]), "positions within a trace do not count up"),
+        (TOKENS, lambda t: t.slice(0, 3), "no tokens.*'p0'"),
+        (TOKENS, lambda t: t.take([1, 0, 2, 3, 4, 5]), "positions.*count up"),
         (TOKENS, lambda t: t.drop_columns(["prob_A"]), "lacks the columns prob_A"),
         (TRACES, lambda t: t.drop_columns(["seed"]), "lacks the columns seed"),
     ],
@@ -214,9 +210,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path, name: str
 def test_unknown_names_are_answered_with_known_ones(tmp_path: Path) -> None:
     write(tmp_path, [3])
     folder = TraceFolder(tmp_path)
-    with pytest.raises(ReqatError, match="unknown precision label 'C'.*Known: A, B"):
+    with pytest.raises(ReqatError, match="label 'C'.*A, B"):
         folder.entropy("C")
-    with pytest.raises(ReqatError, match="unknown column 'entropies_A'. Did you mean 'entropy_A'"):
+    with pytest.raises(ReqatError, match="column 'entropies_A'.*'entropy_A'"):
         folder.column("entropies_A")
     (tmp_path / META).write_text(json.dumps({"labels": ["A"]}))
     with pytest.raises(ReqatError, match="meta.json is damaged"):
@@ -240,7 +236,7 @@ def test_streaming_tells_of_a_damaged_group_and_goes_on(tmp_path: Path) -> None:
     told: list[ReqatError] = []
     assert [number for number, _ in stream_tokens(tmp_path, ["entropy_A"], damaged=told.append)] == [0, 1, 4]
     assert len(told) == 1 and "in row group 1, after trace 1" in str(told[0])
-    with pytest.raises(ReqatError, match="in row group 1, after trace 1"):
+    with pytest.raises(ReqatError, match="row group 1.*trace 1"):
         list(stream_tokens(tmp_path, ["entropy_A"]))
 
 

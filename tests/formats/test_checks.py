@@ -40,7 +40,7 @@ def with_bits(scales: Tensor, bits: int) -> Tensor:
 def test_scales_that_are_no_number_are_refused(fmt: Format, kind: type) -> None:
     q = quantized(fmt) if kind is QuantizedTensor else quantized(fmt).pack()
     for bits in BAD_BITS[fmt.scale]:
-        with pytest.raises(ValueError, match="scales of tensor hold 1 of"):
+        with pytest.raises(ValueError, match="scales of tensor.*1 of"):
             dataclasses.replace(q, scales=with_bits(q.scales, bits))
 
 
@@ -79,10 +79,10 @@ def test_global_scales(fmt: Format) -> None:
             dataclasses.replace(q, global_scale=torch.tensor(1.0))
         return
     for bad in (0.0, -1.0, torch.nan, torch.inf, 1e-37):
-        with pytest.raises(ValueError, match="global_scale of tensor must be finite"):
+        with pytest.raises(ValueError, match="global_scale of tensor.*finite"):
             dataclasses.replace(q, global_scale=torch.tensor(bad))
     for shape in ((1,), (4, 6), (4, 6, 256), (3, 6, 1), (4, 6, 2), (1, 1, 1, 1), (4, 0, 1)):
-        with pytest.raises(ValueError, match=r"must be a scalar or of shape \[4, 6, 1\]"):
+        with pytest.raises(ValueError, match=r"scalar or of shape \[4, 6, 1\]"):
             dataclasses.replace(q, global_scale=torch.ones(shape))
     with pytest.raises(ValueError, match="float32"):
         dataclasses.replace(q, global_scale=torch.ones((), dtype=torch.float64))
@@ -98,7 +98,7 @@ def test_codes_beyond_four_bits_are_found_where_they_are_read() -> None:
     codes[1, 2, 3] = 16
     bad = dataclasses.replace(q, codes=codes)
     for read in (bad.check, bad.pack, bad.dequantize):
-        with pytest.raises(ValueError, match="hold 16; four-bit codes are 0 to 15"):
+        with pytest.raises(ValueError, match="hold 16.*0 to 15"):
             read()
 
 

@@ -19,16 +19,16 @@ def test_nan_and_infinity_name_the_tensor(fmt: Format, dtype: torch.dtype):
             x = torch.randn(4, 256).to(dtype)
             x[2, 7] = bad
             x[0, 0] = 1e4  # larger numbers elsewhere do not hide it
-            with pytest.raises(ValueError, match=rf"layers\.3\.weight of shape \(4, 256\) holds {what}; only finite"):
+            with pytest.raises(ValueError, match=rf"layers\.3\.weight .*\(4, 256\) holds {what}"):
                 function(x, fmt, name="layers.3.weight")
     x[3] = torch.nan
-    with pytest.raises(ValueError, match=r"tensor of shape \(4, 256\) holds 256 NaN and 1 infinite values"):
+    with pytest.raises(ValueError, match=r"256 NaN and 1 infinite"):
         quantize(x, fmt)
 
 
 @BOTH
 def test_only_tensors_are_taken(function: Callable):
-    with pytest.raises(TypeError, match=r"bias is a list, not a torch tensor; pass torch\.as_tensor"):
+    with pytest.raises(TypeError, match=r"bias is a list.*torch\.as_tensor"):
         function([1.0, 2.0], "NVFP4", name="bias")
 
 
@@ -54,11 +54,9 @@ def test_float64_beyond_float32_is_refused(fmt: Format, function: Callable):
 @BOTH
 def test_a_length_that_does_not_divide_is_refused(function: Callable):
     x = torch.randn(3, 40)
-    with pytest.raises(
-        ValueError, match=r"keys of shape \(3, 40\): length 40 along axis 1 .* block of 32; pass pad=True"
-    ):
+    with pytest.raises(ValueError, match=r"keys .*\(3, 40\).* 40 along axis 1 .*block of 32.*pad=True"):
         function(x, "MXFP4", name="keys")
-    with pytest.raises(ValueError, match=r"length 3 along axis 0 is not a multiple of NVFP4's block of 16"):
+    with pytest.raises(ValueError, match=r"3 along axis 0 .*NVFP4's block of 16"):
         function(x, "NVFP4", axis=0)
     function(x, "INT4-row")
 
@@ -66,10 +64,10 @@ def test_a_length_that_does_not_divide_is_refused(function: Callable):
 @BOTH
 def test_types_axes_and_scalars(function: Callable):
     for dtype in (torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn):
-        with pytest.raises(ValueError, match=f"tokens has dtype {dtype}; formats take torch.float16"):
+        with pytest.raises(ValueError, match=f"tokens.*{dtype}.*torch.float16"):
             function(torch.zeros(32, dtype=dtype), "MXFP4", name="tokens")
     for axis in (2, -3):
-        with pytest.raises(ValueError, match=rf"tensor of shape \(4, 32\) has no axis {axis}"):
+        with pytest.raises(ValueError, match=rf"\(4, 32\) has no axis {axis}"):
             function(torch.zeros(4, 32), "MXFP4", axis=axis)
     with pytest.raises(ValueError, match="has no axis -1"):
         function(torch.tensor(1.0), "INT4-row")
@@ -78,12 +76,12 @@ def test_types_axes_and_scalars(function: Callable):
 @BOTH
 def test_global_scales(function: Callable):
     x = torch.randn(4, 32)
-    with pytest.raises(ValueError, match="'static' needs the calibrated value: pass global_scale="):
+    with pytest.raises(ValueError, match="'static'.*pass global_scale="):
         function(x, "NVFP4", global_scale="static")
     for bad in (0.0, -1.0, float("nan"), float("inf"), 1e-37):
-        with pytest.raises(ValueError, match="global_scale must be finite and above"):
+        with pytest.raises(ValueError, match="global_scale.*finite"):
             function(x, "NVFP4", global_scale=bad)
-    with pytest.raises(ValueError, match=r"of shape \(3, 1\) must be a scalar or of shape \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"\(3, 1\).*scalar or of shape \(4, 1\)"):
         function(x, "NVFP4", global_scale=torch.ones(3, 1))
     with pytest.raises(ValueError, match="MXFP4 has no global scale"):
         function(x, "MXFP4", global_scale=1.0)
@@ -113,16 +111,16 @@ def test_a_given_scale_wins_and_takes_many_shapes():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("NVFP5", {}, "unknown format: 'NVFP5'; did you mean 'NVFP4'"),
-        ("fp4", {}, "Valid: MXFP4, NVFP4, NVFP4-4/6, AMXFP4, INT4-g128, INT4-row"),
-        ("NVFP4", {"element": "E3M0"}, "unknown element of NVFP4: 'E3M0'.* Valid: E2M1, E1M2"),
-        ("NVFP4-4/6", {"element": "E1M2"}, "Valid: E2M1"),
-        ("MXFP4", {"scale_rule": "ceiling"}, "did you mean 'ceil'. Valid: ceil, floor, even"),
-        ("MXFP4", {"rounding": "nearest"}, "Valid: even, away"),
-        ("MXFP4", {"scale": "E4M3"}, "Valid: E8M0"),
-        ("MXFP4", {"global_scale": "row"}, "Valid: none"),
-        ("NVFP4", {"global_scale": "rows"}, "did you mean 'row'. Valid: dynamic, row, static"),
-        ("NVFP4", {"round": "even"}, "unknown format option: 'round'.* Valid: element, scale, scale_rule"),
+        ("NVFP5", {}, "format 'NVFP5'.*mean 'NVFP4'"),
+        ("fp4", {}, "Known: AMXFP4, INT4-g128, INT4-row, MXFP4, NVFP4, NVFP4-4/6"),
+        ("NVFP4", {"element": "E3M0"}, "element of NVFP4 'E3M0'.*Known: E1M2, E2M1"),
+        ("NVFP4-4/6", {"element": "E1M2"}, "Known: E2M1"),
+        ("MXFP4", {"scale_rule": "ceiling"}, "mean 'ceil'.*Known: ceil, even, floor"),
+        ("MXFP4", {"rounding": "nearest"}, "Known: away, even"),
+        ("MXFP4", {"scale": "E4M3"}, "Known: E8M0"),
+        ("MXFP4", {"global_scale": "row"}, "Known: none"),
+        ("NVFP4", {"global_scale": "rows"}, "mean 'row'.*Known: dynamic, row, static"),
+        ("NVFP4", {"round": "even"}, "format option 'round'.*Known: element, global_scale, rounding"),
         ("AMXFP4", {"scale": "PO2", "scale_rule": "nearest"}, "takes scale_rule 'floor' or 'even'"),
         ("AMXFP4", {"scale_rule": "floor"}, "takes scale_rule 'nearest'"),
     ],
@@ -145,5 +143,5 @@ def test_formats_are_values():
     assert get_format("AMXFP4", scale="PO2").scale == "E8M0" and get_format("AMXFP4", scale="PO2").scale_rule == "floor"
     with pytest.raises(ValueError, match="block of NVFP4"):
         get_format("NVFP4").replace(block=32)
-    with pytest.raises(ValueError, match="unknown format: 'X'"):
+    with pytest.raises(ValueError, match="format 'X'"):
         Format("X")

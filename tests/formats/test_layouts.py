@@ -209,9 +209,9 @@ def test_the_configuration_is_the_documented_one():
         (lambda: quantize(weight(), "AMXFP4"), "mxfp4-pack-quantized", "not AMXFP4"),
         (lambda: quantize(weight(), "NVFP4", element="E1M2"), "modelopt", "E1M2"),
         (lambda: quantize(weight(32, 96), "NVFP4", axis=0), "nvfp4-pack-quantized", "transpose"),
-        (lambda: quantize(weight(4, 100), "NVFP4", pad=True), "nvfp4-pack-quantized", "100 is not a multiple of 16"),
+        (lambda: quantize(weight(4, 100), "NVFP4", pad=True), "nvfp4-pack-quantized", "100.*multiple of 16"),
         (lambda: quantize(weight(), "NVFP4", global_scale="row"), "modelopt", "one global scale"),
-        (lambda: quantize(weight(), "NVFP4"), "gguf", "nvfp4-pack-quantized, mxfp4-pack-quantized, modelopt"),
+        (lambda: quantize(weight(), "NVFP4"), "gguf", "modelopt, mxfp4-pack-quantized, nvfp4-pack-quantized"),
     ],
 )
 def test_what_a_layout_cannot_express_is_refused(q: Callable, layout: str, message: str):
@@ -232,15 +232,15 @@ def test_mxfp4_has_no_input_scale():
     [
         ({"weight_scale": None}, "missing weight_scale"),
         ({"weight_packed": None, "weight_global_scale": None}, "missing weight_packed, weight_global_scale"),
-        ({"weight_packed": torch.zeros(24, 48)}, "weight_packed is torch.float32, expected torch.uint8"),
-        ({"weight_scale": torch.zeros(24, 6, dtype=torch.uint8)}, "expected torch.float8_e4m3fn"),
+        ({"weight_packed": torch.zeros(24, 48)}, "weight_packed.*float32.*uint8"),
+        ({"weight_scale": torch.zeros(24, 6, dtype=torch.uint8)}, "weight_scale.*float8_e4m3fn"),
         ({"weight_packed": torch.zeros(24, 40, dtype=torch.uint8)}, "do not belong together"),
         ({"weight_packed": torch.zeros(12, 48, dtype=torch.uint8)}, "do not belong together"),
-        ({"weight_scale": torch.full((24, 6), torch.nan).to(torch.float8_e4m3fn)}, "144 NaN or negative scales"),
-        ({"weight_scale": torch.full((24, 6), -1.0).to(torch.float8_e4m3fn)}, "144 NaN or negative scales"),
-        ({"weight_global_scale": torch.tensor([0.0])}, "weight_global_scale must be one positive finite number"),
-        ({"weight_global_scale": torch.tensor([torch.inf])}, "must be one positive finite number"),
-        ({"weight_global_scale": torch.tensor([1.0, 2.0])}, "must be one positive finite number"),
+        ({"weight_scale": torch.full((24, 6), torch.nan).to(torch.float8_e4m3fn)}, "144 NaN or negative"),
+        ({"weight_scale": torch.full((24, 6), -1.0).to(torch.float8_e4m3fn)}, "144 NaN or negative"),
+        ({"weight_global_scale": torch.tensor([0.0])}, "weight_global_scale.*positive"),
+        ({"weight_global_scale": torch.tensor([torch.inf])}, "weight_global_scale.*positive"),
+        ({"weight_global_scale": torch.tensor([1.0, 2.0])}, "weight_global_scale.*positive"),
     ],
 )
 def test_a_damaged_layer_names_itself_and_the_tensor(change: dict[str, Tensor | None], message: str):
@@ -259,7 +259,7 @@ def test_a_nan_exponent_is_refused():
 
 
 def test_unpacking_the_wrong_length_is_refused():
-    with pytest.raises(ValueError, match="10 elements must be uint8 with 5 bytes"):
+    with pytest.raises(ValueError, match="10 elements.*uint8.*5 bytes"):
         unpack_codes(torch.zeros(4, dtype=torch.uint8), 10)
     with pytest.raises(ValueError, match="must be uint8"):
         unpack_codes(torch.zeros(5), 10)

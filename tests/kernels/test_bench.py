@@ -65,16 +65,16 @@ def test_what_is_wrong_is_not_timed_and_ours_ends_the_run() -> None:
     assert result.refused == ["k M=1, theirs BF16, not timed: it is off"]
     assert result.skipped == ["k, missing: nobody installed it."]
     kernel.provider("mine", format="BF16", ours=True)(broken)
-    with pytest.raises(Wrong, match="k M=1, mine BF16: it is off"):
+    with pytest.raises(Wrong, match="M=1, mine BF16.*off"):
         measure(Case("k", (("M", 1),)), kernel.providers, rounds=1, probe=machine.Probe(64))
 
 
 def test_names_are_taken_once() -> None:
     kernel = Kernel("k")
     provider_of(kernel, [], "a")
-    with pytest.raises(ValueError, match="has a provider 'a' of BF16 already"):
+    with pytest.raises(ValueError, match="provider 'a' of BF16"):
         provider_of(kernel, [], "a")
-    with pytest.raises(ValueError, match="arithmetic 'magic': choose one of native"):
+    with pytest.raises(ValueError, match="'magic'.*native"):
         provider_of(kernel, [], "b", arithmetic="magic")
 
 
@@ -168,7 +168,7 @@ def test_attention_and_loss_agree_with_their_references() -> None:
         assert {"attention": {"torch, sdpa", "torch, eager", "reqat"}, "sem_loss": {"naive", "reqat"}}[
             case.kernel
         ] <= found
-    with pytest.raises(ValueError, match="no shape 'huge' of the SEM loss; there are a, b"):
+    with pytest.raises(ValueError, match="'huge'.*a, b"):
         loss.cases("huge")
 
 
@@ -180,7 +180,7 @@ def test_the_check_of_attention_sees_a_wrong_output(monkeypatch: pytest.MonkeyPa
 
     honest = native.kv_attention
     monkeypatch.setattr(native, "kv_attention", lambda q, k, v, length: honest(q, k, v, length - 1))
-    with pytest.raises(Wrong, match="the output is off by"):
+    with pytest.raises(Wrong, match="output is off"):
         attention._ours(case, "E2M1").check()
 
 
@@ -190,7 +190,7 @@ def test_the_check_sees_a_wrong_product() -> None:
     linear.check(y, x, w)
     wrong = y.clone()
     wrong[1, 7] *= 1.02  # more than two roundings to bfloat16 can do
-    with pytest.raises(Wrong, match="times what its arithmetic allows"):
+    with pytest.raises(Wrong, match="arithmetic allows"):
         linear.check(wrong, x, w)
     with pytest.raises(Wrong, match="off by up to nan"):
         linear.check(y * math.nan, x, w)
@@ -215,7 +215,7 @@ def test_steps_of_int8_inputs_bound_their_rounding() -> None:
 def test_cases_name_their_sizes() -> None:
     first, *_ = cases = linear.cases([1, 8], [64, 128], device="cpu")
     assert len(cases) == 4 and first.label == "M=1 N=64 K=64" and (first.M, first.N, first.K) == (1, 64, 64)
-    with pytest.raises(AttributeError, match="M=1 N=64 K=64 has no size 'B'"):
+    with pytest.raises(AttributeError, match="K=64.*'B'"):
         _ = first.B
 
 
@@ -263,16 +263,16 @@ def test_the_checks_of_triton_providers_see_a_wrong_result(
 
     honest = triton_attention.decode_attention
     monkeypatch.setattr(triton_attention, "decode_attention", lambda q, k, v: honest(q, k, v, length=32))
-    with pytest.raises(Wrong, match="the output is off by"):
+    with pytest.raises(Wrong, match="output is off"):
         attention._triton(dataclasses.replace(GPU_CASES[2], device=device.type), "E2M1").check()
     product = gemv.gemv_w4a4
     monkeypatch.setattr(gemv, "gemv_w4a4", lambda x, w: product(x, w).roll(1, 1))
-    with pytest.raises(Wrong, match="the product is off by"):
+    with pytest.raises(Wrong, match="product is off"):
         linear._triton(dataclasses.replace(GPU_CASES[0], device=device.type), "NVFP4", "gemv").check()
     fused = quantize.fake_quantize
     monkeypatch.setattr(quantize, "fake_quantize", lambda x, fmt, check: fused(x, fmt, check=check, rotation=16))
     provider = next(p for p in kernels()["fake_quantize"].providers if p.name == "reqat, Triton")
-    with pytest.raises(Wrong, match="elements differ from reqat.formats"):
+    with pytest.raises(Wrong, match="differ from reqat.formats"):
         provider.make(dataclasses.replace(GPU_CASES[3], device=device.type)).check()
 
 

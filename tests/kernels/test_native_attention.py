@@ -311,17 +311,17 @@ def test_bytes_allocated(scale: str, heads: int, least: float) -> None:
 def test_what_does_not_fit_is_an_error(isa: str) -> None:
     key, value = (filled(kind, NVFP4, torch.randn(2, 2, 13, 32)) for kind in ("key", "value"))
     query = torch.randn(2, 4, 1, 32)
-    with pytest.raises(ValueError, match="17 tokens of a cache that holds 16"):
+    with pytest.raises(ValueError, match="17 tokens.*holds 16"):
         kv_attention(query, key, value, 17)
     with pytest.raises(ValueError, match="does not fit key codes"):
         kv_attention(torch.randn(2, 3, 1, 32), key, value, 13)
     with pytest.raises(ValueError, match="does not broadcast"):
         kv_attention(query, key, value, 13, mask=torch.ones(2, 1, 1, 12, dtype=torch.bool))
-    with pytest.raises(ValueError, match="start must be one integer a batch row"):
+    with pytest.raises(ValueError, match="start.*one integer"):
         kv_attention(query, key, value, 13, start=torch.zeros(3, dtype=torch.long))
     with pytest.raises(ValueError, match="float dtype"):
         kv_attention(query.long(), key, value, 13)
-    with pytest.raises(ValueError, match="holds 16 tokens and 17 are needed"):
+    with pytest.raises(ValueError, match="16 tokens.*17"):
         key.append(torch.randn(2, 2, 1, 32), 16)
     with pytest.raises(ValueError, match="for a cache of"):
         key.append(torch.randn(2, 2, 1, 64), 13)

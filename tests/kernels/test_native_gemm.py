@@ -277,17 +277,17 @@ def test_what_is_not_finite_is_named(bad: float, kind: str) -> None:
     x = inputs(2, 32)
     x[1, 31] = bad
     fmt = kind if kind == "A8" else reqat.get_format(kind)
-    with pytest.raises(ValueError, match="the gate's input of shape .* holds"):
+    with pytest.raises(ValueError, match="gate's input .*holds"):
         gemm.quantize_input(x, fmt, block=16, name="the gate's input")
 
 
 def test_errors_say_what_to_do() -> None:
     packed = gemm.pack_weight(weight(16, 64, "NVFP4"))
-    with pytest.raises(ValueError, match=r"\(2, 63\) does not fit a weight of shape \[16, 64\]"):
+    with pytest.raises(ValueError, match=r"\(2, 63\).*\[16, 64\]"):
         gemm.linear(torch.zeros(2, 63), packed)
-    with pytest.raises(ValueError, match="block 32.* do not fit weights in blocks of 16"):
+    with pytest.raises(ValueError, match="block 32.*blocks of 16"):
         gemm.linear(torch.zeros(2, 64), packed, inputs=reqat.get_format("MXFP4"))
-    with pytest.raises(ValueError, match="blocks of 32 does not fit NVFP4, whose blocks are of 16"):
+    with pytest.raises(ValueError, match="blocks of 32.*NVFP4.*16"):
         gemm.linear(gemm.quantize_input(torch.ones(2, 64), "A8", block=32), packed)
     with pytest.raises(ValueError, match="INT4-g128 have no kernel"):
         gemm.pack_weight(reqat.quantize(torch.randn(16, 128), "INT4-g128"))

@@ -336,10 +336,10 @@ def test_a_diverged_model_is_named(value) -> None:
     hidden, weight, labels = problem(3, 5, 17)
     broken = hidden.clone()
     broken[1, 2] = value
-    with pytest.raises(ValueError, match="hidden holds 1 NaN or infinite values of 15"):
+    with pytest.raises(ValueError, match="hidden holds 1 .*of 15"):
         fused_sem_loss(broken, weight, labels)
     weight[0, 0] = value
-    with pytest.raises(ValueError, match="logits of 3 of 3 tokens hold NaN or infinity"):
+    with pytest.raises(ValueError, match="logits of 3 of 3 tokens"):
         fused_sem_loss(hidden.abs() + 1, weight, labels)
 
 

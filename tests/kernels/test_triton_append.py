@@ -246,7 +246,7 @@ def test_numbers_that_are_not_finite_are_an_error_and_nothing_is_written(bad: fl
     caches = empty(1, 2, 6, 32, NVFP4), empty(1, 2, 6, 32, NVFP4)
     expected = [copy(cache) for cache in caches]
     value[0, 1, 2, 7] = bad
-    with pytest.raises(ValueError, match="value of shape .* holds NaN or infinity"):
+    with pytest.raises(ValueError, match="value of shape .*NaN"):
         append(key, value, *caches, 0)
     for cache, twin in zip(caches, expected, strict=True):
         assert_same(cache, twin)
@@ -259,8 +259,8 @@ def test_arguments_that_do_not_fit() -> None:
     assert nv.global_scale is not None
     shared = KVSide(nv.codes, nv.scales, nv.global_scale[:1, :1].expand(2, 2, 6), nv.format)
     for arguments, options, message in [
-        ((x, x, nv, mx, 4), {}, "3 tokens at 4 do not fit the cache's capacity of 6"),
-        ((x, x, nv, mx, -1), {}, "3 tokens at -1 do not fit"),
+        ((x, x, nv, mx, 4), {}, "3 tokens at 4 .*capacity of 6"),
+        ((x, x, nv, mx, -1), {}, "3 tokens at -1"),
         ((x, x, nv, mx, torch.tensor([0.0, 1.0])), {}, "offsets must be int32"),
         ((x[0], x, nv, mx, 0), {}, "key must be"),
         ((x.double(), x, nv, mx, 0), {}, "key must be"),
@@ -276,5 +276,5 @@ def test_arguments_that_do_not_fit() -> None:
         with pytest.raises(ValueError, match=message):
             append(*arguments, **options)
     if DEVICE == "cpu":
-        with pytest.raises(ValueError, match=r"3 tokens at \[0, 4\] do not fit"):
+        with pytest.raises(ValueError, match=r"3 tokens at \[0, 4\]"):
             append(x, x, nv, mx, torch.tensor([0, 4]))

@@ -134,5 +134,5 @@ def test_empty(shape, device):
 
 def test_refuses_more_rows(device):
     w = _on(device, quantize(_randn(8, 64), "NVFP4").pack())
-    with pytest.raises(ValueError, match="up to 8 rows, not 9: use .*linear_w4a4"):
+    with pytest.raises(ValueError, match="8 rows, not 9.*linear_w4a4"):
         gemv_w4a4(_on(device, quantize(_randn(9, 64), "NVFP4").pack()), w)

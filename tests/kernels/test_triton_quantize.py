@@ -65,7 +65,7 @@ def test_fake_quantization_without_codes(fmt, hard_rows, device):
         got = fake_quantize(x.to(device), fmt)
         assert got.dtype == x.dtype and got.shape == x.shape
         assert torch.equal(got.cpu(), reqat.formats.quantize_dequantize(x, fmt))
-    with pytest.raises(ValueError, match="weights of shape .* holds NaN or infinity"):
+    with pytest.raises(ValueError, match="weights of shape .*NaN"):
         fake_quantize(torch.full((2, 32), torch.nan, device=device), fmt, name="weights")
 
 
@@ -137,7 +137,7 @@ def test_refuses_what_is_not_finite(bad, device):
         ("NVFP4", {"global_scale": 10.0}),
         ("MXFP4", {"rotation": 32}),
     ):
-        with pytest.raises(ValueError, match=r"act of shape \(3, 64\) holds NaN or infinity"):
+        with pytest.raises(ValueError, match=r"act .*\(3, 64\).*NaN"):
             quantize(x, fmt, name="act", **options)
     assert quantize(x, "MXFP4", check=False).packed.shape == (3, 32)
 
@@ -151,14 +151,14 @@ def test_refuses_what_it_cannot_do(device):
         ("MXFP4", {"global_scale": 2.0}, "has no global scale"),
         ("NVFP4", {"global_scale": "static"}, "needs the calibrated value"),
         ("NVFP4", {"global_scale": 0.0}, "must be finite and above"),
-        ("NVFP4", {"global_scale": torch.ones(3, 1)}, r"must be a scalar or of shape \(2, 1\)"),
+        ("NVFP4", {"global_scale": torch.ones(3, 1)}, r"scalar or of shape \(2, 1\)"),
         ("NVFP4", {"rotation": 24}, "power of two"),
         ("NVFP4", {"rotation": 128}, "that divides"),
         ("FP5", {}, "unknown format"),
     ]:
         with pytest.raises(ValueError, match=message):
             quantize(x, fmt, **options)
-    with pytest.raises(ValueError, match="multiple of MXFP4's block of 32"):
+    with pytest.raises(ValueError, match="MXFP4's block of 32"):
         quantize(x[:, :48], "MXFP4")
     with pytest.raises(ValueError, match="dtype"):
         quantize(x.to(torch.int32), "MXFP4")

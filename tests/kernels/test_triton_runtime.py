@@ -43,7 +43,7 @@ def test_on_a_cpu_without_the_interpreter(monkeypatch):
     if not runtime.AVAILABLE:
         pytest.skip("triton is not installed")
     monkeypatch.setattr(runtime, "INTERPRETED", False)
-    with pytest.raises(ValueError, match="need CUDA tensors, got cpu: .* TRITON_INTERPRET=1"):
+    with pytest.raises(ValueError, match="CUDA.*cpu.*TRITON_INTERPRET=1"):
         runtime.require(torch.ones(1), None)
     assert runtime.status().startswith("Triton kernels: ")
     assert runtime.capability(torch.ones(1)) == 0

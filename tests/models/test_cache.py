@@ -127,10 +127,10 @@ def test_a_full_cache_and_another_batch_are_errors(tiny: Tiny, ids: Tensor) -> N
     cache = Fp4Cache(model, 9)
     with torch.no_grad():
         model(ids[:, :9], past_key_values=cache)
-        with pytest.raises(ValueError, match="holds 9 tokens and 10 are needed"):
+        with pytest.raises(ValueError, match="9 tokens.*10"):
             model(ids[:, 9:10], past_key_values=cache)
         cache.crop(-1)
-        with pytest.raises(ValueError, match="filled with 3 rows, 2 are to be appended"):
+        with pytest.raises(ValueError, match="3 rows, 2 "):
             model(ids[:2, 8:9], past_key_values=cache)
     with pytest.raises(ValueError, match="prepare"):
         Fp4Cache(tiny("llama"), 4)

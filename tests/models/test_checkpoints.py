@@ -94,7 +94,7 @@ def test_codes_of_one_format_are_not_prepared_for_another(tiny: Tiny, tmp_path: 
     save_model(freeze(model), None, tmp_path / "m")
     loaded = load_model(tmp_path / "m")
     for wrong in ("MXFP4-W4A16", "BF16"):
-        with pytest.raises(ValueError, match=f"were quantized for NVFP4-W4A16; preparing it for {wrong}"):
+        with pytest.raises(ValueError, match=f"NVFP4-W4A16.*for {wrong}"):
             prepare(loaded, wrong)
     assert prepare(loaded, "NVFP4-W4A4KV4", global_scale="row").restored == ["14 quantized weights"]
 
@@ -165,7 +165,7 @@ def test_missing_and_pickled_and_truncated_checkpoints(tiny: Tiny, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         load_model(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="no Python package 'no-such-model' is installed"):
+    with pytest.raises(FileNotFoundError, match="'no-such-model'.*installed"):
         load_model("package:no-such-model")
     with pytest.raises(FileNotFoundError, match="ships 0 GGUF files"):
         load_model("package:pytest")
@@ -181,7 +181,7 @@ def test_missing_and_pickled_and_truncated_checkpoints(tiny: Tiny, tmp_path: Pat
     with pytest.raises(FileNotFoundError, match="has no model.safetensors"):
         load_model(folder)
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ValueError, match="only pickled weights .pytorch_model.bin"):
+    with pytest.raises(ValueError, match="pickled weights .pytorch_model.bin"):
         load_model(folder)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     with pytest.raises(FileNotFoundError, match="model-1.safetensors is missing"):
@@ -194,10 +194,10 @@ def test_a_checkpoint_of_another_model(tiny: Tiny, tmp_path: Path) -> None:
     wider = save_model(tiny("llama", intermediate_size=128), None, tmp_path / "wider")
     shallow_config = (folder / "config.json").read_text()
     (deeper / "config.json").write_text(shallow_config)
-    with pytest.raises(ValueError, match=r"not those of the model in config.json: 9 tensors unknown .model.layers.2"):
+    with pytest.raises(ValueError, match=r"config.json.*9 tensors unknown .model.layers.2"):
         load_model(deeper)
     (wider / "config.json").write_text(shallow_config)
-    with pytest.raises(ValueError, match=r"6 tensors of another shape .*\(64, 128\), not \(64, 96\)"):
+    with pytest.raises(ValueError, match=r"6 tensors .*\(64, 128\), not \(64, 96\)"):
         load_model(wider)
     state = load_file(folder / "model.safetensors")
     del state["model.norm.weight"]
@@ -215,14 +215,14 @@ def test_a_damaged_or_foreign_sidecar(tiny: Tiny, tmp_path: Path) -> None:
     tensors, about = folder / "reqat.safetensors", folder / "reqat.json"
     for name in ("reqat.json", "reqat.safetensors"):
         (other / name).write_bytes((folder / name).read_bytes())
-    with pytest.raises(ValueError, match="reqat.json is of another model"):
+    with pytest.raises(ValueError, match="reqat.json.*another model"):
         load_model(other)
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:-10])
     with pytest.raises(ValueError, match="sidecar .* is damaged"):
         load_model(folder)
     tensors.unlink()
-    with pytest.raises(ValueError, match="needs reqat.safetensors beside it"):
+    with pytest.raises(ValueError, match="reqat.safetensors beside"):
         load_model(folder)
     tensors.write_bytes(whole)
     text = about.read_text()
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_nothing_behind_and_the_old_model_intact(tiny: Tiny, 
         for limit in (20_000, 100):  # within the weights, within the first small file
             with (
                 full_disk(tmp_path, limit),
-                pytest.raises(ValueError, match=f"(?i)cannot save the model to {target}.*free disk space"),
+                pytest.raises(ValueError, match=f"(?i){target}.*free disk space"),
             ):
                 save_model(model, None, target, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["old"]

@@ -202,7 +202,7 @@ def test_what_the_native_call_does_not_give_comes_from_the_modules(tiny: Tiny, i
         packed(ids, past_key_values=cache)
         packed(ids[:, :1], past_key_values=cache)
         assert torch.equal(packed(inputs_embeds=embedded, past_key_values=cache).logits, by_ids)
-        with pytest.raises(ReqatError, match="filled with 3 rows, 2 are to be appended"):
+        with pytest.raises(ReqatError, match="3 rows, 2 "):
             packed(ids[:2, :1], past_key_values=cache)
 
 
@@ -223,7 +223,7 @@ def test_packing_twice_saving_and_errors(tiny: Tiny, ids: Tensor, tmp_path: Path
         pack(model)
     calibrate_static(model, [ids])
     assert pack(pack(model)) is model
-    with pytest.raises(ReqatError, match="save the frozen model before pack"):
+    with pytest.raises(ReqatError, match="before pack"):
         save_model(model, None, tmp_path / "model")
 
 
@@ -235,7 +235,7 @@ def test_a_diverged_input_is_named(tiny: Tiny, ids: Tensor) -> None:
         packed(ids, past_key_values=cache)
         packed.get_decoder().layers[1].input_layernorm.weight[3] = float("inf")
         packed.get_decoder().forward.stack._alive[1][1][0][3] = float("inf")
-        with pytest.raises(ValueError, match=r"layers\.1.* input holds NaN or infinity"):
+        with pytest.raises(ValueError, match=r"layers\.1.* input .*NaN"):
             packed(ids[:, :1], past_key_values=cache)
 
 

@@ -194,10 +194,10 @@ def test_errors(tiny: Tiny, ids: Tensor) -> None:
     packed = PackedCache(model, 9)
     with torch.no_grad():
         model(ids[:, :9], past_key_values=packed)
-        with pytest.raises(ValueError, match="holds 9 tokens and 10 are needed"):
+        with pytest.raises(ValueError, match="9 tokens.*10"):
             model(ids[:, 9:10], past_key_values=packed)
         packed.crop(-1)
-        with pytest.raises(ValueError, match="filled with 3 rows, 2 are to be appended"):
+        with pytest.raises(ValueError, match="3 rows, 2 "):
             model(ids[:2, 8:9], past_key_values=packed)
         with pytest.raises(ValueError, match="self_attn values.*holds 1 NaN"):
             states = torch.randn(2, 3, 2, 1, 32)

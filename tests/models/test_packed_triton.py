@@ -237,15 +237,15 @@ def test_a_rotation_is_fused_and_the_result_stays_close(tiny: Tiny, ids: Tensor)
 def test_errors_name_the_remedy(tiny: Tiny, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama", num_hidden_layers=1)
     prepare(model, "NVFP4-W4A4KV4", global_scale="row")
-    with pytest.raises(ReqatError, match="backend 'cuda': choose one of auto, native, triton"):
+    with pytest.raises(ReqatError, match="'cuda'.*auto, native, triton"):
         pack(model, backend="cuda")  # type: ignore[arg-type]
-    with pytest.raises(ReqatError, match=r"no kernels for tensors on meta.*model.to\('cpu'\)"):
+    with pytest.raises(ReqatError, match=r"on meta.*model.to\('cpu'\)"):
         backend_for(torch.device("meta"))
-    with pytest.raises(ReqatError, match=r"no native kernels for tensors on cuda.*model.to\('cpu'\)"):
+    with pytest.raises(ReqatError, match=r"native.*on cuda.*model.to\('cpu'\)"):
         backend_for(torch.device("cuda"), "native")
     assert backend_for(torch.device("cpu")).name == "native" and backend_for(torch.device("cuda")).name == "triton"
     monkeypatch.setattr(runtime, "INTERPRETED", False)
-    with pytest.raises(ReqatError, match="need a CUDA device, and this model is on cpu"):
+    with pytest.raises(ReqatError, match="CUDA device.*on cpu"):
         pack(model, backend="triton")
     monkeypatch.setattr(runtime, "AVAILABLE", False)
     with pytest.raises(ReqatError, match="pip install 'reqat"):
@@ -254,17 +254,17 @@ def test_errors_name_the_remedy(tiny: Tiny, ids: Tensor, monkeypatch: pytest.Mon
     model = model.to(DEVICE)
     head = model.lm_head
     model.lm_head = nn.Linear(1, 1, device="meta")
-    with pytest.raises(ReqatError, match=r"on one device, and this one is on .*meta: move it with model.to\(device\)"):
+    with pytest.raises(ReqatError, match=r"one device.*meta.*model.to\(device\)"):
         pack(model, backend="triton")
     model.lm_head = head
     pack(model, backend="triton")
-    with pytest.raises(ReqatError, match=r"q_proj: a packed model stays on .* move or convert it, then pack it"):
+    with pytest.raises(ReqatError, match="q_proj.*packed.*then pack it"):
         model.to("meta")
     with pytest.raises(ValueError, match=r"self_attn values.*holds 1 NaN"):
         states = torch.randn(2, 1, 2, 1, 32, device=DEVICE)
         states[1, 0, 0, 0, 5] = torch.nan
         PackedCache(model).layers[0].update(*states)
-    with pytest.raises(ValueError, match=r"self_attn.*holds NaN or infinity"), torch.no_grad():
+    with pytest.raises(ValueError, match="self_attn.*NaN"), torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.q_proj")(torch.full((1, 64), torch.inf, device=DEVICE))
 
 

@@ -237,7 +237,7 @@ def test_preparing_twice(tiny: Tiny) -> None:
     prepare(model, "BF16")
     report = prepare(model, "NVFP4-W4A4")  # nothing was quantized yet
     assert prepare(model, "NVFP4-W4A4") is report
-    with pytest.raises(ValueError, match="prepared for NVFP4-W4A4 already and cannot be prepared for MXFP4-W4A4"):
+    with pytest.raises(ValueError, match="NVFP4-W4A4 already.*MXFP4-W4A4"):
         prepare(model, "MXFP4-W4A4")
     with pytest.raises(ValueError, match="other options"):
         prepare(model, "NVFP4-W4A4", global_scale="dynamic")
@@ -253,18 +253,18 @@ def refused(model: nn.Module, precision: str, match: str) -> None:
 
 
 def test_bad_models_and_precisions_are_refused(tiny: Tiny) -> None:
-    refused(tiny("llama"), "NVFP4-W4A4KV44", "unknown precision 'NVFP4-W4A4KV44': did you mean 'NVFP4-W4A4KV4'")
+    refused(tiny("llama"), "NVFP4-W4A4KV44", "'NVFP4-W4A4KV44'.*mean 'NVFP4-W4A4KV4'")
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=11))
-    refused(gpt2, "NVFP4-W4A4", "'gpt2'.*attention is not supported")
+    refused(gpt2, "NVFP4-W4A4", "'gpt2'.*not supported")
     chunked = tiny("llama")
     chunked.config.layer_types = ["full_attention", "chunked_attention"]
-    refused(chunked, "NVFP4-W4A4", "'llama': unsupported attention .layer types chunked_attention")
-    refused(nn.Linear(2, 2), "NVFP4-W4A4", "Linear is not a transformers PreTrainedModel")
-    refused(tiny("llama", head_dim=24), "NVFP4-KV4", "head_dim 24 is not divisible by the block 16")
-    refused(tiny("llama", head_dim=16), "AMXFP4-W4A4KV4", "head_dim 16 is not divisible by the block 32")
+    refused(chunked, "NVFP4-W4A4", "'llama'.*chunked_attention")
+    refused(nn.Linear(2, 2), "NVFP4-W4A4", "Linear.*PreTrainedModel")
+    refused(tiny("llama", head_dim=24), "NVFP4-KV4", "head_dim 24 .*block 16")
+    refused(tiny("llama", head_dim=16), "AMXFP4-W4A4KV4", "head_dim 16 .*block 32")
     odd = tiny("llama", intermediate_size=72)
-    refused(odd, "NVFP4-W4A4", "model.layers.0.mlp.down_proj: in_features 72 is not divisible by the block 16")
-    refused(tiny("llama", intermediate_size=80), "MXFP4-W4A16", "in_features 80 is not divisible by the block 32")
+    refused(odd, "NVFP4-W4A4", "layers.0.mlp.down_proj: in_features 72 .*block 16")
+    refused(tiny("llama", intermediate_size=80), "MXFP4-W4A16", "in_features 80 .*block 32")
     assert len(prepare(odd, "NVFP4-W4A4", skip=["*.down_proj"]).quantized) == 12
 
 
@@ -272,7 +272,7 @@ def test_nan_weights_are_named(tiny: Tiny) -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] = math.nan
-    refused(model, "NVFP4-W4A4", "parameter model.layers.1.mlp.up_proj.weight holds NaN or infinity")
+    refused(model, "NVFP4-W4A4", "layers.1.mlp.up_proj.weight .*NaN")
 
 
 def test_freeze_needs_a_prepared_model(tiny: Tiny) -> None:
@@ -318,7 +318,7 @@ def test_solvers_set_codes(tiny: Tiny, ids: Tensor) -> None:
 def test_static_calibration_covers_the_batches(tiny: Tiny, family: str, ids: Tensor) -> None:
     model = tiny(family)
     prepare(model, "NVFP4-W4A4KV4", global_scale="static")
-    with pytest.raises(ValueError, match="self_attn.q_proj input: the global scale is static and not calibrated"):
+    with pytest.raises(ValueError, match="q_proj input.*static.*not calibrated"):
         model(ids)
     assert calibrate_static(model, [ids[:2], {"input_ids": ids[2:]}]) == 2 * (4 + 2)
     scales = [kv.key.global_scale for kv in kv_quantizers(model)]

@@ -50,7 +50,7 @@ def test_static_scale_is_the_one_of_everything_seen() -> None:
     torch.manual_seed(0)
     batches = [torch.randn(3, 32) * k for k in (1.0, 5.0, 2.0)]
     quantizer = Quantizer(STATIC, name="q")
-    with pytest.raises(ValueError, match="q: the global scale is static and not calibrated"):
+    with pytest.raises(ValueError, match="q: .*static.*not calibrated"):
         quantizer(batches[0])
     with calibrating([quantizer]):
         for batch in batches:
@@ -77,7 +77,7 @@ def test_calibration_without_data_is_an_error() -> None:
     quantizer = Quantizer(STATIC, name="layer input")
     with calibrating([quantizer]):
         pass
-    with pytest.raises(ValueError, match="layer input: nothing was observed"):
+    with pytest.raises(ValueError, match="layer input.*nothing"):
         quantizer.set_from_amax()
 
 

@@ -162,7 +162,7 @@ def test_global_scale_option_is_for_inputs_and_cache_never_for_weights() -> None
     ],
 )
 def test_misspelt_precision_suggests_the_closest(name: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"did you mean '{meant}'") as error:
+    with pytest.raises(ValueError, match=f"Did you mean '{meant}'") as error:
         Precision.parse(name)
     assert repr(name) in str(error.value)
 

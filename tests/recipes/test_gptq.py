@@ -105,7 +105,7 @@ def test_inputs_that_never_move_keep_their_nearest_codes():
 
 
 def test_damping_must_be_positive():
-    with pytest.raises(ValueError, match="damp must be positive, got 0"):
+    with pytest.raises(ValueError, match="damp.*got 0"):
         gptq_codes(problem("NVFP4"), damp=0)
 
 

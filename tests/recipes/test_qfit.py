@@ -352,7 +352,7 @@ def test_a_damaged_result_is_refused_by_name(damage, tmp_path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     damage(about, tensors)
     save_file(tensors, tmp_path / "damaged", {"reqat": json.dumps(about)})
-    with pytest.raises(ReqatError, match="damaged is not a whole Q-FIT result.*calibrate again"):
+    with pytest.raises(ReqatError, match="damaged.*calibrate again"):
         QFitResult.load(tmp_path / "damaged")
     with pytest.raises(MissingFileError, match="absent"):
         QFitResult.load(tmp_path / "absent")
@@ -390,11 +390,11 @@ def test_bad_input_is_refused(tiny, ids):
     with pytest.raises(ValueError, match="another model"):
         fold(model, dataclasses.replace(result, scale=result.scale[:1]))
     prepare(model, KV4)
-    with pytest.raises(ValueError, match="the KV cache of model.layers.0 is quantized"):
+    with pytest.raises(ValueError, match="KV cache of model.layers.0"):
         calibrate(model, KV4, ids, progress=False)
     model = tiny("llama")
     prepare(model, "NVFP4-W4A4KV4")
-    with pytest.raises(ValueError, match="is quantized to NVFP4: calibrate before prepare"):
+    with pytest.raises(ValueError, match="NVFP4.*calibrate before prepare"):
         calibrate(model, KV4, ids, progress=False)
     with pytest.raises(ValueError, match="is frozen"):
         fold(freeze(model), result)

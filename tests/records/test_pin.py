@@ -91,7 +91,7 @@ def test_a_whole_run_is_pinned_without_weights_and_texts(paths: Paths):
     assert pin.verify("smoke", paths) == len(stated["files"])
     victim = next(folder.glob("evaluations/*/record.json"))
     victim.write_text(victim.read_text() + " ")
-    with pytest.raises(ReqatError, match="is not the file that was pinned; restore it from git"):
+    with pytest.raises(ReqatError, match="not the file.*restore it from git"):
         pin.verify("smoke", paths)
 
 
@@ -116,7 +116,7 @@ def test_what_is_missing_changed_or_of_other_making_is_not_pinned(paths: Paths):
     path = aside / "record.json"
     entry = json.loads(path.read_text())
     path.write_text(json.dumps(entry | {"config": entry["config"] | {"seeds": [0, 1, 2]}}))
-    with pytest.raises(ReqatError, match="another configuration than the plan"):
+    with pytest.raises(ReqatError, match="another configuration"):
         pin.pin(plan, paths)
     path.write_text(json.dumps(entry | {"inputs": {"parent": {"id": parent.id, "sha256": "0" * 64}}}))
     with pytest.raises(ReqatError, match="made from another parent"):
@@ -196,7 +196,7 @@ def test_arithmetic_is_the_same_only_if_nothing_that_computes_differs(key: str):
 
 def test_comparing_what_is_not_there(paths: Paths):
     plan = load("smoke", paths)
-    with pytest.raises(ReqatError, match=r"no pinned results of tier 'smoke'.*pinned: none yet"):
+    with pytest.raises(ReqatError, match=r"tier 'smoke'.*none yet"):
         compare.compare(plan, paths)
     run(plan, paths)
     pin.pin(plan, paths)
@@ -220,7 +220,7 @@ def test_base_is_pinned_under_8_megabytes_and_then_known_by_its_weights(paths: P
 
     assert pinned_base(paths) is None
     train(9 * 2**20)
-    with pytest.raises(ReqatError, match=r"9\.0 MiB, more than the 8 MiB.*bfloat16"):
+    with pytest.raises(ReqatError, match=r"9\.0 MiB.*8 MiB.*bfloat16"):
         pin.pin_base(plan, "testbed", paths)
     assert not paths.base.exists()
     train(100)
@@ -233,5 +233,5 @@ def test_base_is_pinned_under_8_megabytes_and_then_known_by_its_weights(paths: P
     base = load("smoke", paths)
     assert paths.stage(base.stage(base.bases["testbed"])) == folder
     (folder / "record.json").write_text("{}")
-    with pytest.raises(ReqatError, match="not a record of a base checkpoint"):
+    with pytest.raises(ReqatError, match="base checkpoint"):
         load("smoke", paths)

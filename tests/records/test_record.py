@@ -190,12 +190,12 @@ def test_full_disk_while_writing_for_real(tmp_path: Path):
 
 def test_verify_finds_what_is_not_what_was_written(tmp_path: Path):
     out = run(tmp_path)
-    with pytest.raises(ReqatError, match="holds qat-1, not qat-2: a result of another run"):
+    with pytest.raises(ReqatError, match="qat-1, not qat-2"):
         record.verify(out, id="qat-2")
     weights = out / "model" / "w.bin"
     weights.write_text("Weights")  # same size
     record.verify(out, deep=False)
-    with pytest.raises(ReqatError, match=r"w\.bin is not the file that its record describes"):
+    with pytest.raises(ReqatError, match=r"w\.bin is not the file"):
         record.verify(out)
     weights.write_text("w")
     with pytest.raises(ReqatError, match=r"w\.bin is not the file"):
@@ -225,7 +225,7 @@ def test_a_record_that_is_none_is_refused(tmp_path: Path, text: str | None, says
 def test_record_of_another_version_is_refused(tmp_path: Path):
     path = run(tmp_path) / "record.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 99}))
-    with pytest.raises(ReqatError, match="record version 99, this version reads 1"):
+    with pytest.raises(ReqatError, match="version 99.*reads 1"):
         record.read(path.parent)
 
 

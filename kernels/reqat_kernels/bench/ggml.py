@@ -32,7 +32,6 @@ from reqat_kernels.bench.measure import Absent, Case, Work, Wrong
 TYPES = {"F32": 0, "Q4_0": 2, "BF16": 30, "MXFP4": 39, "NVFP4": 40}
 BLOCKS = {"F32": 1, "Q4_0": 32, "BF16": 1, "MXFP4": 32, "NVFP4": 64}
 _GRAPH_NODES = 4096
-_DEVICE_CPU = 0  # enum ggml_backend_dev_type
 
 
 class _InitParams(ctypes.Structure):

@@ -1,6 +1,4 @@
-"""The fused SEM loss beside its competitors: time and peak memory of loss and gradients, in turns, in one process.
-
-    python -m reqat_kernels.bench.sem_loss --shape a --dtype float32 --rounds 3
+"""The fused SEM loss and its competitors in float32; :mod:`reqat_kernels.bench.loss` puts them on the clock.
 
     naive           full logits and autograd, the formula of :mod:`reqat.recipes.terms.sem` as it is written
     ce-forward      chunked cross-entropy that computes its gradient in the forward sweep: 3 matrix products, no SEM
@@ -9,8 +7,7 @@
     reqat           ours with it: 4 products less what the chunk kept between the sweeps saves
 
 The peers are plain PyTorch, written apart from our code, and given the same memory for logits; their elementwise work
-goes over tiles of rows that fit the cache, as ours does. Under bfloat16 all run under autocast from float32 inputs.
-Before the clock starts, the values of all providers with the same loss are held against each other.
+goes over tiles of rows that fit the cache, as ours does.
 
 Peak extra memory is the process's high-water mark over one call (loss and backward) less what it held before and
 less the two gradients, which are output. It needs Linux's ``clear_refs`` or a GPU; elsewhere it is NaN.
@@ -18,15 +15,9 @@ less the two gradients, which are output. It needs Linux's ``clear_refs`` or a G
 
 from __future__ import annotations
 
-import argparse
-import csv
 import math
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +27,6 @@ from torch import Tensor
 
 from reqat_kernels.sem_loss import fused_sem_loss
 
-COLUMNS = ("provider", "kernel", "shape", "dtype", "device", "threads", "median_s", "min_s", "n", "peak_extra_mib")
 TILE_BYTES = 512 * 2**10
 LAM = 0.1
 
@@ -75,7 +65,7 @@ def _probabilities_(logits: Tensor, labels: Tensor) -> Tensor:
     """Logits become ``p - onehot`` in place, by tiles of rows; the sum of nll comes back."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for z, y in zip(*(x.split(max(1, TILE_BYTES // (4 * logits.shape[1]))) for x in (logits, labels)), strict=True):
-        log_p = torch.log_softmax(z.float(), -1)
+        log_p = torch.log_softmax(z, -1)
         total -= log_p.gather(1, y[:, None]).sum()
         p = log_p.exp_()
         p[torch.arange(len(y), device=y.device), y] -= 1
@@ -87,37 +77,24 @@ def _nll(logits: Tensor, labels: Tensor) -> Tensor:
     """The sum of nll, by tiles of rows."""
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for z, y in zip(*(x.split(max(1, TILE_BYTES // (4 * logits.shape[1]))) for x in (logits, labels)), strict=True):
-        z = z.float()
         total += (torch.logsumexp(z, -1) - z.gather(1, y[:, None])[:, 0]).sum()
     return total
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a.T @ b``."""
-    if total.dtype == a.dtype:
-        total.addmm_(a.T, b)
-    else:
-        total += a.T @ b
 
 
 class _ForwardCE(torch.autograd.Function):
     """Chunked cross-entropy with its gradient from the forward sweep."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk_bytes: int
-    ) -> Tensor:
-        h, W = hidden.to(dtype), weight.to(dtype)
+    def forward(ctx: Any, h: Tensor, W: Tensor, labels: Tensor, chunk: int) -> Tensor:
         loss = torch.zeros((), dtype=torch.float64, device=h.device)
-        grad_h, grad_W = torch.empty_like(hidden), torch.zeros_like(weight)
-        chunk = max(1, chunk_bytes // (len(W) * dtype.itemsize))
-        logits = torch.empty(min(chunk, len(h)), len(W), dtype=dtype, device=h.device)
+        grad_h, grad_W = torch.empty_like(h), torch.zeros_like(W)
+        logits = torch.empty(min(chunk, len(h)), len(W), device=h.device)
         for start in range(0, len(h), chunk):
             c = slice(start, min(start + chunk, len(h)))
             g = torch.mm(h[c], W.T, out=logits[: c.stop - c.start])
             loss += _probabilities_(g, labels[c])
             grad_h[c] = g @ W
-            _add_product(grad_W, g, h[c])
+            grad_W.addmm_(g.T, h[c])
         ctx.grads = grad_h, grad_W
         return loss.float()
 
@@ -125,63 +102,53 @@ class _ForwardCE(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_h, grad_W = ctx.grads
         del ctx.grads
-        return grad_h.mul_(grads[0]), grad_W.mul_(grads[0]), None, None, None
+        return grad_h.mul_(grads[0]), grad_W.mul_(grads[0]), None, None
 
 
 class _RecomputeCE(torch.autograd.Function):
     """Chunked cross-entropy that keeps nothing and makes the logits again in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype, chunk_bytes: int
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, labels)
-        ctx.dtype, ctx.chunk = dtype, max(1, chunk_bytes // (len(weight) * dtype.itemsize))
-        h, W = hidden.to(dtype), weight.to(dtype)
+    def forward(ctx: Any, h: Tensor, W: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(h, W, labels)
+        ctx.chunk = chunk
         loss = torch.zeros((), dtype=torch.float64, device=h.device)
-        logits = torch.empty(min(ctx.chunk, len(h)), len(W), dtype=dtype, device=h.device)
-        for start in range(0, len(h), ctx.chunk):
-            c = slice(start, min(start + ctx.chunk, len(h)))
+        logits = torch.empty(min(chunk, len(h)), len(W), device=h.device)
+        for start in range(0, len(h), chunk):
+            c = slice(start, min(start + chunk, len(h)))
             loss += _nll(torch.mm(h[c], W.T, out=logits[: c.stop - c.start]), labels[c])
         return loss.float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, labels = ctx.saved_tensors
-        h, W = hidden.to(ctx.dtype), weight.to(ctx.dtype)
-        grad_h, grad_W = torch.empty_like(hidden), torch.zeros_like(weight)
-        logits = torch.empty(min(ctx.chunk, len(h)), len(W), dtype=ctx.dtype, device=h.device)
+        h, W, labels = ctx.saved_tensors
+        grad_h, grad_W = torch.empty_like(h), torch.zeros_like(W)
+        logits = torch.empty(min(ctx.chunk, len(h)), len(W), device=h.device)
         for start in range(0, len(h), ctx.chunk):
             c = slice(start, min(start + ctx.chunk, len(h)))
             g = torch.mm(h[c], W.T, out=logits[: c.stop - c.start])
             _probabilities_(g, labels[c])
             grad_h[c] = g @ W
-            _add_product(grad_W, g, h[c])
-        return grad_h.mul_(grads[0]), grad_W.mul_(grads[0]), None, None, None
+            grad_W.addmm_(g.T, h[c])
+        return grad_h.mul_(grads[0]), grad_W.mul_(grads[0]), None, None
 
 
-def providers(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[str, Loss]]:
-    """Name -> kernel and function to the loss; all with the shape's memory for logits."""
-    chunk_bytes = shape.chunk_mib * 2**20
-    rows = max(1, chunk_bytes // (shape.V * dtype.itemsize))
+def providers(shape: Shape) -> dict[str, Loss]:
+    """Name -> function to the loss; all with the shape's memory for logits."""
+    rows = max(1, shape.chunk_mib * 2**20 // (4 * shape.V))
 
     def ours(lam: float) -> Loss:
         return lambda h, W, y: fused_sem_loss(h, W, y, lam=lam, chunk=rows)[0]
 
     def peer(function: type[torch.autograd.Function]) -> Loss:
-        def loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
-            with torch.autocast(h.device.type, enabled=False):
-                result: Tensor = function.apply(h, W, y, dtype, chunk_bytes)
-                return result
-
-        return loss
+        return lambda h, W, y: function.apply(h, W, y, rows)
 
     return {
-        "naive": ("sem", naive),
-        "ce-forward": ("ce", peer(_ForwardCE)),
-        "ce-recompute": ("ce", peer(_RecomputeCE)),
-        "reqat-ce": ("ce", ours(0.0)),
-        "reqat": ("sem", ours(LAM)),
+        "naive": naive,
+        "ce-forward": peer(_ForwardCE),
+        "ce-recompute": peer(_RecomputeCE),
+        "reqat-ce": ours(0.0),
+        "reqat": ours(LAM),
     }
 
 
@@ -194,12 +161,11 @@ def operands(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor]:
     return hidden.to(device).requires_grad_(), weight.to(device).requires_grad_(), labels.to(device)
 
 
-def step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> float:
+def step(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
     """One call: loss, and the gradients into ``.grad``, which are freed first. Returns the loss."""
     hidden, weight, _ = inputs
     hidden.grad = weight.grad = None
-    with torch.autocast(hidden.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        value = loss(*inputs)
+    value = loss(*inputs)
     value.backward()
     return float(value.detach())
 
@@ -247,84 +213,3 @@ def fits(shape: Shape, memory: float = math.inf) -> bool:
         return need < int(text.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         return False
-
-
-def measure(
-    name: str, dtype: torch.dtype, *, rounds: int = 3, device: str = "cpu", only: Iterable[str] = ()
-) -> list[dict[str, Any]]:
-    """Rows of :data:`COLUMNS`. Raises ValueError where two providers of one loss disagree, or a name is unknown."""
-    shape = SHAPES[name]
-    chosen = providers(shape, dtype)
-    if unknown := set(only) - chosen.keys():
-        raise ValueError(f"no provider {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
-    chosen = {p: v for p, v in chosen.items() if not only or p in only}
-    if "naive" in chosen and not fits(shape):
-        print(f"naive: its logits do not fit in the memory that is free, skipped for shape {name}", file=sys.stderr)
-        del chosen["naive"]
-    inputs = operands(shape, device)
-    values: dict[str, dict[str, float]] = {}
-    peaks: dict[str, float] = {}
-    for provider, (kernel, loss) in chosen.items():
-        # The first call warms threads, the libraries' buffers and compiled kernels up.
-        values.setdefault(kernel, {})[provider] = step(loss, inputs, dtype)
-        peaks[provider] = peak_extra_mib(partial(step, loss, inputs, dtype), inputs)
-    # Losses are sums of rounded numbers: float32's rounding of a logit is far below this, bfloat16's averages out.
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-3
-    for kernel, found in values.items():
-        if max(found.values()) - min(found.values()) > tolerance * abs(max(found.values())):
-            raise ValueError(f"providers of {kernel} disagree, nothing was timed: {found}")
-    samples: dict[str, list[float]] = {p: [] for p in chosen}
-    order = list(chosen)
-    for turn in range(rounds):
-        at = turn % len(order)
-        for provider in order[at:] + order[:at]:
-            start = time.perf_counter()
-            step(chosen[provider][1], inputs, dtype)  # ends by reading the loss: a GPU has been waited for
-            if device == "cuda":
-                torch.cuda.synchronize()
-            samples[provider].append(time.perf_counter() - start)
-    return [
-        {
-            "provider": provider,
-            "kernel": kernel,
-            "shape": f"N={shape.N} D={shape.D} V={shape.V}",
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "median_s": statistics.median(samples[provider]),
-            "min_s": min(samples[provider]),
-            "n": rounds,
-            "peak_extra_mib": round(peaks[provider], 1),
-        }
-        for provider, (kernel, _) in chosen.items()
-    ]
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Write rows as CSV to standard output."""
-    parser = argparse.ArgumentParser(prog="python -m reqat_kernels.bench.sem_loss", description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=list(SHAPES), default="small")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="*", default=[], help="these providers alone")
-    options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be 1 or more, got {options.rounds}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    rows = measure(
-        options.shape,
-        getattr(torch, options.dtype),
-        rounds=options.rounds,
-        device=options.device,
-        only=options.only,
-    )
-    writer = csv.DictWriter(sys.stdout, COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-
-
-if __name__ == "__main__":
-    main()

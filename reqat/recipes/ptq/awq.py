@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.progress import bar
 from reqat.formats import Format
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision, block_hadamard, fake_quantize
-from reqat.recipes.layerwise import Step, hooked, progress_bar, walk
+from reqat.recipes.layerwise import Step, hooked, walk
 from reqat.recipes.ptq._method import Method
 from reqat.recipes.ptq.rtn import rtn
 from reqat.recipes.scaling import Group, check_full_precision, groups_of, inputs_of
@@ -59,12 +60,12 @@ def scale(
         raise ReqatError(f"AWQ scales weights to be quantized, but {precision} keeps them: take a precision with W4")
     check_full_precision(model, "AWQ")
     found = []
-    with progress_bar("AWQ", len(decoder_layers(model)), enabled=progress) as advance:
+    with bar("AWQ", len(decoder_layers(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             groups = [group for group in groups_of(step) if group.divide is not None]
             for group, inputs in zip(groups, inputs_of(step, groups), strict=True):  # folding changes none of them
                 found.append(_search(step, group, inputs, precision, grid))
-            advance()
+            shown.update()
     size = max(1, len(found))
     return {
         "grid": grid,

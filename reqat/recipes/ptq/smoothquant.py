@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.progress import bar
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision
-from reqat.recipes.layerwise import progress_bar, walk
+from reqat.recipes.layerwise import walk
 from reqat.recipes.ptq._method import Method
 from reqat.recipes.ptq.rtn import rtn
 from reqat.recipes.scaling import check_full_precision, groups_of, inputs_of
@@ -48,7 +49,7 @@ def smooth(
         raise ReqatError(f"SmoothQuant's alpha must lie in [0, 1], got {alpha}")
     check_full_precision(model, "SmoothQuant")
     smoothed = []
-    with progress_bar("SmoothQuant", len(decoder_layers(model)), enabled=progress) as advance:
+    with bar("SmoothQuant", len(decoder_layers(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             groups = [g for g in groups_of(step) if g.divide is not None and _is_after_a_norm(g.name)]
             for group, inputs in zip(groups, inputs_of(step, groups), strict=True):
@@ -57,7 +58,7 @@ def smooth(
                 s = largest_x.clamp(min=_FLOOR) ** alpha / largest_w.clamp(min=_FLOOR) ** (1 - alpha)
                 group.fold(s.clamp(min=_FLOOR))
                 smoothed.append(group.name)
-            advance()
+            shown.update()
     return {"alpha": alpha, "smoothed": len(smoothed)}
 
 

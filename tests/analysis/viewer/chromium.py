@@ -1,33 +1,23 @@
-"""Drives a headless Chromium with nothing but the standard library: DevTools messages over a pair of pipes.
+"""Chromium for the tests of the viewer: Playwright drives the one that is installed, with a user's mouse and keys.
 
-Chromium started with ``--remote-debugging-pipe`` reads JSON messages that end with a zero byte from file descriptor 3
-and writes answers and events to 4. What a page is asked is always JavaScript; what is done to it are real input events
-(mouse, keys), so that a test does what a user does.
+What a page is asked is JavaScript; what is done to it are real input events.
 """
 
 from __future__ import annotations
 
-import base64
-import fcntl
-import json
 import os
-import select
 import shutil
-import subprocess
-import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from playwright.sync_api import sync_playwright
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 # A page that does not answer within this time has hung; a busy machine is no reason to fail earlier.
 PATIENCE_S = 60
-# The child moves the pipes to 3 and 4, then becomes Chromium. They lie above 9, so that neither overwrites the other.
-LAUNCH = (
-    "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); os.execv(sys.argv[3], sys.argv[3:])"
-)
-KEYS = {"Escape": 27, "Enter": 13, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
 
 
 def find() -> str | None:
@@ -37,188 +27,89 @@ def find() -> str | None:
 
 
 class Chromium:
-    """A browser with one page."""
+    """A browser with one page, and what its scripts complained of and asked the network for since it was opened."""
 
-    def __init__(self, binary: str, profile: Path, page: Path) -> None:
-        to_child, self._write = os.pipe()
-        self._read, from_child = os.pipe()
-        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_child, from_child)]
-        for end in (to_child, from_child):
-            os.close(end)
-        options = [
-            "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-first-run",
-            "--no-default-browser-check", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio",
-            "--no-sandbox",  # containers have no user namespaces; the only page is ours
-            "about:blank",
-        ]  # fmt: skip
-        self._log = open(profile.with_suffix(".log"), "w")  # noqa: SIM115  (the browser writes to it until it ends)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *map(str, high), binary, *options],
-            pass_fds=high, stdout=self._log, stderr=self._log,
-        )  # fmt: skip
-        for end in high:
-            os.close(end)
-        self._buffer = b""
-        self._last = 0
-        self._session: str | None = None
+    def __init__(self, binary: str) -> None:
         self.errors: list[str] = []
         self.requests: list[str] = []
-        pages = self.ask("Target.getTargets")["targetInfos"]
-        target = next(info["targetId"] for info in pages if info["type"] == "page")
-        self._session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.ask(f"{domain}.enable")
-        self.open(page)
+        with ExitStack() as stack:
+            playwright = stack.enter_context(sync_playwright())
+            browser = stack.enter_context(playwright.chromium.launch(executable_path=binary, timeout=1000 * PATIENCE_S))
+            self.page = browser.new_page(no_viewport=True)
+            self.protocol = self.page.context.new_cdp_session(self.page)
+            self._stack = stack.pop_all()
+        self.page.set_default_timeout(1000 * PATIENCE_S)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda said: self.errors.append(said.text) if said.type == "error" else None)
+        self.page.on("request", lambda request: self.requests.append(request.url))
 
     def __enter__(self) -> Chromium:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self._session = None
-            if kind is None:
-                self.ask("Browser.close")
-        finally:
-            try:
-                self._process.wait(timeout=10 if kind is None else 0.1)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-            os.close(self._read)
-            os.close(self._write)
-            self._log.close()
-
-    # -- the protocol -------------------------------------------------------------------------------------------------
-
-    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer; events that come meanwhile are looked through."""
-        self._last += 1
-        message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters}
-        if self._session:
-            message["sessionId"] = self._session
-        data = json.dumps(message).encode() + b"\0"
-        while data:
-            data = data[os.write(self._write, data) :]
-        until = time.monotonic() + PATIENCE_S
-        while True:
-            answer = self._receive(until)
-            if answer.get("id") == self._last:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return dict(answer["result"])
-
-    def _receive(self, until: float) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            if not select.select([self._read], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise TimeoutError(f"Chromium said nothing for {PATIENCE_S} s")
-            data = os.read(self._read, 1 << 20)
-            if not data:
-                raise RuntimeError(f"Chromium ended: {Path(self._log.name).read_text()[-2000:]}")
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        message: dict[str, Any] = json.loads(line)
-        event, said = message.get("method"), message.get("params", {})
-        if event == "Runtime.exceptionThrown":
-            details = said["exceptionDetails"]
-            self.errors.append(details.get("exception", {}).get("description") or details["text"])
-        elif event == "Log.entryAdded" and said["entry"]["level"] == "error":
-            self.errors.append(said["entry"]["text"])
-        elif event == "Network.requestWillBeSent":
-            self.requests.append(said["request"]["url"])
-        return message
-
-    # -- what a user does ---------------------------------------------------------------------------------------------
+        self._stack.close()
 
     def open(self, page: Path, fragment: str = "") -> None:
         """Load a page from a file and wait until it has drawn its first problem."""
-        self.ask("Page.navigate", url="about:blank")
+        self.page.goto("about:blank")
         self.errors.clear()
         self.requests.clear()
-        self.ask("Page.navigate", url=page.resolve().as_uri() + fragment)
-        self.wait("document.documentElement && document.documentElement.dataset.drawn !== undefined")
+        self.page.goto(page.resolve().as_uri() + fragment)
+        self.wait("document.documentElement.dataset.drawn !== undefined")
 
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression (awaited if it is a promise)."""
-        found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in found:
-            details = found["exceptionDetails"]
-            raise RuntimeError(details.get("exception", {}).get("description") or details["text"])
-        return found["result"].get("value")
+        return self.page.evaluate(expression)
 
     def wait(self, condition: str) -> None:
-        """Until a JavaScript expression is true."""
+        """Until a JavaScript expression is true. (Playwright's own way to wait is ``eval``, which the page forbids.)"""
         until = time.monotonic() + PATIENCE_S
         while not self.run(condition):
             if time.monotonic() > until:
                 raise TimeoutError(f"never became true: {condition}")
-            time.sleep(0.02)
+            self.page.wait_for_timeout(20)
 
     def text(self, selector: str) -> str:
         """The visible text of the first element that matches."""
-        return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))
+        return self.page.locator(selector).first.inner_text()
 
     def count(self, selector: str) -> int:
         """How many elements match."""
-        return int(self.run(f"document.querySelectorAll({json.dumps(selector)}).length"))
-
-    def _middle(self, selector: str) -> tuple[float, float]:
-        x, y = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "if (!e) throw new Error('nothing matches'); e.scrollIntoView({block: 'center', behavior: 'instant'});"
-            "const b = e.getClientRects()[0]; return [b.x + b.width / 2, b.y + b.height / 2]; })()"
-        )
-        return float(x), float(y)
-
-    def _mouse(self, kind: str, x: float, y: float, **more: Any) -> None:
-        self.ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+        return self.page.locator(selector).count()
 
     def hover(self, selector: str) -> None:
         """Move the mouse over the first element that matches."""
-        self._mouse("mouseMoved", *self._middle(selector))
+        self.page.locator(selector).first.hover()
 
     def click(self, selector: str) -> None:
         """Click on the first element that matches."""
-        place = self._middle(selector)
-        self._mouse("mouseMoved", *place)
-        for kind in ("mousePressed", "mouseReleased"):
-            self._mouse(kind, *place, button="left", clickCount=1)
+        self.page.locator(selector).first.click()
 
     def choose(self, selector: str, value: str) -> None:
-        """Pick an option of a select, as its list would."""
-        self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.value = {json.dumps(value)};"
-            "if (e.selectedIndex < 0) throw new Error('no such option');"
-            "e.dispatchEvent(new Event('change', {bubbles: true})); })()"
-        )
+        """Pick an option of a select."""
+        self.page.select_option(selector, value)
 
     def press(self, *keys: str) -> None:
         """Press and release keys, by their names or letters."""
         for key in keys:
-            event: dict[str, Any] = {"key": key}
-            if key in KEYS:
-                event["windowsVirtualKeyCode"] = KEYS[key]
-            else:
-                event["text"] = key
-            self.ask("Input.dispatchKeyEvent", type="keyDown", **event)
-            self.ask("Input.dispatchKeyEvent", type="keyUp", key=key)
+            self.page.keyboard.press(key)
 
     def type(self, text: str) -> None:
         """Type into what has the focus."""
-        self.ask("Input.insertText", text=text)
+        self.page.keyboard.insert_text(text)
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """The answer to a command of the DevTools protocol, for what Playwright has no words for."""
+        return self.protocol.send(method, parameters)
 
     def resize(self, width: int, height: int, *, phone: bool = False) -> None:
         """The size of the window in CSS pixels."""
-        self.ask(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )  # fmt: skip
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
 
-    def prefer(self, scheme: str) -> None:
+    def prefer(self, scheme: Any) -> None:
         """What the system prefers: ``light`` or ``dark``."""
-        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.page.emulate_media(color_scheme=scheme)
 
     def screenshot(self, path: Path) -> bytes:
         """What is on the screen, as PNG, also written to ``path``."""
-        data = base64.b64decode(self.ask("Page.captureScreenshot", format="png")["data"])
-        path.write_bytes(data)
-        return data
+        return self.page.screenshot(path=path)

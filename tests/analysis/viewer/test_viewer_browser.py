@@ -66,8 +66,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
 
 
 @pytest.fixture(scope="module")
-def shared(pages: Pages, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium.Chromium(BINARY, tmp_path_factory.mktemp("chromium") / "profile", pages.html["pairs"]) as browser:
+def shared() -> Iterator[Any]:
+    with chromium.Chromium(BINARY) as browser:
         yield browser
 
 
