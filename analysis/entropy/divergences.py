@@ -10,7 +10,7 @@ from analysis.entropy.frames import frame_of, tokens_of
 from reqat.config.errors import ReqatError, unknown
 from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import clustered_means
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 
 def low_entropy(folder: TraceFolder, label: str, source: str | None = None) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from reqat.config.errors import unknown
 from reqat.evaluation.statistics import ClusteredMeans
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 
 def problem_numbers(folder: TraceFolder) -> NDArray[np.int64]:

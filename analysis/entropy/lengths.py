@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from analysis.entropy.frames import frame_of, problem_numbers
 from reqat.evaluation.statistics import clustered_means
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 
 def length_edges(tokens_T: NDArray[Any], bins: int) -> list[int]:

@@ -18,7 +18,7 @@ from analysis import entropy
 from analysis.entropy.frames import tokens_of
 from analysis.report.document import EMPTY, MINUS, Column, Table, Text, number, percent
 from reqat.config.files import write_file
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 # How a value reads, by unit; entropies move by anything between 1e-6 and 1 nats.
 _SHOW: dict[str, Callable[[float], str]] = {

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from reqat.evaluation.low_entropy import LOW_NATS
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 _CONTEXT_TOKENS = 8
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from analysis.entropy.frames import frame_of, problem_numbers, tokens_of, trace_source
 from reqat.config.errors import ReqatError
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 EPS = 1e-12
 # Resolution of 1 - p for a float32 p near 1: the least eps where a file has no tail column.

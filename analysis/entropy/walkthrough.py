@@ -24,7 +24,7 @@ from analysis.report import style
 from analysis.viewer import colours
 from reqat.config.errors import ReqatError
 from reqat.evaluation.low_entropy import LOW_NATS
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.evaluation.trace_tables import stream_tokens
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from analysis.entropy.divergences import first_divergences, shares_below
 from analysis.entropy.frames import frame_of
 from analysis.entropy.mistakes import ERRORS, first_error, solution_steps, steps
 from reqat.evaluation.statistics import clustered_means
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 
 def derailments(folder: TraceFolder, reference: str, candidate: str) -> pd.DataFrame:

@@ -35,7 +35,7 @@ from analysis import entropy
 from analysis.entropy import walkthrough
 from analysis.entropy.pair_plots import figures
 from analysis.entropy.pair_report import report
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 
 ROOT = Path(reqat.__file__).parents[1]
 

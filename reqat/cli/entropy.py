@@ -176,7 +176,8 @@ def collect(
     from analysis.entropy.pair_report import report
     from reqat.evaluation.entropies import force_traces, vocabulary_of
     from reqat.evaluation.loading import load_at
-    from reqat.evaluation.trace_files import TraceFolder, TraceWriter
+    from reqat.evaluation.trace_files import TraceWriter
+    from reqat.evaluation.trace_folder import TraceFolder
     from reqat.generation import Decoding
     from reqat.models import end_ids, load_tokenizer
 

@@ -219,7 +219,7 @@ def dynamics(run: Run) -> dict[str, Any]:
     from analysis.entropy import entropy_change
     from reqat.evaluation.dynamics import run_dynamics, verified_traces
     from reqat.evaluation.loading import AUTOCAST
-    from reqat.evaluation.trace_files import TraceFolder
+    from reqat.evaluation.trace_folder import TraceFolder
     from reqat.models import load_tokenizer
 
     s, asked, how = run.study.settings, run.study.problems, run.study.decoding

@@ -10,7 +10,8 @@ import numpy as np
 
 from analysis.entropy.pair_report import report
 from analysis.report.studies import Study
-from reqat.evaluation.trace_files import TokenColumns, TraceFolder, TraceInfo, TraceWriter
+from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
+from reqat.evaluation.trace_folder import TraceFolder
 
 REF, CAND = "BF16", "NVFP4-W4A4KV4"
 WORDS = ["<eos>", " so", " is", " 1", " 2", " 3", " +", " -", " ="]

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.cli.main import main
 from reqat.data.tokenizer import build_tokenizer
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.models import save_model
 from reqat.records import record
 

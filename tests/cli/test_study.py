@@ -26,7 +26,7 @@ from reqat.config.studies import PlannedStudy
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Outcomes, entropies
 from reqat.evaluation.loading import load_at
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation.batches import RunningBatch
 from reqat.models import save_model
 from reqat.records import pin, record

@@ -15,7 +15,7 @@ from reqat.config.errors import ReqatError
 from reqat.config.precision import PrecisionSpec
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation.dynamics import run_dynamics, verified_traces
-from reqat.evaluation.trace_files import TraceFolder
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.models import freeze, load_model, prepare, save_model
 from reqat.tasks import problems, verify, write_trace
 

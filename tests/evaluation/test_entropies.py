@@ -24,7 +24,8 @@ from reqat.evaluation.entropies import (
     force_traces,
     vocabulary_of,
 )
-from reqat.evaluation.trace_files import TraceFolder, TraceInfo, TraceWriter
+from reqat.evaluation.trace_files import TraceInfo, TraceWriter
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation import BatchStart, Decoding, generate
 from reqat.models import freeze, prepare
 

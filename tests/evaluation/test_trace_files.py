@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from reqat.config.errors import ReqatError
-from reqat.evaluation.trace_files import TokenColumns, TraceFolder, TraceInfo, TraceWriter
+from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.evaluation.trace_tables import META, TOKENS, TRACES, stream_tokens
 
 WORDS = [f"w{i}" for i in range(20)]

@@ -21,7 +21,8 @@ from analysis.entropy.pair_report import report
 from reqat.config.errors import ReqatError
 from reqat.evaluation.outcomes import Outcomes
 from reqat.evaluation.statistics import accuracy, clustered_means
-from reqat.evaluation.trace_files import TokenColumns, TraceFolder, TraceInfo, TraceWriter
+from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
+from reqat.evaluation.trace_folder import TraceFolder
 from reqat.tasks import get_family, problems
 
 WORDS = ["<eos>", "\n", " so", " is", " the", " 1", "2", " 37", " +", " -", "=", " x1", "."]
