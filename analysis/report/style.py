@@ -131,9 +131,15 @@ def figure(height_in: float, width_in: float = WIDTH_IN) -> Figure:
 def footer(fig: Figure | SubFigure, notes: Sequence[str]) -> None:
     """Tier, n, seeds, arithmetic, in small print under everything (of a figure of subfigures: under the last row)."""
     width_chars = round(22 * fig.bbox.width / fig.dpi)  # of 6-point letters
-    text = "\n".join(textwrap.wrap("  ".join(notes), width_chars, break_on_hyphens=False))
     # supxlabel takes part in the constrained layout, so that the axes make room for it.
-    fig.supxlabel(text, fontsize=6, color="#555555", x=0.01, ha="left")
+    small = fig.supxlabel("", fontsize=6, color="#555555", x=0.01, ha="left")
+    whole = fig if isinstance(fig, Figure) else fig.figure
+    renderer = FigureCanvasAgg(whole).get_renderer()
+    while True:  # a line of wide letters can be too long for the page
+        small.set_text("\n".join(textwrap.wrap("  ".join(notes), width_chars, break_on_hyphens=False)))
+        if small.get_window_extent(renderer).width <= 0.99 * fig.bbox.width or width_chars <= 40:
+            return
+        width_chars -= 2
 
 
 def panel(ax: Axes, letter: str, title: str, *, theirs: bool = False) -> None:
