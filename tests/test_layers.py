@@ -27,9 +27,10 @@ LAYERS = (
     ("reqat.inference",),
     ("reqat.training", "reqat.generation"),
     ("reqat.evaluation",),
-    ("reqat.recipes",),
+    ("reqat.methods",),
     ("reqat.records",),
     ("analysis",),
+    ("reqat.pipeline",),
     ("reqat.cli",),
 )
 LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}
@@ -180,10 +181,10 @@ def test_files_are_short(folder: str) -> None:
         ("reqat/quant/inner", "from .. import models"),
         ("reqat/data/inner", "from reqat import tasks"),  # beside it, in one layer
         ("reqat/training/inner", "def late():\n    from reqat.generation import generate"),
-        ("reqat/evaluation/inner", "if TYPE_CHECKING:\n    from reqat.recipes import sem"),
+        ("reqat/evaluation/inner", "if TYPE_CHECKING:\n    from reqat.methods import sem"),
         ("reqat/evaluation/inner", "importlib.import_module('reqat.cli.app')"),
-        ("reqat/recipes/inner", "import reqat"),  # hands out names of every layer
-        ("reqat/recipes/inner", "from reqat import prepare"),
+        ("reqat/methods/inner", "import reqat"),  # hands out names of every layer
+        ("reqat/methods/inner", "from reqat import prepare"),
         ("reqat/records/inner", "def late():\n    from analysis import tables"),
         ("analysis/inner", "from reqat.cli import app"),
         ("analysis/inner", "from tests.campaign import cases"),

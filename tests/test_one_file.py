@@ -13,15 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 PTQ = """
-from reqat.recipes.ptq._method import Method
-from reqat.recipes.ptq.rtn import rtn
+from reqat.methods.ptq._method import Method
+from reqat.methods.ptq.rtn import rtn
 
 METHOD = Method(rtn, options={"alpha": 0.5})
 """
 USE_PTQ = """
 from reqat.config.stage import PTQSettings
-from reqat.recipes import ptq
-from tests.recipes.conftest import FAMILIES, SHAPE
+from reqat.methods import ptq
+from tests.methods.conftest import FAMILIES, SHAPE
 
 assert PTQSettings(method="toy").method == "toy"
 _, metrics = ptq.quantize("toy", FAMILIES["llama"](SHAPE), "NVFP4-W4A4", alpha=0.2)
@@ -51,7 +51,7 @@ TERM = Margin
 USE_TERM = """
 import torch
 from reqat.config.stage import Training
-from reqat.recipes.stages import objective
+from reqat.pipeline.stages import objective
 from reqat.training import TermContext
 
 training = Training(objective=[{"name": "nll"}, {"name": "toy", "weight": 0.5, "power": 3.0}])
@@ -85,8 +85,8 @@ for problem in problems({"basic_arithmetic": {}}, "train", 5, 0):
     assert verify(problem, write_trace(problem, random.Random(0)))
 """
 CASES = {
-    "recipes/ptq/toy.py": (PTQ, USE_PTQ),
-    "recipes/terms/toy.py": (TERM, USE_TERM),
+    "methods/ptq/toy.py": (PTQ, USE_PTQ),
+    "methods/terms/toy.py": (TERM, USE_TERM),
     "tasks/families/basic_arithmetic.py": (TASK, USE_TASK),
 }
 
@@ -94,7 +94,7 @@ CASES = {
 @pytest.mark.parametrize("file", sorted(CASES))
 def test_one_file_is_enough(tmp_path: Path, file: str) -> None:
     code, use = CASES[file]
-    for folder in ("reqat", "tests/recipes"):
+    for folder in ("reqat", "tests/methods"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "reqat" / file).write_text(code)
     kernels = str(ROOT / "kernels")

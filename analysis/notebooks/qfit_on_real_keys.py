@@ -38,8 +38,8 @@ from IPython.display import display
 import reqat
 from analysis.entropy.walkthrough import show
 from analysis.report import keys
+from reqat.methods import qfit
 from reqat.models import load_model, load_tokenizer
-from reqat.recipes import qfit
 from reqat.tasks import problems
 
 ROOT = Path(reqat.__file__).parents[1]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from reqat.recipes.qfit import Activations, QFitResult
+    from reqat.methods.qfit import Activations, QFitResult
     from reqat.tasks import Problem
 
 # Of a channel's values, the band that holds all but one in a hundred at each end.
@@ -85,7 +85,7 @@ def stages_of_keys(activations: Activations, scale_GD: Tensor, shift_GD: Tensor)
     """The keys of a layer on their way into the cache, each [n, G, T, D]: ``before RoPE``, ``after RoPE``, ``scaled``,
     ``scaled and shifted``.
     """
-    from reqat.recipes.qfit import rope
+    from reqat.methods.qfit import rope
 
     rotated = rope(activations.key, activations.cos, activations.sin)
     scaled = rotated / scale_GD[:, None]

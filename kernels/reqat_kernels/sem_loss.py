@@ -1,6 +1,6 @@
 """Cross-entropy plus selective entropy minimization, from hidden states, without ever holding all logits.
 
-The loss over N response tokens is ``sum_n nll_n + lambda * sum_n w_n H_n`` (:mod:`reqat.recipes.terms.sem` says why).
+The loss over N response tokens is ``sum_n nll_n + lambda * sum_n w_n H_n`` (:mod:`reqat.methods.terms.sem` says why).
 At 25k tokens and a vocabulary of 152k one float32 copy of the logits is 15 GB, and autograd wants several. Here the
 head's matrix product is part of the loss: logits exist for one chunk of tokens at a time, and the gradients of the
 hidden states and of the head's weight are summed chunk by chunk, in the forward pass, while the chunk's logits are

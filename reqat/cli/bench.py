@@ -18,13 +18,14 @@ import typer
 from reqat.cli.app import INTERRUPTED, Quiet, Tier, app, session, start_computing
 from reqat.cli.arguments import Threads
 from reqat.cli.results import Replace, Rewrite, rendering
-from reqat.cli.run import Force, finished, locked
-from reqat.cli.sections import Bench, Section, measured, preload, sections
+from reqat.cli.run import Force
 from reqat.config import machine
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json, write_file
 from reqat.config.targets import making
 from reqat.config.throughput import LEAST_MEMORY_MB, Throughput, load_throughput, sources
+from reqat.pipeline.benchmark import Bench, Section, measured, preload, sections
+from reqat.pipeline.jobs import finished, locked
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
@@ -154,7 +155,7 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
 
     if sys.modules.get("torchao", ...) is None:  # start_computing keeps it from other verbs; here it is a peer
         del sys.modules["torchao"]
-    bench = Bench(settings, memory_of(settings), out, say or (lambda _: None))
+    bench = Bench(settings, memory_of(settings), out, session.paths.base, say or (lambda _: None))
     cache_bytes = last_level_cache_bytes()
     preload(settings)
     whole, peaks = Section(Result(), [], []), {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,31 +11,17 @@ import typer
 
 import reqat
 from reqat.cli import arguments
-from reqat.cli.app import Quiet, Tier, app, start_computing
+from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.arguments import Policy, Problems, Seeds, Threads, seed_list
-from reqat.cli.intervene import (
-    Conditions,
-    Force,
-    Out,
-    Task,
-    load,
-    same_tokens,
-    weights,
-    writing,
-)
+from reqat.cli.intervene import Force, Out, writing
 from reqat.config.decoding import SAMPLE
-from reqat.config.errors import ReqatError
-from reqat.config.files import read_json
 from reqat.config.targets import making_file
+from reqat.pipeline.resets import SCHEMA, fitted_tau0, grade_resets, is_fit, read_fit, reset_decodings
+from reqat.pipeline.task import Task, load, same_tokens, weights
 from reqat.records import provenance, record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from reqat.evaluation.tau0 import EntropyQuantile
-
-SCHEMA = "reqat.reset/1"
-BF16 = "bf16"
+    pass
 
 
 @app.command("fit-reset")
@@ -69,7 +54,7 @@ def fit_reset(
     force: Force = False,
 ) -> None:
     """Fit ReSET's tau0 to a quantized model; the file's `policy` is what `--decoding` and `reqat reset` take."""
-    task, used = Task.of_tier(tier), seed_list(seeds)
+    task, used = Task.of_tier(session.plan(tier).tier), seed_list(seeds)
     rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
     with making_file(out, is_fit, replace=force) as write:
         start_computing(threads)
@@ -99,48 +84,6 @@ def fit_reset(
     print(f"tau0: {fit}\n{policy}\nwritten: {out}")
 
 
-def fitted_tau0(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    n: int,
-    seeds: Sequence[int],
-    decoding: str,
-    quantile: float,
-    quiet: bool,
-) -> EntropyQuantile:
-    """ReSET's tau0 on the first `n` validation problems."""
-    from reqat.evaluation.tau0 import fit_tau0
-
-    options = task.options(seeds, decoding, quiet, "fitting tau0")
-    return fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=quantile, **options)
-
-
-def is_fit(path: Path) -> bool:
-    """Whether `fit-reset` wrote the file."""
-    try:
-        return read_json(path, "fit", "fit again").get("schema") == SCHEMA
-    except ReqatError:
-        return False
-
-
-def read_fit(path: Path) -> str:
-    """The policy in a file of `fit-reset`. Raises `ReqatError` where there is none."""
-    from reqat.generation import Decoding
-
-    if not path.exists():
-        raise ReqatError(f"{path}: no such file; `reqat fit-reset` writes one.")
-    try:
-        made = read_json(path, "file of `reqat fit-reset`", "fit it again")
-        if made["schema"] != SCHEMA:
-            raise ReqatError(f"schema {made['schema']!r}, this version reads {SCHEMA!r}; fit it again.")
-        return str(Decoding.parse(made["policy"]))
-    except ReqatError as error:
-        raise error if str(path) in str(error) else ReqatError(f"{path}: {error}") from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ReqatError(f"{path}: not a file of `reqat fit-reset` ({error}); fit it again.") from None
-
-
 @app.command("reset")
 def grade_reset(
     model: Annotated[str, typer.Option(callback=arguments.model, help="The model's folder.")],
@@ -167,7 +110,7 @@ def grade_reset(
     force: Force = False,
 ) -> None:
     """ReSET's ablation: the quantized model, the same with ReSET, and BF16, on the same problems and seeds."""
-    task, used_seeds, unquantized = Task.of_tier(tier), seed_list(seeds), reference or model
+    task, used_seeds, unquantized = Task.of_tier(session.plan(tier).tier), seed_list(seeds), reference or model
     roles = {"model": model, "reference": unquantized}
     with writing("reset", out, roles, used_seeds, force=force, threads=threads) as found:
         decodings = reset_decodings(decoding, {"reset": read_fit(fit)}, also or [])
@@ -181,29 +124,3 @@ def grade_reset(
             "decodings": decodings,
         }  # fmt: skip
         grade_resets(found, quantized, plain, tokenizer, task, decodings, problems, used_seeds, quiet)
-
-
-def reset_decodings(decoding: str, fits: Mapping[str, str], controls: Sequence[str]) -> dict[str, str]:
-    """Condition -> decoding: the quantized model as it is, with each fitted policy, BF16, then the controls."""
-    also = {f"also-{i}": text for i, text in enumerate(controls)}
-    return {"quantized": decoding, **fits, BF16: decoding, **also}
-
-
-def grade_resets(
-    conditions: Conditions,
-    quantized: PreTrainedModel,
-    reference: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    decodings: Mapping[str, str],
-    n: int,
-    seeds: Sequence[int],
-    quiet: bool,
-) -> None:
-    """Grade every decoding on the first `n` problems: all of the quantized model, but for the condition `bf16`."""
-    from reqat.evaluation import evaluate
-
-    asked = task.problems(n)
-    for name, text in decodings.items():
-        model = reference if name == BF16 else quantized
-        conditions.add(name, evaluate(model, tokenizer, asked, **task.options(seeds, text, quiet, name)))

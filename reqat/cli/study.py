@@ -8,43 +8,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.arguments import Threads
-from reqat.cli.entropy import collect
-from reqat.cli.intervene import Conditions, Task, grade_noise, grade_routes, load, nats, noise_ends, same_tokens
-from reqat.cli.reset import fitted_tau0, grade_resets, reset_decodings
 from reqat.cli.results import Replace, Rewrite, rendering
-from reqat.cli.run import Force, finished, input_folders, locked
+from reqat.cli.run import Force
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
-from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.studies import (
     FILE,
-    DynamicsStudy,
-    GradientsStudy,
-    NoiseStudy,
-    PairStudy,
     PlannedStudy,
-    ResetStudy,
-    RoutingStudy,
     load_studies,
     study_called,
 )
 from reqat.config.targets import making
+from reqat.pipeline.studies import TRACES, _require_inputs, run_study, same_stages, stages_there
 from reqat.records import pin, record
-from reqat.tasks.problem_files import of_problems
-
-TRACES = "tokens.parquet"  # large, and made again by the study: never pinned
 
 
 @app.command()
@@ -72,195 +57,6 @@ def studies_of(plan: Plan) -> dict[str, PlannedStudy]:
     if not found:
         raise ReqatError(f"tier {plan.tier.name} has no studies; give it a section in config/{FILE}.")
     return found
-
-
-def stages_there(plan: Plan, studies: Iterable[PlannedStudy], paths: Paths) -> dict[str, str]:
-    """The stages that studies stand on, as they lie there now: id -> digest of its outputs, of those that are there."""
-    folders = {id: paths.stage(plan.stage(id)) for study in studies for id in study.inputs.values()}
-    return {
-        id: record.outputs_digest(record.read(folder))
-        for id, folder in folders.items()
-        if (folder / record.FILE).is_file()
-    }
-
-
-@dataclass(frozen=True)
-class Run:
-    """A study at work."""
-
-    study: PlannedStudy
-    plan: Plan
-    inputs: Mapping[str, Path]
-    """Role -> folder of the stage that fills it."""
-    out: Path
-    checkpoints: Path
-    """For what goes on after a kill."""
-    quiet: bool
-
-    def load(self, role: str) -> tuple[Any, Any]:
-        """Model and tokenizer of a role, at its precision."""
-        return load(self.inputs[role] / "model", self.study.models[role].precision)
-
-
-def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
-    """Run one study, unless its result is there and was made from the stages that are there. Raises `ReqatError` if a
-    stage that it stands on is missing or is not what it was."""
-    out = paths.study(study.id)
-    with locked(paths, study.id):
-        if not force and finished(out, study.id):
-            try:
-                record.check_inputs(out, record.read(out), stages_there(plan, [study], paths))
-            except ReqatError as stale:
-                print(f"{stale} Measuring it again.", flush=True)
-            else:
-                print(f"{study.id}: already there")
-                return
-        inputs, digests = input_folders(plan, study.inputs, paths)
-        where, tier = paths.partial(study.id), plan.tier.name
-        with record.job("study", study.id, study, root=paths.root, out=out, partial=where, tier=tier) as job:
-            job.inputs = digests
-            job.seeds = list(getattr(study.settings, "seeds", ()))
-            job.resumed = paths.checkpoints(study.id).exists()
-            run = Run(study, plan, inputs, job.partial, paths.checkpoints(study.id), not progress)
-            job.metrics = RUNNERS[study.kind](run)
-        shutil.rmtree(paths.checkpoints(study.id), ignore_errors=True)
-    print(f"{study.id}: done, {out}")
-
-
-def pair(run: Run) -> dict[str, Any]:
-    """As `reqat entropy`: traces sampled by both models, read by both."""
-    from reqat.evaluation.loading import AUTOCAST
-
-    s = run.study.settings
-    assert isinstance(s, PairStudy)
-    task, models = Task.of_study(run.study), run.study.models
-    return collect(
-        {role: str(run.inputs[role] / "model") for role in models},
-        (models["reference"].precision.name, models["candidate"].precision.name),
-        [models[role].precision.options() for role in ("reference", "candidate")],
-        of_problems(task.problems(s.n)),
-        run.out,
-        seeds=s.seeds,
-        decoding=s.decoding,
-        max_new_tokens=task.max_new_tokens,
-        batch_rows=task.batch_rows,
-        sample=True,
-        end_marker=None,
-        logprobs={},
-        k=s.top,
-        bins=s.bins,
-        more_than=s.more_than,
-        root=session.paths.root.absolute(),
-        progress=not run.quiet,
-        plots=False,
-        autocast=AUTOCAST[task.autocast],
-    )
-
-
-def routing(run: Run) -> dict[str, Any]:
-    """As `reqat route`: the four policies at one threshold."""
-    from reqat.generation.interventions import policies
-
-    s = run.study.settings
-    assert isinstance(s, RoutingStudy)
-    task, conditions = Task.of_study(run.study), Conditions(run.out)
-    task.options(s.seeds, s.decoding, True, "")  # refuses a text that is no policy before the first hour
-    reference, tokenizer = run.load("reference")
-    candidate, other = run.load("candidate")
-    same_tokens(tokenizer, other)
-    value = nats(s.threshold, reference, tokenizer, task, s.held_out, run.quiet)
-    names = list(policies(value))
-    grade_routes(conditions, reference, candidate, tokenizer, task, names, value, s.n, s.seeds, s.decoding, run.quiet)
-    return conditions.finish() | {"measured": {"threshold_nats": value}}
-
-
-def noise(run: Run) -> dict[str, Any]:
-    """As `reqat noise`: no noise, then every size at either end."""
-    s = run.study.settings
-    assert isinstance(s, NoiseStudy)
-    task, conditions = Task.of_study(run.study), Conditions(run.out)
-    task.options(s.seeds, s.decoding, True, "")
-    model, tokenizer = run.load("model")
-    ends = noise_ends(s.by, s.share, model, tokenizer, task, s.held_out, run.quiet)
-    grade_noise(conditions, model, tokenizer, task, s.sigmas, s.share, ends, s.n, s.seeds, s.decoding, run.quiet)
-    return conditions.finish() | {"measured": {"thresholds_nats": ends}}
-
-
-def reset(run: Run) -> dict[str, Any]:
-    """As `reqat fit-reset` and `reqat reset`: tau0 on held-out problems, then every decoding on the same problems."""
-    import dataclasses
-
-    from reqat.generation import Decoding
-
-    s = run.study.settings
-    assert isinstance(s, ResetStudy)
-    task, conditions = Task.of_study(run.study), Conditions(run.out)
-    rule: dict[str, Any] = {"top_p": s.top_p, "t_high": s.t_high, "window": s.window, "step": s.step}
-    for text in (s.decoding, *s.controls, *(str(Decoding.reset(t, 0.0, **rule)) for t in s.t_low)):
-        task.options(s.seeds, text, True, "")
-    quantized, tokenizer = run.load("quantized")
-    reference, other = run.load("reference")
-    same_tokens(other, tokenizer)
-    fit = fitted_tau0(quantized, tokenizer, task, s.held_out, s.fit_seeds, s.decoding, s.quantile, run.quiet)
-    print(f"tau0: {fit}", flush=True)
-    fits = {
-        "reset" if i == 0 else f"reset-{t_low:g}": str(Decoding.reset(t_low, fit.value, **rule))
-        for i, t_low in enumerate(s.t_low)
-    }
-    decodings = reset_decodings(s.decoding, fits, s.controls)
-    grade_resets(conditions, quantized, reference, tokenizer, task, decodings, s.n, s.seeds, run.quiet)
-    return conditions.finish() | {"measured": {"tau0": dataclasses.asdict(fit), "decodings": decodings}}
-
-
-def dynamics(run: Run) -> dict[str, Any]:
-    """The same verified traces read by every model, and how each moved the base's entropies."""
-    import pandas as pd
-
-    from analysis.entropy import entropy_change
-    from reqat.evaluation.dynamics import run_dynamics, verified_traces
-    from reqat.evaluation.loading import AUTOCAST
-    from reqat.evaluation.trace_folder import TraceFolder
-    from reqat.models import load_tokenizer
-
-    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
-    assert isinstance(s, DynamicsStudy) and asked is not None and how is not None
-    models = {role: (run.inputs[role] / "model", model.precision) for role, model in run.study.models.items()}
-    tokenizer = load_tokenizer(run.inputs["base"] / "model")
-    traces = verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
-    found = run_dynamics(models, traces, run.out, autocast=AUTOCAST[how.autocast], progress=not run.quiet)
-    folder = TraceFolder(run.out)
-    moved = [entropy_change(folder, "base", label, bins=s.bins).assign(label=label) for label in found["labels"][1:]]
-    table = pd.concat(moved, ignore_index=True)
-    write_file(run.out / "dynamics.csv", table.to_csv(index=False, lineterminator="\n"))
-    return found
-
-
-def gradients(run: Run) -> dict[str, Any]:
-    """A QAT stage trained anew while a probe looks on. A killed study goes on from the training's checkpoint."""
-    from reqat.recipes.gradients import run_gradients
-
-    s = run.study.settings
-    assert isinstance(s, GradientsStudy)
-    return run_gradients(
-        run.plan.stage(run.study.models["model"].stage),
-        {role: run.inputs[role] for role in run.study.given},
-        run.out,
-        every=s.every_steps,
-        trained=run.inputs["model"],
-        checkpoints=run.checkpoints,
-        progress=not run.quiet,
-    )
-
-
-RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
-    "pair": pair,
-    "routing": routing,
-    "noise": noise,
-    "reset": reset,
-    "dynamics": dynamics,
-    "gradients": gradients,
-}
-"""Kind -> what measures it: writes its files into the run's folder and returns the record's metrics."""
 
 
 @app.command("study-report")
@@ -333,41 +129,3 @@ def pin_studies(
             },
         )
     print(f"pinned: {target}")
-
-
-def _require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mapping[str, str]) -> None:
-    """Refuse a study that was not made from the stages `there`. Raises `ReqatError` naming the command that helps."""
-    found = record.verify(folder, id=study.id, deep=False)
-    for role, id in study.inputs.items():
-        if id not in there:
-            raise ReqatError(
-                f"{folder}: its {role} {id} is not there any more, so nobody can tell whether the study was made from "
-                f"it; make it (reqat stage {id} --tier {plan.tier.name}), or bring it back."
-            )
-    try:
-        record.check_inputs(folder, found, there)
-    except ReqatError as error:
-        raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {plan.tier.name}.") from None
-
-
-def same_stages(plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str, str], run: Path) -> bool | None:
-    """Whether studies stand on the very weights that the pinned run in folder `run` tabulates; warns where they do not.
-
-    None where one of the stages is missing on either side, so that nothing can be said. A pinned base is not asked
-    about: the sha256 of its weights is part of the ids.
-    """
-    kept = {
-        path.parent.name: record.outputs_digest(record.read(path.parent))
-        for kind in ("stages", "data")
-        for path in sorted(run.glob(f"{kind}/*/{record.FILE}"))
-    }
-    used = sorted({id for study in studies for id in study.inputs.values() if made(plan.stage(id))})
-    other = [id for id in used if id in kept and id in there and kept[id] != there[id]]
-    if other:
-        print(
-            f"reqat: warning: the studies stand on other weights than the pinned run in {run}: {', '.join(other)}; "
-            "their numbers and its tables are of different trainings.",
-            file=sys.stderr,
-        )
-        return False
-    return True if set(used) <= kept.keys() & there.keys() else None

@@ -9,16 +9,16 @@ _LIBRARY = Path(__file__).resolve().parent.parent
 
 
 def modules_of(package: str) -> tuple[str, ...]:
-    """Names of the public modules of a package of `reqat` (``recipes.ptq``), in alphabetical order."""
+    """Names of the public modules of a package of `reqat` (``methods.ptq``), in alphabetical order."""
     folder = _LIBRARY.joinpath(*package.split("."))
     return tuple(sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")))
 
 
-PTQ_METHODS = modules_of("recipes.ptq")
-"""Post-training quantization methods, one a file of `reqat/recipes/ptq/`."""
+PTQ_METHODS = modules_of("methods.ptq")
+"""Post-training quantization methods, one a file of `reqat/methods/ptq/`."""
 
-OBJECTIVE_TERMS = modules_of("recipes.terms")
-"""Terms of the training objective, one a file of `reqat/recipes/terms/`."""
+OBJECTIVE_TERMS = modules_of("methods.terms")
+"""Terms of the training objective, one a file of `reqat/methods/terms/`."""
 
 TASK_FAMILIES = modules_of("tasks.families")
 """Task families, one a file of `reqat/tasks/families/`."""

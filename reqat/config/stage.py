@@ -52,7 +52,7 @@ class QADTerm(Strict):
 
 
 class OtherTerm(BaseModel):
-    """Any other term of `reqat.recipes.terms`; settings besides its weight are arguments of its class."""
+    """Any other term of `reqat.methods.terms`; settings besides its weight are arguments of its class."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -72,7 +72,7 @@ Term = Annotated[
     | Annotated[OtherTerm, Tag("other")],
     Discriminator(_kind_of_term),
 ]
-"""One summand of the objective. A new one is a file of `reqat/recipes/terms/`; its own model here is needed only for
+"""One summand of the objective. A new one is a file of `reqat/methods/terms/`; its own model here is needed only for
 settings that are to be checked before torch is imported."""
 
 
@@ -222,7 +222,7 @@ def _ptq_method(name: str) -> str:
 
 
 PTQMethod = Annotated[str, AfterValidator(_ptq_method), Field(json_schema_extra={"enum": list(PTQ_METHODS)})]
-"""A method of `reqat.recipes.ptq`."""
+"""A method of `reqat.methods.ptq`."""
 
 
 class PTQSettings(Strict):

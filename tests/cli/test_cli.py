@@ -155,8 +155,8 @@ def test_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_two_processes_do_not_make_the_same_result():
-    from reqat.cli.run import locked
     from reqat.config import ReqatError
+    from reqat.pipeline.jobs import locked
 
     with (
         locked(Paths(), "qat-1"),

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from reqat.cli.main import main
-from reqat.cli.run import run_evaluation, run_stage
 from reqat.config import Paths, Plan, ReqatError, load_catalogue, load_tier, plan
 from reqat.config.base import merge, parse
 from reqat.config.tier import Tier
 from reqat.evaluation import Outcomes
+from reqat.pipeline.jobs import run_evaluation, run_stage
 from reqat.records import record
 
 ROOT = Path(__file__).parents[2]

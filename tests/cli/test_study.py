@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.report.studies import Study, by_kind, load_studies, pinned_studies
 from reqat.cli.main import main
-from reqat.cli.study import same_stages, stages_there
 from reqat.config import Paths, load
 from reqat.config import studies as config
 from reqat.config.paths import made
@@ -29,6 +28,7 @@ from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation.batches import RunningBatch
 from reqat.models import save_model
+from reqat.pipeline.studies import same_stages, stages_there
 from reqat.records import pin, record
 from reqat.tasks import problems, write_trace
 
@@ -352,7 +352,7 @@ def test_a_training_made_anew_gets_the_stage_and_what_it_read(checkout: Path, mo
         options["checkpoints"].mkdir(parents=True)
         return {"looks": 0}
 
-    monkeypatch.setattr("reqat.recipes.gradients.run_gradients", run)
+    monkeypatch.setattr("reqat.pipeline.gradients.run_gradients", run)
     for id in study.inputs.values():
         folder = checkout / "build" / ("data" if id.startswith("data-") else "stages") / id
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from reqat.cli.study import RUNNERS
 from reqat.config import Paths, ReqatError, load
 from reqat.config.plan import Plan
 from reqat.config.studies import KINDS, PlannedStudy, load_studies, study_called
+from reqat.pipeline.studies import RUNNERS
 
 ROOT = Path(__file__).parents[2]
 BF16, FP4 = {"recipe": "ft", "precision": "BF16"}, {"recipe": "ft-ptq", "precision": "NVFP4-W4A4KV4"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from reqat.config.stage import DataSettings
 from reqat.data import Trace, TraceStore, batches, build_tokenizer, encode_prompt, pack, select, write_store
 from reqat.data.packing import IGNORE
-from reqat.recipes.stages import traces as generate
+from reqat.pipeline.stages import traces as generate
 from reqat.tasks import problems, write_trace
 
 

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers import models as token_models
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from reqat.cli.entropy import Given, _given_traces, _sampled_traces
 from reqat.config.errors import ReqatError
 from reqat.config.stage import Calibration
 from reqat.data import (
@@ -29,7 +28,9 @@ from reqat.data import (
 )
 from reqat.generation import Decoding, Generation, generate
 from reqat.models import freeze, load_tokenizer, prepare
-from reqat.recipes.stages import calibration_ids
+from reqat.pipeline.pairs import _given_traces, _sampled_traces
+from reqat.pipeline.stages import calibration_ids
+from reqat.tasks.problem_files import Given
 
 Tiny = Callable[..., LlamaForCausalLM]
 WORDS = ["<s>", "</s>", "<unk>", "<user>", "<bot>", "<turn>", "hi", "there", "yes", "no"]

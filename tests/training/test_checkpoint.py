@@ -19,9 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.config.errors import ReqatError
 from reqat.data import PackedRows, Trace, pack
+from reqat.methods.terms.qad import QAD
+from reqat.methods.terms.sem import SEM
 from reqat.models import prepare
-from reqat.recipes.terms.qad import QAD
-from reqat.recipes.terms.sem import SEM
 from reqat.training import NLL, Objective, TrainResult, TrainSettings, checkpoint, loop, train
 from reqat.training.checkpoint import FILE
 

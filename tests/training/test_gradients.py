@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from reqat.data.packing import IGNORE
 from reqat.evaluation.entropies import token_statistics
+from reqat.methods.terms.sem import SEM
 from reqat.models import prepare
-from reqat.recipes.terms.sem import SEM
 from reqat.training import NLL, Objective, TrainSettings, train
 from reqat.training.gradients import GradientProbe, TokenGradients, token_gradients
 from reqat.training.loop import batch_loss

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reqat.config.errors import ReqatError
 from reqat.data import Trace, pack
 from reqat.data.packing import IGNORE
+from reqat.methods.terms.qad import QAD
+from reqat.methods.terms.sem import SEM
 from reqat.models import freeze, prepare
-from reqat.recipes.terms.qad import QAD
-from reqat.recipes.terms.sem import SEM
 from reqat.training import NLL, Objective, TermContext, TrainSettings, learning_rate, loop, response_logits, train
 from reqat.training.checkpoint import FILE
 

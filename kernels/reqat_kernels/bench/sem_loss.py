@@ -1,6 +1,6 @@
 """The fused SEM loss and its competitors in float32; :mod:`reqat_kernels.bench.loss` puts them on the clock.
 
-    naive           full logits and autograd, the formula of :mod:`reqat.recipes.terms.sem` as it is written
+    naive           full logits and autograd, the formula of :mod:`reqat.methods.terms.sem` as it is written
     ce-forward      chunked cross-entropy that computes its gradient in the forward sweep: 3 matrix products, no SEM
     ce-recompute    chunked cross-entropy that recomputes the logits in backward: 4 matrix products, no SEM
     reqat-ce        ours without the entropy term

@@ -1,8 +1,8 @@
 """The sections of a benchmark: what each measures, in a process of its own.
 
-A section is measured in a fork (:mod:`reqat.cli.isolation`). So its memory is free again before the next one starts,
-and code of others that dies (a protection fault inside ggml, say) costs its own rows: the section is measured again
-without it, and the record says so.
+A section is measured in a fork (:mod:`reqat.pipeline.isolation`). So its memory is free again before the next one
+starts, and code of others that dies (a protection fault inside ggml, say) costs its own rows: the section is measured
+again without it, and the record says so.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from reqat.cli.app import session
-from reqat.cli.isolation import Died, Mark, isolated
 from reqat.config.errors import ReqatError
 from reqat.config.throughput import AgreementBench, DecodeBench, EntropyBench, Throughput, TrainStepBench
+from reqat.pipeline.isolation import Died, Mark, isolated
 
 _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
 
@@ -34,12 +33,13 @@ class Section:
 
 @dataclass
 class Bench:
-    """What the measuring of a section needs: settings, memory in bytes, a folder for files, whom to tell, and whom to
-    leave out."""
+    """What the measuring of a section needs: settings, memory in bytes, a folder for files, that of the pinned base,
+    whom to tell, and whom to leave out."""
 
     settings: Throughput
     memory: int
     out: Path
+    base: Path
     say: Callable[[str], None]
     mark: Mark = field(default_factory=Mark)
     avoid: set[str] = field(default_factory=set)
@@ -154,9 +154,9 @@ def timed(name: str, bench: Bench) -> tuple[Any, list[Any]]:
     return result, []
 
 
-def model_path(model: str) -> str:
+def model_path(model: str, bench: Bench) -> str:
     """Where a benchmark's model lies."""
-    return str(session.paths.base / "model") if model == "pinned" else model
+    return str(bench.base / "model") if model == "pinned" else model
 
 
 def train_step(asked: TrainStepBench, bench: Bench) -> tuple[Any, list[Any]]:
@@ -173,7 +173,7 @@ def train_step(asked: TrainStepBench, bench: Bench) -> tuple[Any, list[Any]]:
     watch, first = Neighbours(), len(probe.rates)
     try:
         seconds = measure_steps(
-            model_path(asked.model),
+            model_path(asked.model, bench),
             asked.precision,
             rows=asked.rows,
             row_tokens=asked.row_tokens,
@@ -225,7 +225,7 @@ def entropy(asked: EntropyBench, bench: Bench) -> tuple[Any, list[Any]]:
 
     try:
         result = measure_collection(
-            model_path(asked.model),
+            model_path(asked.model, bench),
             batch=asked.batch,
             prompt_tokens=asked.prompt_tokens,
             output_tokens=asked.output_tokens,
@@ -248,7 +248,7 @@ def agreement(asked: AgreementBench, bench: Bench) -> tuple[Any, list[Any]]:
     from reqat.tasks import problems
     from reqat_kernels.bench.measure import Result
 
-    path = model_path(asked.model)
+    path = model_path(asked.model, bench)
     asked_for = asked.model_dump()
     bench.say(f"agreement, {asked.model}: {asked.prompts} prompts")
     try:
@@ -278,7 +278,7 @@ def decode(asked: DecodeBench, bench: Bench) -> tuple[Any, list[Any]]:
     from reqat.models.loading import CheckpointNotFoundError
     from reqat_kernels.bench.measure import Result
 
-    path = model_path(asked.model)
+    path = model_path(asked.model, bench)
     scratch = bench.out.with_name(f"{bench.out.name}-weights")
     try:
         result = measure_decoding(

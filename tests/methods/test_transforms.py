@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.methods import ptq, qfit
+from reqat.methods.layerwise import walk
+from reqat.methods.ptq import awq, smoothquant
+from reqat.methods.scaling import groups_of
 from reqat.models import prepare, quant_linears
 from reqat.quant import Precision
-from reqat.recipes import ptq, qfit
-from reqat.recipes.layerwise import walk
-from reqat.recipes.ptq import awq, smoothquant
-from reqat.recipes.scaling import groups_of
 
 Tiny = Callable[..., PreTrainedModel]
 W4A4 = Precision.parse("NVFP4-W4A4")

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from reqat.formats import quantize
+from reqat.methods.layerwise import WeightProblem, solve_weights
+from reqat.methods.ptq import quantize as quantize_model
+from reqat.methods.ptq.gptq import gptq, gptq_codes
 from reqat.models import load_model, prepare, quant_linears, save_model
 from reqat.quant import Precision
-from reqat.recipes.layerwise import WeightProblem, solve_weights
-from reqat.recipes.ptq import quantize as quantize_model
-from reqat.recipes.ptq.gptq import gptq, gptq_codes
 
 FORMATS = ["NVFP4", "NVFP4-4/6", "MXFP4", "AMXFP4", "INT4-g128", "INT4-row"]
 
@@ -68,7 +68,7 @@ def textbook(p: WeightProblem, *, act_order: bool, damp: float) -> torch.Tensor:
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_matches_textbook_column_by_column(monkeypatch, fmt, act_order):
-    monkeypatch.setattr("reqat.recipes.ptq.gptq._BATCH", 24)  # several batches, the last one shorter
+    monkeypatch.setattr("reqat.methods.ptq.gptq._BATCH", 24)  # several batches, the last one shorter
     p = problem(fmt, N=5, K=128 if fmt == "INT4-g128" else 64)
     ours = gptq_codes(p, act_order=act_order, damp=0.05)
     assert torch.equal(ours.dequantize(), textbook(p, act_order=act_order, damp=0.05))

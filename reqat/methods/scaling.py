@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
+from reqat.methods.layerwise import Step, hooked
 from reqat.models import quant_linears
 from reqat.models.architecture import LinearSite, head_shape, sharing_groups
-from reqat.recipes.layerwise import Step, hooked
 
 # Two parameters of a norm that multiply its output: `weight` (Llama), or `1 + weight` (Gemma).
 _PROBES = (0.0, 1.0)

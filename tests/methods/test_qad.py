@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reqat.recipes.terms.qad import QAD
+from reqat.methods.terms.qad import QAD
 from reqat.training.objective import TermContext
 
 

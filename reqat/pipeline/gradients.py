@@ -29,7 +29,7 @@ from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.models import load_model
 from reqat.models.pretrained import plain_state
-from reqat.recipes.stages import MODEL, train_again
+from reqat.pipeline.stages import MODEL, train_again
 from reqat.training.gradients import GradientProbe, TokenGradients
 
 GRADIENTS = "gradients.csv"

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats import QuantizedTensor
-from reqat.recipes.layerwise import WeightProblem, solve_weights
-from reqat.recipes.ptq._method import Method
+from reqat.methods.layerwise import WeightProblem, solve_weights
+from reqat.methods.ptq._method import Method
 
 # Columns between two updates of the whole matrix.
 _BATCH = 128
@@ -49,7 +49,7 @@ def gptq(
 
     Returns metrics: the relative output error of each linear layer, rounded to nearest and by GPTQ, and their means.
 
-    Raises ValueError as :func:`reqat.recipes.layerwise.solve_weights` does.
+    Raises ValueError as :func:`reqat.methods.layerwise.solve_weights` does.
     """
     solved = solve_weights(
         model,

@@ -15,11 +15,11 @@ import pandas as pd
 import pytest
 import yaml
 
-from reqat.cli.isolation import Died, Mark, isolated
 from reqat.cli.main import main
-from reqat.cli.sections import Bench, measured
 from reqat.config.errors import ReqatError
 from reqat.config.throughput import Throughput, load_throughput
+from reqat.pipeline.benchmark import Bench, measured
+from reqat.pipeline.isolation import Died, Mark, isolated
 from reqat.records import record
 from reqat_kernels.bench import Case, Kernel, Work, machine, measure
 from reqat_kernels.bench.measure import Result
@@ -64,7 +64,7 @@ def test_a_section_is_measured_again_without_the_provider_that_died() -> None:
         )
         return found, []
 
-    found = measured("k", section, Bench(Throughput(), 10**9, Path(), said.append))
+    found = measured("k", section, Bench(Throughput(), 10**9, Path(), Path(), said.append))
     assert [row.provider for row in found.result.rows] == ["another", "mine"]
     (sentence,) = found.result.refused
     assert "theirs BF16" in sentence and "SIGSEGV" in sentence and len(said) == 1
@@ -78,7 +78,7 @@ def test_a_section_that_dies_of_our_own_code_ends_the_benchmark() -> None:
         return Result(), []
 
     with pytest.raises(ReqatError, match="decode-0.*memory"):
-        measured("decode-0", section, Bench(Throughput(), 10**9, Path(), lambda _: None))
+        measured("decode-0", section, Bench(Throughput(), 10**9, Path(), Path(), lambda _: None))
 
 
 def test_a_provider_of_others_that_raises_costs_its_rows_and_ours_the_run() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from reqat.recipes.terms.sem import SEM, sem_weights, token_entropies, weighted_entropy_sum
+from reqat.methods.terms.sem import SEM, sem_weights, token_entropies, weighted_entropy_sum
 from reqat.training.objective import NLL, Objective, TermContext
 
 

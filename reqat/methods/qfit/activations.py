@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.methods.layerwise import Step, hooked, on_output, walk
 from reqat.models import QuantLinear
 from reqat.models.architecture import DecoderLayer, HeadShape, head_shape
-from reqat.recipes.layerwise import Step, hooked, on_output, walk
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from reqat.config.stage import (
 )
 from reqat.data import TraceStore
 from reqat.models import load_model, load_tokenizer, prepare
-from reqat.recipes.stages import calibration_ids, objective, run_stage, selected
+from reqat.pipeline.stages import calibration_ids, objective, run_stage, selected
 
 KV4 = PrecisionSpec(name="NVFP4-W4A4KV4")
 TRAINING = Training(lr=3e-3, rows_per_batch=4, row_tokens=160)

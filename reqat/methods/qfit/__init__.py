@@ -33,9 +33,9 @@ A and B sizes of the grid.
 
 from __future__ import annotations
 
-from reqat.recipes.qfit.activations import Activations, activations, rope
-from reqat.recipes.qfit.calibrate import calibrate, fold
-from reqat.recipes.qfit.result import QFitResult
-from reqat.recipes.qfit.search import AttentionError, pair_scale
+from reqat.methods.qfit.activations import Activations, activations, rope
+from reqat.methods.qfit.calibrate import calibrate, fold
+from reqat.methods.qfit.result import QFitResult
+from reqat.methods.qfit.search import AttentionError, pair_scale
 
 __all__ = ["Activations", "AttentionError", "QFitResult", "activations", "calibrate", "fold", "pair_scale", "rope"]

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from reqat.methods.ptq._method import Method
 from reqat.models import freeze, quant_linears
-from reqat.recipes.ptq._method import Method
 
 
 def rtn(model: PreTrainedModel) -> dict[str, Any]:

@@ -41,8 +41,8 @@ from reqat.data import (
     without_bos,
     write_store,
 )
+from reqat.methods.terms import TERMS
 from reqat.models import check_length, check_token_ids, embedding_rows, load_model, load_tokenizer, prepare, save_model
-from reqat.recipes.terms import TERMS
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
 from reqat.training import Objective, Observer, TrainResult, train
@@ -243,7 +243,7 @@ def train_again(
 
 
 def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
-    from reqat.recipes import qfit
+    from reqat.methods import qfit
 
     settings = stage.settings
     assert isinstance(settings, QFitSettings)
@@ -264,7 +264,7 @@ def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
 
 
 def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
-    from reqat.recipes import ptq
+    from reqat.methods import ptq
 
     settings = stage.settings
     assert isinstance(settings, PTQSettings)

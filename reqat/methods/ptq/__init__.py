@@ -2,7 +2,7 @@
 
 A method is *transforms*, which rewrite the full-precision model without changing what it computes (scales folded into
 neighbouring layers), then a *solver*, which chooses the codes of the prepared model's weights:
-:func:`reqat.recipes.layerwise.solve_weights` walks the model for it.
+:func:`reqat.methods.layerwise.solve_weights` walks the model for it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from reqat.config.catalogue import PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
+from reqat.methods.layerwise import BATCH_TOKENS, check_input_ids
+from reqat.methods.ptq._method import Method, Transform
 from reqat.models import Report, calibrate_static, prepare
 from reqat.quant import Precision
-from reqat.recipes.layerwise import BATCH_TOKENS, check_input_ids
-from reqat.recipes.ptq._method import Method, Transform
 
 __all__ = ["METHODS", "Method", "Transform", "quantize"]
 

@@ -1,6 +1,6 @@
 """The search of Q-FIT: the error of attention at every point of the grid, for one layer.
 
-What makes it affordable is said in :mod:`reqat.recipes.qfit`.
+What makes it affordable is said in :mod:`reqat.methods.qfit`.
 
 Shapes: n sequences, T tokens, H query heads, G key/value heads, D head_dim, R query rows of a block.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, quantize_dequantize
+from reqat.methods.qfit.activations import Activations, rope
 from reqat.quant import Precision, block_hadamard
-from reqat.recipes.qfit.activations import Activations, rope
 
 # Smallest s0: a channel that calibration never saw move must not blow up when divided by it.
 _EPS = 1e-5

@@ -12,9 +12,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from reqat.config.errors import MissingFileError, ReqatError
 from reqat.formats import quantize_dequantize
+from reqat.methods.qfit import AttentionError, QFitResult, calibrate, fold, pair_scale
 from reqat.models import freeze, kv_quantizers, load_model, prepare, save_model
 from reqat.quant import Precision, block_hadamard
-from reqat.recipes.qfit import AttentionError, QFitResult, calibrate, fold, pair_scale
 
 KV4 = "NVFP4-KV4:kv_element=E1M2"
 CASES = [("llama", "shared"), ("qwen2", "shared"), ("qwen3", "shared"), ("qwen3", "widened")]

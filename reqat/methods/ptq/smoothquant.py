@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
+from reqat.methods.layerwise import walk
+from reqat.methods.ptq._method import Method
+from reqat.methods.ptq.rtn import rtn
+from reqat.methods.scaling import check_full_precision, groups_of, inputs_of
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision
-from reqat.recipes.layerwise import walk
-from reqat.recipes.ptq._method import Method
-from reqat.recipes.ptq.rtn import rtn
-from reqat.recipes.scaling import check_full_precision, groups_of, inputs_of
 
 _FLOOR = 1e-5
 

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.progress import bar
+from reqat.methods.layerwise import walk
+from reqat.methods.qfit.activations import capture, check_full_precision, has_qk_norm, scaling_of
+from reqat.methods.qfit.result import QFitResult, QKNorm, Variant
+from reqat.methods.qfit.search import search
 from reqat.models import precision_of, prepare
 from reqat.models.architecture import decoder_layers, head_shape
 from reqat.quant import Precision
-from reqat.recipes.layerwise import walk
-from reqat.recipes.qfit.activations import capture, check_full_precision, has_qk_norm, scaling_of
-from reqat.recipes.qfit.result import QFitResult, QKNorm, Variant
-from reqat.recipes.qfit.search import search
 
 
 def calibrate(

@@ -13,9 +13,9 @@ from reqat.config.errors import ReqatError
 from reqat.config.precision import PrecisionSpec
 from reqat.config.stage import Architecture, BaseSettings, DataStageSettings, Selection, Stage, Training, TrainSettings
 from reqat.models import load_model, load_tokenizer, save_model
-from reqat.recipes import gradients
-from reqat.recipes.gradients import COLUMNS, GRADIENTS, low_entropy_share, run_gradients, shares
-from reqat.recipes.stages import run_stage
+from reqat.pipeline import gradients
+from reqat.pipeline.gradients import COLUMNS, GRADIENTS, low_entropy_share, run_gradients, shares
+from reqat.pipeline.stages import run_stage
 from reqat.training.gradients import TokenGradients
 
 TRAINING = Training(lr=3e-3, rows_per_batch=4, row_tokens=160)
@@ -101,7 +101,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(
 
     settings = loop.TrainSettings
     monkeypatch.setattr(loop.checkpoint, "save", save_and_die)
-    monkeypatch.setattr("reqat.recipes.stages.LoopSettings", lambda **given: settings(**given, checkpoint_seconds=1e-9))
+    monkeypatch.setattr(
+        "reqat.pipeline.stages.LoopSettings", lambda **given: settings(**given, checkpoint_seconds=1e-9)
+    )
     out, inputs = tmp_path / "out", chain.inputs(chain.qat)
     with pytest.raises(KeyboardInterrupt):
         run_gradients(chain.qat, inputs, out, every=EVERY, progress=False)

@@ -28,12 +28,12 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
 from reqat.formats import Format
+from reqat.methods.layerwise import Step, hooked, walk
+from reqat.methods.ptq._method import Method
+from reqat.methods.ptq.rtn import rtn
+from reqat.methods.scaling import Group, check_full_precision, groups_of, inputs_of
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision, block_hadamard, fake_quantize
-from reqat.recipes.layerwise import Step, hooked, walk
-from reqat.recipes.ptq._method import Method
-from reqat.recipes.ptq.rtn import rtn
-from reqat.recipes.scaling import Group, check_full_precision, groups_of, inputs_of
 
 GRID = 20
 _FLOOR = 1e-4

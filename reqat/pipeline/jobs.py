@@ -1,0 +1,160 @@
+"""Stages and evaluations of a plan as jobs: lock, check inputs, run, record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+from reqat.config import resources
+from reqat.config.errors import ReqatError
+from reqat.config.files import exclusive
+from reqat.config.paths import Paths, made
+from reqat.config.plan import Plan
+from reqat.config.policy import Decoding
+from reqat.config.stage import BaseSettings, Evaluation, Stage
+from reqat.records import provenance, record
+
+# Inputs up to this size are hashed before they are used; larger ones are checked by size.
+_HASH_BYTES = 2 * 2**30
+
+
+def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
+    """Run one stage of a plan, unless its result is there. Raises `ReqatError` if an input is missing or not what it
+    was."""
+    todo = plan.stage(id)
+    if not made(todo):
+        raise ReqatError(f"{id} is the pinned base in {paths.base}; no job makes it. `snakemake base` trains one anew.")
+    out = paths.stage(todo)
+    with locked(paths, id):
+        if not force and finished(out, id):
+            print(f"{id}: already there")
+            return
+        inputs, digests = input_folders(plan, todo.inputs, paths)
+        _require(plan, todo)
+        where = paths.partial(id)
+        with record.job(todo.kind, id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
+            job.inputs = digests
+            job.seeds = [todo.seed] if todo.seed is not None else []
+            job.resumed = paths.checkpoints(id).exists()
+            if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
+                job.metrics = link_base(todo.settings, paths, job.partial)
+            else:
+                from reqat.pipeline.stages import run_stage as carry_out
+
+                job.metrics = carry_out(todo, inputs, job.partial, checkpoints=paths.checkpoints(id), progress=progress)
+    print(f"{id}: done, {out}")
+
+
+def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
+    """Run one evaluation of a plan, unless its result is there. Raises like `run_stage`."""
+    todo = plan.evaluation(id)
+    out = paths.evaluation(todo)
+    with locked(paths, id):
+        if not force and finished(out, id):
+            print(f"{id}: already there")
+            return
+        inputs, digests = input_folders(plan, todo.inputs, paths)
+        _require(plan, plan.stage(todo.stage))
+        where = paths.partial(id)
+        with record.job("evaluation", id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
+            job.inputs = digests
+            job.seeds = list(todo.seeds)
+            job.metrics = _evaluate(todo, inputs, job.partial, progress)
+    print(f"{id}: done, {out}")
+
+
+def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]:
+    """Make `out/model` a link to a local model's folder; returns the sha256 of its weights."""
+    assert settings.reference is not None
+    folder = paths.models_folder() / settings.reference
+    if not (folder / "config.json").is_file():
+        raise ReqatError(
+            f"{folder}: no model there (config.json, *.safetensors). Put {settings.reference} under "
+            f"{paths.models_folder()}, or name another folder with --models or REQAT_MODELS."
+        )
+    os.symlink(folder.resolve(), out / "model", target_is_directory=True)
+    return {"weights": {path.name: record.sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
+
+
+def finished(out: Path, id: str) -> bool:
+    """Whether the result of `id` is at `out`, whole. Something else there is not it; it will be replaced."""
+    try:
+        record.verify(out, id=id, deep=False)
+    except ReqatError:
+        return False
+    return True
+
+
+def locked(paths: Paths, id: str) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from making `id` at the same time."""
+    return exclusive(paths.work / "locks" / id, id)
+
+
+def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict[str, Path], dict[str, Any]]:
+    """Folder of each role, and what the record says of it; each checked to be the whole result of the stage it should
+    be."""
+    folders, digests = {}, {}
+    for role, id in roles.items():
+        given = plan.stage(id)
+        folder = paths.stage(given)
+        if not (folder / record.FILE).is_file():
+            how = "reqat pin-base" if not made(given) else f"reqat {'data' if given.kind == 'data' else 'stage'} {id}"
+            raise ReqatError(f"{folder}: {role} {id} is not there; make it first ({how} --tier {plan.tier.name}).")
+        found = record.read(folder)
+        size = sum(entry["bytes"] for entry in found["outputs"].values())
+        record.verify(folder, id=id if made(given) else None, deep=size <= _HASH_BYTES)
+        folders[role] = folder
+        digests[role] = {"id": id, "sha256": record.outputs_digest(found)}
+    return folders, digests
+
+
+def _require(plan: Plan, stage: Stage) -> None:
+    """Refuse a job that the machine has no room for, before anything is loaded."""
+    if plan.tier.resources.device == "cuda" and stage.kind not in ("data", "base"):
+        import torch  # noqa: F401  (provenance.gpus looks at it)
+
+        resources.require(plan, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
+
+
+def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bool) -> dict[str, Any]:
+    from reqat import evaluation
+    from reqat.evaluation.loading import AUTOCAST, load_at
+    from reqat.models import load_tokenizer
+    from reqat.models.prepare import calibrate_static
+    from reqat.tasks import problems
+
+    folder = inputs["parent"] / "model"
+    model = load_at(folder, todo.precision.name, override=True, **todo.precision.options())
+    tokenizer = load_tokenizer(folder)
+    if todo.calibration is not None:
+        from reqat.pipeline.stages import calibration_ids
+
+        calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
+    asked, how = todo.problems, todo.decoding
+    decoding = Decoding.greedy() if how.greedy else Decoding.sample(how.temperature, how.top_p)
+    outcomes = evaluation.evaluate(
+        model,
+        tokenizer,
+        problems(asked.families, asked.split, asked.n, asked.seed),
+        seeds=todo.seeds,
+        decoding=decoding,
+        max_new_tokens=how.max_new_tokens,
+        batch_rows=how.batch_rows,
+        autocast=AUTOCAST[how.autocast],
+        progress=todo.id if progress else False,
+    )
+    outcomes.to_parquet(out / "outcomes.parquet")
+    estimate = evaluation.accuracy(outcomes)
+    return {
+        "accuracy": estimate.value,
+        "accuracy_lo": estimate.lo,
+        "accuracy_hi": estimate.hi,
+        "accuracy_by_family": {name: e.value for name, e in evaluation.accuracy_by_family(outcomes).items()},
+        "problems": outcomes.n_problems,
+        "responses": len(outcomes),
+        "unfinished": outcomes.n_unfinished,
+        "mean_tokens": float(outcomes.n_tokens.mean()),
+        "outcomes_digest": outcomes.digest,
+    }
