@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -17,9 +17,6 @@ from reqat.config.errors import ReqatError
 from reqat.pipeline.pairs import collect
 from reqat.records import record
 from reqat.tasks.problem_files import Given, of_problems, read_problems
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,9 +23,6 @@ from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
 from reqat.pipeline.task import Task, load, same_tokens, weights
 from reqat.records import record
-
-if TYPE_CHECKING:
-    pass
 
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the result of the same verb that is there.")]

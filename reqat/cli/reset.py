@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,9 +19,6 @@ from reqat.config.targets import making_file
 from reqat.pipeline.resets import SCHEMA, fitted_tau0, grade_resets, is_fit, read_fit, reset_decodings
 from reqat.pipeline.task import Task, load, same_tokens, weights
 from reqat.records import provenance, record
-
-if TYPE_CHECKING:
-    pass
 
 
 @app.command("fit-reset")

@@ -1,7 +1,6 @@
 """Verbs of studies: `study` measures on models that stages have trained, `study-report` draws, `pin-studies` keeps.
 
-What a study of a kind does is one function in `RUNNERS`, the same that the verb of its name calls (`entropy`, `route`,
-`noise`, `reset`); here models come from the stages of a tier's plan, and settings from config/studies.yaml.
+What a study of a kind does is in :mod:`reqat.pipeline.studies`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from reqat.config.studies import (
     study_called,
 )
 from reqat.config.targets import making
-from reqat.pipeline.studies import TRACES, _require_inputs, run_study, same_stages, stages_there
+from reqat.pipeline.studies import TRACES, require_inputs, run_study, same_stages, stages_there
 from reqat.records import pin, record
 
 
@@ -100,7 +99,7 @@ def pin_studies(
         planned = studies_of(plan)
         there = stages_there(plan, planned.values(), paths)
         for id, study in planned.items():
-            _require_inputs(plan, study, paths.study(id), there)
+            require_inputs(plan, study, paths.study(id), there)
         same = same_stages(plan, planned.values(), there, paths.results / tier)
         for id in planned:
             found = record.verify(paths.study(id), id=id)

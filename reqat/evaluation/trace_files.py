@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +38,6 @@ from reqat.evaluation.trace_tables import (
     TRACES,
     token_schema,
 )
-
-if TYPE_CHECKING:
-    pass
 
 # About 4 MiB of columns a precision: large enough to compress, small enough to lose little with a damaged page.
 _GROUP_TOKENS = 65_536

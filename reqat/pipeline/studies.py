@@ -1,4 +1,8 @@
-"""Studies of a plan as jobs: measurements on models that stages have trained, one function a kind."""
+"""Studies of a plan as jobs: measurements on models that stages have trained.
+
+What a study of a kind does is one function in `RUNNERS`, made of the same parts as the verb of its name (`entropy`,
+`route`, `noise`, `reset`); here models come from the stages of a tier's plan, and settings from config/studies.yaml.
+"""
 
 from __future__ import annotations
 
@@ -227,7 +231,7 @@ RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
 """Kind -> what measures it: writes its files into the run's folder and returns the record's metrics."""
 
 
-def _require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mapping[str, str]) -> None:
+def require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mapping[str, str]) -> None:
     """Refuse a study that was not made from the stages `there`. Raises `ReqatError` naming the command that helps."""
     found = record.verify(folder, id=study.id, deep=False)
     for role, id in study.inputs.items():
