@@ -8,15 +8,17 @@ that makes x, where that is linear in its own weight:
   key/value heads than query heads one row makes several inputs, and the group is left alone;
 - ``up_proj`` (inputs of ``down_proj``): the gated product is linear in it.
 
-What makes x is found by looking: the module whose output *is* the tensor that the group reads. AWQ and SmoothQuant
-choose s; here it is folded.
+What makes x is found by looking: the module whose output *is* the tensor that the group reads, and that nothing else
+reads. AWQ and SmoothQuant choose s; here it is folded, and :func:`unchanged` holds each layer to what it computed
+before.
 
 Shapes: K inputs of the group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,10 +93,35 @@ def groups_of(step: Step) -> list[Group]:
     return found
 
 
+@contextmanager
+def unchanged(step: Step, what: str) -> Iterator[None]:
+    """Raise ReqatError if the block changes what the layer computes, beyond the rounding of its dtype."""
+    before = _first_output(step)
+    yield
+    after = _first_output(step)
+    moved = float((after - before).norm() / (before - step.hidden[0][:1].double()).norm().clamp(min=1e-30))
+    if not moved <= 16 * torch.finfo(step.hidden[0].dtype).eps ** 0.5:
+        raise ReqatError(
+            f"{what}: {step.layer.name} does not compute the same after its inputs were scaled (off by {moved:.2g}): "
+            "something else reads them, so this architecture is not supported; load the model again"
+        )
+
+
+@torch.no_grad()
+def _first_output(step: Step) -> Tensor:
+    """The layer's output [1, T, E] for its first sequence, in float64."""
+    out = step.layer.module(step.hidden[0][:1], **_first_rows(step.kwargs[0], len(step.hidden[0])))
+    return (out[0] if isinstance(out, tuple) else out).double()
+
+
 def _makers(step: Step) -> dict[int, nn.Module]:
-    """id of a linear layer -> the module whose output tensor it reads, as the layer's first batch shows."""
+    """id of a linear layer -> the module whose output tensor it reads, as the layer's first batch shows.
+
+    Left out are tensors that a module outside the layer's group reads, too, such as the router of a mixture of experts.
+    """
     outputs: list[tuple[Tensor, nn.Module]] = []  # tensors are kept: an id is only one's own while it lives
     makers: dict[int, nn.Module] = {}
+    readers: dict[int, set[int]] = {}
 
     def after(module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
@@ -104,16 +131,19 @@ def _makers(step: Step) -> dict[int, nn.Module]:
         maker = next((m for tensor, m in reversed(outputs) if args and tensor is args[0]), None)
         if maker is not None:
             makers[id(module)] = maker
+            readers.setdefault(id(maker), set()).add(id(module))
 
     handles: list[Any] = []
     for module in step.layer.module.modules():
-        if isinstance(module, nn.Linear):
+        if not list(module.children()):
             handles.append(module.register_forward_pre_hook(before))
-        elif not list(module.children()):
-            handles.append(module.register_forward_hook(after))
-    with hooked(handles), torch.no_grad():
-        step.layer.module(step.hidden[0][:1], **_first_rows(step.kwargs[0], len(step.hidden[0])))
-    return makers
+            if not isinstance(module, nn.Linear):
+                handles.append(module.register_forward_hook(after))
+    with hooked(handles):
+        _first_output(step)
+    groups = [{id(site.module) for site in sites} for sites in sharing_groups(step.layer)]
+    alone = {maker for maker, who in readers.items() if any(who <= group for group in groups)}
+    return {linear: maker for linear, maker in makers.items() if id(maker) in alone}
 
 
 def _first_rows(kwargs: dict[str, Any], rows: int) -> dict[str, Any]:

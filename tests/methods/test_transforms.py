@@ -91,6 +91,26 @@ def test_a_norm_that_adds_one_to_its_weight_is_folded(ids: Tensor) -> None:
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["awq, scale", "smoothquant, smooth"])
+def test_an_input_that_something_else_reads_is_not_scaled(tiny: Tiny, ids: Tensor, name: str) -> None:
+    """A router that reads what the experts read is seen; a use outside any module is caught by what the layer gives."""
+    model = with_outliers(tiny("llama"))
+    for layer in model.get_decoder().layers:  # type: ignore[attr-defined]
+        mlp = layer.mlp
+        mlp.router, plain = nn.Linear(64, 1, bias=False), mlp.forward
+        mlp.forward = lambda x, mlp=mlp, plain=plain: plain(x) * mlp.router(x).sigmoid()
+    expected = model(ids).logits
+    TRANSFORMS[name](model, W4A4, ids, progress=False)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+    model = with_outliers(tiny("llama"))
+    mlp = model.get_decoder().layers[0].mlp  # type: ignore[attr-defined]
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) + x
+    with pytest.raises(ReqatError, match="layers.0.*not supported"):
+        TRANSFORMS[name](model, W4A4, ids, progress=False)
+
+
 def test_smoothquant_is_its_formula(tiny: Tiny, ids: Tensor) -> None:
     model = with_outliers(tiny("llama"))
     plain = copy.deepcopy(model)

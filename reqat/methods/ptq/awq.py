@@ -31,7 +31,7 @@ from reqat.formats import Format
 from reqat.methods.layerwise import Step, hooked, walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
-from reqat.methods.scaling import Group, check_full_precision, groups_of, inputs_of
+from reqat.methods.scaling import Group, check_full_precision, groups_of, inputs_of, unchanged
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision, block_hadamard, fake_quantize
 
@@ -63,8 +63,9 @@ def scale(
     with bar("AWQ", len(decoder_layers(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             groups = [group for group in groups_of(step) if group.divide is not None]
-            for group, inputs in zip(groups, inputs_of(step, groups), strict=True):  # folding changes none of them
-                found.append(_search(step, group, inputs, precision, grid))
+            inputs = inputs_of(step, groups)  # folding changes none of them
+            with unchanged(step, "AWQ"):
+                found += [_search(step, g, x, precision, grid) for g, x in zip(groups, inputs, strict=True)]
             shown.update()
     size = max(1, len(found))
     return {
