@@ -126,8 +126,8 @@ class Architecture(Strict):
         return self
 
 
-class Training(Strict):
-    """What one run of the training loop is given, except which tokens it sees. Only NLL unless told otherwise."""
+class Optimization(Strict):
+    """Hyper-parameters of the training loop. Each is defined, with its default and its range, here and nowhere else."""
 
     lr: float = Field(default=1e-3, gt=0, le=1e3)
     min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
@@ -139,10 +139,15 @@ class Training(Strict):
     rows_per_batch: Size = 24
     """Packed rows in one micro-batch."""
     accumulation: Size = 1
-    row_tokens: Size = 256
-    """Length of a packed row."""
     autocast: Literal["none", "bf16"] = "bf16"
     gradient_checkpointing: bool = False
+
+
+class Training(Optimization):
+    """What one run of the training loop is given, except which tokens it sees. Only NLL unless told otherwise."""
+
+    row_tokens: Size = 256
+    """Length of a packed row."""
     objective: tuple[Term, ...] = (NLLTerm(name="nll"),)
 
 

@@ -22,6 +22,7 @@ from reqat.config.stage import (
     BaseSettings,
     Calibration,
     DataSettings,
+    Optimization,
     PTQSettings,
     QFitSettings,
     Selection,
@@ -45,8 +46,7 @@ from reqat.methods.terms import TERMS
 from reqat.models import check_length, check_token_ids, embedding_rows, load_model, load_tokenizer, prepare, save_model
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
-from reqat.training import Objective, Observer, TrainResult, train
-from reqat.training import TrainSettings as LoopSettings
+from reqat.training import Objective, Observer, RunSettings, TrainResult, train
 
 MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
 # Problems of each family whose words make the vocabulary; the families' phrase books are small, so this covers them
@@ -381,19 +381,8 @@ def _train(
         check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), what, tokenizer=tokenizer)
         check_length(model.config, trace.n_tokens, what)
     rows: PackedRows = pack(chosen, training.row_tokens, bos_id=tokenizer.bos_token_id, pad_id=_pad(model, tokenizer))
-    settings = LoopSettings(
-        lr=training.lr,
-        min_lr_ratio=training.min_lr_ratio,
-        warmup_ratio=training.warmup,
-        weight_decay=training.weight_decay,
-        betas=training.betas,
-        clip=training.clip if training.clip is not None else float("inf"),
-        epochs=selection.epochs,
-        rows_per_batch=training.rows_per_batch,
-        accumulation=training.accumulation,
-        seed=seed,
-        autocast=training.autocast == "bf16",
-        gradient_checkpointing=training.gradient_checkpointing,
+    settings = RunSettings(
+        **{name: getattr(training, name) for name in Optimization.model_fields}, epochs=selection.epochs, seed=seed
     )
     return train(
         model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reqat.training.loop import Observer, TrainResult, TrainSettings, learning_rate, response_logits, train
+from reqat.training.loop import Observer, RunSettings, TrainResult, learning_rate, response_logits, train
 from reqat.training.objective import NLL, Objective, Term, TermContext
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Term",
     "TermContext",
     "TrainResult",
-    "TrainSettings",
+    "RunSettings",
     "learning_rate",
     "response_logits",
     "train",

@@ -12,18 +12,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.config.base import digest
+from reqat.config.base import Count, Seed, digest
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
+from reqat.config.stage import Optimization
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
 from reqat.models import check_token_ids, precision_of, weights_quantized_once
@@ -38,33 +40,13 @@ from reqat_kernels.sem_loss import CHUNK_BYTES
 FUSE_ABOVE_BYTES = CHUNK_BYTES
 
 
-@dataclass(frozen=True)
-class TrainSettings:
-    """Hyper-parameters. Defaults are the paper's (ReQAT section 4, spec section 2) but for the batch, which is a
-    matter of the machine.
-    """
+class RunSettings(Optimization):
+    """Hyper-parameters, and what else decides a run: how often the rows are seen, and in which order."""
 
-    lr: float = 1e-5
-    min_lr_ratio: float = 0.01
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
-    epochs: int = 1
-    rows_per_batch: int = 16
-    accumulation: int = 1
-    seed: int = 0
-    autocast: bool = True
-    gradient_checkpointing: bool = False
-    checkpoint_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "rows_per_batch", "accumulation", "clip"):
-            if not getattr(self, name) > 0:
-                raise ReqatError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("min_lr_ratio", "warmup_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ReqatError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+    epochs: Count = 1
+    seed: Seed = 0
+    checkpoint_seconds: float = Field(default=60.0, ge=0)
+    """How often the resumable state is written; decides nothing of the weights."""
 
 
 @dataclass
@@ -98,11 +80,11 @@ class Observer(Protocol):
         """
 
 
-def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
-    """Linear warm-up over ``warmup_ratio`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps
+def learning_rate(step: int, total: int, settings: RunSettings) -> float:
+    """Linear warm-up over ``warmup`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps
     count from 0.
     """
-    warmup = round(settings.warmup_ratio * total)
+    warmup = round(settings.warmup * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     floor = settings.min_lr_ratio
@@ -163,7 +145,7 @@ def _description(
     model: PreTrainedModel,
     rows: PackedRows,
     objective: Objective,
-    settings: TrainSettings,
+    settings: RunSettings,
     teacher: PreTrainedModel | None,
 ) -> dict[str, str]:
     """All that decides the weights that come out, by the words that an error may use; digests where it is long.
@@ -171,7 +153,7 @@ def _description(
     How often a checkpoint is written decides nothing and is left out.
     """
     precision = precision_of(model)
-    hyper = {key: value for key, value in asdict(settings).items() if key != "checkpoint_seconds"}
+    hyper = settings.model_dump(exclude={"checkpoint_seconds"})
     run = {
         "set of traces (digest)": rows.digest,
         "model at the start (digest)": tensors_digest(model.state_dict()),
@@ -209,7 +191,7 @@ def train(
     model: PreTrainedModel,
     rows: PackedRows,
     objective: Objective,
-    settings: TrainSettings,
+    settings: RunSettings,
     checkpoints: Path,
     *,
     teacher: PreTrainedModel | None = None,
@@ -229,6 +211,7 @@ def train(
         raise ReqatError("the objective has a term that needs a teacher; give the stage one")
     torch.manual_seed(settings.seed)
     device = next(model.parameters()).device
+    autocast = settings.autocast == "bf16"
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
     run = _description(model, rows, objective, settings, teacher)
@@ -278,16 +261,16 @@ def train(
                     batch = Batch(*(getattr(cpu_batch, f).to(device) for f in fields))
                     try:
                         if observer is not None:
-                            same_loss = partial(_loss, model, teacher, objective, batch, settings.autocast)
+                            same_loss = partial(_loss, model, teacher, objective, batch, autocast)
                             observer(model, batch, step, same_loss)
-                        loss, parts = batch_loss(model, teacher, objective, batch, autocast=settings.autocast)
+                        loss, parts = batch_loss(model, teacher, objective, batch, autocast=autocast)
                     except ValueError as error:
                         raise ReqatError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
                     (loss / divisor).backward()
                     total += float(loss.detach()) / divisor
                     for name, value in parts.items():
                         sums[name] = sums.get(name, 0.0) + value / divisor
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if settings.clip is None else settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):
                 raise ReqatError(
                     f"{label}: loss {total} with gradient norm {float(norm)} at step {step + 1} of {len(steps)}; "

@@ -6,7 +6,6 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from reqat.data import PackedRows, Trace, pack
 from reqat.methods.terms.qad import QAD
 from reqat.methods.terms.sem import SEM
 from reqat.models import prepare
-from reqat.training import NLL, Objective, TrainResult, TrainSettings, checkpoint, loop, train
+from reqat.training import NLL, Objective, RunSettings, TrainResult, checkpoint, loop, train
 from reqat.training.checkpoint import FILE
 
-SETTINGS = TrainSettings(lr=1e-2, rows_per_batch=4, checkpoint_seconds=0)
+SETTINGS = RunSettings(lr=1e-2, rows_per_batch=4, checkpoint_seconds=0)
 
 
 def model(seed: int = 0, precision: str = "BF16", **options: Any) -> LlamaForCausalLM:
@@ -107,7 +106,7 @@ def test_a_resumed_run_gives_the_same_weights_bit_for_bit(tmp_path: Path, monkey
     whole, result = run(tmp_path / "whole")
     begun(tmp_path / "killed", monkeypatch)
     torch.manual_seed(99)
-    again, resumed = run(tmp_path / "killed", settings=replace(SETTINGS, checkpoint_seconds=60.0))
+    again, resumed = run(tmp_path / "killed", settings=SETTINGS.model_copy(update={"checkpoint_seconds": 60.0}))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert resumed.steps == result.steps
     assert [entry["loss"] for entry in resumed.history] == [entry["loss"] for entry in result.history]
@@ -122,10 +121,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "precision": {"model": lambda: model(precision="NVFP4-W4A4")},
     "precision in one option": {"model": lambda: model(precision="NVFP4-W4A4", rounding="away")},
     "objective": {"objective": Objective((NLL(), SEM()))},
-    "value of lr": {"settings": replace(SETTINGS, lr=2e-2)},
-    "value of seed": {"settings": replace(SETTINGS, seed=1)},
-    "value of autocast": {"settings": replace(SETTINGS, autocast=False)},
-    "value of accumulation": {"settings": replace(SETTINGS, accumulation=2)},
+    "value of lr": {"settings": SETTINGS.model_copy(update={"lr": 2e-2})},
+    "value of seed": {"settings": SETTINGS.model_copy(update={"seed": 1})},
+    "value of autocast": {"settings": SETTINGS.model_copy(update={"autocast": "none"})},
+    "value of accumulation": {"settings": SETTINGS.model_copy(update={"accumulation": 2})},
 }
 
 

@@ -14,12 +14,12 @@ from reqat.data.packing import IGNORE
 from reqat.evaluation.entropies import token_statistics
 from reqat.methods.terms.sem import SEM
 from reqat.models import prepare
-from reqat.training import NLL, Objective, TrainSettings, train
+from reqat.training import NLL, Objective, RunSettings, train
 from reqat.training.gradients import GradientProbe, TokenGradients, token_gradients
 from reqat.training.loop import batch_loss
 from tests.training.test_loop import assert_weights_equal, rows, tiny_model, weights
 
-SETTINGS = TrainSettings(lr=1e-2, rows_per_batch=3, accumulation=2, seed=3)
+SETTINGS = RunSettings(lr=1e-2, rows_per_batch=3, accumulation=2, seed=3)
 OBJECTIVE = Objective((NLL(), SEM(weight=0.1)))
 
 

@@ -21,7 +21,7 @@ from reqat.data.packing import IGNORE
 from reqat.methods.terms.qad import QAD
 from reqat.methods.terms.sem import SEM
 from reqat.models import freeze, prepare
-from reqat.training import NLL, Objective, TermContext, TrainSettings, learning_rate, loop, response_logits, train
+from reqat.training import NLL, Objective, RunSettings, TermContext, learning_rate, loop, response_logits, train
 from reqat.training.checkpoint import FILE
 
 VOCABULARY, BOS, PAD = 40, 1, 0
@@ -93,7 +93,7 @@ def test_same_seed_same_weights_other_seed_other_order(tmp_path: Path) -> None:
             model,
             rows(),
             Objective(),
-            TrainSettings(lr=1e-2, rows_per_batch=4, seed=seed),
+            RunSettings(lr=1e-2, rows_per_batch=4, seed=seed),
             tmp_path / str(i),
             progress=False,
         )
@@ -107,7 +107,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
     out = []
     for i, (size, accumulation) in enumerate(((8, 1), (4, 2))):
         model = tiny_model().double()
-        settings = TrainSettings(lr=1e-3, rows_per_batch=size, accumulation=accumulation, autocast=False)
+        settings = RunSettings(lr=1e-3, rows_per_batch=size, accumulation=accumulation, autocast="none")
         result = train(model, rows(), Objective(), settings, tmp_path / str(i), progress=False)
         out.append((weights(model), [h["loss"] for h in result.history]))
     assert out[0][1] == pytest.approx(out[1][1], rel=1e-6)
@@ -117,16 +117,14 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> N
 
 def test_training_lowers_the_loss_and_counts_tokens(tmp_path: Path) -> None:
     model, data = tiny_model(), rows()
-    result = train(
-        model, data, Objective(), TrainSettings(lr=1e-2, rows_per_batch=4, epochs=6), tmp_path, progress=False
-    )
+    result = train(model, data, Objective(), RunSettings(lr=1e-2, rows_per_batch=4, epochs=6), tmp_path, progress=False)
     assert result.tokens == 6 * data.n_tokens
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.response_tokens == 6 * sum(len(t.response_ids) for row in data.rows for t in row)
 
 
 def test_schedule_warms_up_and_ends_at_the_floor() -> None:
-    settings = TrainSettings(lr=2.0, warmup_ratio=0.1, min_lr_ratio=0.01)
+    settings = RunSettings(lr=2.0, warmup=0.1, min_lr_ratio=0.01)
     rates = [learning_rate(s, 100, settings) for s in range(100)]
     assert rates[9] == 2.0 and rates[0] == pytest.approx(0.2)
     assert rates[-1] == pytest.approx(0.02)
@@ -146,7 +144,7 @@ _RUN = """
     torch.set_num_threads(1)
     sys.path.insert(0, {tests!r})
     from test_loop import tiny_model, rows
-    from reqat.training import Objective, TrainSettings, train
+    from reqat.training import Objective, RunSettings, train
     import reqat.training.loop as loop
     slow = float(sys.argv[2])
     original = loop.learning_rate
@@ -155,7 +153,7 @@ _RUN = """
         return original(*a)
     loop.learning_rate = throttled
     model = tiny_model()
-    settings = TrainSettings(lr=1e-2, rows_per_batch=4, epochs=4, checkpoint_seconds=0)
+    settings = RunSettings(lr=1e-2, rows_per_batch=4, epochs=4, checkpoint_seconds=0)
     train(model, rows(120), Objective(), settings, Path(sys.argv[1]), progress=False)
     model.save_pretrained(Path(sys.argv[1]) / "final")
 """
@@ -187,10 +185,10 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tmp_path: Path) -> None:
 
 
 def test_refuses_a_damaged_checkpoint_one_of_another_run_and_one_of_another_model(tmp_path: Path) -> None:
-    settings = TrainSettings(lr=1e-2, rows_per_batch=8)
+    settings = RunSettings(lr=1e-2, rows_per_batch=8)
     train(tiny_model(), rows(), Objective(), settings, tmp_path, progress=False)
     with pytest.raises(ValueError, match="belongs to another run"):
-        train(tiny_model(), rows(), Objective(), TrainSettings(lr=2e-2, rows_per_batch=8), tmp_path, progress=False)
+        train(tiny_model(), rows(), Objective(), RunSettings(lr=2e-2, rows_per_batch=8), tmp_path, progress=False)
     other = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     )
@@ -205,7 +203,7 @@ def test_refuses_a_damaged_checkpoint_one_of_another_run_and_one_of_another_mode
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reqat.training import checkpoint
 
-    settings = TrainSettings(lr=1e-2, rows_per_batch=8)
+    settings = RunSettings(lr=1e-2, rows_per_batch=8)
     train(tiny_model(), rows(), Objective(), settings, tmp_path, progress=False)
     before = (tmp_path / FILE).read_bytes()
 
@@ -224,7 +222,7 @@ def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="at step 1"):
-        train(model, rows(), Objective(), TrainSettings(), tmp_path, progress=False)
+        train(model, rows(), Objective(), RunSettings(), tmp_path, progress=False)
 
 
 def gradients(model: LlamaForCausalLM, objective: Objective) -> tuple[float, dict[str, torch.Tensor]]:
@@ -297,7 +295,7 @@ def test_training_on_a_fused_loss_follows_training_on_logits(tmp_path: Path, mon
     losses = []
     for i, limit in enumerate((loop.FUSE_ABOVE_BYTES, 0)):
         monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", limit)
-        settings = TrainSettings(lr=1e-3, rows_per_batch=4, autocast=False)
+        settings = RunSettings(lr=1e-3, rows_per_batch=4, autocast="none")
         result = train(tiny_model(), rows(), Objective((NLL(), SEM())), settings, tmp_path / str(i), progress=False)
         losses.append([h["loss"] for h in result.history])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # AdamW magnifies rounding of gradients near 0
@@ -305,13 +303,13 @@ def test_training_on_a_fused_loss_follows_training_on_logits(tmp_path: Path, mon
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="at step 1 of .*hidden holds"):
-        train(model, rows(), Objective(), TrainSettings(), tmp_path / "nan", progress=False)
+        train(model, rows(), Objective(), RunSettings(), tmp_path / "nan", progress=False)
 
 
 def test_a_frozen_model_is_refused(tmp_path: Path) -> None:
     model = freeze(tiny_model())
     with pytest.raises(ValueError, match="prepare it without freezing"):
-        train(model, rows(), Objective(), TrainSettings(), tmp_path, progress=False)
+        train(model, rows(), Objective(), RunSettings(), tmp_path, progress=False)
 
 
 def test_objective_refuses_terms_it_could_not_tell_apart() -> None:
@@ -321,15 +319,13 @@ def test_objective_refuses_terms_it_could_not_tell_apart() -> None:
         Objective(())
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("lr", 0.0), ("epochs", 0), ("warmup_ratio", 1.5), ("rows_per_batch", -1)]
-)
+@pytest.mark.parametrize(("field", "value"), [("lr", 0.0), ("epochs", 0), ("warmup", 1.5), ("rows_per_batch", -1)])
 def test_settings_refuse_what_makes_no_sense(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
-        TrainSettings(**{field: value})
+        RunSettings(**{field: value})
 
 
 def test_a_trace_of_tokens_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
     given = pack([*traces(2), Trace("strange", "p", "f", "", "", (5,), (6, 2**40))], 24, bos_id=BOS, pad_id=PAD)
     with pytest.raises(ReqatError, match=f"trace strange: token id {2**40} "):
-        train(tiny_model(), given, Objective(), TrainSettings(), tmp_path, progress=False)
+        train(tiny_model(), given, Objective(), RunSettings(), tmp_path, progress=False)
