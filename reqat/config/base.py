@@ -107,6 +107,9 @@ _short = reprlib.Repr()  # what was given may be a whole file
 _short.maxstring = _short.maxother = 120
 
 
+MOST_FAULTS = 6
+
+
 def parse(model: type[M], data: Any, where: str) -> M:
     """`data` as a `model`; every fault in one `ReqatError` that opens with `where` (a file) and the path of the key."""
     try:
@@ -120,6 +123,8 @@ def parse(model: type[M], data: Any, where: str) -> M:
             message = fault["msg"].removeprefix("Value error, ")
             given = "" if fault["type"] in ("value_error", "missing") else f" (given: {_short.repr(fault['input'])})"
             lines.append(f"{where}: {path + ': ' if path else ''}{message}{given}")
+        if len(lines) > MOST_FAULTS:  # one value that many keys share by an anchor is a fault of each
+            lines[MOST_FAULTS - 1 :] = [f"{where}: and {len(lines) - MOST_FAULTS + 1} faults more."]
         raise ReqatError("\n".join(lines)) from None
 
 

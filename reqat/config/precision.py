@@ -107,7 +107,7 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Resolved:
     """
     if not isinstance(name, str):
         raise unknown_precision(name)
-    families = _families(name, name.partition(":")[0].strip())
+    families = _families(name, name.partition(":")[0])
     inline = inline_options(name)
     given = {key: value for key, value in (options or {}).items() if value is not None}
     for option in (*inline, *given):

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from reqat.config import PrecisionSpec, ReqatError, amount, load_catalogue, load_tier, tier_names
 from reqat.config import schema as schema_file
+from reqat.config.base import parse
 from reqat.config.precision import FORMATS, family
+from reqat.config.recipe import Catalogue
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
@@ -124,10 +126,20 @@ def test_a_fault_in_recipes_names_it(folder: Path, old: str, new: str, says: str
     assert says in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["W4A4", "NVFP4", "NVFP4-W8A8", "FP8-W4A4", "", "BF16-W4A4", "NVFP4-W4A4 KV4"])
+@pytest.mark.parametrize(
+    "name", ["W4A4", "NVFP4", "NVFP4-W8A8", "FP8-W4A4", "", "BF16-W4A4", "NVFP4-W4A4 KV4", "NVFP4-W4A4KV4 "]
+)
 def test_precision_that_does_not_exist_is_refused(name: str):
     with pytest.raises(ReqatError, match="unknown precision"):
         family(name)
+
+
+def test_many_faults_are_counted_beyond_the_first():
+    faults = {f"r{i}": {"method": "M", "precision": {"MXFP4": {"rotation": 3}}} for i in range(20)}
+    with pytest.raises(ReqatError) as error:
+        parse(Catalogue, {"recipes": faults, "artifacts": {}}, "recipes.yaml")
+    lines = str(error.value).splitlines()
+    assert len(lines) == 6 and "r0.precision.MXFP4.rotation" in lines[0] and "15 faults more" in lines[-1]
 
 
 def test_precision_options_that_a_name_does_not_use_leave_its_identity_alone():
