@@ -27,7 +27,8 @@ from reqat.models.architecture import DecoderLayer, HeadShape
 from reqat.models.kv import KVQuantizer
 from reqat.models.limits import attention_window
 from reqat.models.linear import InputQuantizer
-from reqat_kernels.native.decode import MOST_ROWS, LayerWeights, NativeStack, available
+from reqat_kernels.native.decode import MOST_ROWS, NativeStack, available
+from reqat_kernels.native.decode_check import LayerWeights
 
 _LINEARS = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",

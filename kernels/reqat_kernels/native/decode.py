@@ -13,16 +13,14 @@ import ctypes
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor
 
-from reqat.formats import Format
 from reqat_kernels.native.attention import AppendArgs, AttentionArgs, PackedStates, states_struct
-from reqat_kernels.native.decode_check import check_cache, check_layers, check_step
-from reqat_kernels.native.gemm import PackedWeight, Weight, weight_of
+from reqat_kernels.native.decode_check import LayerWeights, check_cache, check_layers, check_step
+from reqat_kernels.native.gemm import Weight, weight_of
 from reqat_kernels.native.library import NO_MEMORY, library, threads
 from reqat_kernels.native.quantize import Spec, spec_of
 
@@ -82,27 +80,6 @@ def available() -> bool:
     if lib is not None:
         lib.reqat_decode.argtypes = [ctypes.POINTER(_Layer), ctypes.POINTER(_States), _i64, ctypes.POINTER(_Step)]
     return lib is not None
-
-
-@dataclass(frozen=True)
-class LayerWeights:
-    """What a layer of the Llama kind consists of.
-
-    ``linears``: query, key, value, out, gate, up, down, each with its bias or None. ``norms``: before attention, before
-    the MLP ([hidden]), of queries and of keys a head at a time ([D], or None). ``heads``: query heads, key/value heads,
-    head dimension. ``inputs`` says how inputs are rounded, ``global_scales`` gives the static ones (four, or None: of
-    query/key/value, out, gate/up, down), ``rotation`` the size of blocks in which inputs are rotated before (0: not).
-    """
-
-    linears: Sequence[tuple[PackedWeight, Tensor | None]]
-    norms: Sequence[Tensor | None]
-    eps: float
-    heads: tuple[int, int, int]
-    inputs: Format | None
-    global_scales: Sequence[Tensor | None]
-    rotation: int
-    shift: Tensor | None
-    scaling: float
 
 
 class NativeStack:

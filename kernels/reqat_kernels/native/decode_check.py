@@ -1,22 +1,41 @@
-"""What decode.cpp takes for granted: checked once a layer, once a cache, and in a few integers a step."""
+"""The weights of a layer, and what decode.cpp takes for granted of them: checked once a layer, once a cache, and in a few integers a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from reqat.formats import Format
 from reqat_kernels.native import check
 from reqat_kernels.native.gemm import check_inputs
 from reqat_kernels.native.states import PackedStates
 from reqat_kernels.native.weights import PackedWeight
 
-if TYPE_CHECKING:
-    from reqat_kernels.native.decode import LayerWeights
-
 _NAMES = ("query", "key", "value", "out", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What a layer of the Llama kind consists of.
+
+    ``linears``: query, key, value, out, gate, up, down, each with its bias or None. ``norms``: before attention, before
+    the MLP ([hidden]), of queries and of keys a head at a time ([D], or None). ``heads``: query heads, key/value heads,
+    head dimension. ``inputs`` says how inputs are rounded, ``global_scales`` gives the static ones (four, or None: of
+    query/key/value, out, gate/up, down), ``rotation`` the size of blocks in which inputs are rotated before (0: not).
+    """
+
+    linears: Sequence[tuple[PackedWeight, Tensor | None]]
+    norms: Sequence[Tensor | None]
+    eps: float
+    heads: tuple[int, int, int]
+    inputs: Format | None
+    global_scales: Sequence[Tensor | None]
+    rotation: int
+    shift: Tensor | None
+    scaling: float
 
 
 def check_layers(layers: Sequence[LayerWeights]) -> None:
