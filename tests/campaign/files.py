@@ -121,7 +121,7 @@ PROBLEM_LINES: tuple[tuple[str, bytes, str], ...] = (
     ("a key twice", b'{"prompt": "a", "prompt": "b"}', "prompt"),
     ("a long number", b'{"prompt": "a", "seed": ' + b"9" * 9999 + b"}", ""),
     ("60 MB", b'{"prompt": "' + b"a" * 60_000_000 + b'"}', "long|bytes|characters|tokens"),
-    ("too many tokens", b'{"prompt": "' + b"1 + 1 " * 500 + b'", "response": "4"}', "tokens|positions"),
+    ("too many tokens", b'{"prompt": "' + b"2 + " * 500 + b"2 =" + b'", "response": "4"}', "tokens|positions"),
     ("the same id twice", b'{"prompt": "a", "id": "p1"}', "p1"),
 )
 TRACES = ("tokens.parquet", "traces.parquet", "meta.json")

@@ -1,4 +1,4 @@
-"""The weights of a layer, and what decode.cpp takes for granted of them: checked once a layer, once a cache, and in a few integers a step."""
+"""The weights of a layer; what decode.cpp takes for granted of them and of a step is checked here, once each."""
 
 from __future__ import annotations
 
