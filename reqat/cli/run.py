@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -122,6 +123,12 @@ def quantize(
         if calibration is not None:
             wanted = Calibration(sequences=sequences, sequence_tokens=sequence_tokens)
             ids = _calibration(calibration, tokenizer, wanted)
+        looked_at = (
+            f", {sequences} calibration sequences of {sequence_tokens} tokens" if calibration is not None else ""
+        )
+        print(f"{method}{looked_at}", flush=True)
+        if calibration is not None and not ptq.METHODS[method].needs_calibration:
+            print(f"reqat: note: {method} looks at no data; only static global scales would use it.", file=sys.stderr)
         job.config = {
             "model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order,
             "alpha": alpha,
