@@ -203,17 +203,41 @@ def _dividing_rows(linear: nn.Linear) -> Callable[[Tensor], None]:
     return divide
 
 
+@dataclass
+class Magnitudes:
+    """Sizes of a group's input channels [K] over the calibration tokens, float64: largest and mean of ``|x|``."""
+
+    largest_K: Tensor
+    sum_K: Tensor
+    tokens: int
+
+    @property
+    def mean_K(self) -> Tensor:
+        """Mean of ``|x|``."""
+        return self.sum_K / self.tokens
+
+
 @torch.no_grad()
-def inputs_of(step: Step, groups: list[Group]) -> list[list[Tensor]]:
-    """What each group reads on the step's batches, ``[rows, T, K]`` each."""
-    kept: list[list[Tensor]] = [[] for _ in groups]
+def magnitudes(step: Step, groups: list[Group]) -> list[Magnitudes]:
+    """What each group reads on the step's batches, summed up as it flows by: nothing of it is kept.
 
-    def keeping(where: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: where.append(args[0].detach())
+    The step has run then: :attr:`Step.outputs` holds what it gave.
+    """
+    found: list[Magnitudes] = []
+    for group in groups:
+        zeros = torch.zeros(group.linears[0].in_features, dtype=torch.float64, device=group.linears[0].weight.device)
+        found.append(Magnitudes(zeros, zeros.clone(), 0))
 
-    handles = [
-        group.linears[0].register_forward_pre_hook(keeping(where)) for group, where in zip(groups, kept, strict=True)
-    ]
-    with hooked(handles):
+    def adding(to: Magnitudes) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            x_MK = args[0].detach().abs().flatten(0, -2)
+            to.largest_K = torch.maximum(to.largest_K, x_MK.amax(0).double())
+            to.sum_K += x_MK.sum(0, dtype=torch.float64)
+            to.tokens += len(x_MK)
+
+        return look
+
+    hooks = [g.linears[0].register_forward_pre_hook(adding(to)) for g, to in zip(groups, found, strict=True)]
+    with hooked(hooks):
         step.outputs = step.run()
-    return kept
+    return found

@@ -31,7 +31,7 @@ from reqat.formats import Format
 from reqat.methods.layerwise import Step, hooked, walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
-from reqat.methods.scaling import Group, check_full_precision, groups_of, inputs_of, unchanged
+from reqat.methods.scaling import Group, check_full_precision, groups_of, magnitudes, unchanged
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision, block_hadamard, fake_quantize
 
@@ -63,9 +63,9 @@ def scale(
     with bar("AWQ", len(decoder_layers(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             groups = [group for group in groups_of(step) if group.divide is not None]
-            inputs = inputs_of(step, groups)  # folding changes none of them
+            sizes = magnitudes(step, groups)  # folding one group changes no other's input
             with unchanged(step, "AWQ"):
-                found += [_search(step, g, x, precision, grid) for g, x in zip(groups, inputs, strict=True)]
+                found += [_search(step, g, x.mean_K, precision, grid) for g, x in zip(groups, sizes, strict=True)]
             shown.update()
     size = max(1, len(found))
     return {
@@ -76,11 +76,8 @@ def scale(
     }
 
 
-def _search(step: Step, group: Group, inputs: list[Tensor], precision: Precision, grid: int) -> dict[str, Any]:
+def _search(step: Step, group: Group, mean_K: Tensor, precision: Precision, grid: int) -> dict[str, Any]:
     """Choose r for one group and fold its scales."""
-    tokens = sum(x.numel() // x.shape[-1] for x in inputs)
-    mean_K = sum(x.abs().flatten(0, -2).sum(0).double() for x in inputs) / tokens
-    assert isinstance(mean_K, Tensor)
     module = _inspected(step, group)
     calls, reference = _calls(step, module)
     size = sum(float(y.double().square().sum()) for y in reference) or 1.0

@@ -23,7 +23,7 @@ from reqat.config.progress import bar
 from reqat.methods.layerwise import walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
-from reqat.methods.scaling import check_full_precision, groups_of, inputs_of, unchanged
+from reqat.methods.scaling import check_full_precision, groups_of, magnitudes, unchanged
 from reqat.models.architecture import decoder_layers
 from reqat.quant import Precision
 
@@ -52,12 +52,11 @@ def smooth(
     with bar("SmoothQuant", len(decoder_layers(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             groups = [g for g in groups_of(step) if g.divide is not None and _is_after_a_norm(g.name)]
-            read = inputs_of(step, groups)
+            sizes = magnitudes(step, groups)
             with unchanged(step, "SmoothQuant"):
-                for group, inputs in zip(groups, read, strict=True):
-                    largest_x = torch.stack([x.abs().flatten(0, -2).amax(0).double() for x in inputs]).amax(0)
+                for group, size in zip(groups, sizes, strict=True):
                     largest_w = torch.stack([w.weight.abs().amax(0).double() for w in group.linears]).amax(0)
-                    s = largest_x.clamp(min=_FLOOR) ** alpha / largest_w.clamp(min=_FLOOR) ** (1 - alpha)
+                    s = size.largest_K.clamp(min=_FLOOR) ** alpha / largest_w.clamp(min=_FLOOR) ** (1 - alpha)
                     group.fold(s.clamp(min=_FLOOR))
                     smoothed.append(group.name)
             shown.update()
