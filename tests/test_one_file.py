@@ -59,6 +59,12 @@ found = objective(training)
 logits, labels = torch.randn(4, 7), torch.zeros(4, dtype=torch.int64)
 _, sums = found(TermContext(logits, labels))
 torch.testing.assert_close(sums["toy"], float(logits.abs().pow(3).sum()))
+try:
+    objective(Training(objective=[{"name": "toy", "powr": 3.0}]))
+except ValueError as error:
+    assert "toy" in str(error) and "powr" in str(error), error
+else:
+    raise AssertionError("a setting that the term does not have was accepted")
 """
 TASK = """
 from reqat.tasks.family import Family
