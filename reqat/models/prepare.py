@@ -148,7 +148,7 @@ def prepare(
     layers = decoder_layers(model)
     _check_finite(model)
     patterns = list(asked.skip)
-    _check_geometry(model, layers, precision, patterns)
+    check_geometry(model, layers, precision, patterns)
     if sidecar is not None:
         sidecar.check(precision)
         sidecar.check_weights(model)
@@ -318,9 +318,11 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
-def _check_geometry(
+def check_geometry(
     model: PreTrainedModel, layers: list[DecoderLayer], precision: Precision, patterns: list[str]
 ) -> None:
+    """Raise ReqatError, naming layer and remedy, where a block or a rotation of ``precision`` does not divide a head or
+    the inputs of a layer that none of ``patterns`` leaves alone."""
     head_dim = head_shape(model).head_dim
     for role, fmt in (("keys", precision.keys), ("values", precision.values)):
         if fmt is not None and fmt.block is not None and head_dim % fmt.block:

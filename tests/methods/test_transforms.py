@@ -183,6 +183,11 @@ def test_what_a_user_can_mend_is_said_before_the_model_is_changed(tiny: Tiny, id
     with pytest.raises(ReqatError, match="calibration"):
         ptq.quantize("awq", model, "NVFP4-W4A4", progress=False)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
+    odd = tiny("llama", intermediate_size=80)
+    first = odd.get_decoder().layers[0].input_layernorm.weight.clone()  # type: ignore[attr-defined]
+    with pytest.raises(ReqatError, match="in_features 80.*block 32"):
+        ptq.quantize("smoothquant", odd, "MXFP4-W4A4", ids, progress=False)
+    assert torch.equal(first, odd.get_decoder().layers[0].input_layernorm.weight)  # type: ignore[attr-defined]
     prepare(model, "NVFP4-W4A4")
     with pytest.raises(ReqatError, match="full-precision"):
         ptq.quantize("awq", model, "NVFP4-W4A4", ids, progress=False)
