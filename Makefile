@@ -4,6 +4,7 @@
 #   TIER=smoke|laptop|claims|overnight|smollm|paper   how much to run (default laptop; see README.md)
 #   BENCH=no                                   leave out the benchmark: no Figure 6 and none of its tables
 #   CORES=all                                  cores that the figures may use
+#   CONFIG="build=... models=..."              more of snakemake's --config: folders of results and of models
 #   ARGS="..."                                 anything more for snakemake, or for pytest in `make test`
 #   PYTHON=python3.11                          interpreter that makes the environment
 #   VENV=.venv                                 where it lies
@@ -19,7 +20,11 @@ endif
 ifdef bench
 $(error write BENCH=$(bench), in capitals)
 endif
+ifneq ($(filter --config --config=% -C,$(ARGS)),)
+$(error ARGS: a second --config would replace TIER and BENCH; write CONFIG="build=..." instead)
+endif
 TIER ?= laptop
+CONFIG ?=
 CORES ?= all
 BENCH ?= yes
 ARGS ?=
@@ -56,7 +61,7 @@ figures: env
 	@$(IN_ENV) case "$$BENCH" in no) without=--no-bench;; *) without=--bench;; esac; \
 	"$$python" -m reqat.cli doctor --quick --tier "$$TIER" "$$without"; \
 	if [ "$$CORES" = all ]; then CORES="$$("$$python" -m reqat.config.machine cores)"; fi; \
-	"$$python" -m snakemake --cores "$$CORES" --config tier="$$TIER" bench="$$BENCH" $(ARGS) -- figures/
+	"$$python" -m snakemake --cores "$$CORES" --config tier="$$TIER" bench="$$BENCH" $(CONFIG) $(ARGS) -- figures/
 
 # tests/conftest.py gives each process one thread; the workers share the cores between them.
 test: env

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -67,7 +66,8 @@ def workflow_in(tmp_path: Path) -> Path:
 
 
 def command(*arguments: str, tier: str = "tiny", more: tuple[str, ...] = ()) -> list[str]:
-    stub = f"reqat={shlex.join([sys.executable, str(STUB)])}"
+    # Backslashes, not quotes: Snakemake takes quotes at both ends of a value for its own.
+    stub = "reqat=" + " ".join(re.sub(r"([^\w/.-])", r"\\\1", word) for word in (sys.executable, str(STUB)))
     options = ["--cores", "2", *arguments, "--config", *f"tier={tier}".split(), stub, *more]
     return [sys.executable, "-m", "snakemake", *options]
 
