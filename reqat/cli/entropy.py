@@ -14,7 +14,7 @@ from reqat.cli.app import Quiet, Tier, app, session, start_computing
 from reqat.cli.arguments import Seeds, Threads, seed_list
 from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
-from reqat.pipeline.pairs import collect
+from reqat.pipeline.pairs import PairSettings, Side, collect
 from reqat.records import record
 from reqat.tasks.problem_files import Given, of_problems, read_problems
 
@@ -111,30 +111,33 @@ def entropy(
         "end_marker": end_marker,
         "top": top,
     }
+    options = {"global_scale": global_scale, "kv_element": kv_element}
+    sides = [
+        Side(paths["reference"], reference_precision, options),
+        Side(paths["candidate"], candidate_precision, options),
+    ]
+    asked = PairSettings(
+        seeds=numbers,
+        decoding=decoding,
+        max_new_tokens=max_new_tokens,
+        batch_rows=batch_rows,
+        sample=sample,
+        end_marker=end_marker,
+        logprobs=_positions(logprobs or [], rows),
+        top=top,
+        bins=bins,
+        more_than=more_than,
+    )
     root = Path(reqat.__file__).parents[1]
     given: list[Path | str] = [*paths.values(), *([source] if source is not None else [])]
     with record.asked_for("entropy", out, settings, root=root, force=force, inputs=given) as job:
         start_computing(threads)
+        from analysis.entropy.pair_plots import draw
+
         job.seeds = numbers
-        job.metrics = collect(
-            paths,
-            (reference_precision, candidate_precision),
-            [{"global_scale": global_scale, "kv_element": kv_element}] * 2,
-            rows,
-            job.partial,
-            seeds=numbers,
-            decoding=decoding,
-            max_new_tokens=max_new_tokens,
-            batch_rows=batch_rows,
-            sample=sample,
-            end_marker=end_marker,
-            logprobs=_positions(logprobs or [], rows),
-            k=top,
-            bins=bins,
-            more_than=more_than,
-            root=root,
-            progress=not quiet,
-        )
+        found = collect(*sides, rows, asked, job.partial, root=root, progress=not quiet)
+        job.metrics = found.metrics
+        draw(found.report, job.partial / "plots")
     print((out / "summary.md").read_text(encoding="utf-8"))
     print(f"written: {out}")
 

@@ -21,7 +21,7 @@ from reqat.config.decoding import SAMPLE
 from reqat.config.errors import unknown
 from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
-from reqat.pipeline.task import Task, load, same_tokens, weights
+from reqat.pipeline.task import Grading, Task, load, same_tokens, weights
 from reqat.records import record
 
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
@@ -79,7 +79,8 @@ def route(
     force: Force = False,
 ) -> None:
     """Entropy-routed decoding: sure tokens from one model, unsure ones from the other; four policies, graded."""
-    task, used, other = Task.of_tier(session.plan(tier).tier), seed_list(seeds), candidate or reference
+    used, other = seed_list(seeds), candidate or reference
+    grading = Grading(Task.of_tier(session.plan(tier).tier), problems, used, decoding, held_out, quiet)
     roles = {"reference": reference, "candidate": other}
     with writing("route", out, roles, used, force=force, threads=threads) as conditions:
         from reqat.generation.interventions import policies
@@ -91,14 +92,14 @@ def route(
         first, tokenizer = load(reference, reference_precision)
         second, their_tokenizer = load(other, candidate_precision)
         same_tokens(tokenizer, their_tokenizer)
-        value = nats(threshold, first, tokenizer, task, held_out, quiet)
+        value = nats(threshold, first, tokenizer, grading)
         conditions.settings = {
             "reference": reference, "candidate": other, "reference_precision": reference_precision,
             "candidate_precision": candidate_precision,
             "threshold": threshold, "threshold_nats": value, "policies": names, "tier": tier, "problems": problems,
             "decoding": decoding, "held_out": held_out,
         }  # fmt: skip
-        grade_routes(conditions, first, second, tokenizer, task, names, value, problems, used, decoding, quiet)
+        grade_routes(conditions, first, second, tokenizer, grading, names, value)
 
 
 @app.command()
@@ -124,17 +125,17 @@ def noise(
     force: Force = False,
 ) -> None:
     """Noise on the logits of the lowest- or highest-entropy decisions, over sigma; graded beside no noise."""
-    task = Task.of_tier(session.plan(tier).tier)
     used, sizes = seed_list(seeds), numbers(sigmas, "--sigmas", float)
+    grading = Grading(Task.of_tier(session.plan(tier).tier), problems, used, decoding, held_out, quiet)
     with writing("noise", out, {"model": model}, used, force=force, threads=threads) as conditions:
         from reqat.generation.interventions import Noise
 
         for value in sizes:
             Noise(value, "low", share)  # refuses what makes no sense before anything is loaded
         loaded, tokenizer = load(model, precision)
-        ends = noise_ends(by, share, loaded, tokenizer, task, held_out, quiet)
+        ends = noise_ends(by, share, loaded, tokenizer, grading)
         conditions.settings = {
             "model": model, "precision": precision, "sigmas": sizes, "share": share, "by": by,
             "thresholds_nats": ends, "tier": tier, "problems": problems, "decoding": decoding, "held_out": held_out,
         }  # fmt: skip
-        grade_noise(conditions, loaded, tokenizer, task, sizes, share, ends, problems, used, decoding, quiet)
+        grade_noise(conditions, loaded, tokenizer, grading, sizes, share, ends)

@@ -17,7 +17,7 @@ from reqat.cli.intervene import Force, Out, writing
 from reqat.config.decoding import SAMPLE
 from reqat.config.targets import making_file
 from reqat.pipeline.resets import SCHEMA, fitted_tau0, grade_resets, is_fit, read_fit, reset_decodings
-from reqat.pipeline.task import Task, load, same_tokens, weights
+from reqat.pipeline.task import Grading, Task, load, same_tokens, weights
 from reqat.records import provenance, record
 
 
@@ -51,7 +51,8 @@ def fit_reset(
     force: Force = False,
 ) -> None:
     """Fit ReSET's tau0 to a quantized model; the file's `policy` is what `--decoding` and `reqat reset` take."""
-    task, used = Task.of_tier(session.plan(tier).tier), seed_list(seeds)
+    used = seed_list(seeds)
+    grading = Grading(Task.of_tier(session.plan(tier).tier), 0, used, decoding, problems, quiet)
     rule: dict[str, Any] = {"top_p": top_p, "t_high": t_high, "window": window, "step": step}
     with making_file(out, is_fit, replace=force) as write:
         start_computing(threads)
@@ -59,7 +60,7 @@ def fit_reset(
 
         Decoding.reset(t_low, 0.0, **rule)  # refuses what makes no sense before anything is loaded
         loaded, tokenizer = load(model, precision)
-        fit = fitted_tau0(loaded, tokenizer, task, problems, used, decoding, quantile, quiet)
+        fit = fitted_tau0(loaded, tokenizer, grading, quantile)
         policy = Decoding.reset(t_low, fit.value, **rule)
         root = Path(reqat.__file__).parents[1]
         made = {
@@ -107,12 +108,13 @@ def grade_reset(
     force: Force = False,
 ) -> None:
     """ReSET's ablation: the quantized model, the same with ReSET, and BF16, on the same problems and seeds."""
-    task, used_seeds, unquantized = Task.of_tier(session.plan(tier).tier), seed_list(seeds), reference or model
+    used_seeds, unquantized = seed_list(seeds), reference or model
+    grading = Grading(Task.of_tier(session.plan(tier).tier), problems, used_seeds, decoding, quiet=quiet)
     roles = {"model": model, "reference": unquantized}
     with writing("reset", out, roles, used_seeds, force=force, threads=threads) as found:
         decodings = reset_decodings(decoding, {"reset": read_fit(fit)}, also or [])
         for text in decodings.values():
-            task.options(used_seeds, text, quiet, "")  # refuses a text that is no policy before the first hour
+            grading.options("", text)  # refuses a text that is no policy before the first hour
         quantized, tokenizer = load(model, precision)
         plain, other_tokenizer = load(unquantized, "BF16")
         same_tokens(other_tokenizer, tokenizer)
@@ -120,4 +122,4 @@ def grade_reset(
             "model": model, "reference": unquantized, "precision": precision, "tier": tier, "problems": problems,
             "decodings": decodings,
         }  # fmt: skip
-        grade_resets(found, quantized, plain, tokenizer, task, decodings, problems, used_seeds, quiet)
+        grade_resets(found, quantized, plain, tokenizer, grading, decodings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reqat.config.decoding import SAMPLE, Threshold
 
@@ -11,25 +11,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.pipeline.conditions import Conditions
-from reqat.pipeline.task import Task
+from reqat.pipeline.task import Grading
 
 
-def nats(text: str, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool) -> float:
+def nats(text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grading: Grading) -> float:
     """A threshold: nats as they are, or `p75`, the percentile of the model's entropies on held-out problems."""
     threshold = Threshold.parse(text)
     if not threshold.is_percentile:
         return threshold.value
-    return entropy_percentile(threshold.value, model, tokenizer, task, n, quiet)
+    return entropy_percentile(threshold.value, model, tokenizer, grading)
 
 
 def entropy_percentile(
-    percentile: float, model: PreTrainedModel, tokenizer: Any, task: Task, n: int, quiet: bool
+    percentile: float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grading: Grading
 ) -> float:
-    """A percentile of the model's entropies (nats) on the first `n` held-out problems."""
+    """A percentile of the model's entropies (nats) on the held-out problems, sampled once each."""
     from reqat.evaluation.tau0 import fit_tau0
 
-    options = task.options([0], SAMPLE, quiet, "measuring entropies")
-    found = fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=percentile / 100, **options)
+    options = grading.options("measuring entropies", SAMPLE, [0])
+    found = fit_tau0(model, tokenizer, grading.validation(), quantile=percentile / 100, **options)
     print(f"threshold p{percentile:g}: {found}", flush=True)
     return found.value
 
@@ -39,39 +39,28 @@ def grade_routes(
     reference: PreTrainedModel,
     candidate: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    grading: Grading,
     names: Sequence[str],
     threshold_nats: float,
-    n: int,
-    seeds: Sequence[int],
-    decoding: str,
-    quiet: bool,
 ) -> None:
-    """Grade each of the policies `names` on the first `n` problems."""
+    """Grade each of the routing policies `names`."""
     from reqat.evaluation.intervened import evaluate_routed
     from reqat.generation.interventions import policies
 
-    asked, given = task.problems(n), policies(threshold_nats)
+    problems, given = grading.problems(), policies(threshold_nats)
     for name in names:
-        options = task.options(seeds, decoding, quiet, name)
-        found = evaluate_routed(reference, candidate, tokenizer, asked, given[name], **options)
+        found = evaluate_routed(reference, candidate, tokenizer, problems, given[name], **grading.options(name))
         conditions.add_intervened(name, found)
 
 
 def noise_ends(
-    by: str,
-    share: float,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    held_out: int,
-    quiet: bool,
+    by: str, share: float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grading: Grading
 ) -> dict[str, float | None]:
     """Below and above which entropy (nats) a decision meets noise; None where each step's batch says it."""
     ends: dict[str, float | None] = {"low": None, "high": None}
     if by == "percentile":
         for side, percentile in (("low", 100 * share), ("high", 100 * (1 - share))):
-            ends[side] = entropy_percentile(percentile, model, tokenizer, task, held_out, quiet)
+            ends[side] = entropy_percentile(percentile, model, tokenizer, grading)
     return ends
 
 
@@ -79,26 +68,21 @@ def grade_noise(
     conditions: Conditions,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    grading: Grading,
     sigmas: Sequence[float],
     share: float,
     ends: Mapping[str, float | None],
-    n: int,
-    seeds: Sequence[int],
-    decoding: str,
-    quiet: bool,
 ) -> None:
-    """Grade no noise, and noise of every size at either end, on the first `n` problems."""
+    """Grade no noise, and noise of every size at either end."""
     from reqat.evaluation import evaluate
     from reqat.evaluation.intervened import evaluate_noisy
     from reqat.generation.interventions import Noise
 
-    asked = task.problems(n)
-    options = task.options(seeds, decoding, quiet, "no noise")
-    conditions.add("none", evaluate(model, tokenizer, asked, **options))
+    problems = grading.problems()
+    conditions.add("none", evaluate(model, tokenizer, problems, **grading.options("no noise")))
     for sigma in sigmas:
         for side in ("low", "high"):
             given = Noise(sigma, side, share, ends[side])  # type: ignore[arg-type]
             name = f"{side}-{sigma:g}"
-            options = task.options(seeds, decoding, quiet, name)
-            conditions.add_intervened(name, evaluate_noisy(model, tokenizer, asked, given, **options))
+            found = evaluate_noisy(model, tokenizer, problems, given, **grading.options(name))
+            conditions.add_intervened(name, found)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from reqat.evaluation.tau0 import EntropyQuantile
 from reqat.pipeline.conditions import Conditions
-from reqat.pipeline.task import Task
+from reqat.pipeline.task import Grading
 
 SCHEMA = "reqat.reset/1"
 
@@ -23,20 +23,12 @@ BF16 = "bf16"
 
 
 def fitted_tau0(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    n: int,
-    seeds: Sequence[int],
-    decoding: str,
-    quantile: float,
-    quiet: bool,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, grading: Grading, quantile: float
 ) -> EntropyQuantile:
-    """ReSET's tau0 on the first `n` validation problems."""
+    """ReSET's tau0 on the held-out problems, under the decoding and the seeds of `grading`."""
     from reqat.evaluation.tau0 import fit_tau0
 
-    options = task.options(seeds, decoding, quiet, "fitting tau0")
-    return fit_tau0(model, tokenizer, task.problems(n, "validation"), quantile=quantile, **options)
+    return fit_tau0(model, tokenizer, grading.validation(), quantile=quantile, **grading.options("fitting tau0"))
 
 
 def is_fit(path: Path) -> bool:
@@ -75,16 +67,13 @@ def grade_resets(
     quantized: PreTrainedModel,
     reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    task: Task,
+    grading: Grading,
     decodings: Mapping[str, str],
-    n: int,
-    seeds: Sequence[int],
-    quiet: bool,
 ) -> None:
-    """Grade every decoding on the first `n` problems: all of the quantized model, but for the condition `bf16`."""
+    """Grade every decoding: all of the quantized model, but for the condition `bf16`."""
     from reqat.evaluation import evaluate
 
-    asked = task.problems(n)
+    problems = grading.problems()
     for name, text in decodings.items():
         model = reference if name == BF16 else quantized
-        conditions.add(name, evaluate(model, tokenizer, asked, **task.options(seeds, text, quiet, name)))
+        conditions.add(name, evaluate(model, tokenizer, problems, **grading.options(name, text)))

@@ -29,9 +29,9 @@ from reqat.config.studies import (
 from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
 from reqat.pipeline.jobs import finished, input_folders, locked
-from reqat.pipeline.pairs import collect
+from reqat.pipeline.pairs import PairSettings, Side, collect
 from reqat.pipeline.resets import fitted_tau0, grade_resets, reset_decodings
-from reqat.pipeline.task import Task, load, same_tokens
+from reqat.pipeline.task import Grading, Task, load, same_tokens
 from reqat.records import record
 from reqat.tasks.problem_files import of_problems
 
@@ -102,27 +102,23 @@ def pair(run: Run) -> dict[str, Any]:
     s = run.study.settings
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
-    return collect(
-        {role: str(run.inputs[role] / "model") for role in models},
-        (models["reference"].precision.name, models["candidate"].precision.name),
-        [models[role].precision.options() for role in ("reference", "candidate")],
-        of_problems(task.problems(s.n)),
-        run.out,
+    sides = [
+        Side(str(run.inputs[role] / "model"), models[role].precision.name, models[role].precision.options())
+        for role in ("reference", "candidate")
+    ]
+    settings = PairSettings(
         seeds=s.seeds,
         decoding=s.decoding,
         max_new_tokens=task.max_new_tokens,
         batch_rows=task.batch_rows,
         sample=True,
-        end_marker=None,
-        logprobs={},
-        k=s.top,
+        top=s.top,
         bins=s.bins,
         more_than=s.more_than,
-        root=run.root,
-        progress=not run.quiet,
-        plots=False,
         autocast=AUTOCAST[task.autocast],
     )
+    problems = of_problems(task.problems(s.n))
+    return collect(*sides, problems, settings, run.out, root=run.root, progress=not run.quiet).metrics
 
 
 def routing(run: Run) -> dict[str, Any]:
@@ -131,14 +127,14 @@ def routing(run: Run) -> dict[str, Any]:
 
     s = run.study.settings
     assert isinstance(s, RoutingStudy)
-    task, conditions = Task.of_study(run.study), Conditions(run.out)
-    task.options(s.seeds, s.decoding, True, "")  # refuses a text that is no policy before the first hour
+    grading = Grading(Task.of_study(run.study), s.n, s.seeds, s.decoding, s.held_out, run.quiet)
+    conditions = Conditions(run.out)
+    grading.options("")  # refuses a text that is no policy before the first hour
     reference, tokenizer = run.load("reference")
     candidate, other = run.load("candidate")
     same_tokens(tokenizer, other)
-    value = nats(s.threshold, reference, tokenizer, task, s.held_out, run.quiet)
-    names = list(policies(value))
-    grade_routes(conditions, reference, candidate, tokenizer, task, names, value, s.n, s.seeds, s.decoding, run.quiet)
+    value = nats(s.threshold, reference, tokenizer, grading)
+    grade_routes(conditions, reference, candidate, tokenizer, grading, list(policies(value)), value)
     return conditions.finish() | {"measured": {"threshold_nats": value}}
 
 
@@ -146,11 +142,12 @@ def noise(run: Run) -> dict[str, Any]:
     """As `reqat noise`: no noise, then every size at either end."""
     s = run.study.settings
     assert isinstance(s, NoiseStudy)
-    task, conditions = Task.of_study(run.study), Conditions(run.out)
-    task.options(s.seeds, s.decoding, True, "")
+    grading = Grading(Task.of_study(run.study), s.n, s.seeds, s.decoding, s.held_out, run.quiet)
+    conditions = Conditions(run.out)
+    grading.options("")
     model, tokenizer = run.load("model")
-    ends = noise_ends(s.by, s.share, model, tokenizer, task, s.held_out, run.quiet)
-    grade_noise(conditions, model, tokenizer, task, s.sigmas, s.share, ends, s.n, s.seeds, s.decoding, run.quiet)
+    ends = noise_ends(s.by, s.share, model, tokenizer, grading)
+    grade_noise(conditions, model, tokenizer, grading, s.sigmas, s.share, ends)
     return conditions.finish() | {"measured": {"thresholds_nats": ends}}
 
 
@@ -162,21 +159,22 @@ def reset(run: Run) -> dict[str, Any]:
 
     s = run.study.settings
     assert isinstance(s, ResetStudy)
-    task, conditions = Task.of_study(run.study), Conditions(run.out)
+    grading = Grading(Task.of_study(run.study), s.n, s.seeds, s.decoding, s.held_out, run.quiet)
+    conditions = Conditions(run.out)
     rule: dict[str, Any] = {"top_p": s.top_p, "t_high": s.t_high, "window": s.window, "step": s.step}
     for text in (s.decoding, *s.controls, *(str(Decoding.reset(t, 0.0, **rule)) for t in s.t_low)):
-        task.options(s.seeds, text, True, "")
+        grading.options("", text)
     quantized, tokenizer = run.load("quantized")
     reference, other = run.load("reference")
     same_tokens(other, tokenizer)
-    fit = fitted_tau0(quantized, tokenizer, task, s.held_out, s.fit_seeds, s.decoding, s.quantile, run.quiet)
+    fit = fitted_tau0(quantized, tokenizer, dataclasses.replace(grading, seeds=s.fit_seeds), s.quantile)
     print(f"tau0: {fit}", flush=True)
     fits = {
         "reset" if i == 0 else f"reset-{t_low:g}": str(Decoding.reset(t_low, fit.value, **rule))
         for i, t_low in enumerate(s.t_low)
     }
     decodings = reset_decodings(s.decoding, fits, s.controls)
-    grade_resets(conditions, quantized, reference, tokenizer, task, decodings, s.n, s.seeds, run.quiet)
+    grade_resets(conditions, quantized, reference, tokenizer, grading, decodings)
     return conditions.finish() | {"measured": {"tau0": dataclasses.asdict(fit), "decodings": decodings}}
 
 

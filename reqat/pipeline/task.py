@@ -58,19 +58,43 @@ class Task:
 
         return problems(self.families, split or self.split, n, self.seed)
 
-    def options(self, seeds: Sequence[int], decoding: str, quiet: bool, caption: str) -> dict[str, Any]:
-        """What `evaluate` is told, besides models and problems."""
+
+@dataclass(frozen=True)
+class Grading:
+    """How a job grades: the first `n` problems of a task, sampled once for each seed under a decoding policy."""
+
+    task: Task
+    n: int
+    seeds: Sequence[int]
+    decoding: str
+    held_out: int = 0
+    """Validation problems that thresholds are measured on."""
+    quiet: bool = False
+
+    def problems(self) -> list[Problem]:
+        """The graded problems."""
+        return self.task.problems(self.n)
+
+    def validation(self) -> list[Problem]:
+        """The held-out problems."""
+        return self.task.problems(self.held_out, "validation")
+
+    def options(self, caption: str, decoding: str | None = None, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+        """Arguments of `evaluate` besides models and problems; another decoding or other seeds where given.
+
+        Raises ReqatError for a text that is no decoding policy, so it is called once before models are loaded.
+        """
         from reqat.evaluation.loading import AUTOCAST
         from reqat.generation import Decoding
 
-        policy = Decoding.parse(decoding)
+        policy = Decoding.parse(self.decoding if decoding is None else decoding)
         return {
-            "seeds": policy.effective_seeds(seeds),
+            "seeds": policy.effective_seeds(self.seeds if seeds is None else seeds),
             "decoding": policy,
-            "max_new_tokens": self.max_new_tokens,
-            "batch_rows": self.batch_rows,
-            "autocast": AUTOCAST[self.autocast],
-            "progress": False if quiet else caption,
+            "max_new_tokens": self.task.max_new_tokens,
+            "batch_rows": self.task.batch_rows,
+            "autocast": AUTOCAST[self.task.autocast],
+            "progress": False if self.quiet else caption,
         }
 
 
@@ -88,16 +112,27 @@ def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrained
     return model, load_tokenizer(folder)
 
 
-def same_tokens(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
-    """Refuse two models whose ids mean different tokens. Raises `ReqatError` naming the first one."""
-    ours, theirs = a.get_vocab(), b.get_vocab()
-    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-    if different:
+def same_tokens(
+    a: PreTrainedTokenizerBase,
+    b: PreTrainedTokenizerBase,
+    names: tuple[str, str] = ("the reference", "the candidate"),
+) -> None:
+    """Raises `ReqatError` with the first difference where two models' ids mean different tokens, or end differently."""
+    known_a, known_b = a.get_vocab(), b.get_vocab()
+    if known_a == known_b:
+        if (a.bos_token_id, a.eos_token_id) == (b.bos_token_id, b.eos_token_id):
+            return
+        what = f"end a response with ids {a.eos_token_id} and {b.eos_token_id}"
+    else:
+        different = sorted(t for t in known_a.keys() | known_b.keys() if known_a.get(t) != known_b.get(t))
         token = different[0]
-        raise ReqatError(
-            f"the models have different tokenizers: {token!r} is id {ours.get(token)} in the reference and "
-            f"{theirs.get(token)} in the candidate ({len(different)} tokens differ). Take models of one tokenizer."
+        what = (
+            f"hold {len(known_a)} and {len(known_b)} tokens; {len(different)} differ, the first is {token!r} with id "
+            f"{known_a.get(token)} in one and {known_b.get(token)} in the other"
         )
+    raise ReqatError(
+        f"{names[0]} and {names[1]} have different tokenizers: they {what}. Compare models that share a tokenizer."
+    )
 
 
 def weights(folder: str) -> dict[str, str]:
