@@ -112,10 +112,8 @@ def entropy(
         "top": top,
     }
     options = {"global_scale": global_scale, "kv_element": kv_element}
-    sides = [
-        Side(paths["reference"], reference_precision, options),
-        Side(paths["candidate"], candidate_precision, options),
-    ]
+    first = Side(paths["reference"], reference_precision, options)
+    second = Side(paths["candidate"], candidate_precision, options)
     asked = PairSettings(
         seeds=numbers,
         decoding=decoding,
@@ -135,7 +133,7 @@ def entropy(
         from analysis.entropy.pair_plots import draw
 
         job.seeds = numbers
-        found = collect(*sides, rows, asked, job.partial, root=root, progress=not quiet)
+        found = collect(first, second, rows, asked, job.partial, root=root, progress=not quiet)
         job.metrics = found.metrics
         draw(found.report, job.partial / "plots")
     print((out / "summary.md").read_text(encoding="utf-8"))

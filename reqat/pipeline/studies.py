@@ -102,10 +102,10 @@ def pair(run: Run) -> dict[str, Any]:
     s = run.study.settings
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
-    sides = [
+    reference, candidate = (
         Side(str(run.inputs[role] / "model"), models[role].precision.name, models[role].precision.options())
         for role in ("reference", "candidate")
-    ]
+    )
     settings = PairSettings(
         seeds=s.seeds,
         decoding=s.decoding,
@@ -118,7 +118,7 @@ def pair(run: Run) -> dict[str, Any]:
         autocast=AUTOCAST[task.autocast],
     )
     problems = of_problems(task.problems(s.n))
-    return collect(*sides, problems, settings, run.out, root=run.root, progress=not run.quiet).metrics
+    return collect(reference, candidate, problems, settings, run.out, root=run.root, progress=not run.quiet).metrics
 
 
 def routing(run: Run) -> dict[str, Any]:

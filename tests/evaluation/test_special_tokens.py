@@ -28,7 +28,7 @@ from reqat.data import (
 )
 from reqat.generation import Decoding, Generation, generate
 from reqat.models import freeze, load_tokenizer, prepare
-from reqat.pipeline.pairs import _given_traces, _sampled_traces
+from reqat.pipeline.pairs import PairSettings, _given_traces, _sampled_traces
 from reqat.pipeline.stages import calibration_ids
 from reqat.tasks.problem_files import Given
 
@@ -239,10 +239,13 @@ def test_no_end_where_none_is_named_and_where_the_caller_wants_none(tiny: Tiny) 
     assert generate(chain(tiny, [1, 5]), words(), [[0, 6]], eos_id=(), **asked) == [free]
 
 
+PAIR = PairSettings(seeds=[0], decoding="greedy", max_new_tokens=8)
+
+
 def test_a_sampled_response_keeps_the_end_that_it_took_and_a_given_one_may_have_any(tiny: Tiny) -> None:
     model, tokenizer = chain(tiny, [1, 5]), words(adds_bos=True)
     rows = [Given("a", "f", "hi"), Given("b", "f", "<user>")]
-    found = _sampled_traces(model, tokenizer, rows, "A", [0], GREEDY, 8, None, None, {}, False, None)
+    found = _sampled_traces(model, tokenizer, rows, "A", [0], GREEDY, PAIR, False)
     assert [trace.response_ids for trace in found] == [(7, 8, 5), (9, 1)]
     assert all(trace.info.finished for trace in found)
     given = [
@@ -252,7 +255,7 @@ def test_a_sampled_response_keeps_the_end_that_it_took_and_a_given_one_may_have_
         Given("text", "f", "hi", response="there yes"),
         Given("ended", "f", "hi", response="there <turn>"),
     ]
-    traces = _given_traces(tokenizer, given, (1, 5), None, {}, [])
+    traces = _given_traces(tokenizer, given, (1, 5), PAIR, [])
     assert [trace.info.finished for trace in traces] == [True, True, False, True, True]
     assert [trace.response_ids for trace in traces[3:]] == [(7, 8, 1), (7, 5)]
     assert traces[0].prompt_ids == (0, 6)
@@ -261,10 +264,10 @@ def test_a_sampled_response_keeps_the_end_that_it_took_and_a_given_one_may_have_
 def test_a_known_token_is_not_taken_for_an_unknown_one() -> None:
     faults: list[Any] = []
     given = [Given("a", "f", "hi", response="there yes")]
-    traces = _given_traces(words(unk_token="</s>"), given, (1,), None, {}, faults)
+    traces = _given_traces(words(unk_token="</s>"), given, (1,), PAIR, faults)
     assert traces[0].response_ids == (7, 8, 1) and not faults
     strange = [Given("b", "f", "hi", response="strange yes")]
-    assert _given_traces(words(), strange, (1,), None, {}, faults) == [] and "response" in faults[0][1]
+    assert _given_traces(words(), strange, (1,), PAIR, faults) == [] and "response" in faults[0][1]
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
