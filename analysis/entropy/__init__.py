@@ -1,4 +1,4 @@
-"""What quantization does to single decisions: statistics of trace folders (:mod:`reqat.evaluation.trace_files`).
+"""Effects of quantization on single tokens: statistics of trace folders (:mod:`reqat.evaluation.trace_files`).
 
 ReQAT's claim (arXiv 2606.15682, section 3) is that four bits hurt most where a model is all but certain: digits and
 operators. Each function here reads the columns that it needs and returns a tidy data frame

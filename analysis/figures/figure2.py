@@ -1,4 +1,4 @@
-"""Figure 2: where four bits hurt, of studies of the kinds `pair`, `routing` and `noise`.
+"""Figure 2: where FP4 causes errors, from studies of the kinds `pair`, `routing` and `noise`.
 
 Digits and operators are what a model is surest of (a); four bits multiply the probability of everything else there and
 change little where a model is unsure (b, f); and it is there that an error costs the answer: give back those decisions

@@ -1,4 +1,4 @@
-"""Figure 4: what training and rounding did to a model's certainty, of a study of kind `dynamics`.
+"""Figure 4: change of token entropies by training and rounding, from a study of kind `dynamics`.
 
 For each model, the entropy that it has on the same verified traces, against the base's, in percentile bins of the
 base's entropy. A fine-tuned model read in BF16 differs from one trained quantized by both; the fine-tuned model

@@ -1,4 +1,4 @@
-"""Figure 7: which tokens training listened to, of a study of kind `gradients`.
+"""Figure 7: share of low-entropy tokens in the gradient, from a study of kind `gradients`.
 
 The share of the squared gradient at positions of low entropy, step by step, beside the share of tokens that are low:
 90% of the gradient from 90% of the tokens would say nothing. Reads `gradients.csv` of its study, never token traces.

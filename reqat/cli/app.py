@@ -1,4 +1,4 @@
-"""The `reqat` application: options that all verbs share, and the session that they make."""
+"""The `reqat` application: options shared by all verbs."""
 
 from __future__ import annotations
 

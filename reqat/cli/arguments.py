@@ -1,4 +1,4 @@
-"""What options mean and what they may be: checked while the command line is read, before anything is loaded.
+"""Types and checks of command-line options, applied before anything is loaded.
 
 A check is a typer callback (``typer.Option(..., callback=arguments.precision)``): it gets the value as given and raises
 a `ReqatError` that names option and value. Bounds of whole numbers stand beside the options (``min=1,

@@ -1,4 +1,4 @@
-"""The verb `doctor`: what a tier needs of this machine, held against what is there, before hours are lost."""
+"""The verb `doctor`: compares what a tier needs with what this machine has."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def distinct(values: Sequence[Any]) -> Any:
-    """`values` themselves. Raises `ReqatError` if one is there twice: it would be computed, and counted, twice."""
+    """`values`, unchanged. Raises `ReqatError` if they contain duplicates."""
     twice = [value for i, value in enumerate(values) if value in values[:i]]
     if twice:
         raise ReqatError(f"{list(values)}: {twice[0]!r} stands twice; give each once.")
@@ -78,8 +78,8 @@ Seeds = Annotated[list[Seed], AfterValidator(distinct)]
 
 
 def plain(value: Any) -> Any:
-    """`value` itself, if JSON can hold it. Raises `ReqatError` naming a date, an infinite number, or a key that is no
-    text."""
+    """`value`, unchanged, if JSON can represent it. Raises `ReqatError` naming a date, an infinite number, or
+    a key that is no text."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not isinstance(key, str):

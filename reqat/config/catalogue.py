@@ -1,4 +1,4 @@
-"""Names of what the library's packages hold, read from their files: no list to keep, and no torch to import."""
+"""Names of the library's methods, terms and task families, discovered from file names without importing torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long the jobs of a plan take on one core, from the rates that its tier states: rough, good for proportions."""
+"""Estimated time of each job of a plan on one core, from the rates stated in its tier. A rough estimate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How decoding is written as text, where configuration and the command line must read it alike.
+"""The text form of decoding policies and thresholds, shared by configuration and command line.
 
 A policy (`sample(temperature=0.6, top_p=0.95)`) is read by `reqat.config.policy.Decoding`; here stand the policy that
 holds where none is given, and thresholds of entropy, which are either nats or a percentile still to be measured.

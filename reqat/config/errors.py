@@ -1,4 +1,4 @@
-"""One kind of error for everything a user can get wrong: it names the value at fault and the remedy.
+"""The error type for everything that a user can correct: it names the offending value and the remedy.
 
 The command line prints a `ReqatError` as one line and exits with code 2; anything else is a defect of ours and keeps
 its traceback.
@@ -15,7 +15,7 @@ class ReqatError(ValueError):
 
 
 class MissingFileError(ReqatError, FileNotFoundError):
-    """There is no file or folder where one was expected. Its text is whole: it has no errno."""
+    """A file or folder is missing. The message is complete by itself; there is no errno."""
 
 
 def unknown(kind: str, name: object, valid: Iterable[object], where: str = "", remedy: str = "") -> ReqatError:

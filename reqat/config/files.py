@@ -150,8 +150,11 @@ def read_json_list(path: Path, what: str, remedy: str) -> list[Any]:
 
 
 def parse_json(text: str, where: str, what: str, remedy: str) -> Any:
-    """The value in a JSON text. ``where`` names the file (and line) in the `ReqatError` for what is not JSON, for a
-    key that stands twice in one object, and for nesting or numbers beyond what Python reads."""
+    """The value in a JSON text. ``where`` names the file (and line) in errors.
+
+    Raises `ReqatError` for what is not JSON, for duplicate keys in an object, and for nesting or numbers beyond what
+    Python reads.
+    """
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except _Duplicate as error:
@@ -230,8 +233,8 @@ def _one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on the file ``lock``, which is made and, at the end, removed. The system releases it
-    however the process ends.
+    """Hold an exclusive lock on the file ``lock``, created here and removed at the end. The system releases it however the
+    process ends.
 
     Raises `ReqatError` naming ``what`` at once if another process holds it (``wait``: waits for it instead), or if the
     file cannot be made.

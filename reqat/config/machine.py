@@ -1,4 +1,4 @@
-"""What this machine can give to a process: memory that is free now, cores, room on a disk. Control groups count.
+"""Resources available to a process: free memory, cores, disk space; limits of control groups are taken into account.
 
 In a container the kernel reports the whole host's memory and cores; what may be used is what every control group on
 the way up allows, and the smallest of these is the machine. A limit that cannot be read limits nothing.

@@ -1,4 +1,4 @@
-"""Where things lie, relative to the repository's root: the one place that knows.
+"""All paths of a checkout, relative to the repository's root.
 
 build/data/<data id>/                      tokenizer/, train.jsonl, manifest.json, record.json
 build/stages/<stage id>/                   model/, record.json
@@ -92,11 +92,11 @@ class Paths:
         return self.work / "throughput" / f"{id}.json"
 
     def partial(self, id: str) -> Path:
-        """Where the job that makes `id` works until its output is whole."""
+        """Working folder of the job that makes `id`, until its output is complete."""
         return self.work / "partial" / id
 
     def checkpoints(self, id: str) -> Path:
-        """Where the training of stage `id` keeps its resumable state."""
+        """Folder of the checkpoints that the training of stage `id` resumes from."""
         return self.work / "checkpoints" / id
 
 

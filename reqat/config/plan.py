@@ -36,7 +36,7 @@ UNPINNED = "not pinned yet"
 
 
 class Cell(Strict):
-    """One number of one table or figure, before it is measured."""
+    """One number of a table or figure that an evaluation is to measure."""
 
     artifact: str
     model: str

@@ -1,4 +1,4 @@
-"""How far a long run is: a bar for each job (:func:`bar`), and a line every half minute about all jobs together.
+"""Progress of a long run: a bar for each job (:func:`bar`), and a line every half minute about all jobs together.
 
 Snakemake says when a job starts and ends; the jobs' own output goes to their logs, so that nothing is heard for as long
 as a training takes. :class:`Progress` listens to Snakemake's log records and says what their sum is. It only ever

@@ -1,4 +1,4 @@
-"""What is measured on models that a tier has already trained: `config/studies.yaml`, a list of studies a tier.
+"""Studies of the models that a tier has trained: `config/studies.yaml`, a list of studies for each tier.
 
 A study changes no weight, so none of this may enter the digest that names a stage: hence a file of its own, outside
 the tiers. It names models as tables do, by recipe and precision, and `load_studies` looks them up among the cells of
@@ -86,7 +86,7 @@ class _Study(Strict):
 
     @property
     def label(self) -> str:
-        """What messages and file names call the study."""
+        """Name of the study in messages and file names."""
         return self.name or str(self.kind)  # type: ignore[attr-defined]
 
 

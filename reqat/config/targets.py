@@ -1,5 +1,4 @@
-"""Where a result may be written: nothing that exists is deleted or mixed, unless it is a result of ours and that was
-asked for.
+"""Checks on output paths: what exists is replaced only if it is a result of reqat and `--force` was given.
 
 Everything that writes goes through one of three functions. :func:`making` is for a folder that appears whole,
 :func:`making_file` for a single file, :func:`making_files` for files that go into a folder beside others. Each checks

@@ -1,4 +1,4 @@
-"""What the throughput benchmark measures: `config/throughput.yaml`, a section a tier.
+"""Settings of the throughput benchmark: `config/throughput.yaml`, one section for each tier.
 
 A file of its own, outside the tiers: how fast a kernel is changes no trained weight, so none of this may enter the
 digest that names a stage. The benchmark has its own name, the digest of its own section.

@@ -1,4 +1,4 @@
-"""Who works in this folder: one run of the workflow at a time, known for certain even after one was killed.
+"""A lock on the working folder: one run of the workflow at a time, released by the system even when a run is killed.
 
 Snakemake locks a folder with files, which a killed run leaves behind; the next one then refuses to start. A run of this
 workflow holds an ``flock`` besides, which the system releases however the process ends. Whoever gets it knows that no

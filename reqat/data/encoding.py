@@ -1,4 +1,4 @@
-"""What goes wrong between a text and its token ids, in one error: a chat template is foreign code."""
+"""Tokenization with every fault of text, chat template or tokenizer reported as one `ReqatError`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluation: grading, token entropies, and statistics that know what a cluster is.
+"""Evaluation: grading, token entropies, and statistics clustered by problem.
 
 Names load on first use: reading outcomes and computing intervals needs neither torch nor transformers.
 """

@@ -1,4 +1,4 @@
-"""Does a packed model say what its fake-quantized twin says? Greedy responses of both, token by token.
+"""Agreement of a packed model with its fake-quantized counterpart: greedy responses of both, token by token.
 
 The packed model rounds the same numbers to the same codes; only the order in which float32 sums are taken differs. That
 can tip the choice between two nearly equal logits, or push an activation across a rounding threshold, which changes

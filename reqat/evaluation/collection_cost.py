@@ -1,4 +1,4 @@
-"""What entropies cost while generating: the same generation without them, collecting them, and led by them, in turns.
+"""Cost of computing entropies during generation: without them, collecting them, and using them (ReSET), in alternation.
 
 Providers, from plain to everything:
 

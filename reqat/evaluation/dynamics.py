@@ -1,4 +1,4 @@
-"""What training does to a model's certainty: one forced pass of several models over the same verified traces.
+"""Entropy dynamics of training: one teacher-forced pass of several models over the same verified traces.
 
 Fine-tuning and QAT move a model's entropies, and not evenly: ReQAT (Figure 4) reads from the change at tokens where
 the base was sure, or unsure, whether quantized training recovers what fine-tuning gave. For that all models must see

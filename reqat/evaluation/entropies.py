@@ -1,4 +1,4 @@
-"""Entropies of a model's choices, collected while it generates or over responses that are there already.
+"""Token entropies of a model, collected during generation or by teacher forcing on given responses.
 
 Everything is of the raw logits at temperature 1 (:mod:`reqat.generation.distributions`): the entropy in nats, the most
 likely tokens, the probability of the token taken, and the tail mass ``1 - p(top1)``.
@@ -59,7 +59,7 @@ class RecordedTrace(NamedTuple):
 
 
 class EntropyRecorder:
-    """A logits processor that changes nothing and remembers what each distribution was like.
+    """A logits processor that leaves logits unchanged and records statistics of each distribution.
 
     Put it first among the ``processors``, so that it sees the raw logits. ``on_trace`` is called for every row once
     its batch is over (when the next begins, or at :meth:`close`), rows in the batch's order.
@@ -210,7 +210,7 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
 
 @dataclass(frozen=True)
 class ForcedTrace:
-    """A response that is there already, to be looked at by several models.
+    """A given response that several models are teacher-forced on.
 
     ``prompt_ids`` and ``response_ids`` are what the models read; ``logprobs_at`` are the positions of the response
     whose whole distributions are kept.

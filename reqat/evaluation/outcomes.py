@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: one graded response a row, with enough to say which problem and seed it answers.
+"""Outcomes of an evaluation: one graded response a row, with its problem and sampling seed.
 
 Tables and tests of significance are functions of these rows alone. The file is Parquet, written under another name and
 renamed when it is whole, sealed with a digest of its content: a file that was cut short or altered is refused, never

@@ -1,5 +1,4 @@
-"""How sure a reported accuracy is: intervals clustered by problem, and paired comparisons on the same problems and
-seeds.
+"""Confidence intervals of accuracies, clustered by problem, and paired comparisons on the same problems and seeds.
 
 Eight sampled responses to one problem are not eight problems: hard problems stay hard. The unit of evidence is the
 problem, so a response's outcomes are first averaged over the sampling seeds, within its problem, and every variance is

@@ -1,4 +1,4 @@
-"""How fast a whole model decodes: tokens a second through ``generate()``, and what weights and cache take.
+"""Decoding throughput of whole models: tokens per second through ``generate()``, and memory of weights and cache.
 
 The kernels' benchmark (:mod:`reqat_kernels.bench`) knows no models, so decoding is timed here and
 gives the same rows. Each step of a generation is a sample: the clock is read where transformers asks whether to

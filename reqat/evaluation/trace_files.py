@@ -1,4 +1,4 @@
-"""Token traces on disk: what each precision thought of every token of a response, in three files a folder.
+"""Token traces on disk: statistics of every token of a response under each precision, in three files a folder.
 
 ``tokens.parquet`` has a row a response token, sorted by trace and position; ``traces.parquet`` a row a trace;
 ``meta.json``, written last, says which precisions there are (the first is the reference), what the tokens are called,

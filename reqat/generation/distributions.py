@@ -1,4 +1,4 @@
-"""What is said of a next-token distribution: entropy, tail mass, the most likely tokens, the probability of one.
+"""Statistics of next-token distributions: entropy, tail mass, the most likely tokens, the probability of a token.
 
 All of it is of the logits at temperature 1, in nats and float32. Tail and entropy are summed without the most likely
 token, because where a model is sure that token holds all but 1e-6 of the mass, and a plain sum would round the rest
@@ -19,7 +19,7 @@ _LOWEST = -1e4
 
 
 class Statistics(NamedTuple):
-    """What is said of N distributions: ``best`` and ``total`` (max, and sum of exp(z - max)) give any probability."""
+    """Statistics of N distributions: ``best`` and ``total`` (max, and sum of exp(z - max)) give any probability."""
 
     entropy_N: Tensor
     tail_N: Tensor

@@ -1,4 +1,4 @@
-"""Interventions in decoding: who chooses the sure tokens, who the unsure ones, and what noise does to either.
+"""Interventions in decoding: routing between two models by token entropy, and noise on low- or high-entropy logits.
 
 Both ask where quantization does its damage, by doing something to the decisions of low entropy alone, or of high:
 
@@ -89,7 +89,8 @@ def policies(threshold_nats: float) -> dict[str, Routing]:
 
 
 class Router(LogitsProcessor):
-    """Gives each row the logits of the model whose turn it is. The model of ``generate`` is the reference.
+    """A logits processor that returns the logits of the model that the routing policy chooses. The model of
+    ``generate`` is the reference.
 
     The candidate keeps its own cache in its own precision; it is read from the batch's beginning and fed every token
     after it. Works in :func:`reqat.generation.batches.generate` alone, which says where batches begin.

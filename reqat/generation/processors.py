@@ -1,4 +1,4 @@
-"""What a logits processor that keeps state a row is told by the generation loop."""
+"""Hooks by which the generation loop informs logits processors that keep state for each row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class BatchStart:
-    """What a stateful logits processor is told when a batch begins.
+    """Arguments of `begin_batch` of a stateful logits processor.
 
     ``input_ids`` [B, P] are the padded prompts, ``attention`` [B, P] is False on padding, ``rows`` are the indices of
     the batch's rows in the caller's prompts, and ``capacity`` is the most tokens that a row can come to hold.
@@ -30,7 +30,7 @@ class StatefulProcessor(Protocol):
     """Optional hooks of a logits processor that keeps state a row (a second model's cache, a noise stream)."""
 
     def begin_batch(self, start: BatchStart) -> None:
-        """A new batch begins; forget the one before."""
+        """Reset the state for a new batch."""
 
     def select_rows(self, index: Tensor) -> None:
         """Only the rows ``index`` of the batch go on, in that order."""

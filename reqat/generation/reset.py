@@ -1,4 +1,4 @@
-"""ReSET: a temperature that follows the entropy of reasoning steps, so that a quantized model takes no needless risks.
+"""ReSET: the sampling temperature follows the entropy of reasoning steps; low-entropy steps are sampled more greedily.
 
 Quantization moves probability mass into the tail. Where a model is sure, that mass is error, and a low temperature
 takes it away; where it weighs alternatives, the mass is exploration, and stays. What counts as sure is decided token by

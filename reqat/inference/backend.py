@@ -1,4 +1,4 @@
-"""Which kernels a packed model computes with: one object a device, the same few functions on each.
+"""Kernel backends of packed models: one object for each device, all with the same interface.
 
 :class:`~reqat.inference.native_backend.NativeBackend` (CPU, C++) and
 :class:`~reqat.inference.triton_backend.TritonBackend` (CUDA) each keep weights and cache in an order of their own, so a
@@ -73,7 +73,7 @@ class Backend(Protocol):
         """Whether linear layers of these formats have a kernel; ``inputs`` None: not quantized."""
 
     def allocate_weight_buffers(self, shapes: Iterable[tuple[int, int]], fmt: Format) -> list[Tensor | None]:
-        """Memory for weights of these shapes [N, K], side by side; None: each is allocated as it is packed."""
+        """Preallocate contiguous buffers for weights of shapes [N, K]; None: each is allocated when it is packed."""
 
     def pack_weight(self, weight: QuantizedTensor, buffer: Tensor | None = None) -> Any:
         """A weight [N, K] in the kernel's order."""

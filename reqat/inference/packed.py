@@ -1,4 +1,4 @@
-"""A packed model: weights and key/value cache really in four bits, inputs rounded to integers, products by kernels.
+"""Packed models: weights and KV cache stored in four bits, inputs rounded to codes, products computed by kernels.
 
 ``pack`` takes a prepared model and replaces each quantized linear layer by a
 :class:`~reqat.inference.packed_linear.PackedLinear`, which holds the

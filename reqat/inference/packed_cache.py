@@ -1,4 +1,4 @@
-"""A key/value cache whose memory is really four bits wide.
+"""A key/value cache stored as packed four-bit codes.
 
 :class:`PackedCache` holds what :class:`~reqat.models.cache.Fp4Cache` holds, the same numbers bit for bit, as codes and
 scales: 4.5 bits a number in NVFP4, 4.25 in MXFP4, and 32 for each row, or token, whose global scale is not static.
@@ -72,7 +72,7 @@ class PackedCacheLayer(Fp4CacheLayer):
         return self.backend.allocate(kind, quantizer, states, self.capacity)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Quantize and append [B, G, T, D]; returns stand-ins for all keys and values so far.
+        """Quantize and append [B, G, T, D]; returns placeholders, since the cache computes attention from packed codes.
 
         Raises ValueError when the cache is full, the batch is not the one it was filled with, or a gradient is wanted.
         """

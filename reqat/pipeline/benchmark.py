@@ -1,4 +1,4 @@
-"""The sections of a benchmark: what each measures, in a process of its own.
+"""The sections of the benchmark, each measured in its own process.
 
 A section is measured in a fork (:mod:`reqat.pipeline.isolation`). So its memory is free again before the next one
 starts, and code of others that dies (a protection fault inside ggml, say) costs its own rows: the section is measured
@@ -56,7 +56,7 @@ class Bench:
 
 
 def measured(name: str, work: Callable[[Bench], tuple[Any, list[Any]]], bench: Bench) -> Section:
-    """A section, measured in a process of its own; again without a provider that ended that process.
+    """Measure a section in its own process; repeat it without a provider that crashed that process.
 
     Raises `ReqatError` if the process ended otherwise, and what ``work`` raises.
     """
@@ -155,7 +155,7 @@ def timed(name: str, bench: Bench) -> tuple[Any, list[Any]]:
 
 
 def model_path(model: str, bench: Bench) -> str:
-    """Where a benchmark's model lies."""
+    """Folder of a benchmark's model."""
     return str(bench.base / "model") if model == "pinned" else model
 
 

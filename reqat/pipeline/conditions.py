@@ -51,7 +51,7 @@ class Conditions:
         print(said, flush=True)
 
     def add_intervened(self, name: str, found: Intervened) -> None:
-        """One condition with what the intervention touched."""
+        """Add a condition with the number of tokens that the intervention changed."""
         self.add(name, found.outcomes, touched=found.touched, low=found.low)
 
     def finish(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Run a function in a process of its own, so that a crash in foreign code costs that function and nothing else.
+"""Run a function in a forked process, so that a crash of third-party native code affects that function alone.
 
 The process is a fork: it has everything that is imported already and starts in milliseconds. Therefore the caller must
 not have computed anything with several threads, nor touched a CUDA device, before.
@@ -32,7 +32,7 @@ class Died(Exception):
 
 
 class Mark:
-    """A word that survives the process which wrote it: memory shared with its parent."""
+    """A short text in memory shared with the parent process, readable after the writer has died."""
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _MARK_BYTES)

@@ -79,7 +79,7 @@ def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]
 
 
 def finished(out: Path, id: str) -> bool:
-    """Whether the result of `id` is at `out`, whole. Something else there is not it; it will be replaced."""
+    """Whether `out` holds the complete result of `id`; anything else there will be replaced."""
     try:
         record.verify(out, id=id, deep=False)
     except ReqatError:
@@ -88,7 +88,7 @@ def finished(out: Path, id: str) -> bool:
 
 
 def locked(paths: Paths, id: str) -> contextlib.AbstractContextManager[None]:
-    """Keep other processes from making `id` at the same time."""
+    """Hold an exclusive lock on `id`."""
     return exclusive(paths.work / "locks" / id, id)
 
 
@@ -111,7 +111,7 @@ def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict
 
 
 def _require(plan: Plan, stage: Stage) -> None:
-    """Refuse a job that the machine has no room for, before anything is loaded."""
+    """Raise ReqatError for a job that needs more memory than the machine has, before anything is loaded."""
     if plan.tier.resources.device == "cuda" and stage.kind not in ("data", "base"):
         import torch  # noqa: F401  (provenance.gpus looks at it)
 

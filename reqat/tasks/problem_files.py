@@ -1,4 +1,4 @@
-"""Files of problems, as people and other tools write them: JSON lines, or one JSON array, of objects with a prompt.
+"""Problem files: JSON lines, or one JSON array, of objects with a prompt.
 
 Keys of a problem: ``prompt``, and optionally ``response`` (text) or ``response_ids`` (token ids), ``answer``, ``id``
 (default: the line's number), ``family`` (default: the file's name), ``seed`` (default 0) and ``finished`` (false: the
