@@ -233,8 +233,8 @@ def _one_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def exclusive(lock: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on the file ``lock``, created here and removed at the end. The system releases it however the
-    process ends.
+    """Hold an exclusive lock on the file ``lock``, created here and removed at the end. The system
+    releases it however the process ends.
 
     Raises `ReqatError` naming ``what`` at once if another process holds it (``wait``: waits for it instead), or if the
     file cannot be made.
