@@ -43,19 +43,24 @@ def check_layers(layers: Sequence[LayerWeights]) -> None:
     if not layers:
         raise ValueError("there are no layers to decode with")
     for layer in layers:
+        _check_parts(layer)
+    for layer in layers:
         _check_layer(layer, layers[0].linears[0][0].columns)
 
 
-def _check_layer(layer: LayerWeights, hidden: int) -> None:
+def _check_parts(layer: LayerWeights) -> None:
     counts = (len(layer.linears), len(layer.norms), len(layer.global_scales), len(layer.heads))
     if counts != (7, 4, 4, 3):
         raise ValueError(f"a layer has 7 linears, 4 norms, 4 global scales and 3 sizes of heads, got {counts}")
-    H, G, D = (check.size("size of heads", size, least=1) for size in layer.heads)
-    if H % G or D % 2:
-        raise ValueError(f"{H} query heads of {D} channels do not fit {G} key heads, or cannot be rotated in pairs")
     for name, (w, _) in zip(_NAMES, layer.linears, strict=True):
         if not isinstance(w, PackedWeight):
             raise TypeError(f"the weight of {name} is a {type(w).__name__}, not a PackedWeight")
+
+
+def _check_layer(layer: LayerWeights, hidden: int) -> None:
+    H, G, D = (check.size("size of heads", size, least=1) for size in layer.heads)
+    if H % G or D % 2:
+        raise ValueError(f"{H} query heads of {D} channels do not fit {G} key heads, or cannot be rotated in pairs")
     mlp = layer.linears[4][0].rows
     shapes = ((H * D, hidden), (G * D, hidden), (G * D, hidden), (hidden, H * D), (mlp, hidden), (mlp, hidden))
     for name, (w, bias), shape in zip(_NAMES, layer.linears, (*shapes, (hidden, mlp)), strict=True):
