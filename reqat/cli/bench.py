@@ -25,7 +25,7 @@ from reqat.config.files import read_json, write_file
 from reqat.config.targets import making
 from reqat.config.throughput import LEAST_MEMORY_MB, Throughput, load_throughput, sources
 from reqat.pipeline.benchmark import Bench, Section, measured, preload, sections
-from reqat.pipeline.jobs import finished, locked
+from reqat.pipeline.jobs import finished, running
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
@@ -95,22 +95,20 @@ def bench(
     settings = settings_of(tier)
     if id is not None and id != settings.id:
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
+    paths = session.paths
+
+    def done(out: Path, id: str) -> bool:
+        return finished(out, id) and (not current or is_current(out))
+
     out = folder_of(settings)
-    with locked(session.paths, settings.id):
-        if not force and finished(out, settings.id) and (not current or is_current(out)):
-            write_state(settings.id, None)
-            print(f"{settings.id}: already there")
-            return
-        # Looking for a GPU by way of the driver would be in the way of the processes that are forked to use it.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        start_computing(threads or settings.threads)
-        where = session.paths.partial(settings.id)
-        paths = session.paths
-        with record.job("throughput", settings.id, settings, root=paths.root, out=out, partial=where, tier=tier) as job:
+    with running("throughput", settings.id, settings, out, paths, tier=tier, force=force, done=done) as job:
+        if job is not None:
+            # Looking for a GPU by way of the driver would be in the way of the processes that are forked to use it.
+            os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+            start_computing(threads or settings.threads)
             say = None if quiet else lambda line: print(line, flush=True)
             job.metrics = measure_all(settings, job.partial, say)
-        write_state(settings.id, None)
-    print(f"{settings.id}: done, {out}")
+    write_state(settings.id, None)
 
 
 @app.command("bench-failed", hidden=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,49 +22,66 @@ from reqat.records import provenance, record
 _HASH_BYTES = 2 * 2**30
 
 
+@contextlib.contextmanager
+def running(
+    kind: str,
+    id: str,
+    settings: Any,
+    out: Path,
+    paths: Paths,
+    *,
+    tier: str,
+    force: bool,
+    done: Callable[[Path, str], bool] | None = None,
+) -> Iterator[record.Job | None]:
+    """A job of a plan under an exclusive lock, whatever its kind; None if its result is there (`done`, by default
+    `finished`) and `force` does not ask for it anew.
+
+    The body checks its inputs, works in `job.partial` and sets what the record says; then the result appears at `out`.
+    Raises `ReqatError` if another process holds the lock.
+    """
+    with exclusive(paths.work / "locks" / id, id):
+        if not force and (done or finished)(out, id):
+            print(f"{id}: already there")
+            yield None
+            return
+        with record.job(kind, id, settings, root=paths.root, out=out, partial=paths.partial(id), tier=tier) as job:
+            job.resumed = paths.checkpoints(id).exists()
+            yield job
+        shutil.rmtree(paths.checkpoints(id), ignore_errors=True)  # only now: the result is there
+    print(f"{id}: done, {out}")
+
+
 def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
     """Run one stage of a plan, unless its result is there. Raises `ReqatError` if an input is missing or not what it
     was."""
     todo = plan.stage(id)
     if not made(todo):
         raise ReqatError(f"{id} is the pinned base in {paths.base}; no job makes it. `snakemake base` trains one anew.")
-    out = paths.stage(todo)
-    with locked(paths, id):
-        if not force and finished(out, id):
-            print(f"{id}: already there")
+    with running(todo.kind, id, todo, paths.stage(todo), paths, tier=plan.tier.name, force=force) as job:
+        if job is None:
             return
-        inputs, digests = input_folders(plan, todo.inputs, paths)
+        inputs, job.inputs = input_folders(plan, todo.inputs, paths)
         _require(plan, todo)
-        where = paths.partial(id)
-        with record.job(todo.kind, id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
-            job.inputs = digests
-            job.seeds = [todo.seed] if todo.seed is not None else []
-            job.resumed = paths.checkpoints(id).exists()
-            if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
-                job.metrics = link_base(todo.settings, paths, job.partial)
-            else:
-                from reqat.pipeline.stages import run_stage as carry_out
+        job.seeds = [todo.seed] if todo.seed is not None else []
+        if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
+            job.metrics = link_base(todo.settings, paths, job.partial)
+        else:
+            from reqat.pipeline.stages import carry_out
 
-                job.metrics = carry_out(todo, inputs, job.partial, checkpoints=paths.checkpoints(id), progress=progress)
-    print(f"{id}: done, {out}")
+            job.metrics = carry_out(todo, inputs, job.partial, checkpoints=paths.checkpoints(id), progress=progress)
 
 
 def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
     """Run one evaluation of a plan, unless its result is there. Raises like `run_stage`."""
     todo = plan.evaluation(id)
-    out = paths.evaluation(todo)
-    with locked(paths, id):
-        if not force and finished(out, id):
-            print(f"{id}: already there")
+    with running("evaluation", id, todo, paths.evaluation(todo), paths, tier=plan.tier.name, force=force) as job:
+        if job is None:
             return
-        inputs, digests = input_folders(plan, todo.inputs, paths)
+        inputs, job.inputs = input_folders(plan, todo.inputs, paths)
         _require(plan, plan.stage(todo.stage))
-        where = paths.partial(id)
-        with record.job("evaluation", id, todo, root=paths.root, out=out, partial=where, tier=plan.tier.name) as job:
-            job.inputs = digests
-            job.seeds = list(todo.seeds)
-            job.metrics = _evaluate(todo, inputs, job.partial, progress)
-    print(f"{id}: done, {out}")
+        job.seeds = list(todo.seeds)
+        job.metrics = _evaluate(todo, inputs, job.partial, progress)
 
 
 def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]:
@@ -85,11 +104,6 @@ def finished(out: Path, id: str) -> bool:
     except ReqatError:
         return False
     return True
-
-
-def locked(paths: Paths, id: str) -> contextlib.AbstractContextManager[None]:
-    """Hold an exclusive lock on `id`."""
-    return exclusive(paths.work / "locks" / id, id)
 
 
 def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict[str, Path], dict[str, Any]]:

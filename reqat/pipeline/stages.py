@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,14 +56,14 @@ _VOCABULARY_SEED = 0
 _CURVE_POINTS = 200
 
 
-def run_stage(
+def carry_out(
     stage: Stage, inputs: Mapping[str, Path], out: Path, *, checkpoints: Path | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Carry out ``stage`` into the folder ``out`` and return its metrics.
 
     ``inputs`` maps the roles in ``stage.inputs`` to folders of finished stages. ``checkpoints`` is where a training
-    keeps its resumable state (default: beside ``out``); it is removed on success. Raises ``ReqatError`` where a role
-    is missing or its folder is not there.
+    keeps its resumable state (default: beside ``out``); the caller removes it once the result is in its place. Raises
+    ``ReqatError`` where a role is missing or its folder is not there.
     """
     for role in stage.inputs:
         if role not in inputs or not Path(inputs[role]).is_dir():
@@ -75,9 +74,7 @@ def run_stage(
     checkpoints = checkpoints or out.parent / f".{out.name}.checkpoints"
     out.mkdir(parents=True, exist_ok=True)
     run: Callable[..., dict[str, Any]] = _RUN[stage.kind]
-    metrics = run(stage, inputs, out, checkpoints, progress)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    return metrics
+    return run(stage, inputs, out, checkpoints, progress)
 
 
 def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:

@@ -6,7 +6,6 @@ What a study of a kind does is one function in `RUNNERS`, made of the same parts
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from reqat.config.studies import (
 )
 from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
-from reqat.pipeline.jobs import finished, input_folders, locked
+from reqat.pipeline.jobs import finished, input_folders, running
 from reqat.pipeline.pairs import PairSettings, Side, collect
 from reqat.pipeline.resets import fitted_tau0, grade_resets, reset_decodings
 from reqat.pipeline.task import Grading, Task, load, same_tokens
@@ -71,28 +70,25 @@ class Run:
 def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
     """Run one study, unless its result is there and was made from the stages that are there. Raises `ReqatError` if a
     stage that it stands on is missing or is not what it was."""
-    out = paths.study(study.id)
-    with locked(paths, study.id):
-        if not force and finished(out, study.id):
-            try:
-                record.check_inputs(out, record.read(out), stages_there(plan, [study], paths))
-            except ReqatError as stale:
-                print(f"{stale} Measuring it again.", flush=True)
-            else:
-                print(f"{study.id}: already there")
-                return
-        inputs, digests = input_folders(plan, study.inputs, paths)
-        where, tier = paths.partial(study.id), plan.tier.name
-        with record.job("study", study.id, study, root=paths.root, out=out, partial=where, tier=tier) as job:
-            job.inputs = digests
-            job.seeds = list(getattr(study.settings, "seeds", ()))
-            job.resumed = paths.checkpoints(study.id).exists()
-            run = Run(
-                study, plan, inputs, job.partial, paths.checkpoints(study.id), paths.root.absolute(), not progress
-            )
-            job.metrics = RUNNERS[study.kind](run)
-        shutil.rmtree(paths.checkpoints(study.id), ignore_errors=True)
-    print(f"{study.id}: done, {out}")
+
+    def current(out: Path, id: str) -> bool:
+        if not finished(out, id):
+            return False
+        try:
+            record.check_inputs(out, record.read(out), stages_there(plan, [study], paths))
+        except ReqatError as stale:
+            print(f"{stale} Measuring it again.", flush=True)
+            return False
+        return True
+
+    out, tier, checkpoints = paths.study(study.id), plan.tier.name, paths.checkpoints(study.id)
+    with running("study", study.id, study, out, paths, tier=tier, force=force, done=current) as job:
+        if job is None:
+            return
+        inputs, job.inputs = input_folders(plan, study.inputs, paths)
+        job.seeds = list(getattr(study.settings, "seeds", ()))
+        run = Run(study, plan, inputs, job.partial, checkpoints, paths.root.absolute(), not progress)
+        job.metrics = RUNNERS[study.kind](run)
 
 
 def pair(run: Run) -> dict[str, Any]:

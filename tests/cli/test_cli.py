@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -156,14 +157,15 @@ def test_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_two_processes_do_not_make_the_same_result():
     from reqat.config import ReqatError
-    from reqat.pipeline.jobs import locked
+    from reqat.pipeline.jobs import running
 
-    with (
-        locked(Paths(), "qat-1"),
-        pytest.raises(ReqatError, match="another process"),
-        locked(Paths(), "qat-1"),
-    ):
-        pass
+    def start() -> Any:
+        return running("qat", "qat-1", {}, Path("out"), Paths(), tier="smoke", force=False)
+
+    with start() as job:
+        assert job is not None
+        with pytest.raises(ReqatError, match="another process"), start():
+            pytest.fail("a second process was let in")
 
 
 def test_a_changed_input_is_refused(capsys: pytest.CaptureFixture[str]):

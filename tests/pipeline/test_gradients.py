@@ -15,7 +15,7 @@ from reqat.config.stage import Architecture, BaseSettings, DataStageSettings, Se
 from reqat.models import load_model, load_tokenizer, save_model
 from reqat.pipeline import gradients
 from reqat.pipeline.gradients import COLUMNS, GRADIENTS, low_entropy_share, run_gradients, shares
-from reqat.pipeline.stages import run_stage
+from reqat.pipeline.stages import carry_out
 from reqat.training.gradients import TokenGradients
 
 TRAINING = Training(lr=3e-3, rows_per_batch=4, row_tokens=160)
@@ -45,7 +45,7 @@ class Chain:
 
     def run(self, **stage) -> Stage:
         made = Stage(**stage)
-        run_stage(made, self.inputs(made), self.root / made.id, progress=False)
+        carry_out(made, self.inputs(made), self.root / made.id, progress=False)
         return made
 
 

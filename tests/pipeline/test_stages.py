@@ -26,7 +26,7 @@ from reqat.config.stage import (
 )
 from reqat.data import TraceStore
 from reqat.models import load_model, load_tokenizer, prepare
-from reqat.pipeline.stages import calibration_ids, objective, run_stage, selected
+from reqat.pipeline.stages import calibration_ids, carry_out, objective, selected
 
 KV4 = PrecisionSpec(name="NVFP4-W4A4KV4")
 TRAINING = Training(lr=3e-3, rows_per_batch=4, row_tokens=160)
@@ -43,7 +43,7 @@ class Chain:
     def run(self, **stage) -> Stage:
         made = Stage(**stage)
         inputs = {role: self.root / id for role, id in made.inputs.items()}
-        self.metrics[made.id] = run_stage(made, inputs, self.root / made.id, progress=False)
+        self.metrics[made.id] = carry_out(made, inputs, self.root / made.id, progress=False)
         return made
 
     def model(self, stage: Stage):
@@ -152,7 +152,7 @@ def test_a_missing_parent_is_named(chain: Chain, tmp_path: Path) -> None:
         data=chain.data.id,
     )
     with pytest.raises(ReqatError, match=f"needs its parent stage {chain.base.id}"):
-        run_stage(stage, {"data": chain.root / chain.data.id}, tmp_path / "out", progress=False)
+        carry_out(stage, {"data": chain.root / chain.data.id}, tmp_path / "out", progress=False)
 
 
 def test_calibration_wants_enough_traces(chain: Chain) -> None:
