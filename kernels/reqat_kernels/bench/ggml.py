@@ -210,14 +210,14 @@ class Product:
         """``y_MN`` by the last copy (every copy is the same weights)."""
         compute, (out,) = self.graph([self.copies - 1])
         compute()
-        y = torch.empty(self.case.M, self.case.N)
+        y = torch.empty(self.case.M, self.case.N, dtype=torch.float32)
         self.g.get(out, y.data_ptr(), 0, y.nbytes)
         return y
 
     def verify(self, exact_inputs: bool) -> None:
         """Raise Wrong if the product is not what its arithmetic allows."""
         error = None if exact_inputs else row_steps(self.x, 32)
-        dense = torch.empty(self.case.N, self.case.K)
+        dense = torch.empty(self.case.N, self.case.K, dtype=torch.float32)
         self.to_float(self.packed.data_ptr(), dense.data_ptr(), dense.numel())
         check(self.result(), self.x, dense, error)
 

@@ -88,7 +88,7 @@ class _ForwardCE(torch.autograd.Function):
     def forward(ctx: Any, h: Tensor, W: Tensor, labels: Tensor, chunk: int) -> Tensor:
         loss = torch.zeros((), dtype=torch.float64, device=h.device)
         grad_h, grad_W = torch.empty_like(h), torch.zeros_like(W)
-        logits = torch.empty(min(chunk, len(h)), len(W), device=h.device)
+        logits = torch.empty(min(chunk, len(h)), len(W), dtype=torch.float32, device=h.device)
         for start in range(0, len(h), chunk):
             c = slice(start, min(start + chunk, len(h)))
             g = torch.mm(h[c], W.T, out=logits[: c.stop - c.start])
@@ -113,7 +113,7 @@ class _RecomputeCE(torch.autograd.Function):
         ctx.save_for_backward(h, W, labels)
         ctx.chunk = chunk
         loss = torch.zeros((), dtype=torch.float64, device=h.device)
-        logits = torch.empty(min(chunk, len(h)), len(W), device=h.device)
+        logits = torch.empty(min(chunk, len(h)), len(W), dtype=torch.float32, device=h.device)
         for start in range(0, len(h), chunk):
             c = slice(start, min(start + chunk, len(h)))
             loss += _nll(torch.mm(h[c], W.T, out=logits[: c.stop - c.start]), labels[c])
@@ -123,7 +123,7 @@ class _RecomputeCE(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, W, labels = ctx.saved_tensors
         grad_h, grad_W = torch.empty_like(h), torch.zeros_like(W)
-        logits = torch.empty(min(ctx.chunk, len(h)), len(W), device=h.device)
+        logits = torch.empty(min(ctx.chunk, len(h)), len(W), dtype=torch.float32, device=h.device)
         for start in range(0, len(h), ctx.chunk):
             c = slice(start, min(start + ctx.chunk, len(h)))
             g = torch.mm(h[c], W.T, out=logits[: c.stop - c.start])
