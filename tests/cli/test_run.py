@@ -91,6 +91,26 @@ def test_a_checkpoint_of_another_model_is_refused(made: tuple[Plan, Paths], tmp_
         (tmp_path / "aside").rename(aside)
 
 
+def test_a_training_whose_result_cannot_be_written_is_not_trained_again(
+    made: tuple[Plan, Paths], monkeypatch: pytest.MonkeyPatch
+):
+    tiny, paths = made
+    last = next(stage for stage in tiny.needed.values() if stage.kind == "qat")
+    before = record.read(paths.stage(last))
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(ReqatError, match="space"):
+            run_stage(tiny, last.id, paths, progress=False, force=True)
+    assert record.read(paths.stage(last)) == before, "what was there stays"
+    assert paths.checkpoints(last.id).exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("torch.optim.AdamW.step", lambda *_, **__: pytest.fail("a step was taken again"))
+        run_stage(tiny, last.id, paths, progress=False, force=True)
+    after = record.read(paths.stage(last))
+    assert after["resumed"] and record.outputs_digest(after) == record.outputs_digest(before)
+    assert not paths.checkpoints(last.id).exists()
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_quantize_writes_a_model_that_loads_and_comes_back_as_it_was(
     made: tuple[Plan, Paths],
