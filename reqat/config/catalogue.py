@@ -22,3 +22,6 @@ OBJECTIVE_TERMS = modules_of("methods.terms")
 
 TASK_FAMILIES = modules_of("tasks.families")
 """Task families, one a file of `reqat/tasks/families/`."""
+
+MODEL_ADAPTERS = modules_of("models.adapters")
+"""Adapters of model families, one a file of `reqat/models/adapters/`."""

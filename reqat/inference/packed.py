@@ -30,7 +30,7 @@ from reqat.inference.backends import Choice, backend_for
 from reqat.inference.packed_cache import PackedCache
 from reqat.inference.packed_decoder import native_decoder
 from reqat.inference.packed_linear import Bf16LMHead, PackedInput, PackedLinear
-from reqat.models.architecture import decoder_layers, head_shape
+from reqat.models.adapters import blocks_of, cached_attentions
 from reqat.models.linear import InputQuantizer, quant_linears
 from reqat.models.prepare import freeze, precision_of
 from reqat_kernels.native.attention import unsupported
@@ -91,7 +91,7 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
         if kernels.name == "native":
-            native_decoder(model, decoder_layers(model), head_shape(model))
+            native_decoder(model)
     head = model.get_output_embeddings()
     half = isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16
     if kernels.name == "native" and isinstance(head, nn.Linear) and half:
@@ -116,13 +116,16 @@ def is_packed(model: nn.Module) -> bool:
 
 def packs_cache(model: PreTrainedModel) -> bool:
     """Whether a prepared model's keys and values fit a :class:`~reqat.inference.packed_cache.PackedCache`."""
-    precision, head_dim = precision_of(model), head_shape(model).head_dim
-    return precision is not None and not any(unsupported(f, head_dim) for f in (precision.keys, precision.values))
+    precision, attentions = precision_of(model), [attention for _, attention in cached_attentions(model)]
+    if precision is None or not attentions:
+        return False
+    sizes, formats = {attention.heads.head_dim for attention in attentions}, (precision.keys, precision.values)
+    return not any(unsupported(fmt, head_dim) for fmt in formats for head_dim in sizes)
 
 
 def memory(model: nn.Module, cache: PackedCache | None = None) -> Memory:
     """What ``model`` (packed or not) and a cache take, each storage counted once."""
-    layers = [layer.module for layer in decoder_layers(model)]
+    layers = [block.module for block in blocks_of(model)]
     linear = {id(m): m for layer in layers for m in layer.modules() if isinstance(m, PackedLinear | nn.Linear)}
     storages: dict[int, int] = {}
     inside = 0

@@ -12,8 +12,6 @@ as far from each other as either is from the same model in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,20 +21,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from reqat.config.errors import ReqatError
 from reqat.inference.packed_cache import PackedCache, PackedCacheLayer
 from reqat.inference.packed_linear import PackedLinear
-from reqat.models.architecture import DecoderLayer, HeadShape
+from reqat.models.adapters import GatedBlock, GatedDecoder, adapter_of
 from reqat.models.kv import KVQuantizer
 from reqat.models.limits import attention_window
-from reqat.models.linear import InputQuantizer
 from reqat_kernels.native.decode import MOST_ROWS, NativeStack, available
 from reqat_kernels.native.decode_check import LayerWeights
 
-_LINEARS = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
-_NORMS = ("input_layernorm", "post_attention_layernorm")
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_PARTS = {"layers", "norm", "embed_tokens", "rotary_emb"}  # of a decoder; one with more does more
 # The trial's tolerance, of the largest output. Both sides round the same inputs, so they differ by float summation; a
 # rounding threshold crossed by it moves one code of one input, which is far below what a wrong order of parts does.
 _TOLERANCE = 0.02
@@ -45,9 +35,9 @@ _TOLERANCE = 0.02
 class NativeDecoder:
     """Takes the place of a decoder's ``forward``: native where it can be, the decoder's own otherwise."""
 
-    def __init__(self, decoder: Any, stack: NativeStack, names: list[str]) -> None:
-        self.decoder, self.stack, self.names = decoder, stack, names
-        self.own = decoder.forward
+    def __init__(self, parts: GatedDecoder, stack: NativeStack) -> None:
+        self.parts, self.stack = parts, stack
+        self.own = parts.module.forward
 
     def __call__(
         self,
@@ -74,7 +64,7 @@ class NativeDecoder:
                 use_cache=use_cache,
                 **kwargs,
             )
-        embeddings = self.decoder.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        embeddings = self.parts.module.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         last = self._decode(embeddings, attention_mask, position_ids, states)
         return BaseModelOutputWithPast(last_hidden_state=last, past_key_values=past_key_values)
 
@@ -86,7 +76,7 @@ class NativeDecoder:
 
     def _states(self, cache: Any, rows: int, mask: Any, position_ids: Tensor | None) -> list[PackedCacheLayer] | None:
         """The layers of the cache, with room for one more token; None where the native call cannot take it."""
-        config, norm = self.decoder.config, self.decoder.norm.weight
+        config, norm = self.parts.module.config, self.parts.norm.weight
         if (
             type(cache) is not PackedCache
             or rows > MOST_ROWS
@@ -116,7 +106,7 @@ class NativeDecoder:
         length = states[0].length
         if position_ids is None:
             position_ids = torch.full((1, 1), length, dtype=torch.long, device=x_B1C.device)
-        cos_BD, sin_BD = (part[:, 0].float() for part in self.decoder.rotary_emb(x_B1C, position_ids))
+        cos_BD, sin_BD = (part[:, 0].float() for part in self.parts.rotary(x_B1C, position_ids))
         if mask_BS is not None:
             mask_BS = mask_BS.bool()
             mask_BS = None if bool(mask_BS.all()) else mask_BS.contiguous()
@@ -132,12 +122,11 @@ class NativeDecoder:
         )
         if failed is not None:
             layer, part = failed
-            raise ReqatError(
-                f"{self.names[layer]}: its {part} holds NaN or infinity; the model has diverged on this input"
-            )
+            name = self.parts.blocks[layer].name
+            raise ReqatError(f"{name}: its {part} holds NaN or infinity; the model has diverged on this input")
         for cached in states:
             cached.length += 1
-        out: Tensor = self.decoder.norm(x_BC.to(x_B1C.dtype)[:, None])
+        out: Tensor = self.parts.norm(x_BC.to(x_B1C.dtype)[:, None])
         return out
 
 
@@ -148,76 +137,52 @@ def _asks(name: str, value: Any) -> bool:
     return value is not None and value is not False
 
 
-def native_decoder(model: Any, layers: list[DecoderLayer], heads: HeadShape) -> bool:
+def native_decoder(model: Any) -> bool:
     """Let the model's decoder take single tokens natively if it qualifies; returns whether it does."""
-    decoder = model.get_decoder()
     sliding = attention_window(model.config) is not None  # the modules' attention holds it to its window
-    if not available() or sliding or {name for name, _ in decoder.named_children()} != _PARTS:
-        return False
-    weights = [_weights(layer.module, heads) for layer in layers]
-    if any(layer is None for layer in weights):
-        return False
+    parts = adapter_of(model).gated(model) if available() and not sliding else None
+    weights = [] if parts is None else [_weights(block) for block in parts.blocks]
     known = [layer for layer in weights if layer is not None]
-    if not _agrees(model, NativeDecoder(decoder, NativeStack(known[:1]), [layers[0].name])):
+    if parts is None or len(known) != len(weights):
         return False
-    decoder.forward = NativeDecoder(decoder, NativeStack(known), [layer.name for layer in layers])
+    if not _agrees(model, NativeDecoder(parts, NativeStack(known[:1]))):
+        return False
+    parts.module.forward = NativeDecoder(parts, NativeStack(known))
     return True
 
 
-def _weights(layer: nn.Module, heads: HeadShape) -> LayerWeights | None:
-    """What the native call needs of a layer; None if the layer has a part that it does not know."""
-    modules = dict(layer.named_modules())
-    linears = [modules.get(name) for name in _LINEARS]
-    norms = [modules.get(name) for name in (*_NORMS, *_HEAD_NORMS)]
+def _weights(block: GatedBlock) -> LayerWeights | None:
+    """What the native call needs of a layer; None if one of its parts is of a kind that it does not know."""
+    linears, norms, heads = block.linears, block.norms, block.attention.heads
     eps = {getattr(norm, "variance_epsilon", None) for norm in norms if norm is not None}
-    kv = getattr(modules.get("self_attn"), "reqat_kv", None)
+    kv = getattr(block.attention.module, "reqat_kv", None)
     if (
         not all(isinstance(linear, PackedLinear) for linear in linears)
-        or None in norms[:2]
-        or (norms[2] is None) != (norms[3] is None)
         or len(eps) != 1
         or None in eps
         or not isinstance(kv, KVQuantizer)
         or kv.key.rotation is not None
-        or not _is_silu(getattr(modules.get("mlp"), "act_fn", None))
-        or not all(_is_known(name, module) for name, module in modules.items())
+        or not _is_silu(block.activation)
     ):
         return None
-    inputs = [linear.input_quantizer for linear in linears]  # type: ignore[union-attr]
+    inputs = [linear.input_quantizer for linear in linears]
     if any(quantizer.rotation != inputs[0].rotation for quantizer in inputs):
         return None
-    attention: Any = layer.self_attn
     return LayerWeights(
-        linears=[(linear.packed, linear.bias) for linear in linears],  # type: ignore[union-attr, misc]
-        norms=[None if norm is None else norm.weight for norm in norms],  # type: ignore[misc]
+        linears=[(linear.packed, linear.bias) for linear in linears],
+        norms=[None if norm is None else norm.weight for norm in norms],
         eps=float(eps.pop()),  # type: ignore[arg-type]
         heads=(heads.query_heads, heads.kv_heads, heads.head_dim),
         inputs=inputs[0].format,
         global_scales=[inputs[i].global_scale for i in (0, 3, 4, 6)],
         rotation=inputs[0].rotation or 0,
         shift=kv.shift,
-        scaling=float(attention.scaling),
+        scaling=block.attention.scaling,
     )
 
 
 def _is_silu(activation: Any) -> bool:
     return isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
-
-
-def _is_known(name: str, module: nn.Module) -> bool:
-    if name in ("", "self_attn", "mlp", "mlp.act_fn", *_LINEARS, *_NORMS, *_HEAD_NORMS):
-        return True
-    return isinstance(module, KVQuantizer | InputQuantizer) or ".reqat_kv" in name
-
-
-@contextmanager
-def _cut_to_one_layer(decoder: Any) -> Iterator[None]:
-    layers = decoder.layers
-    decoder.layers = nn.ModuleList([layers[0]])
-    try:
-        yield
-    finally:
-        decoder.layers = layers
 
 
 @torch.no_grad()
@@ -231,7 +196,7 @@ def _agrees(model: Any, native: NativeDecoder) -> bool:
     mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]], dtype=torch.long, device="cpu")
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     results = []
-    with _cut_to_one_layer(native.decoder):
+    with native.parts.first_block_alone():
         for function in (native.own, native):
             cache = PackedCache(model)
             for x, first, call in ((prompt, 0, native.own), (token, 3, function)):

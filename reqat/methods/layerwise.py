@@ -1,13 +1,13 @@
-"""Walk a decoder one layer at a time over calibration sequences.
+"""Walk a model one block at a time over calibration sequences.
 
 Post-training methods look at what flows into each layer, and some change the layer before the next one sees its output.
-Holding one hidden state per sequence and running one layer at a time costs a single forward pass over the model and the
-memory of one layer's activations, whatever the depth::
+Holding one hidden state per sequence and running one block at a time costs a single forward pass over the model and the
+memory of one block's activations, whatever the depth::
 
     for step in walk(model, input_ids):
-        with hooks_on(step.layer):      # look
+        with hooks_on(step.block):      # look
             step.run()
-        change(step.layer)              # the next step's inputs come through the changed layer
+        change(step.block)              # the next step's inputs come through the changed block
 
 Post-training quantization of weights is such a walk: :func:`solve_weights` hands each linear layer, with the second
 moments of its inputs, to a *solver* that chooses its codes.
@@ -17,6 +17,7 @@ Shapes: n sequences, T tokens, E hidden size; N outputs and K inputs of a linear
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,32 +40,32 @@ from reqat.models import (
     precision_of,
     quant_linears,
 )
-from reqat.models.architecture import DecoderLayer, decoder_layers, sharing_groups
+from reqat.models.adapters import Block, adapter_of, blocks_of
 
 # Tokens that go through a layer at once, unless the caller says otherwise: 4096 tokens of a 14B model's MLP are 0.2 GB.
 BATCH_TOKENS = 4096
 
 
 class _Reached(Exception):
-    """The first decoder layer was called; nothing after it is wanted."""
+    """The first block was called; nothing after it is wanted."""
 
 
 @dataclass
 class Step:
-    """One decoder layer and what flows into it: ``hidden[i]`` is [rows, T, E], ``kwargs[i]`` the rest of the call."""
+    """One block and what flows into it: ``hidden[i]`` is [rows, T, E], ``kwargs[i]`` the rest of the call."""
 
-    layer: DecoderLayer
+    block: Block
     hidden: list[Tensor]
     kwargs: list[dict[str, Any]]
-    #: What :meth:`run` gave, set by whoever ran the layer and did not change it since: the walk need not run it again.
+    #: What :meth:`run` gave, set by whoever ran the block and did not change it since: the walk need not run it again.
     outputs: list[Tensor] | None = None
 
     @torch.no_grad()
     def run(self) -> list[Tensor]:
-        """The layer's outputs with its present weights, batch by batch."""
+        """The block's outputs with its present weights, batch by batch."""
         outputs = []
         for hidden, kwargs in zip(self.hidden, self.kwargs, strict=True):
-            out = self.layer.module(hidden, **kwargs)
+            out = self.block.module(hidden, **kwargs)
             outputs.append(out[0] if isinstance(out, tuple) else out)
         return outputs
 
@@ -107,16 +108,16 @@ def _padding_id(model: PreTrainedModel) -> int | None:
 
 
 def walk(model: PreTrainedModel, input_ids: Tensor, *, batch_rows: int | None = None) -> Iterator[Step]:
-    """Yield a :class:`Step` for each decoder layer in order; it sees what the layers before it, as they then are, give.
+    """Yield a :class:`Step` for each block in order; it sees what the blocks before it, as they then are, give.
 
     ``input_ids`` ``[n, T]`` int64 are whole sequences without padding, at positions 0 to T-1. ``batch_rows`` of them go
-    through a layer at once (default: about 4096 tokens). The model is in evaluation mode meanwhile and put back after.
+    through a block at once (default: about 4096 tokens). The model is in evaluation mode meanwhile and put back after.
 
     Raises:
-        ValueError: ``input_ids`` of another shape or with unknown tokens; a model that is no supported decoder.
+        ValueError: ``input_ids`` of another shape or with unknown tokens; a model that no adapter knows.
     """
     check_input_ids(model, input_ids)
-    layers = decoder_layers(model)
+    blocks = blocks_of(model)
     rows = batch_rows or max(1, BATCH_TOKENS // input_ids.shape[1])
     device = model.get_input_embeddings().weight.device
     training = model.training
@@ -125,13 +126,13 @@ def walk(model: PreTrainedModel, input_ids: Tensor, *, batch_rows: int | None = 
         hidden: list[Tensor] = []
         kwargs: list[dict[str, Any]] = []
         for batch in input_ids.split(rows):
-            args, kw = _first_call(model, layers[0].module, batch.to(device))
+            args, kw = _first_call(model, blocks[0].module, batch.to(device))
             hidden.append(args[0])
             kwargs.append(kw)
-        for layer in layers:
-            step = Step(layer, hidden, kwargs)
+        for block in blocks:
+            step = Step(block, hidden, kwargs)
             yield step
-            if layer is not layers[-1]:
+            if block is not blocks[-1]:
                 hidden = step.outputs if step.outputs is not None else step.run()
     finally:
         model.train(training)
@@ -139,19 +140,20 @@ def walk(model: PreTrainedModel, input_ids: Tensor, *, batch_rows: int | None = 
 
 @torch.no_grad()
 def _first_call(model: PreTrainedModel, first: nn.Module, batch: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments that the first decoder layer is called with on ``batch``."""
+    """What the first block is called with on ``batch``: its hidden state, and everything else by name."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    names = list(inspect.signature(first.forward).parameters)
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
+        seen.append((args[:1], dict(zip(names[1:], args[1:], strict=False)) | kwargs))
         raise _Reached
 
     with hooked([first.register_forward_pre_hook(note, with_kwargs=True)]):
         try:
-            model.get_decoder()(input_ids=batch, use_cache=False)
+            adapter_of(model).body(model)(input_ids=batch, use_cache=False)
         except _Reached:
             return seen[0]
-    raise AssertionError("the decoder never called its first layer")
+    raise AssertionError("the model never called its first block")
 
 
 @contextmanager
@@ -199,11 +201,12 @@ def solve_weights(
 ) -> list[dict[str, Any]]:
     """Choose the codes of every quantized linear layer with ``solver``, in forward order, and freeze ``model``.
 
-    Each layer's inputs come through the layers before it as they were just solved (within a decoder layer too: o after
-    q, k and v), rotated and fake-quantized as the precision says; keys and values as well.
+    Each layer's inputs come through the layers before it as they were just solved (within a block too: o after q, k and
+    v), rotated and fake-quantized as the precision says; keys and values as well. An expert is solved for the tokens
+    that chose it.
 
     Returns for each linear layer its name and its relative output error ``tr(dW H dW^T) / tr(W H W^T)``, rounded to
-    nearest and solved.
+    nearest and solved; ``tokens: 0`` for an expert that no token chose (H is zero then).
 
     Raises:
         ValueError: a model that was not prepared, whose precision leaves weights as they are, or that is frozen
@@ -215,49 +218,67 @@ def solve_weights(
         raise ReqatError(f"{label} quantizes weights, but the model {state}: prepare it for a precision with W4 first")
     if done := [name for name, layer in quant_linears(model).items() if layer.frozen]:
         raise ReqatError(f"{label} starts from dense weights, but {done[0]} is frozen already: load the model again")
-    groups = {layer.index: _quantized_groups(layer) for layer in decoder_layers(model)}
+    pools = {block.index: _pools(block) for block in blocks_of(model)}
     solved: list[dict[str, Any]] = []
-    with bar(label, sum(map(len, groups.values())), "groups of layers", enabled=progress) as shown:
+    total = sum(len(pool) for of_block in pools.values() for pool in of_block)
+    with bar(label, total, "groups of layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
-            for group in groups[step.layer.index]:
-                hessian = _hessian(step, group)
-                for linear in group:
-                    problem = WeightProblem(
-                        linear.name, linear.rotated_weight().float(), hessian, linear.quantize_weight()
-                    )
-                    quantized = solver(problem)
-                    linear.set_quantized(quantized)
-                    size = problem.error(None) or 1.0
-                    nearest, now = problem.error(problem.nearest) / size, problem.error(quantized) / size
-                    solved.append({"layer": linear.name, "error_nearest": nearest, "error": now})
-                shown.update()
+            for pool in pools[step.block.index]:
+                for group, (hessian, tokens) in zip(pool, _hessians(step, pool), strict=True):
+                    for linear in group:
+                        problem = WeightProblem(
+                            linear.name, linear.rotated_weight().float(), hessian, linear.quantize_weight()
+                        )
+                        quantized = solver(problem)
+                        linear.set_quantized(quantized)
+                        size = problem.error(None) or 1.0
+                        nearest, now = problem.error(problem.nearest) / size, problem.error(quantized) / size
+                        solved.append({"layer": linear.name, "error_nearest": nearest, "error": now})
+                        if not tokens:
+                            solved[-1]["tokens"] = 0
+                    shown.update()
     freeze(model)
     return solved
 
 
-def _quantized_groups(layer: DecoderLayer) -> list[list[QuantLinear]]:
-    """The layer's quantized linear layers in forward order, those that share one input together."""
-    groups = [[s.module for s in group if isinstance(s.module, QuantLinear)] for group in sharing_groups(layer)]
-    return [group for group in groups if group]
+def _pools(block: Block) -> list[list[list[QuantLinear]]]:
+    """The block's quantized linear layers in forward order: pools of groups of layers that share one input.
+
+    Inputs of a pool's groups do not depend on the pool's weights (experts side by side), so one run shows all.
+    """
+    pools: dict[str, list[list[QuantLinear]]] = {}
+    for group in block.groups():
+        linears = [site.module for site in group.sites if isinstance(site.module, QuantLinear)]
+        if linears:
+            pools.setdefault(group.scale, []).append(linears)
+    return list(pools.values())
 
 
-def _hessian(step: Step, group: list[QuantLinear]) -> Tensor:
-    """Mean of x x^T [K, K] float64 over the inputs that the matrix products of ``group`` see."""
-    total = torch.zeros(group[0].in_features, group[0].in_features, dtype=torch.float64, device=group[0].weight.device)
-    count = 0
-    last: Tensor | None = None
+def _hessians(step: Step, pool: list[list[QuantLinear]]) -> list[tuple[Tensor, int]]:
+    """Mean of x x^T [K, K] float64 over the inputs that the matrix products of each group see, and their number.
 
-    def look(x: Tensor) -> None:
-        nonlocal count, last
-        if x is last:  # the same tensor, for the next layer of the group
-            return
-        last = x
-        x_MK = x.reshape(-1, x.shape[-1]).float()
-        total.add_(x_MK.T @ x_MK)
-        count += len(x_MK)
+    An expert that no token chose has zeros.
+    """
+    firsts = [group[0] for group in pool]
+    totals = {
+        id(linear): torch.zeros(
+            linear.in_features, linear.in_features, dtype=torch.float64, device=linear.weight.device
+        )
+        for linear in firsts
+    }
+    counts = dict.fromkeys(totals, 0)
 
-    with hooked([on_output(group[0].input_quantizer, look)]):
+    def look(_quantizer: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
+        reader = id(args[1])
+        if reader in totals:  # the first of each group; the others read the same tensor
+            x_MK = x.reshape(-1, x.shape[-1]).float()
+            totals[reader].add_(x_MK.T @ x_MK)
+            counts[reader] += len(x_MK)
+
+    quantizers = {id(linear.input_quantizer): linear.input_quantizer for linear in firsts}
+    with hooked([quantizer.register_forward_hook(look) for quantizer in quantizers.values()]):
         step.run()
-    if not torch.isfinite(total).all():
-        raise ReqatError(f"the calibration inputs of {group[0].name} hold NaN or infinity: the model has diverged")
-    return total / count
+    for linear in firsts:
+        if not torch.isfinite(totals[id(linear)]).all():
+            raise ReqatError(f"the calibration inputs of {linear.name} hold NaN or infinity: the model has diverged")
+    return [(totals[key] / max(1, counts[key]), counts[key]) for key in totals]

@@ -4,13 +4,12 @@ For a group of linear layers that read one tensor x, ``W x = (W diag(s)) (x / s)
 that makes x, where that is linear in its own weight:
 
 - a norm (attention and MLP inputs): its weight is divided by s;
-- ``v_proj`` (inputs of ``o_proj``): attention mixes tokens and never channels, so its rows are divided by s. With fewer
-  key/value heads than query heads one row makes several inputs, and the group is left alone;
-- ``up_proj`` (inputs of ``down_proj``): the gated product is linear in it.
+- a linear layer to whose output x is proportional, as the model's adapter says: values for the output projection of
+  attention, ``up`` for ``down`` of a gated MLP. Its rows are divided by s.
 
-What makes x is found by looking: the module whose output *is* the tensor that the group reads, and that nothing else
-reads. AWQ and SmoothQuant choose s; here it is folded, and :func:`unchanged` holds each layer to what it computed
-before.
+The norm is found by looking: the module whose output *is* the tensor that the group reads, and that nothing else reads.
+A group without either is left alone; so are fused experts, whose input the router reads. AWQ and SmoothQuant choose s;
+here it is folded, and :func:`unchanged` holds each block to what it computed before.
 
 Shapes: K inputs of the group.
 """
@@ -28,18 +27,22 @@ from torch import Tensor, nn
 from reqat.config.errors import ReqatError
 from reqat.methods.layerwise import Step, hooked
 from reqat.models import quant_linears
-from reqat.models.architecture import LinearSite, head_shape, sharing_groups
+from reqat.models.adapters import Site
 
 # Two parameters of a norm that multiply its output: `weight` (Llama), or `1 + weight` (Gemma).
 _PROBES = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
-class Group:
-    """Linear layers that read one tensor, and how to divide that tensor by s [K]; None where nothing can."""
+class FoldableGroup:
+    """Linear layers that read one tensor, and how to divide that tensor by s [K]; None where nothing can.
 
-    sites: tuple[LinearSite, ...]
+    ``after_norm``: a norm makes that tensor.
+    """
+
+    sites: tuple[Site, ...]
     divide: Callable[[Tensor], None] | None
+    after_norm: bool
 
     @property
     def name(self) -> str:
@@ -70,26 +73,18 @@ def check_full_precision(model: nn.Module, what: str) -> None:
             raise ReqatError(f"{what} rewrites the full-precision model, but {name} is quantized: load the model again")
 
 
-def groups_of(step: Step) -> list[Group]:
-    """The groups of a decoder layer in forward order; runs the layer on its first batch to see what makes their
-    inputs."""
+def groups_of(step: Step) -> list[FoldableGroup]:
+    """The groups of a block in forward order; runs the block on its first batch to see what makes their inputs."""
     made = _makers(step)
-    heads = head_shape(step.layer.attention)  # it has the model's config
     found = []
-    for sites in sharing_groups(step.layer):
-        first = sites[0].module
-        attribute = sites[0].plain_name.rpartition(".")[2]
-        attention: Any = step.layer.attention
+    for group in step.block.groups():
+        first = group.sites[0].module
         divide: Callable[[Tensor], None] | None = None
-        if (maker := made.get(id(first))) is not None:
-            divide = _dividing_norm(maker, first.in_features)
-        elif attribute == "o_proj" and heads.query_heads == heads.kv_heads:
-            divide = _dividing_rows(attention.v_proj)
-        elif attribute == "down_proj":
-            up = getattr(sites[0].parent, "up_proj", None)
-            gated = hasattr(sites[0].parent, "gate_proj")
-            divide = _dividing_rows(up) if gated and isinstance(up, nn.Linear) else None
-        found.append(Group(tuple(sites), divide))
+        if (norm := made.get(id(first))) is not None:
+            divide = _dividing_norm(norm, first.in_features)
+        elif group.maker is not None:
+            divide = _dividing_rows(group.maker.module)
+        found.append(FoldableGroup(group.sites, divide, norm is not None))
     return found
 
 
@@ -102,7 +97,7 @@ def unchanged(step: Step, what: str) -> Iterator[None]:
     moved = float((after - before).norm() / (before - step.hidden[0][:1].double()).norm().clamp(min=1e-30))
     if not moved <= 16 * torch.finfo(step.hidden[0].dtype).eps ** 0.5:
         raise ReqatError(
-            f"{what}: {step.layer.name} does not compute the same after its inputs were scaled (off by {moved:.2g}): "
+            f"{what}: {step.block.name} does not compute the same after its inputs were scaled (off by {moved:.2g}): "
             "something else reads them, so this architecture is not supported; load the model again"
         )
 
@@ -110,7 +105,7 @@ def unchanged(step: Step, what: str) -> Iterator[None]:
 @torch.no_grad()
 def _first_output(step: Step) -> Tensor:
     """The layer's output [1, T, E] for its first sequence, in float64."""
-    out = step.layer.module(step.hidden[0][:1], **_first_rows(step.kwargs[0], len(step.hidden[0])))
+    out = step.block.module(step.hidden[0][:1], **_first_rows(step.kwargs[0], len(step.hidden[0])))
     return (out[0] if isinstance(out, tuple) else out).double()
 
 
@@ -134,14 +129,14 @@ def _makers(step: Step) -> dict[int, nn.Module]:
             readers.setdefault(id(maker), set()).add(id(module))
 
     handles: list[Any] = []
-    for module in step.layer.module.modules():
+    for module in step.block.module.modules():
         if not list(module.children()):
             handles.append(module.register_forward_pre_hook(before))
             if not isinstance(module, nn.Linear):
                 handles.append(module.register_forward_hook(after))
     with hooked(handles):
         _first_output(step)
-    groups = [{id(site.module) for site in sites} for sites in sharing_groups(step.layer)]
+    groups = [{id(site.module) for site in group.sites} for group in step.block.groups()]
     alone = {maker for maker, who in readers.items() if any(who <= group for group in groups)}
     return {linear: maker for linear, maker in makers.items() if id(maker) in alone}
 
@@ -218,7 +213,7 @@ class Magnitudes:
 
 
 @torch.no_grad()
-def magnitudes(step: Step, groups: list[Group]) -> list[Magnitudes]:
+def magnitudes(step: Step, groups: list[FoldableGroup]) -> list[Magnitudes]:
     """What each group reads on the step's batches, summed up as it flows by: nothing of it is kept.
 
     The step has run then: :attr:`Step.outputs` holds what it gave.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats.subnormals import subnormals_kept
-from reqat.models.architecture import decoder_layers
+from reqat.models.adapters import cached_attentions
 from reqat.quant import MeasuredState, Precision, Quantizer, block_hadamard
 
 
@@ -74,11 +74,11 @@ class KVQuantizer(MeasuredState):
 
 
 def kv_quantizers(model: PreTrainedModel) -> list[KVQuantizer]:
-    """The KV quantizer of each layer of a prepared model (at BF16 too), in order.
+    """The KV quantizer of each layer of a prepared model (at BF16 too), in order; none where nothing is cached.
 
     Raises ReqatError if the model was not prepared.
     """
-    found = [getattr(layer.attention, "reqat_kv", None) for layer in decoder_layers(model)]
+    found = [getattr(attention.module, "reqat_kv", None) for _, attention in cached_attentions(model)]
     quantizers = [kv for kv in found if isinstance(kv, KVQuantizer)]
     if len(quantizers) != len(found):
         raise ReqatError("the model was not prepared: call prepare(model, precision) first")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -54,7 +55,8 @@ _REASON = 300  # letters of a foreign error's text that are worth showing
 
 
 def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model, in evaluation mode, on the CPU.
+    """The model of a folder, in evaluation mode, on the CPU: of the class that its ``config.json`` names, else a causal
+    language model.
 
     Args:
         path: a folder with ``config.json`` and ``*.safetensors``, or ``package:NAME`` for a GGUF file in an installed
@@ -91,8 +93,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     sidecar = Sidecar.read(folder)
     with quiet(), _third_party(folder / CONFIG, REMEDY):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _check_shapes(folder, config, stored)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        own = _class(config)
+        _check_shapes(folder, config, own, stored)
+        loaded: Any = (own or AutoModelForCausalLM).from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -177,10 +180,20 @@ def _folder(path: str | Path, needs: str = CONFIG) -> Path:
     return folder
 
 
-def _check_shapes(folder: Path, config: PreTrainedConfig, stored: Mapping[str, Header]) -> None:
+def _class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that ``architectures`` names, if it is one of models with this configuration: a
+    classifier, say. None otherwise."""
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
+    known = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if known and found.config_class is type(config) else None
+
+
+def _check_shapes(folder: Path, config: PreTrainedConfig, own: Any, stored: Mapping[str, Header]) -> None:
     """Raise ReqatError where tensors have other shapes than ``config`` says, before memory is taken for those."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
+        made = own(config) if own else AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    expected = made.state_dict()
     mismatched = [
         (name, header.shape, tuple(expected[name].shape))
         for name, header in stored.items()

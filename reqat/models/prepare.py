@@ -1,17 +1,16 @@
 """Put a model into a precision, in place: quantized linear layers, the attention function, the KV quantizers.
 
-No model code is copied. The layers of a Hugging Face decoder are found by what they are
-(:mod:`reqat.models.architecture`), each ``nn.Linear`` among them is replaced by a
-:class:`~reqat.models.linear.QuantLinear` that holds the same parameters, and every attention module gets a
-:class:`~reqat.models.kv.KVQuantizer` as ``reqat_kv``, which the attention function ``"reqat"`` uses.
+No model code is copied. An adapter (:mod:`reqat.models.adapters`) finds the model's blocks by what they are; each
+``nn.Linear`` in them is replaced by a :class:`~reqat.models.linear.QuantLinear` that holds the same parameters, experts
+in fused parameters are opened first (:mod:`reqat.models.experts`), and every attention module that keeps keys and
+values gets a :class:`~reqat.models.kv.KVQuantizer` as ``reqat_kv``, which the attention function ``"reqat"`` uses.
 """
 
 from __future__ import annotations
 
-import re
+import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,15 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.formats import Format, global_scale_for
-from reqat.models.architecture import (
-    DecoderLayer,
-    LinearSite,
-    adapters,
-    decoder_layers,
-    head_shape,
-    sharing_groups,
-)
+from reqat.formats import global_scale_for
+from reqat.models.adapters import PEFT_ADDED, Block, ModelAdapter, adapter_of, blocks_of, cached_attentions
 from reqat.models.asked import Asked, settle
 from reqat.models.attention import ATTENTION, check_call
 from reqat.models.kv import KVQuantizer
@@ -36,69 +28,9 @@ from reqat.models.limits import check_token_ids, forget_lengths
 from reqat.models.linear import InputQuantizer, QuantLinear, quant_linears
 from reqat.models.padding import unpadded
 from reqat.models.pretrained import hook_saving
+from reqat.models.report import UNTOUCHED, Entry, Report
 from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision, Quantizer, calibrating
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One module of the report: its name, its shape, and for a skipped one the reason."""
-
-    name: str
-    shape: tuple[int, ...]
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`prepare` quantized and what it skipped; ``str(report)`` is a table for people."""
-
-    model: str
-    precision: Precision
-    quantized: list[Entry] = field(default_factory=list)
-    skipped: list[Entry] = field(default_factory=list)
-    kv_layers: int = 0
-    restored: list[str] = field(default_factory=list)
-    skip: tuple[str, ...] = ()
-    differs: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        total = len(self.quantized) + sum(len(entry.shape) == 2 for entry in self.skipped)
-        lines = [f"{self.precision} on {self.model}: {len(self.quantized)} of {total} weight matrices quantized"]
-        precision = self.precision
-        rotation = f", rotated in Hadamard blocks of {precision.rotation}" if precision.rotation else ""
-        for role, fmt in (("weights", precision.weights), ("inputs", precision.inputs)):
-            if self.quantized:
-                lines.append(f"  {role:<9} {_describe(fmt)}{rotation}")
-        for role, fmt in (("keys", precision.keys), ("values", precision.values)):
-            if fmt is not None:
-                lines.append(f"  {role:<9} {_describe(fmt)}, {self.kv_layers} layers")
-        lines += [f"  restored  {what} from the checkpoint" for what in self.restored]
-        lines += [f"  differs   from the checkpoint in {what}" for what in self.differs]
-        for title, entries in (("quantized", self.quantized), ("skipped", self.skipped)):
-            lines += [f"  {title:<9} {line}" for line in _collapsed(entries)]
-        return "\n".join(lines)
-
-
-def _describe(fmt: Format | None) -> str:
-    if fmt is None:
-        return "not quantized"
-    block = "whole rows" if fmt.block is None else f"blocks of {fmt.block}"
-    scale = f", global scale {fmt.global_scale}" if fmt.global_scale != "none" else ""
-    return f"{fmt.name}: {fmt.element} in {block}, {fmt.scale} scales{scale}"
-
-
-def _collapsed(entries: list[Entry]) -> list[str]:
-    """One line for all layers' modules of the same name, shape and reason."""
-    counts: dict[tuple[str, tuple[int, ...], str], int] = {}
-    for entry in entries:
-        key = (re.sub(r"\.\d+\.", ".*.", entry.name), entry.shape, entry.reason)
-        counts[key] = counts.get(key, 0) + 1
-    width = max((len(name) for name, _, _ in counts), default=0)
-    return [
-        f"{name:<{width}} {list(shape)!s:<14} x{n}{f'  ({reason})' if reason else ''}"
-        for (name, shape, reason), n in counts.items()
-    ]
 
 
 def prepare(
@@ -111,25 +43,27 @@ def prepare(
 ) -> Report:
     """Put ``model`` into ``precision``, in place, and say what was done.
 
-    Every linear layer of the decoder is quantized, ``lm_head``, embeddings and adapters (LoRA) never (ReQAT section 1).
-    ``BF16`` installs the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here:
-    Q-FIT shift, static global scales, and quantized weights, which come back exactly as they were stored; and, asked
-    for by the name that the checkpoint was saved with, its options (:mod:`reqat.models.asked`).
+    Every linear layer of the model's blocks is quantized, experts too; ``lm_head``, embeddings, routers and adapters
+    (LoRA) never (ReQAT section 1). More than 1% of the blocks' weights left as they are is a warning. ``BF16`` installs
+    the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here: Q-FIT shift,
+    static global scales, and quantized weights, which come back exactly as they were stored; and, asked for by the name
+    that the checkpoint was saved with, its options (:mod:`reqat.models.asked`).
 
     From here on ``model.save_pretrained`` writes what :func:`reqat.models.save_model` does, and the state dict has the
     calibrated scales, the shift, and a frozen model's codes beside the plain model's tensors.
 
     Args:
-        model: a causal decoder of the Llama, Qwen2 or Qwen3 kind.
+        model: one that an adapter knows (:mod:`reqat.models.adapters`).
         precision: a name such as ``NVFP4-W4A4KV4``, or a :class:`~reqat.quant.Precision`.
         skip: patterns (``model.layers.0.*``) of linear layers to leave alone; None for the checkpoint's.
         override: compute as asked, whatever the checkpoint was saved with.
         options: of :meth:`Precision.parse`.
 
     Raises:
-        ReqatError: unknown precision or option, one that differs from the checkpoint's, unsupported attention, a block
-            that does not divide a head or a layer, NaN or infinite weights, weights that are not those of the stored
-            codes, or a model that was prepared for another precision or packed. The model is then unchanged.
+        ReqatError: unknown precision or option, one that differs from the checkpoint's, a model that no adapter knows,
+            KV4 for one without a cache, a block that does not divide a head or a layer, NaN or infinite weights,
+            weights that are not those of the stored codes, or a model that was prepared for another precision or
+            packed. The model is then unchanged.
     """
     sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
     asked = _asked(precision, skip, options, sidecar, override)
@@ -145,10 +79,11 @@ def prepare(
             )
         if getattr(model, "_reqat_packed", False):
             raise ReqatError(f"the model was packed at {previous.precision}: load it again to prepare for {precision}")
-    layers = decoder_layers(model)
+    adapter = adapter_of(model)
+    blocks = adapter.blocks(model)
     _check_finite(model)
     patterns = list(asked.skip)
-    check_geometry(model, layers, precision, patterns)
+    check_geometry(model, precision, patterns)
     if sidecar is not None:
         sidecar.check(precision)
         sidecar.check_weights(model)
@@ -158,40 +93,70 @@ def prepare(
             f"{'; '.join(asked.differs)} (override=True says that this is meant)",
             stacklevel=2,
         )
-    shifts = {layer.index: _shift(layer) for layer in layers}
+    cached = [attention for block in blocks if (attention := block.attention) is not None and attention.cached]
+    shifts = [kv.shift if (kv := getattr(attention.module, "reqat_kv", None)) else None for attention in cached]
 
+    if precision.quantizes_linear:
+        for experts in [experts for block in blocks for experts in block.fused()]:
+            experts.open()
+    quantized, skipped = _swap(blocks, precision, patterns)
+    for attention, shift in zip(cached, shifts, strict=True):
+        kv = KVQuantizer(precision, attention.heads.kv_heads, attention.heads.head_dim, attention.name)
+        kv.to(attention.key.weight.device)
+        kv.set_shift(shift)
+        attention.module.reqat_kv = kv
+    kept = _never_quantized(model, adapter, blocks, precision)
+    if cached:
+        model.set_attn_implementation(ATTENTION)
+        if previous is None:
+            adapter.body(model).register_forward_pre_hook(check_call, with_kwargs=True)
+    hook_saving(model)
+    restored = sidecar.restore(model, precision) if sidecar is not None else []
+    report = Report(
+        type(model).__name__,
+        precision,
+        quantized,
+        skipped + kept,
+        kv_layers=len(cached) if precision.quantizes_cache else 0,
+        restored=restored,
+        skip=asked.skip,
+        differs=asked.differs,
+        block_weights=_numbers([*quantized, *skipped, *(entry for entry in kept if entry.in_block)]),
+        left=_numbers(entry for entry in kept if entry.in_block),
+    )
+    model._reqat_report = report  # type: ignore[assignment]
+    if report.warning is not None:
+        warnings.warn(report.warning, stacklevel=2)
+    return report
+
+
+def _swap(blocks: list[Block], precision: Precision, patterns: list[str]) -> tuple[list[Entry], list[Entry]]:
+    """Put a quantized layer into every site that is not skipped; returns the sites that are quantized, and others."""
     quantized: list[Entry] = []
     skipped: list[Entry] = []
-    heads = head_shape(model)
-    for layer in layers:
-        for group in sharing_groups(layer):
-            wanted = [site for site in group if not _skipped(site, precision, patterns)]
-            for site in group:
+    for block in blocks:
+        inputs: dict[str, InputQuantizer] = {}
+        for group in block.groups():
+            wanted = [site for site in group.sites if not _skipped(site.names, precision, patterns)]
+            for site in group.sites:
                 if site not in wanted:
-                    reason = "skipped on request" if precision.quantizes_linear else "the precision leaves it as it is"
+                    reason = "skipped on request" if precision.quantizes_linear else UNTOUCHED
                     skipped.append(Entry(site.name, tuple(site.module.weight.shape), reason))
             if not wanted:
                 continue
-            shared = InputQuantizer(precision, len(wanted), f"{wanted[0].name} input")
-            shared.to(wanted[0].module.weight.device)
+            if group.scale not in inputs:
+                inputs[group.scale] = InputQuantizer(precision, len(wanted), f"{wanted[0].name} input")
+                inputs[group.scale].to(wanted[0].module.weight.device)
+            shared = inputs[group.scale]
+            shared.consumers = max(shared.consumers, len(wanted))
             for site in wanted:
                 quantized.append(Entry(site.name, tuple(site.module.weight.shape)))
-                setattr(site.parent, site.attribute, QuantLinear(site.module, precision, shared, site.name))
-        kv = KVQuantizer(precision, heads.kv_heads, heads.head_dim, f"{layer.name}.self_attn")
-        attention: Any = layer.attention
-        kv.to(attention.k_proj.weight.device)
-        kv.set_shift(shifts[layer.index])
-        attention.reqat_kv = kv
-    skipped += _never_quantized(model, layers)
-    model.set_attn_implementation(ATTENTION)
-    if previous is None:
-        model.get_decoder().register_forward_pre_hook(check_call, with_kwargs=True)
-    hook_saving(model)
-    restored = sidecar.restore(model, precision) if sidecar is not None else []
-    kv_layers = len(layers) if precision.quantizes_cache else 0
-    report = Report(type(model).__name__, precision, quantized, skipped, kv_layers, restored, asked.skip, asked.differs)
-    model._reqat_report = report  # type: ignore[assignment]
-    return report
+                setattr(site.parent, site.attribute, site.twin(site.module, precision, shared, site.name))
+    return quantized, skipped
+
+
+def _numbers(entries: Iterable[Entry]) -> int:
+    return sum(math.prod(entry.shape) for entry in entries)
 
 
 def _asked(
@@ -223,9 +188,8 @@ def freeze(model: PreTrainedModel, *, share_global_scale: bool = False) -> PreTr
     if precision_of(model) is None:
         raise ReqatError("freeze needs a prepared model: call prepare(model, precision) first")
     if share_global_scale:
-        for layer in decoder_layers(model):
-            for group in sharing_groups(layer):
-                _share_global_scale([site.module for site in group if isinstance(site.module, QuantLinear)])
+        for group in [group for block in blocks_of(model) for group in block.groups()]:
+            _share_global_scale([site.module for site in group.sites if isinstance(site.module, QuantLinear)])
     for linear in quant_linears(model).values():
         linear.freeze()
     return model.requires_grad_(False).eval()
@@ -300,14 +264,8 @@ def _inputs(batch: object) -> dict[str, Any]:
     return inputs
 
 
-def _skipped(site: LinearSite, precision: Precision, patterns: list[str]) -> bool:
-    names = {site.name, site.plain_name}
-    return not precision.quantizes_linear or any(fnmatchcase(n, pattern) for n in names for pattern in patterns)
-
-
-def _shift(layer: DecoderLayer) -> Tensor | None:
-    previous = getattr(layer.attention, "reqat_kv", None)
-    return previous.shift if previous is not None else None
+def _skipped(names: Iterable[str], precision: Precision, patterns: list[str]) -> bool:
+    return not precision.quantizes_linear or any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _check_finite(model: nn.Module) -> None:
@@ -318,58 +276,79 @@ def _check_finite(model: nn.Module) -> None:
             )
 
 
-def check_geometry(
-    model: PreTrainedModel, layers: list[DecoderLayer], precision: Precision, patterns: list[str]
-) -> None:
-    """Raise ReqatError, naming layer and remedy, where a block or a rotation of ``precision`` does not divide a head or
-    the inputs of a layer that none of ``patterns`` leaves alone."""
-    head_dim = head_shape(model).head_dim
-    for role, fmt in (("keys", precision.keys), ("values", precision.values)):
-        if fmt is not None and fmt.block is not None and head_dim % fmt.block:
-            raise ReqatError(
-                f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave the KV "
-                "cache unquantized, or take a format with another block"
-            )
-    if precision.keys is not None and precision.kv_rotation and head_dim % precision.kv_rotation:
-        raise ReqatError(f"head_dim {head_dim} is not divisible by kv_rotation {precision.kv_rotation}")
+def check_geometry(model: PreTrainedModel, precision: Precision, patterns: list[str]) -> None:
+    """Raise ReqatError, naming layer and remedy, where the model has no cache that ``precision`` could quantize, or a
+    block or a rotation of it does not divide a head or the inputs of a layer that none of ``patterns`` leaves alone."""
+    if precision.quantizes_cache:
+        _check_cache(model, precision)
     blocks = [
         (f"the block {f.block} of {f.name}", f.block) for f in (precision.weights, precision.inputs) if f and f.block
     ]
     if precision.rotation:
         blocks.append((f"the rotation block {precision.rotation}", precision.rotation))
-    for layer in layers:
-        for site in (site for group in sharing_groups(layer) for site in group):
-            for what, block in blocks:
-                if site.module.in_features % block and not _skipped(site, precision, patterns):
-                    raise ReqatError(
-                        f"{site.name}: in_features {site.module.in_features} is not divisible by {what}; "
-                        f"leave the layer out with skip=[{site.name!r}]"
-                    )
+    for names, size in ((n, size) for part in blocks_of(model) for n, size in _inputs_of(part)):
+        for what, block in blocks:
+            if size % block and not _skipped(names, precision, patterns):
+                raise ReqatError(
+                    f"{names[0]}: in_features {size} is not divisible by {what}; leave the layer out with "
+                    f"skip=[{names[0]!r}]"
+                )
 
 
-def _never_quantized(model: PreTrainedModel, layers: list[DecoderLayer]) -> list[Entry]:
-    """Weight matrices that no rule covers, with the reason why they stay as they are."""
+def _inputs_of(block: Block) -> Iterable[tuple[tuple[str, ...], int]]:
+    """Names and input size of each linear layer of a block, experts that are fused still included."""
+    yield from ((site.names, site.module.in_features) for site in block.sites())
+    for experts in block.fused():
+        yield from (((name,), weight.shape[1]) for name, weight in experts.weights().items())
+
+
+def _check_cache(model: PreTrainedModel, precision: Precision) -> None:
+    heads = {attention.heads for _, attention in cached_attentions(model)}
+    if not heads:
+        rest = precision.replace(keys=None, values=None, kv_rotation=None)
+        raise ReqatError(
+            f"model type {model.config.model_type!r} keeps no keys and values for later tokens, so there is no cache "
+            f"for {precision} to quantize: take {rest}"
+        )
+    for head_dim in {head.head_dim for head in heads}:
+        for role, fmt in (("keys", precision.keys), ("values", precision.values)):
+            if fmt is not None and fmt.block is not None and head_dim % fmt.block:
+                raise ReqatError(
+                    f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave the KV "
+                    "cache unquantized, or take a format with another block"
+                )
+        if precision.keys is not None and precision.kv_rotation and head_dim % precision.kv_rotation:
+            raise ReqatError(f"head_dim {head_dim} is not divisible by kv_rotation {precision.kv_rotation}")
+
+
+def _never_quantized(
+    model: PreTrainedModel, adapter: ModelAdapter, blocks: list[Block], precision: Precision
+) -> list[Entry]:
+    """Weight matrices that are no site, with the reason why they stay as they are."""
     entries = []
-    inside = {id(parameter) for layer in layers for parameter in layer.module.parameters()}
-    beside = {id(p) for layer in layers for m in adapters(layer.module) for p in m.parameters(recurse=False)}
-    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)} - beside
+    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    sites = {id(site.module.weight) for block in blocks for site in block.sites()}
+    reasons = {parameter: reason for block in blocks for parameter, reason in block.kept().items()}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
+    head_name = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
+    counted: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2 or (id(parameter) in inside and id(parameter) in linears):
+        this = id(parameter)
+        if parameter.ndim < 2 or this in sites:
             continue
-        if head is not None and parameter is head.weight and name == _name_of(model, head):
+        if name == head_name:
             reason = "the output head is never quantized"
-        elif parameter is model.get_input_embeddings().weight:
+        elif this in embeddings:
             reason = "embeddings are never quantized"
-        elif id(parameter) in beside:
-            reason = "adapters are never quantized"
-        elif id(parameter) in inside:
-            reason = "not the weight of an nn.Linear"
+        elif this in inside:
+            unknown = (
+                "not the weight of an nn.Linear" if precision.quantizes_linear else "the precision leaves it as it is"
+            )
+            reason = reasons.get(this, unknown)
         else:
-            reason = "outside the decoder layers"
-        entries.append(Entry(name.removesuffix(".weight"), tuple(parameter.shape), reason))
+            reason = f"outside the {adapter.kind} layers"
+        in_block = this in inside and this not in counted and reasons.get(this) != PEFT_ADDED
+        counted.add(this)
+        entries.append(Entry(name.removesuffix(".weight"), tuple(parameter.shape), reason, in_block))
     return entries
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next((f"{name}.weight" for name, module in model.named_modules() if module is wanted), "")

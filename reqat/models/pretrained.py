@@ -20,8 +20,10 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import explaining, write_file
-from reqat.models.architecture import adapters, decoder_layers
+from reqat.models.adapters import blocks_of
+from reqat.models.experts import Experts
 from reqat.models.linear import CODES, QuantLinear, stands_for
+from reqat.models.peft import peft_modules
 from reqat.models.sidecar import JSON, TENSORS, Sidecar
 from reqat.quant import MeasuredState
 
@@ -97,7 +99,11 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
                     f"{prefix}weight: the layer is frozen, and the state_dict to save has another weight than its "
                     "codes stand for: save the model with its own state_dict, or before freeze()"
                 )
-    return {name: tensor for name, tensor in (state or model.state_dict()).items() if name not in ours}
+    plain = {name: tensor for name, tensor in (state or model.state_dict()).items() if name not in ours}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            module.fuse(plain, f"{name}.")
+    return plain
 
 
 def check_savable(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
@@ -117,7 +123,7 @@ def check_savable(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
         raise ReqatError("distributed_checkpoint=True has no place for the sidecar: save without it")
     prepared = getattr(model, "_reqat_report", None) is not None
     if prepared and not getattr(model, "_hf_peft_config_loaded", False):
-        held = [layer.name for layer in decoder_layers(model) if adapters(layer.module)]
+        held = [block.name for block in blocks_of(model) if peft_modules(block.module)]
         if held:
             raise ReqatError(
                 f"{held[0]} holds adapters (LoRA), which a checkpoint of the model cannot hold: save them with the "

@@ -28,9 +28,10 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats import QuantizedTensor
-from reqat.models.architecture import decoder_layers, head_shape, plain_name
+from reqat.models.adapters import blocks_of, cached_attentions
 from reqat.models.kv import kv_quantizers
 from reqat.models.linear import QuantLinear, quant_linears, stands_for
+from reqat.models.peft import plain_name
 from reqat.models.stored import JSON, SCHEMA, TENSORS, check_dense, read_stored, sealed
 from reqat.quant import Precision, Quantizer
 
@@ -110,22 +111,24 @@ class Sidecar:
     def attach(self, model: PreTrainedModel, folder: Path) -> None:
         """Keep the sidecar with a model loaded from ``folder``, for ``prepare``. Raises ReqatError if it is of another
         model, or if weights were changed after freezing."""
-        layers, heads = len(decoder_layers(model)), head_shape(model)
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        heads = [attention.heads for _, attention in cached_attentions(model)]
+        linears = _weights(model)
         for name, tensor in self.tensors.items():
             prefix, _, rest = name.partition(".")
-            if prefix == "layers" and int(rest.split(".")[0]) >= layers:
-                raise ReqatError(f"{JSON} is of another model: it has {name}, the model has {layers} layers")
-            if name.endswith(".kv_shift") and tuple(tensor.shape) != (heads.kv_heads, heads.head_dim):
-                raise ReqatError(
-                    f"{JSON} is of another model: {name} has shape {tuple(tensor.shape)}, the model has "
-                    f"{heads.kv_heads} key/value heads of {heads.head_dim}"
-                )
+            if prefix == "layers" and int(rest.split(".")[0]) >= len(heads):
+                raise ReqatError(f"{JSON} is of another model: it has {name}, the model has {len(heads)} layers")
+            if name.endswith(".kv_shift"):
+                own = heads[int(rest.split(".")[0])]
+                if tuple(tensor.shape) != (own.kv_heads, own.head_dim):
+                    raise ReqatError(
+                        f"{JSON} is of another model: {name} has shape {tuple(tensor.shape)}, the model has "
+                        f"{own.kv_heads} key/value heads of {own.head_dim}"
+                    )
             if prefix != "layers" and name.removesuffix(".input_global_scale") not in linears:
                 raise ReqatError(f"{JSON} is of another model: it has {name}, the model has no such layer")
         for name, q in self.weights.items():
-            if name not in linears or tuple(linears[name].weight.shape) != tuple(q.shape):
-                have = tuple(linears[name].weight.shape) if name in linears else "no such layer"
+            if name not in linears or tuple(linears[name].shape) != tuple(q.shape):
+                have = tuple(linears[name].shape) if name in linears else "no such layer"
                 raise ReqatError(f"{JSON} is of another model: codes of shape {tuple(q.shape)} for {name} ({have})")
         check_dense(folder, self.dense)
         model._reqat_sidecar = self  # type: ignore[assignment]
@@ -146,10 +149,10 @@ class Sidecar:
 
         The codes would undo what was trained or merged since (a LoRA, say).
         """
-        linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        linears = _weights(model) if self.weights else {}
         for name, q in self.weights.items():
-            linear = linears.get(name, linears.get(f"{name}.base_layer"))
-            if linear is None or not stands_for(linear.weight.detach(), q, self.precision.rotation):
+            weight = linears.get(name)
+            if weight is None or not stands_for(weight.detach(), q, self.precision.rotation):
                 raise ReqatError(
                     f"{name}.weight is no longer the one that the checkpoint's codes stand for, and they would undo "
                     f"what was merged or trained since: start from the dense checkpoint, or delete {JSON} and "
@@ -184,6 +187,11 @@ class Sidecar:
                 module.set_quantized(self.weights[name])
         parts = [(shifts, "KV shifts"), (scales, "static scales"), (len(self.weights), "quantized weights")]
         return [f"{n} {what}" for n, what in parts if n]
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Plain name -> weight of each linear layer in the model's blocks, experts that are fused included."""
+    return {name: weight for block in blocks_of(model) for name, weight in block.weights().items()}
 
 
 def _by_plain_name(model: PreTrainedModel) -> dict[str, QuantLinear]:

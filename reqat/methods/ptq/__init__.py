@@ -19,7 +19,6 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.methods.layerwise import BATCH_TOKENS, check_input_ids
 from reqat.methods.ptq._method import Method, Transform
 from reqat.models import Report, calibrate_static, prepare
-from reqat.models.architecture import decoder_layers
 from reqat.models.prepare import check_geometry
 from reqat.quant import Precision
 
@@ -69,7 +68,7 @@ def quantize(
     taken = {key: value for key, value in options.items() if key in chosen.options and value is not None}
     wanted = Precision.parse(precision, **(precision_options or {}))
     if chosen.transforms:  # a search takes minutes: what prepare() would refuse after it is refused before
-        check_geometry(model, decoder_layers(model), wanted, [])
+        check_geometry(model, wanted, [])
     metrics: dict[str, Any] = {}
     for transform in chosen.transforms:
         assert input_ids is not None

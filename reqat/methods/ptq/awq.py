@@ -31,8 +31,8 @@ from reqat.formats import Format
 from reqat.methods.layerwise import Step, hooked, walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
-from reqat.methods.scaling import Group, check_full_precision, groups_of, magnitudes, unchanged
-from reqat.models.architecture import decoder_layers
+from reqat.methods.scaling import FoldableGroup, check_full_precision, groups_of, magnitudes, unchanged
+from reqat.models.adapters import blocks_of
 from reqat.quant import Precision, block_hadamard, fake_quantize
 
 GRID = 20
@@ -60,7 +60,7 @@ def scale(
         raise ReqatError(f"AWQ scales weights to be quantized, but {precision} keeps them: take a precision with W4")
     check_full_precision(model, "AWQ")
     found = []
-    with bar("AWQ", len(decoder_layers(model)), "layers", enabled=progress) as shown:
+    with bar("AWQ", len(blocks_of(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
             groups = [group for group in groups_of(step) if group.divide is not None]
             sizes = magnitudes(step, groups)  # folding one group changes no other's input
@@ -76,9 +76,9 @@ def scale(
     }
 
 
-def _search(step: Step, group: Group, mean_K: Tensor, precision: Precision, grid: int) -> dict[str, Any]:
+def _search(step: Step, group: FoldableGroup, mean_K: Tensor, precision: Precision, grid: int) -> dict[str, Any]:
     """Choose r for one group and fold its scales."""
-    module = _inspected(step, group)
+    module = _inspected(group)
     calls, reference = _calls(step, module)
     size = sum(float(y.double().square().sum()) for y in reference) or 1.0
     errors = []
@@ -99,12 +99,11 @@ def _scales(mean_K: Tensor, r: float) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
-def _inspected(step: Step, group: Group) -> nn.Module:
+def _inspected(group: FoldableGroup) -> nn.Module:
     """The module whose output the error is measured on."""
     if len(group.sites) == 1:
         return group.linears[0]
-    parent = group.sites[0].parent
-    return step.layer.attention if parent is step.layer.attention else parent
+    return group.sites[0].parent
 
 
 def _calls(step: Step, module: nn.Module) -> tuple[list[tuple[tuple[Any, ...], dict[str, Any]]], list[Tensor]]:
@@ -127,7 +126,7 @@ def _first(output: Any) -> Tensor:
 
 
 @contextmanager
-def _candidate(group: Group, s_K: Tensor, precision: Precision) -> Iterator[None]:
+def _candidate(group: FoldableGroup, s_K: Tensor, precision: Precision) -> Iterator[None]:
     """Within the block the group's layers compute ``Q(x / s) Q(W s)``, both rotated if the precision rotates."""
     weights, inputs, rotation = _dynamic(precision.weights), _dynamic(precision.inputs), precision.rotation
 

@@ -24,7 +24,7 @@ from reqat.methods.layerwise import walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
 from reqat.methods.scaling import check_full_precision, groups_of, magnitudes, unchanged
-from reqat.models.architecture import decoder_layers
+from reqat.models.adapters import blocks_of
 from reqat.quant import Precision
 
 _FLOOR = 1e-5
@@ -34,7 +34,7 @@ _FLOOR = 1e-5
 def smooth(
     model: PreTrainedModel, precision: Precision, input_ids: Tensor, *, alpha: float = 0.6, progress: bool = True
 ) -> dict[str, Any]:
-    """Smooth the inputs of attention and MLP of every decoder layer of a full-precision ``model``, in place.
+    """Smooth the inputs of attention and MLP of every block of a full-precision ``model``, in place.
 
     Args:
         model: as loaded, not quantized.
@@ -49,9 +49,9 @@ def smooth(
         raise ReqatError(f"SmoothQuant's alpha must lie in [0, 1], got {alpha}")
     check_full_precision(model, "SmoothQuant")
     smoothed = []
-    with bar("SmoothQuant", len(decoder_layers(model)), "layers", enabled=progress) as shown:
+    with bar("SmoothQuant", len(blocks_of(model)), "layers", enabled=progress) as shown:
         for step in walk(model, input_ids):
-            groups = [g for g in groups_of(step) if g.divide is not None and _is_after_a_norm(g.name)]
+            groups = [g for g in groups_of(step) if g.divide is not None and g.after_norm]
             sizes = magnitudes(step, groups)
             with unchanged(step, "SmoothQuant"):
                 for group, size in zip(groups, sizes, strict=True):
@@ -61,10 +61,6 @@ def smooth(
                     smoothed.append(group.name)
             shown.update()
     return {"alpha": alpha, "smoothed": len(smoothed)}
-
-
-def _is_after_a_norm(name: str) -> bool:
-    return name.rpartition(".")[2] not in ("o_proj", "down_proj")
 
 
 METHOD = Method(rtn, transforms=(smooth,), options={"alpha": 0.6})

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.methods.layerwise import Step, hooked, on_output, walk
 from reqat.models import QuantLinear
-from reqat.models.architecture import DecoderLayer, HeadShape, head_shape
+from reqat.models.adapters import Attention, Block
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,12 @@ def activations(model: PreTrainedModel, input_ids: Tensor) -> list[Activations]:
 
     Raises ``ReqatError`` for ids that the model does not know, and models without rotary embeddings.
     """
-    heads = head_shape(model)
-    return [capture(step, heads) for step in walk(model, input_ids)]
+    return [capture(step) for step in walk(model, input_ids)]
 
 
-def has_qk_norm(attention: nn.Module) -> bool:
-    """Whether queries and keys are normalized before RoPE (Qwen3)."""
-    return isinstance(getattr(attention, "q_norm", None), nn.Module)
-
-
-def scaling_of(layer: DecoderLayer, heads: HeadShape) -> float:
-    """Factor of the logits: the layer's own, or 1/sqrt(D)."""
-    scaling = getattr(layer.attention, "scaling", None)
-    return float(scaling) if scaling is not None else heads.head_dim**-0.5
-
-
-def check_full_precision(layers: list[DecoderLayer], *, frozen_only: bool = False) -> None:
+def check_full_precision(layers: list[tuple[Block, Attention]], *, frozen_only: bool = False) -> None:
     """Raise ReqatError, naming it, for a layer that is quantized; ``frozen_only``: whose codes are chosen."""
-    for layer in layers:
+    for layer, attention in layers:
         for name, module in layer.module.named_modules():
             if not isinstance(module, QuantLinear):
                 continue
@@ -67,7 +55,7 @@ def check_full_precision(layers: list[DecoderLayer], *, frozen_only: bool = Fals
                     f"Q-FIT calibrates on the full-precision model, but {layer.name}.{name} is quantized to "
                     f"{quantized}: calibrate before prepare(model, precision)"
                 )
-        kv: Any = getattr(layer.attention, "reqat_kv", None)
+        kv: Any = getattr(attention.module, "reqat_kv", None)
         if kv is not None and not frozen_only and (kv.key.format or kv.value.format):
             raise ReqatError(
                 f"Q-FIT calibrates on the full-precision model, but the KV cache of {layer.name} is quantized: "
@@ -75,12 +63,14 @@ def check_full_precision(layers: list[DecoderLayer], *, frozen_only: bool = Fals
             )
 
 
-def capture(step: Step, heads: HeadShape) -> Activations:
+def capture(step: Step) -> Activations:
     """Run ``step`` once and keep what its attention works on."""
-    attention: Any = step.layer.attention
-    query_from, key_from = attention.q_proj, attention.k_proj
-    if has_qk_norm(attention):
-        query_from, key_from = attention.q_norm, attention.k_norm
+    attention = step.block.attention
+    assert attention is not None
+    heads = attention.heads
+    normed = attention.norms is not None
+    query_from = attention.query_norm if normed else attention.query
+    key_from = attention.key_norm if normed else attention.key
     kept: dict[str, list[Tensor]] = {"query": [], "key": [], "value": []}
 
     def keep(role: str, count: int) -> Any:
@@ -93,7 +83,7 @@ def capture(step: Step, heads: HeadShape) -> Activations:
     handles = [
         on_output(query_from, keep("query", heads.query_heads)),
         on_output(key_from, keep("key", heads.kv_heads)),
-        on_output(attention.v_proj, keep("value", heads.kv_heads)),
+        on_output(attention.value, keep("value", heads.kv_heads)),
     ]
     with hooked(handles):
         step.outputs = step.run()
@@ -101,7 +91,7 @@ def capture(step: Step, heads: HeadShape) -> Activations:
     if position is None or position[0].shape[-1] != heads.head_dim:
         found = None if position is None else tuple(position[0].shape)
         raise ReqatError(
-            f"{step.layer.name}: Q-FIT needs rotary position embeddings over the whole head_dim of {heads.head_dim}, "
+            f"{step.block.name}: Q-FIT needs rotary position embeddings over the whole head_dim of {heads.head_dim}, "
             f"found {found}"
         )
     query, key, value = (torch.cat(kept[role]) for role in ("query", "key", "value"))

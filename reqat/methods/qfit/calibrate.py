@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.progress import bar
 from reqat.methods.layerwise import walk
-from reqat.methods.qfit.activations import capture, check_full_precision, has_qk_norm, scaling_of
+from reqat.methods.qfit.activations import capture, check_full_precision
 from reqat.methods.qfit.result import QFitResult, QKNorm, Variant
 from reqat.methods.qfit.search import search
 from reqat.models import precision_of, prepare
-from reqat.models.architecture import decoder_layers, head_shape
+from reqat.models.adapters import Attention, Block, cached_attentions
 from reqat.quant import Precision
 
 
@@ -62,17 +62,15 @@ def calibrate(
         raise unknown("qk_norm", qk_norm, ("shared", "widened"))
     if queries is not None and queries < 1:
         raise ReqatError(f"Q-FIT needs at least 1 query position a sequence, got queries={queries}")
-    layers = decoder_layers(model)
+    layers = _layers(model)
     check_full_precision(layers)
-    heads = head_shape(model)
     points = tuple(i / grid for i in range(grid))
     alphas, betas = points if scale else (0.0,), points if shift else (0.0,)
-    norms = [has_qk_norm(layer.attention) for layer in layers]
-    where = qk_norm if all(norms) else "none"
+    where = qk_norm if all(attention.norms is not None for _, attention in layers) else "none"
     found, seconds = [], []
     with bar("Q-FIT", len(layers) * len(alphas), "scales", enabled=progress) as shown:
         for step in walk(model, input_ids):
-            activations = capture(step, heads)
+            activations = capture(step)
             began = time.perf_counter()
             found.append(
                 search(
@@ -81,11 +79,11 @@ def calibrate(
                     alphas,
                     betas,
                     causal=variant == "paper",
-                    scaling=scaling_of(step.layer, heads) if variant == "paper" else 1.0,
+                    scaling=step.block.attention.scaling if variant == "paper" and step.block.attention else 1.0,
                     mean_before_rope=variant == "released",
                     share_heads=where == "shared",
                     queries=queries,
-                    name=step.layer.name,
+                    name=step.block.name,
                     advance=shown.update,
                 )
             )
@@ -114,15 +112,15 @@ def fold(model: PreTrainedModel, result: QFitResult) -> PreTrainedModel:
 
     Raises ReqatError for a result of another model, and for frozen weights.
     """
-    layers = decoder_layers(model)
-    heads = head_shape(model)
+    layers = _layers(model)
+    heads = layers[0][1].heads
     expected = (len(layers), heads.kv_heads, heads.head_dim)
     if tuple(result.scale.shape) != expected:
         raise ReqatError(
             f"the Q-FIT result is of another model: it has layers, KV heads and head_dim {tuple(result.scale.shape)}, "
             f"this model has {expected}"
         )
-    normed = all(has_qk_norm(layer.attention) for layer in layers)
+    normed = all(attention.norms is not None for _, attention in layers)
     if normed != (result.qk_norm != "none"):
         raise ReqatError(
             f"the Q-FIT result is of another model: it was calibrated with qk_norm={result.qk_norm!r}, and this model "
@@ -132,18 +130,25 @@ def fold(model: PreTrainedModel, result: QFitResult) -> PreTrainedModel:
     if precision_of(model) is None:
         prepare(model, "BF16")
     repeat = heads.query_heads // heads.kv_heads
-    for layer, scale_GD, shift_GD in zip(layers, result.scale.double(), result.shift, strict=True):
-        attention: Any = layer.attention
+    for (_, attention), scale_GD, shift_GD in zip(layers, result.scale.double(), result.shift, strict=True):
         scale_HD = scale_GD.repeat_interleave(repeat, dim=0)
         if result.qk_norm == "none":
-            _multiply_rows(attention.q_proj, scale_HD.reshape(-1))
-            _multiply_rows(attention.k_proj, scale_GD.reciprocal().reshape(-1))
+            _multiply_rows(attention.query, scale_HD.reshape(-1))
+            _multiply_rows(attention.key, scale_GD.reciprocal().reshape(-1))
         else:
             widen = result.qk_norm == "widened"
-            _multiply_norm(attention.q_norm, scale_HD, widen)
-            _multiply_norm(attention.k_norm, scale_GD.reciprocal(), widen)
-        attention.reqat_kv.set_shift(shift_GD.to(attention.k_proj.weight.device))
+            _multiply_norm(attention.query_norm, scale_HD, widen)
+            _multiply_norm(attention.key_norm, scale_GD.reciprocal(), widen)
+        attention.module.reqat_kv.set_shift(shift_GD.to(attention.key.weight.device))
     return model
+
+
+def _layers(model: PreTrainedModel) -> list[tuple[Block, Attention]]:
+    """Raises ReqatError for a model that keeps no keys."""
+    layers = cached_attentions(model)
+    if not layers:
+        raise ReqatError(f"Q-FIT fits cached keys, and model type {model.config.model_type!r} keeps none")
+    return layers
 
 
 def _multiply_rows(linear: nn.Linear, factors: Tensor) -> None:
@@ -157,7 +162,9 @@ def _multiply_rows(linear: nn.Linear, factors: Tensor) -> None:
 def _multiply_norm(norm: Any, factors_HD: Tensor, widen: bool) -> None:
     weight = norm.weight
     factors_HD = factors_HD.to(weight.device)
-    if not widen and weight.ndim == 1:
+    if weight.numel() == factors_HD.numel():  # one norm over all heads (OLMo2), or widened before
+        weight.copy_(weight.double() * factors_HD.reshape(weight.shape))
+    elif not widen and weight.ndim == 1:
         assert (factors_HD == factors_HD[0]).all(), "one norm weight serves all heads"
         weight.copy_(weight.double() * factors_HD[0])
     else:
