@@ -1,4 +1,4 @@
-"""A new method, objective term or task is one new file: nothing else changes, and configuration takes its name."""
+"""A new method, objective term, task or model adapter is one new file: nothing else changes."""
 
 from __future__ import annotations
 
@@ -90,7 +90,90 @@ assert "basic_arithmetic" in FAMILIES
 for problem in problems({"basic_arithmetic": {}}, "train", 5, 0):
     assert verify(problem, write_trace(problem, random.Random(0)))
 """
+ADAPTER = """
+from reqat.models.adapters._adapter import Block, UnsupportedModelError
+
+
+class Stages:
+    kind = "stack of stages"
+
+    def blocks(self, model):
+        if not hasattr(model, "stages"):
+            raise UnsupportedModelError("it has no stages")
+        return [Block(i, f"stages.{i}", m, same_input=(("left", "right"),)) for i, m in enumerate(model.stages)]
+
+    def body(self, model):
+        return model
+
+    def gated(self, model):
+        return None
+
+
+ADAPTER = Stages()
+"""
+USE_ADAPTER = """
+import tempfile
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from reqat.models import freeze, prepare, quant_linears
+from reqat.models.pretrained import plain_state
+from reqat.models.sidecar import Sidecar
+
+
+class Stage(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.act = nn.Linear(32, 64), nn.Linear(32, 64), nn.ReLU()
+        self.out = nn.Linear(64, 32)
+
+    def forward(self, x):
+        return x + self.out(self.act(self.left(x)) * self.right(x))
+
+
+class Net(PreTrainedModel):
+    config_class = PreTrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.stem, self.stages = nn.Conv2d(3, 32, 3), nn.ModuleList([Stage(), Stage()])
+        self.post_init()
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).mT
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+
+torch.manual_seed(0)
+model, x = Net(PreTrainedConfig()), torch.randn(2, 3, 6, 6)
+names = list(plain_state(model))
+report = prepare(model, "NVFP4-W4A4")
+assert len(report.quantized) == 6 and report.share == 1, report
+layers = quant_linears(model)
+assert layers["stages.0.left"].input_quantizer is layers["stages.0.right"].input_quantizer
+out = model(x)
+out.sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+assert torch.equal(freeze(model)(x), out) and list(plain_state(model)) == names
+with tempfile.TemporaryDirectory() as folder:
+    model.save_pretrained(folder)
+    again = Net.from_pretrained(folder)
+    from pathlib import Path
+    Sidecar.read(Path(folder)).attach(again, Path(folder))
+prepare(again, "NVFP4-W4A4")
+assert torch.equal(again(x), out)
+for wrong, says in (("NVFP4-W4A4KV4", "take NVFP4-W4A4"), ("NVFP4-KV4", "take BF16")):
+    try:
+        prepare(Net(PreTrainedConfig()), wrong)
+    except ValueError as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError("a cache was quantized that is not there")
+"""
 CASES = {
+    "models/adapters/stages.py": (ADAPTER, USE_ADAPTER),
     "methods/ptq/toy.py": (PTQ, USE_PTQ),
     "methods/terms/toy.py": (TERM, USE_TERM),
     "tasks/families/basic_arithmetic.py": (TASK, USE_TASK),

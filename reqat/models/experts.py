@@ -87,7 +87,7 @@ def _first(module: Any) -> str:
 
 
 def _slice(module: Any, stacked: Tensor, expert: int) -> Tensor:
-    part = stacked.detach()[expert]
+    part = stacked.data[expert]  # not .detach(): versions of the experts' weights are counted one by one
     return part.T if module.is_transposed else part
 
 

@@ -21,6 +21,8 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -181,12 +183,14 @@ def _folder(path: str | Path, needs: str = CONFIG) -> Path:
 
 
 def _class(config: PreTrainedConfig) -> Any:
-    """The class of transformers that ``architectures`` names, if it is one of models with this configuration: a
-    classifier, say. None otherwise."""
-    name = (config.architectures or [""])[0]
-    found = getattr(transformers, name, None)
-    known = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    return found if known and found.config_class is type(config) else None
+    """The class of transformers that ``architectures`` names, if it is one of models with this configuration (a
+    classifier, say); None otherwise, and for a decoder without a head, whose head may be its embedding."""
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config)):
+        return None
+    headless = found is MODEL_MAPPING.get(type(config), None)
+    decodes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(config, "is_decoder")
+    return None if headless and decodes else found
 
 
 def _check_shapes(folder: Path, config: PreTrainedConfig, own: Any, stored: Mapping[str, Header]) -> None:

@@ -19,6 +19,7 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.methods.layerwise import BATCH_TOKENS, check_input_ids
 from reqat.methods.ptq._method import Method, Transform
 from reqat.models import Report, calibrate_static, prepare
+from reqat.models.experts import Experts
 from reqat.models.prepare import check_geometry
 from reqat.quant import Precision
 
@@ -87,4 +88,6 @@ def quantize(
         found = chosen.solver(model, input_ids, progress=progress, **settings)
     else:
         found = chosen.solver(model, **settings)
+    if not chosen.solver_needs_data and chosen.transforms and any(isinstance(m, Experts) for m in model.modules()):
+        metrics["experts"] = "rounded to nearest"  # transforms leave them alone: a router reads what they read
     return report, {**found, **metrics, "method": method}

@@ -1,5 +1,30 @@
 """Model adapters: what a model's blocks, linear layers and attention are. A new family of models is one file here that
 defines ``ADAPTER``.
+
+Adapters go by what modules do, so models that stand in no list may work as well; :func:`blocks_of` says why one does
+not. Tried are, with random weights and the real architecture's parts (NVFP4 and MXFP4, W4A4 and for decoders KV4:
+forward, backward, save and reload; for decoders generation with and without a cache, RTN and GPTQ):
+
+| family | model type | adapter | with |
+|---|---|---|---|
+| Llama 3, SmolLM2, R1-Distill-Llama | `llama` | decoder | RoPE scaling |
+| Mistral without a sliding layer | `mistral` | decoder | - |
+| Qwen2, Qwen2.5, R1-Distill-Qwen | `qwen2` | decoder | RoPE scaling, biases, tied head |
+| Qwen3 | `qwen3` | decoder | QK norm, tied head |
+| Gemma | `gemma` | decoder | tied head |
+| OLMo 2 | `olmo2` | decoder | QK norm |
+| Granite 3 | `granite` | decoder | tied head |
+| SmolLM3 | `smollm3` | decoder | tied head |
+| Mixtral | `mixtral` | decoder | experts |
+| Qwen2-MoE | `qwen2_moe` | decoder | biases, experts |
+| Qwen3-MoE | `qwen3_moe` | decoder | QK norm, experts |
+| BERT, MiniLM | `bert` | encoder | biases |
+| RoBERTa | `roberta` | encoder | biases |
+| DistilBERT | `distilbert` | encoder | biases |
+| ViT | `vit` | encoder | biases |
+
+Refused are fused projections (`gpt2`, `phi3`), attention sinks (`gpt_oss`), soft caps on attention logits (`gemma2` as
+published), latent attention (`deepseek_v3`), and encoders with a decoder (`bart`).
 """
 
 from __future__ import annotations
