@@ -136,13 +136,18 @@ def _gated_block(block: Block) -> GatedBlock | None:
     linears = [f"{at}.{name}" for name in (*_QKV, _OUTPUT)] + [f"{mlp}.{name}" for name in _MLP]
     norms = [*_LAYER_NORMS, *(f"{at}.{name}" for name in _NORMS)]
     known = {"", at, mlp, f"{mlp}.act_fn", *linears, *norms}
-    if any(name not in known and not isinstance(module, MeasuredState) for name, module in modules.items()):
+    ours = [*linears, *(name for name, module in modules.items() if isinstance(module, MeasuredState))]
+    if any(name not in known and not _within(name, ours) for name in modules):
         return None
     found_norms = [modules.get(name) for name in norms]
     if not modules.keys() >= {*linears, *_LAYER_NORMS} or (found_norms[2] is None) != (found_norms[3] is None):
         return None
     activation = modules.get(f"{mlp}.act_fn")
     return GatedBlock(block.name, attention, [modules[name] for name in linears], found_norms, activation)
+
+
+def _within(name: str, modules: list[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 ADAPTER = DecoderAdapter()
