@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import re
 import warnings
@@ -247,3 +248,20 @@ def test_nonlinearities_of_a_block(kind: str) -> None:
     assert kinds.count("activation") == {"llama": 1, "qwen3": 1, "qwen2_moe": 2, "bert": 1}[kind]
     assert all(model.get_submodule(entry.name) is entry.module for entry in found)
     assert not any(isinstance(entry.module, nn.Linear) for entry in found)
+
+
+def test_nothing_but_adapters_knows_the_names_of_layers() -> None:
+    """Texts of docstrings and messages may; attributes and strings that are such a name may not."""
+    names = {*"qkvo", "gate", "up", "down"}
+    layers = {f"{name}_proj" for name in names} | {"self_attn", "q_norm", "k_norm", "input_layernorm", "embed_tokens"}
+    root = Path(reqat.models.adapters.__file__).parents[2]
+    found = []
+    for file in root.rglob("*.py"):
+        # transformers' experts interface names its parameters by itself.
+        if file.parent.name == "adapters" or file.name == "experts.py":
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            word = node.attr if isinstance(node, ast.Attribute) else getattr(node, "value", None)
+            if isinstance(word, str) and word in layers:
+                found.append(f"{file.relative_to(root)}:{node.lineno}: {word}")
+    assert found == []
