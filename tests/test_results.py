@@ -12,7 +12,8 @@ from analysis.registry import study_names, table_names
 from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
 from reqat.config.studies import KINDS
-from reqat.records import pin, record
+from reqat.pipeline import pin
+from reqat.records import record
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = Paths(ROOT)

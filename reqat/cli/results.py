@@ -30,7 +30,7 @@ def _source(tier: str, pinned: bool, kind: str, out: Path | None) -> tuple[Plan,
     paths = session.paths
     if not pinned:
         return session.plan(tier), paths.work, out or paths.work / kind / tier
-    from reqat.records import pin
+    from reqat.pipeline import pin
 
     return pin.restore(tier, paths), paths.results / tier, out or paths.work / "pinned" / kind / tier
 
@@ -70,7 +70,7 @@ def rendering(folder: Path, *, force: bool) -> Iterator[Path]:
 def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False, force: Replace = False) -> None:
     """Promote a finished run into results/ after checking that it is whole."""
     from analysis.build import build_figures, build_tables
-    from reqat.records import pin
+    from reqat.pipeline import pin
 
     def render(plan: Plan, source: Path, out: Path) -> None:
         build_tables(plan, source, out / "tables", pinned=True, paths=session.paths)
@@ -95,7 +95,7 @@ def pin_base(
     force: Replace = False,
 ) -> None:
     """Promote the base model trained by `snakemake base` into results/base/."""
-    from reqat.records import pin
+    from reqat.pipeline import pin
 
     plan, paths = session.plan(tier), session.paths
     print(f"pinned: {pin.pin_base(plan, model, paths, allow_dirty=allow_dirty, force=force, dtype=dtype)}")
@@ -104,7 +104,7 @@ def pin_base(
 @app.command()
 def compare(tier: Tier = "laptop") -> None:
     """Hold a fresh run against the pinned one; exit code 1 if they do not agree."""
-    from reqat.records.compare import compare, report
+    from reqat.pipeline.compare import compare, report
 
     found = compare(session.plan(tier), session.paths)
     print(report(found))

@@ -27,8 +27,9 @@ from reqat.config.studies import (
     study_called,
 )
 from reqat.config.targets import making
+from reqat.pipeline import pin
 from reqat.pipeline.studies import TRACES, require_inputs, run_study, same_stages, stages_there
-from reqat.records import pin, record
+from reqat.records import record
 
 
 @app.command()

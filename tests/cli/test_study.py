@@ -28,8 +28,9 @@ from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation.batches import RunningBatch
 from reqat.models import save_model
+from reqat.pipeline import pin
 from reqat.pipeline.studies import same_stages, stages_there
-from reqat.records import pin, record
+from reqat.records import record
 from reqat.tasks import problems, write_trace
 
 ROOT = Path(__file__).parents[2]

@@ -136,7 +136,7 @@ def test_a_pin_replaces_only_a_pin_and_only_when_asked(checkout: Path, verb: str
 def test_a_pinned_run_of_this_repository_is_known_as_one() -> None:
     from reqat.cli.bench import pinned_rows
     from reqat.config.targets import check_folder
-    from reqat.records import pin
+    from reqat.pipeline import pin
 
     for folder in (*(ROOT / "results").glob("*/pin.json"), *(ROOT / "results" / "studies").glob("*/pin.json")):
         check_folder(folder.parent, pin.pinned, replace=True)

@@ -13,7 +13,8 @@ import pytest
 
 from analysis.report.cells import MissingResults, Results, entries
 from reqat.config.errors import ReqatError
-from reqat.records import pin, record
+from reqat.pipeline import pin
+from reqat.records import record
 
 
 def test_entries_hold_every_cell_once(results: Results) -> None:

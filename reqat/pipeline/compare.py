@@ -19,7 +19,8 @@ import numpy as np
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths
 from reqat.config.plan import Cell, Plan
-from reqat.records import pin, record
+from reqat.pipeline import pin
+from reqat.records import record
 
 if TYPE_CHECKING:
     from reqat.evaluation import Outcomes

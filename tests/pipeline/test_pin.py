@@ -13,7 +13,8 @@ import yaml
 from reqat.config import Paths, Plan, ReqatError, load
 from reqat.config.paths import made
 from reqat.evaluation import Outcomes
-from reqat.records import compare, pin, provenance, record
+from reqat.pipeline import compare, pin
+from reqat.records import provenance, record
 
 ROOT = Path(__file__).parents[2]
 N = 60
