@@ -8,7 +8,7 @@
 #   snakemake --cores all compare                         a fresh run against the pinned one
 #   snakemake --cores all studies                         only the studies of the models: entropies, interventions, ReSET
 #   snakemake --cores all throughput                      only the benchmark: its tables and Figure 6
-#   snakemake --cores all base                            train the base model anew (then `reqat pin-base`)
+#   snakemake --cores all base                            train the base model anew (then `reqat pin --what base`)
 #   ... --config bench=no                                 without the benchmark: no Figure 6 and none of its tables
 #
 # What is to be done is no logic of these files: reqat.config turns config/ into a plan of stages and evaluations, each

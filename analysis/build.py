@@ -1,5 +1,5 @@
-"""Every table and figure of a tier, from a folder of results to a folder of files: what the verbs `tables`, `figures`,
-`study-report` and `throughput` of `reqat` call.
+"""Every table and figure of a tier, from a folder of results to a folder of files: what `reqat report` and `reqat pin`
+call.
 
 Which files come out depends on the plan alone (`analysis.registry`), so the DAG can name them without reading a
 result. A tier without an artifact has no file for it; a tier with the artifact but without a result is an error.
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.registry import discovered, figure_names, study_names, table_names, throughput_names
 from reqat.config.errors import ReqatError
-from reqat.config.files import read_json
 from reqat.config.paths import Paths, load
 from reqat.config.plan import Plan
 from reqat.config.tier import load_catalogue
@@ -25,15 +24,14 @@ if TYPE_CHECKING:
     from analysis.report.document import Table
     from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
-
-_RESTORE = "restore it from git, or pin the run again"
+    from reqat.records.pinned import Part, Restored
 
 
 def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: Paths | None = None) -> Results:
     """The tier's `analysis.report.cells.Results` under `source`, which holds `evaluations/` and `stages/`.
 
-    `tier` is a plan, or a name; of a name, a pinned folder's own `plan.json` is taken if it has one, else the plan of
-    the configuration in `paths`. Raises `ReqatError` if the folder is not there.
+    `tier` is a plan, or the name of one of the configuration in `paths`. Raises `ReqatError` if the folder is not
+    there.
     """
     from analysis.report.cells import Results
 
@@ -43,15 +41,8 @@ def results_of(tier: str | Plan, source: Path, *, pinned: bool = False, paths: P
         raise ReqatError(
             f"{source}: no such folder of results. Run tier {name} first (make figures TIER={name}), or name another."
         )
-    if isinstance(tier, str):
-        kept = source / "plan.json"
-        tier = (
-            Plan.restore(read_json(kept, "plan", _RESTORE), str(kept))
-            if pinned and kept.is_file()
-            else load(tier, paths)
-        )
     titles = {name: artifact.title for name, artifact in load_catalogue(paths.config).artifacts.items()}
-    return Results(tier, source, pinned=pinned, titles=titles)
+    return Results(load(tier, paths) if isinstance(tier, str) else tier, source, pinned=pinned, titles=titles)
 
 
 def maker(package: str, name: str) -> Callable[..., Any]:
@@ -142,6 +133,23 @@ def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> lis
         with style.context():
             written += style.save(maker("figures", name)(measured), Path(plot_folder), name)
     return written
+
+
+def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Path, paths: Paths) -> list[Path]:
+    """Write every table and figure of a part of a pinned run; returns the files."""
+    from analysis.report.studies import pinned_studies
+
+    if part == "run":
+        written = build_tables(kept.plan, kept.root, table_folder, pinned=True, paths=paths)
+        return written + build_figures(kept.plan, kept.root, plot_folder, pinned=True, paths=paths)
+    if part == "studies":
+        source = kept.root / "studies"
+        return build_studies(pinned_studies(source), source, table_folder, plot_folder, pinned=True)
+    return [
+        path
+        for id in kept.records
+        for path in build_throughput(kept.root / "throughput" / id, table_folder, plot_folder)
+    ]
 
 
 def build_missing(settings: Throughput, reason: str, table_folder: Path, plot_folder: Path) -> list[Path]:

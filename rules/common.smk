@@ -18,6 +18,7 @@ from reqat.config.progress import Progress
 from reqat.config.resources import need, require
 from reqat.config.studies import load_studies, study_called
 from reqat.config.throughput import load_throughput, sources
+from reqat.records.pinned import MANIFEST, newest
 
 KEYS = ("tier", "build", "models", "reqat", "bench")
 # What Snakemake itself reads in a path: wildcards, and the end of a line in its lock files.
@@ -25,7 +26,7 @@ NOT_IN_PATHS = "{}\n"
 
 
 def read_plan():
-    """The configuration that --config gives, checked, as (plan, paths, studies by id, benchmark or None)."""
+    """The configuration that --config gives, checked, as (plan, paths, studies by id, benchmark or None, what is pinned)."""
     for key in config:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where="--config")
@@ -43,7 +44,7 @@ def read_plan():
     paths = Paths(build=Path(build), models=Path(models))
     plan = load(tier, paths)
     bench = load_throughput(tier, paths.config) if wants_bench() else None
-    return plan, paths, load_studies(plan, paths.config), bench
+    return plan, paths, load_studies(plan, paths.config), bench, newest(paths)
 
 
 def wants_bench():
@@ -55,7 +56,7 @@ def wants_bench():
 
 
 try:
-    PLAN, PATHS, STUDIES, BENCH = read_plan()
+    PLAN, PATHS, STUDIES, BENCH, KEPT = read_plan()
 except ReqatError as error:
     raise WorkflowError(f"configuration: {error}") from None
 
@@ -100,7 +101,8 @@ BENCH_TABLES, BENCH_PLOTS = (
 )
 KERNELS = [path.as_posix() for path in sources(PATHS.root)]
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
-PINNED = next((tier for tier in (TIER, "overnight", "laptop") if Path(f"results/{tier}/plan.json").exists()), TIER)
+PINNED = next((tier for tier in (TIER, "overnight", "laptop") if any(name == tier for name, _ in KEPT)), TIER)
+PINNED_MANIFESTS = sorted({(folder / MANIFEST).as_posix() for (name, _), folder in KEPT.items() if name == PINNED})
 # Tables and plots cost seconds, so they follow their sources (the viewer and the notebooks make neither); trainings follow their
 # settings alone.
 ANALYSIS = sorted(path.as_posix() for path in Path("analysis").rglob("*.py") if path.parts[1] not in ("viewer", "notebooks"))
@@ -137,7 +139,7 @@ def record_of(id):
     if not path.exists():
         raise WorkflowError(
             f"tier {TIER} starts from the pinned base checkpoint, and {path.parent} holds none: "
-            f"`snakemake --cores all --config tier={TIER} base` trains it, `reqat pin-base --tier {TIER}` puts it there."
+            f"`snakemake --cores all --config tier={TIER} base` trains it, `reqat pin --what base --tier {TIER}` puts it there."
         )
     return ancient(path.as_posix())
 
@@ -166,11 +168,6 @@ def study_inputs(wildcards):
         raise WorkflowError(str(error)) from None
 
 
-def folder_of_output(wildcards, output):
-    """Folder that a rule writes its files into."""
-    return str(Path(output[0]).parent)
-
-
 def all_cores():
     """Cores that Snakemake has; 1 where it was given none, as for a report."""
     try:
@@ -182,15 +179,6 @@ def all_cores():
 def reqat(wildcards):
     """The command that a rule's `shell:` begins with. A function, because Snakemake would read braces in a text as wildcards."""
     return REQAT
-
-
-def drawing_pinned(wildcards, output):
-    """Shell text that draws all that is pinned of a tier: its run, its studies, its benchmark."""
-    commands = [["tables", "--out", output.tables], ["figures", "--out", output.plots]]
-    for folder, verb in (("studies", "study-report"), ("throughput", "throughput")):
-        if Path("results", folder, PINNED).is_dir():
-            commands.append([verb, "--tables", output.tables, "--plots", output.plots])
-    return " && ".join(shlex.join([*COMMAND, *command, "--pinned", "--tier", PINNED]) for command in commands)
 
 
 def freeze_plan():

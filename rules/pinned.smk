@@ -1,11 +1,11 @@
-# Inputs:  results/<tier>/ (pinned); for `compare` also a fresh run
+# Inputs:  results/<date>-<tier>/ (pinned); for `compare` also a fresh run
 # Outputs: build/pinned/{tables,plots}/<tier>/, drawn without running anything else
 
 
 rule pinned:
     input:
         ANALYSIS,
-        ancient(f"results/{PINNED}/plan.json"),
+        ancient(PINNED_MANIFESTS),
     output:
         tables=directory(f"{BUILD}/pinned/tables/{PINNED}"),
         plots=directory(f"{BUILD}/pinned/plots/{PINNED}"),
@@ -14,9 +14,10 @@ rule pinned:
     conda:
         "../environment.yml"
     params:
-        draw=drawing_pinned,
+        reqat=reqat,
+        tier=PINNED,
     shell:
-        "({params.draw}) > {log:q} 2>&1"
+        "{params.reqat} report --pinned --tier {params.tier:q} --tables {output.tables:q} --plots {output.plots:q} > {log:q} 2>&1"
 
 
 rule compare:

@@ -53,7 +53,7 @@ if STUDIES:
             mem_mb=1500,
             runtime=30,
         shell:
-            "{params.reqat} study-report --tier {params.tier:q} --tables {params.tables:q} --plots {params.plots:q} > {log:q} 2>&1"
+            "{params.reqat} report --what studies --tier {params.tier:q} --tables {params.tables:q} --plots {params.plots:q} > {log:q} 2>&1"
 
     rule studies:
         input:

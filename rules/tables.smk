@@ -1,5 +1,5 @@
 # Inputs:  records and outcomes of all evaluations of the tier; analysis/
-# Outputs: build/tables/<tier>/<table>.{csv,md,tex}
+# Outputs: build/tables/<tier>/<table>.{csv,md,tex}; build/plots/<tier>/<figure>.{png,pdf}
 
 
 rule tables:
@@ -7,20 +7,23 @@ rule tables:
         RECORDS,
         ANALYSIS,
     output:
-        reported(TABLES, "csv", "Tables"),
-        expand("{table}.{suffix}", table=TABLES, suffix=[s for s in TABLE_SUFFIXES if s != "csv"]),
+        tables=reported(TABLES, "csv", "Tables"),
+        plots=reported(PLOTS, "png", "Figures"),
+        more_tables=expand("{table}.{suffix}", table=TABLES, suffix=[s for s in TABLE_SUFFIXES if s != "csv"]),
+        more_plots=expand("{plot}.{suffix}", plot=PLOTS, suffix=[s for s in FIGURE_SUFFIXES if s != "png"]),
     log:
         f"{BUILD}/logs/tables-{TIER}.log",
     conda:
         "../environment.yml"
     message:
-        "tables of the evaluations"
+        "tables and figures of the evaluations"
     params:
         reqat=reqat,
-        out=folder_of_output,
+        tables=f"{BUILD}/tables/{TIER}",
+        plots=f"{BUILD}/plots/{TIER}",
         **CAPTION,
     resources:
         mem_mb=1000,
         runtime=30,
     shell:
-        "{params.reqat} tables --tier {params.tier:q} --out {params.out:q} > {log:q} 2>&1"
+        "{params.reqat} report --what run --tier {params.tier:q} --tables {params.tables:q} --plots {params.plots:q} > {log:q} 2>&1"

@@ -56,4 +56,4 @@ if BENCH:
             mem_mb=1000,
             runtime=30,
         shell:
-            "{params.reqat} throughput --tier {params.tier:q} --tables {params.tables:q} --plots {params.plots:q} > {log:q} 2>&1"
+            "{params.reqat} report --what benchmark --tier {params.tier:q} --tables {params.tables:q} --plots {params.plots:q} > {log:q} 2>&1"

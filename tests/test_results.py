@@ -1,22 +1,26 @@
-"""What `results/` keeps: the base is the one that the tiers describe, pinned runs are whole and can still be tabled."""
+"""What `results/` keeps: the base is the one that the tiers describe, pinned runs are whole and can still be drawn."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from analysis.build import build_studies, build_tables
-from analysis.registry import study_names, table_names
+from analysis.build import build_studies, build_tables, build_throughput
+from analysis.registry import study_names, table_names, throughput_names
 from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
 from reqat.config.studies import KINDS
 from reqat.pipeline import pin
-from reqat.records import record
+from reqat.records import pinned, record
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = Paths(ROOT)
+KEPT = pinned.newest(PATHS)
+
+
+def tiers(part: pinned.Part) -> list[str]:
+    return sorted(tier for tier, its in KEPT if its == part)
 
 
 def test_the_pinned_base_is_the_one_that_the_tiers_describe() -> None:
@@ -29,38 +33,54 @@ def test_the_pinned_base_is_the_one_that_the_tiers_describe() -> None:
         assert record.sha256(PATHS.base / name) == file["sha256"], name
 
 
-@pytest.mark.parametrize("tier", pin.pinned_tiers(PATHS))
-def test_a_pinned_run_is_whole_and_every_table_can_be_made_of_it_alone(tier: str, tmp_path: Path) -> None:
-    assert pin.verify(tier, PATHS) > 0
-    plan = pin.restore(tier, PATHS)
-    written = build_tables(plan, PATHS.results / tier, tmp_path, pinned=True, paths=PATHS)
-    assert {path.stem for path in written} == set(table_names(plan))
+@pytest.mark.parametrize("folder", sorted(path.parent for path in PATHS.results.glob("*/manifest.json")), ids=str)
+def test_a_pinned_folder_holds_what_its_manifest_lists(folder: Path) -> None:
+    assert pinned.verify(folder) > 0
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == {"manifest.json", *pinned.manifest(folder)["files"]}
+    assert f"| `{folder.name}/` |" in (PATHS.results / "README.md").read_text(), "cited for what?"
 
 
-@pytest.mark.parametrize(
-    "folder", sorted(PATHS.results.glob("studies/*/studies.json")), ids=lambda path: path.parent.name
-)
-def test_pinned_studies_are_whole_and_everything_can_be_drawn_of_them_alone(folder: Path, tmp_path: Path) -> None:
-    source = folder.parent
-    assert pin.verify(f"studies/{source.name}", PATHS) > 0
-    planned = pinned_studies(source)
-    written = build_studies(planned, source, tmp_path, tmp_path, pinned=True)
-    tables, figures = study_names(planned)
-    assert {path.stem for path in written} == {*tables, *figures}
-    for study in load_studies(planned, source, pinned=True):
-        assert study.record["dirty"] is False
+@pytest.mark.parametrize("tier", tiers("run"))
+def test_every_table_can_be_made_of_a_pinned_run_alone(tier: str, tmp_path: Path) -> None:
+    with pinned.restored(KEPT[tier, "run"], "run") as kept:
+        written = build_tables(kept.plan, kept.root, tmp_path, pinned=True, paths=PATHS)
+        assert {path.stem for path in written} == set(table_names(kept.plan))
+        for path, entry in kept.records.items():
+            assert entry["dirty"] is False, path
+
+
+@pytest.mark.parametrize("tier", tiers("studies"))
+def test_everything_can_be_drawn_of_pinned_studies_alone(tier: str, tmp_path: Path) -> None:
+    with pinned.restored(KEPT[tier, "studies"], "studies") as kept:
+        source = kept.root / "studies"
+        planned = pinned_studies(source)
+        written = build_studies(planned, source, tmp_path, tmp_path, pinned=True)
+        tables, figures = study_names(planned)
+        assert {path.stem for path in written} == {*tables, *figures}
+        for study in load_studies(planned, source, pinned=True):
+            assert study.record["dirty"] is False
+
+
+@pytest.mark.parametrize("tier", tiers("benchmark"))
+def test_everything_can_be_drawn_of_a_pinned_benchmark_alone(tier: str, tmp_path: Path) -> None:
+    with pinned.restored(KEPT[tier, "benchmark"], "benchmark") as kept:
+        ((id, entry),) = kept.records.items()
+        written = build_throughput(kept.root / "throughput" / id, tmp_path, tmp_path)
+        tables, figures = throughput_names(entry["config"])
+        assert {path.stem for path in written} == {*tables, *figures} and entry["dirty"] is False
 
 
 def test_studies_of_the_run_that_claims_rest_on_are_pinned() -> None:
-    # The test above asks what is there, and would pass with nothing there.
-    source = PATHS.results / "studies" / "overnight"
-    planned = pinned_studies(source)
-    assert {study.kind for study in planned.values()} == set(KINDS)
-    stated = json.loads((source / pin.PIN).read_text(encoding="utf-8"))
-    assert stated["same_stages_as_pinned_run"] is True, "figures and tables are of one training"
+    # The tests above ask what is there, and would pass with nothing there.
+    folder = KEPT["overnight", "studies"]
+    with pinned.restored(folder, "studies") as kept:
+        assert {study.kind for study in pinned_studies(kept.root / "studies").values()} == set(KINDS)
+    assert pinned.manifest(folder)["same_stages_as_pinned_run"] is True, "figures and tables are of one training"
 
 
 def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:
-    tier = pin.restore("overnight", PATHS).tier
+    with pinned.restored(KEPT["overnight", "run"], "run") as kept:
+        tier = kept.plan.tier
     assert tier.evaluation.split == "test" and tier.evaluation.n >= 1000 and len(tier.evaluation.seeds) >= 8
     assert len({*tier.training_seeds, *tier.claim_seeds.seeds}) >= 3

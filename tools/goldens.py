@@ -63,8 +63,11 @@ def plans() -> dict[str, Any]:
 
 def pinned() -> dict[str, str]:
     """File -> sha256, of everything drawn from each pinned run."""
+    from reqat.config.paths import Paths
+    from reqat.records.pinned import newest
+
     found = {}
-    for tier in sorted(path.parent.name for path in (ROOT / "results").glob("*/plan.json")):
+    for tier in sorted({tier for tier, _ in newest(Paths(ROOT))}):
         with tempfile.TemporaryDirectory() as folder:
             options = ["--cores", "1", "--quiet", "all", "--nolock", "--config", f"tier={tier}", f"build={folder}"]
             command = [sys.executable, "-m", "snakemake", *options, "--", "pinned"]

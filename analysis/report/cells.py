@@ -127,7 +127,7 @@ class Provenance:
 class Results:
     """The plan of a tier and what its evaluations and stages left under `root`.
 
-    `root` holds `evaluations/<id>/` and `stages/<id>/`: the DAG's build folder, or a tier's folder under `results/`.
+    `root` holds `evaluations/<id>/` and `stages/<id>/`: the DAG's build folder, or a pinned run as restored.
     Files are read when asked for and kept; `outcomes` never reads the responses' text.
     """
 
@@ -197,10 +197,9 @@ class Results:
             path = self.folder(id) / OUTCOMES
             if not path.is_file():
                 raise MissingResults(f"{path}: no outcomes of {id}. {self.remedy([id])}")
-            stated = self.record(id)
-            # A pinned file has lost its responses, so it is another file, with a digest of its own in the record.
-            entry = (stated.get("pinned_outputs") or stated["outputs"]).get(OUTCOMES)
-            if entry is None or entry["sha256"] != record.sha256(path):
+            entry = self.record(id)["outputs"].get(OUTCOMES)
+            # A pinned file has lost its responses; it was checked when it was restored.
+            if not self.pinned and (entry is None or entry["sha256"] != record.sha256(path)):
                 raise MissingResults(f"{path}: not the file that its record describes. {self.remedy([id])}")
             try:
                 data = pd.read_parquet(path, columns=list(OUTCOME_COLUMNS))

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from reqat.config.base import digest, parse
-from reqat.config.errors import MissingFileError, ReqatError
+from reqat.config.errors import ReqatError
 from reqat.config.files import explain, read_json, read_json_list
 from reqat.config.studies import PlannedStudy
 from reqat.evaluation.statistics import holm
@@ -96,9 +96,9 @@ def load_studies(
 ) -> list[Study]:
     """The studies of a plan under `source` (which holds one folder a study), in the plan's order.
 
-    With `pinned`, of each study the files that `reqat pin-studies` kept. `stages` are the stages that lie there now,
-    id -> digest of its outputs (`reqat.records.record.outputs_digest`). Raises `ReqatError` that names the study that
-    is missing, not whole or made from another stage than that, and the command that makes it.
+    With `pinned`, `source` is what `reqat pin` kept, as restored. `stages` are the stages that lie there now, id ->
+    digest of its outputs (`reqat.records.record.outputs_digest`). Raises `ReqatError` that names the study that is
+    missing, not whole or made from another stage than that, and the command that makes it.
     """
     return [load_study(study, Path(source) / study.id, pinned=pinned, stages=stages) for study in planned.values()]
 
@@ -110,13 +110,7 @@ def load_study(
     if not (folder / record.FILE).is_file():
         raise ReqatError(f"{folder}: study {study.settings.label} is not there; `reqat study {study.id}` makes it.")
     found = record.read(folder)
-    if pinned:
-        if "pinned_outputs" not in found:
-            raise ReqatError(f"{folder / record.FILE}: says nothing of pinned files; restore it from git.")
-        for name, entry in found["pinned_outputs"].items():
-            if not (folder / name).is_file() or record.sha256(folder / name) != entry["sha256"]:
-                raise ReqatError(f"{folder / name} is not the file that was pinned; restore it from git.")
-    else:
+    if not pinned:  # what is pinned has no traces, and was checked when it was restored
         record.verify(folder, id=study.id, deep=False)
     try:
         record.check_inputs(folder, found, stages or {})
@@ -134,11 +128,9 @@ def load_study(
 
 
 def pinned_studies(folder: Path) -> dict[str, PlannedStudy]:
-    """The studies that `reqat pin-studies` kept in a folder, by id, as they were planned. Raises `ReqatError` if there
-    are none."""
+    """The studies that `reqat pin` kept in a folder, by id, as they were planned: in the order of the configuration,
+    as are the models of each, which records sort."""
     path = Path(folder) / STUDIES
-    if not path.exists():
-        raise MissingFileError(f"{folder}: no pinned studies; `reqat pin-studies` keeps finished ones.")
     kept = read_json(path, "list of studies", "restore it from git")
     planned = {id: parse(PlannedStudy, value, str(path)) for id, value in kept.items()}
     for id, study in planned.items():

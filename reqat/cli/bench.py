@@ -1,15 +1,12 @@
-"""Verbs about speed: `bench` measures, `throughput` makes Figure 6 and its tables of what was measured."""
+"""The verb about speed: `bench` measures; `reqat report` makes Figure 6 and its tables of that."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,47 +14,17 @@ import typer
 
 from reqat.cli.app import INTERRUPTED, Quiet, Tier, app, session, start_computing
 from reqat.cli.arguments import Threads
-from reqat.cli.results import Replace, Rewrite, rendering
 from reqat.cli.run import Force
 from reqat.config import machine
 from reqat.config.errors import ReqatError
-from reqat.config.files import read_json, write_file
-from reqat.config.targets import making
-from reqat.config.throughput import LEAST_MEMORY_MB, Throughput, load_throughput, sources
-from reqat.pipeline.benchmark import Bench, Section, measured, preload, sections
+from reqat.config.files import write_file
+from reqat.config.throughput import LEAST_MEMORY_MB, Throughput, sources
+from reqat.pipeline.benchmark import Bench, Section, benchmark_of, measured, preload, sections, write_state
 from reqat.pipeline.jobs import finished, running
 from reqat.records import provenance, record
 
 CSV = "throughput.csv"
 ERROR_PREFIX = "reqat: error: "
-
-
-def settings_of(tier: str) -> Throughput:
-    """The tier's benchmark. Raises `ReqatError` if it has none."""
-    found = load_throughput(tier, session.paths.config)
-    if found is None:
-        raise ReqatError(f"tier {tier} has no benchmark; give it a section in config/throughput.yaml.")
-    return found
-
-
-def folder_of(settings: Throughput) -> Path:
-    """Where the benchmark's record and rows lie."""
-    return session.paths.throughput(settings.id)
-
-
-def write_state(id: str, reason: str | None) -> None:
-    """Note how an attempt at a benchmark ended: measured (None), or why not."""
-    state = {"state": "measured"} if reason is None else {"state": "failed", "reason": reason}
-    write_file(session.paths.throughput_state(id), json.dumps({"id": id} | state) + "\n")
-
-
-def failure_of(id: str) -> str | None:
-    """Why the last attempt at a benchmark failed; None if it did not."""
-    path = session.paths.throughput_state(id)
-    if not path.is_file():
-        return None
-    state = read_json(path, "note on a benchmark", "remove it, and measure again")
-    return str(state.get("reason", "for no known reason")) if state.get("state") == "failed" else None
 
 
 def is_current(out: Path) -> bool:
@@ -92,15 +59,14 @@ def bench(
     ] = False,
 ) -> None:
     """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it."""
-    settings = settings_of(tier)
+    settings, paths = benchmark_of(tier, session.paths), session.paths
     if id is not None and id != settings.id:
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
-    paths = session.paths
 
     def done(out: Path, id: str) -> bool:
         return finished(out, id) and (not current or is_current(out))
 
-    out = folder_of(settings)
+    out = paths.throughput(settings.id)
     with running("throughput", settings.id, settings, out, paths, tier=tier, force=force, done=done) as job:
         if job is not None:
             # Looking for a GPU by way of the driver would be in the way of the processes that are forked to use it.
@@ -108,7 +74,7 @@ def bench(
             start_computing(threads or settings.threads)
             say = None if quiet else lambda line: print(line, flush=True)
             job.metrics = measure_all(settings, job.partial, say)
-    write_state(settings.id, None)
+    write_state(settings.id, paths, None)
 
 
 @app.command("bench-failed", hidden=True)
@@ -124,7 +90,7 @@ def bench_failed(
     if code in (INTERRUPTED, 128 + signal.SIGTERM, 128 + signal.SIGINT):
         raise typer.Exit(code)
     reason = reason_of(code, log)
-    write_state(id, reason)
+    write_state(id, session.paths, reason)
     print(f"reqat: warning: the benchmark failed: {reason}", file=sys.stderr)
 
 
@@ -189,55 +155,3 @@ def measure_all(settings: Throughput, out: Path, say: Any = None) -> dict[str, A
         "memory": {"budget_bytes": bench.memory, "peak_bytes": peaks},
         "agreement": whole.agreement,
     }
-
-
-@app.command()
-def throughput(
-    tier: Tier = "laptop",
-    tables: Annotated[Path | None, typer.Option(help="Folder for the tables.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Folder for Figure 6.")] = None,
-    pinned: Annotated[bool, typer.Option("--pinned", help="From results/throughput/ instead of build/.")] = False,
-    force: Rewrite = False,
-) -> None:
-    """Make Figure 6 and its tables from the rows of `bench`; if that failed, placeholders that say why."""
-    from analysis.build import build_missing, build_throughput
-
-    paths = session.paths
-    settings = None if pinned else settings_of(tier)
-    source = paths.results / "throughput" / tier if settings is None else folder_of(settings)
-    folder = paths.work / "pinned" if pinned else paths.work
-    name = f"throughput-{tier}" if pinned else tier
-    tables, plots = tables or folder / "tables" / name, plots or folder / "plots" / name
-    reason = None if settings is None else failure_of(settings.id)
-    with rendering(tables, force=force) as table_draft, rendering(plots, force=force) as plot_draft:
-        if settings is not None and reason is not None:
-            build_missing(settings, reason, table_draft, plot_draft)
-        else:
-            build_throughput(source, table_draft, plot_draft)
-
-
-@app.command("pin-throughput")
-def pin_throughput(
-    tier: Tier = "laptop",
-    allow_dirty: Annotated[bool, typer.Option("--allow-dirty", help="Keep rows of uncommitted code, too.")] = False,
-    force: Replace = False,
-) -> None:
-    """Keep a tier's finished benchmark, its tables and its figure in results/throughput/<tier>."""
-    from analysis.build import build_throughput
-
-    source, target = folder_of(settings_of(tier)), session.paths.results / "throughput" / tier
-    with making(target, pinned_rows, replace=force) as draft:
-        made = record.verify(source)
-        if made["dirty"] is not False and not allow_dirty:
-            raise ReqatError(
-                f"{source} was measured with uncommitted changes; commit and measure again, or pass --allow-dirty."
-            )
-        shutil.copytree(source, draft, dirs_exist_ok=True)
-        build_throughput(draft, draft / "tables", draft / "plots")
-    print(f"pinned: {target}")
-
-
-def pinned_rows(folder: Path) -> Collection[str]:
-    """The files of a pinned benchmark. Raises `ReqatError` if the folder holds something else."""
-    drawn = [path.relative_to(folder).as_posix() for kind in ("tables", "plots") for path in folder.glob(f"{kind}/*")]
-    return {*record.belongs("throughput")(folder), *drawn}

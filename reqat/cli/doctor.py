@@ -127,7 +127,7 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
     found += _disk(plan, paths)
     base = pinned_base(paths)
     if base is None and any(model.source == "pinned" for model in plan.tier.models.values()):
-        how = f"git checkout results/base, or snakemake base and reqat pin-base --tier {plan.tier.name}"
+        how = f"git checkout results/base, or snakemake base and reqat pin --what base --tier {plan.tier.name}"
         found.append(Check("base model", "fail", f"none in {paths.base}", "the pinned base", how))
     for model in plan.tier.models.values():
         if model.source == "package" and importlib.util.find_spec((model.reference or "").replace("-", "_")) is None:

@@ -1,9 +1,8 @@
-"""Verbs about results: `tables`, `figures`, `pin`, `pin-base`, `compare`."""
+"""Verbs about results: `report` draws them, `pin` keeps them, `compare` holds a fresh run against a pinned one."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,51 +11,73 @@ from typing import Annotated, Literal
 import typer
 
 from reqat.cli.app import Tier, app, session
-from reqat.config.plan import Plan
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.targets import making_files
-
-Out = Annotated[Path | None, typer.Option("--out", help="Folder to write into.")]
-Pinned = Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")]
-AllowDirty = Annotated[
-    bool, typer.Option("--allow-dirty", help="Take results of a tree with uncommitted changes; recorded.")
-]
-
-Replace = Annotated[bool, typer.Option("--force", help="Replace what was pinned there before.")]
-Rewrite = Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")]
-
-
-def _source(tier: str, pinned: bool, kind: str, out: Path | None) -> tuple[Plan, Path, Path]:
-    """Plan, folder of results, and folder to write into."""
-    paths = session.paths
-    if not pinned:
-        return session.plan(tier), paths.work, out or paths.work / kind / tier
-    from reqat.pipeline import pin
-
-    return pin.restore(tier, paths), paths.results / tier, out or paths.work / "pinned" / kind / tier
+from reqat.records.pinned import PARTS, Part
 
 
 @app.command()
-def tables(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False, force: Rewrite = False) -> None:
-    """Write the tier's tables as CSV, Markdown and LaTeX."""
-    from analysis.build import build_tables
+def report(
+    tier: Tier = "laptop",
+    what: Annotated[
+        list[str] | None, typer.Option(help="run, studies or benchmark (again for another; default: all of the tier).")
+    ] = None,
+    tables: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown, LaTeX).")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG, PDF).")] = None,
+    pinned: Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")] = False,
+) -> None:
+    """Write the tables and figures of a tier's run, studies and benchmark."""
+    from analysis.build import build_pinned
+    from reqat.records.pinned import find, parts_pinned, restored
 
-    plan, source, folder = _source(tier, pinned, "tables", out)
-    with rendering(folder, force=force) as draft:
-        build_tables(plan, source, draft, pinned=pinned, paths=session.paths)
+    chosen, paths = _chosen(what), session.paths
+    top = paths.work / "pinned" if pinned else paths.work
+    with (
+        _rendering(tables or top / "tables" / tier, force=force) as table_draft,
+        _rendering(plots or top / "plots" / tier, force=force) as plot_draft,
+    ):
+        if not pinned:
+            _report_fresh(tier, chosen, table_draft, plot_draft)
+            return
+        for part in chosen or parts_pinned(tier, paths):
+            with restored(find(tier, part, paths), part) as kept:
+                build_pinned(kept, part, table_draft, plot_draft, paths)
 
 
-@app.command()
-def figures(tier: Tier = "laptop", out: Out = None, pinned: Pinned = False, force: Rewrite = False) -> None:
-    """Draw the tier's figures as PNG and PDF."""
-    from analysis.build import build_figures
+def _chosen(what: list[str] | None) -> list[Part]:
+    """The parts that `--what` names, each once. Raises `ReqatError` for one that there is none of."""
+    for name in what or ():
+        if name not in PARTS:
+            raise unknown("part", name, PARTS, where="--what")
+    return [part for part in PARTS if part in (what or ())]
 
-    plan, source, folder = _source(tier, pinned, "plots", out)
-    with rendering(folder, force=force) as draft:
-        build_figures(plan, source, draft, pinned=pinned, paths=session.paths)
+
+def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> None:
+    from analysis import build
+    from reqat.pipeline.benchmark import benchmark_of, failure_of
+    from reqat.pipeline.pin import parts_of
+    from reqat.pipeline.studies import stages_there, studies_of
+
+    plan, paths = session.plan(tier), session.paths
+    for part in what or parts_of(plan, paths):
+        if part == "run":
+            build.build_tables(plan, paths.work, tables, paths=paths)
+            build.build_figures(plan, paths.work, plots, paths=paths)
+        elif part == "studies":
+            planned = studies_of(plan, paths)
+            there = stages_there(plan, planned.values(), paths)
+            build.build_studies(planned, paths.studies, tables, plots, stages=there)
+        else:
+            settings = benchmark_of(tier, paths)
+            if (reason := failure_of(settings.id, paths)) is not None:
+                build.build_missing(settings, reason, tables, plots)
+            else:
+                build.build_throughput(paths.throughput(settings.id), tables, plots)
 
 
 @contextlib.contextmanager
-def rendering(folder: Path, *, force: bool) -> Iterator[Path]:
+def _rendering(folder: Path, *, force: bool) -> Iterator[Path]:
     """A folder to render into, whose files are then moved into `folder` and named on standard output."""
     own = session.paths.work.resolve() in folder.resolve().parents
     with making_files(folder, replace=force, own=own) as draft:
@@ -66,39 +87,41 @@ def rendering(folder: Path, *, force: bool) -> Iterator[Path]:
         print(folder / name)
 
 
-@app.command("pin")
-def pin_run(tier: Tier = "overnight", allow_dirty: AllowDirty = False, force: Replace = False) -> None:
-    """Promote a finished run into results/ after checking that it is whole."""
-    from analysis.build import build_figures, build_tables
-    from reqat.pipeline import pin
-
-    def render(plan: Plan, source: Path, out: Path) -> None:
-        build_tables(plan, source, out / "tables", pinned=True, paths=session.paths)
-        build_figures(plan, source, out / "plots", pinned=True, paths=session.paths)
-
-    folder = pin.pin(session.plan(tier), session.paths, allow_dirty=allow_dirty, force=force, render=render)
-    sources = json.loads((folder / pin.PIN).read_text(encoding="utf-8"))["sources"]
-    if len(sources) > 1:
-        print(f"reqat: warning: made by {len(sources)} versions of the code; pin.json lists them.", file=sys.stderr)
-    print(f"pinned: {folder}")
-
-
-@app.command("pin-base")
-def pin_base(
-    tier: Tier = "laptop",
-    model: Annotated[str, typer.Option(help="Label of the model in the tier.")] = "testbed",
+@app.command()
+def pin(
+    tier: Tier = "overnight",
+    what: Annotated[
+        list[str] | None,
+        typer.Option(help="run, studies or benchmark (again for another; default: all of the tier), or base."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Folder in results/ (default: <today>-<tier>).")] = None,
+    figure: Annotated[list[str] | None, typer.Option(help="Keep this figure as PNG, too.")] = None,
+    model: Annotated[str, typer.Option(help="base: label of the model in the tier.")] = "testbed",
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
-        typer.Option(help="Store the weights as bfloat16 or float16 (default: as trained)."),
+        typer.Option(help="base: store the weights as bfloat16 or float16 (default: as trained)."),
     ] = None,
-    allow_dirty: AllowDirty = False,
-    force: Replace = False,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Take results of a tree with uncommitted changes; recorded.")
+    ] = False,
 ) -> None:
-    """Promote the base model trained by `snakemake base` into results/base/."""
-    from reqat.pipeline import pin
+    """Promote finished results into a new, dated folder of results/, after checking that they are whole."""
+    from reqat.pipeline import pin as pinning
+    from reqat.records.pinned import manifest
 
     plan, paths = session.plan(tier), session.paths
-    print(f"pinned: {pin.pin_base(plan, model, paths, allow_dirty=allow_dirty, force=force, dtype=dtype)}")
+    if what == ["base"]:
+        if name or figure:
+            raise ReqatError("--name and --figure: leave them out, the base has a place of its own, results/base/.")
+        print(f"pinned: {pinning.pin_base(plan, model, paths, allow_dirty=allow_dirty, dtype=dtype)}")
+        return
+    parts = _chosen(what) or pinning.parts_of(plan, paths)
+    folder = pinning.pin(plan, paths, parts, name=name, figures=figure or (), allow_dirty=allow_dirty)
+    for part, stated in manifest(folder)["parts"].items():
+        if len(stated["sources"]) > 1:
+            versions = f"{len(stated['sources'])} versions of the code"
+            print(f"reqat: warning: {part}: made by {versions}; manifest.json lists them.", file=sys.stderr)
+    print(f"pinned: {folder}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ build/partial/<id>/                        where a job works until its output is
 build/checkpoints/<id>/                    from where a killed training goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders
 results/base/                              the pinned base: model/, record.json
-results/<tier>/                            a pinned run: plan.json, stages/, evaluations/, tables/, plots/
+results/<date>-<tier>/                     a pinned run (`reqat.records.pinned`)
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ Everything that writes goes through one of three functions. :func:`making` is fo
 the target before any work is done and again before it is touched, holds a lock on it in between (of two processes the
 second is refused at once), and works in a folder of its own, of which nothing is left if the work fails.
 
-A result of ours is told from anything else by a list of its files that lies in it: `record.json`, `pin.json`, or the
-list that :func:`write_list` writes. A folder with other files in it is not replaced, whatever was asked for.
+A result of ours is told from anything else by a list of its files that lies in it: `record.json`, or the list that
+:func:`write_list` writes. A folder with other files in it is not replaced, whatever was asked for.
 """
 
 from __future__ import annotations

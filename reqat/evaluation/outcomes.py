@@ -23,8 +23,10 @@ from reqat.config.targets import making_file
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
-_SCHEMA = "reqat.outcomes/1"
+SCHEMA = "reqat.outcomes/1"
+"""Of the Parquet file, in its metadata."""
 # Column -> type, in the file and in the digest. `response` may be missing.
 _COLUMNS: dict[str, type] = {
     "problem_id": str,
@@ -99,7 +101,7 @@ class Outcomes:
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the content: every column, rows ordered by problem and seed."""
-        hasher = hashlib.sha256(_SCHEMA.encode())
+        hasher = hashlib.sha256(SCHEMA.encode())
         for row in sorted(zip(*self._python_columns().values(), strict=True), key=lambda r: (r[0], r[2])):
             hasher.update(json.dumps(row, ensure_ascii=True, separators=(",", ":")).encode() + b"\n")
         return hasher.hexdigest()
@@ -131,6 +133,18 @@ class Outcomes:
             metadata=self.metadata,
         )
 
+    def to_table(self) -> pa.Table:
+        """The table of the Parquet file, with the seal and the rest of its metadata."""
+        import pyarrow as pa
+
+        columns = self._python_columns()
+        metadata = json.dumps(dict(self.metadata), sort_keys=True)
+        schema = pa.schema(
+            [(name, _arrow_type(name)) for name in columns],
+            metadata={"schema": SCHEMA, "metadata": metadata, "seal": _seal(self.digest, metadata)},
+        )
+        return pa.table(columns, schema=schema)
+
     def to_parquet(self, path: Path | str, *, overwrite: bool = False) -> None:
         """Write atomically: a reader finds the old file, the whole new one, or none.
 
@@ -140,14 +154,7 @@ class Outcomes:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        path = Path(path)
-        columns = self._python_columns()
-        metadata = json.dumps(dict(self.metadata), sort_keys=True)
-        schema = pa.schema(
-            [(name, _arrow_type(name)) for name in columns],
-            metadata={"schema": _SCHEMA, "metadata": metadata, "seal": _seal(self.digest, metadata)},
-        )
-        table = pa.table(columns, schema=schema)
+        path, table = Path(path), self.to_table()
         with making_file(path, _is_ours, replace=overwrite) as write:
             written = pa.BufferOutputStream()
             pq.write_table(table, written, compression="zstd")
@@ -171,9 +178,9 @@ class Outcomes:
             with open(path, "rb") as file:
                 table = pq.read_table(file)
             stored = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-            if stored.get("schema") != _SCHEMA:
+            if stored.get("schema") != SCHEMA:
                 found = f"{stored.get('schema')!r} with columns {', '.join(table.column_names)}"
-                raise ReqatError(f"{path} is no outcomes file of schema {_SCHEMA!r} but {found}; {remedy}")
+                raise ReqatError(f"{path} is no outcomes file of schema {SCHEMA!r} but {found}; {remedy}")
             missing = set(_COLUMNS) - {"response"} - set(table.column_names)
             mistyped = [n for n in table.column_names if n in _COLUMNS and table.schema.field(n).type != _arrow_type(n)]
             if missing or mistyped or any(column.null_count for column in table.columns):
@@ -204,7 +211,7 @@ def _is_ours(path: Path) -> bool:
     import pyarrow.parquet as pq
 
     try:
-        return (pq.read_schema(path).metadata or {}).get(b"schema") == _SCHEMA.encode()
+        return (pq.read_schema(path).metadata or {}).get(b"schema") == SCHEMA.encode()
     except (pa.ArrowException, OSError):
         return False
 

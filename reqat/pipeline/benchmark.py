@@ -8,6 +8,7 @@ again without it, and the record says so.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -15,10 +16,43 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.errors import ReqatError
-from reqat.config.throughput import AgreementBench, DecodeBench, EntropyBench, Throughput, TrainStepBench
+from reqat.config.files import read_json, write_file
+from reqat.config.paths import Paths
+from reqat.config.throughput import (
+    FILE,
+    AgreementBench,
+    DecodeBench,
+    EntropyBench,
+    Throughput,
+    TrainStepBench,
+    load_throughput,
+)
 from reqat.pipeline.isolation import Died, Mark, isolated
 
 _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
+
+
+def benchmark_of(tier: str, paths: Paths) -> Throughput:
+    """The tier's benchmark. Raises `ReqatError` if it has none."""
+    found = load_throughput(tier, paths.config)
+    if found is None:
+        raise ReqatError(f"tier {tier} has no benchmark; give it a section in config/{FILE}.")
+    return found
+
+
+def write_state(id: str, paths: Paths, reason: str | None) -> None:
+    """Note how an attempt at a benchmark ended: measured (None), or why not."""
+    state = {"state": "measured"} if reason is None else {"state": "failed", "reason": reason}
+    write_file(paths.throughput_state(id), json.dumps({"id": id} | state) + "\n")
+
+
+def failure_of(id: str, paths: Paths) -> str | None:
+    """Why the last attempt at a benchmark failed; None if it did not."""
+    path = paths.throughput_state(id)
+    if not path.is_file():
+        return None
+    state = read_json(path, "note on a benchmark", "remove it, and measure again")
+    return str(state.get("reason", "for no known reason")) if state.get("state") == "failed" else None
 
 
 @dataclass

@@ -19,8 +19,7 @@ import numpy as np
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths
 from reqat.config.plan import Cell, Plan
-from reqat.pipeline import pin
-from reqat.records import record
+from reqat.records import pinned, record
 
 if TYPE_CHECKING:
     from reqat.evaluation import Outcomes
@@ -52,24 +51,23 @@ def compare(plan: Plan, paths: Paths) -> list[Comparison]:
     """
     from reqat.evaluation import Outcomes
 
-    then = pin.restore(plan.tier.name, paths)
-    pin.verify(plan.tier.name, paths)
-    pinned = {_key(cell): cell.evaluation for cell in then.cells}
-    pairs: dict[tuple[str, str], Cell] = {}
-    for cell in plan.cells:
-        if _key(cell) in pinned:
-            pairs.setdefault((cell.evaluation, pinned[_key(cell)]), cell)
-    if not pairs:
-        raise ReqatError(
-            f"the pinned results of tier {plan.tier.name} and its plan have no cell in common; pin the tier anew."
-        )
-    done = []
-    for (new, old), cell in pairs.items():
-        fresh, stored = paths.evaluation(plan.evaluation(new)), paths.results / plan.tier.name / "evaluations" / old
-        records = record.verify(fresh, id=new), record.read(stored)
-        new_outcomes, old_outcomes = (Outcomes.from_parquet(folder / pin.OUTCOMES) for folder in (fresh, stored))
-        done.append(_compare(cell, *records, new_outcomes, old_outcomes, LEVEL / len(pairs)))
-    return done
+    with pinned.restored(pinned.find(plan.tier.name, "run", paths), "run") as kept:
+        then = {_key(cell): cell.evaluation for cell in kept.plan.cells}
+        pairs: dict[tuple[str, str], Cell] = {}
+        for cell in plan.cells:
+            if _key(cell) in then:
+                pairs.setdefault((cell.evaluation, then[_key(cell)]), cell)
+        if not pairs:
+            raise ReqatError(
+                f"the pinned results of tier {plan.tier.name} and its plan have no cell in common; pin the tier anew."
+            )
+        done = []
+        for (new, old), cell in pairs.items():
+            fresh, stored = paths.evaluation(plan.evaluation(new)), kept.root / "evaluations" / old
+            records = record.verify(fresh, id=new), kept.records[old]
+            new_outcomes, old_outcomes = (Outcomes.from_parquet(folder / pinned.OUTCOMES) for folder in (fresh, stored))
+            done.append(_compare(cell, *records, new_outcomes, old_outcomes, LEVEL / len(pairs)))
+        return done
 
 
 def same_arithmetic(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -87,14 +85,14 @@ def same_arithmetic(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 def _compare(
-    cell: Cell, a: dict[str, Any], b: dict[str, Any], fresh: Outcomes, pinned: Outcomes, level: float
+    cell: Cell, a: dict[str, Any], b: dict[str, Any], fresh: Outcomes, then: Outcomes, level: float
 ) -> Comparison:
     from reqat.evaluation import paired
 
-    fresh, pinned = _shared(fresh, pinned, _label(cell))
+    fresh, then = _shared(fresh, then, _label(cell))
     strict = same_arithmetic(a, b)
-    found = paired(fresh, pinned)
-    same = fresh.digest == pinned.digest
+    found = paired(fresh, then)
+    same = fresh.digest == then.digest
     return Comparison(
         cell=_label(cell),
         tolerance="equal" if strict else "interval",

@@ -114,8 +114,9 @@ def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict
         given = plan.stage(id)
         folder = paths.stage(given)
         if not (folder / record.FILE).is_file():
-            how = "reqat pin-base" if not made(given) else f"reqat {'data' if given.kind == 'data' else 'stage'} {id}"
-            raise ReqatError(f"{folder}: {role} {id} is not there; make it first ({how} --tier {plan.tier.name}).")
+            verb = "pin --what base" if not made(given) else f"{'data' if given.kind == 'data' else 'stage'} {id}"
+            how = f"reqat {verb} --tier {plan.tier.name}"
+            raise ReqatError(f"{folder}: {role} {id} is not there; make it first ({how}).")
         found = record.read(folder)
         size = sum(entry["bytes"] for entry in found["outputs"].values())
         record.verify(folder, id=id if made(given) else None, deep=size <= _HASH_BYTES)

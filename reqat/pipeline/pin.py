@@ -1,63 +1,100 @@
-"""Pinning: a finished run is checked whole and promoted into `results/`, where git keeps it and no rule ever writes.
+"""Pinning: finished results are checked whole and promoted into `results/`, where git keeps them and no rule writes.
 
-What is pinned of a run: its plan, every record, every evaluation's outcomes without the responses' text (the record
-still holds the sha256 of the full file), and the tables and plots made of them. Weights are not, but for the base
-checkpoint that `make figures` starts from.
+What a pinned run is: :mod:`reqat.records.pinned`. The base checkpoint that tiers start from is a model, not a run, and
+has one place, `results/base/`; its record lists its files, and the sha256 of its weights is part of the ids.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import re
 import shutil
-from collections.abc import Callable, Collection
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
-from reqat.config.files import read_json
-from reqat.config.paths import Paths, made, read_plan
+from reqat.config.files import write_file
+from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
+from reqat.config.studies import PlannedStudy, load_studies
 from reqat.config.targets import making
-from reqat.records import record
+from reqat.config.throughput import load_throughput
+from reqat.pipeline.benchmark import benchmark_of
+from reqat.pipeline.studies import require_inputs, same_stages, stages_there, studies_of
+from reqat.records import pinned, record
+from reqat.records.pinned import PARTS, Part
 
-PLAN, PIN, OUTCOMES = "plan.json", "pin.json", "outcomes.parquet"
 BASE_BYTES = 8 * 2**20
 _LISTED = 8
+_NAME = re.compile(r"\d{4}-\d\d-\d\d-[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def check(plan: Plan, paths: Paths, *, allow_dirty: bool = False) -> dict[str, dict[str, Any]]:
-    """Records of the whole run by id. Raises `ReqatError` listing what is missing, changed, of another plan, or made
-    from a dirty tree.
+def parts_of(plan: Plan, paths: Paths) -> list[Part]:
+    """The parts that a tier has: a run, and what config/ gives it besides."""
+    has = {
+        "run": True,
+        "studies": bool(load_studies(plan, paths.config)),
+        "benchmark": load_throughput(plan.tier.name, paths.config) is not None,
+    }
+    return [part for part in PARTS if has[part]]
+
+
+def check(plan: Plan, paths: Paths, parts: Sequence[Part], *, allow_dirty: bool = False) -> dict[str, dict[str, Any]]:
+    """Records of the whole parts by their jobs' folders within `build/`. Raises `ReqatError` listing what is missing,
+    changed, of another plan, or made from a dirty tree.
     """
-    wanted = {id: (paths.stage(stage), stage) for id, stage in plan.needed.items() if made(stage)}
-    folders = wanted | {id: (paths.evaluation(e), e) for id, e in plan.evaluations.items()}
     found: dict[str, dict[str, Any]] = {}
-    digests: dict[str, str] = {}
     troubles: list[str] = []
-    for id, (folder, node) in folders.items():
+
+    def take(folder: Path, whole: Callable[[Path, Any], dict[str, Any]], node: Any) -> None:
         try:
-            entry = record.verify(folder, id=id)
-            if entry["config_sha256"] != digest(entry["config"]) or digest(
-                type(node).model_validate(entry["config"])
-            ) != digest(node):
-                raise ReqatError(
-                    f"{folder}: its record states another configuration than the plan; delete the folder and run again."
-                )
-            record.check_inputs(folder, entry, digests)
-            found[id], digests[id] = entry, record.outputs_digest(entry)
+            found[folder.relative_to(paths.work).as_posix()] = whole(folder, node)
         except ReqatError as error:
             troubles.append(str(error))
-    dirty = [id for id, entry in found.items() if entry["dirty"] is not False]
+
+    digests: dict[str, str] = {}
+
+    def job(folder: Path, node: Any) -> dict[str, Any]:
+        entry = record.verify(folder, id=node.id)
+        stated = digest(type(node).model_validate(entry["config"]))
+        if entry["config_sha256"] != digest(entry["config"]) or stated != digest(node):
+            raise ReqatError(
+                f"{folder}: its record states another configuration than the plan; delete the folder and run again."
+            )
+        record.check_inputs(folder, entry, digests)
+        digests[node.id] = record.outputs_digest(entry)
+        return entry
+
+    def study(folder: Path, node: PlannedStudy) -> dict[str, Any]:
+        require_inputs(plan, node, folder, there)
+        return record.verify(folder, id=node.id)
+
+    if "run" in parts:
+        for stage in filter(made, plan.needed.values()):
+            take(paths.stage(stage), job, stage)
+        for evaluation in plan.evaluations.values():
+            take(paths.evaluation(evaluation), job, evaluation)
+    if "studies" in parts:
+        planned = studies_of(plan, paths)
+        there = stages_there(plan, planned.values(), paths)
+        for id, node in planned.items():
+            take(paths.study(id), study, node)
+    if "benchmark" in parts:
+        bench = benchmark_of(plan.tier.name, paths)
+        take(paths.throughput(bench.id), lambda folder, node: record.verify(folder, id=node.id), bench)
+    dirty = [job for job, entry in found.items() if entry["dirty"] is not False]
     if dirty and not allow_dirty:
         troubles.append(
             f"{len(dirty)} results were made from a tree with uncommitted changes (or outside git), {dirty[0]} "
-            "among them: commit and run "
-            "again, or pass --allow-dirty, which will be recorded."
+            "among them: commit and run again, or pass --allow-dirty, which will be recorded."
         )
     if troubles:
         more = [f"... and {len(troubles) - _LISTED} more"] if len(troubles) > _LISTED else []
+        more += [f"To leave a part out, name the others with --what ({', '.join(parts)})."] if len(parts) > 1 else []
         raise ReqatError("\n".join([f"tier {plan.tier.name} cannot be pinned:", *troubles[:_LISTED], *more]))
     return found
 
@@ -65,123 +102,74 @@ def check(plan: Plan, paths: Paths, *, allow_dirty: bool = False) -> dict[str, d
 def pin(
     plan: Plan,
     paths: Paths,
+    parts: Sequence[Part] = ("run",),
     *,
+    name: str | None = None,
+    figures: Sequence[str] = (),
     allow_dirty: bool = False,
-    force: bool = False,
-    render: Callable[[Plan, Path, Path], Any] | None = None,
 ) -> Path:
-    """Promote a finished run into `results/<tier>/`; with `force`, in place of what was pinned there. Returns the
-    folder.
+    """Promote finished parts of a tier into a new folder `results/<name>/`; returns it.
 
-    `render(plan, source, out)` writes tables and plots of the pinned results `source` under `out`. Raises `ReqatError`
-    as `check` does, or if something is there already.
+    `name` begins with a date; by default it is today's (UTC) and the tier. `figures` are kept as PNG; of tables, the
+    CSV. Raises `ReqatError` as `check` does, and if a folder of that name is there: it is never written again.
     """
-    target = paths.results / plan.tier.name
-    with making(target, pinned, replace=force) as draft:
-        found = check(plan, paths, allow_dirty=allow_dirty)
-        _fill(draft, plan, paths, found, allow_dirty, render)
+    from analysis.report.studies import STUDIES
+
+    name = name or f"{datetime.now(UTC).date()}-{plan.tier.name}"
+    if not _NAME.fullmatch(name):
+        raise ReqatError(f"--name {name}: begin it with a date, such as 2026-11-26-{plan.tier.name}.")
+    target = paths.results / name
+    with making(target, _written_once) as draft:
+        found = check(plan, paths, parts, allow_dirty=allow_dirty)
+        originals = pinned.fold(paths.work, list(found), draft)
+        record.write(draft / pinned.PLAN, plan.dump())
+        if "studies" in parts:
+            planned = {id: study.model_dump(mode="json") for id, study in studies_of(plan, paths).items()}
+            write_file(draft / "studies" / STUDIES, json.dumps(planned, indent=1) + "\n")  # in the order of config/
+        _draw(draft, parts, figures, paths)
+        more = {"allow_dirty": allow_dirty, "same_stages_as_pinned_run": None}
+        if "studies" in parts:
+            more["same_stages_as_pinned_run"] = _on_the_same_stages(plan, paths, found)
+        pinned.write_manifest(draft, plan.tier.name, found, originals, **more)
     return target
 
 
-def pinned(folder: Path) -> Collection[str]:
-    """The files of a pinned run, or of pinned studies, in a folder. Raises `ReqatError` if it holds something else."""
-    try:
-        return {PIN, *map(str, read_json(folder / PIN, "list of pinned files", "restore it from git")["files"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ReqatError(f"nothing that was pinned (no whole {PIN} in it).") from None
+def _written_once(folder: Path) -> Collection[str]:
+    raise ReqatError("a pinned run, which is never written again (--name).")
 
 
-def _fill(
-    draft: Path,
-    plan: Plan,
-    paths: Paths,
-    found: dict[str, dict[str, Any]],
-    allow_dirty: bool,
-    render: Callable[[Plan, Path, Path], Any] | None,
-) -> None:
-    for id, entry in found.items():
-        folder = (
-            draft / ("evaluations" if id in plan.evaluations else "data" if id.startswith("data-") else "stages") / id
-        )
-        folder.mkdir(parents=True)
-        pinned: dict[str, Any] = {}
-        if id in plan.evaluations:
-            strip(paths.evaluation(plan.evaluation(id)) / OUTCOMES, folder / OUTCOMES)
-            pinned = record.outputs(folder)
-        record.write(folder / record.FILE, entry | {"pinned_outputs": pinned})
-    record.write(draft / PLAN, plan.dump())
-    if render is not None:
-        render(plan, draft, draft)
-    record.write(
-        draft / PIN,
-        {
-            "schema_version": record.SCHEMA_VERSION,
-            "tier": plan.tier.name,
-            "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commits": sorted({str(entry["commit"]) for entry in found.values()}),
-            "sources": sorted({str(entry.get("source")) for entry in found.values()}),
-            "dirty": any(entry["dirty"] is not False for entry in found.values()),
-            "allow_dirty": allow_dirty,
-            "versions": _distinct(entry["versions"] for entry in found.values()),
-            "hardware": _distinct(entry["hardware"] for entry in found.values()),
-            "jobs": len(found),
-            "job_seconds": round(sum(entry["wall_s"] for entry in found.values()), 1),
-            "peak_memory_bytes": max(entry["peak_memory_bytes"] for entry in found.values()),
-            "files": record.files(draft),
-        },
-    )
+def _draw(draft: Path, parts: Sequence[Part], figures: Sequence[str], paths: Paths) -> None:
+    """Draw from what was folded, so that nothing is pinned which cannot be drawn again."""
+    from analysis.build import build_pinned
+
+    with tempfile.TemporaryDirectory(prefix="reqat-") as scratch:
+        tables, plots = Path(scratch, "tables"), Path(scratch, "plots")
+        for part in parts:
+            build_pinned(pinned.unfold(draft, part, Path(scratch, part)), part, tables, plots, paths)
+        (draft / "tables").mkdir()
+        for table in sorted(tables.glob("*.csv")):
+            shutil.copyfile(table, draft / "tables" / table.name)
+        for figure in figures:
+            drawn = plots / f"{figure}.png"
+            if not drawn.is_file():
+                there = ", ".join(sorted(path.stem for path in plots.glob("*.png"))) or "none"
+                raise ReqatError(f"--figure {figure}: not drawn of these parts (they have {there}).")
+            shutil.copyfile(drawn, draft / drawn.name)
 
 
-def strip(source: Path, target: Path) -> None:
-    """Copy outcomes without the responses' text."""
-    from reqat.evaluation import Outcomes
-
-    dataclasses.replace(Outcomes.from_parquet(source), response=None).to_parquet(target)
-
-
-def pinned_tiers(paths: Paths) -> list[str]:
-    """Tiers with pinned results."""
-    return sorted(path.parent.name for path in paths.results.glob(f"*/{PLAN}"))
+def _on_the_same_stages(plan: Plan, paths: Paths, found: dict[str, dict[str, Any]]) -> bool | None:
+    """Whether the studies stand on the stages of the run beside them, else of the newest pinned one."""
+    run = {entry["id"]: entry for job, entry in found.items() if pinned.part_of(job) == "run"}
+    if not run and (folder := pinned.newest(paths).get((plan.tier.name, "run"))) is not None:
+        with pinned.restored(folder, "run") as kept:
+            run = kept.records
+    planned = studies_of(plan, paths).values()
+    return same_stages(plan, planned, stages_there(plan, planned, paths), run)
 
 
-def restore(tier: str, paths: Paths) -> Plan:
-    """The plan of a pinned run, as it was when it was pinned. Raises `ReqatError` if there is none."""
-    path = paths.results / tier / PLAN
-    if not path.is_file():
-        there = ", ".join(pinned_tiers(paths)) or "none yet"
-        raise ReqatError(
-            f"no pinned results of tier {tier!r} in {paths.results} (pinned: {there}); `reqat pin` promotes a "
-            "finished run."
-        )
-    return read_plan(path)
-
-
-def verify(tier: str, paths: Paths) -> int:
-    """Check every pinned file of a tier against its recorded sha256; returns how many. Raises `ReqatError` naming the
-    first that differs.
-    """
-    folder = paths.results / tier
-    stated = read_json(folder / PIN, "list of pinned files", "restore it from git").get("files")
-    if not isinstance(stated, dict) or not all(isinstance(e, dict) and "sha256" in e for e in stated.values()):
-        raise ReqatError(f"{folder / PIN}: not a list of pinned files; restore it from git.")
-    for name, entry in stated.items():
-        path = folder / name
-        if not path.is_file() or record.sha256(path) != entry["sha256"]:
-            raise ReqatError(f"{path} is not the file that was pinned; restore it from git.")
-    return len(stated)
-
-
-def pin_base(
-    plan: Plan,
-    model: str,
-    paths: Paths,
-    *,
-    allow_dirty: bool = False,
-    force: bool = False,
-    dtype: str | None = None,
-) -> Path:
-    """Promote the base model trained from scratch into `results/base/`; with `force`, in place of the one pinned
-    there. `dtype` (e.g. `bfloat16`) stores the weights in it.
+def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False, dtype: str | None = None) -> Path:
+    """Promote the base model trained from scratch into `results/base/`. `dtype` (e.g. `bfloat16`) stores the weights in
+    it.
 
     Raises `ReqatError` if it was not trained, is not what its record says, is larger than 8 MB, or if something is
     there already.
@@ -191,7 +179,12 @@ def pin_base(
             f"tier {plan.tier.name}: model {model!r} has no `scratch` section; it has "
             f"{', '.join(plan.scratch) or 'none'}."
         )
-    with making(paths.base, record.belongs("base"), replace=force) as draft:
+    if (paths.base / record.FILE).exists():
+        raise ReqatError(
+            f"{paths.base} is there already, and plans start from its weights; to pin another, remove it first "
+            f"(git rm -r {paths.base})."
+        )
+    with making(paths.base, record.belongs("base")) as draft:
         stage = plan.stage(plan.scratch[model])
         folder = paths.stage(stage)
         entry = record.verify(folder, id=stage.id)
@@ -220,8 +213,3 @@ def pin_base(
         trained = record.outputs_digest(entry)
         record.write(draft / record.FILE, entry | {"outputs": files, "dtype": dtype, "trained_outputs_sha256": trained})
     return paths.base
-
-
-def _distinct(values: Any) -> list[Any]:
-    seen = {digest(value): value for value in values}
-    return [seen[key] for key in sorted(seen)]

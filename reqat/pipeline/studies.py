@@ -17,6 +17,7 @@ from reqat.config.files import write_file
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.studies import (
+    FILE,
     DynamicsStudy,
     GradientsStudy,
     NoiseStudy,
@@ -24,6 +25,7 @@ from reqat.config.studies import (
     PlannedStudy,
     ResetStudy,
     RoutingStudy,
+    load_studies,
 )
 from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
@@ -34,7 +36,13 @@ from reqat.pipeline.task import Grading, Task, load, same_tokens
 from reqat.records import record
 from reqat.tasks.problem_files import of_problems
 
-TRACES = "tokens.parquet"  # large, and made again by the study: never pinned
+
+def studies_of(plan: Plan, paths: Paths) -> dict[str, PlannedStudy]:
+    """The studies of a tier by id. Raises `ReqatError` if it has none."""
+    found = load_studies(plan, paths.config)
+    if not found:
+        raise ReqatError(f"tier {plan.tier.name} has no studies; give it a section in config/{FILE}.")
+    return found
 
 
 def stages_there(plan: Plan, studies: Iterable[PlannedStudy], paths: Paths) -> dict[str, str]:
@@ -240,22 +248,21 @@ def require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mapping
         raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {plan.tier.name}.") from None
 
 
-def same_stages(plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str, str], run: Path) -> bool | None:
-    """Whether studies stand on the very weights that the pinned run in folder `run` tabulates; warns where they do not.
+def same_stages(
+    plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str, str], run: Mapping[str, Mapping[str, Any]]
+) -> bool | None:
+    """Whether studies stand on the very weights that a pinned run tabulates (`run`: its records by id); warns where
+    they do not.
 
     None where one of the stages is missing on either side, so that nothing can be said. A pinned base is not asked
     about: the sha256 of its weights is part of the ids.
     """
-    kept = {
-        path.parent.name: record.outputs_digest(record.read(path.parent))
-        for kind in ("stages", "data")
-        for path in sorted(run.glob(f"{kind}/*/{record.FILE}"))
-    }
+    kept = {id: record.outputs_digest(found) for id, found in run.items()}
     used = sorted({id for study in studies for id in study.inputs.values() if made(plan.stage(id))})
     other = [id for id in used if id in kept and id in there and kept[id] != there[id]]
     if other:
         print(
-            f"reqat: warning: the studies stand on other weights than the pinned run in {run}: {', '.join(other)}; "
+            f"reqat: warning: the studies stand on other weights than the pinned run: {', '.join(other)}; "
             "their numbers and its tables are of different trainings.",
             file=sys.stderr,
         )

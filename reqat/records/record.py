@@ -61,12 +61,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def entry(path: Path) -> dict[str, Any]:
+    """sha256 and bytes of a file."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
 def files(folder: Path) -> dict[str, dict[str, Any]]:
     """Path within `folder` -> sha256 and bytes, of every file."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in found
-    }
+    return {path.relative_to(folder).as_posix(): entry(path) for path in found}
 
 
 def outputs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -145,7 +145,7 @@ def complaints(end: End, folder: Path, before: dict[str, str]) -> list[str]:
 # The cases of a campaign. They want a checkout with config/, results/, and what `tests.campaign.material` makes:
 # model/, problems.jsonl, traces/, fit.json.
 
-NAMED = {  # verbs whose target the user names
+NAMED = {  # verbs (and options) whose target the user names
     "quantize": ["--model", "model", "--precision", "NVFP4-W4A4KV4", "-q", "--out"],
     "entropy": ["--reference", "model", "--problems", "problems.jsonl", "--no-sample", "-q", "--out"],
     "route": ["--reference", "model", "--tier", "smoke", "-q", "--out"],
@@ -153,10 +153,10 @@ NAMED = {  # verbs whose target the user names
     "reset": ["--model", "model", "--fit", "fit.json", "--tier", "smoke", "-q", "--out"],
     "fit-reset": ["--model", "model", "--precision", "NVFP4-W4A4KV4", "--tier", "smoke", "-q", "--out"],
     "view": ["traces", "--out"],
-    "tables": ["--pinned", "--tier", "laptop", "--out"],
-    "figures": ["--pinned", "--tier", "laptop", "--out"],
-    "throughput": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
-    "study-report": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
+    "report --what run": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
+    "report --what studies": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
+    "report --what benchmark": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
+    "report --pinned": ["--tier", "laptop", "--tables", "build/tables", "--plots"],
 }
 KNOWN = {
     "schema": ([], "config"),
@@ -184,10 +184,10 @@ def cases(root: Path) -> list[Case]:
         (place / "file").write_text("mine")
         for name, fault in FAULTS.items():
             if name == "no permission" or verb not in GRADING:
-                arguments = (verb, *given, str(place / "out"))
+                arguments = (*verb.split(), *given, str(place / "out"))
                 found.append(Case(f"{verb}, {name}", arguments, functools.partial(fault, place)))
         for name, target in IMPOSSIBLE.items():
-            arguments = (verb, *given, str(target(place)))
+            arguments = (*verb.split(), *given, str(target(place)))
             found.append(Case(f"{verb}, {name}", arguments, contextlib.nullcontext))
     for verb, (given, folder) in KNOWN.items():
         (root / folder).mkdir(exist_ok=True)

@@ -19,17 +19,12 @@ BASE: dict[str, tuple[str, ...]] = {
     "study": ("study", "study-0", "--tier", "smoke"),
     "bench": ("bench", "--tier", "smoke"),
     "data": ("data", "data-0", "--tier", "smoke"),
-    "tables": ("tables", "--tier", "smoke"),
-    "figures": ("figures", "--tier", "smoke"),
+    "report": ("report", "--tier", "smoke"),
     "plan": ("plan",),
     "doctor": ("doctor",),
     "pin": ("pin",),
-    "pin-base": ("pin-base", "--tier", "smoke"),
+    "pin base": ("pin", "--what", "base", "--tier", "smoke"),
     "compare": ("compare",),
-    "study-report": ("study-report", "--tier", "smoke"),
-    "pin-studies": ("pin-studies", "--tier", "smoke"),
-    "throughput": ("throughput", "--tier", "smoke"),
-    "pin-throughput": ("pin-throughput", "--tier", "smoke"),
 }
 COMPUTING = ("quantize", "entropy", "route", "noise", "fit-reset", "reset", "stage", "evaluate", "study", "bench")
 SAMPLING = ("entropy", "route", "noise", "fit-reset", "reset")
@@ -92,8 +87,9 @@ OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("view",), "--limit", ("0", "-1", HUGE, "all")),
     (("view",), "--floor", ("nan", "-0.1", "1.5", "inf")),
     (("view",), "--family", ("no_such_family",)),
-    (("pin-base",), "--dtype", ("float8", "int4")),
-    (("pin-base",), "--model", ("other",)),
+    (("pin base",), "--dtype", ("float8", "int4")),
+    (("pin base",), "--model", ("other",)),
+    (("pin", "report"), "--what", ("runs", "", "base ")),
     (tuple(v for v in BASE if v not in ("quantize", "view")), "--tier", ("smokey",)),
     (("plan", "doctor", "data", "route"), "--tier", ("../smoke", "", "laptop.yaml")),
 )

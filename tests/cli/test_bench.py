@@ -1,4 +1,4 @@
-"""`reqat bench` and `reqat throughput`, for real and small: rows, record, tables and Figure 6."""
+"""`reqat bench`, and `report` and `pin` of what it measured, for real and small: rows, record, tables and Figure 6."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from analysis.report.benchmark import read
 from reqat.cli.main import main
 from reqat.config.throughput import load_throughput
 from reqat.records import record
+from reqat.records.pinned import restored
 
 ROOT = Path(__file__).parents[2]
 TINY = {"linear": {"m": [1, 2], "nk": [32], "rounds": 2}, "ring_bytes": 1, "burst_ms": 0.001}
@@ -51,17 +52,22 @@ def test_from_clock_to_figure(checkout: Path, capsys: pytest.CaptureFixture[str]
 
     assert reqat("bench", "--tier", "smoke") == 0  # done already
     assert "already there" in capsys.readouterr().out
-    assert reqat("throughput", "--tier", "smoke") == 0
+    assert reqat("report", "--what", "benchmark", "--tier", "smoke") == 0
     assert (checkout / "build" / "plots" / "smoke" / "figure6.png").stat().st_size > 10_000
     decode = (checkout / "build" / "tables" / "smoke" / "throughput-decode.md").read_text()
     assert "Not measured: decode: 'package:no-such-package'" in decode
 
-    assert reqat("pin-throughput", "--tier", "smoke") == 2  # no checkout of git, so nobody knows the code
+    pin = ("pin", "--what", "benchmark", "--tier", "smoke")
+    assert reqat(*pin) == 2  # no checkout of git, so nobody knows the code
     assert "uncommitted changes" in capsys.readouterr().err
-    assert reqat("pin-throughput", "--tier", "smoke", "--allow-dirty") == 0
-    kept = checkout / "results" / "throughput" / "smoke"
-    assert record.verify(kept, id=settings.id)["id"] == settings.id and (kept / "plots" / "figure6.png").exists()
-    assert reqat("throughput", "--pinned", "--tier", "smoke") == 0
+    assert reqat(*pin, "--figure", "figure6", "--name", "2026-01-02-smoke", "--allow-dirty") == 0
+    kept = checkout / "results" / "2026-01-02-smoke"
+    assert (kept / "figure6.png").exists() and (kept / "tables" / "throughput-linear.csv").exists()
+    with restored(kept, "benchmark") as again:
+        at = again.root / "throughput" / settings.id
+        assert record.verify(at, id=settings.id) == found
+        assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in at.iterdir())
+    assert reqat("report", "--pinned", "--tier", "smoke") == 0
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,8 @@ def test_from_clock_to_figure(checkout: Path, capsys: pytest.CaptureFixture[str]
     [
         (["bench", "--tier", "paper"], "tier paper has no benchmark; give it a section in config/throughput.yaml"),
         (["bench", "throughput-0", "--tier", "smoke"], "benchmark is throughput-"),
-        (["throughput", "--tier", "laptop"], "nothing finished here"),
+        (["report", "--what", "benchmark", "--tier", "laptop"], "nothing finished here"),
+        (["report", "--what", "benchmark", "--tier", "paper"], "tier paper has no benchmark"),
     ],
 )
 def test_what_a_user_can_mend(

@@ -94,7 +94,7 @@ def test_disk_folders_base_and_other_runs(
         ("disk for results", "free some space"),
         ("disk for temporary files", "TMPDIR"),
         ("other runs", "4711"),
-        ("base model", "pin-base"),
+        ("base model", "pin --what base"),
     ):
         (line,) = lines_about(out, what)
         assert line.startswith("fail") and says in line

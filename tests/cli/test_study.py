@@ -1,4 +1,4 @@
-"""`reqat study`, `study-report` and `pin-studies`, for real, on stages of a few thousand random weights."""
+"""`reqat study`, and `report` and `pin` of studies, for real, on stages of a few thousand random weights."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation.batches import RunningBatch
 from reqat.models import save_model
-from reqat.pipeline import pin
 from reqat.pipeline.studies import same_stages, stages_there
-from reqat.records import record
+from reqat.records import pinned, record
 from reqat.tasks import problems, write_trace
 
 ROOT = Path(__file__).parents[2]
+REPORT = ("report", "--what", "studies", "--tier", "smoke")
+PIN = ("pin", "--what", "studies", "--tier", "smoke", "--allow-dirty")
 BF16, FP4 = {"recipe": "ft", "precision": "BF16"}, {"recipe": "ft-ptq", "precision": "NVFP4-W4A4KV4"}
 BOTH: dict[str, Any] = {"reference": BF16, "candidate": FP4, "n": 4, "seeds": [0, 3]}
 NOISE: dict[str, Any] = {"kind": "noise", "model": BF16, "sigmas": [0.5], "n": 4, "seeds": [0, 3]}
@@ -234,7 +235,7 @@ def test_what_is_done_is_not_done_again_and_what_is_damaged_is(
     assert f"{study.id}: already there" in capsys.readouterr().out
     assert (folder / "record.json").read_bytes() == before
     (folder / "summary.json").write_text("[")
-    assert reqat("study-report", "--tier", "smoke") == 2
+    assert reqat(*REPORT) == 2
     assert "summary.json is not the file that its record describes" in capsys.readouterr().err
     assert reqat("study", "--tier", "smoke", "-q") == 0
     printed = capsys.readouterr().out
@@ -260,12 +261,12 @@ def test_a_study_of_weights_that_are_no_longer_there_is_not_finished(
     stage = noise.models["model"].stage
     new = train_again(checkout, stage)
     says = f"was made from another candidate ({stage}) than the one that is there now"
-    for verb in ("study-report", "pin-studies"):
+    for verb in (REPORT, PIN):
         capsys.readouterr()
-        assert reqat(verb, "--tier", "smoke", *(["--allow-dirty"] if verb == "pin-studies" else [])) == 2
+        assert reqat(*verb) == 2
         err = capsys.readouterr().err
         assert says in err and f"reqat study {next(iter(studies))} --tier smoke" in err
-    assert not (checkout / "results" / "studies").exists()
+    assert not (checkout / "results").exists()
     assert reqat("study", noise.id, "--tier", "smoke", "-q") == 0
     out = capsys.readouterr().out
     assert "was made from another model" in out and f"{noise.id}: done" in out
@@ -279,28 +280,20 @@ def test_pinned_studies_say_whether_the_pinned_run_has_their_weights(
 ) -> None:
     plan, paths = load("smoke", Paths(checkout)), Paths(checkout)
     there = stages_there(plan, finished[1].values(), paths)
+    used = sorted({id for study in finished[1].values() for id in study.inputs.values() if made(plan.stage(id))})
+    run = {id: record.read(checkout / "build" / "stages" / id) for id in used}
 
     def same() -> bool | None:
-        return same_stages(plan, finished[1].values(), there, paths.results / "smoke")
+        return same_stages(plan, finished[1].values(), there, run)
 
-    assert same() is None, "no run is pinned"
-    used = sorted({id for study in finished[1].values() for id in study.inputs.values() if made(plan.stage(id))})
-    for id in used:
-        folder = checkout / "results" / "smoke" / "stages" / id
-        folder.mkdir(parents=True)
-        shutil.copy(checkout / "build" / "stages" / id / "record.json", folder)
     assert same() is True and "warning" not in capsys.readouterr().err
-    path = checkout / "results" / "smoke" / "stages" / used[0] / "record.json"
-    text = json.loads(path.read_text())
-    text["outputs"]["model/model.safetensors"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(text))
+    run[used[0]]["outputs"]["model/model.safetensors"]["sha256"] = "0" * 64
     assert same() is False
-    assert (
-        capsys.readouterr().err.count(f"other weights than the pinned run in {paths.results / 'smoke'}: {used[0]};")
-        == 1
-    )
-    shutil.rmtree(path.parent)
+    assert capsys.readouterr().err.count(f"other weights than the pinned run: {used[0]};") == 1
+    del run[used[0]]
     assert same() is None
+    run.clear()
+    assert same() is None, "no run is pinned"
 
 
 def test_studies_are_not_pinned_without_the_stages_that_they_were_made_from(
@@ -308,36 +301,45 @@ def test_studies_are_not_pinned_without_the_stages_that_they_were_made_from(
 ) -> None:
     stage = loaded["noise"].record["config"]["models"]["model"]["stage"]
     shutil.rmtree(checkout / "build" / "stages" / stage)
-    assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 2
+    assert reqat(*PIN) == 2
     assert f"{stage} is not there any more" in capsys.readouterr().err
-    assert not (checkout / "results" / "studies").exists()
+    assert not (checkout / "results").exists()
 
 
-def test_pinned_studies_are_whole_and_give_the_same_report(
+def test_pinned_studies_come_back_whole_and_give_the_same_report(
     checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert reqat("study-report", "--tier", "smoke") == 0
-    assert reqat("pin-studies", "--tier", "smoke") == 2  # no checkout of git, so nobody knows the code
-    assert "made with uncommitted changes" in capsys.readouterr().err
-    assert reqat("pin-studies", "--tier", "smoke", "--allow-dirty") == 0
-    kept = checkout / "results" / "studies" / "smoke"
-    assert json.loads((kept / pin.PIN).read_text())["same_stages_as_pinned_run"] is None
-    assert not list(kept.rglob("tokens.parquet")) and list(kept.rglob("high-0.5.parquet"))
-    assert pinned_studies(kept) == finished[1] and pin.verify("studies/smoke", Paths(checkout)) > 20
-    shutil.rmtree(checkout / "build" / "studies")
-    assert reqat("study-report", "--pinned", "--tier", "smoke") == 0
+    assert reqat(*REPORT) == 0
+    assert reqat(*PIN[:-1]) == 2  # no checkout of git, so nobody knows the code
+    assert "uncommitted changes" in capsys.readouterr().err
+    assert reqat(*PIN, "--name", "2026-01-02-smoke") == 0
+    kept, studies = checkout / "results" / "2026-01-02-smoke", checkout / "build" / "studies"
+    assert pinned.manifest(kept)["same_stages_as_pinned_run"] is None
+    with pinned.restored(kept, "studies") as again:
+        planned = pinned_studies(again.root / "studies")
+        assert json.dumps([study.model_dump(mode="json") for study in planned.values()]) == json.dumps(
+            [study.model_dump(mode="json") for study in finished[1].values()]
+        ), "and in the same order, of models too"
+        (again.root / "studies" / "studies.json").unlink()
+        files = {path.relative_to(studies) for path in studies.rglob("*") if path.is_file()}
+        back = {path.relative_to(again.root / "studies") for path in again.root.rglob("*") if path.is_file()}
+        assert back == {path for path in files if path.name != pinned.TRACES} < files
+        for path in back:
+            assert (again.root / "studies" / path).read_bytes() == (studies / path).read_bytes(), path
+    shutil.rmtree(studies)
+    assert reqat("report", "--pinned", "--tier", "smoke") == 0
     for name in ("tables", "plots"):
-        fresh, again = checkout / "build" / name / "smoke", checkout / "build" / "pinned" / name / "studies-smoke"
-        assert {p.name for p in fresh.glob("*")} == {p.name for p in again.glob("*")}
+        fresh, drawn = checkout / "build" / name / "smoke", checkout / "build" / "pinned" / name / "smoke"
+        assert {p.name for p in fresh.glob("*")} == {p.name for p in drawn.glob("*")}
         for path in fresh.glob("*"):
-            assert path.read_bytes() == (again / path.name).read_bytes(), path.name
-    rows = pd.read_csv(checkout / "build" / "tables" / "smoke" / "studies.csv")
+            assert path.read_bytes() == (drawn / path.name).read_bytes(), path.name
+    rows = pd.read_csv(kept / "tables" / "studies.csv")
     assert list(rows["study"]) == list(finished[1]) and set(rows["problems"]) == {4}
-    damaged = next(kept.rglob("none.parquet"))
+    damaged = next(kept.glob("studies/*/summary.json"))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     capsys.readouterr()
-    assert reqat("study-report", "--pinned", "--tier", "smoke") == 2
-    assert "none.parquet is not the file that was pinned" in capsys.readouterr().err
+    assert reqat("report", "--pinned", "--tier", "smoke") == 2
+    assert f"{damaged.relative_to(checkout)} is not the file that was pinned" in capsys.readouterr().err
 
 
 def test_a_training_made_anew_gets_the_stage_and_what_it_read(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,8 +375,8 @@ def test_a_training_made_anew_gets_the_stage_and_what_it_read(checkout: Path, mo
     [
         (["study", "--tier", "claims"], "tier claims has no studies; give it a section in config/studies.yaml"),
         (["study", "study-noise-0", "--tier", "smoke"], "unknown study 'study-noise-0'"),
-        (["study-report", "--tier", "claims"], "tier claims has no studies"),
-        (["study-report", "--pinned", "--tier", "laptop"], "no pinned studies; `reqat pin-studies` keeps"),
+        (["report", "--what", "studies", "--tier", "claims"], "tier claims has no studies"),
+        (["report", "--pinned", "--tier", "laptop"], "no pinned results of tier 'laptop'"),
     ],
 )
 def test_what_a_user_can_mend(
@@ -387,7 +389,7 @@ def test_what_a_user_can_mend(
 
 def test_what_is_missing_is_named_with_its_command(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (new,) = ask(checkout, NOISE | {"n": 3}).values()
-    assert reqat("study-report", "--tier", "smoke") == 2
+    assert reqat(*REPORT) == 2
     assert f"study noise is not there; `reqat study {new.id}` makes it" in capsys.readouterr().err
     shutil.rmtree(checkout / "build" / "stages" / new.models["model"].stage)
     assert reqat("study", "--tier", "smoke") == 2

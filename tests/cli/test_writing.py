@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from reqat.config import files
+from reqat.config import Paths, files
 from reqat.records import record
+from reqat.records.pinned import find
 from tests.campaign import faults
 from tests.campaign.faults import FAULTS, IMPOSSIBLE, complaints, run, tree
 
@@ -28,16 +29,8 @@ FILES = {
     "fit-reset": ["--model", "model", "--precision", "NVFP4-W4A4KV4", "--tier", "smoke"],
     "view": ["traces"],
 }
-RENDERED = {
-    "tables": ["--pinned", "--tier", "smollm", "--out"],
-    "throughput": ["--pinned", "--tier", "laptop", "--plots", "build/plots", "--tables"],
-}
-PINS = {
-    "pin": ("--tier smoke", "results/smoke"),
-    "pin-base": ("--tier smoke", "results/base"),
-    "pin-studies": ("--tier laptop", "results/studies/laptop"),
-    "pin-throughput": ("--tier laptop", "results/throughput/laptop"),
-}
+PINNED = find("smollm", "run", Paths(ROOT)).name
+RENDERED = {"report": ["--pinned", "--tier", "smollm", "--plots", "build/plots", "--tables"]}
 
 
 @pytest.fixture
@@ -120,29 +113,27 @@ def test_a_fit_is_replaced_only_when_asked(checkout: Path) -> None:
     assert "--force" in refused(checkout, "fit-reset", *FILES["fit-reset"], "--out", "fit.json", names="fit.json")
 
 
-@pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("verb", PINS)
-def test_a_pin_replaces_only_a_pin_and_only_when_asked(checkout: Path, verb: str, force: bool) -> None:
-    options, place = PINS[verb]
-    more = ["--force"] if force else []
-    (checkout / place).mkdir(parents=True)
-    (checkout / place / "notes.txt").write_text("mine")
-    refused(checkout, verb, *options.split(), *more, names=place)
-    shutil.rmtree(checkout / place)
-    (checkout / place).symlink_to(checkout / "mine")
-    refused(checkout, verb, *options.split(), *more, names=place)
+def test_a_pin_replaces_nothing(checkout: Path) -> None:
+    place, pin = checkout / "results" / "2026-01-02-smoke", ("pin", "--tier", "smoke", "--name", "2026-01-02-smoke")
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    refused(checkout, *pin, names="results/2026-01-02-smoke")
+    shutil.rmtree(place)
+    place.symlink_to(checkout / "mine")
+    refused(checkout, *pin, names="results/2026-01-02-smoke")
 
 
-def test_a_pinned_run_of_this_repository_is_known_as_one() -> None:
-    from reqat.cli.bench import pinned_rows
-    from reqat.config.targets import check_folder
-    from reqat.pipeline import pin
-
-    for folder in (*(ROOT / "results").glob("*/pin.json"), *(ROOT / "results" / "studies").glob("*/pin.json")):
-        check_folder(folder.parent, pin.pinned, replace=True)
-    check_folder(ROOT / "results" / "base", record.belongs("base"), replace=True)
-    for folder in (ROOT / "results" / "throughput").glob("*/record.json"):
-        check_folder(folder.parent, pinned_rows, replace=True)
+def test_the_base_is_never_replaced(checkout: Path) -> None:
+    base, pin = checkout / "results" / "base", ("pin", "--what", "base", "--tier", "smoke")
+    base.mkdir(parents=True)
+    (base / "notes.txt").write_text("mine")
+    refused(checkout, *pin, names="results/base")
+    shutil.rmtree(base)
+    base.symlink_to(checkout / "mine")
+    refused(checkout, *pin, names="results/base")
+    base.unlink()
+    shutil.copytree(ROOT / "results" / "base", base)
+    assert "git rm" in refused(checkout, *pin, names="results/base")
 
 
 @pytest.mark.parametrize("verb", [*FOLDERS, *FILES])
@@ -158,7 +149,7 @@ def test_without_permission(checkout: Path, verb: str) -> None:
     place.mkdir(exist_ok=True)
     (checkout / "build").mkdir(exist_ok=True)
     if verb in RENDERED:
-        shutil.copytree(ROOT / "results", checkout / "results", ignore=shutil.ignore_patterns("overnight", "sweep*"))
+        shutil.copytree(ROOT / "results" / PINNED, checkout / "results" / PINNED)
         given: list[object] = [*RENDERED[verb], place / "out"]
     elif verb in FOLDERS or verb in FILES:
         given = [*(FOLDERS.get(verb) or FILES[verb]), "--out", place / "out"]
@@ -189,7 +180,7 @@ def test_files_where_folders_must_be_in_build(checkout: Path, what: str) -> None
 @pytest.mark.parametrize("verb", [*RENDERED, "schema", pytest.param("data", marks=pytest.mark.slow)])
 def test_on_a_full_disk(checkout: Path, verb: str) -> None:
     if verb in RENDERED:
-        shutil.copytree(ROOT / "results", checkout / "results", ignore=shutil.ignore_patterns("overnight", "sweep*"))
+        shutil.copytree(ROOT / "results" / PINNED, checkout / "results" / PINNED)
     given = [*RENDERED[verb], checkout / "new"] if verb in RENDERED else [] if verb == "schema" else ["--tier", "smoke"]
     before = tree(checkout)
     with FAULTS["space for a little"](checkout):
@@ -200,15 +191,15 @@ def test_on_a_full_disk(checkout: Path, verb: str) -> None:
 
 
 def test_tables_beside_files_of_others(checkout: Path) -> None:
-    shutil.copytree(ROOT / "results" / "smollm", checkout / "results" / "smollm")
-    assert run("tables", *RENDERED["tables"], "paper").code == 0
+    shutil.copytree(ROOT / "results" / PINNED, checkout / "results" / PINNED)
+    assert run("report", *RENDERED["report"], "paper").code == 0
     name = next((checkout / "paper").glob("*.tex"))
-    assert name.is_file() and run("tables", *RENDERED["tables"], "paper").code == 0
+    assert name.is_file() and run("report", *RENDERED["report"], "paper").code == 0
     shutil.rmtree(checkout / "paper")
     name.parent.mkdir()
     name.write_text("mine")
     for more in ([], ["--force"]):
-        refused(checkout, "tables", *RENDERED["tables"], "paper", *more, names=name.name)
+        refused(checkout, "report", *RENDERED["report"], "paper", *more, names=name.name)
 
 
 def test_output_that_nobody_reads_ends_quietly(checkout: Path) -> None:

@@ -26,7 +26,8 @@ def main() -> None:
     options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
     verb, *rest = arguments[6:]  # after --build B --models M --plan P
     build, tier = Path(options["--build"]), options.get("--tier", "")
-    subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else verb
+    part = options.get("--what", "")
+    subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else f"{verb}-{part}" if part else verb
     with Path("calls").open("a") as log:
         log.write(f"{subject}\n")
     for trap in ("fail", "crash", "hang"):
@@ -70,31 +71,24 @@ def main() -> None:
     from reqat.config.studies import load_studies
     from reqat.config.throughput import load_throughput
 
-    if verb in ("throughput", "study-report"):
-        if verb == "throughput":
-            bench = load_throughput(tier, Paths().config)
-            assert bench is not None
-            tables, figures = throughput_names(bench)
-            state = json.loads(state_of(build, bench.id).read_text())
-            tier = f"{tier} {state.get('reason', '')}"
-        else:
-            tables, figures = study_names(load_studies(load(tier, Paths()), Paths().config))
-        for folder, stems, suffixes in (
-            (options["--tables"], tables, TABLE_SUFFIXES),
-            (options["--plots"], figures, FIGURE_SUFFIXES),
-        ):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            for stem in stems:
-                for suffix in suffixes:
-                    (Path(folder) / f"{stem}.{suffix}").write_text(f"{tier} {stem}")
-        return
-
-    plan, out = load(tier, Paths()), Path(options["--out"])
-    names, suffixes = (table_names, TABLE_SUFFIXES) if verb == "tables" else (figure_names, FIGURE_SUFFIXES)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names(plan):
-        for suffix in suffixes:
-            (out / f"{name}.{suffix}").write_text(f"{tier} {name}")
+    plan = load(tier, Paths())
+    tables, figures = table_names(plan), list(figure_names(plan))
+    if part == "benchmark":
+        bench = load_throughput(tier, Paths().config)
+        assert bench is not None
+        tables, figures = throughput_names(bench)
+        state = json.loads(state_of(build, bench.id).read_text())
+        tier = f"{tier} {state.get('reason', '')}"
+    elif part == "studies":
+        tables, figures = study_names(load_studies(plan, Paths().config))
+    for folder, stems, suffixes in (
+        (options["--tables"], tables, TABLE_SUFFIXES),
+        (options["--plots"], figures, FIGURE_SUFFIXES),
+    ):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for stem in stems:
+            for suffix in suffixes:
+                (Path(folder) / f"{stem}.{suffix}").write_text(f"{tier} {stem}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     bench = Throughput.model_validate(BENCH).id
     studies = load_studies(plan, checkout / "config")
     jobs = [*stages, *plan.evaluations, *studies, bench, f"{bench}-ends"]
-    jobs = sorted([*jobs, "tables", "figures", "study-report", "throughput"])
+    jobs = sorted([*jobs, *(f"report-{part}" for part in ("run", "studies", "benchmark"))])
 
     (checkout / "fail").write_text("qat-")
     first = snakemake(checkout, "figures/")
@@ -113,7 +113,7 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     again = calls(checkout)
     finished = [id for id in done if not id.startswith("qat-")]
     assert sorted(finished + again) == jobs, "each job ran once, the failed one again"
-    assert again[-3:] == [bench, f"{bench}-ends", "throughput"], (
+    assert again[-3:] == [bench, f"{bench}-ends", "report-benchmark"], (
         "the benchmark came last, and had the machine to itself"
     )
     names = {path.name for path in (checkout / "figures").iterdir()}
@@ -179,7 +179,7 @@ def test_a_benchmark_that_dies_costs_figure_6_alone_in_whatever_folder(tmp_path:
     calls(checkout)
     second = snakemake(checkout, "figures/", more=(build,))
     bench = Throughput.model_validate(BENCH).id
-    assert second.returncode == 0 and calls(checkout) == [bench, f"{bench}-ends", "throughput"], second.stdout
+    assert second.returncode == 0 and calls(checkout) == [bench, f"{bench}-ends", "report-benchmark"], second.stdout
     assert "code 137" not in (figures / "figure6.png").read_text() and "Figure 6 is missing" not in second.stdout
 
     third = snakemake(checkout, "figures/", more=(build, "bench=no"))
@@ -235,5 +235,5 @@ def test_missing_pinned_base_says_how_to_make_it(checkout: Path):
     assert run.returncode != 0
     assert (
         "tier laptop starts from the pinned base checkpoint" in run.stdout
-        and "reqat pin-base --tier laptop" in run.stdout
+        and "reqat pin --what base --tier laptop" in run.stdout
     )

@@ -167,10 +167,10 @@ def test_figure_and_tables_of_a_failed_benchmark_say_why(checkout: Path, capsys:
         assert reqat(*failed, str(interrupted)) == interrupted and not state.exists()
     assert reqat(*failed, "137") == 0 and "SIGKILL" in json.loads(state.read_text())["reason"]
     assert reqat(*failed, "2") == 0
-    assert reqat("throughput", "--tier", "smoke") == 0
+    assert reqat("report", "--what", "benchmark", "--tier", "smoke") == 0
     tables, plots = checkout / "build" / "tables" / "smoke", checkout / "build" / "plots" / "smoke"
     assert "needs 1.5 GB" in (tables / "throughput-linear.md").read_text()
     assert "43%" in (tables / "figure6-error.md").read_text(), "the model's errors need no benchmark"
     assert (plots / "figure6.png").stat().st_size > 5000 and (plots / "figure6.pdf").exists()
     capsys.readouterr()
-    assert reqat("pin-throughput", "--tier", "smoke") == 2, "a placeholder is never pinned"
+    assert reqat("pin", "--what", "benchmark", "--tier", "smoke") == 2, "a placeholder is never pinned"

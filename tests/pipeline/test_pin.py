@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from analysis.build import build_tables
+from analysis.registry import table_names
 from reqat.config import Paths, Plan, ReqatError, load
 from reqat.config.paths import made
 from reqat.evaluation import Outcomes
 from reqat.pipeline import compare, pin
-from reqat.records import provenance, record
+from reqat.records import pinned, provenance, record
 
 ROOT = Path(__file__).parents[2]
 N = 60
@@ -27,8 +32,10 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Paths:
     tier = yaml.safe_load((tmp_path / "config/tiers/smoke.yaml").read_text())
     tier |= {"only": {"recipes": ["base", "ptq", "reqat-t"], "precisions": ["NVFP4-W4A4KV4"]}}
     tier["evaluation"] = {"n": N, "seeds": [0, 1]}
+    tier["models"]["testbed"]["artifacts"] = ["table1"]
     (tmp_path / "config/tiers/smoke.yaml").write_text(yaml.safe_dump(tier))
     monkeypatch.setattr(provenance, "commit", lambda root: {"commit": "c" * 40, "source": "s1", "dirty": False})
+    monkeypatch.setattr("analysis.build.build_figures", lambda *_, **options: [])  # they cost seconds
     return Paths(root=tmp_path)
 
 
@@ -69,31 +76,113 @@ def given(plan: Plan, paths: Paths, roles: dict[str, str]) -> dict[str, dict[str
 def test_a_whole_run_is_pinned_without_weights_and_texts(paths: Paths):
     plan = load("smoke", paths)
     run(plan, paths)
-    rendered = []
-    folder = pin.pin(plan, paths, render=lambda *given: rendered.append(given))
-    assert folder == paths.results / "smoke" and len(rendered) == 1
-    assert pin.restore("smoke", paths).dump() == plan.dump()
-    assert pin.pinned_tiers(paths) == ["smoke"]
-    for id in plan.evaluations:
-        kept = Outcomes.from_parquet(folder / "evaluations" / id / "outcomes.parquet")
-        assert kept.response is None and (kept.correct == outcomes(0.5).correct).all()
-        assert record.read(folder / "evaluations" / id)["outputs"]["outcomes.parquet"]["bytes"] > 0
-    assert not list(folder.rglob("weights"))
-    assert {p.parent.name for p in folder.glob("stages/*/record.json")} == {
-        i for i in plan.needed if not i.startswith("data-")
-    }
-    stated = json.loads((folder / "pin.json").read_text())
-    assert (
-        stated["dirty"] is False
-        and stated["commits"] == ["c" * 40]
-        and stated["jobs"] == len(plan.needed) + len(plan.evaluations)
-    )
-    assert str(paths.root) not in "".join(p.read_text() for p in folder.rglob("*.json"))
-    assert pin.verify("smoke", paths) == len(stated["files"])
-    victim = next(folder.glob("evaluations/*/record.json"))
-    victim.write_text(victim.read_text() + " ")
-    with pytest.raises(ReqatError, match="not the file.*restore it from git"):
-        pin.verify("smoke", paths)
+    folder = pin.pin(plan, paths, name="2026-01-02-smoke")
+    assert folder == paths.results / "2026-01-02-smoke"
+    drawn = {f"tables/{name}.csv" for name in table_names(plan)}
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
+        *drawn, "manifest.json", "plan.json", "records.parquet", "outcomes.parquet"
+    }  # fmt: skip
+    stated = pinned.manifest(folder)
+    assert pinned.verify(folder) == len(stated["files"]) == len(drawn) + 3
+    (part,) = stated["parts"].values()
+    jobs = len(plan.needed) + len(plan.evaluations)
+    assert part["dirty"] is False and part["commits"] == ["c" * 40] and part["jobs"] == jobs
+    assert str(paths.root) not in (folder / "manifest.json").read_text()
+    texts = pq.read_table(folder / "records.parquet").to_pandas()
+    assert len(texts) == jobs and not any(str(paths.root) in text for text in texts["record"])
+    rows = pq.read_table(folder / "outcomes.parquet").to_pandas()
+    assert set(rows["id"]) == set(plan.evaluations) and rows["response"].isna().all()
+
+
+def test_what_was_folded_comes_back_byte_by_byte(paths: Paths):
+    plan = load("smoke", paths)
+    run(plan, paths)
+    folder = pin.pin(plan, paths)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-smoke", folder.name)
+    stated = pinned.manifest(folder)["originals"]
+    with pinned.restored(folder, "run") as kept:
+        assert kept.plan.dump() == plan.dump()
+        back = {path.relative_to(kept.root).as_posix(): path for path in kept.root.rglob("*") if path.is_file()}
+        assert back.keys() == stated.keys(), "records and outcomes, and no weights"
+        for name, path in back.items():
+            original = paths.work / name
+            assert stated[name] == record.entry(original), name
+            if path.name == "record.json":
+                assert path.read_bytes() == original.read_bytes(), name
+                continue
+            # An oracle that knows nothing of folding: the same rows without text, written by `Outcomes` itself.
+            without = dataclasses.replace(Outcomes.from_parquet(original), response=None)
+            without.to_parquet(paths.root / "without.parquet", overwrite=True)
+            assert path.read_bytes() == (paths.root / "without.parquet").read_bytes(), name
+            assert Outcomes.from_parquet(path).digest == without.digest, "the seal holds"
+        assert kept.records == {found["id"]: found for found in map(record.read, (p.parent for p in back.values()))}
+        written = build_tables(kept.plan, kept.root, paths.root / "again", pinned=True, paths=paths)
+    for path in written:
+        if path.suffix == ".csv":
+            assert path.read_bytes() == (folder / "tables" / path.name).read_bytes(), path.name
+
+
+def test_a_pinned_run_is_never_written_again(paths: Paths):
+    plan = load("smoke", paths)
+    run(plan, paths)
+    folder = pin.pin(plan, paths)
+    before = record.files(folder)
+    with pytest.raises(ReqatError, match=f"{folder.name} is there already.*--name"):
+        pin.pin(plan, paths)
+    assert record.files(folder) == before
+    for name in ("smoke", "2026-01-02", "../2026-01-02-smoke", "2026-01-02-a/b"):
+        with pytest.raises(ReqatError, match="--name"):
+            pin.pin(plan, paths, name=name)
+    (paths.results / "2026-01-02-link").symlink_to(paths.root)
+    with pytest.raises(ReqatError, match="2026-01-02-link is a link"):
+        pin.pin(plan, paths, name="2026-01-02-link")
+    with pytest.raises(ReqatError, match="--figure figure9"):
+        pin.pin(plan, paths, name="2026-01-02-smoke", figures=["figure9"])
+    assert sorted(path.name for path in paths.results.iterdir()) == ["2026-01-02-link", folder.name]
+
+
+@pytest.mark.parametrize("name", ["records.parquet", "outcomes.parquet", "plan.json", "tables"])
+def test_a_damaged_file_is_named(paths: Paths, name: str):
+    plan = load("smoke", paths)
+    run(plan, paths)
+    folder = pin.pin(plan, paths)
+    victim = next((folder / name).iterdir()) if name == "tables" else folder / name
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    with pytest.raises(ReqatError, match=rf"{victim.name} is not the file.*git"), pinned.restored(folder, "run"):
+        pass
+    victim.unlink()
+    with pytest.raises(ReqatError, match=f"{victim.name} is not the file"):
+        compare.compare(plan, paths)
+
+
+@pytest.mark.parametrize("change", [{"files": 3}, {"parts": {"run": {}}}, {"schema": "other"}, {"tier": None}])
+def test_a_manifest_that_is_none_is_refused(paths: Paths, change: dict[str, object]):
+    plan = load("smoke", paths)
+    run(plan, paths)
+    path = pin.pin(plan, paths) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ReqatError, match="manifest.json.*git"):
+        pinned.find("smoke", "run", paths)
+
+
+def test_a_tier_uses_what_was_finished_last(paths: Paths):
+    plan = load("smoke", paths)
+    with pytest.raises(ReqatError, match=r"tier 'smoke'.*none yet"):
+        pinned.find("smoke", "run", paths)
+    run(plan, paths)
+    first = pin.pin(plan, paths, name="2026-12-31-smoke")
+    assert pinned.find("smoke", "run", paths) == first
+    for entry in paths.work.glob("*/*/record.json"):  # as if it were run again on a later day
+        entry.write_text(re.sub(r'("finished": ")\d{4}', r"\g<1>2999", entry.read_text()))
+    second = pin.pin(plan, paths, name="2026-12-30-smoke")
+    assert pinned.find("smoke", "run", paths) == second
+    assert pinned.newest(paths) == {("smoke", "run"): second}
+    with pytest.raises(ReqatError, match="no pinned benchmark of tier 'smoke'.*--what benchmark"):
+        pinned.find("smoke", "benchmark", paths)
+    with pytest.raises(ReqatError, match="tier 'laptop'.*smoke"):
+        pinned.find("laptop", "run", paths)
 
 
 def test_what_is_missing_changed_or_of_other_making_is_not_pinned(paths: Paths):
@@ -122,7 +211,7 @@ def test_what_is_missing_changed_or_of_other_making_is_not_pinned(paths: Paths):
     path.write_text(json.dumps(entry | {"inputs": {"parent": {"id": parent.id, "sha256": "0" * 64}}}))
     with pytest.raises(ReqatError, match="made from another parent"):
         pin.pin(plan, paths)
-    assert not (paths.results / "smoke").exists()
+    assert not paths.results.exists()
     path.write_text(json.dumps(entry))
     pin.pin(plan, paths)
 
@@ -134,8 +223,8 @@ def test_a_dirty_tree_is_pinned_only_on_request_and_that_is_recorded(paths: Path
     with pytest.raises(ReqatError, match=r"uncommitted changes.*--allow-dirty"):
         pin.pin(plan, paths)
     folder = pin.pin(plan, paths, allow_dirty=True)
-    stated = json.loads((folder / "pin.json").read_text())
-    assert stated["dirty"] is True and stated["allow_dirty"] is True
+    stated = pinned.manifest(folder)
+    assert stated["parts"]["run"]["dirty"] is True and stated["allow_dirty"] is True
 
 
 def test_the_same_run_compares_equal_and_one_changed_outcome_is_found(paths: Paths):
@@ -226,6 +315,8 @@ def test_base_is_pinned_under_8_megabytes_and_then_known_by_its_weights(paths: P
     assert not paths.base.exists()
     train(100)
     folder = pin.pin_base(plan, "testbed", paths)
+    with pytest.raises(ReqatError, match="there already"):
+        pin.pin_base(plan, "testbed", paths)
     assert pinned_base(paths) == record.sha256(folder / "model" / "model.safetensors")
     record.verify(folder)
     tier = yaml.safe_load((paths.config / "tiers/smoke.yaml").read_text())

@@ -13,8 +13,8 @@ import pytest
 
 from analysis.report.cells import MissingResults, Results, entries
 from reqat.config.errors import ReqatError
-from reqat.pipeline import pin
 from reqat.records import record
+from reqat.records.pinned import PLAN, fold, unfold
 
 
 def test_entries_hold_every_cell_once(results: Results) -> None:
@@ -115,14 +115,13 @@ def test_outcomes_that_are_not_those_of_the_record_are_refused(own_results: Resu
 
 
 def test_pinned_outcomes_give_the_same_numbers(results: Results, tmp_path: Path) -> None:
-    """Pinning drops the responses' text, so the file is another one, which the record states as well."""
-    cells = [c for c in results.plan.cells if c.artifact == "table4"]
-    for id in {c.evaluation for c in cells}:
-        folder = tmp_path / "evaluations" / id
-        folder.mkdir(parents=True)
-        pin.strip(results.folder(id) / "outcomes.parquet", folder / "outcomes.parquet")
-        (folder / "record.json").write_text(json.dumps(results.record(id) | {"pinned_outputs": record.outputs(folder)}))
-    pinned = Results(results.plan, tmp_path, pinned=True)
+    """Pinning drops the responses' text, so the file is not the one that its record states."""
+    folder = tmp_path / "pinned"
+    folder.mkdir()
+    evaluations = sorted({c.evaluation for c in results.plan.cells if c.artifact == "table4"})
+    fold(results.root, [f"evaluations/{id}" for id in evaluations], folder)
+    record.write(folder / PLAN, results.plan.dump())
+    pinned = Results(results.plan, unfold(folder, "run", tmp_path / "root").root, pinned=True)
     pinned.check(["table4"])
     for ours, theirs in zip(pinned.of("table4"), results.of("table4"), strict=True):
         assert pinned.estimate(ours) == results.estimate(theirs)
