@@ -5,36 +5,53 @@ its default.
 
 | name | element | block | scale | scale_rule | rounding | global_scale |
 |---|---|---|---|---|---|---|
-| MXFP4 | E2M1, E1M2 | 32 | E8M0 | ceil, floor, even | even, away | none |
+| MXFP4 | E2M1, E1M2 | 32 | E8M0 | rceil, floor, even | even, away | none |
 | NVFP4 | E2M1, E1M2 | 16 | E4M3 | divide, multiply, reciprocal | even, away | dynamic, row, static |
 | NVFP4-4/6 | E2M1 | 16 | E4M3 | divide | even, away | dynamic, row, static |
 | AMXFP4 | E2M1, E1M2 | 32, a scale a sign | E5M2, E4M3, FP16 | nearest | away, even | none |
 | | | | E8M0 ("PO2") | floor, even | away, even | none |
-| INT4-g128 | INT4 | 128 | FP32, FP16 | nearest | even, away | none |
-| INT4-row | INT4 | the whole row | FP32, FP16 | nearest | even, away | none |
+| INT2-g128, INT3-g128, INT4-g128, INT8-g128 | INT2 ... INT8 | 128 | FP32, FP16 | nearest | even, away | none |
+| INT2-row, INT3-row, INT4-row, INT8-row | INT2 ... INT8 | the whole row | FP32, FP16 | nearest | even, away | none |
+| INT2-tensor ... INT8-tensor | INT2 ... INT8 | the whole tensor | FP32, FP16 | nearest | even, away | none |
+| TERNARY-row, TERNARY-tensor | TERNARY | the whole row or tensor | FP32, FP16 | twn | even | none |
+| FP8-row, FP8-tensor | E4M3 | the whole row or tensor | FP32, FP16 | nearest | even, away | none |
 
-MXFP4's default is ``ceil`` because ReQAT uses it; OCP's specification says ``floor``, compressed-tensors exports
-``even``. What each rule computes is in :mod:`reqat.formats.scales`.
+A row is a weight's output channel, or a token. MXFP4's default is ``rceil`` (also called ``ceil``) because ReQAT uses
+it; OCP's specification says ``floor``, compressed-tensors exports ``even``. What each rule computes is in
+:mod:`reqat.formats.scales`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+ELEMENT_BITS = {"E2M1": 4, "E1M2": 4, "INT2": 2, "INT3": 3, "INT4": 4, "INT8": 8, "TERNARY": 2, "E4M3": 8}
+"""Bits of a code of each element type."""
 
-def _family(block: int | None, *, asymmetric: bool = False, adaptive: bool = False, **choices: str) -> dict[str, Any]:
+_ALIASES = {"scale": {"PO2": "E8M0"}, "scale_rule": {"ceil": "rceil"}}
+
+
+def standard(field: str, value: Any) -> Any:
+    """The standard name of a value of a format's field: ``rceil`` of ``ceil``, ``E8M0`` of ``PO2``."""
+    return _ALIASES.get(field, {}).get(value, value) if isinstance(value, str) else value
+
+
+def _family(
+    block: int | None, *, asymmetric: bool = False, adaptive: bool = False, per_tensor: bool = False, **choices: str
+) -> dict[str, Any]:
     """What each field of a Format may be, the default first."""
     fields = {"element": "E2M1", "global_scale": "none", "rounding": "even away", **choices}
     return {
         "block": (block,),
         "asymmetric": (asymmetric,),
         "adaptive": (adaptive,),
+        "per_tensor": (per_tensor,),
         **{field: tuple(values.split()) for field, values in fields.items()},
     }
 
 
 FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "MXFP4": _family(32, element="E2M1 E1M2", scale="E8M0", scale_rule="ceil floor even"),
+    "MXFP4": _family(32, element="E2M1 E1M2", scale="E8M0", scale_rule="rceil floor even"),
     "NVFP4": _family(
         16,
         element="E2M1 E1M2",
@@ -51,12 +68,36 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         scale_rule="nearest floor even",
         rounding="away even",
     ),
-    "INT4-g128": _family(128, element="INT4", scale="FP32 FP16", scale_rule="nearest"),
-    "INT4-row": _family(None, element="INT4", scale="FP32 FP16", scale_rule="nearest"),
+    **{
+        f"INT{bits}-{sharing}": _family(
+            128 if sharing == "g128" else None,
+            per_tensor=sharing == "tensor",
+            element=f"INT{bits}",
+            scale="FP32 FP16",
+            scale_rule="nearest",
+        )
+        for bits in (2, 3, 4, 8)
+        for sharing in ("g128", "row", "tensor")
+    },
+    **{
+        f"{name}-{sharing}": _family(
+            None, per_tensor=sharing == "tensor", element=element, scale="FP32 FP16", scale_rule=rule, rounding=rounding
+        )
+        for name, element, rule, rounding in (
+            ("TERNARY", "TERNARY", "twn", "even"),
+            ("FP8", "E4M3", "nearest", "even away"),
+        )
+        for sharing in ("row", "tensor")
+    },
 }
 
 FORMATS = tuple(FAMILIES)
 """Names of the families, as configuration and the command line take them."""
+
+
+def bits_of(family: str) -> int:
+    """Bits of a code of this family: the number behind W, A and KV in a precision's name."""
+    return ELEMENT_BITS[FAMILIES[family]["element"][0]]
 
 
 def has_global_scale(family: str) -> bool:

@@ -1,7 +1,8 @@
 """What the name of a precision means: the one place where names are read, written and given defaults.
 
 ``NVFP4-W4A4KV4`` reads: family NVFP4, four-bit weights (W), inputs of the linear layers (A) and key/value cache (KV);
-16 means unquantized, ``BF16`` quantizes nothing. Families can be mixed with ``+``: ``MXFP4-W4A4+NVFP4-KV4``. Options
+16 means unquantized, ``BF16`` quantizes nothing. The number is that of the family's bits (``INT8-row-W8A8``). Families
+can be mixed with ``+``: ``MXFP4-W4A4+NVFP4-KV4``, ``TERNARY-row-W2+INT8-tensor-A8``. Options
 stand behind a colon: ``MXFP4-W4A4:rotation=32``, ``NVFP4-W4A4KV4:kv_element=E1M2,global_scale=static``; for one role
 alone with its name in front, ``inputs.scale_rule=multiply``.
 
@@ -25,7 +26,7 @@ from pydantic import AfterValidator, field_validator, model_validator
 
 from reqat.config.base import Strict
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.formats import FAMILIES, FORMATS, has_global_scale
+from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, standard
 
 ROLES = ("weights", "inputs", "keys", "values")
 LINEAR, CACHE = ("weights", "inputs"), ("keys", "values")
@@ -68,7 +69,8 @@ DEFAULT_GLOBAL_SCALE: GlobalScale = "row"
 LARGEST_ROTATION = 2**15
 
 _TOKENS = {"W": ("weights",), "A": ("inputs",), "KV": CACHE, "K": ("keys",), "V": ("values",)}
-_TERM = re.compile(r"(?P<family>.+)-(?P<spec>(?:(?:W|A|KV|K|V)(?:4|16))+)", re.IGNORECASE)
+_ROLE_BITS = r"(KV|W|A|K|V)(2|3|4|8|16)"
+_TERM = re.compile(rf"(?P<family>.+)-(?P<spec>(?:{_ROLE_BITS})+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def name_of(families: Mapping[str, str]) -> str:
     linear = {families[role] for role in LINEAR if role in families}
     for token, name in entries:
         if name is not None:
-            bits, of = "4", name
+            bits, of = str(bits_of(name)), name
         elif token in ("W", "A") and len(linear) == 1:
             bits, of = "16", next(iter(linear))  # "W4A16", not "W4"
         else:
@@ -215,11 +217,15 @@ def _families(name: str, bare: str) -> dict[str, str]:
         match = _TERM.fullmatch(term)
         if match is None or match["family"].upper() not in known:
             raise unknown_precision(name)
-        for token, width in re.findall(r"(KV|W|A|K|V)(4|16)", match["spec"].upper()):
+        of = known[match["family"].upper()]
+        for token, width in re.findall(_ROLE_BITS, match["spec"].upper()):
+            if int(width) not in (bits_of(of), 16):
+                remedy = f"{of} has {bits_of(of)} bits: write {token}{bits_of(of)}, or {token}16 for not quantized."
+                raise unknown("precision", name, KNOWN, remedy=remedy)
             for role in _TOKENS[token]:
                 if role in bits:
                     raise ReqatError(f"precision {name!r} sets {role} twice")
-                bits[role] = known[match["family"].upper()] if width == "4" else ""
+                bits[role] = of if int(width) != 16 else ""
     return {role: bits[role] for role in ROLES if bits.get(role)}
 
 
@@ -268,9 +274,10 @@ def _fields(name: str, role: str, family: str, options: Mapping[str, Any]) -> di
     for part in _FIELDS:
         if f"{role}.{part}" in options:
             fields[part] = options[f"{role}.{part}"]
+    fields = {part: standard(part, value) for part, value in fields.items()}
     for part, value in fields.items():
         allowed = FAMILIES[family][part]
-        if not isinstance(value, str) or (value not in allowed and not (part == "scale" and value == "PO2")):
+        if not isinstance(value, str) or value not in allowed:
             raise unknown(f"{part} of {family}", value, allowed, where=f"precision {name!r}")
     if role in SCALED and has_global_scale(family):
         fields.setdefault("global_scale", DEFAULT_GLOBAL_SCALE)

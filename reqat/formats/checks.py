@@ -38,8 +38,8 @@ def check_parts(
     """Raise ValueError (TypeError for what is no tensor) unless the parts belong together and hold valid numbers.
 
     Args:
-        codes: uint8, one code (0..15) an element; ``packed``: two codes a byte along ``axis``. As long along ``axis``
-            as ``shape`` says, rounded up to whole blocks.
+        codes: uint8, one code an element; ``packed``: ``fmt.codes_per_byte`` codes a byte along ``axis``. As long along
+            ``axis`` as ``shape`` says, rounded up to whole blocks.
         scales: one a block along ``axis`` (AMXFP4: and a last axis of 2), in the stored type of ``fmt``; finite, not
             negative (nor -0.0); E8M0 not 255, which is NaN.
         global_scale: for formats that have one: float32, a scalar or of ``shape`` with ``axis`` (and any other axis
@@ -50,16 +50,17 @@ def check_parts(
     check_structure(codes, scales, global_scale, fmt, axis, shape, dtype=dtype, packed=packed, name=name)
     check_scales(scales, global_scale, fmt, name=name)
     if not packed:
-        check_codes(codes, name=name)
+        check_codes(codes, fmt.bits, name=name)
 
 
-def check_codes(codes: Tensor, *, name: str | None = None) -> None:
-    """Raise ValueError for codes (uint8, one a byte) above 15, on a CPU: elsewhere it would wait for the device."""
-    if not _can_look(codes) or not codes.numel():
+def check_codes(codes: Tensor, bits: int = 4, *, name: str | None = None) -> None:
+    """Raise ValueError for codes (uint8, one a byte) of more than ``bits`` bits, on a CPU: elsewhere it would wait for
+    the device."""
+    if bits == 8 or not _can_look(codes) or not codes.numel():
         return
     largest = int(codes.amax())
-    if largest > 15:
-        raise ValueError(f"codes of {name or 'tensor'} hold {largest}; four-bit codes are 0 to 15")
+    if largest >= 2**bits:
+        raise ValueError(f"codes of {name or 'tensor'} hold {largest}; {bits}-bit codes are 0 to {2**bits - 1}")
 
 
 def check_structure(
@@ -105,7 +106,7 @@ def check_structure(
         raise ValueError(f"axis of {label} must be 0 to {len(sizes) - 1} for shape {sizes}, got {axis!r}")
     block = fmt.block or max(1, sizes[axis])
     padded = -(-sizes[axis] // block) * block
-    along = (padded + 1) // 2 if packed else padded
+    along = -(-padded // fmt.codes_per_byte) if packed else padded
     signs = [2] if fmt.asymmetric else []
     for what, part, length, more in (("codes", codes, along, []), ("scales", scales, padded // block, signs)):
         expected = [*sizes[:axis], length, *sizes[axis + 1 :], *more]

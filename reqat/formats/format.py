@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from reqat.config.errors import unknown_text
-from reqat.config.formats import FAMILIES
+from reqat.config.formats import FAMILIES, standard
 from reqat.formats.elements import ELEMENTS, Element
 from reqat.formats.scales import E4M3_MAX
 
@@ -21,7 +21,8 @@ from reqat.formats.scales import E4M3_MAX
 class Format:
     """One way to quantize a tensor. Make it with :func:`get_format`; the fields are checked against the family's.
 
-    ``block``: elements along the quantized axis that share a scale (None: the whole axis). ``scale``: the stored type
+    ``block``: elements along the quantized axis that share a scale (None: the whole axis, a row; with ``per_tensor``
+    all rows have the same scale, which is stored once a row like any other). ``scale``: the stored type
     of the block scales; ``scale_rule``: how they follow from the block. ``global_scale``: ``none``; ``dynamic``, one a
     tensor, from the tensor at hand; ``row``, one for each index of the other axes; ``static``, calibrated, given by
     the caller. ``asymmetric``: one scale for a block's positive and one for its negative numbers. ``adaptive``:
@@ -37,10 +38,13 @@ class Format:
     global_scale: str = "dynamic"
     asymmetric: bool = False
     adaptive: bool = False
+    per_tensor: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in FAMILIES:
             raise ValueError(unknown_text("format", self.name, FAMILIES))
+        for field in ("scale", "scale_rule"):
+            object.__setattr__(self, field, standard(field, getattr(self, field)))
         for field, allowed in FAMILIES[self.name].items():
             if getattr(self, field) not in allowed:
                 raise ValueError(unknown_text(f"{field} of {self.name}", getattr(self, field), allowed))
@@ -52,6 +56,16 @@ class Format:
     def element_type(self) -> Element:
         """The element, with its magnitudes and rounding."""
         return ELEMENTS[self.element]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code: 2, 3, 4 or 8."""
+        return self.element_type.bits
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Codes that one byte of a packed tensor holds: 4, 2 or 1. Codes of 3 bits take half a byte each."""
+        return {2: 4, 3: 2, 4: 2, 8: 1}[self.bits]
 
     @property
     def has_global_scale(self) -> bool:
@@ -79,8 +93,9 @@ def get_format(name: str | Format, **options: str | None) -> Format:
     """The format of that name (in upper or lower case), with options.
 
     Options (None: the default): ``element`` (E2M1, E1M2), ``scale`` (type of the block scales; ``PO2`` is E8M0),
-    ``scale_rule``, ``rounding`` (even: ties to the even code; away: half away from zero), ``global_scale`` (dynamic,
-    row, static). The module's table says which family leaves which choice. Given a Format, options change it.
+    ``scale_rule`` (``ceil`` is rceil), ``rounding`` (even: ties to the even code; away: half away from zero),
+    ``global_scale`` (dynamic, row, static). The module's table says which family leaves which choice. Given a
+    Format, options change it.
 
     Raises ValueError for an unknown name, option or value, with the valid ones.
     """
@@ -95,8 +110,7 @@ def get_format(name: str | Format, **options: str | None) -> Format:
         if known is None:
             raise ValueError(unknown_text("format", name, FAMILIES))
         fields = {"name": known, **{field: values[0] for field, values in FAMILIES[known].items()}}
-    if chosen.get("scale") == "PO2":
-        chosen["scale"] = "E8M0"
+    chosen = {option: standard(option, value) for option, value in chosen.items()}
     if fields["asymmetric"] and "scale" in chosen and "scale_rule" not in chosen:
         chosen["scale_rule"] = "floor" if chosen["scale"] == "E8M0" else "nearest"
     return Format(**{**fields, **chosen})

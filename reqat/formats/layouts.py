@@ -85,7 +85,10 @@ def to_layout(
     fmt = q.format
     reason = None
     if fmt.name not in spec.families:
-        reason = f"it holds {' or '.join(spec.families)}, not {fmt.name}"
+        reason = (
+            f"it holds {' or '.join(spec.families)}, not {fmt.name} ({fmt.bits}-bit {fmt.element}); reqat's own "
+            "checkpoints (save_model) hold every format"
+        )
     elif fmt.element != "E2M1":
         reason = f"its elements are E2M1, not {fmt.element}"
     elif q.axis != len(q.shape) - 1:

@@ -263,6 +263,10 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
     top_value = float(top)
     if not math.isfinite(top_value):
         raise _not_finite(blocks.original, name)
+    if fmt.scale_rule == "twn":
+        return _ternary_scales(x, fmt, top_value)
+    if fmt.per_tensor:
+        amax = top.expand(len(amax)).contiguous()
     g: Tensor | None = None
     if fmt.has_global_scale:
         g = _global_scale(blocks, fmt, given, amax, top)
@@ -284,11 +288,30 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
     inverted = fmt.scale_rule == "reciprocal"
     D = _by_row(inverse_scale, s, g) if inverted and g is not None else S
     clip = False
-    if fmt.scale_rule != "ceil" and amax.numel():  # "ceil" never needs it; the others where a scale is far too small
+    if fmt.scale_rule != "rceil" and amax.numel():  # "rceil" never needs it; the others where a scale is far too small
         clip = float((amax * D if inverted else amax / D).amax()) > element.clip_above
     if not fmt.asymmetric:
         S, D = S[:, None], D[:, None]
     return _Scales(s, S, D, inverted, g, clip, top_value)
+
+
+def _ternary_scales(x: Tensor, fmt: Format, top: float) -> _Scales:
+    """Ternary weight networks (arXiv 1605.04711), for each row of [N, B] or all of it: with delta = 0.7 mean |x|, codes
+    are the signs of the numbers with |x| > delta, and the scale is the mean |x| of those.
+
+    Means are taken in float64 and rounded once. Dividing by 2 delta puts the threshold at 1/2, where a tie goes to 0:
+    the comparison with delta is exact. A row of zeros gets the scale 1, as elsewhere.
+    """
+    magnitude = x.to(torch.float32).abs().double()
+    if fmt.per_tensor:
+        magnitude = magnitude.reshape(min(1, len(x)), x.numel())
+    delta = (0.7 * magnitude.mean(-1, keepdim=True)).float()
+    above = magnitude > delta
+    alpha = torch.where(above, magnitude, 0).sum(-1, keepdim=True) / above.sum(-1, keepdim=True).clamp(min=1)
+    s = round_to_float(alpha.float().flatten(), SCALE_TYPES[fmt.scale])
+    s, delta = (t.expand(len(x)).contiguous() for t in (replace_zero_(s, 1.0), replace_zero_(delta.flatten(), 1.0)))
+    divisor = (2 * delta[:, None]).clamp_(max=FLOAT32_MAX)
+    return _Scales(s, s[:, None], divisor, False, None, True, top)
 
 
 def _block_amax(x: Tensor) -> Tensor:

@@ -77,13 +77,13 @@ def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
     """Biased exponents (int32 in 0..254, meaning ``2**(e - 127)``) for float32 block maxima, by the named rule.
 
     - ``floor`` (OCP MX v1.0): ``floor(log2 amax) - floor(log2 emax)``. The top of the block may saturate.
-    - ``ceil`` (NVIDIA "RCEIL", ReQAT): ``ceil(log2(amax / emax))``, amax / emax rounded to float32. Never saturates.
+    - ``rceil`` (NVIDIA, ReQAT): ``ceil(log2(amax / emax))``, amax / emax rounded to float32. Never saturates.
     - ``even`` (compressed-tensors, torchao EVEN): ``floor``, of amax after rounding its mantissa up where the element's
       own rounding would carry it into the next binade (mantissa of at least 1.75 for E2M1, 1.875 for E1M2).
 
     Exact, on bits (no ``log2``). Zero and anything below the range gets 0 (2^-127).
     """
-    if rule == "ceil":
+    if rule == "rceil":
         # Below 2^-126 bits are no exponents. Up to 2^-127 the answer is 0; from there on the carry does the rest.
         quotient = torch.threshold_(divide(amax, element.emax), 2.0**-127, 0.0)
         return (quotient.view(torch.int32) + _MANTISSA) >> 23

@@ -1,6 +1,7 @@
-"""Quantized tensors: codes and scales, one code a byte (:class:`QuantizedTensor`) or two (:class:`PackedTensor`).
+"""Quantized tensors: codes and scales, one code a byte (:class:`QuantizedTensor`) or packed (:class:`PackedTensor`).
 
-Packed, the low nibble holds the even index along the axis and the high nibble the odd one.
+Packed, a byte holds four codes of 2 bits, two of 3 or 4, or one of 8, neighbours along the axis from the low bits up:
+of four bits the low nibble holds the even index, the high nibble the odd one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from reqat.formats.subnormals import subnormals_kept
 class QuantizedTensor:
     """Codes and scales of one tensor.
 
-    ``codes``: uint8, one 4-bit code an element, in the shape of the input (longer along ``axis`` if it was padded).
+    ``codes``: uint8, a code of ``format.bits`` bits an element, in the input's shape (longer along ``axis`` if padded).
     ``scales``: one a block, in the input's shape with ``axis`` as long as there are blocks, in the stored type (E8M0:
     uint8 exponents; E4M3, E5M2: torch's float8; FP16; FP32). AMXFP4 adds a last axis of 2: [positive, negative].
     ``global_scale``: float32 divisor g, a scalar, or (``row``) the input's shape with ``axis`` of length 1; or None.
@@ -61,7 +62,7 @@ class QuantizedTensor:
 
         ``value(code) * S`` in float32, then rounded to ``dtype``, saturating at its largest number. Zeros are +0.0.
         """
-        check_codes(self.codes)
+        check_codes(self.codes, self.format.bits)
         with subnormals_kept(self.codes):
             return self._dequantized(dtype or self.dtype)
 
@@ -84,14 +85,14 @@ class QuantizedTensor:
         return S.repeat_interleave(codes.shape[-1] // max(1, S.shape[-1]), dim=-1)
 
     def pack(self) -> PackedTensor:
-        """Two codes a byte; see :class:`reqat.formats.PackedTensor`."""
+        """Several codes a byte; see :class:`reqat.formats.PackedTensor`."""
         return PackedTensor.from_quantized(self)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the packed tensor takes: half a byte a code, the scales, the global scale."""
+        """Bytes that the packed tensor takes: packed codes, the scales, the global scale."""
         rows = self.codes.numel() // max(1, self.codes.shape[self.axis])
-        packed = rows * ((self.codes.shape[self.axis] + 1) // 2)
+        packed = rows * -(-self.codes.shape[self.axis] // self.format.codes_per_byte)
         return packed + self.scales.nbytes + (0 if self.global_scale is None else self.global_scale.nbytes)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
@@ -103,7 +104,8 @@ class QuantizedTensor:
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A :class:`QuantizedTensor` with ``packed`` uint8, half as long along ``axis`` (rounded up) as its codes.
+    """A :class:`QuantizedTensor` with ``packed`` uint8, ``format.codes_per_byte`` times shorter along ``axis`` (rounded
+    up) than its codes.
 
     Checked like it when it is made.
     """
@@ -131,9 +133,9 @@ class PackedTensor:
 
     @classmethod
     def from_quantized(cls, q: QuantizedTensor) -> PackedTensor:
-        """Pack the codes of ``q``; the scales are shared, not copied. Raises ValueError for codes above 15."""
-        check_codes(q.codes)
-        packed = pack_codes(q.codes, q.axis)
+        """Pack the codes of ``q``; the scales are shared, not copied. Raises ValueError for codes of too many bits."""
+        check_codes(q.codes, q.format.bits)
+        packed = pack_codes(q.codes, q.axis, per_byte=q.format.codes_per_byte)
         return cls(packed, q.scales, q.global_scale, q.format, q.axis, q.shape, q.dtype)
 
     def unpack(self) -> QuantizedTensor:
@@ -141,7 +143,7 @@ class PackedTensor:
         length = self.shape[self.axis]
         if self.format.block:
             length = -(-length // self.format.block) * self.format.block
-        codes = unpack_codes(self.packed, length, self.axis)
+        codes = unpack_codes(self.packed, length, self.axis, per_byte=self.format.codes_per_byte)
         return QuantizedTensor(codes, self.scales, self.global_scale, self.format, self.axis, self.shape, self.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -155,26 +157,32 @@ class PackedTensor:
         return self.packed.nbytes + self.scales.nbytes + (0 if g is None else g.nbytes)
 
 
-def pack_codes(codes: Tensor, axis: int = -1) -> Tensor:
-    """Pack 4-bit ``codes`` (uint8) in pairs along ``axis``: low nibble even index. An odd length gets a zero code.
+def pack_codes(codes: Tensor, axis: int = -1, *, per_byte: int = 2) -> Tensor:
+    """Pack ``codes`` (uint8) along ``axis``, ``per_byte`` (4, 2 or 1) neighbours a byte, the first in the low bits.
 
-    Codes above 15 would run into their neighbours; :func:`reqat.formats.checks.check_codes` looks for them.
+    An odd length gets zero codes. Codes of more than ``8 / per_byte`` bits would run into their neighbours;
+    :func:`reqat.formats.checks.check_codes` looks for them.
     """
     codes = codes.movedim(axis, -1)
-    if codes.shape[-1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1))
-    return (codes[..., ::2] | (codes[..., 1::2] << 4)).movedim(-1, axis).contiguous()
+    if missing := -codes.shape[-1] % per_byte:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    packed = codes[..., ::per_byte]
+    for i in range(1, per_byte):
+        packed = packed | (codes[..., i::per_byte] << (i * 8 // per_byte))
+    return packed.movedim(-1, axis).contiguous()
 
 
-def unpack_codes(packed: Tensor, length: int, axis: int = -1) -> Tensor:
+def unpack_codes(packed: Tensor, length: int, axis: int = -1, *, per_byte: int = 2) -> Tensor:
     """The inverse of :func:`pack_codes`; ``length`` is the number of codes along ``axis``."""
     packed = packed.movedim(axis, -1)
-    if packed.dtype != torch.uint8 or packed.shape[-1] != (length + 1) // 2:
+    nbytes, width = -(-length // per_byte), 8 // per_byte
+    if packed.dtype != torch.uint8 or packed.shape[-1] != nbytes:
         raise ValueError(
-            f"packed codes of {length} elements must be uint8 with {(length + 1) // 2} bytes along axis {axis}, got "
+            f"packed codes of {length} elements must be uint8 with {nbytes} bytes along axis {axis}, got "
             f"{packed.dtype} with {packed.shape[-1]}"
         )
-    codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)[..., :length]
+    parts = [(packed >> (i * width)) & (2**width - 1) for i in range(per_byte)]
+    codes = torch.stack(parts, dim=-1).flatten(-2)[..., :length]
     return codes.movedim(-1, axis).contiguous()
 
 

@@ -215,7 +215,9 @@ def solve_weights(
     precision = precision_of(model)
     if precision is None or precision.weights is None:
         state = "was not prepared" if precision is None else f"was prepared for {precision}, which keeps its weights"
-        raise ReqatError(f"{label} quantizes weights, but the model {state}: prepare it for a precision with W4 first")
+        raise ReqatError(
+            f"{label} quantizes weights, but the model {state}: prepare it for quantized weights (NVFP4-W4A16) first"
+        )
     if done := [name for name, layer in quant_linears(model).items() if layer.frozen]:
         raise ReqatError(f"{label} starts from dense weights, but {done[0]} is frozen already: load the model again")
     pools = {block.index: _pools(block) for block in blocks_of(model)}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from reqat.config import PrecisionSpec, ReqatError, amount, load_catalogue, load_tier, tier_names
 from reqat.config import schema as schema_file
 from reqat.config.base import parse
+from reqat.config.formats import bits_of
 from reqat.config.precision import FORMATS, family
 from reqat.config.recipe import Catalogue
 
@@ -160,7 +161,7 @@ def test_precision_options_that_a_name_does_not_use_leave_its_identity_alone():
 def test_every_name_that_configuration_takes_is_a_precision(kind: str, bits: str):
     from reqat.quant import Precision
 
-    name = f"{kind}-{bits}"
+    name = f"{kind}-{bits.replace('4', str(bits_of(kind)))}"
     spec = PrecisionSpec(name=name)
     parsed = Precision.parse(name, **spec.options())
     assert str(parsed) == name

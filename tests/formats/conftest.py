@@ -40,6 +40,14 @@ FORMATS: dict[str, Format] = {
         "INT4-g128": ("INT4-g128", {}),
         "INT4-row": ("INT4-row", {}),
         "INT4-row FP16 away": ("INT4-row", {"scale": "FP16", "rounding": "away"}),
+        "INT2-g128": ("INT2-g128", {}),
+        "INT3-row": ("INT3-row", {}),
+        "INT8-g128 away": ("INT8-g128", {"rounding": "away"}),
+        "INT8-tensor": ("INT8-tensor", {}),
+        "FP8-row": ("FP8-row", {}),
+        "FP8-tensor FP16": ("FP8-tensor", {"scale": "FP16"}),
+        "TERNARY-row": ("TERNARY-row", {}),
+        "TERNARY-tensor FP16": ("TERNARY-tensor", {"scale": "FP16"}),
     }.items()
 }
 
@@ -119,7 +127,8 @@ _f32 = np.float32
 _MAGNITUDES = {
     "E2M1": np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6]),
     "E1M2": np.array([0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5]),
-    "INT4": np.arange(8.0),
+    **{name: np.arange(float(2 ** (bits - 1))) for name, bits in (("INT2", 2), ("INT3", 3), ("INT4", 4), ("INT8", 8))},
+    "E4M3": np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64),
 }
 _SCALE_VALUES = {
     "E4M3": np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float64),
@@ -145,7 +154,7 @@ def _power_of_two(amax: np.ndarray, fmt: Format) -> np.ndarray:
         if a == 0:
             scales.append(2.0**-127)
             continue
-        if fmt.scale_rule == "ceil":
+        if fmt.scale_rule == "rceil":
             mantissa, exponent = np.frexp(np.float64(_f32(a) / _f32(emax)))
             k = exponent - 1 if mantissa == 0.5 else exponent
         else:
@@ -156,8 +165,27 @@ def _power_of_two(amax: np.ndarray, fmt: Format) -> np.ndarray:
     return np.array(scales, dtype=_f32)
 
 
+def _ternary(x: np.ndarray, fmt: Format) -> np.ndarray:
+    """Ternary weight networks by their definition, row by row or (``per_tensor``) for all numbers."""
+    groups = [x] if fmt.per_tensor else list(x)
+    out = []
+    for numbers in groups:
+        magnitude = np.abs(numbers.astype(np.float64))
+        delta = _f32(0.7 * magnitude.mean())
+        kept = magnitude > delta
+        alpha = _f32(magnitude[kept].mean()) if kept.any() else _f32(0)
+        if fmt.scale == "FP16":
+            alpha = _f32(min(alpha, _f32(65504)).astype(np.float16))
+        if alpha == 0:
+            alpha = _f32(1)
+        out.append(np.where(kept, np.copysign(alpha, numbers), _f32(0)))
+    return np.concatenate(out).reshape(x.shape).astype(_f32)
+
+
 def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
     """``x^`` of float32 blocks ``x`` [N, B] for the global scale ``g`` ([N] or None), rule by rule."""
+    if fmt.scale_rule == "twn":
+        return _ternary(x, fmt)
     magnitudes = _MAGNITUDES[fmt.element]
     emax = _f32(magnitudes[-1])
 
@@ -195,7 +223,8 @@ def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
         return np.copysign(v, x) * multiplier[:, None] + _f32(0)
 
     def quantized(values: np.ndarray, expand: float = 1.0) -> np.ndarray:
-        return round_block(stored_scale(values.max(-1), expand))
+        amax = np.full(len(values), values.max()) if fmt.per_tensor else values.max(-1)
+        return round_block(stored_scale(amax, expand))
 
     with np.errstate(over="ignore"):
         if fmt.asymmetric:

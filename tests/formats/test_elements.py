@@ -84,6 +84,32 @@ def test_int4_is_round_half_even_within_seven(bf16_values: Tensor):
     assert torch.equal(rounded(ELEMENTS["INT4"], y, "away").double(), half_away)
 
 
+@pytest.mark.parametrize("name", ["INT2", "INT3", "INT8", "TERNARY"])
+def test_integers_round_half_even_within_their_range(name: str, bf16_values: Tensor):
+    element, most = ELEMENTS[name], {"INT2": 1, "INT3": 3, "INT8": 127, "TERNARY": 1}[name]
+    y = torch.cat((bf16_values, around_ties(element)))
+    assert torch.equal(rounded(element, y), y.round().clamp(-most, most))
+    half_away = torch.trunc(y.double().clamp(-most, most) + torch.copysign(torch.tensor(0.5, dtype=torch.float64), y))
+    assert torch.equal(rounded(element, y, "away").double(), half_away)
+
+
+@pytest.mark.parametrize(("name", "theirs"), [("INT2", ml_dtypes.int2), ("INT4", ml_dtypes.int4)])
+def test_codes_of_integers_are_those_of_ml_dtypes(name: str, theirs: type):
+    element = ELEMENTS[name]
+    codes = np.arange(2**element.bits, dtype=np.uint8)
+    numbers = codes.view(theirs).astype(np.float32)
+    assert np.array_equal(element.decode(torch.from_numpy(codes)).numpy(), numbers)
+    y = torch.arange(-element.emax, element.emax + 1)
+    assert np.array_equal(encoded(element, y).numpy(), y.numpy().astype(theirs).view(np.uint8) & (2**element.bits - 1))
+
+
+def test_e4m3_codes_and_values_equal_ml_dtypes_on_every_bfloat16(bf16_values: Tensor):
+    y = torch.cat((bf16_values, around_ties(ELEMENTS["E4M3"])))
+    expected = y.clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn)  # ml_dtypes overflows to NaN
+    assert np.array_equal(rounded(ELEMENTS["E4M3"], y).numpy(), expected.astype(np.float32))
+    assert np.array_equal(encoded(ELEMENTS["E4M3"], y).numpy(), expected.view(np.uint8))
+
+
 def test_ties_of_the_specification():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
     assert rounded(ELEMENTS["E2M1"], ties).tolist() == [0, 1, 1, 2, 2, 4, 4]
@@ -103,24 +129,27 @@ def test_without_clip_nothing_changes_up_to_the_stated_bound(name: str, rounding
 @pytest.mark.parametrize("name", ELEMENTS)
 @pytest.mark.parametrize("rounding", ["even", "away"])
 def test_no_negative_zero_comes_out(name: str, rounding: str):
-    y = torch.tensor([-0.0, -1e-45, -1e-30, -0.2])
+    y = torch.tensor([-0.0, -1e-45, -1e-30, -0.4 * ELEMENTS[name].magnitudes[1]])
     assert not torch.signbit(rounded(ELEMENTS[name], y, rounding)).any()
     assert not torch.signbit(ELEMENTS[name].decode(encoded(ELEMENTS[name], y, rounding))).any()
 
 
 @pytest.mark.parametrize("name", ELEMENTS)
-def test_the_sixteen_codes(name: str):
+def test_each_code(name: str):
     element = ELEMENTS[name]
-    codes = torch.arange(16, dtype=torch.uint8)
+    half = 2 ** (element.bits - 1)
+    codes = torch.arange(2 * half, dtype=torch.int32).to(torch.uint8)
     values = element.decode(codes)
-    if name == "INT4":
-        assert values.tolist() == [*range(8), *range(-8, 0)]
-        codes, values = codes[codes != 8], values[codes != 8]  # -8 is never produced
+    if element.integer:
+        assert values.tolist() == [*range(half), *range(-half, 0)]
+        codes, values = codes[codes != half], values[codes != half]  # the lowest is never produced
         assert torch.equal(element.encode(values, torch.signbit(values)), codes)
     else:
-        assert values[:8].tolist() == list(element.magnitudes)
-        assert values[8:].tolist() == [-m for m in element.magnitudes]
-        assert torch.equal(element.encode(values, codes >= 8), codes)
+        finite = ~values.isnan()
+        assert values[:half][finite[:half]].tolist() == list(element.magnitudes)
+        assert values[half:][finite[half:]].tolist() == [-m for m in element.magnitudes]
+        assert codes[~finite].tolist() == ([127, 255] if name == "E4M3" else [])
+        assert torch.equal(element.encode(values, codes >= half)[finite], codes[finite])
 
 
 @pytest.mark.parametrize("name", ELEMENTS)

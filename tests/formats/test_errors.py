@@ -112,10 +112,10 @@ def test_a_given_scale_wins_and_takes_many_shapes():
     ("name", "options", "message"),
     [
         ("NVFP5", {}, "format 'NVFP5'.*mean 'NVFP4'"),
-        ("fp4", {}, "Known: AMXFP4, INT4-g128, INT4-row, MXFP4, NVFP4, NVFP4-4/6"),
+        ("fp4", {}, "Known: AMXFP4.*INT4-g128, INT4-row.*MXFP4, NVFP4, NVFP4-4/6.*TERNARY-row"),
         ("NVFP4", {"element": "E3M0"}, "element of NVFP4 'E3M0'.*Known: E1M2, E2M1"),
         ("NVFP4-4/6", {"element": "E1M2"}, "Known: E2M1"),
-        ("MXFP4", {"scale_rule": "ceiling"}, "mean 'ceil'.*Known: ceil, even, floor"),
+        ("MXFP4", {"scale_rule": "ceiling"}, "mean 'rceil'.*Known: even, floor, rceil"),
         ("MXFP4", {"rounding": "nearest"}, "Known: away, even"),
         ("MXFP4", {"scale": "E4M3"}, "Known: E8M0"),
         ("MXFP4", {"global_scale": "row"}, "Known: none"),

@@ -70,7 +70,16 @@ def test_a_packed_tensor_gives_everything_back(fmt: Format, same_bits: SameBits)
     assert (again.format, again.axis, again.shape, again.dtype) == (q.format, q.axis, q.shape, q.dtype)
     same_bits(again.dequantize(), q.dequantize())
     same_bits(packed.dequantize(torch.float64), q.dequantize(torch.float64))
-    assert packed.packed.nbytes * 2 == q.codes.nbytes
+    assert packed.packed.nbytes * {2: 4, 3: 2, 4: 2, 8: 1}[fmt.bits] == q.codes.nbytes
+    assert q.nbytes == packed.nbytes
+
+
+def test_codes_of_two_bits_are_packed_four_a_byte_from_the_low_bits_up():
+    codes = torch.tensor([[1, 2, 3, 0, 3]], dtype=torch.uint8)
+    packed = pack_codes(codes, per_byte=4)
+    assert packed.tolist() == [[0b00111001, 0b11]]
+    assert torch.equal(unpack_codes(packed, 5, per_byte=4), codes)
+    assert torch.equal(pack_codes(codes, per_byte=1), codes)
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -263,3 +272,11 @@ def test_unpacking_the_wrong_length_is_refused():
         unpack_codes(torch.zeros(4, dtype=torch.uint8), 10)
     with pytest.raises(ValueError, match="must be uint8"):
         unpack_codes(torch.zeros(5), 10)
+
+
+@pytest.mark.parametrize("name", ["TERNARY-row", "INT3-row", "INT8-row", "FP8-tensor"])
+def test_engines_layouts_say_which_format_they_do_not_hold(name: str):
+    q = quantize(torch.randn(4, 64), name)
+    for layout in LAYOUT_NAMES:
+        with pytest.raises(ValueError, match=f"{name}.*save_model"):
+            to_layout(q, layout)

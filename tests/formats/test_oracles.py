@@ -355,5 +355,23 @@ def test_four_over_six_is_its_authors(dtype: torch.dtype):
 
 
 def test_scale_rules_of_the_families_are_named():
-    assert get_format("MXFP4").scale_rule == "ceil" and get_format("NVFP4").scale_rule == "divide"
+    assert get_format("MXFP4").scale_rule == "rceil" and get_format("NVFP4").scale_rule == "divide"
     assert get_format("AMXFP4").rounding == "away" and get_format("NVFP4").rounding == "even"
+
+
+@pytest.mark.parametrize("name", ["INT2-row", "INT3-g128", "INT4-g128", "INT8-row", "INT8-tensor"])
+def test_integers_are_torchaos_symmetric_ones(name: str):
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    fmt = get_format(name)
+    x = torch.randn(24, 256, generator=torch.Generator().manual_seed(0)) * 3
+    most = 2 ** (fmt.bits - 1) - 1
+    block = (24 if fmt.per_tensor else 1, fmt.block or 256)
+    scale, zero = primitives.choose_qparams_affine(
+        x, primitives.MappingType.SYMMETRIC, block, torch.int8, -most, most, scale_dtype=torch.float32
+    )
+    theirs = primitives.quantize_affine(x, block, scale, zero, torch.int8, -most, most)
+    q = quantize(x, fmt)
+    assert torch.equal(q.format.element_type.decode(q.codes), theirs.float())
+    assert torch.equal(q.scales, scale.reshape(-1, q.scales.shape[1]).expand_as(q.scales))
+    back = primitives.dequantize_affine(theirs, block, scale, zero, torch.int8, -most, most)
+    assert torch.equal(q.dequantize(), back)

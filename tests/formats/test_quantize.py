@@ -17,7 +17,7 @@ from reqat.formats import Format, PackedTensor, get_format, global_scale_for, qu
 
 SameBits = Callable[[Tensor, Tensor], None]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-FAMILIES = ["MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g128", "INT4-row"]
+FAMILIES = ["MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g128", "INT4-row", "INT2-row", "INT3-tensor"]
 # Which of two scales four-over-six takes hangs on a comparison of two float32 sums; where they tie to the last bits the
 # order of summation decides, so the twin, which sums in float64, may differ there.
 TIES_DECIDED_BY_SUMMATION = "adaptive"
@@ -74,7 +74,7 @@ def test_equals_the_naive_twin_on_hard_blocks(
 
 
 @given_tensors()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, "INT8-tensor", "TERNARY-row", "FP8-row"])
 def test_fake_equals_codes_and_twin(name: str, naive_twin: Callable, same_bits: SameBits, x: Tensor):
     fmt = get_format(name)
     same_bits(quantize_dequantize(x, fmt), quantize(x, fmt).dequantize())
@@ -100,6 +100,8 @@ def check_twin(x: Tensor, fmt: Format, naive_twin: Callable, same_bits: SameBits
 def test_pieces_do_not_matter(fmt: Format, same_bits: SameBits):
     """A tensor larger than one cache-sized piece, not a multiple of it, against itself in parts."""
     fmt = fmt.replace(global_scale="row") if fmt.has_global_scale else fmt
+    if fmt.per_tensor:  # parts of a tensor have other scales
+        fmt = get_format(fmt.name.replace("-tensor", "-row"), scale=fmt.scale)
     x = torch.randn(301, 256) * torch.exp(torch.randn(301, 1))
     rows = torch.cat([quantize_dequantize(row, fmt) for row in x.split(43)])
     same_bits(quantize_dequantize(x, fmt), rows)
@@ -226,7 +228,7 @@ def test_error_is_within_half_a_step(name: str, x: Tensor):
     error = (q.dequantize().double() - x.double()).unflatten(-1, (-1, block)).abs()
     S = q.block_scales().double()
     S = torch.where(blocks < 0, S[..., 1:], S[..., :1]) if q.format.asymmetric else S[..., None]
-    half_step = {"E2M1": 1.0, "INT4": 0.5}[q.format.element]
+    half_step = {"E2M1": 1.0}.get(q.format.element, 0.5)
     cut_off = (blocks.abs() - q.format.element_type.emax * S).clamp(min=0)
     assert (error <= torch.maximum(half_step * S, cut_off) * (1 + 1e-6)).all()
 

@@ -29,7 +29,7 @@ assert _spec is not None and _spec.loader is not None
 _shared = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_shared)
 FORMATS: dict[str, Format] = {
-    **_shared.FORMATS,
+    **{label: fmt for label, fmt in _shared.FORMATS.items() if native.supports(fmt)},
     "NVFP4 static": get_format("NVFP4", global_scale="static"),
     "NVFP4 reciprocal row E1M2": get_format("NVFP4", scale_rule="reciprocal", global_scale="row", element="E1M2"),
     "NVFP4 reciprocal away": get_format("NVFP4", scale_rule="reciprocal", rounding="away"),
@@ -102,6 +102,14 @@ def check(x: Tensor, fmt: Format, g: Tensor | float | None, label: str = "") -> 
     for found in (ours.global_scale, packed.global_scale):
         assert (found is None and q.global_scale is None) or same(found, q.global_scale), f"g {label}"
     assert same(packed.dequantize(), q.dequantize())
+
+
+def test_formats_are_native_or_go_to_the_reference() -> None:
+    for label, fmt in _shared.FORMATS.items():
+        fp4_or_int4 = fmt.name in ("MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g128", "INT4-row")
+        assert native.supports(fmt) == fp4_or_int4, label
+        if not fp4_or_int4:
+            check(torch.randn(3, 256), fmt, None, label)
 
 
 # --- the same bits ----------------------------------------------------------------------------------------------------

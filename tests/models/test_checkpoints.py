@@ -21,10 +21,12 @@ from reqat.models import (
     kv_quantizers,
     load_model,
     load_tokenizer,
+    precision_of,
     prepare,
     quant_linears,
     save_model,
 )
+from reqat.quant import Precision
 from tests.campaign.faults import full_disk
 
 Tiny = Callable[..., PreTrainedModel]
@@ -53,7 +55,17 @@ def test_a_dense_model_comes_back_exactly(tiny: Tiny, family: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "name",
-    ["NVFP4-W4A4KV4:kv_element=E1M2", "MXFP4-W4A4:rotation=32", "NVFP4-4/6-W4A16", "AMXFP4-W4A4", "INT4-row-W4A16"],
+    [
+        "NVFP4-W4A4KV4:kv_element=E1M2",
+        "MXFP4-W4A4:rotation=32",
+        "NVFP4-4/6-W4A16",
+        "AMXFP4-W4A4",
+        "INT4-row-W4A16",
+        "TERNARY-row-W2A16",
+        "INT3-row-W3A16",
+        "INT8-row-W8A8",
+        "TERNARY-tensor-W2+INT8-tensor-A8",
+    ],  # fmt: skip
 )
 def test_quantized_weights_come_back_exactly(tiny: Tiny, tmp_path: Path, ids: Tensor, name: str) -> None:
     model = tiny("llama")
@@ -62,7 +74,7 @@ def test_quantized_weights_come_back_exactly(tiny: Tiny, tmp_path: Path, ids: Te
         model
     ).values():  # as a solver would: codes that rounding the stored weight would not give
         q = layer.quantize_weight()
-        q.codes[0, :4] = torch.tensor([1, 2, 3, 9], dtype=torch.uint8)
+        q.codes[0, :4] = torch.tensor([1, 2, 3, 9], dtype=torch.uint8) & (2**q.format.bits - 1)
         layer.set_quantized(q)
     freeze(model)
     save_model(model, None, tmp_path / "m", dtype=torch.bfloat16)  # the dense copy is rounded, the codes are not
@@ -75,6 +87,21 @@ def test_quantized_weights_come_back_exactly(tiny: Tiny, tmp_path: Path, ids: Te
         assert torch.equal(layer.weight, other.weight) and other.frozen
     save_model(freeze(loaded), None, tmp_path / "again", dtype=torch.bfloat16)
     assert (tmp_path / "again/reqat.safetensors").read_bytes() == (tmp_path / "m/reqat.safetensors").read_bytes()
+
+
+def test_a_folder_that_says_ceil_means_rceil(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny("llama")
+    prepare(model, "MXFP4-W4A4")
+    save_model(freeze(model), None, tmp_path / "m")
+    about = json.loads((tmp_path / "m/reqat.json").read_text())
+    for role in ("weights", "inputs"):
+        assert about["precision"][role].pop("scale_rule") == "rceil" and not about["precision"][role].pop("per_tensor")
+        about["precision"][role]["scale_rule"] = "ceil"
+    about.pop("digest")
+    (tmp_path / "m/reqat.json").write_text(json.dumps(about))
+    loaded = load_model(tmp_path / "m")
+    assert prepare(loaded, "MXFP4-W4A4").restored == ["14 quantized weights"]
+    assert str(precision_of(loaded)) == "MXFP4-W4A4" == str(Precision.parse("MXFP4-W4A4:scale_rule=ceil"))
 
 
 @pytest.mark.parametrize("name", ["NVFP4-W4A16", "MXFP4-W4A16:rotation=32"])

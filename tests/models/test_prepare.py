@@ -28,6 +28,7 @@ PRECISIONS = (
     "NVFP4-4/6-W4A4",
     "AMXFP4-W4A4KV4",
     "INT4-row-W4A4KV4",
+    "TERNARY-tensor-W2+INT8-tensor-A8+INT8-row-KV8",
 )
 
 

@@ -45,7 +45,7 @@ def test_what_names_mean() -> None:
     assert fitted == Precision.parse("nvfp4-w4a4kv4:kv_element=E1M2") != nvfp4
 
     mx = Precision.parse("MXFP4-W4A16")
-    assert mx.weights == get_format("MXFP4", scale_rule="ceil") and mx.rotation is None
+    assert mx.weights == get_format("MXFP4", scale_rule="rceil") and mx.rotation is None
     assert mx.inputs is None and mx.keys is None
     assert Precision.parse("MXFP4-W4A4:rotation=32") == Precision.parse("MXFP4-W4A4", rotation=32)
     assert Precision.parse("MXFP4-W4A4", rotation=32).rotation == 32

@@ -31,11 +31,16 @@ from reqat_kernels.native.library import OK, OPERATORS, library
 
 _ELEMENTS = ("E2M1", "E1M2", "INT4")
 _SCALES = ("E8M0", "E4M3", "E5M2", "FP16", "FP32")
-_RULES = ("ceil", "floor", "even", "divide", "multiply", "reciprocal", "nearest")
+_RULES = ("rceil", "floor", "even", "divide", "multiply", "reciprocal", "nearest")
 _GLOBAL_SCALES = ("none", "dynamic", "row", "static")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Elements that make another thread worth starting: some 15 microseconds of work.
 _PER_THREAD = 32768
+
+
+def supports(fmt: Format) -> bool:
+    """Whether the native loops have the arithmetic of this format; what they have not goes to :mod:`reqat.formats`."""
+    return fmt.element in _ELEMENTS and fmt.scale in _SCALES and fmt.scale_rule in _RULES and not fmt.per_tensor
 
 
 class Spec(ctypes.Structure):
@@ -92,10 +97,11 @@ def format_from_key(key: str) -> Format:
 
 
 @lru_cache(maxsize=256)
-def _call_of(fmt: Format) -> tuple[Any, Spec, int, bool, bool, bool]:
-    """What a call needs to know of a format: the function, Spec, block, and how it scales."""
-    lib = library()
+def _call_of(fmt: Format) -> tuple[Any, Spec | None, int, bool, bool, bool]:
+    """What a call needs to know of a format: the function and Spec (None: not native), block, and how it scales."""
+    lib = library() if supports(fmt) else None
     function = None if lib is None else lib.reqat_quantize
+    spec = None if lib is None else spec_of(fmt)
     if function is not None:
         pointer = ctypes.c_void_p
         function.argtypes = [
@@ -110,7 +116,7 @@ def _call_of(fmt: Format) -> tuple[Any, Spec, int, bool, bool, bool]:
             *[pointer] * 5,
         ]
         function.restype = ctypes.c_int32
-    return function, spec_of(fmt), fmt.block or 0, fmt.has_global_scale, fmt.global_scale == "static", fmt.asymmetric
+    return function, spec, fmt.block or 0, fmt.has_global_scale, fmt.global_scale == "static", fmt.asymmetric
 
 
 def _threads(numel: int) -> int:
@@ -329,7 +335,7 @@ def _quantize_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> 
     fmt = _check(x, key, global_scale)
     *leading, length = x.shape
     signs = [2] if fmt.asymmetric else []
-    packed = x.new_empty((*leading, (length + 1) // 2), dtype=torch.uint8)
+    packed = x.new_empty((*leading, -(-length // fmt.codes_per_byte)), dtype=torch.uint8)
     blocks = length // (fmt.block or max(1, length))
     scales = x.new_empty((*leading, blocks, *signs), dtype=SCALE_TYPES[fmt.scale].dtype)
     if not fmt.has_global_scale:

@@ -92,7 +92,7 @@ class PackedWeight:
 
 def supports(fmt: Format) -> bool:
     """Whether weights of this format can be packed: FP4 in blocks, scaled by E4M3 or E8M0."""
-    return fmt.name in ("NVFP4", "NVFP4-4/6", "MXFP4")
+    return fmt.element in ("E2M1", "E1M2") and fmt.scale in _SCALES and not fmt.asymmetric
 
 
 def packed_bytes(rows: int, columns: int, fmt: Format) -> int:

@@ -72,7 +72,7 @@ def _quantize_cases() -> list[Case]:
     tile = {"BLOCK_M": block_m, "BLOCK_K": block_k}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     nvfp4 = {"BLOCK": 16, "E1M2": False, "RULE": "divide", "NVFP4": True, "ROW": False, "DYNAMIC": False}
-    mxfp4 = {"BLOCK": 32, "E1M2": False, "RULE": "ceil", "NVFP4": False, "ROW": False, "DYNAMIC": False}
+    mxfp4 = {"BLOCK": 32, "E1M2": False, "RULE": "rceil", "NVFP4": False, "ROW": False, "DYNAMIC": False}
     kernel = quantize.quantize_kernel
 
     def case(name: str, constants: dict[str, Any], core: tuple[int, ...] = (), fake: bool = False) -> Case:
@@ -307,7 +307,7 @@ def _append_cases() -> list[Case]:
     multiples = (*_CACHE_MULTIPLES, *(f"{x}_{axis}" for x in ("key", "value", "cos", "sin") for axis in "bgt"))
 
     def case(name: str, key: str, value: str, rotate: Any, row: bool, rows: int, core: tuple[int, ...] = ()) -> Case:
-        rules = ("divide" if "NVFP4" in key else "ceil", "divide" if "NVFP4" in value else "ceil")
+        rules = ("divide" if "NVFP4" in key else "rceil", "divide" if "NVFP4" in value else "rceil")
         constants = {
             **_sides(key, value, RULE=rules, ROW_SCALE=(row, row)),
             "HEAD_DIM": 128,

@@ -162,8 +162,8 @@ def decode_e8m0(code):
 
 @triton.jit
 def encode_e8m0(amax, RULE: tl.constexpr, E1M2: tl.constexpr):
-    """E8M0 bytes (int32, 0..254) for float32 block maxima: ``ceil``, ``floor`` or ``even``, as reqat.formats.scales."""
-    if RULE == "ceil":
+    """E8M0 bytes (int32, 0..254) of float32 block maxima, by ``rceil``, ``floor`` or ``even`` (see reqat.formats)."""
+    if RULE == "rceil":
         quotient = tl.div_rn(amax, 3.5 if E1M2 else 6.0)
         # Below 2^-126 bits are no exponents. Up to 2^-127 the answer is 0; from there on the carry does the rest.
         bits = float_bits(tl.where(quotient > 5.877471754111438e-39, quotient, 0.0))

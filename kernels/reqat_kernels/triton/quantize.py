@@ -106,7 +106,7 @@ def quantize_kernel(
     K,
     BLOCK: tl.constexpr,  # 16 or 32 elements a scale
     E1M2: tl.constexpr,
-    RULE: tl.constexpr,  # of the scales: ceil, floor, even (E8M0); divide, multiply, reciprocal (E4M3)
+    RULE: tl.constexpr,  # of the scales: rceil, floor, even (E8M0); divide, multiply, reciprocal (E4M3)
     NVFP4: tl.constexpr,
     ROW: tl.constexpr,  # g and amax are [M]
     DYNAMIC: tl.constexpr,
