@@ -227,8 +227,8 @@ class _Builder:
         training = train.finetune if step.step == "finetune" else train.qat
         if step.step == "qat" and not finetuned and train.qat_from_base is not None:
             training = train.qat_from_base
-        if step.objective is not None:
-            training = training.model_copy(update={"objective": step.objective})
+        given = {"objective": step.objective, "gradient": step.gradient}
+        training = training.model_copy(update={name: value for name, value in given.items() if value is not None})
         return TrainSettings(training=training, traces=self.selection(step, total, model, name), seed=seed)
 
     def precision(self, name: str, recipe: Recipe, global_scale: str) -> PrecisionSpec:

@@ -28,7 +28,8 @@ from reqat.config.base import Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, standard
 
-ROLES = ("weights", "inputs", "keys", "values")
+Role = Literal["weights", "inputs", "keys", "values"]
+ROLES: tuple[Role, ...] = ("weights", "inputs", "keys", "values")
 LINEAR, CACHE = ("weights", "inputs"), ("keys", "values")
 SCALED = ("inputs", "keys", "values")
 """Roles whose global scale is a choice. That of weights always follows from the whole weight."""

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from reqat.config.base import Count, Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import FORMATS, GlobalScale, Rotation, family
-from reqat.config.stage import PTQMethod, Term
+from reqat.config.stage import Gradient, PTQMethod, Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
 AMOUNTS = ("total", "qat", "ft")
@@ -79,6 +79,8 @@ class TrainStep(_Step):
     `different`: after `ft` tokens, none that fine-tuning saw."""
     objective: tuple[Term, ...] | None = None
     """In place of the tier's objective."""
+    gradient: Gradient | None = None
+    """In place of the tier's gradient rule."""
 
     @field_validator("tokens")
     @classmethod

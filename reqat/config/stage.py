@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct
-from reqat.config.catalogue import OBJECTIVE_TERMS, PTQ_METHODS
+from reqat.config.catalogue import GRADIENT_RULES, OBJECTIVE_TERMS, PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.precision import PrecisionSpec
+from reqat.config.precision import ROLES, PrecisionSpec, Role
 
 Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
 DIGEST_LENGTH = 12
@@ -74,6 +74,23 @@ Term = Annotated[
 ]
 """One summand of the objective. A new one is a file of `reqat/methods/terms/`; its own model here is needed only for
 settings that are to be checked before torch is imported."""
+
+
+def _gradient_rule(name: str) -> str:
+    if name not in GRADIENT_RULES:
+        raise unknown("gradient rule", name, GRADIENT_RULES)
+    return name
+
+
+class Gradient(BaseModel):
+    """How gradients pass through the rounding of a QAT stage; settings besides are arguments of the rule's class."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    rule: Annotated[str, AfterValidator(_gradient_rule)] = "ste"
+    """A rule of `reqat.quant.gradients`."""
+    roles: tuple[Role, ...] = ROLES
+    """Which tensors have it; the others go straight through."""
 
 
 class DataSettings(Strict):
@@ -149,6 +166,8 @@ class Training(Optimization):
     row_tokens: Size = 256
     """Length of a packed row."""
     objective: tuple[Term, ...] = (NLLTerm(name="nll"),)
+    gradient: Gradient = Gradient()
+    """Of a `qat` stage."""
 
 
 class Selection(Strict):

@@ -69,15 +69,25 @@ class QuantizedTensor:
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         codes = self.codes.movedim(self.axis, -1)
         values = self.format.element_type.decode(codes)
-        S = self.block_scales()
-        if self.format.asymmetric:
-            positive, negative = (self._each(S[..., sign], codes) for sign in (0, 1))
-            values *= torch.where(values < 0, negative, positive)
-        else:
-            values *= self._each(S, codes)
+        values *= self._element_scales(values)
         limit = largest(dtype)
         values = values.clamp_(-limit, limit).to(dtype)[..., : self.shape[self.axis]]
         return values.movedim(-1, self.axis).contiguous()
+
+    def element_scales(self) -> Tensor:
+        """What each code is multiplied by, float32, in the input's shape."""
+        codes = self.codes.movedim(self.axis, -1)
+        with subnormals_kept(self.codes):
+            S = self._element_scales(self.format.element_type.decode(codes))
+        return S[..., : self.shape[self.axis]].movedim(-1, self.axis).contiguous()
+
+    def _element_scales(self, values: Tensor) -> Tensor:
+        """The same for decoded ``values``, the quantized axis last, padding included."""
+        S = self.block_scales()
+        if not self.format.asymmetric:
+            return self._each(S, values)
+        positive, negative = (self._each(S[..., sign], values) for sign in (0, 1))
+        return torch.where(values < 0, negative, positive)
 
     def _each(self, S: Tensor, codes: Tensor) -> Tensor:
         """One scale an element, from one a block."""

@@ -11,6 +11,7 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 
 from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
 from reqat.models.cache import Fp4Cache  # noqa: E402
+from reqat.models.gradient import gradient_rules, has_learned_scales, set_gradient  # noqa: E402
 from reqat.models.kv import KVQuantizer, kv_quantizers  # noqa: E402
 from reqat.models.limits import (  # noqa: E402
     attention_window,
@@ -46,6 +47,8 @@ __all__ = [
     "end_ids",
     "forget_lengths",
     "freeze",
+    "gradient_rules",
+    "has_learned_scales",
     "kv_quantizers",
     "load_model",
     "load_tokenizer",
@@ -54,6 +57,7 @@ __all__ = [
     "prepare",
     "quant_linears",
     "save_model",
+    "set_gradient",
     "softmax_attention",
     "weights_quantized_once",
 ]

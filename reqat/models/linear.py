@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
-from reqat.formats import PackedTensor, QuantizedTensor, quantize
+from reqat.formats import PackedTensor, QuantizedTensor
 from reqat.quant import Precision, Quantizer, block_hadamard, straight_through
+from reqat.quant.gradients import STE
 
 #: What a frozen layer's state dict has beyond an ordinary linear layer's.
 CODES = ("weight_packed", "weight_scale", "weight_global_scale")
@@ -177,7 +178,8 @@ class QuantLinear(nn.Linear):
         """Q(W) with W's gradient, kept if :func:`weights_quantized_once` says so."""
         weight, quantizer = self.weight, self.weight_quantizer
         # Inference tensors have no version, and must not get into a graph.
-        if not self.keeping or quantizer.calibrating or torch.is_inference_mode_enabled() or weight.is_inference():
+        kept_for = self.keeping and quantizer.gradient.straight and quantizer.rounds and not quantizer.calibrating
+        if not kept_for or torch.is_inference_mode_enabled() or weight.is_inference():
             return quantizer(weight)
         g = quantizer.global_scale
         scale_version = None if g is None or g.is_inference() else g._version
@@ -300,9 +302,7 @@ class QuantLinear(nn.Linear):
         quantizer = self.weight_quantizer
         if quantizer.format is None:
             raise ReqatError(f"{self.name}: the precision does not quantize weights")
-        return quantize(
-            self.rotated_weight(), quantizer.format, global_scale=quantizer.global_scale, name=quantizer.name
-        )
+        return quantizer.codes(self.rotated_weight())
 
     @torch.no_grad()
     def set_quantized(self, quantized: QuantizedTensor) -> None:
@@ -336,7 +336,8 @@ class QuantLinear(nn.Linear):
     def _freeze_with(self, dense: Tensor) -> None:
         self.weight = nn.Parameter(dense.to(self.weight), requires_grad=False)
         self.frozen = True
-        self.weight_quantizer.global_scale = None  # the codes have their own
+        self.weight_quantizer.global_scale = None  # the codes have their own, and what a gradient rule learned
+        self.weight_quantizer.gradient = STE()
         if self.weight_quantizer.format is not None or self.rotation is not None:
             self._sample = self._sampled()
 

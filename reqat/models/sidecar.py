@@ -71,6 +71,10 @@ class Sidecar:
             if module.input_quantizer.global_scale is not None:
                 sidecar.tensors[f"{name}.input_global_scale"] = module.input_quantizer.global_scale.reshape(1)
             module.check_unchanged()
+            if any(True for _ in module.weight_quantizer.gradient.parameters()):
+                raise ReqatError(
+                    f"{name}: its scales were learned, and its dense weight would lose them: freeze(model), then save"
+                )
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
         return sidecar

@@ -21,6 +21,7 @@ from reqat.config.stage import (
     BaseSettings,
     Calibration,
     DataSettings,
+    Gradient,
     Optimization,
     PTQSettings,
     QFitSettings,
@@ -42,7 +43,18 @@ from reqat.data import (
     write_store,
 )
 from reqat.methods.terms import TERMS
-from reqat.models import check_length, check_token_ids, embedding_rows, load_model, load_tokenizer, prepare, save_model
+from reqat.models import (
+    check_length,
+    check_token_ids,
+    embedding_rows,
+    freeze,
+    has_learned_scales,
+    load_model,
+    load_tokenizer,
+    prepare,
+    save_model,
+    set_gradient,
+)
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
 from reqat.training import Objective, Observer, RunSettings, TrainResult, train
@@ -198,6 +210,8 @@ def _finetune_or_qat(
     stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool
 ) -> dict[str, Any]:
     model, tokenizer, result = train_again(stage, inputs, checkpoints, progress=progress)
+    if has_learned_scales(model):
+        freeze(model)  # dense weights would lose them
     save_model(model, tokenizer, out / MODEL)
     return _training_metrics(result)
 
@@ -218,6 +232,9 @@ def train_again(
     assert isinstance(settings, TrainSettings)
     model, tokenizer = _parent(inputs)
     prepare(model, stage.precision.name, override=True, **stage.precision.options())
+    gradient = settings.training.gradient
+    if gradient != Gradient():
+        set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))
     teacher = None
     if objective(settings.training).needs_teacher:
         teacher, _ = _parent(inputs)

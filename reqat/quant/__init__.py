@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from reqat.config.precision import KNOWN
 from reqat.quant.autocast import autocast
-from reqat.quant.fake import Quantizer, calibrating, fake_quantize, straight_through
+from reqat.quant.fake import fake_quantize, straight_through
+from reqat.quant.gradients import RULES, GradientRule
 from reqat.quant.hadamard import block_hadamard, hadamard
 from reqat.quant.precision import Precision
+from reqat.quant.quantizer import Quantizer, calibrating, without_rounding
 from reqat.quant.state import MeasuredState
 
 __all__ = [
     "KNOWN",
+    "RULES",
+    "GradientRule",
     "MeasuredState",
     "Precision",
     "Quantizer",
@@ -20,4 +24,5 @@ __all__ = [
     "hadamard",
     "calibrating",
     "straight_through",
+    "without_rounding",
 ]

@@ -28,7 +28,7 @@ from reqat.config.progress import bar
 from reqat.config.stage import Optimization
 from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
-from reqat.models import check_token_ids, precision_of, weights_quantized_once
+from reqat.models import check_token_ids, gradient_rules, precision_of, weights_quantized_once
 from reqat.models.digests import tensors_digest
 from reqat.quant import autocast as autocast_region
 from reqat.training import checkpoint
@@ -160,6 +160,8 @@ def _description(
         "precision": "none" if precision is None else f"{precision} {digest(precision.to_dict(), 12)}",
         "objective": ", ".join(repr(term) for term in objective.terms),
     }
+    if rules := gradient_rules(model):
+        run["gradient rules (digest)"] = digest(rules, 12)
     if teacher is not None and objective.needs_teacher:
         run["teacher (digest)"] = tensors_digest(teacher.state_dict())
     return run | {f"value of {key}": str(value) for key, value in hyper.items()}

@@ -1,0 +1,91 @@
+"""Learned scale: a factor on the format's scale, one a row of a weight, trained with the weights.
+
+LSQ (arXiv 1902.08153) learns the step of the quantizer; TernaryBERT's and TSLD's variant learns a factor gamma, from 1
+on, of a scale that follows the weights, which needs no initialization. Here S is the scale that the format computes,
+Q the largest code::
+
+    s = gamma S,     v = clip(round(w / s), -Q, Q),     w^ = v s
+    dL/dw = dL/dw^ where |w / s| <= Q, else 0
+    dL/dgamma = sum over the row of  dL/dw^ S (v - w / s) where |w / s| <= Q,  dL/dw^ S v elsewhere
+
+the gradient that LSQ gives the step, times S; S itself is a constant for it. LSQ's factor 1 / sqrt(N Q) on the step's
+gradient is left out: Adam's update does not depend on it.
+
+Frozen, the codes have gamma in their scales, which therefore must be float32: integers, ternary, FP8.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reqat.config.errors import ReqatError
+from reqat.formats import Format, QuantizedTensor
+from reqat.quant.gradients._rule import GradientRule, Rounding
+
+# A factor that training drives to zero or below would divide by nothing.
+_SMALLEST = 1e-3
+
+
+class _Learned(torch.autograd.Function):
+    """w^ from w [N, K], S [N, K] and gamma [N, 1] or []."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, S: Tensor, gamma: Tensor, fmt: Format) -> Tensor:  # type: ignore[override]
+        s = gamma.float() * S
+        u = w.float() / s
+        v = fmt.element_type.round_(u.clone(), torch.empty_like(u), rounding=fmt.rounding)
+        inside = u.abs() <= fmt.element_type.emax
+        ctx.save_for_backward(inside, torch.where(inside, v - u, v).mul_(S))
+        ctx.gamma = gamma.shape, gamma.dtype
+        return (v * s).to(w.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+        inside, slope = ctx.saved_tensors
+        shape, dtype = ctx.gamma
+        toward = (grad.float() * slope).sum(-1, keepdim=True)
+        toward = toward if len(shape) else toward.sum()
+        return grad.masked_fill(~inside, 0.0), None, toward.to(dtype), None
+
+
+class Learned(GradientRule):
+    """Weights only: a factor of an activation's scale would have to be stored beside the codes."""
+
+    name = "learned"
+    gamma: nn.Parameter
+
+    def prepare(self, fmt: Format, role: str, rows: int | None, where: str) -> None:
+        """Make gamma: one a row, or one for a format with one scale a tensor."""
+        if role != "weights" or rows is None:
+            raise ReqatError(f"{where}: gradient rule learned is for weights, not {role}; set roles=('weights',)")
+        if fmt.scale != "FP32":
+            raise ReqatError(
+                f"{where}: gradient rule learned needs scales that are stored as FP32, and those of {fmt.name} are "
+                f"{fmt.scale}; take an INT, TERNARY or FP8 format"
+            )
+        self.gamma = nn.Parameter(torch.ones(()) if fmt.per_tensor else torch.ones(rows, 1))
+
+    @property
+    def _factor(self) -> Tensor:
+        return self.gamma.clamp(min=_SMALLEST)
+
+    def forward(self, x: Tensor, at: Rounding) -> Tensor:
+        """The weight rotated and rounded at the learned scale."""
+        x = at.rotate(x)
+        return _Learned.apply(x, at.codes(x.detach()).element_scales(), self._factor, at.fmt)
+
+    def codes(self, rotated: Tensor, at: Rounding) -> QuantizedTensor:
+        """With gamma in the scales."""
+        q = at.codes(rotated)
+        scales = q.scales * self._factor.float()
+        scaled = dataclasses.replace(q, scales=scales)
+        u = rotated.float() / scaled.element_scales()
+        v = at.fmt.element_type.round_(u.clone(), torch.empty_like(u), rounding=at.fmt.rounding)
+        return dataclasses.replace(scaled, codes=at.fmt.element_type.encode(v, torch.signbit(rotated)))
+
+
+RULE = Learned

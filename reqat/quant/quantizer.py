@@ -1,0 +1,138 @@
+"""The quantizer of one tensor of a model: a format, a rotation, a gradient rule, and calibrated scales."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from reqat.config.errors import ReqatError
+from reqat.formats import Format, QuantizedTensor, global_scale_for
+from reqat.quant.gradients import STE, GradientRule, Rounding
+from reqat.quant.hadamard import block_hadamard
+from reqat.quant.state import MeasuredState
+
+
+class Quantizer(MeasuredState):
+    """One tensor's quantizer: a format, a rotation, and the calibrated global scale if the format is ``static``.
+
+    ``gradient`` is the rule by which a gradient passes through the rounding: straight through, unless another one is
+    put in its place (:func:`reqat.models.set_gradient`). Within :func:`without_rounding` everything is computed but the
+    rounding.
+    ``global_scale`` (float32 scalar buffer, or None) is used instead of a computed one wherever it is set. It stays
+    float32 when the model's dtype changes, and the state dict contains it; checkpoints keep the Hugging Face layout,
+    so there the sidecar holds it. Within :func:`calibrating` the largest magnitude seen is kept in ``amax``, and static
+    formats scale dynamically.
+    """
+
+    global_scale: Tensor | None
+
+    def __init__(self, fmt: Format | None, *, rotation: int | None = None, name: str | None = None) -> None:
+        super().__init__()
+        self.format = fmt
+        self.rotation = rotation
+        self.name = name
+        self.calibrating = False
+        self.rounds = True
+        self.gradient: GradientRule = STE()
+        self.amax: Tensor | None = None
+        self.register_measured("global_scale")
+
+    def checked(self, name: str, value: Tensor) -> Tensor:
+        """A stored global scale, as a scalar. Raises ReqatError for one that is not positive and finite, or where the
+        format computes its own."""
+        if self.format is None or self.format.global_scale != "static":
+            own = "quantizes nothing here" if self.format is None else f"has {self.format.global_scale} global scales"
+            raise ReqatError(
+                f"{self.name or 'quantizer'}: the state dict has a static global scale, and the model's precision "
+                f"{own}: prepare the model with global_scale='static' first"
+            )
+        if value.numel() != 1 or not bool(torch.isfinite(value).all()) or not bool((value > 0).all()):
+            raise ReqatError(
+                f"{self.name or 'quantizer'}: a global scale is one positive number, and the state dict has "
+                f"{value.flatten()[:4].tolist()}: calibrate again"
+            )
+        return value.reshape(())
+
+    @property
+    def needs_calibration(self) -> bool:
+        """A static format that has no global scale yet."""
+        return self.format is not None and self.format.global_scale == "static" and self.global_scale is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x`` along its last axis; only rotated, or returned as it is, if there is no format."""
+        if self.format is None or not self.rounds:
+            return x if self.rotation is None else block_hadamard(x, self.rotation)
+        fmt, global_scale = self.format, self.global_scale
+        if self.calibrating:
+            self._observe(x)
+            if fmt.global_scale == "static":
+                fmt, global_scale = _dynamic(fmt), None
+        elif self.needs_calibration:
+            raise ReqatError(
+                f"{self.name or 'quantizer'}: the global scale is static and not calibrated; run calibrate_static("
+                "model, batches), or choose global_scale='row' or 'dynamic'"
+            )
+        return self.gradient(x, Rounding(fmt, global_scale, self.rotation, self.name))
+
+    @torch.no_grad()
+    def codes(self, rotated: Tensor) -> QuantizedTensor:
+        """Codes and scales of a tensor that has been rotated already: ``quantizer(x)`` is what they stand for."""
+        assert self.format is not None
+        return self.gradient.codes(rotated, Rounding(self.format, self.global_scale, None, self.name))
+
+    @torch.no_grad()
+    def _observe(self, x: Tensor) -> None:
+        rotated = x if self.rotation is None else block_hadamard(x, self.rotation)
+        amax = rotated.abs().amax().float()
+        self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
+
+    def set_from_amax(self) -> None:
+        """Set the static global scale from the largest magnitude observed."""
+        assert self.format is not None
+        if self.amax is None:
+            raise ReqatError(f"{self.name or 'quantizer'}: nothing was observed; did the calibration run any batch?")
+        scale = global_scale_for(self.amax.reshape(1), _dynamic(self.format)).reshape(())
+        self.global_scale = scale.to(self.device)
+
+    def extra_repr(self) -> str:
+        """Format, rotation and scale, for ``print(model)``."""
+        parts = [self.format.name if self.format is not None else "none"]
+        if self.rotation is not None:
+            parts.append(f"rotation={self.rotation}")
+        if self.global_scale is not None:
+            parts.append(f"global_scale={float(self.global_scale):.4g}")
+        return ", ".join(parts)
+
+
+def _dynamic(fmt: Format) -> Format:
+    return dataclasses.replace(fmt, global_scale="dynamic")
+
+
+@contextmanager
+def calibrating(quantizers: list[Quantizer]) -> Iterator[None]:
+    """Let these quantizers record the magnitudes they see, from nothing, until the block ends."""
+    for quantizer in quantizers:
+        quantizer.calibrating, quantizer.amax = True, None
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.calibrating = False
+
+
+@contextmanager
+def without_rounding(quantizers: Iterable[Quantizer]) -> Iterator[None]:
+    """Let these quantizers rotate and shift as they do, and not round, until the block ends: what is left of a
+    precision is its transforms, which must not change what the model computes."""
+    held = list(quantizers)
+    for quantizer in held:
+        quantizer.rounds = False
+    try:
+        yield
+    finally:
+        for quantizer in held:
+            quantizer.rounds = True

@@ -1,0 +1,158 @@
+"""Gradient rules: the default bit for bit as it was, the others against finite differences and explicit formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reqat.config.errors import ReqatError
+from reqat.formats import get_format, quantize
+from reqat.models import freeze, has_learned_scales, load_model, prepare, quant_linears, save_model, set_gradient
+from reqat.quant import RULES, Quantizer, block_hadamard, fake_quantize
+
+FORMATS = ["NVFP4", "MXFP4", "AMXFP4", "INT3-row", "INT8-tensor", "TERNARY-row"]
+
+
+def ruled(fmt: str, rule: str, *, rotation: int | None = None, rows: int | None = None, **settings: Any) -> Quantizer:
+    quantizer = Quantizer(get_format(fmt), rotation=rotation, name="q")
+    quantizer.gradient = RULES[rule](**settings)
+    quantizer.gradient.prepare(quantizer.format, "weights", rows, "q")
+    return quantizer
+
+
+def gradient(quantizer: Quantizer, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = quantizer(x)
+    y.backward(dy)
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("rotation", [None, 32])
+def test_straight_through_is_the_default_and_bitwise_what_fake_quantize_does(fmt: str, rotation: int | None) -> None:
+    torch.manual_seed(0)
+    x, dy = torch.randn(6, 64), torch.randn(6, 64)
+    y, dx = gradient(Quantizer(get_format(fmt), rotation=rotation), x, dy)
+    leaf = x.clone().requires_grad_()
+    fake_quantize(leaf, fmt, rotation=rotation).backward(dy)
+    assert torch.equal(dx, leaf.grad) and torch.equal(y, fake_quantize(x, fmt, rotation=rotation))
+    assert torch.equal(dx, dy if rotation is None else block_hadamard(dy, rotation))
+
+
+@pytest.mark.parametrize("fmt", [*FORMATS, "MXFP4 floor"])
+@pytest.mark.parametrize("rotation", [None, 32])
+@pytest.mark.parametrize("limit", [None, 0.8])
+def test_clipped_gives_no_gradient_outside_the_range(fmt: str, rotation: int | None, limit: float | None) -> None:
+    torch.manual_seed(0)
+    x, dy = torch.randn(6, 64), torch.randn(6, 64)
+    quantizer = ruled(fmt.split()[0], "clipped", rotation=rotation, limit=limit)
+    if fmt.endswith("floor"):
+        quantizer.format = quantizer.format.replace(scale_rule="floor")
+    y, dx = gradient(quantizer, x, dy)
+    assert torch.equal(y, fake_quantize(x, quantizer.format, rotation=rotation))
+    rotated = x if rotation is None else block_hadamard(x, rotation)
+    if limit is None:
+        q = quantize(rotated, quantizer.format)
+        largest = q.dequantize().abs().new_tensor(q.format.element_type.emax)
+        S = q.block_scales()
+        if q.format.asymmetric:
+            block = S.repeat_interleave(32, 1)
+            S = torch.where(q.dequantize() < 0, block[..., 1], block[..., 0])
+        else:
+            S = S.repeat_interleave(64 // S.shape[1], 1)
+        inside = rotated.abs() <= largest * S
+    else:
+        inside = rotated.abs() <= limit
+    expected = torch.where(inside, dy, 0.0)
+    assert torch.equal(dx, expected if rotation is None else block_hadamard(expected, rotation))
+    if fmt in ("MXFP4 floor", "TERNARY-row") or limit:
+        assert not inside.all()
+    if fmt == "MXFP4" and limit is None:
+        assert inside.all()  # rceil cuts nothing off
+
+
+def test_learned_scale_has_the_gradient_of_its_formula_in_float64() -> None:
+    """With v held where rounding put it inside the range: w^ = s (v - u) + w there, and Q s outside."""
+    torch.manual_seed(0)
+    w, dy = torch.randn(5, 64), torch.randn(5, 64)
+    for fmt, most in (("INT3-row", 3), ("TERNARY-row", 1), ("INT4-tensor", 7)):
+        quantizer = ruled(fmt, "learned", rows=5)
+        rule: Any = quantizer.gradient
+        with torch.no_grad():
+            rule.gamma.mul_(torch.linspace(0.5, 1.2, rule.gamma.numel()).view_as(rule.gamma))
+        y, dw = gradient(quantizer, w, dy)
+        S = quantize(w, fmt).block_scales().double().expand(5, 1)
+        gamma, u = rule.gamma.detach().double(), w.double() / (rule.gamma.detach().double() * S)
+        v, inside = u.round().clamp(-most, most), u.abs() <= most
+        torch.testing.assert_close(y.double(), v * gamma * S, rtol=1e-6, atol=1e-7)
+        assert torch.equal(dw, torch.where(inside, dy, 0.0))
+
+        def loss(gamma: Tensor, held=(S, v, u, inside)) -> Tensor:
+            S, v, u, inside = held
+            straight = (v - u) * S * gamma + w.double()  # rounding's offset in codes is held, as the estimator does
+            return (torch.where(inside, straight, v * S * gamma) * dy.double()).sum(-1, keepdim=True)
+
+        step = 1e-6  # central differences are exact up to rounding: the function is linear in gamma
+        difference = (loss(gamma + step) - loss(gamma - step)) / (2 * step)
+        difference = difference.sum() if gamma.ndim == 0 else difference
+        torch.testing.assert_close(rule.gamma.grad.double(), difference, rtol=1e-4, atol=1e-5)
+
+
+def test_a_learned_scale_starts_as_the_formats_and_its_codes_are_what_training_saw() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(5, 64)
+    quantizer = ruled("INT4-row", "learned", rows=5, rotation=32)
+    torch.testing.assert_close(quantizer(w), fake_quantize(w, "INT4-row", rotation=32), rtol=0, atol=0)
+    with torch.no_grad():
+        quantizer.gradient.gamma.uniform_(0.4, 1.1)
+    assert torch.equal(quantizer(w), quantizer.codes(block_hadamard(w, 32)).dequantize())
+
+
+def tiny() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=41, **shape))
+
+
+def test_a_model_takes_a_rule_by_role_and_keeps_what_was_learned(tmp_path: Path) -> None:
+    model, ids = tiny(), torch.arange(12)[None]
+    prepare(model, "TERNARY-row-W2+INT8-tensor-A8")
+    assert set_gradient(model, "clipped", roles=("inputs",), limit=2.5) == 4  # shared by q, k, v and gate, up
+    assert set_gradient(model, "learned", roles=("weights",)) == 7
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    factors = {n: p for n, p in model.named_parameters() if n.endswith("gamma")}
+    assert len(factors) == 7 and all((p.grad != 0).any() and (p != 1).any() for p in factors.values())
+    expected = model(ids).logits
+    with pytest.raises(ReqatError, match="freeze"):
+        save_model(model, None, tmp_path / "m")
+    assert torch.equal(freeze(model)(ids).logits, expected) and not has_learned_scales(model)
+    save_model(model, None, tmp_path / "m")
+    again = load_model(tmp_path / "m")
+    assert prepare(again, "TERNARY-row-W2+INT8-tensor-A8").restored == ["7 quantized weights"]
+    torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=0)
+    with pytest.raises(ReqatError, match="frozen"):
+        set_gradient(again, "clipped")
+
+
+def test_what_a_rule_does_not_do_is_said_before_anything_changes() -> None:
+    model = tiny()
+    prepare(model, "NVFP4-W4A4")
+    for rule, options, says in (
+        ("clip", {}, "clip.*clipped"),
+        ("clipped", {"roles": ("weight",)}, "weight.*weights"),
+        ("clipped", {"limit": -1.0}, "-1.0"),
+        ("clipped", {"limits": 1.0}, "limits"),
+        ("clipped", {"roles": ("keys",)}, "keys"),
+        ("learned", {"roles": ("weights",)}, "NVFP4.*INT"),
+        ("learned", {"roles": ("inputs",)}, "inputs"),
+    ):
+        with pytest.raises(ReqatError, match=says):
+            set_gradient(model, rule, **options)
+    assert all(linear.weight_quantizer.gradient.straight for linear in quant_linears(model).values())
