@@ -29,6 +29,7 @@ assert metrics["method"] == "toy"
 """
 TERM = """
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class Margin:
     weight: float = 1.0
     power: float = 2.0
     name: str = "toy"
-    needs_teacher: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def __call__(self, ctx: TermContext) -> Tensor:
         return ctx.logits.float().abs().pow(self.power).sum()

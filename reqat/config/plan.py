@@ -94,8 +94,11 @@ class Plan:
         wanted: set[str] = set()
         for evaluation in self.evaluations.values():
             wanted |= set(evaluation.inputs.values())
-            for stage in self.lineage(evaluation.stage):
-                wanted |= {stage.id, *stage.inputs.values()}
+            open_ids = [evaluation.stage]
+            while open_ids:  # a teacher has a lineage of its own
+                for stage in self.lineage(open_ids.pop()):
+                    wanted |= {stage.id, *stage.inputs.values()}
+                    open_ids += [stage.teacher] if stage.teacher is not None else []
         return {id: stage for id, stage in self.stages.items() if id in wanted}
 
     def dump(self) -> dict[str, Any]:
@@ -164,8 +167,16 @@ class _Builder:
         precision: PrecisionSpec = BF16,
         parent: str | None = None,
         data: str | None = None,
+        teacher: str | None = None,
     ) -> Stage:
-        stage = Stage(kind=kind, settings=settings, precision=precision, parent=parent, data=data)  # type: ignore[arg-type]
+        stage = Stage(
+            kind=kind,  # type: ignore[arg-type]
+            settings=settings,
+            precision=precision,
+            parent=parent,
+            data=data,
+            teacher=None if teacher == parent else teacher,
+        )
         return self.plan.stages.setdefault(stage.id, stage)
 
     def base(self, label: str, model: Model) -> Stage:
@@ -241,14 +252,28 @@ class _Builder:
         recipe = self.catalogue.recipe(name)
         quantized = self.precision(precision, recipe, self.tier.train.global_scale)
         current, finetuned = base, False
+        teachers = {"base": base.id}
         for step in recipe.steps:
             if step.formats is not None and quantized.family not in step.formats:
                 continue
             settings = self.settings(step, name, total, model, seed, finetuned)
             at = BF16 if step.step == "finetune" else quantized
-            current = self.add(step.step, settings, at, current.id, store.id)
+            teacher = None
+            if isinstance(step, TrainStep) and step.teacher != "parent":
+                teacher = self.teacher(step.teacher, teachers, f"recipe {name}")
+            current = self.add(step.step, settings, at, current.id, store.id, teacher)
             finetuned |= step.step == "finetune"
+            if step.step == "finetune":
+                teachers["finetuned"] = current.id
         return current
+
+    def teacher(self, name: str, made: dict[str, str], where: str) -> str:
+        """Id of the stage whose model is the teacher called `name`; of another model of the tier, its base."""
+        if name in made:
+            return made[name]
+        if name == "finetuned" or name not in self.tier.models:
+            raise unknown("teacher", name, ["parent", *made, *self.tier.models], where=where)
+        return self.base(name, self.tier.models[name]).id
 
     def evaluate(self, stage: Stage, precision: PrecisionSpec, store: Stage, options: DecodingOptions) -> Evaluation:
         how = self.tier.evaluation

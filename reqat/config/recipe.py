@@ -79,6 +79,10 @@ class TrainStep(_Step):
     `different`: after `ft` tokens, none that fine-tuning saw."""
     objective: tuple[Term, ...] | None = None
     """In place of the tier's objective."""
+    teacher: str = "parent"
+    """Whose outputs terms of distillation imitate: `parent`, the model that this step starts from; `base`, the one that
+    the recipe starts from; `finetuned`, what its last fine-tuning made; or the name of another model of the tier (a
+    checkpoint, by `source: path`). Always in full precision."""
     gradient: Gradient | None = None
     """In place of the tier's gradient rule."""
 

@@ -45,7 +45,7 @@ class SEMTerm(Strict):
 
 
 class QADTerm(Strict):
-    """Forward KL to the BF16 teacher, the stage's own parent (arXiv 2601.20088)."""
+    """Forward KL to the BF16 teacher, the stage's own parent unless another is named (arXiv 2601.20088)."""
 
     name: Literal["qad"]
     weight: float = Field(default=1.0, ge=0)
@@ -277,7 +277,8 @@ class Stage(Strict):
     """One node of the plan that makes a model (or, for `data`, a trace store).
 
     `parent` is the id of the stage whose model it starts from, `data` of the trace store it reads; None where there
-    is none.
+    is none. `teacher` is that of the model whose outputs it imitates, where the objective asks for one; None: the
+    parent's.
     """
 
     kind: Kind
@@ -285,16 +286,18 @@ class Stage(Strict):
     precision: PrecisionSpec = PrecisionSpec()
     parent: str | None = None
     data: str | None = None
+    teacher: str | None = None
 
     @cached_property
     def id(self) -> str:
-        """`kind-` and twelve hex digits of the sha256 over settings, precision, parent and data."""
+        """`kind-` and twelve hex digits of the sha256 over settings, precision, parent, data and teacher."""
         return f"{self.kind}-{digest(self, DIGEST_LENGTH)}"
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Role (`parent`, `data`) -> id of the stage whose directory fills it."""
-        return {role: id for role, id in (("parent", self.parent), ("data", self.data)) if id is not None}
+        """Role (`parent`, `data`, `teacher`) -> id of the stage whose directory fills it."""
+        roles = ("parent", "data", "teacher")
+        return {role: id for role in roles if (id := getattr(self, role)) is not None}
 
     @property
     def seed(self) -> int | None:

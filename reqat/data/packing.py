@@ -44,6 +44,12 @@ class Batch:
         """Tokens that the loss counts."""
         return int((self.labels != IGNORE).sum())
 
+    def traces(self, keep: Tensor) -> Tensor:
+        """[N] int64: which trace each of the N positions where ``keep`` [B, T] holds belongs to, numbered from 0."""
+        # Traces of a row are numbered from 1 (0 is padding); rows of a batch have traces of their own.
+        row = torch.arange(len(keep), device=keep.device)[:, None] * (int(self.segment_ids.max()) + 1)
+        return torch.unique((row + self.segment_ids)[keep], return_inverse=True)[1]
+
     def attention_mask(self) -> Tensor:
         """Bool ``[B, 1, T, T]``: causal within a segment. Padding attends to itself alone, so no row of the softmax
         is empty.

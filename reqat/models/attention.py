@@ -7,6 +7,7 @@ included, so that fine-tuning, QAT and evaluation share one code path; it differ
    Keys arrive here after RoPE, which is where the paper quantizes them (ReQAT, section 1); queries are left alone.
    Tensors that come from :class:`~reqat.models.cache.Fp4Cache` were quantized when they were appended and are marked.
    Those of :class:`~reqat.inference.packed_cache.PackedCache` hold no numbers; the cache layer behind them attends.
+   Asked for attention maps (``output_attentions=True``) it computes them, and the output from them.
 2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
    times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
 
@@ -98,6 +99,53 @@ def softmax_attention(
     return _attend(query_BHTD, key_BGSD, value_BGSD, attention_mask, scaling, dropout, is_causal)
 
 
+def attention_maps(
+    query_BHTD: Tensor,
+    key_BGSD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    is_causal: bool = True,
+) -> Tensor:
+    """The probabilities [B, H, T, S] of :func:`softmax_attention`, float32 (float64 stays float64); 0 where masked.
+
+    Shapes and mask as there; a row that may attend to nothing is 0.
+    """
+    with torch.autocast(query_BHTD.device.type, enabled=False):
+        query_BHTD, key_BGSD = _widened(query_BHTD), _widened(key_BGSD).to(_widened(query_BHTD).dtype)
+        B, H, T, D = query_BHTD.shape
+        G, S = key_BGSD.shape[1:3]
+        grouped_BGRTD = query_BHTD.reshape(B, G, H // G, T, D) * (D**-0.5 if scaling is None else scaling)
+        logits_BHTS = (grouped_BGRTD @ key_BGSD[:, :, None].transpose(-1, -2)).reshape(B, H, T, S)
+        if attention_mask is None and is_causal and T > 1:
+            _check_square(T, S)
+            attention_mask = torch.ones(T, S, dtype=torch.bool, device=query_BHTD.device).tril()
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            logits_BHTS = logits_BHTS.masked_fill(~attention_mask, -torch.inf)
+        elif attention_mask is not None:
+            logits_BHTS = logits_BHTS + attention_mask.to(logits_BHTS.dtype)
+        empty = logits_BHTS.amax(-1, keepdim=True) == -torch.inf
+        return torch.softmax(logits_BHTS.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def _weighted(maps_BHTS: Tensor, value_BGSD: Tensor, dropout: float) -> Tensor:
+    """Values weighted by attention maps, [B, H, T, D]."""
+    B, H, T, S = maps_BHTS.shape
+    G = value_BGSD.shape[1]
+    with torch.autocast(maps_BHTS.device.type, enabled=False):
+        dropped = F.dropout(maps_BHTS, dropout) if dropout else maps_BHTS
+        grouped = dropped.reshape(B, G, H // G, T, S) @ _widened(value_BGSD)[:, :, None].to(maps_BHTS.dtype)
+    return grouped.reshape(B, H, T, value_BGSD.shape[-1])
+
+
+def _check_square(T: int, S: int) -> None:
+    if T != S:
+        raise ReqatError(
+            f"attention of {T} queries over {S} keys without a mask: torch would align the causal triangle at the "
+            "wrong corner; pass a 4D attention_mask"
+        )
+
+
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -120,11 +168,8 @@ def _attend(
         )
         return grouped.reshape(B, H, 1, D)
     causal = is_causal and mask is None and T > 1
-    if causal and T != S:
-        raise ReqatError(
-            f"attention of {T} queries over {S} keys without a mask: torch would align the causal triangle at the "
-            "wrong corner; pass a 4D attention_mask"
-        )
+    if causal:
+        _check_square(T, S)
     return F.scaled_dot_product_attention(
         query_BHTD, key_BGSD, value_BGSD, mask, dropout, causal, scale=scaling, enable_gqa=H != G
     )
@@ -140,10 +185,11 @@ def reqat_attention(
     dropout: float = 0.0,
     is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function in transformers' calling convention: query [B, H, T, D], key and value [B, G, S, D].
 
-    Returns ([B, T, H, D] in the query's dtype, None). ``attention_mask``: see :func:`softmax_attention`.
+    Returns [B, T, H, D] in the query's dtype, and with ``output_attentions=True`` the attention maps [B, H, T, S]
+    before dropout, else None. ``attention_mask``: see :func:`softmax_attention`.
     """
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
@@ -166,7 +212,16 @@ def reqat_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     packed: PackedLayer | None = getattr(key, _PACKED, None)
-    if packed is not None:
+    maps_BHTS = None
+    if kwargs.get("output_attentions"):
+        if packed is not None:
+            raise ReqatError(
+                "output_attentions: a packed cache keeps codes alone and gives no attention maps; run the prepared "
+                "model before pack(), or without a cache"
+            )
+        maps_BHTS = attention_maps(query, key, attention_mask, scaling=scaling, is_causal=is_causal)
+        out_BHTD = _weighted(maps_BHTS, value, dropout)
+    elif packed is not None:
         out_BHTD = packed.attend(
             query, key.shape[2], attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
         )
@@ -174,7 +229,7 @@ def reqat_attention(
         out_BHTD = softmax_attention(
             query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
         )
-    return out_BHTD.transpose(1, 2).to(dtype), None
+    return out_BHTD.transpose(1, 2).to(dtype), maps_BHTS
 
 
 def reqat_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:

@@ -237,9 +237,15 @@ def train_again(
         set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))
     teacher = None
     if objective(settings.training).needs_teacher:
-        teacher, _ = _parent(inputs)
-        prepare(teacher, "BF16")
+        teacher, _ = _model(inputs, "teacher" if "teacher" in inputs else "parent")
+        prepare(teacher, "BF16", override=True)
         teacher.eval().requires_grad_(False)
+        sizes = [m.get_output_embeddings().weight.shape[0] for m in (model, teacher)]
+        if sizes[0] != sizes[1]:
+            raise ReqatError(
+                f"{stage.id}: its vocabulary has {sizes[0]} tokens, its teacher's ({stage.teacher}) {sizes[1]}: "
+                "take a teacher with the same tokenizer"
+            )
     result = _train(
         model,
         tokenizer,
@@ -356,7 +362,11 @@ def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration:
 
 
 def _parent(inputs: Mapping[str, Path]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = inputs["parent"] / MODEL
+    return _model(inputs, "parent")
+
+
+def _model(inputs: Mapping[str, Path], role: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    folder = inputs[role] / MODEL
     return load_model(folder), with_bos(load_tokenizer(folder))
 
 

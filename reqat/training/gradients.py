@@ -82,10 +82,7 @@ def token_gradients(model: PreTrainedModel, batch: Batch, loss: Callable[[], Ten
     entropy_N = _entropies(model, seen["hidden"][keep_BT])
     if not bool(torch.isfinite(square_N).all() and torch.isfinite(entropy_N).all()):
         raise ReqatError("a gradient at an embedding, or an entropy, is not finite; has the run diverged?")
-    # Traces of a row are numbered from 1 (0 is padding); rows of a batch have traces of their own.
-    row_BT = torch.arange(len(keep_BT), device=device)[:, None] * (int(batch.segment_ids.max()) + 1)
-    _, trace_N = torch.unique((row_BT + batch.segment_ids)[keep_BT], return_inverse=True)
-    return TokenGradients(square_N.cpu(), entropy_N.cpu(), trace_N.cpu())
+    return TokenGradients(square_N.cpu(), entropy_N.cpu(), batch.traces(keep_BT).cpu())
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ from reqat.models import check_token_ids, gradient_rules, precision_of, weights_
 from reqat.models.digests import tensors_digest
 from reqat.quant import autocast as autocast_region
 from reqat.training import checkpoint
-from reqat.training.objective import Objective, TermContext
+from reqat.training.objective import OUTPUTS, Objective, TermContext
 from reqat_kernels.sem_loss import CHUNK_BYTES
 
 # A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
@@ -92,20 +92,46 @@ def learning_rate(step: int, total: int, settings: RunSettings) -> float:
     return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def response_hidden(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
-    """Hidden states ``[N, D]`` that the head sees at the positions where ``keep`` ``[B, T]`` holds."""
-    hidden = model.get_decoder()(
+@dataclass(frozen=True)
+class Outputs:
+    """What one forward pass of a decoder gave: ``hidden`` [N, D], which the head sees at the response positions, and of
+    ``hidden_states`` and ``attentions`` (:class:`TermContext`) what was asked for."""
+
+    hidden: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def run_decoder(
+    model: PreTrainedModel, batch: Batch, keep: Tensor, wanted: frozenset[str] = frozenset(), who: str = "model"
+) -> Outputs:
+    """Run the decoder of ``model`` on ``batch``; the N positions are those where ``keep`` ``[B, T]`` holds.
+
+    ``wanted``: of ``hidden_states`` and ``attentions``. Raises ReqatError where the model does not give them.
+    """
+    more = sorted(wanted - {"logits"})
+    found = model.get_decoder()(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask(),
         position_ids=batch.position_ids,
         use_cache=False,
-    ).last_hidden_state
-    return hidden[keep]
+        **{f"output_{name}": True for name in more},
+    )
+    given = {name: getattr(found, name, None) for name in more}
+    layers = int(model.config.num_hidden_layers)
+    for name, tensors in given.items():
+        if not tensors or len(tensors) != layers + (name == "hidden_states") or any(t is None for t in tensors):
+            remedy = f"; its attention {model.config._attn_implementation!r} may not: call prepare(model, 'BF16')"
+            raise ReqatError(
+                f"a term of the objective needs {name}, and the {who} ({type(model).__name__}) does not give one a "
+                f"layer{remedy if name == 'attentions' else ''}"
+            )
+    return Outputs(found.last_hidden_state[keep], **given)
 
 
 def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
     """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; lm_head runs on those alone."""
-    return model.get_output_embeddings()(response_hidden(model, batch, keep))
+    return model.get_output_embeddings()(run_decoder(model, batch, keep).hidden)
 
 
 def batch_loss(
@@ -117,17 +143,32 @@ def batch_loss(
     """
     keep = batch.labels != IGNORE
     labels = batch.labels[keep]
+    own = objective.needs & set(OUTPUTS)
+    theirs = frozenset(need.removeprefix("teacher.") for need in objective.needs - own)
     with autocast_region(batch.labels.device.type, torch.bfloat16, enabled=autocast):
-        hidden = response_hidden(model, batch, keep)
+        outputs = run_decoder(model, batch, keep, own, "student")
         head = model.get_output_embeddings()
         if objective.fusable and _is_plain(head) and 4 * len(labels) * len(head.weight) > FUSE_ABOVE_BYTES:
-            return objective.from_hidden(hidden, head.weight, labels)
-        logits = head(hidden)
-        teacher_logits = None
-        if teacher is not None and objective.needs_teacher:
+            return objective.from_hidden(outputs.hidden, head.weight, labels)
+        logits = head(outputs.hidden)
+        teacher_outputs = teacher_logits = None
+        if teacher is not None and theirs:
             with torch.no_grad():
-                teacher_logits = response_logits(teacher, batch, keep)
-    return objective(TermContext(logits, labels, teacher_logits))
+                teacher_outputs = run_decoder(teacher, batch, keep, theirs, "teacher")
+                if "logits" in theirs:
+                    teacher_logits = teacher.get_output_embeddings()(teacher_outputs.hidden)
+    context = TermContext(
+        logits,
+        labels,
+        teacher_logits,
+        traces=batch.traces(keep),
+        responses=keep,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+        teacher_hidden_states=teacher_outputs.hidden_states if teacher_outputs else None,
+        teacher_attentions=teacher_outputs.attentions if teacher_outputs else None,
+    )
+    return objective(context)
 
 
 def _loss(
@@ -211,6 +252,8 @@ def train(
     """
     if objective.needs_teacher and teacher is None:
         raise ReqatError("the objective has a term that needs a teacher; give the stage one")
+    if teacher is not None:
+        teacher.eval()
     torch.manual_seed(settings.seed)
     device = next(model.parameters()).device
     autocast = settings.autocast == "bf16"

@@ -1,9 +1,10 @@
-"""The training objective: a sum of named terms over one forward pass.
+"""The training objective: a sum of named terms over one forward pass of student and, if a term asks, teacher.
 
-Every published loss here is a sum over response tokens of something computed from the student's logits (and, for
-distillation, the teacher's): negative log-likelihood, SEM's selective entropy, QAD's KL. A :class:`Term` returns that
-*sum*; the loop divides all terms by one token count, that of the whole accumulated batch, so gradient accumulation
-changes nothing but memory (ReQAT section 3.3: both terms are divided by the same count).
+Every published loss here is a sum over response tokens of something computed from the student's logits, hidden states
+or attention maps (and, for distillation, the teacher's): negative log-likelihood, SEM's selective entropy, QAD's KL. A
+:class:`Term` says what it looks at (``needs``) and returns that *sum*; the loop runs the forward passes so that it is
+there, and divides all terms by one token count, that of the whole accumulated batch, so gradient accumulation changes
+nothing but memory (ReQAT section 3.3: both terms are divided by the same count).
 
 Logits of a large vocabulary do not fit in memory. An objective whose terms all say how (:class:`Fusable`) can also be
 computed from the hidden states before the head, chunk by chunk: :meth:`Objective.from_hidden`. Same value and
@@ -14,27 +15,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 from reqat_kernels.sem_loss import fused_sem_loss
+
+OUTPUTS = ("logits", "hidden_states", "attentions")
+#: What a term may need: an output of the student, or of the teacher (``teacher.logits``).
+NEEDS = frozenset(OUTPUTS) | {f"teacher.{output}" for output in OUTPUTS}
 
 
 @dataclass
 class TermContext:
-    """What a term may look at: one micro-batch, response positions only.
+    """What a term may look at: one micro-batch. Of the optional parts, those that some term needs are there.
 
-    Shapes: ``logits`` and ``teacher_logits`` are ``[N, V]`` in the dtype of the forward pass, ``labels`` is ``[N]``
-    int64; position ``n`` of ``logits`` predicts ``labels[n]``.
+    Shapes: ``logits`` and ``teacher_logits`` are ``[N, V]`` in the dtype of the forward pass, at the N response
+    positions; ``labels`` is ``[N]`` int64; position ``n`` of ``logits`` predicts ``labels[n]``. ``traces`` ``[N]``
+    int64: which trace each position belongs to, numbered from 0. ``hidden_states``: the embeddings, then the output of
+    each layer, the last one after the final norm, L + 1 of ``[B, T, D]``. ``attentions``: each layer's attention
+    probabilities, L of ``[B, H, T, S]`` float32, 0 where masked. ``responses`` ``[B, T]`` bool: ``hidden[responses]``
+    are the N positions.
     """
 
     logits: Tensor
     labels: Tensor
     teacher_logits: Tensor | None = None
+    traces: Tensor | None = None
+    responses: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    teacher_hidden_states: tuple[Tensor, ...] | None = None
+    teacher_attentions: tuple[Tensor, ...] | None = None
     _log_probs: Tensor | None = field(default=None, repr=False)
 
     def log_probs(self) -> Tensor:
@@ -42,6 +57,18 @@ class TermContext:
         if self._log_probs is None:
             self._log_probs = torch.log_softmax(self.logits.float(), dim=-1)
         return self._log_probs
+
+    def pairs(self, output: str) -> list[tuple[Tensor, Tensor]]:
+        """(student's, teacher's) ``hidden_states`` or ``attentions``, layer by layer. Raises ReqatError where they do
+        not match in number or shape."""
+        student, teacher = getattr(self, output), getattr(self, f"teacher_{output}")
+        shapes = [[tuple(t.shape) for t in side or ()] for side in (student, teacher)]
+        if not student or shapes[0] != shapes[1]:
+            raise ReqatError(
+                f"{output} of student and teacher do not match layer by layer ({len(shapes[0])} of shape "
+                f"{shapes[0][:1]} against {len(shapes[1])} of {shapes[1][:1]}): take a teacher of the same architecture"
+            )
+        return list(zip(student, teacher, strict=True))
 
 
 @runtime_checkable
@@ -57,8 +84,8 @@ class Term(Protocol):
         """Factor in the objective."""
 
     @property
-    def needs_teacher(self) -> bool:
-        """Whether ``ctx.teacher_logits`` must be there."""
+    def needs(self) -> frozenset[str]:
+        """What of the context it looks at besides the labels, of :data:`NEEDS`."""
 
     def __call__(self, ctx: TermContext) -> Tensor:
         """Unweighted sum over response tokens."""
@@ -86,7 +113,7 @@ class NLL:
 
     weight: float = 1.0
     name: str = "nll"
-    needs_teacher: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def __call__(self, ctx: TermContext) -> Tensor:
         """Sum over response tokens of ``-log p(label)`` in nats."""
@@ -101,7 +128,8 @@ class NLL:
 class Objective:
     """A weighted sum of terms, evaluated on one micro-batch.
 
-    Raises ``ReqatError`` where two terms share a name, because their metrics could not be told apart.
+    Raises ``ReqatError`` where two terms share a name, because their metrics could not be told apart, and where one
+    needs what is none of :data:`NEEDS`.
     """
 
     terms: tuple[Term, ...] = (NLL(),)
@@ -110,11 +138,18 @@ class Objective:
         names = [t.name for t in self.terms]
         if not names or len(set(names)) != len(names):
             raise ReqatError(f"objective terms must be non-empty with distinct names, got {names}")
+        for need in sorted(self.needs - NEEDS):
+            raise unknown("output that a term needs", need, NEEDS)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the terms need together."""
+        return frozenset().union(*(t.needs for t in self.terms))
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any term looks at the teacher's logits."""
-        return any(t.needs_teacher for t in self.terms)
+        """Whether any term looks at the teacher."""
+        return any(need.startswith("teacher.") for need in self.needs)
 
     @property
     def fusable(self) -> bool:
@@ -146,8 +181,9 @@ class Objective:
 
     def __call__(self, ctx: TermContext) -> tuple[Tensor, dict[str, float]]:
         """Weighted sum over response tokens (scalar, differentiable) and each term's unweighted sum."""
-        if self.needs_teacher and ctx.teacher_logits is None:
-            raise ReqatError(f"objective {[t.name for t in self.terms]} needs a teacher; give the stage one")
+        for need in sorted(self.needs):
+            if getattr(ctx, need.replace(".", "_")) is None:
+                raise ReqatError(f"objective {[t.name for t in self.terms]} needs {need}; give the stage a teacher")
         total: Tensor | None = None
         sums: dict[str, float] = {}
         for term in self.terms:

@@ -15,6 +15,7 @@ from reqat.config.stage import (
     BaseSettings,
     Calibration,
     DataStageSettings,
+    Gradient,
     PTQSettings,
     QADTerm,
     QFitSettings,
@@ -194,3 +195,29 @@ def test_selection_of_a_stage_is_a_prefix_of_a_longer_one(chain: Chain) -> None:
     short, long = selected(store, Selection(tokens=800)), selected(store, Selection(tokens=2400))
     assert long[: len(short)] == short
     assert not set(t.id for t in selected(store, Selection(tokens=800, skip_tokens=2400))) & set(t.id for t in long)
+
+
+def test_the_teacher_is_the_model_that_is_named(chain: Chain) -> None:
+    """From a fine-tuned parent the loss starts at 0 against the parent and above it against the untrained base."""
+    tuned = train_stage(chain, "finetune", chain.base, PrecisionSpec(), 800)
+    settings = TrainSettings(
+        training=TRAINING.model_copy(update={"objective": (QADTerm(name="qad"),)}), traces=Selection(tokens=800)
+    )
+    first = {}
+    for teacher in (None, tuned.id, chain.base.id):
+        made = chain.run(kind="qat", settings=settings, parent=tuned.id, data=chain.data.id, teacher=teacher)
+        first[teacher] = chain.metrics[made.id]["curve"][0]["qad"]
+    assert first[None] == first[tuned.id] and abs(first[None]) < 1e-8 and first[chain.base.id] > 1e-4
+
+
+def test_a_gradient_rule_of_configuration_is_trained_with_and_learned_scales_are_kept(chain: Chain) -> None:
+    ternary = PrecisionSpec(name="TERNARY-row-W2A16")
+    losses = {}
+    for gradient in ({}, {"rule": "clipped", "roles": ["weights"]}, {"rule": "learned", "roles": ["weights"]}):
+        made = train_stage(chain, "qat", chain.base, ternary, 800, gradient=Gradient(**gradient))
+        losses[gradient.get("rule", "ste")] = chain.metrics[made.id]["final_loss"]
+        restored = prepare(chain.model(made), ternary.name).restored
+        assert restored == (["14 quantized weights"] if "learned" in gradient.values() else [])
+    assert len(set(losses.values())) == 3
+    with pytest.raises(ValueError, match="clip.*clipped"):
+        Training(gradient={"rule": "clip"})  # type: ignore[arg-type]

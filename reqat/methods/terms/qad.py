@@ -8,7 +8,7 @@ of this term alone), or stands beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ class QAD:
 
     weight: float = 1.0
     name: str = "qad"
-    needs_teacher: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset({"logits", "teacher.logits"})
 
     def __call__(self, ctx: TermContext) -> Tensor:
         """``sum_t KL(p_teacher || p_student)`` in nats. Raises ``ReqatError`` without the teacher's logits."""

@@ -22,7 +22,7 @@ Shapes: N response tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class SEM:
     binary: bool = False
     eps: float = 1e-12
     name: str = "sem"
-    needs_teacher: bool = False
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.percentile <= 1:
