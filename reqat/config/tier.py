@@ -66,7 +66,8 @@ class Model(Strict):
     reference: str | None = None
     """`package`: name of the installed package; `path`: folder under the models folder."""
     scratch: Scratch | None = None
-    artifacts: list[str] = Field(min_length=1)
+    artifacts: list[str]
+    """Empty for a model that is a teacher alone."""
     finetune_subset_tokens: Count | None = None
     """If set, longer stages make several epochs over this many tokens instead of seeing more traces (the paper's
     R1-Llama-8B)."""

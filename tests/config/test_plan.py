@@ -14,7 +14,9 @@ from reqat.config.stage import (
     Calibration,
     Decoding,
     PTQSettings,
+    QADTerm,
     QFitSettings,
+    Selection,
     SEMTerm,
     Training,
     TrainSettings,
@@ -379,3 +381,36 @@ def test_an_artifact_that_decodes_otherwise_renames_nothing():
 def test_decoding_of_rows_is_checked(options: dict):
     with pytest.raises(ReqatError, match=next(iter(options))):
         parse(Rows, {"recipes": ["ft"], "precisions": ["BF16"], "decoding": options}, "test")
+
+
+def taught(teacher: str | None) -> tuple[Plan, list[Stage]]:
+    """ReQAT-T with a term of distillation and this teacher, in a tier with another model: the plan, and its chain."""
+    recipe = CATALOGUE.recipe("reqat-t")
+    given = {} if teacher is None else {"teacher": teacher}
+    steps = [recipe.steps[0], recipe.steps[1].model_copy(update={"objective": (QADTerm(name="qad"),), **given})]
+    recipes = {**CATALOGUE.recipes, "reqat-t": recipe.model_copy(update={"steps": steps})}
+    other = {"teacher": {"source": "path", "reference": "large", "artifacts": []}}
+    made = plan(tier(models=other), CATALOGUE.model_copy(update={"recipes": recipes}), pinned="0" * 64)
+    return made, chain(made, "reqat-t", "MXFP4-W4A4", 3)
+
+
+def test_a_teacher_is_a_stage_that_the_plan_knows_and_needs():
+    (_, default), (_, parent), (_, finetuned), (plan_base, base), (plan_other, other) = (
+        taught(name) for name in (None, "parent", "finetuned", "base", "teacher")
+    )
+    assert default == parent == finetuned and default[-1].teacher is None  # it starts from what fine-tuning made
+    assert base[-1].inputs["teacher"] == base[0].id and base[-1].id != default[-1].id
+    assert other[-1].teacher == plan_other.bases["teacher"] in plan_other.needed
+    assert [stage.id for stage in base[:-1]] == [stage.id for stage in default[:-1]]
+    assert Plan.restore(plan_base.dump(), "plan") == plan_base
+    with pytest.raises(ReqatError, match="techer.*teacher"):
+        taught("techer")
+
+
+def test_a_gradient_rule_renames_its_stage_and_the_default_nothing():
+    settings = TrainSettings(training=Training(), traces=Selection(tokens=1))
+    ids = [
+        Stage(kind="qat", settings=settings.model_copy(update={"training": Training(**given)})).id
+        for given in ({}, {"gradient": {"rule": "ste"}}, {"gradient": {"rule": "clipped"}})
+    ]
+    assert ids[0] == ids[1] != ids[2]
