@@ -1,4 +1,4 @@
-"""A new method, objective term, task or model adapter is one new file: nothing else changes."""
+"""A new method, transform, gradient rule, objective term, task or model adapter is one new file and no other change."""
 
 from __future__ import annotations
 
@@ -66,6 +66,67 @@ except ValueError as error:
     assert "toy" in str(error) and "powr" in str(error), error
 else:
     raise AssertionError("a setting that the term does not have was accepted")
+"""
+RULE = """
+from reqat.quant.fake import fake_quantize
+from reqat.quant.gradients._rule import GradientRule, Rounding
+
+
+class Doubled(GradientRule):
+    name = "toy"
+
+    def __init__(self, factor=2.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, at: Rounding):
+        x = at.rotate(x)
+        y = x * self.factor
+        return y + (fake_quantize(x.detach(), at.fmt, global_scale=at.global_scale, name=at.name) - y).detach()
+
+
+RULE = Doubled
+"""
+USE_RULE = """
+import torch
+from reqat.config.stage import Gradient
+from reqat.models import prepare, quant_linears, set_gradient
+from tests.methods.conftest import FAMILIES, SHAPE
+
+gradient, ids = Gradient(rule="toy", factor=3.0), torch.arange(9)[None]
+torch.manual_seed(0)
+model = FAMILIES["llama"](SHAPE)
+prepare(model, "NVFP4-W4A16")
+weight = [*quant_linears(model).values()][-1].weight
+model(ids, labels=ids).loss.backward()
+straight, weight.grad = weight.grad, None
+assert set_gradient(model, gradient.rule, roles=("weights",), **gradient.model_extra) == 14
+model(ids, labels=ids).loss.backward()
+torch.testing.assert_close(weight.grad, 3 * straight)
+"""
+TRANSFORM = """
+from reqat.methods.transform import Transform
+
+
+def flip(model, precision, input_ids, *, progress=True):
+    mlp = model.get_decoder().layers[0].mlp
+    mlp.up_proj.weight.data.neg_()
+    mlp.down_proj.weight.data.neg_()
+    return {"flipped": 1}
+
+
+TRANSFORM = Transform(flip)
+"""
+USE_TRANSFORM = """
+import torch
+from reqat.methods.transforms import TRANSFORMS
+from reqat.quant import Precision
+from tests.methods.conftest import FAMILIES, SHAPE
+
+model, ids = FAMILIES["llama"](SHAPE).eval(), torch.arange(9)[None]
+expected, precision = model(ids).logits, Precision.parse("NVFP4-W4A4")
+assert TRANSFORMS["toy"].apply(model, precision, ids) == (precision, {"flipped": 1})
+torch.testing.assert_close(model(ids).logits, expected)
 """
 TASK = """
 from reqat.tasks.family import Family
@@ -177,6 +238,8 @@ CASES = {
     "models/adapters/stages.py": (ADAPTER, USE_ADAPTER),
     "methods/ptq/toy.py": (PTQ, USE_PTQ),
     "methods/terms/toy.py": (TERM, USE_TERM),
+    "methods/transforms/toy.py": (TRANSFORM, USE_TRANSFORM),
+    "quant/gradients/toy.py": (RULE, USE_RULE),
     "tasks/families/basic_arithmetic.py": (TASK, USE_TASK),
 }
 

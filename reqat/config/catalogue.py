@@ -20,6 +20,9 @@ PTQ_METHODS = modules_of("methods.ptq")
 OBJECTIVE_TERMS = modules_of("methods.terms")
 """Terms of the training objective, one a file of `reqat/methods/terms/`."""
 
+TRANSFORM_NAMES = modules_of("methods.transforms")
+"""Transforms that stand by themselves, one a file of `reqat/methods/transforms/`."""
+
 GRADIENT_RULES = modules_of("quant.gradients")
 """Gradient rules of quantizers, one a file of `reqat/quant/gradients/`."""
 

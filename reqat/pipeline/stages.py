@@ -263,12 +263,12 @@ def train_again(
 
 
 def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
-    from reqat.methods import qfit
+    from reqat.methods.transforms import TRANSFORMS
 
     settings = stage.settings
     assert isinstance(settings, QFitSettings)
     model, tokenizer = _parent(inputs)
-    result = qfit.calibrate(
+    _, metrics = TRANSFORMS["qfit"].apply(
         model,
         precision_of(stage),
         calibration_ids(inputs["data"], tokenizer, settings.calibration),
@@ -278,9 +278,8 @@ def _qfit(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
         variant=settings.variant,
         progress=progress,
     )
-    qfit.fold(model, result)
     save_model(model, tokenizer, out / MODEL)
-    return result.metrics()
+    return metrics
 
 
 def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:

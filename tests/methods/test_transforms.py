@@ -12,27 +12,18 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.methods import ptq, qfit
+from reqat.methods import ptq
 from reqat.methods.layerwise import walk
-from reqat.methods.ptq import awq, smoothquant
-from reqat.methods.scaling import groups_of
-from reqat.models import prepare, quant_linears
-from reqat.quant import Precision
+from reqat.methods.ptq import Method, awq, smoothquant
+from reqat.methods.ptq.rtn import rtn
+from reqat.methods.scaling import FoldableGroup, groups_of
+from reqat.methods.transforms import TRANSFORMS, Transform
+from reqat.models import KVQuantizer, prepare, quant_linears
+from reqat.models.linear import InputQuantizer
+from reqat.quant import Precision, Quantizer, block_hadamard, without_rounding
 
 Tiny = Callable[..., PreTrainedModel]
 W4A4 = Precision.parse("NVFP4-W4A4")
-
-
-def _qfit(model: PreTrainedModel, precision: Precision, ids: Tensor, **_: Any) -> dict[str, Any]:
-    wanted = Precision.parse("NVFP4-KV4:kv_element=E1M2")
-    qfit.fold(model, qfit.calibrate(model, wanted, ids, grid=4, progress=False))
-    return {}
-
-
-TRANSFORMS = {
-    "qfit": _qfit,
-    **{f"{name}, {t.__name__}": t for name, method in ptq.METHODS.items() for t in method.transforms},
-}
 
 
 def with_outliers(model: PreTrainedModel) -> PreTrainedModel:
@@ -45,23 +36,110 @@ def with_outliers(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def test_every_transform_of_a_method_is_tried() -> None:
-    assert {"awq, scale", "smoothquant, smooth", "qfit"} <= set(TRANSFORMS)
+#: Options of transforms that would search long without.
+OPTIONS = {"qfit": {"grid": 4}, "awq": {"grid": 4}}
+
+
+def assert_equivalent(
+    transform: Transform, model: PreTrainedModel, ids: Tensor, precision: str, **options: Any
+) -> None:
+    """A float64 ``model`` gives the same logits before ``transform`` and after: as it is rewritten, and prepared for
+    the precision with all that is then computed online, but not rounded."""
+    expected, asked = model(ids).logits, Precision.parse(precision)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    prepared, metrics = transform.apply(model, asked, ids, progress=False, **options)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+    rewritten = any(not torch.equal(value, before[key]) for key, value in model.state_dict().items() if key in before)
+    assert (rewritten or prepared != asked) and isinstance(metrics, dict), "it must have done something"
+    assert bool(transform.online) == (prepared != asked or any(k.shift is not None for k in kv_of(model)))
+    prepare(model, prepared)
+    assert not torch.allclose(model(ids).logits, expected, rtol=1e-3)  # it is quantized
+    with without_rounding(m for m in model.modules() if isinstance(m, Quantizer)):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def kv_of(model: PreTrainedModel) -> list[KVQuantizer]:
+    return [module for module in model.modules() if isinstance(module, KVQuantizer)]
+
+
+def test_every_transform_is_tried() -> None:
+    assert {"hadamard", "kv_hadamard", "qfit", "awq", "smoothquant"} <= set(TRANSFORMS)
+    assert all(t in TRANSFORMS.values() for method in ptq.METHODS.values() for t in method.transforms)
 
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 @pytest.mark.parametrize("kv_heads", [2, 4])
 def test_the_unquantized_model_computes_the_same(
-    tiny: Tiny, family: str, ids: Tensor, name: str, kv_heads: int
+    tiny: Tiny, float64_norms: Any, family: str, ids: Tensor, name: str, kv_heads: int
 ) -> None:
-    model = with_outliers(tiny(family, num_key_value_heads=kv_heads)).double()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    expected = model(ids).logits
-    TRANSFORMS[name](model, W4A4, ids, progress=False)
-    actual = model(ids).logits
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # transformers' norms compute in float32
-    after = model.state_dict()
-    assert any(not torch.equal(value, after[key]) for key, value in before.items()), "it must have done something"
+    model = float64_norms(with_outliers(tiny(family, num_key_value_heads=kv_heads)).double())
+    assert_equivalent(TRANSFORMS[name], model, ids, "NVFP4-W4A4KV4", **OPTIONS.get(name, {}))
+
+
+def _columns_alone(model: PreTrainedModel, *_: Any, **__: Any) -> dict[str, Any]:
+    model.get_decoder().layers[0].mlp.up_proj.weight.data[:, 3] *= 1 + 1e-6  # type: ignore[attr-defined]
+    return {}
+
+
+WRONG: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
+    "queries are not rotated": (
+        "kv_hadamard",
+        lambda patch: patch.setattr(KVQuantizer, "query", lambda self, query: query),
+    ),
+    "inputs are rotated in blocks of another size": (
+        "hadamard",
+        lambda patch: patch.setattr(InputQuantizer, "compute", lambda self, x: block_hadamard(x, 16)),
+    ),
+    "a scale that RoPE does not pass through": (
+        "qfit",
+        lambda patch: patch.setattr("reqat.methods.qfit.search.pair_scale", lambda key, **_: key.abs().amax((0, 2))),
+    ),
+    "a shift of each token": (
+        "qfit",
+        lambda patch: patch.setattr(
+            KVQuantizer,
+            "forward",
+            lambda self, key, value: (key - self.shift[:, None] * torch.arange(key.shape[2])[:, None], value),
+        ),
+    ),
+    "scales that are folded on one side": (
+        "smoothquant",
+        lambda patch: patch.setattr(FoldableGroup, "fold", _half_folded),
+    ),
+}
+
+
+def _half_folded(self: FoldableGroup, s_K: Tensor) -> None:
+    for linear in self.linears:
+        linear.weight.data.mul_(s_K)
+
+
+@pytest.mark.parametrize("what", sorted(WRONG))
+def test_the_test_fails_for_a_wrong_transform(
+    tiny: Tiny, float64_norms: Any, ids: Tensor, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, mutate = WRONG[what]
+    mutate(monkeypatch)
+    model = float64_norms(with_outliers(tiny("llama")).double())
+    with pytest.raises((AssertionError, ReqatError), match="not close|does not compute the same"):
+        assert_equivalent(TRANSFORMS[name], model, ids, "NVFP4-W4A4KV4", **OPTIONS.get(name, {}))
+
+
+def test_the_test_fails_for_a_rewrite_of_one_part_in_a_million(tiny: Tiny, float64_norms: Any, ids: Tensor) -> None:
+    model = float64_norms(tiny("llama").double())
+    with pytest.raises(AssertionError, match="not close"):
+        assert_equivalent(Transform(_columns_alone), model, ids, "NVFP4-W4A4KV4")
+
+
+def test_a_method_is_prepared_for_what_its_transforms_compute_online(tiny: Tiny, ids: Tensor) -> None:
+    method = Method(rtn, transforms=(TRANSFORMS["hadamard"],))
+    assert not method.needs_calibration
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ptq.METHODS, "rotated", method)
+        report, _ = ptq.quantize("rotated", tiny("llama"), "MXFP4-W4A4", progress=False)
+        assert str(report.precision) == "MXFP4-W4A4:rotation=32"
+        with pytest.raises(ReqatError, match="48.*32|32.*48"):
+            ptq.quantize("rotated", tiny("llama", intermediate_size=48), "NVFP4-W4A4", progress=False)
 
 
 def test_what_makes_an_input_is_found(tiny: Tiny, ids: Tensor) -> None:
@@ -91,7 +169,7 @@ def test_a_norm_that_adds_one_to_its_weight_is_folded(ids: Tensor) -> None:
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["awq, scale", "smoothquant, smooth"])
+@pytest.mark.parametrize("name", ["awq", "smoothquant"])
 def test_an_input_that_something_else_reads_is_not_scaled(tiny: Tiny, ids: Tensor, name: str) -> None:
     """A router that reads what the experts read is seen; a use outside any module is caught by what the layer gives."""
     model = with_outliers(tiny("llama"))
@@ -100,7 +178,7 @@ def test_an_input_that_something_else_reads_is_not_scaled(tiny: Tiny, ids: Tenso
         mlp.router, plain = nn.Linear(64, 1, bias=False), mlp.forward
         mlp.forward = lambda x, mlp=mlp, plain=plain: plain(x) * mlp.router(x).sigmoid()
     expected = model(ids).logits
-    TRANSFORMS[name](model, W4A4, ids, progress=False)
+    TRANSFORMS[name].apply(model, W4A4, ids, progress=False)
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-3, atol=1e-3)
 
     model = with_outliers(tiny("llama"))
@@ -108,7 +186,7 @@ def test_an_input_that_something_else_reads_is_not_scaled(tiny: Tiny, ids: Tenso
     plain = mlp.forward
     mlp.forward = lambda x: plain(x) + x
     with pytest.raises(ReqatError, match="layers.0.*not supported"):
-        TRANSFORMS[name](model, W4A4, ids, progress=False)
+        TRANSFORMS[name].apply(model, W4A4, ids, progress=False)
 
 
 def test_smoothquant_is_its_formula(tiny: Tiny, ids: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Post-training quantization methods by name. A new method is one file in this package that defines ``METHOD``.
 
-A method is *transforms*, which rewrite the full-precision model without changing what it computes (scales folded into
-neighbouring layers), then a *solver*, which chooses the codes of the prepared model's weights:
-:func:`reqat.methods.layerwise.solve_weights` walks the model for it.
+A method is *transforms* (:mod:`reqat.methods.transform`), which rewrite the full-precision model without changing what
+it computes (scales folded into neighbouring layers), then a *solver*, which chooses the codes of the prepared model's
+weights: :func:`reqat.methods.layerwise.solve_weights` walks the model for it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from reqat.config.catalogue import PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
 from reqat.methods.layerwise import BATCH_TOKENS, check_input_ids
-from reqat.methods.ptq._method import Method, Transform
+from reqat.methods.ptq._method import Method
 from reqat.models import Report, calibrate_static, prepare
 from reqat.models.experts import Experts
 from reqat.models.prepare import check_geometry
 from reqat.quant import Precision
 
-__all__ = ["METHODS", "Method", "Transform", "quantize"]
+__all__ = ["METHODS", "Method", "quantize"]
 
 METHODS: dict[str, Method] = {name: importlib.import_module(f"{__name__}.{name}").METHOD for name in PTQ_METHODS}
 
@@ -67,20 +67,19 @@ def quantize(
     elif chosen.needs_calibration:
         raise ReqatError(f"{method} looks at what flows through the model: give it calibration input_ids")
     taken = {key: value for key, value in options.items() if key in chosen.options and value is not None}
-    wanted = Precision.parse(precision, **(precision_options or {}))
+    asked = wanted = Precision.parse(precision, **(precision_options or {}))
+    for transform in chosen.transforms:
+        wanted = transform.prepared_for(wanted)
     if chosen.transforms:  # a search takes minutes: what prepare() would refuse after it is refused before
         check_geometry(model, wanted, [])
     metrics: dict[str, Any] = {}
     for transform in chosen.transforms:
-        assert input_ids is not None
-        metrics |= transform(
-            model,
-            wanted,
-            input_ids,
-            progress=progress,
-            **{k: v for k, v in taken.items() if k not in chosen.solver_options},
-        )
-    report = prepare(model, precision, override=override, **(precision_options or {}))
+        of_transform = {k: v for k, v in taken.items() if k not in chosen.solver_options}
+        metrics |= transform.apply(model, wanted, input_ids, progress=progress, **of_transform)[1]
+    if wanted == asked:
+        report = prepare(model, precision, override=override, **(precision_options or {}))
+    else:
+        report = prepare(model, wanted, override=override)
     if input_ids is not None and any(getattr(module, "needs_calibration", False) for module in model.modules()):
         calibrate_static(model, input_ids.split(max(1, BATCH_TOKENS // input_ids.shape[1])))
     settings = {k: v for k, v in taken.items() if k in chosen.solver_options}

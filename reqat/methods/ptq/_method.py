@@ -6,10 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-Transform = Callable[..., dict[str, Any]]
-"""``transform(model, precision, input_ids, *, progress, **options)`` rewrites a full-precision model in place so that
-it quantizes better, without changing what it computes, and returns JSON-ready metrics. One test holds all transforms to
-that: the unquantized model gives the same logits before and after."""
+from reqat.methods.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -30,4 +27,4 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         """Whether the method looks at what flows through the model."""
-        return bool(self.transforms) or self.solver_needs_data
+        return any(transform.needs_data for transform in self.transforms) or self.solver_needs_data

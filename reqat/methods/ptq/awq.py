@@ -32,6 +32,7 @@ from reqat.methods.layerwise import Step, hooked, walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
 from reqat.methods.scaling import FoldableGroup, check_full_precision, groups_of, magnitudes, unchanged
+from reqat.methods.transform import Transform
 from reqat.models.adapters import blocks_of
 from reqat.quant import Precision, block_hadamard, fake_quantize
 
@@ -156,4 +157,4 @@ def _dynamic(fmt: Format | None) -> Format | None:
     return fmt.replace(global_scale="dynamic") if fmt is not None and fmt.global_scale == "static" else fmt
 
 
-METHOD = Method(rtn, transforms=(scale,), options={"grid": GRID})
+METHOD = Method(rtn, transforms=(Transform(scale),), options={"grid": GRID})

@@ -24,6 +24,7 @@ from reqat.methods.layerwise import walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
 from reqat.methods.scaling import check_full_precision, groups_of, magnitudes, unchanged
+from reqat.methods.transform import Transform
 from reqat.models.adapters import blocks_of
 from reqat.quant import Precision
 
@@ -63,4 +64,4 @@ def smooth(
     return {"alpha": alpha, "smoothed": len(smoothed)}
 
 
-METHOD = Method(rtn, transforms=(smooth,), options={"alpha": 0.6})
+METHOD = Method(rtn, transforms=(Transform(smooth),), options={"alpha": 0.6})
