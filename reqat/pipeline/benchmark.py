@@ -1,4 +1,4 @@
-"""The sections of the benchmark, each measured in its own process.
+"""The benchmark of kernels and decoding: its sections, each measured in its own process.
 
 A section is measured in a fork (:mod:`reqat.pipeline.isolation`). So its memory is free again before the next one
 starts, and code of others that dies (a protection fault inside ggml, say) costs its own rows: the section is measured
@@ -9,26 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from reqat.config import machine
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json, write_file
 from reqat.config.paths import Paths
 from reqat.config.throughput import (
     FILE,
+    LEAST_MEMORY_MB,
     AgreementBench,
     DecodeBench,
     EntropyBench,
     Throughput,
     TrainStepBench,
     load_throughput,
+    sources,
 )
 from reqat.pipeline.isolation import Died, Mark, isolated
+from reqat.records import provenance, record
 
+CSV = "throughput.csv"
+_ERROR_PREFIX = "reqat: error: "
 _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
 
 
@@ -53,6 +62,39 @@ def failure_of(id: str, paths: Paths) -> str | None:
         return None
     state = read_json(path, "note on a benchmark", "remove it, and measure again")
     return str(state.get("reason", "for no known reason")) if state.get("state") == "failed" else None
+
+
+def is_current(out: Path, paths: Paths) -> bool:
+    """Whether a result is newer than the sources of the code that it measured."""
+    made = (out / record.FILE).stat().st_mtime
+    return all(file.stat().st_mtime <= made for file in sources(paths.root))
+
+
+def reason_of(code: int, log: Path | None) -> str:
+    """Why `reqat bench` ended with `code`, in one line: the error that its log closes with, or the signal."""
+    if code > 128:
+        ended = signal.Signals(code - 128).name if code - 128 in set(signal.Signals) else f"exit code {code}"
+        memory = ", as the system does when memory runs out" if ended == "SIGKILL" else ""
+        return f"it was ended by {ended}{memory}"
+    lines = []
+    if log is not None and log.is_file():
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(_ERROR_PREFIX)]
+    return said[-1].removeprefix(_ERROR_PREFIX) if said else f"it ended with exit code {code}"
+
+
+def memory_of(settings: Throughput) -> int:
+    """Bytes that the benchmark may take: what its settings declare, less where less is free.
+
+    Raises `ReqatError` where too little is free to measure anything.
+    """
+    free = int(machine.USABLE * machine.available_bytes())
+    if free < LEAST_MEMORY_MB * machine.MB:
+        raise ReqatError(
+            f"the benchmark needs {LEAST_MEMORY_MB / 1000:g} GB of free memory, {free / 1e9:.1f} GB are: close other "
+            "programs, or leave it out (make figures BENCH=no)."
+        )
+    return min(settings.memory_mb * machine.MB, free)
 
 
 @dataclass
@@ -87,6 +129,58 @@ class Bench:
         for _ in range(_FIRST_READINGS):
             probe()
         return probe
+
+
+def measure_all(
+    settings: Throughput, out: Path, paths: Paths, say: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics.
+
+    Raises `ReqatError` where memory is short or a section cannot be measured.
+    """
+    import pandas as pd
+
+    from reqat_kernels.bench.machine import last_level_cache_bytes
+    from reqat_kernels.bench.measure import Result, against_roofline
+
+    if sys.modules.get("torchao", ...) is None:  # start_computing keeps it from other verbs; here it is a peer
+        del sys.modules["torchao"]
+    bench = Bench(settings, memory_of(settings), out, paths.base, say or (lambda _: None))
+    cache_bytes = last_level_cache_bytes()
+    preload(settings)
+    whole, peaks = Section(Result(), [], []), {}
+    for name, work in sections(settings).items():
+        section = measured(name, work, bench)
+        peaks[name] = section.peak_memory_bytes
+        if section.peak_memory_bytes > bench.memory:
+            took, allowed = section.peak_memory_bytes / 1e9, bench.memory / 1e9
+            line = f"{name}: took {took:.1f} GB of memory, more than the {allowed:.1f} it may take."
+            whole.result.refused.append(line)
+        whole.result.add(section.result)
+        whole.probe_bytes_per_s += section.probe_bytes_per_s
+        whole.agreement += section.agreement
+    rates = whole.probe_bytes_per_s
+    rows = against_roofline(whole.result.rows, max(rates, default=math.nan))
+    table = pd.DataFrame([dataclasses.asdict(row) for row in rows])
+    made, hardware = provenance.commit(paths.root), provenance.hardware()
+    versions = provenance.versions()
+    names = ("python", "torch", "transformers", "triton", "llama-cpp-python", "torchao")
+    table["commit"] = f"{made['commit']}{'+changes' if made['dirty'] else ''}"
+    table["versions"] = "; ".join(f"{name} {versions[name]}" for name in names if name in versions)
+    table["hardware"] = f"{hardware['cpu']}, {hardware['cores']} cores"
+    write_file(out / CSV, table.to_csv(index=False, lineterminator="\n"))
+    for line in [*whole.result.skipped, *whole.result.refused]:
+        print(f"reqat: warning: {line}", file=sys.stderr)
+    return {
+        "rows": len(rows),
+        "skipped": whole.result.skipped,
+        "refused": whole.result.refused,
+        "roofline_bytes_per_s": max(rates, default=math.nan),
+        "probe_bytes_per_s": {"n": len(rates), "min": min(rates, default=math.nan)},
+        "last_level_cache_bytes": cache_bytes,
+        "memory": {"budget_bytes": bench.memory, "peak_bytes": peaks},
+        "agreement": whole.agreement,
+    }
 
 
 def measured(name: str, work: Callable[[Bench], tuple[Any, list[Any]]], bench: Bench) -> Section:
