@@ -39,7 +39,7 @@ def read_plan():
     for folder in (Path(workflow.basedir), Path.cwd()):
         if any(sign in str(folder) for sign in NOT_IN_PATHS):
             raise ReqatError(f"{folder}: Snakemake takes braces and line breaks in a path for its own; move the clone to another folder.")
-    if any(sign in tier for sign in NOT_IN_PATHS + "/"):
+    if any(sign in tier for sign in f"{NOT_IN_PATHS}/"):
         raise ReqatError(f"--config tier={tier!r}: a tier is a file in config/tiers/, named without folder and suffix.")
     paths = Paths(build=Path(build), models=Path(models))
     plan = load(tier, paths)
@@ -166,6 +166,16 @@ def study_inputs(wildcards):
         return [record_of(id) for id in dict.fromkeys(study_called(STUDIES, wildcards.id, TIER).inputs.values())]
     except ReqatError as error:
         raise WorkflowError(str(error)) from None
+
+
+def table_folder(wildcards):
+    """Folder of the tier's tables. A function, as `snakemake --lint` asks of what is no file."""
+    return f"{BUILD}/tables/{TIER}"
+
+
+def plot_folder(wildcards):
+    """Folder of the tier's figures."""
+    return f"{BUILD}/plots/{TIER}"
 
 
 def all_cores():

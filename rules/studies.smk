@@ -46,8 +46,8 @@ if STUDIES:
             "figures and tables of the studies"
         params:
             reqat=reqat,
-            tables=f"{BUILD}/tables/{TIER}",
-            plots=f"{BUILD}/plots/{TIER}",
+            tables=table_folder,
+            plots=plot_folder,
             **CAPTION,
         resources:
             mem_mb=1500,

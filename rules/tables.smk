@@ -19,8 +19,8 @@ rule tables:
         "tables and figures of the evaluations"
     params:
         reqat=reqat,
-        tables=f"{BUILD}/tables/{TIER}",
-        plots=f"{BUILD}/plots/{TIER}",
+        tables=table_folder,
+        plots=plot_folder,
         **CAPTION,
     resources:
         mem_mb=1000,

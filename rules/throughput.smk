@@ -47,8 +47,8 @@ if BENCH:
             "../environment.yml"
         params:
             reqat=reqat,
-            tables=f"{BUILD}/tables/{TIER}",
-            plots=f"{BUILD}/plots/{TIER}",
+            tables=table_folder,
+            plots=plot_folder,
             **CAPTION,
         message:
             "Figure 6 and its tables"
