@@ -14,7 +14,7 @@ nearest, ties to even)::
 the same thing in all of them. Half-away rounding, which AMXFP4 uses, is ``floor(|y| / spacing + 1/2)``.
 
 Integers are symmetric: quantization never produces the lowest one (-8 of INT4). TERNARY is -1, 0, 1, as INT2; where its
-threshold lies is a matter of the scale rule (``twn`` in scales.py).
+threshold lies is a matter of the scale rule (``twn`` in quantize.py).
 
 Zeros: a negative number that rounds to zero keeps its sign in the code of a float element (8 of four bits, as in every
 FP4 library), but both zero codes decode to +0.0, so that the codes and the arithmetic shortcut agree bit for bit.
