@@ -16,9 +16,11 @@ its default.
 | TERNARY-row, TERNARY-tensor | TERNARY | the whole row or tensor | FP32, FP16 | twn | even | none |
 | FP8-row, FP8-tensor | E4M3 | the whole row or tensor | FP32, FP16 | nearest | even, away | none |
 
-A row is a weight's output channel, or a token. MXFP4's default is ``rceil`` (also called ``ceil``) because ReQAT uses
-it; OCP's specification says ``floor``, compressed-tensors exports ``even``. What each rule computes is in
-:mod:`reqat.formats.scales`.
+A row is a weight's output channel, or a token. The scale of a whole tensor is that of the tensor at hand: inputs, keys
+and values then depend on what else is in the batch, as under ``dynamic``.
+
+MXFP4's default is ``rceil`` (also called ``ceil``) because ReQAT uses it; OCP's specification says ``floor``,
+compressed-tensors exports ``even``. What each rule computes is in :mod:`reqat.formats.scales`.
 """
 
 from __future__ import annotations

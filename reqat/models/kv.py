@@ -35,7 +35,7 @@ class KVQuantizer(MeasuredState):
     def scales_over_tokens(self) -> bool:
         """Whether keys that were never written (a static cache's zeros, which the shift moves) would change a scale."""
         fmt = self.key.format
-        return fmt is not None and fmt.global_scale == "dynamic" and self.shift is not None
+        return fmt is not None and (fmt.global_scale == "dynamic" or fmt.per_tensor) and self.shift is not None
 
     def set_shift(self, shift_GD: Tensor | None) -> None:
         """Set the Q-FIT shift, one value a KV head and channel. Raises ReqatError as `checked` does."""

@@ -60,6 +60,23 @@ def test_every_cache_gives_the_dynamic_caches_tokens(
             assert torch.equal(assisted.sequences, alone.sequences)
 
 
+@pytest.mark.parametrize("precision", ["INT8-tensor-KV8", "NVFP4-KV4:global_scale=dynamic"])
+def test_keys_that_were_never_written_do_not_set_a_scale_of_all_tokens(
+    tiny: Tiny, asked: Tensor, precision: str
+) -> None:
+    """A static cache's zeros become the shift, which is larger than any key here."""
+    model = tiny("llama")
+    prepare(model, precision)
+    for kv in kv_quantizers(model):
+        kv.set_shift(torch.full((2, 32), 500.0))
+    how: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    how |= {"output_logits": True, "pad_token_id": 0, "eos_token_id": None}
+    expected = model.generate(asked, **how)
+    found = model.generate(asked, cache_implementation="static", **how)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_what_would_skip_or_repeat_quantization_is_refused(tiny: Tiny, asked: Tensor) -> None:
     model = tiny("llama")
     prepare(model, KV4, global_scale="row")
