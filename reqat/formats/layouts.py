@@ -1,4 +1,4 @@
-"""Checkpoint layouts: the names and shapes under which serving engines (vLLM, SGLang, TensorRT-LLM) store a quantized weight ``W [N, K]``.
+"""Checkpoint layouts: names and shapes under which serving engines (vLLM, SGLang, TensorRT-LLM) store a weight [N, K].
 
 | layout | codes | block scales | global scale |
 |---|---|---|---|
