@@ -84,7 +84,7 @@ class Table:
         r"""A `table*` with booktabs rules, shrunk to the text width if it is wider; `\label{tab:<name>}`."""
         spec = "".join(c.align for c in self.columns)
         lines = [
-            f"% {self.name}: written by `reqat tables`; needs \\usepackage{{{PACKAGES}}}",
+            f"% {self.name}: written by `reqat report`; needs \\usepackage{{{PACKAGES}}}",
             r"\begin{table*}[t]",
             r"\centering",
             r"\footnotesize",

@@ -56,18 +56,23 @@ def _chosen(what: list[str] | None) -> list[Part]:
 def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> None:
     from analysis import build
     from reqat.pipeline.benchmark import benchmark_of, failure_of
-    from reqat.pipeline.pin import parts_of
+    from reqat.pipeline.pin import begun, parts_of
     from reqat.pipeline.studies import stages_there, studies_of
 
     plan, paths = session.plan(tier), session.paths
-    for part in what or parts_of(plan, paths):
+    has = parts_of(plan, paths)
+    there = [part for part in has if begun(plan, part, paths)]
+    if not what and there:  # what was never begun (a benchmark left out, say) does not keep the rest from being drawn
+        for part in [part for part in has if part not in there]:
+            print(f"reqat: warning: tier {tier} has no results of its {part}; left out.", file=sys.stderr)
+    for part in what or there or has:
         if part == "run":
             build.build_tables(plan, paths.work, tables, paths=paths)
             build.build_figures(plan, paths.work, plots, paths=paths)
         elif part == "studies":
             planned = studies_of(plan, paths)
-            there = stages_there(plan, planned.values(), paths)
-            build.build_studies(planned, paths.studies, tables, plots, stages=there)
+            stages = stages_there(plan, planned.values(), paths)
+            build.build_studies(planned, paths.studies, tables, plots, stages=stages)
         else:
             settings = benchmark_of(tier, paths)
             if (reason := failure_of(settings.id, paths)) is not None:

@@ -86,6 +86,20 @@ class TrainStep(_Step):
     gradient: Gradient | None = None
     """In place of the tier's gradient rule."""
 
+    @model_validator(mode="after")
+    def _used(self) -> TrainStep:
+        if self.gradient is not None and self.step == "finetune":
+            raise ValueError("gradient: a finetune step quantizes nothing; leave it out, or give it to a qat step")
+        if (
+            self.teacher != "parent"
+            and self.objective is not None
+            and {t.name for t in self.objective} <= {"nll", "sem"}
+        ):
+            raise ValueError(
+                f"teacher {self.teacher!r}: no term of the objective compares with a teacher; leave it out"
+            )
+        return self
+
     @field_validator("tokens")
     @classmethod
     def _readable(cls, tokens: str | int) -> str | int:

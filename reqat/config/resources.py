@@ -58,7 +58,8 @@ def training_bytes(shape: Shape, training: Training) -> float:
     layer = tokens * (6 * s.hidden_size + 2 * (s.heads + s.kv_heads) * s.head_dim + 4 * s.mlp) * 4
     kept = tokens * s.hidden_size * s.layers * 4 if training.gradient_checkpointing else layer * s.layers
     logits = 3 * tokens * s.vocabulary * 4
-    teacher = 4 * parameters(s) if any(term.name == "qad" for term in training.objective) else 0
+    # All other terms compare with a teacher; thought to be of the student's size.
+    teacher = 4 * parameters(s) if any(term.name not in ("nll", "sem") for term in training.objective) else 0
     return _TRAIN_BYTES * parameters(s) + kept + layer + logits + teacher
 
 

@@ -9,11 +9,11 @@ one id and is trained once.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct
+from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct, plain
 from reqat.config.catalogue import GRADIENT_RULES, OBJECTIVE_TERMS, PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import ROLES, PrecisionSpec, Role
@@ -51,10 +51,19 @@ class QADTerm(Strict):
     weight: float = Field(default=1.0, ge=0)
 
 
-class OtherTerm(BaseModel):
-    """Any other term of `reqat.methods.terms`; settings besides its weight are arguments of its class."""
+class _Open(BaseModel):
+    """Settings of a class that is not imported here: any key, but values that JSON can represent."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _plain(self) -> Self:
+        plain(self.model_extra)
+        return self
+
+
+class OtherTerm(_Open):
+    """Any other term of `reqat.methods.terms`; settings besides its weight are arguments of its class."""
 
     name: Annotated[str, AfterValidator(_objective_term)]
     weight: float = 1.0
@@ -82,10 +91,8 @@ def _gradient_rule(name: str) -> str:
     return name
 
 
-class Gradient(BaseModel):
+class Gradient(_Open):
     """How gradients pass through the rounding of a QAT stage; settings besides are arguments of the rule's class."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
 
     rule: Annotated[str, AfterValidator(_gradient_rule)] = "ste"
     """A rule of `reqat.quant.gradients`."""

@@ -41,15 +41,27 @@ def running(
     Raises `ReqatError` if another process holds the lock.
     """
     with exclusive(paths.work / "locks" / id, id):
+        checkpoints = paths.checkpoints(id)
+        if _older(checkpoints, out / record.FILE):
+            # Of the training that made the result, whose process was killed before it could remove it: going on from
+            # it would train nothing.
+            shutil.rmtree(checkpoints, ignore_errors=True)
         if not force and (done or finished)(out, id):
             print(f"{id}: already there")
             yield None
             return
         with record.job(kind, id, settings, root=paths.root, out=out, partial=paths.partial(id), tier=tier) as job:
-            job.resumed = paths.checkpoints(id).exists()
+            job.resumed = checkpoints.exists()
             yield job
-        shutil.rmtree(paths.checkpoints(id), ignore_errors=True)  # only now: the result is there
+        shutil.rmtree(checkpoints, ignore_errors=True)  # only now: the result is there
     print(f"{id}: done, {out}")
+
+
+def _older(folder: Path, result: Path) -> bool:
+    """Whether everything in a folder was written before a result."""
+    if not folder.is_dir() or not result.is_file():
+        return False
+    return all(path.stat().st_mtime <= result.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:

@@ -43,6 +43,20 @@ def parts_of(plan: Plan, paths: Paths) -> list[Part]:
     return [part for part in PARTS if has[part]]
 
 
+def begun(plan: Plan, part: Part, paths: Paths) -> bool:
+    """Whether a part of a tier has any result in the build folder, or a note of a benchmark that failed."""
+    if part == "run":
+        folders = [paths.evaluation(evaluation) for evaluation in plan.evaluations.values()]
+    elif part == "studies":
+        folders = [paths.study(id) for id in load_studies(plan, paths.config)]
+    else:
+        settings = benchmark_of(plan.tier.name, paths)
+        if paths.throughput_state(settings.id).is_file():
+            return True
+        folders = [paths.throughput(settings.id)]
+    return any((folder / record.FILE).is_file() for folder in folders)
+
+
 def check(plan: Plan, paths: Paths, parts: Sequence[Part], *, allow_dirty: bool = False) -> dict[str, dict[str, Any]]:
     """Records of the whole parts by their jobs' folders within `build/`. Raises `ReqatError` listing what is missing,
     changed, of another plan, or made from a dirty tree.

@@ -55,6 +55,7 @@ from reqat.models import (
     save_model,
     set_gradient,
 )
+from reqat.pipeline.task import same_tokens
 from reqat.tasks import problems, write_trace
 from reqat.tasks.family import stream
 from reqat.training import Objective, Observer, RunSettings, TrainResult, train
@@ -237,14 +238,15 @@ def train_again(
         set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))
     teacher = None
     if objective(settings.training).needs_teacher:
-        teacher, _ = _model(inputs, "teacher" if "teacher" in inputs else "parent")
+        teacher, of_teacher = _model(inputs, "teacher" if "teacher" in inputs else "parent")
+        same_tokens(tokenizer, of_teacher, (f"{stage.id}'s parent", f"its teacher {stage.teacher}"))
         prepare(teacher, "BF16", override=True)
         teacher.eval().requires_grad_(False)
         sizes = [m.get_output_embeddings().weight.shape[0] for m in (model, teacher)]
         if sizes[0] != sizes[1]:
             raise ReqatError(
                 f"{stage.id}: its vocabulary has {sizes[0]} tokens, its teacher's ({stage.teacher}) {sizes[1]}: "
-                "take a teacher with the same tokenizer"
+                "take a teacher whose output head is as wide"
             )
     result = _train(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,21 @@ def test_quantize_writes_a_model_that_loads_and_comes_back_as_it_was(
     with pytest.raises(SystemExit) as end:
         main([*arguments, "--force"])
     assert not end.value.code and (Path("out") / record.FILE).stat().st_mtime_ns > before
+
+
+def test_a_checkpoint_that_a_kill_left_beside_its_result_is_no_start(made: tuple[Plan, Paths]):
+    tiny, paths = made
+    last = next(stage for stage in tiny.needed.values() if stage.kind == "qat")
+    left = paths.checkpoints(last.id)
+    for force in (False, True):
+        left.mkdir(parents=True)
+        (left / "state").write_text("of the training that made the result")
+        result = (paths.stage(last) / record.FILE).stat().st_mtime
+        for path in (left / "state", left):
+            os.utime(path, (result - 1, result - 1))
+        run_stage(tiny, last.id, paths, progress=False, force=force)
+        assert not left.exists() and not record.read(paths.stage(last))["resumed"]
+    left.mkdir(parents=True)  # newer than the result: of a forced run that was stopped
+    run_stage(tiny, last.id, paths, progress=False)
+    assert left.exists()
+    left.rmdir()

@@ -306,6 +306,16 @@ def test_studies_are_not_pinned_without_the_stages_that_they_were_made_from(
     assert not (checkout / "results").exists()
 
 
+def test_a_report_of_all_draws_what_is_there_and_names_what_is_not(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert reqat("report", "--tier", "smoke") == 0
+    said = capsys.readouterr()
+    assert "studies.csv" in said.out and "no results of its benchmark" in said.err
+    assert (checkout / "build/tables/smoke/studies.csv").is_file()
+    assert reqat("report", "--tier", "smoke", "--what", "benchmark") == 2, "what is asked for by name must be there"
+
+
 def test_pinned_studies_come_back_whole_and_give_the_same_report(
     checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
 ) -> None:

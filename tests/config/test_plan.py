@@ -8,7 +8,7 @@ import pytest
 
 from reqat.config import Paths, Plan, PrecisionSpec, ReqatError, Stage, load, load_catalogue, load_tier, plan
 from reqat.config.base import Strict, merge, parse
-from reqat.config.recipe import Rows
+from reqat.config.recipe import Rows, TrainStep
 from reqat.config.stage import (
     BaseSettings,
     Calibration,
@@ -414,3 +414,17 @@ def test_a_gradient_rule_renames_its_stage_and_the_default_nothing():
         for given in ({}, {"gradient": {"rule": "ste"}}, {"gradient": {"rule": "clipped"}})
     ]
     assert ids[0] == ids[1] != ids[2]
+
+
+@pytest.mark.parametrize(
+    ("step", "named"),
+    [
+        ({"step": "finetune", "gradient": {"rule": "clipped"}}, "gradient"),
+        ({"step": "qat", "teacher": "base", "objective": [{"name": "nll"}, {"name": "sem"}]}, "teacher"),
+        ({"step": "qat", "gradient": {"rule": "clipped", "limit": float("nan")}}, "limit"),
+        ({"step": "qat", "objective": [{"name": "tsld", "weight": float("inf")}]}, "weight"),
+    ],
+)
+def test_what_a_step_would_not_use_or_could_not_is_refused(step: dict, named: str):
+    with pytest.raises(ReqatError, match=named):
+        parse(TrainStep, step, "test")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from reqat.config.stage import (
     TrainSettings,
 )
 from reqat.data import TraceStore
+from reqat.data.tokenizer import build_tokenizer
 from reqat.models import load_model, load_tokenizer, prepare
 from reqat.pipeline.stages import calibration_ids, carry_out, objective, selected
 
@@ -208,6 +210,19 @@ def test_the_teacher_is_the_model_that_is_named(chain: Chain) -> None:
         made = chain.run(kind="qat", settings=settings, parent=tuned.id, data=chain.data.id, teacher=teacher)
         first[teacher] = chain.metrics[made.id]["curve"][0]["qad"]
     assert first[None] == first[tuned.id] and abs(first[None]) < 1e-8 and first[chain.base.id] > 1e-4
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(chain: Chain, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(chain.root / chain.base.id, other)
+    build_tokenizer(["one two\n"]).save_pretrained(other / "model")
+    settings = TrainSettings(
+        training=TRAINING.model_copy(update={"objective": (QADTerm(name="qad"),)}), traces=Selection(tokens=800)
+    )
+    stage = Stage(kind="qat", settings=settings, parent=chain.base.id, data=chain.data.id, teacher="base-other")
+    inputs = {role: chain.root / id for role, id in stage.inputs.items()} | {"teacher": other}
+    with pytest.raises(ReqatError, match="base-other.*tokenizer"):
+        carry_out(stage, inputs, tmp_path / "out", progress=False)
 
 
 def test_a_gradient_rule_of_configuration_is_trained_with_and_learned_scales_are_kept(chain: Chain) -> None:
