@@ -74,15 +74,22 @@ class QuantizedTensor:
         values = values.clamp_(-limit, limit).to(dtype)[..., : self.shape[self.axis]]
         return values.movedim(-1, self.axis).contiguous()
 
-    def element_scales(self) -> Tensor:
-        """What each code is multiplied by, float32, in the input's shape."""
+    def element_scales(self, x: Tensor | None = None) -> Tensor:
+        """What each code is multiplied by, float32, in the input's shape.
+
+        AMXFP4 has one scale a sign, and a code of zero has none: the positive one is given for it, or, with the input
+        ``x``, that of the sign of its number.
+        """
         codes = self.codes.movedim(self.axis, -1)
+        values = self.format.element_type.decode(codes)
+        if x is not None:
+            values[..., : self.shape[self.axis]] = x.movedim(self.axis, -1)
         with subnormals_kept(self.codes):
-            S = self._element_scales(self.format.element_type.decode(codes))
+            S = self._element_scales(values)
         return S[..., : self.shape[self.axis]].movedim(-1, self.axis).contiguous()
 
     def _element_scales(self, values: Tensor) -> Tensor:
-        """The same for decoded ``values``, the quantized axis last, padding included."""
+        """The same for ``values``, decoded or of the input, the quantized axis last, padding included."""
         S = self.block_scales()
         if not self.format.asymmetric:
             return self._each(S, values)

@@ -25,7 +25,7 @@ from reqat.models.experts import Experts
 from reqat.models.linear import CODES, QuantLinear, stands_for
 from reqat.models.peft import peft_modules
 from reqat.models.sidecar import JSON, TENSORS, Sidecar
-from reqat.quant import MeasuredState
+from reqat.quant import GradientRule, MeasuredState
 
 
 def hook_saving(model: PreTrainedModel) -> None:
@@ -89,6 +89,8 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
         prefix = f"{name}." if name else ""
         if isinstance(module, MeasuredState):
             ours |= {f"{prefix}{buffer}" for buffer in module.measured()}
+        elif isinstance(module, GradientRule):
+            ours |= {f"{prefix}{key}" for key in module.state_dict()}
         elif isinstance(module, QuantLinear):
             ours |= {f"{prefix}{codes}" for codes in CODES}
             given = state.get(f"{prefix}weight") if state is not None else None

@@ -211,8 +211,6 @@ def _finetune_or_qat(
     stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool
 ) -> dict[str, Any]:
     model, tokenizer, result = train_again(stage, inputs, checkpoints, progress=progress)
-    if has_learned_scales(model):
-        freeze(model)  # dense weights would lose them
     save_model(model, tokenizer, out / MODEL)
     return _training_metrics(result)
 
@@ -226,6 +224,7 @@ def train_again(
     progress: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainResult]:
     """The training of a `finetune` or `qat` stage: its trained model, the tokenizer, and the run's history.
+    A model with learned scales is frozen.
 
     ``observer`` looks on (:class:`reqat.training.Observer`); the weights are those of the stage without it.
     """
@@ -261,6 +260,8 @@ def train_again(
         progress,
         observer,
     )
+    if has_learned_scales(model):
+        freeze(model)  # dense weights would lose them
     return model, tokenizer, result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,18 @@ class Quantizer(MeasuredState):
                 f"{value.flatten()[:4].tolist()}: calibrate again"
             )
         return value.reshape(())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        start = f"{prefix}gradient."
+        known = self.gradient.state_dict()
+        for key in state_dict:  # strict=False would drop them without a word
+            if key.startswith(start) and key.removeprefix(start) not in known:
+                raise ReqatError(
+                    f"{key}: the state dict has a parameter of a gradient rule, and the quantizer's rule here "
+                    f"({self.gradient.name}) has none of that name: call set_gradient on the model first, as it was "
+                    "when the state dict was made"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def needs_calibration(self) -> bool:

@@ -1,10 +1,10 @@
 """The only training loop: fine-tuning, QAT and every ablation run through it.
 
 What differs between methods is the model that comes in (plain or prepared for a precision), the rows, and the
-objective's terms. AdamW with a linear warm-up and a cosine down to a floor, gradient accumulation with one divisor
-for the whole accumulated batch, clipping, bf16 autocast over float32 master weights. The run is a pure function of
-its arguments: same seed, same weights, bit for bit, also across a kill at any moment
-(:mod:`reqat.training.checkpoint`).
+objective's terms. AdamW, without decay of gradient rules' parameters, with a linear warm-up and a cosine down to a
+floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, bf16 autocast over float32
+master weights. The run is a pure function of its arguments: same seed, same weights, bit for bit, also across a kill at
+any moment (:mod:`reqat.training.checkpoint`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from reqat.data import Batch, PackedRows, batches
 from reqat.data.packing import IGNORE
 from reqat.models import check_token_ids, gradient_rules, precision_of, weights_quantized_once
 from reqat.models.digests import tensors_digest
+from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
 from reqat.training import checkpoint
 from reqat.training.objective import OUTPUTS, Objective, TermContext
@@ -182,6 +183,15 @@ def _is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
 
+def _groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Of the optimizer: the parameters of gradient rules are factors around 1, which decay would pull to 0."""
+    rules = {id(p) for m in model.modules() if isinstance(m, GradientRule) for p in m.parameters()}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in rules]}]
+    if rules:
+        groups.append({"params": [p for p in parameters if id(p) in rules], "weight_decay": 0.0})
+    return groups
+
+
 def _description(
     model: PreTrainedModel,
     rows: PackedRows,
@@ -271,7 +281,7 @@ def train(
             "it without freezing"
         )
     optimizer = torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        _groups(model, parameters), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
     )
     result = TrainResult(0, 0, 0, 0.0)
     position = checkpoint.load(checkpoints, model, optimizer, run)

@@ -11,7 +11,16 @@ import torch
 
 from reqat.config.errors import ReqatError
 from reqat.config.precision import PrecisionSpec
-from reqat.config.stage import Architecture, BaseSettings, DataStageSettings, Selection, Stage, Training, TrainSettings
+from reqat.config.stage import (
+    Architecture,
+    BaseSettings,
+    DataStageSettings,
+    Gradient,
+    Selection,
+    Stage,
+    Training,
+    TrainSettings,
+)
 from reqat.models import load_model, load_tokenizer, save_model
 from reqat.pipeline import gradients
 from reqat.pipeline.gradients import COLUMNS, GRADIENTS, low_entropy_share, run_gradients, shares
@@ -68,6 +77,21 @@ def test_the_stage_trained_anew_has_its_own_weights_bit_for_bit(whole) -> None:
     metrics, rows, _ = whole
     assert metrics["same_weights"] is True
     assert metrics["looks"] == len({row["step"] for row in rows}) == -(-metrics["steps"] // EVERY) > 1
+
+
+def test_so_has_a_stage_with_learned_scales(chain: Chain, tmp_path: Path) -> None:
+    gradient = Gradient(rule="learned", roles=("weights",))
+    training = TRAINING.model_copy(update={"gradient": gradient})
+    stage = chain.run(
+        kind="qat",
+        settings=TrainSettings(training=training, traces=Selection(tokens=1000)),
+        precision=PrecisionSpec(name="INT4-row-W4"),
+        parent=chain.base.id,
+        data=chain.data.id,
+    )
+    trained, inputs = chain.root / stage.id, chain.inputs(stage)
+    metrics = run_gradients(stage, inputs, tmp_path / "out", every=1000, trained=trained, progress=False)
+    assert metrics["same_weights"] is True
 
 
 def test_rows_are_shares(whole) -> None:

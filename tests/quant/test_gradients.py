@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reqat.config.errors import ReqatError
 from reqat.formats import get_format, quantize
 from reqat.models import freeze, has_learned_scales, load_model, prepare, quant_linears, save_model, set_gradient
+from reqat.models.pretrained import plain_state
 from reqat.quant import RULES, Quantizer, block_hadamard, fake_quantize
 
 FORMATS = ["NVFP4", "MXFP4", "AMXFP4", "INT3-row", "INT8-tensor", "TERNARY-row"]
@@ -62,10 +63,10 @@ def test_clipped_gives_no_gradient_outside_the_range(fmt: str, rotation: int | N
         S = q.block_scales()
         if q.format.asymmetric:
             block = S.repeat_interleave(32, 1)
-            S = torch.where(q.dequantize() < 0, block[..., 1], block[..., 0])
+            S = torch.where(rotated < 0, block[..., 1], block[..., 0])
         else:
             S = S.repeat_interleave(64 // S.shape[1], 1)
-        inside = rotated.abs() <= largest * S
+        inside = rotated.double().abs() <= largest.double() * S.double() * (1 + 1e-6)  # beyond rounding of S itself
     else:
         inside = rotated.abs() <= limit
     expected = torch.where(inside, dy, 0.0)
@@ -113,6 +114,33 @@ def test_a_learned_scale_starts_as_the_formats_and_its_codes_are_what_training_s
     assert torch.equal(quantizer(w), quantizer.codes(block_hadamard(w, 32)).dequantize())
 
 
+@pytest.mark.parametrize("rule", ["clipped", "learned"])
+@pytest.mark.parametrize("fmt", ["INT8-row", "FP8-row", "INT4-row", "INT4-g128"])
+def test_the_largest_of_a_block_is_not_cut_off_by_the_rounding_of_its_scale(fmt: str, rule: str) -> None:
+    """S = fl(amax / Q) makes amax / S up to 2 ulp more than Q in some blocks."""
+    torch.manual_seed(0)
+    w, dy = torch.randn(256, 256), torch.randn(256, 256)
+    quantizer = ruled(fmt, rule, rows=256)
+    S = quantize(w, fmt).element_scales()
+    assert (w.abs() / S > quantizer.format.element_type.emax).any()
+    y, dw = gradient(quantizer, w, dy)
+    assert torch.equal(y, fake_quantize(w, fmt)) and torch.equal(dw, dy)
+    if rule == "learned":
+        offset = y.double() - w.double()  # (v - u) S, for every weight
+        expected = (offset * dy.double()).sum(-1, keepdim=True)
+        torch.testing.assert_close(quantizer.gradient.gamma.grad.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_what_rounds_to_zero_is_within_the_scale_of_its_own_sign() -> None:
+    """AMXFP4 has one a sign: -0.2 is far beyond the positives' range here, and far within the negatives'."""
+    x, dy = torch.full((1, 32), 6 * 2.0**-10), torch.ones(1, 32)
+    x[0, :2] = torch.tensor([-6.0, -0.2])
+    y, dx = gradient(ruled("AMXFP4", "clipped"), x, dy)
+    assert y[0, 1] == 0 and torch.equal(dx, dy)
+    y, dx = gradient(ruled("AMXFP4", "clipped"), -x, dy)
+    assert y[0, 1] == 0 and torch.equal(dx, dy)
+
+
 def tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -139,6 +167,23 @@ def test_a_model_takes_a_rule_by_role_and_keeps_what_was_learned(tmp_path: Path)
     torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=0)
     with pytest.raises(ReqatError, match="frozen"):
         set_gradient(again, "clipped")
+
+
+def test_a_rules_parameters_are_no_part_of_an_ordinary_checkpoint_and_are_not_dropped_unseen() -> None:
+    model = tiny()
+    names = list(model.state_dict())
+    prepare(model, "INT8-row-W8")
+    set_gradient(model, "learned", roles=("weights",))
+    state = model.state_dict()
+    assert len(state) == len(names) + 7 and list(plain_state(model)) == names
+    model.load_state_dict(state)
+    other = tiny()
+    prepare(other, "INT8-row-W8")
+    for rule in (None, "clipped"):
+        if rule:
+            set_gradient(other, rule, roles=("weights",))
+        with pytest.raises(ReqatError, match="gradient.gamma.*set_gradient"):
+            other.load_state_dict(state, strict=False)
 
 
 def test_what_a_rule_does_not_do_is_said_before_anything_changes() -> None:

@@ -20,7 +20,7 @@ from reqat.data import Trace, pack
 from reqat.data.packing import IGNORE
 from reqat.methods.terms.qad import QAD
 from reqat.methods.terms.sem import SEM
-from reqat.models import freeze, prepare
+from reqat.models import freeze, prepare, set_gradient
 from reqat.training import NLL, Objective, RunSettings, TermContext, learning_rate, loop, response_logits, train
 from reqat.training.checkpoint import FILE
 
@@ -100,6 +100,20 @@ def test_same_seed_same_weights_other_seed_other_order(tmp_path: Path) -> None:
         out.append(weights(model))
     assert_weights_equal(out[0], out[1])
     assert any(not torch.equal(out[0][n], out[2][n]) for n in out[0])
+
+
+def test_weight_decay_is_for_weights_and_not_for_learned_scales(tmp_path: Path) -> None:
+    out = []
+    for decay in (0.0, 0.5):
+        model = tiny_model()
+        prepare(model, "INT4-row-W4", override=True)
+        set_gradient(model, "learned", roles=("weights",))
+        settings = RunSettings(lr=1e-2, rows_per_batch=60, weight_decay=decay)
+        assert train(model, rows(8), Objective(), settings, tmp_path / str(decay), progress=False).steps == 1
+        out.append(weights(model))
+    for name, value in out[0].items():
+        assert torch.equal(value, out[1][name]) == name.endswith("gamma"), name
+    assert any(name.endswith("gamma") and (value != 1).all() for name, value in out[0].items())
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ the teacher's own loss there, relative to the other tokens of its sequence::
     TSLD    = sum over sequences of  sum_t scale_t * (-sum_v p_T(v) log p_S(v))
 
 The published objective adds the mean likelihood of the label (the term ``nll``), and *sums* TSLD over a batch of 4
-sequences. A term here is a sum that is divided by the tokens of the whole batch: a sequence of n response tokens counts
-n times, which makes it the mean over sequences, whatever the size of the batch. ``weight=4`` is the published sum.
+sequences. A term here is a sum that is divided by the response tokens of the whole batch, and a sequence of n of them
+counts n times: the result is the mean over sequences, weighted by their tokens, whatever the size of the batch. Where
+all sequences have one length, as the paper's blocks of 512 tokens have, that is the plain mean, and ``weight=4`` is the
+published sum; where lengths differ, no weight gives the published sum.
 
 A sequence is the response of one trace.
 """

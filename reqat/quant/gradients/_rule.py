@@ -45,6 +45,15 @@ class _Rotate(torch.autograd.Function):
         return block_hadamard(grad, ctx.rotation), None
 
 
+def within(x: Tensor, bound: Tensor | float) -> Tensor:
+    """Where ``|x| <= bound``, both float32, for a bound that is made of a scale.
+
+    A scale that is the float32 quotient of a block's largest magnitude and the largest code puts that magnitude up to
+    2 ulp beyond the bound, though nothing is cut off there: hence a tolerance of 2^-20.
+    """
+    return x.abs() <= bound * (1 + 2**-20)
+
+
 class GradientRule(nn.Module):
     """Fake quantization of one tensor, with a gradient.
 

@@ -1,11 +1,13 @@
 """Clipped straight-through estimator: no gradient where the format cuts off (BinaryConnect, PACT).
 
 A number beyond the largest that its block's scale can represent is rounded to that largest one, however far away it
-is; moving it changes nothing, so it gets no gradient. Where scales come from the largest magnitude little is cut off;
-much is with static global scales, with ``floor`` scales and with TWN's.
+is; moving it changes nothing, so it gets no gradient. Where float32 scales come from the largest magnitude, nothing is
+cut off; little is where such scales are rounded to fewer bits; much is with static global scales, with ``floor`` scales
+and with TWN's.
 
-A ``limit`` takes the place of the representable range (2.5 for weights and activations of ternary BERT). What is
-computed stays the same.
+A ``limit`` takes the place of the representable range. It decides the gradient alone; what is computed stays the same.
+That is half of what ternary BERT does with a limit of 2.5: it also clamps weights and activations to it before they are
+quantized, and its scales are those of the clamped numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.quant.fake import fake_quantize
-from reqat.quant.gradients._rule import GradientRule, Rounding
+from reqat.quant.gradients._rule import GradientRule, Rounding, within
 
 
 class _Masked(torch.autograd.Function):
@@ -35,7 +37,8 @@ class _Masked(torch.autograd.Function):
 
 
 class Clipped(GradientRule):
-    """dx = dy where ``|x| <= emax * S`` (S the scale of its block), or ``|x| <= limit`` if one is given; else 0."""
+    """dx = dy where ``|x| <= emax * S`` (S the scale of its block, and of its sign where each sign has one), or
+    ``|x| <= limit`` if one is given; else 0."""
 
     name = "clipped"
 
@@ -59,7 +62,7 @@ class Clipped(GradientRule):
             if self.limit is not None:
                 inside = x.abs() <= self.limit
             else:
-                inside = x.float().abs() <= at.fmt.element_type.emax * at.codes(x).element_scales()
+                inside = within(x.float(), at.fmt.element_type.emax * at.codes(x).element_scales(x))
         return _Masked.apply(rounded, x, inside)
 
 

@@ -1,15 +1,21 @@
 """Learned scale: a factor on the format's scale, one a row of a weight, trained with the weights.
 
-LSQ (arXiv 1902.08153) learns the step of the quantizer; TernaryBERT's and TSLD's variant learns a factor gamma, from 1
-on, of a scale that follows the weights, which needs no initialization. Here S is the scale that the format computes,
-Q the largest code::
+LSQ (arXiv 1902.08153) learns the step of the quantizer; TSLD's option ``learned_scale`` (arXiv 2308.06744) learns a
+factor gamma, from 1 on, of a scale that follows the weights, which needs no initialization. Here S is the scale that
+the format computes, Q the largest code::
 
     s = gamma S,     v = clip(round(w / s), -Q, Q),     w^ = v s
     dL/dw = dL/dw^ where |w / s| <= Q, else 0
     dL/dgamma = sum over the row of  dL/dw^ S (v - w / s) where |w / s| <= Q,  dL/dw^ S v elsewhere
 
-the gradient that LSQ gives the step, times S; S itself is a constant for it. LSQ's factor 1 / sqrt(N Q) on the step's
-gradient is left out: Adam's update does not depend on it.
+the gradient that LSQ gives the step, times S; S itself is a constant for it. ``|w / s| <= Q`` holds for a block's
+largest magnitude whatever the rounding of S (:func:`reqat.quant.gradients._rule.within`). LSQ's factor 1 / sqrt(N Q) on
+the step's gradient is left out: Adam's update depends on it only by its epsilon and by clipping of the gradient's norm.
+
+For TERNARY this is neither TSLD's option nor TWN's rounding. TSLD's has levels 0 and +-gamma mean|w|; here they are 0
+and +-gamma S with S TWN's alpha, the mean of the ``|w|`` above 0.7 mean|w|, which is larger. Rounding is to the nearest
+level: the threshold is gamma S / 2, where TWN, and with it the format under other rules, has 0.7 mean|w|. So at gamma 1
+the codes may differ from the format's.
 
 Frozen, the codes have gamma in their scales, which therefore must be float32: integers, ternary, FP8.
 """
@@ -24,7 +30,7 @@ from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
 from reqat.formats import Format, QuantizedTensor
-from reqat.quant.gradients._rule import GradientRule, Rounding
+from reqat.quant.gradients._rule import GradientRule, Rounding, within
 
 # A factor that training drives to zero or below would divide by nothing.
 _SMALLEST = 1e-3
@@ -38,7 +44,7 @@ class _Learned(torch.autograd.Function):
         s = gamma.float() * S
         u = w.float() / s
         v = fmt.element_type.round_(u.clone(), torch.empty_like(u), rounding=fmt.rounding)
-        inside = u.abs() <= fmt.element_type.emax
+        inside = within(u, fmt.element_type.emax)
         ctx.save_for_backward(inside, torch.where(inside, v - u, v).mul_(S))
         ctx.gamma = gamma.shape, gamma.dtype
         return (v * s).to(w.dtype)
