@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -21,14 +20,13 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.figures._routing import draw_choosers, draw_policies, threshold_words
 from analysis.report import style
-from analysis.report.plots import draw_interval_line, percentiles
+from analysis.report.plots import KIND_COLOURS, draw_damage, draw_kinds
 from analysis.report.studies import ByKind, Study, conditions_named, one, optional, several
 from analysis.report.study_words import nats, notes, roles, short
 
 NAME = "figure2"
 STUDIES = ("pair", "routing", "noise")
 
-KIND_COLOURS = {"digit": style.BLUE, "operator": style.VERMILION, "other": "#333333"}
 _CLOUD_COLUMNS, _CLOUD_ROWS = 4, 6
 _LOW, _HIGH = style.VERMILION, style.SKY  # decisions of low and of high entropy
 
@@ -109,14 +107,7 @@ def visible(token: str) -> str:
 
 
 def _kinds(ax: Axes, pair: Study) -> None:
-    frame = pair.table("kinds-by-bin")
-    for kind, marker in (("digit", "o"), ("operator", "s")):
-        rows = frame[frame["kind"] == kind]
-        draw_interval_line(ax, percentiles(rows), _in_percent(rows), KIND_COLOURS[kind], marker, f"{kind}s")
-    ax.set_ylabel("share of tokens (%)")
-    ticks = [tick for tick in ax.get_yticks() if 0 <= tick <= 100]
-    ax.set_ylim(0, 1.22 * ax.get_ylim()[1])  # room for the legend
-    ax.set_yticks(ticks)
+    draw_kinds(ax, pair.table("kinds-by-bin"))
     _percentile_axis(ax, pair)
     ax.legend(loc="upper left", ncols=2)
     style.panel(ax, "", "Digits and operators")
@@ -125,10 +116,6 @@ def _kinds(ax: Axes, pair: Study) -> None:
 def _percentile_axis(ax: Axes, pair: Study) -> None:
     ax.set_xlim(0, 100)
     ax.set_xlabel(f"percentile of {roles(pair)[0]} entropy", fontsize=7.2)
-
-
-def _in_percent(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(**{name: 100 * rows[name] for name in ("value", "lo", "hi")})
 
 
 def _examples(left: Axes, right: Axes, pair: Study) -> None:
@@ -203,25 +190,7 @@ def _noise(ax: Axes, noise: Study) -> None:
 
 def _damage(left: Axes, right: Axes, pair: Study) -> None:
     """Tail-mass ratio and top-1 mismatch by bin of the reference's entropy."""
-    frame = pair.table("tail-and-mismatch")
-    for statistic, colour, marker in (
-        ("tail ratio (geometric mean)", style.BLUE, "o"),
-        ("tail ratio (of means)", style.ORANGE, "s"),
-    ):
-        rows = frame[frame["statistic"] == statistic]
-        words = statistic.removeprefix("tail ratio (").removesuffix(")")
-        draw_interval_line(left, percentiles(rows), rows, colour, marker, words)
-    left.axhline(1, color=style.GREY, lw=0.8)
-    bottom, top = left.get_ylim()
-    if top > 20:
-        left.set_yscale("log")
-    left.set_ylim(top=top * 8 if top > 20 else top + 0.35 * (top - bottom))  # room for the legend
-    left.set_ylabel("tail mass, ratio")
-    left.legend(loc="upper left")
-    rows = frame[frame["statistic"] == "top-1 mismatch"]
-    draw_interval_line(right, percentiles(rows), _in_percent(rows), style.VERMILION, "D", "")
-    right.set_ylabel("top-1 mismatch (%)")
-    right.set_ylim(0, None)
+    draw_damage(left, right, pair.table("tail-and-mismatch"))
     style.panel(left, "f", "Tail mass")
     style.panel(right, "", "Other top token")
     for ax in (left, right):
