@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.evaluation.forcing import batches_by_length, forced_logits
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
 from reqat.generation.distributions import Statistics, token_statistics
 from reqat.generation.processors import BatchStart
-from reqat.models import ATTENTION, attention_window, check_length, check_token_ids, forget_lengths
+from reqat.models import ATTENTION, attention_window, check_length, check_token_ids
 from reqat.models.modes import evaluating
-from reqat.quant import autocast as autocast_region
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -264,7 +264,8 @@ def force_traces(
                         raise
                     writer.leave_out(trace.info, str(error))
             columns: list[dict[str, TokenColumns]] = [{} for _ in good]
-            for batch in _batches(good, batch_tokens):
+            sizes = [len(trace.prompt_ids) + len(trace.response_ids) - 1 for trace in good]
+            for batch in batches_by_length(sizes, batch_tokens):
                 for label, model in models.items():
                     for i, found in zip(
                         batch, _force(model, [good[i] for i in batch], writer.k, autocast), strict=True
@@ -316,52 +317,24 @@ def _checked(trace: ForcedTrace, models: Mapping[str, PreTrainedModel], writer: 
     return trace
 
 
-def _batches(traces: Sequence[ForcedTrace], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of traces of like length whose padded tokens fit in a batch."""
-    size = [len(trace.prompt_ids) + len(trace.response_ids) - 1 for trace in traces]
-    batch: list[int] = []
-    for i in sorted(range(len(traces)), key=lambda i: (size[i], i)):  # ascending: the last one is the longest
-        if batch and (len(batch) + 1) * size[i] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
 def _force(
     model: PreTrainedModel, traces: Sequence[ForcedTrace], k: int, autocast: torch.dtype | None
 ) -> list[TokenColumns]:
     """Statistics of the responses of a batch under one model."""
-    device = model.device
-    forget_lengths(model)
-    # The last token is read by nobody.
-    ids = [[*trace.prompt_ids, *trace.response_ids][:-1] for trace in traces]
-    longest = max(map(len, ids))
-    ids_BT = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in ids], device=device)
-    rows = [b for b, trace in enumerate(traces) for _ in trace.response_ids]
-    at = [len(trace.prompt_ids) - 1 + i for trace in traces for i in range(len(trace.response_ids))]
-    tokens_N = torch.tensor([token for trace in traces for token in trace.response_ids], device=device)
     wanted = {}
     first = 0
     for b, trace in enumerate(traces):
         wanted.update({first + p: (b, p) for p in trace.logprobs_at})
         first += len(trace.response_ids)
-    head = model.get_output_embeddings()
-    region = autocast_region(device.type, autocast)
     parts: list[tuple[Statistics, Tensor]] = []
     logprobs: list[dict[int, NDArray[np.float32]]] = [{} for _ in traces]
-    with region:
-        base: Any = model.base_model
-        hidden_NH = base(input_ids=ids_BT, use_cache=False).last_hidden_state[rows, at]
-        chunk = max(1, _LOGITS_BYTES // (4 * model.config.vocab_size))
-        for low in range(0, len(hidden_NH), chunk):
-            logits_NV = head(hidden_NH[low : low + chunk]).float()
-            found = token_statistics(logits_NV, k)
-            parts.append((found, found.prob(logits_NV, tokens_N[low : low + chunk])))
-            for n in [n for n in wanted if low <= n < low + chunk]:
-                b, p = wanted[n]
-                logprobs[b][p] = logits_NV[n - low].log_softmax(dim=-1).cpu().numpy()
+    rows = [(trace.prompt_ids, trace.response_ids) for trace in traces]
+    for low, logits_NV, tokens_N in forced_logits(model, rows, autocast):
+        found = token_statistics(logits_NV, k)
+        parts.append((found, found.prob(logits_NV, tokens_N)))
+        for n in [n for n in wanted if low <= n < low + len(logits_NV)]:
+            b, p = wanted[n]
+            logprobs[b][p] = logits_NV[n - low].log_softmax(dim=-1).cpu().numpy()
     joined = {
         "entropy": torch.cat([s.entropy_N for s, _ in parts]),
         "tail": torch.cat([s.tail_N for s, _ in parts]),

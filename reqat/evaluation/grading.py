@@ -16,9 +16,10 @@ import torch
 from reqat.config.errors import ReqatError
 from reqat.config.policy import Decoding
 from reqat.data import encode_prompt
+from reqat.evaluation.likelihood import choose
 from reqat.evaluation.outcomes import Outcomes
 from reqat.generation.batches import generate
-from reqat.tasks import Problem
+from reqat.tasks import Problem, options_of
 from reqat.tasks import verify as verify_by_family
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def evaluate(
 
     The model reads :func:`reqat.data.encode_prompt` of the problem's prompt. The response is decoded without
     special tokens and graded by ``verify(problem, response)``. A response without an end is graded as it stands and
-    counted as unfinished. The other arguments are those of :func:`reqat.generation.batches.generate`.
+    counted as unfinished. Problems of families with options are answered by likelihood instead
+    (:mod:`reqat.evaluation.likelihood`), the same for every seed. The other arguments are those of
+    :func:`reqat.generation.batches.generate`.
 
     Raises:
         ValueError: for no problems or seeds, a repeated problem or seed, several seeds with greedy decoding (they would
@@ -53,31 +56,49 @@ def evaluate(
     """
     decoding = Decoding.parse(decoding) if isinstance(decoding, str) else decoding
     _check(problems, seeds, decoding)
-    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-    generations = generate(
-        model,
-        tokenizer,
-        [prompt for prompt in prompts for _ in seeds],
-        seeds=[seed for _ in problems for seed in seeds],
-        row_keys=[problem.id for problem in problems for _ in seeds],
-        decoding=decoding,
-        max_new_tokens=max_new_tokens,
-        eos_id=eos_id,
-        processors=processors,
-        batch_rows=batch_rows,
-        autocast=autocast,
-        progress=progress,
+    scored = [problem for problem in problems if options_of(problem)]
+    if scored and processors is not None:
+        raise ReqatError(
+            f"{scored[0].id}: its family answers by likelihood, which logits processors do not change; leave such "
+            "families out"
+        )
+    chosen = dict(zip(scored, choose(model, tokenizer, scored, autocast=autocast) if scored else [], strict=True))
+    asked = [problem for problem in problems if problem not in chosen]
+    prompts = [encode_prompt(tokenizer, problem.prompt) for problem in asked]
+    generations = (
+        generate(
+            model,
+            tokenizer,
+            [prompt for prompt in prompts for _ in seeds],
+            seeds=[seed for _ in asked for seed in seeds],
+            row_keys=[problem.id for problem in asked for _ in seeds],
+            decoding=decoding,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            processors=processors,
+            batch_rows=batch_rows,
+            autocast=autocast,
+            progress=progress,
+        )
+        if asked
+        else []
     )
-    responses = tokenizer.batch_decode([list(g.token_ids) for g in generations], skip_special_tokens=True)
+    texts = tokenizer.batch_decode([list(g.token_ids) for g in generations], skip_special_tokens=True) if asked else []
+    generated = iter([(text, g.n_tokens, g.finished) for text, g in zip(texts, generations, strict=True)])
     rows = [problem for problem in problems for _ in seeds]
+    # A choice takes no random numbers, so it is the same for all seeds.
+    answers = [
+        (chosen[problem].text, chosen[problem].n_tokens, True) if problem in chosen else next(generated)
+        for problem in rows
+    ]
     return Outcomes(
         problem_id=tuple(problem.id for problem in rows),
         family=tuple(problem.family for problem in rows),
         seed=np.array([seed for _ in problems for seed in seeds]),
-        correct=np.array([verify(problem, text) for problem, text in zip(rows, responses, strict=True)]),
-        n_tokens=np.array([g.n_tokens for g in generations]),
-        finished=np.array([g.finished for g in generations]),
-        response=tuple(responses) if keep_responses else None,
+        correct=np.array([verify(problem, text) for problem, (text, _, _) in zip(rows, answers, strict=True)]),
+        n_tokens=np.array([n_tokens for _, n_tokens, _ in answers]),
+        finished=np.array([finished for _, _, finished in answers]),
+        response=tuple(text for text, _, _ in answers) if keep_responses else None,
         metadata={"decoding": str(decoding), "max_new_tokens": str(max_new_tokens)},
     )
 

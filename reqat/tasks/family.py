@@ -47,7 +47,7 @@ class Problem:
 
 class Family(ABC):
     """A generator with a verifier and a writer of traces. Subclasses live one a file of `reqat.tasks.families`, named
-    as in reasoning-gym; the file defines ``FAMILY``."""
+    as in reasoning-gym where the generator is from there; the file defines ``FAMILY``."""
 
     name: str
     defaults: Mapping[str, Any] = {}
@@ -64,13 +64,17 @@ class Family(ABC):
         """The key that decides the split: two wordings of one problem must share it."""
         return " ".join(question.split())
 
+    def options(self, problem: Problem) -> tuple[str, ...]:
+        """Responses among which a model chooses by likelihood, one of them right; none (the default): it generates."""
+        return ()
+
     def extract(self, response: str) -> str | None:
         """The final answer in a response, or None where there is none."""
         _, mark, tail = response.rpartition("answer is")
         return tail.strip().rstrip(".").strip() if mark else None
 
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
-        """The reasoning-gym data set behind the family.
+        """The problems of the family by index: by default the data set of reasoning-gym of its name.
 
         Raises ``ReqatError`` naming the option where reasoning-gym refuses one.
         """
@@ -177,6 +181,11 @@ def verify(problem: Problem, response: str) -> bool:
     family = get_family(problem.family)
     answer = family.extract(response)
     return answer is not None and family.score(answer, problem.entry) >= 1.0
+
+
+def options_of(problem: Problem) -> tuple[str, ...]:
+    """The family's :meth:`Family.options` of a problem."""
+    return get_family(problem.family).options(problem)
 
 
 def write_trace(problem: Problem, rng: random.Random) -> str | None:
