@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 # Steps that a recorder keeps in memory before it spools them.
 _SPOOL_STEPS = 64
-# Logits of a forward pass are computed for as many positions at a time as fit in this.
-_LOGITS_BYTES = 64 * 2**20
 # Statistics of this many tokens are held until their traces are put back into order.
 _WINDOW_TOKENS = 262_144
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from reqat.models.limits import forget_lengths
 from reqat.quant.autocast import autocast_region
 
-# Logits of one chunk of positions; those of a whole batch do not fit for large vocabularies.
+# Logits of a forward pass are computed for as many positions at a time as fit in this.
 _LOGITS_BYTES = 64 * 2**20
 
 Row = tuple[Sequence[int], Sequence[int]]
