@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from reqat.models.limits import forget_lengths
-from reqat.quant.autocast import autocast_region
+from reqat.models import forget_lengths
+from reqat.quant import autocast as autocast_region
 
 # Logits of a forward pass are computed for as many positions at a time as fit in this.
 _LOGITS_BYTES = 64 * 2**20
