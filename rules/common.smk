@@ -1,5 +1,6 @@
 # Helpers of the other files: the plan of the tier, commands, input functions. No rules.
 
+import hashlib
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ sys.path.insert(0, str(workflow.basedir))
 from analysis.registry import figure_names, study_names, table_names, throughput_names
 from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
+from reqat.config.files import write_file
 from reqat.config.paths import made
 from reqat.config.progress import Progress
 from reqat.config.resources import need, require
@@ -78,6 +80,18 @@ COMMAND += ["--build", BUILD, "--models", PATHS.models.as_posix(), "--plan", FRO
 # Shell text, quoted here once; so `{params.reqat}` is the one thing in a rule's `shell:` that is not written `{...:q}`.
 REQAT = shlex.join(COMMAND)
 
+
+def stamp(name, files):
+    """A file in the build folder that is written when the content of one of `files` has changed: one input in place of
+    hundreds, all of which Snakemake would look at many times whenever a job ends."""
+    contents = {Path(file).as_posix(): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+    text, path = digest(contents) + "\n", PATHS.work / "sources" / f"{name}.sha256"
+    if workflow.is_main_process and not (path.is_file() and path.read_text() == text):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, text)
+    return path.as_posix()
+
+
 # Outputs of the jobs, and their logs.
 DATA = f"{BUILD}/data/{{id}}/record.json"
 STAGE = f"{BUILD}/stages/{{id}}/record.json"
@@ -99,13 +113,13 @@ BENCH_AGAIN = f"{BUILD}/throughput/{BENCH.id}.again" if BENCH else ""  # there o
 BENCH_TABLES, BENCH_PLOTS = (
     [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), throughput_names(BENCH))
 )
-KERNELS = [path.as_posix() for path in sources(PATHS.root)]
+KERNELS = stamp("kernels", sources(PATHS.root))
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
 PINNED = next((tier for tier in (TIER, "overnight", "laptop") if any(name == tier for name, _ in KEPT)), TIER)
 PINNED_MANIFESTS = sorted({(folder / MANIFEST).as_posix() for (name, _), folder in KEPT.items() if name == PINNED})
 # Tables and plots cost seconds, so they follow their sources (the viewer and the notebooks make neither); trainings follow their
 # settings alone.
-ANALYSIS = sorted(path.as_posix() for path in Path("analysis").rglob("*.py") if path.parts[1] not in ("viewer", "notebooks"))
+ANALYSIS = stamp("analysis", (path for path in Path("analysis").rglob("*.py") if path.parts[1] not in ("viewer", "notebooks")))
 CAPTION = {
     "tier": TIER,
     "title": PLAN.tier.title.replace("{", "{{").replace("}", "}}"),
