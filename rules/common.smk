@@ -14,7 +14,7 @@ sys.path.insert(0, str(workflow.basedir))
 from analysis.registry import figure_names, study_names, table_names, throughput_names
 from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
-from reqat.config.files import write_file
+from reqat.config.files import explaining, write_file
 from reqat.config.paths import made
 from reqat.config.progress import Progress
 from reqat.config.resources import need, require
@@ -86,9 +86,13 @@ def stamp(name, files):
     hundreds, all of which Snakemake would look at many times whenever a job ends."""
     contents = {Path(file).as_posix(): hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
     text, path = digest(contents) + "\n", PATHS.work / "sources" / f"{name}.sha256"
-    if workflow.is_main_process and not (path.is_file() and path.read_text() == text):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, text)
+    try:
+        with explaining(path):
+            if workflow.is_main_process and not (path.is_file() and path.read_text() == text):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, text)
+    except ReqatError as error:
+        raise WorkflowError(f"build folder: {error}") from None
     return path.as_posix()
 
 

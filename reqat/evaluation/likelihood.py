@@ -1,8 +1,8 @@
 """Likelihood of given texts: log-likelihoods of continuations, choice among options, perplexity.
 
 A problem whose family names :meth:`~reqat.tasks.Family.options` is not answered by generation: the model chooses the
-option that it finds most likely after the prompt, by the sum of log-probabilities of its tokens (as ``acc`` of lm-eval;
-MMLU in ReQAT's Table 14 is scored so). Everything is of the raw logits at temperature 1, in nats.
+option that it finds most likely after the prompt, by the sum of log-probabilities of its tokens (as ``acc`` of
+lm-eval). Everything is of the raw logits at temperature 1, in nats.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def log_likelihoods(
     """Log-likelihood in nats of each continuation given what precedes it, summed over its tokens in float64; [rows].
 
     ``rows`` are (token ids read, token ids of the continuation), neither of them empty. Raises ``ReqatError`` for an
-    empty part, an unknown token id, or a row that is too long for the model.
+    empty part, an unknown token id, a row that is too long for the model, or a likelihood that is NaN.
     """
     for i, (prompt, continuation) in enumerate(rows):
         if not prompt or not continuation:
@@ -58,6 +58,10 @@ def log_likelihoods(
                 parts.append(picked_N.double().cpu())
             lengths = [len(continuation) for _, continuation in chosen]
             out[batch] = [float(part.sum()) for part in torch.cat(parts).split(lengths)]
+    if np.isnan(out).any():  # the first of several options would be chosen without a word
+        raise ReqatError(
+            f"row {int(np.isnan(out).argmax())}: its likelihood is NaN: check the model's weights for NaN and infinity"
+        )
     return out
 
 

@@ -70,6 +70,19 @@ def test_what_cannot_be_scored_is_refused(model: PreTrainedModel, row: tuple, na
         perplexity(model, [])
 
 
+def test_a_likelihood_that_is_nan_is_no_choice(model: PreTrainedModel) -> None:
+    weight = model.get_output_embeddings().weight
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[5] = float("nan")
+        with pytest.raises(ReqatError, match="row 0.*NaN"):
+            log_likelihoods(model, [([1], [2])])
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
 @pytest.fixture(scope="module")
 def asked() -> Callable[[], tuple]:
     families = {"facts": {"countries": 6}, "chain_sum": {"min_terms": 2, "max_terms": 2}}
