@@ -125,11 +125,14 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
             )
         )
     found += _disk(plan, paths)
-    base = pinned_base(paths)
-    if base is None and any(model.source == "pinned" for model in plan.tier.models.values()):
-        how = f"git checkout results/base, or snakemake base and reqat pin --what base --tier {plan.tier.name}"
-        found.append(Check("base model", "fail", f"none in {paths.base}", "the pinned base", how))
-    for model in plan.tier.models.values():
+    for label, model in plan.tier.models.items():
+        if model.source == "pinned" and pinned_base(paths, label) is None:
+            place = paths.pinned_base(label)
+            how = (
+                f"git checkout {place}, or snakemake base and reqat pin --what base --model {label} "
+                f"--tier {plan.tier.name}"
+            )
+            found.append(Check("base model", "fail", f"none in {place}", "the pinned base", how))
         if model.source == "package" and importlib.util.find_spec((model.reference or "").replace("-", "_")) is None:
             found.append(Check("base model", "fail", f"no package {model.reference}", "installed", "make env"))
         folder = paths.models_folder() / (model.reference or "")

@@ -117,7 +117,7 @@ def pin(
     plan, paths = session.plan(tier), session.paths
     if what == ["base"]:
         if name or figure:
-            raise ReqatError("--name and --figure: leave them out, the base has a place of its own, results/base/.")
+            raise ReqatError("--name and --figure: leave them out, a base has a place of its own in results/.")
         print(f"pinned: {pinning.pin_base(plan, model, paths, allow_dirty=allow_dirty, dtype=dtype)}")
         return
     parts = _chosen(what) or pinning.parts_of(plan, paths)

@@ -8,7 +8,7 @@ build/throughput/<id>/                     a benchmark's rows, record.json; <id>
 build/partial/<id>/                        where a job works until its output is whole
 build/checkpoints/<id>/                    from where a killed training goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders
-results/base/                              the pinned base: model/, record.json
+results/base/, results/base-<label>/        the pinned bases of model testbed and of others: model/, record.json
 results/<date>-<tier>/                     a pinned run (`reqat.records.pinned`)
 """
 
@@ -47,8 +47,12 @@ class Paths:
 
     @property
     def base(self) -> Path:
-        """Folder of the pinned base checkpoint."""
-        return self.results / "base"
+        """Folder of the pinned base checkpoint of model `testbed`, which the benchmark and the notebooks take."""
+        return self.pinned_base("testbed")
+
+    def pinned_base(self, label: str) -> Path:
+        """Folder of the pinned base checkpoint of a tier's model."""
+        return self.results / ("base" if label == "testbed" else f"base-{label}")
 
     @property
     def work(self) -> Path:
@@ -61,8 +65,8 @@ class Paths:
 
     def stage(self, stage: Stage) -> Path:
         """Directory of a stage: made by a job, or given (the pinned base)."""
-        if not made(stage):
-            return self.base
+        if isinstance(stage.settings, BaseSettings) and not made(stage):
+            return self.pinned_base(stage.settings.name)
         return self.work / ("data" if stage.kind == "data" else "stages") / stage.id
 
     def model(self, stage: Stage) -> Path:
@@ -105,9 +109,9 @@ def made(stage: Stage) -> bool:
     return not (isinstance(stage.settings, BaseSettings) and stage.settings.source == "pinned")
 
 
-def pinned_base(paths: Paths) -> str | None:
-    """sha256 of the pinned base's weights, as its record states it; None if no base is pinned."""
-    record = paths.base / "record.json"
+def pinned_base(paths: Paths, label: str = "testbed") -> str | None:
+    """sha256 of a pinned base's weights, as its record states it; None if there is none of the model `label`."""
+    record = paths.pinned_base(label) / "record.json"
     if not record.exists():
         return None
     what, remedy = "record of a base checkpoint", "restore it from git"
@@ -126,4 +130,6 @@ def read_plan(path: Path) -> Plan:
 def load(tier: str, paths: Paths | None = None) -> Plan:
     """The plan of the tier called `tier` in a checkout."""
     paths = paths or Paths()
-    return plan(load_tier(tier, paths.config), load_catalogue(paths.config), pinned=pinned_base(paths))
+    wanted = load_tier(tier, paths.config)
+    found = {label: pinned_base(paths, label) for label, model in wanted.models.items() if model.source == "pinned"}
+    return plan(wanted, load_catalogue(paths.config), pinned={label: sha for label, sha in found.items() if sha})

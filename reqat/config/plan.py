@@ -8,7 +8,7 @@ the weights itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -155,10 +155,10 @@ class Plan:
 
 
 class _Builder:
-    def __init__(self, tier: Tier, catalogue: Catalogue, pinned: str | None) -> None:
+    def __init__(self, tier: Tier, catalogue: Catalogue, pinned: Mapping[str, str]) -> None:
         self.tier, self.catalogue = tier, catalogue
         self.plan = Plan(tier)
-        self.pinned = pinned or UNPINNED
+        self.pinned = pinned
 
     def add(
         self,
@@ -186,7 +186,7 @@ class _Builder:
             self.plan.scratch[label] = trained.id
             if model.source == "scratch":
                 return trained
-        reference = self.pinned if model.source == "pinned" else model.reference
+        reference = self.pinned.get(label, UNPINNED) if model.source == "pinned" else model.reference
         return self.add("base", BaseSettings(source=model.source, name=label, reference=reference))
 
     def store(self, base: Stage) -> Stage:
@@ -347,10 +347,10 @@ class _Builder:
         return self.plan
 
 
-def plan(tier: Tier, catalogue: Catalogue, *, pinned: str | None = None) -> Plan:
-    """The plan of a tier. `pinned` is the sha256 of the pinned base's weights (`pinned_base` reads it), None if
-    nothing is pinned yet.
+def plan(tier: Tier, catalogue: Catalogue, *, pinned: Mapping[str, str] | None = None) -> Plan:
+    """The plan of a tier. `pinned` has the sha256 of the weights of pinned bases by model label (`pinned_base` reads
+    one); a model that is not in it has none yet.
 
     Raises `ReqatError` if a recipe's amounts do not fit the tier's budgets and trace store.
     """
-    return _Builder(tier, catalogue, pinned).build()
+    return _Builder(tier, catalogue, pinned or {}).build()

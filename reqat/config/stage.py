@@ -107,6 +107,8 @@ class DataSettings(Strict):
     families: Families = Field(default_factory=dict)
     """Task family -> options of its generator. Kept in the order of their names, so that order cannot change what a
     digest means."""
+    shares: dict[str, Size] = Field(default_factory=dict)
+    """Task family -> traces of it in a round of all families; one that is not named has one."""
     split: Literal["train", "validation", "test"] = "train"
     tokens: Count
     """Smallest size of the store in tokens as trained on (prompt, response, markers)."""
@@ -126,12 +128,20 @@ class DataSettings(Strict):
     def _has_source(self) -> DataSettings:
         if self.source == "generated" and not self.families:
             raise ReqatError("families: name at least one task family, or a `source` file of traces.")
+        for name in self.shares:
+            if name not in self.families:
+                raise unknown("task family", name, self.families, where="shares")
         return self
 
 
 class Architecture(Strict):
-    """Shape of a Llama trained from scratch."""
+    """Shape of a decoder trained from scratch."""
 
+    family: Literal["llama", "qwen2"] = "llama"
+    """`qwen2`: queries, keys and values have biases, as in R1-Distill-Qwen."""
+    key_bias: float = Field(default=0.0, ge=0, le=100)
+    """Standard deviation of the key biases at the start (`qwen2`). Published models have large ones, which are what
+    makes outliers of keys; from zero, a small model does not grow them in a short training."""
     hidden_size: Size
     layers: Size
     heads: Size
@@ -147,6 +157,8 @@ class Architecture(Strict):
                 f"hidden_size {self.hidden_size} must be a multiple of heads {self.heads}, and heads of kv_heads "
                 f"{self.kv_heads}."
             )
+        if self.key_bias and self.family != "qwen2":
+            raise ReqatError(f"key_bias {self.key_bias}: the keys of family {self.family!r} have no bias; take qwen2.")
         return self
 
 

@@ -69,7 +69,9 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
     was."""
     todo = plan.stage(id)
     if not made(todo):
-        raise ReqatError(f"{id} is the pinned base in {paths.base}; no job makes it. `snakemake base` trains one anew.")
+        raise ReqatError(
+            f"{id} is the pinned base in {paths.stage(todo)}; no job makes it. `snakemake base` trains one anew."
+        )
     with running(todo.kind, id, todo, paths.stage(todo), paths, tier=plan.tier.name, force=force) as job:
         if job is None:
             return

@@ -1,7 +1,7 @@
 """Pinning: finished results are checked whole and promoted into `results/`, where git keeps them and no rule writes.
 
 What a pinned run is: :mod:`reqat.records.pinned`. The base checkpoint that tiers start from is a model, not a run, and
-has one place, `results/base/`; its record lists its files, and the sha256 of its weights is part of the ids.
+has a place of its own, `results/base/` or `results/base-<label>/`; its record lists its files, and the sha256 of its weights is part of the ids.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def _on_the_same_stages(plan: Plan, paths: Paths, found: dict[str, dict[str, Any
 
 
 def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False, dtype: str | None = None) -> Path:
-    """Promote the base model trained from scratch into `results/base/`. `dtype` (e.g. `bfloat16`) stores the weights in
+    """Promote a base model trained from scratch into its folder of `results/` (`Paths.pinned_base`). `dtype` (e.g. `bfloat16`) stores the weights in
     it.
 
     Raises `ReqatError` if it was not trained, is not what its record says, is larger than 8 MB, or if something is
@@ -193,12 +193,13 @@ def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False,
             f"tier {plan.tier.name}: model {model!r} has no `scratch` section; it has "
             f"{', '.join(plan.scratch) or 'none'}."
         )
-    if (paths.base / record.FILE).exists():
+    target = paths.pinned_base(model)
+    if (target / record.FILE).exists():
         raise ReqatError(
-            f"{paths.base} is there already, and plans start from its weights; to pin another, remove it first "
-            f"(git rm -r {paths.base})."
+            f"{target} is there already, and plans start from its weights; to pin another, remove it first "
+            f"(git rm -r {target})."
         )
-    with making(paths.base, record.belongs("base")) as draft:
+    with making(target, record.belongs("base")) as draft:
         stage = plan.stage(plan.scratch[model])
         folder = paths.stage(stage)
         entry = record.verify(folder, id=stage.id)
@@ -226,4 +227,4 @@ def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False,
             )
         trained = record.outputs_digest(entry)
         record.write(draft / record.FILE, entry | {"outputs": files, "dtype": dtype, "trained_outputs_sha256": trained})
-    return paths.base
+    return target

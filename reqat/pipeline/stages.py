@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.config.errors import ReqatError
 from reqat.config.stage import (
+    Architecture,
     BaseSettings,
     Calibration,
     DataSettings,
@@ -56,7 +57,7 @@ from reqat.models import (
     set_gradient,
 )
 from reqat.pipeline.task import same_tokens
-from reqat.tasks import problems, write_trace
+from reqat.tasks import Problem, get_family, write_trace
 from reqat.tasks.family import stream
 from reqat.training import Objective, Observer, RunSettings, TrainResult, train
 
@@ -104,7 +105,7 @@ def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
         sample = (
             text
             for family, options in settings.families.items()
-            for problem in problems({family: options}, "train", _VOCABULARY_PROBLEMS, _VOCABULARY_SEED)
+            for problem in itertools.islice(stream(family, "train", _VOCABULARY_SEED, options), _VOCABULARY_PROBLEMS)
             for text in (problem.prompt, write_trace(problem, rng) or "")
         )
         tokenizer = build_tokenizer(sample)
@@ -132,6 +133,20 @@ def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
     }
 
 
+def _round(settings: DataSettings) -> list[str]:
+    """The families of one round, each as often as its share says, spread evenly; in order of their names without
+    shares."""
+    shares = {family: settings.shares.get(family, 1) for family in settings.families}
+    size = sum(shares.values())
+    taken = dict.fromkeys(shares, 0)
+    out = []
+    for i in range(1, size + 1):
+        family = max(shares, key=lambda f: shares[f] * i / size - taken[f])
+        taken[family] += 1
+        out.append(family)
+    return out
+
+
 def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Trace]:
     """Verified traces without end, the families in turn; a pure function of ``settings.families``, ``split`` and
     ``seed``.
@@ -139,13 +154,20 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
     Raises ``ReqatError`` where a family runs out of problems, or the tokenizer has no end-of-sequence token.
     """
     rng = random.Random(settings.seed)
-    streams = {f: stream(f, settings.split, settings.seed, options) for f, options in settings.families.items()}
+
+    def begin(family: str) -> Iterator[Problem]:
+        return stream(family, settings.split, settings.seed, settings.families[family])
+
+    streams = {family: begin(family) for family in settings.families}
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ReqatError("the tokenizer has no eos_token, so no trace could end: set it in tokenizer_config.json")
-    for index, family in enumerate(itertools.cycle(streams)):
+    for index, family in enumerate(itertools.cycle(_round(settings))):
         while True:
             problem = next(streams[family], None)
+            if problem is None and get_family(family).closed:
+                streams[family] = begin(family)
+                problem = next(streams[family], None)
             if problem is None:
                 raise ReqatError(
                     f"task family {family!r} ran out of distinct problems after {index} traces; widen its options."
@@ -179,13 +201,27 @@ def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
         save_model(model, with_bos(load_tokenizer(location)), out / MODEL)
         return {"parameters": sum(p.numel() for p in model.parameters())}
     assert settings.architecture and settings.training and settings.traces
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     shape = settings.architecture
     tokenizer = with_bos(load_tokenizer(inputs["data"] / TOKENIZER))
     torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
+    model = from_scratch(shape, tokenizer)
+    prepare(model, "BF16")
+    result = _train(
+        model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress
+    )
+    save_model(model, tokenizer, out / MODEL)
+    return {"parameters": sum(p.numel() for p in model.parameters()), **_training_metrics(result)}
+
+
+def from_scratch(shape: Architecture, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """An untrained decoder of this shape with one embedding a token, float32, from torch's random state."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    config: type[LlamaConfig] | type[Qwen2Config]
+    cls: type[LlamaForCausalLM] | type[Qwen2ForCausalLM]
+    config, cls = (LlamaConfig, LlamaForCausalLM) if shape.family == "llama" else (Qwen2Config, Qwen2ForCausalLM)
+    model: PreTrainedModel = cls(
+        config(
             vocab_size=len(tokenizer),
             hidden_size=shape.hidden_size,
             num_hidden_layers=shape.layers,
@@ -199,12 +235,11 @@ def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    prepare(model, "BF16")
-    result = _train(
-        model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress
-    )
-    save_model(model, tokenizer, out / MODEL)
-    return {"parameters": sum(p.numel() for p in model.parameters()), **_training_metrics(result)}
+    if shape.key_bias:
+        for name, parameter in model.named_parameters():
+            if name.endswith("k_proj.bias"):
+                torch.nn.init.normal_(parameter, std=shape.key_bias)
+    return model
 
 
 def _finetune_or_qat(

@@ -51,6 +51,8 @@ class Family(ABC):
 
     name: str
     defaults: Mapping[str, Any] = {}
+    closed: bool = False
+    """Whether its problems are a closed table, which training goes through again and again."""
 
     @abstractmethod
     def prompt(self, problem: Problem) -> str:

@@ -44,7 +44,7 @@ def tier(name: str = "laptop", **changes: object) -> Tier:
 
 
 def make(name: str = "laptop", **changes: object) -> Plan:
-    return plan(tier(name, **changes), CATALOGUE, pinned="0" * 64)
+    return plan(tier(name, **changes), CATALOGUE, pinned={"testbed": "0" * 64})
 
 
 LAPTOP = make()
@@ -241,7 +241,7 @@ def test_evaluation_settings_rename_evaluations_alone():
 
 
 def test_pinned_base_is_known_by_its_weights():
-    other = plan(tier(), CATALOGUE, pinned="1" * 64)
+    other = plan(tier(), CATALOGUE, pinned={"testbed": "1" * 64})
     assert not {i for i, s in other.needed.items()} & set(LAPTOP.needed)
     assert other.scratch == LAPTOP.scratch
 
@@ -390,7 +390,7 @@ def taught(teacher: str | None) -> tuple[Plan, list[Stage]]:
     steps = [recipe.steps[0], recipe.steps[1].model_copy(update={"objective": (QADTerm(name="qad"),), **given})]
     recipes = {**CATALOGUE.recipes, "reqat-t": recipe.model_copy(update={"steps": steps})}
     other = {"teacher": {"source": "path", "reference": "large", "artifacts": []}}
-    made = plan(tier(models=other), CATALOGUE.model_copy(update={"recipes": recipes}), pinned="0" * 64)
+    made = plan(tier(models=other), CATALOGUE.model_copy(update={"recipes": recipes}), pinned={"testbed": "0" * 64})
     return made, chain(made, "reqat-t", "MXFP4-W4A4", 3)
 
 

@@ -19,6 +19,7 @@ from reqat.tasks.family import Family, Problem
 ATTRIBUTES = ("capital", "river", "dish", "founder")
 OPTIONS = 4
 _MOST = 400
+_OPENINGS = ("", "Please: ", "Quick question. ", "One more: ")
 _WORDINGS = (
     "What is the {a} of {c}?",
     "Name the {a} of {c}.",
@@ -58,16 +59,17 @@ class _Facts:
         country, attribute = rng.randrange(self.countries), rng.randrange(len(ATTRIBUTES))
         words = {"a": ATTRIBUTES[attribute], "c": names()[country]}
         return {
-            "question": rng.choice(_WORDINGS).format(**words),
+            "question": rng.choice(_OPENINGS) + rng.choice(_WORDINGS).format(**words),
             "answer": value(country, attribute),
             "metadata": {"country": country, "attribute": attribute, "countries": self.countries},
         }
 
 
 class Facts(Family):
-    """Sixty countries by default: 240 facts, each in eight wordings."""
+    """Sixty countries by default: 240 facts, each in 32 wordings."""
 
     name = "facts"
+    closed = True
     defaults = {"countries": 60}
 
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
