@@ -2,7 +2,7 @@
 `config/tiers/`.
 
 A tier file may open with `extends: laptop` and then says only what differs; mappings merge key by key, lists are
-replaced whole.
+replaced whole, and a model that is null is left out.
 """
 
 from __future__ import annotations
@@ -236,7 +236,10 @@ def _tier_data(name: str, folder: Path, seen: tuple[str, ...] = ()) -> dict[str,
     parent = data.pop("extends", None)
     if parent is not None and not isinstance(parent, str):
         raise ReqatError(f"{path}: extends: name one tier (given: {parent!r}).")
-    return merge(_tier_data(parent, folder, (*seen, name)), data) if parent else data
+    merged = merge(_tier_data(parent, folder, (*seen, name)), data) if parent else data
+    if isinstance(merged.get("models"), dict):
+        merged["models"] = {label: model for label, model in merged["models"].items() if model is not None}
+    return merged
 
 
 def load_tier(name: str, folder: Path) -> Tier:

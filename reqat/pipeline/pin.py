@@ -1,7 +1,8 @@
 """Pinning: finished results are checked whole and promoted into `results/`, where git keeps them and no rule writes.
 
 What a pinned run is: :mod:`reqat.records.pinned`. The base checkpoint that tiers start from is a model, not a run, and
-has a place of its own, `results/base/` or `results/base-<label>/`; its record lists its files, and the sha256 of its weights is part of the ids.
+has a place of its own, `results/base/` or `results/base-<label>/`; its record lists its files, and the sha256 of its
+weights is part of the ids.
 """
 
 from __future__ import annotations
@@ -182,8 +183,8 @@ def _on_the_same_stages(plan: Plan, paths: Paths, found: dict[str, dict[str, Any
 
 
 def pin_base(plan: Plan, model: str, paths: Paths, *, allow_dirty: bool = False, dtype: str | None = None) -> Path:
-    """Promote a base model trained from scratch into its folder of `results/` (`Paths.pinned_base`). `dtype` (e.g. `bfloat16`) stores the weights in
-    it.
+    """Promote a base model trained from scratch into its folder of `results/` (`Paths.pinned_base`). `dtype` (e.g.
+    `bfloat16`) stores the weights in it.
 
     Raises `ReqatError` if it was not trained, is not what its record says, is larger than 8 MB, or if something is
     there already.

@@ -91,10 +91,8 @@ class Operation:
 
     def __call__(self, xs: list[int]) -> list[int]:
         """What it makes of a list. Raises `CodeError` where a number or the length leaves the bounds."""
-        if self.k is not None:
-            out = _COUNTED[self.name](xs, self.k)
-        else:
-            out = (_LISTS.get(self.name) or _KEPT[self.name])(xs)
+        plain = _LISTS.get(self.name) or _KEPT.get(self.name)
+        out = plain(xs) if plain else _COUNTED[self.name](xs, self.k or 0)
         if len(out) > MOST_ELEMENTS or any(abs(x) > LARGEST for x in out):
             raise CodeError(f"{self}: a list of more than {MOST_ELEMENTS} numbers, or a number beyond {LARGEST}")
         return out
