@@ -46,8 +46,14 @@ include: "rules/pinned.smk"
 onstart:
     check_resources()
     freeze_plan()
+    start_server()
     show_progress()
 
 
 onsuccess:
+    stop_server()
     say_what_is_missing()
+
+
+onerror:
+    stop_server()

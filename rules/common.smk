@@ -13,6 +13,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from analysis.registry import figure_names, study_names, table_names, throughput_names
 from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
+from reqat.cli import warm
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
 from reqat.config.files import explaining, write_file
 from reqat.config.paths import made
@@ -268,6 +269,22 @@ def show_progress():
 def is_quiet_about_progress():
     """Whether --quiet asks for no progress."""
     return bool({"progress", "all"} & {str(kind).lower() for kind in workflow.output_settings.quiet or ()})
+
+
+SERVER = None
+
+
+def start_server():
+    """Start the process that spares jobs their imports. Only where jobs run here, with this Python, and without a GPU, which no
+    forked process may inherit."""
+    global SERVER
+    if workflow.local_exec and not workflow.non_local_exec and not ON_GPU and COMMAND[:3] == [sys.executable, "-m", "reqat.cli"]:
+        SERVER = warm.start([sys.executable], Path.cwd())
+
+
+def stop_server():
+    """End it with the run."""
+    warm.stop(SERVER)
 
 
 def say_what_is_missing():

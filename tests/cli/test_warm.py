@@ -1,0 +1,98 @@
+"""Jobs that a server forks are the jobs that the command line runs by itself: output, exit code, folder, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from reqat.cli import warm
+
+T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[str, int]]:
+    """Socket and process id of a server."""
+    process = warm.start([sys.executable], ROOT)
+    assert process is not None
+    path = os.environ.pop(warm.VARIABLE)  # of this process: the tests beside these must not see it
+    yield path, process.pid
+    os.environ[warm.VARIABLE] = path
+    warm.stop(process)
+    assert warm.VARIABLE not in os.environ and not Path(path).parent.exists()
+
+
+def run(*arguments: str, server: str | None, folder: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    given = {key: value for key, value in os.environ.items() if key != warm.VARIABLE} | environment
+    if server is not None:
+        given[warm.VARIABLE] = server
+    command = [sys.executable, "-m", "reqat.cli", *arguments]
+    given["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, timeout=300)
+
+
+def test_a_job_says_and_ends_as_without_a_server(server: tuple[str, int], tmp_path: Path) -> None:
+    for arguments in (["evaluate", "evaluation-000000000000", "--tier", "smoke"], ["stage"], ["data", "--no"]):
+        alone, forked = (run(*arguments, server=path) for path in (None, server[0]))
+        assert alone.returncode == 2
+        assert (forked.returncode, forked.stdout, forked.stderr) == (alone.returncode, alone.stdout, alone.stderr)
+    outside = run("stage", "x", "--tier", "smoke", server=server[0], folder=tmp_path)
+    assert outside.returncode == 2 and str(tmp_path) in outside.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_job_ends_with_its_command(server: tuple[str, int], tmp_path: Path, number: signal.Signals) -> None:
+    plan = tmp_path / "plan.json"
+    os.mkfifo(plan)  # the job waits for somebody to write
+    command = [sys.executable, "-m", "reqat.cli", "--plan", str(plan), "stage", "x", "--tier", "smoke"]
+    given = {**os.environ, warm.VARIABLE: server[0]}
+    client = subprocess.Popen(command, cwd=ROOT, env=given, stderr=subprocess.PIPE)
+    job = wait_for(lambda: next(iter(jobs_of(server)), None))
+    time.sleep(1)  # a signal before the job has its handlers would end it, too, with another code
+    client.send_signal(number)
+    client.wait(60)
+    assert client.returncode == {signal.SIGINT: 130, signal.SIGTERM: 128 + 15, signal.SIGKILL: -9}[number]
+    wait_for(lambda: job not in jobs_of(server))
+
+
+def jobs_of(server: tuple[str, int]) -> set[int]:
+    """Processes that the server forked to be jobs: they lead sessions of their own."""
+    found = set()
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != server[1]:
+            try:
+                command = (folder / "cmdline").read_bytes().split(b"\0")
+                state, _, _, session = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:4]
+            except OSError:
+                continue
+            if server[0].encode() in command and session == folder.name and state != "Z":
+                found.add(int(folder.name))
+    return found
+
+
+def wait_for(something: Callable[[], T]) -> T:
+    """What it gives, once that is true."""
+    end = time.monotonic() + 120
+    while not (found := something()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert found
+    return found
+
+
+def test_without_an_answer_the_command_does_the_job_itself(tmp_path: Path) -> None:
+    gone = run("stage", "--help", server=str(tmp_path / "nobody"))
+    assert gone.returncode == 0 and "Run stages" in gone.stdout
+
+
+def test_verbs_that_measure_are_not_handed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(warm.VARIABLE, str(tmp_path / "never-asked"))
+    assert warm.handed_over(["bench", "x"]) is None
