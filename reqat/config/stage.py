@@ -175,7 +175,8 @@ class Optimization(Strict):
     rows_per_batch: Size = 24
     """Packed rows in one micro-batch."""
     accumulation: Size = 1
-    autocast: Literal["none", "bf16"] = "bf16"
+    autocast: Literal["none", "bf16", "auto"] = "bf16"
+    """Numbers of the matrix products: float32, bfloat16, or bfloat16 where the device has instructions for it."""
     gradient_checkpointing: bool = False
 
 

@@ -474,5 +474,6 @@ def _training_metrics(result: TrainResult) -> dict[str, Any]:
         "train_seconds": result.seconds,
         "tokens_per_second": result.tokens_per_second,
         "final_loss": result.final_loss,
+        "autocast": result.autocast,
         "curve": curve,
     }

@@ -29,6 +29,16 @@ def autocast(device_type: str, dtype: torch.dtype | None, enabled: bool = True) 
     return torch.autocast(device_type, dtype, enabled=enabled)
 
 
+def resolve(name: str, device_type: str) -> str:
+    """``none`` or ``bf16``, as ``name`` says; ``auto`` is bf16 where the device multiplies bfloat16 numbers.
+
+    Where it does not, rounding to bfloat16 costs time and gains nothing.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if device_type != "cpu" or cpu_multiplies(torch.bfloat16) else "none"
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` as CPU autocast means it: operands and result rounded to its dtype, products and sums in float32.
 

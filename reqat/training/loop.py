@@ -2,9 +2,9 @@
 
 What differs between methods is the model that comes in (plain or prepared for a precision), the rows, and the
 objective's terms. AdamW, without decay of gradient rules' parameters, with a linear warm-up and a cosine down to a
-floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, bf16 autocast over float32
-master weights. The run is a pure function of its arguments: same seed, same weights, bit for bit, also across a kill at
-any moment (:mod:`reqat.training.checkpoint`).
+floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, float32 master weights,
+products in bf16 or float32. The run is a pure function of its arguments: same seed, same weights, bit for bit, also
+across a kill at any moment (:mod:`reqat.training.checkpoint`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from reqat.models import check_token_ids, gradient_rules, precision_of, weights_
 from reqat.models.digests import tensors_digest
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
+from reqat.quant.autocast import resolve as resolve_autocast
 from reqat.training import checkpoint
 from reqat.training.objective import OUTPUTS, Objective, TermContext
 from reqat_kernels.sem_loss import CHUNK_BYTES
@@ -59,6 +60,8 @@ class TrainResult:
     response_tokens: int
     seconds: float
     history: list[dict[str, float]] = field(repr=False, default_factory=list)
+    autocast: str = "none"
+    """``none`` or ``bf16``: what the run computed its products in, also where the settings said ``auto``."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -266,6 +269,8 @@ def train(
         teacher.eval()
     torch.manual_seed(settings.seed)
     device = next(model.parameters()).device
+    # Resolved once, and part of what a checkpoint belongs to: a run never goes on in other numbers.
+    settings = settings.model_copy(update={"autocast": resolve_autocast(settings.autocast, device.type)})
     autocast = settings.autocast == "bf16"
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
@@ -287,6 +292,7 @@ def train(
     position = checkpoint.load(checkpoints, model, optimizer, run)
     if position is not None:
         result = _result(checkpoints / checkpoint.FILE, position.get("result"), len(steps))
+    result.autocast = settings.autocast
     check_token_ids(model, [i for i in (rows.pad_id, rows.bos_id) if i is not None], f"{label}, padding and <bos>")
     for trace in (trace for row in rows.rows for trace in row):
         check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), f"{label}, trace {trace.id}")

@@ -343,3 +343,25 @@ def test_a_trace_of_tokens_that_the_model_does_not_know_is_named(tmp_path: Path)
     given = pack([*traces(2), Trace("strange", "p", "f", "", "", (5,), (6, 2**40))], 24, bos_id=BOS, pad_id=PAD)
     with pytest.raises(ReqatError, match=f"trace strange: token id {2**40} "):
         train(tiny_model(), given, Objective(), RunSettings(), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(("multiplies", "numbers"), [(False, "none"), (True, "bf16")])
+def test_automatic_autocast_is_what_the_processor_is_good_at_and_no_run_changes_its_numbers(
+    multiplies: bool, numbers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(autocast: str, folder: str, able: bool = multiplies):
+        # The region itself stays that of this machine: only the choice is made for another.
+        monkeypatch.setattr("reqat.quant.autocast.cpu_multiplies", lambda dtype: able)
+        model = tiny_model()
+        settings = RunSettings(rows_per_batch=8, autocast=autocast)
+        result = train(model, rows(20), Objective(), settings, tmp_path / folder, progress=False)
+        return result, weights(model)
+
+    chosen, chosen_weights = run("auto", "auto")
+    assert chosen.autocast == numbers
+    named, named_weights = run(numbers, "named")
+    assert_weights_equal(chosen_weights, named_weights)
+    assert [h["loss"] for h in chosen.history] == [h["loss"] for h in named.history]
+    assert run("none", "none")[0].history != run("bf16", "bf16")[0].history
+    with pytest.raises(ReqatError, match="another value of autocast"):
+        run("auto", "auto", able=not multiplies)
