@@ -45,6 +45,8 @@ CHUNK_BYTES = 320 * 2**20
 _BLOCK_BYTES = 32 * 2**20
 # A tile of rows, per thread: with its two scratch copies it stays in a second-level cache of 1 MiB.
 _TILE_BYTES = 256 * 2**10
+#: Where SEM's tau comes from, see :func:`sem_bounds`.
+TAUS = ("minibatch", "released")
 _LOG2_E = math.log2(math.e)
 
 
@@ -57,6 +59,8 @@ def fused_sem_loss(
     percentile: float = 0.75,
     binary: bool = False,
     eps: float = 1e-12,
+    tau: str = "minibatch",
+    bounds: tuple[float, float] | None = None,
     nll: float = 1.0,
     chunk: int | None = None,
     rows: ModuleType | None = None,
@@ -68,7 +72,7 @@ def fused_sem_loss(
         weight_VD: ``[V, D]`` the head's weight. Where it takes no gradient (frozen), the product for it is saved.
         labels_N: ``[N]`` int64 in ``[0, V)``; drop ignored positions first.
         lam: factor of the entropy term (lambda); 0 leaves the cross-entropy, in one sweep.
-        percentile, binary, eps: of the weights, see :func:`sem_weights`.
+        percentile, binary, eps, tau, bounds: of the weights, see :func:`sem_weights`.
         nll: factor of the negative log-likelihood.
         chunk: tokens whose logits are held at once; by default what :data:`CHUNK_BYTES` hold.
         rows: the module that does the elementwise work (``row_statistics``, ``row_gradient_``); by default Triton's
@@ -88,6 +92,7 @@ def fused_sem_loss(
         raise ValueError(
             f"lam must be 0 or more, percentile in [0, 1] and eps above 0, got {lam}, {percentile} and {eps}"
         )
+    _check_tau(tau)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, got {chunk}; leave it out to fit it to the memory budget")
     if rows is None:
@@ -97,7 +102,7 @@ def fused_sem_loss(
         dtype=dtype,
         lam=float(lam),
         nll=float(nll),
-        weights={"percentile": percentile, "binary": binary, "eps": eps},
+        weights={"percentile": percentile, "binary": binary, "eps": eps, "tau": tau, "bounds": bounds},
         chunk=chunk or max(1, CHUNK_BYTES // max(1, weight_VD.shape[0] * dtype.itemsize)),
         rows=rows,
         hidden_grad=grad and hidden_ND.requires_grad,
@@ -108,29 +113,87 @@ def fused_sem_loss(
     return loss, {"nll": nll_sum, "sem": sem_sum}
 
 
-def sem_weights(entropies_N: Tensor, *, percentile: float = 0.75, binary: bool = False, eps: float = 1e-12) -> Tensor:
-    """SEM's token weights ``[N]`` in [0, 1] for one minibatch of entropies in nats, without gradient.
+@torch.no_grad()
+def entropies_from_hidden(hidden_ND: Tensor, weight_VD: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Shannon entropy in nats of each token's distribution, ``[N]`` of at least float32, without gradient.
 
-    ``w = max(0, 1 - (H - H_min) / (tau - H_min + eps))`` with ``tau`` the percentile of ``H``. ``binary`` is the
-    paper's ablation ``w = 1[H < tau]``. Where all entropies are equal (one token, say), ``tau = H_min``: the formula
-    gives every token weight 1, the binary mask weight 0. No tokens give no weights.
+    Logits are ``hidden @ weight.T`` as in :func:`fused_sem_loss`, held for ``chunk`` tokens at a time. Raises its
+    errors.
+    """
+    dtype = _check(hidden_ND, weight_VD, torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device))
+    N, V = len(hidden_ND), len(weight_VD)
+    step = min(chunk or max(1, CHUNK_BYTES // max(1, V * dtype.itemsize)), max(1, N))
+    rows = _rows_for(hidden_ND)
+    plan = _Plan(dtype, 1.0, 0.0, {}, step, rows, hidden_grad=False, weight_grad=False)
+    buffer_CV = torch.empty(step, V, dtype=dtype, device=hidden_ND.device)
+    entropy_N = torch.empty(N, dtype=_wide(dtype), device=hidden_ND.device)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        head = _Head(hidden_ND, weight_VD, plan)
+        for start in range(0, N, step):
+            c = slice(start, min(start + step, N))
+            lse_C, entropy_N[c] = rows.row_statistics(head.logits(c, buffer_CV[: c.stop - c.start]), entropy=True)
+            _check_finite(lse_C)
+    return entropy_N
+
+
+def sem_bounds(entropies_N: Tensor, *, percentile: float = 0.75, tau: str = "minibatch") -> tuple[float, float]:
+    """``H_min`` and ``tau`` of entropies in nats, of which there is at least one.
+
+    ``tau``: ``minibatch`` is the percentile of the paper's text, between order statistics by linear interpolation;
+    ``released`` is the ``floor(percentile * N)``-th smallest entropy (at least the first), as in the code that the
+    paper released. Raises ValueError if an entropy is not finite (the model has diverged), or ``tau`` is neither.
+    """
+    _check_tau(tau)
+    entropies = entropies_N.detach()
+    _check_entropies(entropies)
+    if tau == "released":
+        rank = max(1, math.floor(percentile * entropies.numel()))
+        return float(entropies.min()), float(entropies.sort().values[rank - 1])
+    return float(entropies.min()), float(_quantile(entropies, percentile))
+
+
+def sem_weights(
+    entropies_N: Tensor,
+    *,
+    percentile: float = 0.75,
+    binary: bool = False,
+    eps: float = 1e-12,
+    tau: str = "minibatch",
+    bounds: tuple[float, float] | None = None,
+) -> Tensor:
+    """SEM's token weights ``[N]`` in [0, 1] from entropies in nats, without gradient.
+
+    ``w = max(0, 1 - (H - H_min) / (tau - H_min + eps))`` with ``H_min`` and ``tau`` those of :func:`sem_bounds`, or
+    ``bounds`` where the entropies are a part of a larger batch. ``binary`` is the paper's ablation ``w = 1[H < tau]``.
+    Where all entropies are equal (one token, say), ``tau = H_min``: the formula gives every token weight 1, the binary
+    mask weight 0. No tokens give no weights.
 
     Raises:
-        ValueError: an entropy is not finite (the model has diverged).
+        ValueError: an entropy is not finite (the model has diverged), or ``tau`` is neither of the two.
     """
     entropies = entropies_N.detach()
     if entropies.numel() == 0:
         return torch.zeros_like(entropies)
+    _check_entropies(entropies)
+    lowest, threshold = map(entropies.new_tensor, bounds or sem_bounds(entropies, percentile=percentile, tau=tau))
+    if binary:
+        return (entropies < threshold).to(entropies.dtype)
+    # Above 1 only where a bound of the larger batch was rounded differently.
+    return (1 - (entropies - lowest) / (threshold - lowest + eps)).clamp_(0, 1)
+
+
+def _check_tau(tau: str) -> None:
+    if tau not in TAUS:
+        raise ValueError(f"tau is {' or '.join(TAUS)}, got {tau!r}")
+
+
+def _check_entropies(entropies: Tensor) -> None:
     if not torch.isfinite(entropies).all():
         bad = int((~torch.isfinite(entropies)).sum())
         raise ValueError(
             f"SEM: {bad} of {entropies.numel()} token entropies are not finite: the logits hold NaN or infinity; "
             "lower the learning rate, or start from another checkpoint"
         )
-    tau, lowest = _quantile(entropies, percentile), entropies.min()
-    if binary:
-        return (entropies < tau).to(entropies.dtype)
-    return (1 - (entropies - lowest) / (tau - lowest + eps)).clamp_(min=0)
 
 
 def _quantile(x_N: Tensor, q: float) -> Tensor:

@@ -42,6 +42,9 @@ class SEMTerm(Strict):
     weight: float = Field(default=0.1, ge=0)
     percentile: float = Field(default=0.75, gt=0, le=1)
     binary: bool = False
+    tau: Literal["minibatch", "released"] = "minibatch"
+    """A percentile of all that an optimizer step sees, as the paper's text says, or the order statistic of one
+    micro-batch that its released code takes."""
 
 
 class QADTerm(Strict):

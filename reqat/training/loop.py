@@ -35,7 +35,7 @@ from reqat.quant import autocast as autocast_region
 from reqat.quant.autocast import resolve as resolve_autocast
 from reqat.training import checkpoint
 from reqat.training.objective import OUTPUTS, Objective, TermContext
-from reqat_kernels.sem_loss import CHUNK_BYTES
+from reqat_kernels.sem_loss import CHUNK_BYTES, entropies_from_hidden, row_statistics
 
 # A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
 # objective allows; smaller ones keep the plain arithmetic of full logits.
@@ -175,10 +175,37 @@ def batch_loss(
     return objective(context)
 
 
+@torch.no_grad()
+def batch_entropies(model: PreTrainedModel, batch: Batch, *, autocast: bool) -> Tensor:
+    """Entropy in nats of the model's distribution at each of the N response positions, ``[N]`` float32."""
+    keep = batch.labels != IGNORE
+    with autocast_region(batch.labels.device.type, torch.bfloat16, enabled=autocast):
+        hidden, head = run_decoder(model, batch, keep).hidden, model.get_output_embeddings()
+        if _is_plain(head):
+            return entropies_from_hidden(hidden, head.weight)
+        return row_statistics(head(hidden))[1]
+
+
+def _within_minibatch(model: PreTrainedModel, objective: Objective, group: list[Batch], autocast: bool) -> Objective:
+    """The objective for the micro-batches of ``group``; a sweep over them, without gradients, where a term asks."""
+    if len(group) == 1 or not objective.needs_minibatch:
+        return objective
+    # The losses are to see the random numbers (dropout) that the entropies saw.
+    device = group[0].labels.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        found = [batch_entropies(model, batch, autocast=autocast) for batch in group]
+    return objective.within(torch.cat(found))
+
+
 def _loss(
     model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, autocast: bool
 ) -> Tensor:
     return batch_loss(model, teacher, objective, batch, autocast=autocast)[0]
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    fields = ("input_ids", "labels", "position_ids", "segment_ids")
+    return Batch(*(getattr(batch, name).to(device) for name in fields))
 
 
 def _is_plain(head: nn.Module) -> bool:
@@ -311,26 +338,24 @@ def train(
             lr = learning_rate(step, len(steps), settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            group_batches = [rows.batch(indices) for indices in steps[step]]
+            group_batches = [_moved(rows.batch(indices), device) for indices in steps[step]]
             divisor = sum(b.n_response_tokens for b in group_batches)
             sums: dict[str, float] = {}
             total = 0.0
             reused = len(group_batches) > 1 or settings.gradient_checkpointing
             with weights_quantized_once(model, enabled=reused):
-                for cpu_batch in group_batches:
-                    fields = ("input_ids", "labels", "position_ids", "segment_ids")
-                    batch = Batch(*(getattr(cpu_batch, f).to(device) for f in fields))
-                    try:
+                try:
+                    within = _within_minibatch(model, objective, group_batches, autocast)
+                    for batch in group_batches:
                         if observer is not None:
-                            same_loss = partial(_loss, model, teacher, objective, batch, autocast)
-                            observer(model, batch, step, same_loss)
-                        loss, parts = batch_loss(model, teacher, objective, batch, autocast=autocast)
-                    except ValueError as error:
-                        raise ReqatError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
-                    (loss / divisor).backward()
-                    total += float(loss.detach()) / divisor
-                    for name, value in parts.items():
-                        sums[name] = sums.get(name, 0.0) + value / divisor
+                            observer(model, batch, step, partial(_loss, model, teacher, within, batch, autocast))
+                        loss, parts = batch_loss(model, teacher, within, batch, autocast=autocast)
+                        (loss / divisor).backward()
+                        total += float(loss.detach()) / divisor
+                        for name, value in parts.items():
+                            sums[name] = sums.get(name, 0.0) + value / divisor
+                except ValueError as error:
+                    raise ReqatError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
             norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if settings.clip is None else settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):
                 raise ReqatError(

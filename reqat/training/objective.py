@@ -96,7 +96,7 @@ class FusedPart:
     """A term's place in :func:`reqat_kernels.sem_loss.fused_sem_loss`: which of its sums it is, by which arguments."""
 
     part: str
-    arguments: Mapping[str, float | bool]
+    arguments: Mapping[str, Any]
 
 
 @runtime_checkable
@@ -105,6 +105,18 @@ class Fusable(Protocol):
 
     def fused(self) -> FusedPart | None:
         """Its place there; None where these settings have none."""
+
+
+@runtime_checkable
+class OverMinibatch(Protocol):
+    """A term with constants that come from the entropies of all response tokens that an optimizer step sees."""
+
+    @property
+    def needs_minibatch(self) -> bool:
+        """Whether it has such constants, with these settings."""
+
+    def within(self, entropies_N: Tensor) -> Term:
+        """The term for the micro-batches of a minibatch with these entropies (nats)."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,19 @@ class Objective:
     def needs_teacher(self) -> bool:
         """Whether any term looks at the teacher."""
         return any(need.startswith("teacher.") for need in self.needs)
+
+    @property
+    def needs_minibatch(self) -> bool:
+        """Whether some term of a weight wants the entropies of the whole minibatch before the first loss."""
+        return any(isinstance(t, OverMinibatch) and t.needs_minibatch and t.weight for t in self.terms)
+
+    def within(self, entropies_N: Tensor) -> Objective:
+        """The objective for the micro-batches of a minibatch whose response tokens have these entropies (nats)."""
+        return Objective(
+            tuple(
+                t.within(entropies_N) if isinstance(t, OverMinibatch) and t.needs_minibatch else t for t in self.terms
+            )
+        )
 
     @property
     def fusable(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from reqat.config.errors import ReqatError
 from reqat.methods.terms.sem import SEM, sem_weights, token_entropies, weighted_entropy_sum
 from reqat.training.objective import NLL, Objective, TermContext
 
@@ -73,6 +74,27 @@ def test_percentile_interpolates_linearly():
     tau = float(np.quantile(H.numpy(), 0.75))
     assert tau == 4.75
     torch.testing.assert_close(sem_weights(H)[2], torch.tensor(1 - 3 / 4.75, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 41])
+@pytest.mark.parametrize("percentile", [0.0, 0.3, 0.75, 1.0])
+def test_released_tau_is_an_order_statistic(n, percentile):
+    H = torch.rand(n, generator=torch.Generator().manual_seed(n)).double()
+    ordered = sorted(H.tolist())
+    tau = ordered[max(1, math.floor(percentile * n)) - 1]
+    expected = [max(0, 1 - (h - ordered[0]) / (tau - ordered[0] + 1e-12)) for h in H.tolist()]
+    found = sem_weights(H, percentile=percentile, tau="released")
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+    assert sem_weights(H, percentile=percentile, tau="released", binary=True).tolist() == [h < tau for h in H.tolist()]
+
+
+def test_parts_of_a_minibatch_sum_to_the_whole(logits):
+    whole = SEM().within(token_entropies(logits.log_softmax(-1)))
+    parts = sum(whole(context(part)) for part in logits.split(10))
+    torch.testing.assert_close(parts, SEM()(context(logits)))
+    assert whole.within(torch.zeros(0)) is whole
+    with pytest.raises(ReqatError, match="released"):
+        SEM(tau="text")
 
 
 def test_no_gradient_through_weights():

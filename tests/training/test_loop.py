@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -365,3 +366,48 @@ def test_automatic_autocast_is_what_the_processor_is_good_at_and_no_run_changes_
     assert run("none", "none")[0].history != run("bf16", "bf16")[0].history
     with pytest.raises(ReqatError, match="another value of autocast"):
         run("auto", "auto", able=not multiplies)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("tau", ["minibatch", "released"])
+def test_sem_takes_tau_from_the_accumulated_batch_or_as_released_from_each_micro_batch(
+    tau: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the formula in float64, on the logits of the model before the first step."""
+    if fused:
+        monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", 0)
+    model, packed = tiny_model(), rows(30)
+    with torch.no_grad():  # a new model is equally unsure everywhere
+        model.model.embed_tokens.weight.mul_(20)
+    groups = list(loop.batches(len(packed), 3, 1, 0))[:3]
+    entropies = []
+    for indices in groups:
+        batch = packed.batch(indices)
+        p = response_logits(model, batch, batch.labels != IGNORE).detach().double().softmax(-1)
+        entropies.append(-(p * p.log()).sum(-1))
+
+    def total(H: torch.Tensor) -> float:
+        low, n = H.min(), len(H)
+        edge = H.quantile(0.75) if tau == "minibatch" else H.sort().values[math.floor(0.75 * n) - 1]
+        return float(((1 - (H - low) / (edge - low)).clamp(min=0) * H).sum())
+
+    whole = torch.cat(entropies)
+    expected = total(whole) if tau == "minibatch" else sum(map(total, entropies))
+    settings = RunSettings(rows_per_batch=3, accumulation=3, autocast="none")
+    result = train(model, packed, Objective((NLL(), SEM(tau=tau))), settings, tmp_path, progress=False)
+    assert result.history[0]["sem"] == pytest.approx(expected / len(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_accumulation_changes_nothing_of_sem(fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fused:
+        monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", 0)
+    losses, norms = [], []
+    for size, accumulation in ((8, 1), (2, 4)):
+        settings = RunSettings(rows_per_batch=size, accumulation=accumulation, autocast="none", lr=1e-4)
+        objective = Objective((NLL(), SEM(weight=0.5)))
+        result = train(tiny_model(), rows(), objective, settings, tmp_path / str(size), progress=False)
+        losses.append([h["loss"] for h in result.history])
+        norms.append([h["grad_norm"] for h in result.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)

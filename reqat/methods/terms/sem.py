@@ -10,7 +10,11 @@ positions feel it::
 ``H_t`` is the Shannon entropy in nats over the whole vocabulary at response token t, ``H_min`` the minibatch's
 smallest, ``tau`` its 75th percentile. The weight falls linearly from 1 at ``H_min`` to 0 at ``tau``; weights and
 ``tau`` are constants for the gradient. The percentile interpolates linearly between order statistics (Hyndman-Fan
-type 7, the default of numpy and torch).
+type 7, the default of numpy and torch). The minibatch is all that one optimizer step sees: with gradient accumulation
+the loop finds the entropies of every micro-batch first, without gradients, and then the loss of each.
+
+The released code differs from that text: there ``tau`` is the ``floor(0.75 n)``-th smallest entropy, and it and
+``H_min`` are those of one micro-batch. ``tau="released"`` does the same.
 
 This file computes it from logits that are there. Where they are too large to hold (25k tokens of a 152k-word
 vocabulary) the same loss comes from the hidden states, chunk by chunk (:mod:`reqat_kernels.sem_loss`); the training
@@ -21,7 +25,7 @@ Shapes: N response tokens, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +33,7 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.training.objective import FusedPart, TermContext
-from reqat_kernels.sem_loss import sem_weights
+from reqat_kernels.sem_loss import TAUS, sem_bounds, sem_weights
 
 __all__ = ["SEM", "sem_weights", "token_entropies", "weighted_entropy_sum"]
 
@@ -81,7 +85,8 @@ class SEM:
     """The selective entropy term of the objective.
 
     ``weight`` is the paper's lambda (0.1; ablation 0.03, 0.1, 0.5), ``percentile`` places tau. Raises ``ReqatError``
-    where one is out of range.
+    where one is out of range. ``tau``: where tau comes from, ``minibatch`` (the paper's text) or ``released`` (its
+    code). ``bounds``: H_min and tau of the whole minibatch in nats, where a context holds a part of it.
     """
 
     weight: float = 0.1
@@ -89,6 +94,8 @@ class SEM:
     binary: bool = False
     eps: float = 1e-12
     name: str = "sem"
+    tau: str = "minibatch"
+    bounds: tuple[float, float] | None = field(default=None, repr=False)
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     def __post_init__(self) -> None:
@@ -96,6 +103,8 @@ class SEM:
             raise ReqatError(f"SEM percentile must lie in [0, 1], got {self.percentile} (0.75 is the paper's)")
         if not self.weight >= 0:
             raise ReqatError(f"SEM weight must be 0 or more, got {self.weight} (0.1 is the paper's)")
+        if self.tau not in TAUS:
+            raise ReqatError(f"SEM tau is {' or '.join(TAUS)}, got {self.tau!r}")
         if not self.eps > 0:
             raise ReqatError(f"SEM eps must be positive, got {self.eps}: equal entropies would divide zero by zero")
 
@@ -103,15 +112,29 @@ class SEM:
         """Sum over the response tokens of ``w_t * H_t`` in nats (a scalar; lambda is not applied)."""
         log_probs_NV = ctx.log_probs()
         entropies_N = token_entropies(log_probs_NV)
-        weights_N = sem_weights(entropies_N, percentile=self.percentile, binary=self.binary, eps=self.eps)
+        weights_N = sem_weights(entropies_N, **self._settings)
         return weighted_entropy_sum(log_probs_NV, weights_N, entropies_N)
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("percentile", "binary", "eps", "tau", "bounds")}
+
+    @property
+    def needs_minibatch(self) -> bool:
+        """Whether it wants the entropies of all that an optimizer step sees."""
+        return self.tau == "minibatch"
+
+    def within(self, entropies_N: Tensor) -> SEM:
+        """This term for the parts of a minibatch with these entropies in nats, ``[N]``."""
+        if entropies_N.numel() == 0:
+            return self
+        return replace(self, bounds=sem_bounds(entropies_N, percentile=self.percentile, tau=self.tau))
 
     def fused(self) -> FusedPart | None:
         """Its place in the fused loss. None at weight 0, where that would leave the sum, a metric here, uncomputed."""
         if self.weight == 0:
             return None
-        settings = {"percentile": self.percentile, "binary": self.binary, "eps": self.eps}
-        return FusedPart("sem", {"lam": self.weight, **settings})
+        return FusedPart("sem", {"lam": self.weight, **self._settings})
 
 
 TERM = SEM
