@@ -88,6 +88,8 @@ class TrainStepBench(Strict):
     rows: Size
     row_tokens: Size
     rounds: Size = 6
+    autocast: Literal["none", "bf16", "auto"] = "bf16"
+    """As in the settings of a training."""
 
 
 class AgreementBench(Strict):

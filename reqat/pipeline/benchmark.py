@@ -297,6 +297,8 @@ def train_step(asked: TrainStepBench, bench: Bench) -> tuple[Any, list[Any]]:
     from reqat_kernels.bench.measure import Result, Row, percentile
 
     shape, probe = f"{asked.model} B={asked.rows} T={asked.row_tokens}", bench.probe
+    if asked.autocast != "bf16":
+        shape += f" autocast={asked.autocast}"
     bench.say(f"train_step, {shape}")
     watch, first = Neighbours(), len(probe.rates)
     try:
@@ -306,6 +308,7 @@ def train_step(asked: TrainStepBench, bench: Bench) -> tuple[Any, list[Any]]:
             rows=asked.rows,
             row_tokens=asked.row_tokens,
             rounds=asked.rounds,
+            autocast=asked.autocast,
             before=probe,
         )
     except CheckpointNotFoundError as error:

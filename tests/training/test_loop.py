@@ -351,8 +351,7 @@ def test_automatic_autocast_is_what_the_processor_is_good_at_and_no_run_changes_
     multiplies: bool, numbers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(autocast: str, folder: str, able: bool = multiplies):
-        # The region itself stays that of this machine: only the choice is made for another.
-        monkeypatch.setattr("reqat.quant.autocast.cpu_multiplies", lambda dtype: able)
+        monkeypatch.setattr(sys.modules["reqat.quant.autocast"], "cpu_multiplies", lambda dtype: able)
         model = tiny_model()
         settings = RunSettings(rows_per_batch=8, autocast=autocast)
         result = train(model, rows(20), Objective(), settings, tmp_path / folder, progress=False)
@@ -368,6 +367,14 @@ def test_automatic_autocast_is_what_the_processor_is_good_at_and_no_run_changes_
         run("auto", "auto", able=not multiplies)
 
 
+def unevenly_sure_model() -> LlamaForCausalLM:
+    """A new model is equally unsure everywhere, and SEM's weights are then quotients of rounding errors."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)
+    return model
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("tau", ["minibatch", "released"])
 def test_sem_takes_tau_from_the_accumulated_batch_or_as_released_from_each_micro_batch(
@@ -376,9 +383,7 @@ def test_sem_takes_tau_from_the_accumulated_batch_or_as_released_from_each_micro
     """Oracle: the formula in float64, on the logits of the model before the first step."""
     if fused:
         monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", 0)
-    model, packed = tiny_model(), rows(30)
-    with torch.no_grad():  # a new model is equally unsure everywhere
-        model.model.embed_tokens.weight.mul_(20)
+    model, packed = unevenly_sure_model(), rows(30)
     groups = list(loop.batches(len(packed), 3, 1, 0))[:3]
     entropies = []
     for indices in groups:
@@ -402,12 +407,13 @@ def test_sem_takes_tau_from_the_accumulated_batch_or_as_released_from_each_micro
 def test_accumulation_changes_nothing_of_sem(fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if fused:
         monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", 0)
-    losses, norms = [], []
+    first = []
     for size, accumulation in ((8, 1), (2, 4)):
-        settings = RunSettings(rows_per_batch=size, accumulation=accumulation, autocast="none", lr=1e-4)
+        settings = RunSettings(rows_per_batch=size, accumulation=accumulation, autocast="none")
         objective = Objective((NLL(), SEM(weight=0.5)))
-        result = train(tiny_model(), rows(), objective, settings, tmp_path / str(size), progress=False)
-        losses.append([h["loss"] for h in result.history])
-        norms.append([h["grad_norm"] for h in result.history])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+        first.append(
+            train(unevenly_sure_model(), rows(), objective, settings, tmp_path / str(size), progress=False).history[0]
+        )
+    # Of the first step alone: AdamW magnifies rounding of gradients near 0 after it.
+    for key in ("loss", "sem", "grad_norm"):
+        assert first[0][key] == pytest.approx(first[1][key], rel=1e-5)
