@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from reqat.config.allocator import freed_memory_kept
 from reqat.config.base import Count, Seed, digest
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
@@ -270,6 +271,7 @@ def _result(file: Path, stored: Any, total: int) -> TrainResult:
     return TrainResult(**{key: stored[key] for key in keys})
 
 
+@freed_memory_kept()
 def train(
     model: PreTrainedModel,
     rows: PackedRows,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from reqat.config.allocator import freed_memory_kept
 from reqat.data import Batch
 from reqat.models import load_model, prepare
 from reqat.quant.autocast import resolve
@@ -64,6 +65,7 @@ def trainers(
     return found
 
 
+@freed_memory_kept()
 def measure_steps(
     path: str,
     precision: str,
