@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis.report import paper
 from analysis.report.cells import Entry, Results
+from reqat.config.recipe import OWN
 
 
 def measured_row(
@@ -39,6 +40,8 @@ def measured_row(
         "hi": 100 * e.hi,
         "unfinished": e.n_unfinished / e.n_responses,
     }
+    if entry.problems != OWN:
+        row["problems"] = entry.problems
     if reference is not None:
         d = results.paired(entry, reference, family)
         row |= {
