@@ -254,15 +254,22 @@ class _Builder:
         training = training.model_copy(update={name: value for name, value in given.items() if value is not None})
         return TrainSettings(training=training, traces=self.selection(step, total, model, name), seed=seed)
 
-    def precision(self, name: str, recipe: Recipe, global_scale: str) -> PrecisionSpec:
+    def precision(self, name: str, recipe: Recipe, global_scale: str, model: Model) -> PrecisionSpec:
         options = recipe.precision.get(family(name))
         given = options.model_dump(exclude_none=True) if options else {}
+        if given.get("kv_rotation") == "head_dim":
+            given["kv_rotation"] = model.head_dim
+            if model.head_dim is None:
+                raise ReqatError(
+                    f"{recipe.method}: kv_rotation: head_dim of a model whose size is not stated; add `shape` to it in "
+                    f"config/tiers/{self.tier.name}.yaml."
+                )
         return PrecisionSpec(**({"global_scale": global_scale} | given | {"name": name}))
 
     def chain(self, name: str, precision: str, total: int, model: Model, base: Stage, store: Stage, seed: int) -> Stage:
         """The last stage of a recipe."""
         recipe = self.catalogue.recipe(name)
-        quantized = self.precision(precision, recipe, self.tier.train.global_scale)
+        quantized = self.precision(precision, recipe, self.tier.train.global_scale, model)
         current, finetuned = base, False
         teachers = {"base": base.id}
         for step in recipe.steps:
@@ -345,7 +352,7 @@ class _Builder:
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
                         scale = rows.global_scale or self.tier.evaluation.global_scale
-                        at = self.precision(precision, recipe, scale)
+                        at = self.precision(precision, recipe, scale, model)
                         for asked in rows.problems:
                             evaluation = self.evaluate(stage, at, store, rows.decoding, asked)
                             self.plan.cells.append(

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reqat.config.base import Count, Strict
+from reqat.config.base import Count, Seed, Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import FORMATS, GlobalScale, Rotation, family
 from reqat.config.stage import Gradient, PTQMethod, Term
@@ -136,7 +136,9 @@ class PrecisionOptions(Strict):
 
     kv_element: Literal["E1M2", "E2M1"] | None = None
     rotation: Rotation | None = None
-    kv_rotation: Rotation | None = None
+    kv_rotation: Rotation | Literal["head_dim"] | None = None
+    """`head_dim`: over a whole head, whatever its size in the model."""
+    kv_signs: Seed | None = None
     global_scale: GlobalScale | None = None
 
 

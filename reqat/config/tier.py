@@ -85,6 +85,14 @@ class Model(Strict):
     """In place of the budget's, for this model's artifacts."""
     shape: Shape | None = None
 
+    @property
+    def head_dim(self) -> int | None:
+        """Size of an attention head, where the tier says it."""
+        if self.shape is not None:
+            return self.shape.head_dim
+        built = self.scratch.architecture if self.scratch is not None else None
+        return None if built is None else built.hidden_size // built.heads
+
     @model_validator(mode="after")
     def _complete(self) -> Model:
         if self.source == "scratch" and self.scratch is None:
