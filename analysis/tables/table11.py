@@ -102,6 +102,8 @@ def build(results: Results, artifact: str = NAME) -> Table:
     """Paper Table 11: hyper-parameters of each kind of training, of Q-FIT, SEM and decoding."""
     tier, shared = results.plan.tier, of_tier(results)
     columns = {head: of_training(training) | shared for head, training in kinds(tier).items()}
+    for name in ("SEM weight", "SEM percentile"):
+        columns["fine-tuning"].pop(name, None)
     names = list(dict.fromkeys([*of_training(tier.train.qat), *shared, *PAPER]))
     section, rows = [], []
     for name in names:

@@ -19,7 +19,7 @@ LAPTOP = merge(load_tier("laptop", ROOT / "config").model_dump(mode="json"), USU
 
 
 def make(**changes: object) -> Plan:
-    return plan(parse(Tier, merge(LAPTOP, changes), "test").check(CATALOGUE), CATALOGUE, pinned="0" * 64)
+    return plan(parse(Tier, merge(LAPTOP, changes), "test").check(CATALOGUE), CATALOGUE)
 
 
 WITHOUT = make()
@@ -37,7 +37,7 @@ def with_artifact(rows: list[dict], sets: dict = SETS, **changes: object) -> Pla
     artifact = parse(Artifact, {"title": "extra", "rows": rows}, "test")
     catalogue = CATALOGUE.model_copy(update={"artifacts": {**CATALOGUE.artifacts, "extra": artifact}})
     changes = {"models": {"testbed": {"artifacts": ["table2", "extra"]}}, "evaluation": {"sets": sets}} | changes
-    return plan(parse(Tier, merge(LAPTOP, changes), "test").check(catalogue), catalogue, pinned="0" * 64)
+    return plan(parse(Tier, merge(LAPTOP, changes), "test").check(catalogue), catalogue)
 
 
 def test_a_named_set_grades_the_same_models_on_other_problems():
