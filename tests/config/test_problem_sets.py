@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from reqat.config import Plan, ReqatError, TrainSettings, load_catalogue, load_t
 from reqat.config.base import merge, parse
 from reqat.config.recipe import Artifact
 from reqat.config.tier import Tier
+from reqat.tasks import problems
 
 ROOT = Path(__file__).parents[2]
 CATALOGUE = load_catalogue(ROOT / "config")
 # One short artifact is enough beside the one that is added.
 USUAL = {"models": {"testbed": {"artifacts": ["table2"]}}, "only": {"recipes": None, "precisions": None}}
 LAPTOP = merge(load_tier("laptop", ROOT / "config").model_dump(mode="json"), USUAL)
+LAPTOP["evaluation"]["sets"] = {}
 
 
 def make(**changes: object) -> Plan:
@@ -82,6 +85,18 @@ def test_sets_that_nothing_names_rename_nothing_and_old_cells_are_on_the_tiers_o
 def test_a_set_that_is_missing_or_no_set_is_refused(sets: dict, named: str):
     with pytest.raises(ReqatError, match=named):
         with_artifact([{"recipes": ["base"], "precisions": ["BF16"], "problems": ["long"]}], sets)
+
+
+def test_editions_of_the_laptop_are_disjoint_and_their_validation_is_of_another_split() -> None:
+    laptop = load_tier("laptop", ROOT / "config")
+    found = {name: laptop.problem_set(name)[0] for name in laptop.evaluation.sets}
+    asked = {name: {p.id for p in problems(s.families, s.split, s.n, s.seed)} for name, s in found.items()}
+    assert list(asked) == [*(f"edition-{k}" for k in range(1, 5)), "validation"]
+    for name, ids in asked.items():
+        assert len(ids) == found[name].n
+        assert not any(ids & others for other, others in asked.items() if other != name)
+    terms = [s.families["chain_sum"] for s in found.values()][:4]
+    assert all(a["max_terms"] < b["min_terms"] for a, b in itertools.pairwise(terms)), "of rising difficulty"
 
 
 EPOCHS = [f"ft-epochs{k}" for k in range(1, 6)]
