@@ -87,13 +87,15 @@ def test_a_set_that_is_missing_or_no_set_is_refused(sets: dict, named: str):
         with_artifact([{"recipes": ["base"], "precisions": ["BF16"], "problems": ["long"]}], sets)
 
 
-def test_editions_of_the_laptop_are_disjoint_and_their_validation_is_of_another_split() -> None:
-    laptop = load_tier("laptop", ROOT / "config")
-    found = {name: laptop.problem_set(name)[0] for name in laptop.evaluation.sets}
+@pytest.mark.parametrize("name", ["laptop", "converged"])
+def test_editions_are_disjoint_and_their_validation_is_of_another_split(name: str) -> None:
+    tier = load_tier(name, ROOT / "config")
+    sets = [*(f"edition-{k}" for k in range(1, 5)), "validation"]
+    found = {name: tier.problem_set(name)[0].model_copy(update={"n": 50}) for name in sets}
     asked = {name: {p.id for p in problems(s.families, s.split, s.n, s.seed)} for name, s in found.items()}
-    assert list(asked) == [*(f"edition-{k}" for k in range(1, 5)), "validation"]
+    assert found["validation"].split == "validation" and {found[name].split for name in sets[:4]} == {"test"}
     for name, ids in asked.items():
-        assert len(ids) == found[name].n
+        assert len(ids) == 50
         assert not any(ids & others for other, others in asked.items() if other != name)
     terms = [s.families["chain_sum"] for s in found.values()][:4]
     assert all(a["max_terms"] < b["min_terms"] for a, b in itertools.pairwise(terms)), "of rising difficulty"
