@@ -30,10 +30,10 @@ def joined(results: Results, parts: Sequence[Entry]) -> list[Outcomes]:
             Outcomes(
                 problem_id=tuple(id for run in runs for id in run.problem_id),
                 family=tuple(name for run in runs for name in run.family),
-                **{
-                    column: np.concatenate([getattr(run, column) for run in runs])
-                    for column in ("seed", "correct", "n_tokens", "finished")
-                },
+                seed=np.concatenate([run.seed for run in runs]),
+                correct=np.concatenate([run.correct for run in runs]),
+                n_tokens=np.concatenate([run.n_tokens for run in runs]),
+                finished=np.concatenate([run.finished for run in runs]),
             )
         )
     return out

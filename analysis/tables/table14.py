@@ -66,15 +66,19 @@ def build(results: Results, artifact: str = NAME) -> Table:
         compared: list[Text] = []
         shares: list[Text] = []
         for name, *_ in sides:
-            e = of.get(name)
-            other = bf16_at_budget(e, entries) if e else None
-            d = results.paired(e, other) if e and other else None
-            share = relative(d, chance(results, e)) if d and e else math.nan
+            if name not in of:
+                compared.append(Text())
+                shares.append(Text())
+                continue
+            asked, guessed = of[name], chance(results, of[name])
+            other = bf16_at_budget(asked, entries)
+            d = results.paired(asked, other) if other else None
+            share = relative(d, guessed) if d else math.nan
             compared.append(difference_text(d))
             shares.append(Text(number(share)))
-            if e:
-                rows.append(measured_row(results, e, reference=other) | {"chance": 100 * chance(results, e)})
-                rows[-1] |= {"problems": name} | ({"relative_drop": share} if d else {})
+            rows.append(measured_row(results, asked, reference=other) | {"problems": name, "chance": 100 * guessed})
+            if d:
+                rows[-1]["relative_drop"] = share
         theirs = [
             paper.value("table14", precision=precision, method=_METHODS.get(method, method), metric=metric)
             for *_, metric in sides

@@ -26,7 +26,7 @@ def malformed(results: Results, entry: Entry) -> float:
             f"{results.folder(id)}: the record does not say how many answers are malformed, so it is of an older "
             f"version; {results.remedy([id])}"
         )
-    return sum(found) / results.estimate(entry).n_responses
+    return sum(int(n) for n in found if n is not None) / results.estimate(entry).n_responses
 
 
 def build(results: Results, artifact: str = NAME) -> Table:
