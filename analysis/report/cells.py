@@ -21,6 +21,7 @@ import pandas as pd
 
 from analysis.report.paper import parse_condition
 from reqat.config.errors import ReqatError
+from reqat.config.recipe import OWN
 from reqat.records import record
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Entry:
     condition: str  # "key=value;key=value", empty for most artifacts
     total_tokens: int | None  # None: trains nothing
     multiple: int | None  # total_tokens in QAT budgets; the paper's 140M is 2
+    problems: str  # the set of problems; "own" for the tier's own
     cells: tuple[Cell, ...]  # in the order of their training seeds
 
     @property
@@ -64,6 +66,7 @@ class Entry:
     def __str__(self) -> str:
         parts = [self.artifact, self.model, self.precision, self.method]
         parts += [f"{self.multiple} x QAT budget"] if self.multiple else []
+        parts += [f"problems {self.problems}"] if self.problems != OWN else []
         return ", ".join([*parts, *([self.condition] if self.condition else [])])
 
 
@@ -73,7 +76,8 @@ def entries(cells: Iterable[Cell]) -> list[Entry]:
     """
     grouped: dict[tuple[Any, ...], list[Cell]] = {}
     for c in cells:
-        key = (c.artifact, c.model, c.recipe, c.method, c.precision, c.condition, c.total_tokens, c.multiple)
+        spent = (c.total_tokens, c.multiple)
+        key = (c.artifact, c.model, c.recipe, c.method, c.precision, c.condition, *spent, c.problems)
         grouped.setdefault(key, []).append(c)
     out = []
     for key, group in grouped.items():

@@ -21,6 +21,7 @@ class Line:
     precision: str
     method: str
     condition: str
+    problems: str
     by: dict[int | None, Entry] = field(default_factory=dict)  # multiple of the QAT budget -> entry
 
     @property
@@ -31,11 +32,10 @@ class Line:
 
 def lines(entries: Iterable[Entry], method: Callable[[Entry], str] = lambda e: e.method) -> list[Line]:
     """Entries by line, in the plan's order; `method` may rename (so that "FT+GPTQ" continues "GPTQ")."""
-    out: dict[tuple[str, str, str, str], Line] = {}
+    out: dict[tuple[str, ...], Line] = {}
     for e in entries:
-        line = out.setdefault(
-            (e.model, e.precision, method(e), e.condition), Line(e.model, e.precision, method(e), e.condition)
-        )
+        key = (e.model, e.precision, method(e), e.condition, e.problems)
+        line = out.setdefault(key, Line(*key))
         if e.multiple in line.by:
             raise ReqatError(f"{e.artifact}: two entries for one cell: {line.by[e.multiple]} and {e}")
         line.by[e.multiple] = e
@@ -62,10 +62,11 @@ def grouped(items: Sequence[Line], key: Callable[[Line], tuple[str, str]]) -> li
 
 
 def bf16_at_budget(entry: Entry, entries: Sequence[Entry]) -> Entry | None:
-    """BF16 with the same total budget: fine-tuned, or the untouched base where nothing is trained."""
+    """BF16 with the same total budget and problems: fine-tuned, or the untouched base where nothing is trained."""
     if entry.precision == BF16:
         return None
-    found = [e for e in entries if e.precision == BF16 and e.model == entry.model and e.multiple == entry.multiple]
+    same = (entry.model, entry.multiple, entry.problems)
+    found = [e for e in entries if e.precision == BF16 and (e.model, e.multiple, e.problems) == same]
     return found[0] if found else None
 
 
@@ -80,6 +81,7 @@ def where(condition: str) -> Reference:
             and e.model == entry.model
             and e.precision == entry.precision
             and e.multiple == entry.multiple
+            and e.problems == entry.problems
         ]
         return found[0] if found and found[0] is not entry else None
 

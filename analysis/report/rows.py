@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from analysis.report import paper
 from analysis.report.cells import Entry, Results
+from reqat.config.recipe import OWN
+
+if TYPE_CHECKING:
+    from reqat.evaluation.statistics import Difference
 
 
 def measured_row(
@@ -39,16 +43,22 @@ def measured_row(
         "hi": 100 * e.hi,
         "unfinished": e.n_unfinished / e.n_responses,
     }
+    if entry.problems != OWN:
+        row["problems"] = entry.problems
     if reference is not None:
-        d = results.paired(entry, reference, family)
-        row |= {
-            "reference": f"{reference.precision} {reference.method} {reference.condition}".strip(),
-            "difference": 100 * d.value,
-            "difference_lo": 100 * d.lo,
-            "difference_hi": 100 * d.hi,
-            "p": d.p,
-        }
+        row |= difference_columns(results.paired(entry, reference, family), reference)
     return row | made_by(results, entry, e.n_problems)
+
+
+def difference_columns(d: Difference, reference: Entry) -> dict[str, Any]:
+    """The columns of the tidy CSV that hold a difference to a reference, in percentage points."""
+    return {
+        "reference": f"{reference.precision} {reference.method} {reference.condition}".strip(),
+        "difference": 100 * d.value,
+        "difference_lo": 100 * d.lo,
+        "difference_hi": 100 * d.hi,
+        "p": d.p,
+    }
 
 
 def made_by(results: Results, entry: Entry, n_problems: int) -> dict[str, Any]:

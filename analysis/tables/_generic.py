@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from analysis.report.cells import Results
 from analysis.report.document import Column, Table
-from analysis.report.lines import bf16_at_budget, where
+from analysis.report.lines import Line, bf16_at_budget, where
 from analysis.report.names import BF16
 from analysis.tables._columns import BOLD, METHOD, PRECISION
 from analysis.tables._grid import grid
@@ -26,7 +26,13 @@ def build(results: Results, artifact: str, *, caption: str | None = None, first:
     def says(condition: str) -> str:
         return condition.replace("=", ": ").replace("_", " ").replace(";", ", ")
 
-    stub = (PRECISION, METHOD, *([Column("Condition", align="l")] if conditional else []))
+    several = len({e.problems for e in entries}) > 1
+    more = [name for name, there in (("Condition", conditional), ("Problems", several)) if there]
+    stub = (PRECISION, METHOD, *(Column(name, align="l") for name in more))
+
+    def labels(li: Line) -> list[str]:
+        return [li.precision, li.method, *([says(li.condition)] if conditional else []), *([li.problems] * several)]
+
     return grid(
         results,
         artifact,
@@ -34,7 +40,7 @@ def build(results: Results, artifact: str, *, caption: str | None = None, first:
         reference=bf16_at_budget if has_bf16 else where(first),
         reference_name=f"Difference to {BF16} (points)" if has_bf16 else f"Difference to {says(first)} (points)",
         stub=stub,
-        labels=lambda li: (li.precision, li.method, *([says(li.condition)] if conditional else [])),
-        bold=not conditional,
-        notes=(BOLD,) if not conditional else (),
+        labels=labels,
+        bold=not conditional and not several,
+        notes=(BOLD,) if not conditional and not several else (),
     )

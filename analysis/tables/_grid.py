@@ -78,7 +78,7 @@ def grid(
     if all(len(s) == 1 for s in sections):
         sections = [tuple(s[0] for s in sections)]
     rows += [paper_row(r) for r in reported_rows]
-    note = [f"Numbers of the paper: {paper.CITATION}."] if reported_columns else []
+    note = paper.notes(artifact) if reported_columns else ()
     return Table(
         artifact,
         results.title(artifact),

@@ -1,4 +1,4 @@
-"""Table 15: sampled and greedy decoding of the same models."""
+"""Table 15: sampled and greedy decoding of the same models, by epochs of fine-tuning and at the claim budget."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from analysis.report.names import BF16
 from analysis.report.rows import footer, measured_row, paper_row, tidy
 from analysis.report.texts import difference_text, measured_text
 from analysis.tables._columns import BOLD, METHOD, PRECISION
+from analysis.tables._epochs import epochs_of
 from reqat.config.errors import ReqatError
 from reqat.evaluation.statistics import clustered_means
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from reqat.evaluation.outcomes import Outcomes
 
 NAME = "table15"
+
+SUBSET = "subset"
+"""In the condition of lines that repeat one subset of traces."""
 
 
 def build(results: Results, artifact: str = NAME) -> Table:
@@ -33,13 +37,15 @@ def build(results: Results, artifact: str = NAME) -> Table:
     entries = results.of(artifact)
     many = len(results.models(artifact)) > 1
     sampled = [e for e in entries if e.conditions["decoding"] == "sampled"]
-    greedy = {(e.model, e.precision, e.method, e.multiple): e for e in entries if e.conditions["decoding"] == "greedy"}
+    greedy = {_line(e): e for e in entries if e.conditions["decoding"] == "greedy"}
+    repeated = any(SUBSET in e.conditions for e in entries)
     epochs = sorted({int(r.condition["epochs"]) for r in paper.select(artifact)})
     theirs = f"Paper: R1-Llama-8B, AIME-120 (%), after {epochs[0]} to {epochs[-1]} epochs"
     columns = [
         *([Column("Model", align="l")] if many else []),
         PRECISION,
         METHOD,
+        *([Column("Epochs")] if repeated else []),
         Column("Tokens"),
         Column("sampled", "Accuracy (%)"),
         Column("greedy", "Accuracy (%)"),
@@ -54,13 +60,15 @@ def build(results: Results, artifact: str = NAME) -> Table:
         return bf16_at_budget(e, [other for other in entries if other.condition == e.condition])
 
     def of_paper(e: Entry, flag: dict[str, str]) -> Text:
+        # Beside the line of its epochs, where there are such lines; else all of them beside the one budget.
+        asked = epochs if not repeated else [epochs_of(results, e)] if SUBSET in e.conditions else []
         found = [
-            paper.value(artifact, precision=e.precision, method=e.method, epochs=str(epoch), **flag) for epoch in epochs
+            paper.value(artifact, precision=e.precision, method=e.method, epochs=str(epoch), **flag) for epoch in asked
         ]
-        return Text(", ".join(number(v, 1) for v in found if v is not None)) if found[0] is not None else Text()
+        return Text(", ".join(number(v, 1) for v in found if v is not None)) if any(found) else Text()
 
     sections, rows = [], []
-    pairs = [(e, greedy[e.model, e.precision, e.method, e.multiple]) for e in sampled]
+    pairs = [(e, greedy[_line(e)]) for e in sampled]
     for model, precision in dict.fromkeys((e.model, e.precision) for e in sampled):
         group = [pair for pair in pairs if (pair[0].model, pair[0].precision) == (model, precision)]
         bolds = [
@@ -72,7 +80,10 @@ def build(results: Results, artifact: str = NAME) -> Table:
             e = pair[0]
             value, lo, hi = greedy_minus_sampled(results, pair[1], e)
             cells = [Text(model)] if many else []
-            cells += [Text(precision), Text(e.method), Text(tokens(e.total_tokens))]
+            cells += [Text(precision), Text(e.method)]
+            if repeated:
+                cells.append(Text(str(epochs_of(results, e))) if SUBSET in e.conditions else Text())
+            cells.append(Text(tokens(e.total_tokens)))
             cells += [measured_text(results.estimate(pair[side]), bolds[side][i]) for side in (0, 1)]
             cells.append(
                 Text(percent(value, sign=True), detail=f"[{percent(lo, sign=True)}, {percent(hi, sign=True)}]")
@@ -99,19 +110,30 @@ def build(results: Results, artifact: str = NAME) -> Table:
         artifact,
         results.title(artifact),
         "One model, two ways to decode: sampled as in every other table, and greedy (one response a problem). "
-        "Differences to BF16 are at equal budget (untrained: to the BF16 base) and within one way of decoding.",
+        "Differences to BF16 are at equal budget (untrained: to the BF16 base) and within one way of decoding."
+        + (
+            " Lines with a number of epochs went over one subset of traces so many times, as the paper's; the others "
+            "saw other traces for every token."
+            if repeated
+            else ""
+        ),
         footer(
             results,
             entries,
             BOLD,
             "Greedy \u2212 sampled: mean over seeds on the same problems and training runs, 95% interval clustered by "
             "problem; it says nothing about other training runs.",
+            *(["Tables 9, 13 and 15 are of the same runs."] if repeated else []),
             f"Numbers of the paper, an epoch each: {paper.CITATION}.",
         ),
         tuple(columns),
         tuple(sections),
         tidy(rows),
     )
+
+
+def _line(e: Entry) -> tuple[str, str, str, int | None, bool]:
+    return e.model, e.precision, e.method, e.multiple, SUBSET in e.conditions
 
 
 def greedy_minus_sampled(results: Results, greedy: Entry, sampled: Entry) -> tuple[float, float, float]:

@@ -60,7 +60,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
         "Accuracy with 95% interval on each family of problems, all methods at one total budget (untrained ones at "
         "none). The difference is to BF16 fine-tuning with the same budget (to the BF16 base where nothing is "
         "trained), over all families.",
-        footer(results, entries, BOLD, f"Numbers of the paper: {paper.CITATION}."),
+        footer(results, entries, BOLD, *paper.notes(artifact)),
         tuple(columns),
         tuple(sections),
         tidy(rows),

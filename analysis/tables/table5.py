@@ -109,7 +109,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
         "and together. Final loss: mean of the QAT stage's last 5% of steps, in nats a response token"
         + (", with the standard deviation over training seeds" if any(len(x) > 1 for x in losses) else "")
         + ".",
-        footer(results, entries, "Bold: best of a column, as printed.", f"Numbers of the paper: {paper.CITATION}."),
+        footer(results, entries, "Bold: best of a column, as printed.", *paper.notes(artifact)),
         tuple(columns),
         (tuple(section),),
         tidy(rows),

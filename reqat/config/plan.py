@@ -16,12 +16,22 @@ from typing import Any
 from reqat.config.base import Strict, parse
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec, family
-from reqat.config.recipe import Catalogue, DecodingOptions, PTQStep, QFitStep, Recipe, Rows, Step, TrainStep, amount
+from reqat.config.recipe import (
+    OWN,
+    Catalogue,
+    DecodingOptions,
+    PTQStep,
+    QFitStep,
+    Recipe,
+    Rows,
+    Step,
+    TrainStep,
+    amount,
+)
 from reqat.config.stage import (
     BaseSettings,
     DataStageSettings,
     Evaluation,
-    ProblemSet,
     PTQSettings,
     QFitSettings,
     Selection,
@@ -51,6 +61,8 @@ class Cell(Strict):
     training_seed: int
     evaluation: str
     """Id of the evaluation that measures it."""
+    problems: str = OWN
+    """Name of the set of problems that it is graded on."""
 
 
 @dataclass(frozen=True)
@@ -242,15 +254,22 @@ class _Builder:
         training = training.model_copy(update={name: value for name, value in given.items() if value is not None})
         return TrainSettings(training=training, traces=self.selection(step, total, model, name), seed=seed)
 
-    def precision(self, name: str, recipe: Recipe, global_scale: str) -> PrecisionSpec:
+    def precision(self, name: str, recipe: Recipe, global_scale: str, model: Model) -> PrecisionSpec:
         options = recipe.precision.get(family(name))
         given = options.model_dump(exclude_none=True) if options else {}
+        if given.get("kv_rotation") == "head_dim":
+            given["kv_rotation"] = model.head_dim
+            if model.head_dim is None:
+                raise ReqatError(
+                    f"{recipe.method}: kv_rotation: head_dim of a model whose size is not stated; add `shape` to it in "
+                    f"config/tiers/{self.tier.name}.yaml."
+                )
         return PrecisionSpec(**({"global_scale": global_scale} | given | {"name": name}))
 
     def chain(self, name: str, precision: str, total: int, model: Model, base: Stage, store: Stage, seed: int) -> Stage:
         """The last stage of a recipe."""
         recipe = self.catalogue.recipe(name)
-        quantized = self.precision(precision, recipe, self.tier.train.global_scale)
+        quantized = self.precision(precision, recipe, self.tier.train.global_scale, model)
         current, finetuned = base, False
         teachers = {"base": base.id}
         for step in recipe.steps:
@@ -275,12 +294,12 @@ class _Builder:
             raise unknown("teacher", name, ["parent", *made, *self.tier.models], where=where)
         return self.base(name, self.tier.models[name]).id
 
-    def evaluate(self, stage: Stage, precision: PrecisionSpec, store: Stage, options: DecodingOptions) -> Evaluation:
-        how = self.tier.evaluation
-        decoding = how.decoding.model_copy(update=options.model_dump(exclude_none=True))
-        families = how.families if how.families is not None else self.tier.data.families
-        problems = ProblemSet(families=families, split=how.split, n=how.n, seed=how.problem_seed)
-        seeds = how.seeds[:1] if decoding.greedy else how.seeds
+    def evaluate(
+        self, stage: Stage, precision: PrecisionSpec, store: Stage, options: DecodingOptions, asked: str
+    ) -> Evaluation:
+        decoding = self.tier.evaluation.decoding.model_copy(update=options.model_dump(exclude_none=True))
+        problems, seeds = self.tier.problem_set(asked)
+        seeds = seeds[:1] if decoding.greedy else seeds
         static: dict[str, Any] = {}
         if precision.global_scale == "static":
             static = {"calibration": self.tier.ptq.calibration, "data": store.id}
@@ -293,15 +312,29 @@ class _Builder:
         trains = any(isinstance(step, TrainStep) for step in recipe.steps)
         if not trains or rows.totals == "none":
             return [None]
+        if (own := self.own_multiple(recipe)) is not None:
+            return [own]
         return list(self.tier.budget.totals) if rows.totals == "all" else [self.claim_total(model)]
 
     def claim_total(self, model: Model) -> int:
         return model.claim_total or self.tier.budget.claim_total
 
+    def own_multiple(self, recipe: Recipe) -> int | None:
+        """The recipe's own total in QAT budgets, where it has one."""
+        qat = self.tier.budget.qat_tokens
+        total = recipe.own_total(qat)
+        if total is not None and total % qat:
+            raise ReqatError(
+                f"{recipe.method}: its {total} tokens are no whole number of QAT budgets of {qat}; give its amounts "
+                "in whole multiples of `qat`, or one of them in `total` or `ft`."
+            )
+        return None if total is None else total // qat
+
     def seeds(self, recipe: str, precision: str, multiple: int | None, model: Model) -> list[int]:
         claim = self.tier.claim_seeds
         seeds = list(self.tier.training_seeds if multiple is not None else self.tier.training_seeds[:1])
-        if multiple == self.claim_total(model) and recipe in claim.recipes and precision in claim.precisions:
+        at_claim = multiple == self.claim_total(model) or self.own_multiple(self.catalogue.recipe(recipe)) is not None
+        if at_claim and recipe in claim.recipes and precision in claim.precisions:
             seeds += [seed for seed in claim.seeds if seed not in seeds]
         return seeds
 
@@ -319,22 +352,24 @@ class _Builder:
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
                         scale = rows.global_scale or self.tier.evaluation.global_scale
-                        at = self.precision(precision, recipe, scale)
-                        evaluation = self.evaluate(stage, at, store, rows.decoding)
-                        self.plan.cells.append(
-                            Cell(
-                                artifact=artifact,
-                                model=label,
-                                recipe=name,
-                                method=rows.method or recipe.method,
-                                precision=precision,
-                                condition=rows.condition,
-                                total_tokens=total,
-                                multiple=multiple,
-                                training_seed=seed,
-                                evaluation=evaluation.id,
+                        at = self.precision(precision, recipe, scale, model)
+                        for asked in rows.problems:
+                            evaluation = self.evaluate(stage, at, store, rows.decoding, asked)
+                            self.plan.cells.append(
+                                Cell(
+                                    artifact=artifact,
+                                    model=label,
+                                    recipe=name,
+                                    method=rows.method or recipe.method,
+                                    precision=precision,
+                                    condition=rows.condition,
+                                    total_tokens=total,
+                                    multiple=multiple,
+                                    training_seed=seed,
+                                    evaluation=evaluation.id,
+                                    problems=asked,
+                                )
                             )
-                        )
 
     def build(self) -> Plan:
         for label, model in self.tier.models.items():

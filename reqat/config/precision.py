@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, field_validator, model_validator
 
-from reqat.config.base import Strict
+from reqat.config.base import Seed, Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, standard
 
@@ -44,7 +44,9 @@ ACTS_ON: dict[str, tuple[tuple[str, ...], str]] = {
 }
 """Option of a precision -> the roles that it acts on, and the field of their formats."""
 ROTATIONS = ("rotation", "kv_rotation")
-OPTIONS = (*ACTS_ON, *ROTATIONS)
+BASES = (*ROTATIONS, "kv_signs")
+"""Options that say in which basis values are quantized; None stands for their own."""
+OPTIONS = (*ACTS_ON, *BASES)
 _FIELDS = ("element", "scale", "scale_rule", "rounding", "global_scale")
 _ROLE_OPTIONS = tuple(f"{role}.{field}" for role in ROLES for field in _FIELDS)
 
@@ -84,6 +86,8 @@ class Resolved:
     """Role -> field of its format -> value. A field that is not there has the family's default."""
     rotation: int | None = None
     kv_rotation: int | None = None
+    kv_signs: int | None = None
+    """Seed of the signs that queries and keys are multiplied with before their rotation."""
 
     @property
     def name(self) -> str:
@@ -124,11 +128,13 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Resolved:
     chosen: dict[str, Any] = {**inline, **given}
     fields = {role: _fields(name, role, family, chosen) for role, family in families.items()}
     sizes = {option: _size(chosen.get(option), option) for option in ROTATIONS}
+    cached = any(role in families for role in CACHE)
     return Resolved(
         families,
         fields,
         rotation=sizes["rotation"] if any(role in families for role in LINEAR) else None,
-        kv_rotation=sizes["kv_rotation"] if any(role in families for role in CACHE) else None,
+        kv_rotation=sizes["kv_rotation"] if cached else None,
+        kv_signs=check_signs(_number(chosen.get("kv_signs")), sizes["kv_rotation"]) if cached else None,
     )
 
 
@@ -208,6 +214,17 @@ def check_rotation(size: Any, name: str = "rotation") -> Any:
     return size
 
 
+def check_signs(seed: Any, rotation: int | None) -> Any:
+    """`seed` itself, if it is a seed and there is a rotation for its signs (or None). Raises `ReqatError` otherwise."""
+    if seed is None:
+        return None
+    if type(seed) is not int or not 0 <= seed < 2**63:
+        raise ReqatError(f"kv_signs {seed!r}: the seed of random signs is a whole number from 0, or none at all.")
+    if rotation is None:
+        raise ReqatError(f"kv_signs {seed}: signs without a rotation change nothing; give kv_rotation, too.")
+    return seed
+
+
 def _families(name: str, bare: str) -> dict[str, str]:
     """Role -> family, from the name without options."""
     if bare.upper() == "BF16":
@@ -249,7 +266,7 @@ def _inline(name: str, text: str) -> dict[str, str]:
 def _acts(option: str, families: Mapping[str, str]) -> bool:
     if option == "rotation":
         return any(role in families for role in LINEAR)
-    if option == "kv_rotation":
+    if option in ("kv_rotation", "kv_signs"):
         return any(role in families for role in CACHE)
     if option == "global_scale":
         return any(role in families and has_global_scale(families[role]) for role in SCALED)
@@ -286,9 +303,12 @@ def _fields(name: str, role: str, family: str, options: Mapping[str, Any]) -> di
 
 
 def _size(value: Any, option: str) -> int | None:
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)  # behind a colon everything is text
-    return check_rotation(value, option)
+    return check_rotation(_number(value), option)  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> Any:
+    """A number that stands behind a colon, where everything is text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 Rotation = Annotated[int, AfterValidator(check_rotation)]
@@ -306,6 +326,8 @@ class PrecisionSpec(Strict):
     """Size of the block Hadamard rotation of the linear layers' inputs and weights; null for none."""
     kv_rotation: Rotation | None = None
     """Size of the block Hadamard rotation of queries and keys; null for none."""
+    kv_signs: Seed | None = None
+    """Seed of random signs of queries and keys before that rotation; null for none."""
     global_scale: GlobalScale | None = None
     """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""
 
@@ -323,15 +345,16 @@ class PrecisionSpec(Strict):
         if not isinstance(data, dict):
             return data
         text = data.get("name", "BF16")
-        asked = {option: data.get(option) for option in ("kv_element", "rotation", "kv_rotation", "global_scale")}
+        asked = {option: data.get(option) for option in ("kv_element", "global_scale", *BASES)}
         found = resolve(text)
         inline = inline_options(text)
         for option, value in inline.items():  # they become fields
             if option not in asked:
                 raise unknown("option of a precision in configuration", option, asked, where=text)
-            if asked[option] not in (None, value, _size(value, option) if option in ROTATIONS else value):
+            number = _number(value) if option in BASES else value
+            if asked[option] not in (None, value, number):
                 raise ReqatError(f"precision {text!r} says {option}={value}, and {asked[option]!r} beside it.")
-            asked[option] = _size(value, option) if option in ROTATIONS else value
+            asked[option] = number
         kind, cache = found.family, next((found.families[r] for r in CACHE if r in found.families), None)
         element = asked["kv_element"] if cache else None
         if cache is not None and element in (None, _default("keys", cache, "element")):
@@ -341,6 +364,7 @@ class PrecisionSpec(Strict):
             "name": found.name if kind != "BF16" else "BF16",
             "kv_element": element,
             "kv_rotation": asked["kv_rotation"] if cache else None,
+            "kv_signs": check_signs(asked["kv_signs"], asked["kv_rotation"]) if cache else None,
             "global_scale": (asked["global_scale"] or DEFAULT_GLOBAL_SCALE) if scaled else None,
             "rotation": asked["rotation"] if any(role in found.families for role in LINEAR) else None,
         }
@@ -348,7 +372,7 @@ class PrecisionSpec(Strict):
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `reqat.Precision.parse`, those that this name uses. `rotation` is always given, None
         included."""
-        named = {"kv_element": self.kv_element, "global_scale": self.global_scale, "kv_rotation": self.kv_rotation}
+        named = {option: getattr(self, option) for option in ("kv_element", "global_scale", "kv_rotation", "kv_signs")}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 
     @property
@@ -359,5 +383,5 @@ class PrecisionSpec(Strict):
     def __str__(self) -> str:
         """The name with each option that is not the default; `resolve` reads it back."""
         found = resolve(self.name, self.options())
-        sizes = {option: size for option in ROTATIONS if (size := getattr(found, option)) is not None}
+        sizes = {option: size for option in BASES if (size := getattr(found, option)) is not None}
         return written(found.name, {**options_of(found.families, found.fields), **sizes})

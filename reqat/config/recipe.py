@@ -13,13 +13,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from reqat.config.base import Count, Strict
+from reqat.config.base import Count, Seed, Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import FORMATS, GlobalScale, Rotation, family
 from reqat.config.stage import Gradient, PTQMethod, Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
 AMOUNTS = ("total", "qat", "ft")
+OWN = "own"
+"""Name of a tier's own problems, among its named sets."""
 _MOST_TOKENS = 1e15
 
 
@@ -134,7 +136,9 @@ class PrecisionOptions(Strict):
 
     kv_element: Literal["E1M2", "E2M1"] | None = None
     rotation: Rotation | None = None
-    kv_rotation: Rotation | None = None
+    kv_rotation: Rotation | Literal["head_dim"] | None = None
+    """`head_dim`: over a whole head, whatever its size in the model."""
+    kv_signs: Seed | None = None
     global_scale: GlobalScale | None = None
 
 
@@ -146,6 +150,14 @@ class Recipe(Strict):
     steps: list[Step] = Field(default_factory=list)
     precision: dict[str, PrecisionOptions] = Field(default_factory=dict)
     """Format name -> options, for quantized steps and for the evaluation."""
+
+    def own_total(self, qat: int) -> int | None:
+        """Tokens that it trains on where all its amounts are in `qat` (epochs over one subset of traces); None where
+        a budget decides, or nothing is trained."""
+        trained = [step for step in self.steps if isinstance(step, TrainStep)]
+        if not trained or any(re.search("total|ft", str(step.tokens)) for step in trained):
+            return None
+        return sum(amount(step.tokens, {"qat": qat}) * step.epochs for step in trained)
 
     @field_validator("precision")
     @classmethod
@@ -170,7 +182,10 @@ class Rows(Strict):
     recipes: list[str]
     precisions: list[str]
     totals: Literal["all", "claim", "none"] = "all"
-    """`all`: each total of the tier; `claim`: the one that claims rest on; `none`: the method spends no tokens."""
+    """`all`: each total of the tier; `claim`: the one that claims rest on; `none`: the method spends no tokens. A
+    recipe whose amounts are all in `qat` has one total, whatever stands here."""
+    problems: list[str] = Field(default_factory=lambda: [OWN], min_length=1)
+    """Sets of problems to grade on: of the tier's `evaluation.sets`, or `own`."""
     method: str | None = None
     """Label in place of the recipe's."""
     condition: str = ""

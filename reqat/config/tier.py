@@ -7,6 +7,7 @@ replaced whole, and a model that is null is left out.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,8 +17,17 @@ from reqat.config.base import Count, Families, Seed, Seeds, Size, Strict, distin
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import read_yaml
 from reqat.config.precision import GlobalScale, family
-from reqat.config.recipe import Catalogue
-from reqat.config.stage import Architecture, BaseSettings, Calibration, DataSettings, Decoding, Selection, Training
+from reqat.config.recipe import OWN, Catalogue
+from reqat.config.stage import (
+    Architecture,
+    BaseSettings,
+    Calibration,
+    DataSettings,
+    Decoding,
+    ProblemSet,
+    Selection,
+    Training,
+)
 
 Source = Literal["scratch", "pinned", "package", "path"]
 
@@ -75,6 +85,14 @@ class Model(Strict):
     """In place of the budget's, for this model's artifacts."""
     shape: Shape | None = None
 
+    @property
+    def head_dim(self) -> int | None:
+        """Size of an attention head, where the tier says it."""
+        if self.shape is not None:
+            return self.shape.head_dim
+        built = self.scratch.architecture if self.scratch is not None else None
+        return None if built is None else built.hidden_size // built.heads
+
     @model_validator(mode="after")
     def _complete(self) -> Model:
         if self.source == "scratch" and self.scratch is None:
@@ -102,6 +120,12 @@ class ClaimSeeds(Strict):
     precisions: list[str] = Field(default_factory=list)
 
 
+def _some_family(value: Families | None) -> Families | None:
+    if value is not None and not value:
+        raise ValueError("name at least one task family, or leave it out")
+    return value
+
+
 class Budget(Strict):
     """Tokens: QAT's share, and the totals compared, as multiples of it."""
 
@@ -118,6 +142,19 @@ class Budget(Strict):
         return self
 
 
+class NamedProblems(Strict):
+    """A set of problems beside the tier's own; what it leaves out is as in the tier's own."""
+
+    families: Families | None = None
+    n: Count | None = None
+    split: Literal["validation", "test"] | None = None
+    problem_seed: Seed | None = None
+    seeds: Seeds | None = Field(default=None, min_length=1)
+    """Sampling seeds."""
+
+    _families = field_validator("families")(_some_family)
+
+
 class EvaluationPlan(Strict):
     """How every model of the tier is graded."""
 
@@ -127,16 +164,24 @@ class EvaluationPlan(Strict):
     families: Families | None = None
     """Null: the families of the traces."""
 
-    @field_validator("families")
-    @classmethod
-    def _some(cls, value: Families | None) -> Families | None:
-        if value is not None and not value:
-            raise ValueError("name at least one task family, or leave it out for those of the traces")
-        return value
-
     seeds: Seeds = Field(min_length=1)
     decoding: Decoding = Decoding()
     global_scale: GlobalScale = "row"
+    sets: dict[str, NamedProblems] = Field(default_factory=dict)
+    """Further sets of problems by name. A tier that lists an artifact has every set that its rows name."""
+
+    _families = field_validator("families")(_some_family)
+
+    @field_validator("sets")
+    @classmethod
+    def _named(cls, sets: dict[str, NamedProblems]) -> dict[str, NamedProblems]:
+        for name in sets:
+            if name == OWN or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+                raise ValueError(
+                    f"{name!r}: name a set of problems with small letters, digits and hyphens, other than {OWN!r} (the "
+                    "problems of the tier itself)"
+                )
+        return sets
 
 
 class QFitPlan(Strict):
@@ -202,6 +247,23 @@ class Tier(Strict):
             raise ReqatError("name at least one model.")
         return models
 
+    def problem_set(self, name: str = OWN) -> tuple[ProblemSet, list[int]]:
+        """The set of problems called `name`, and its sampling seeds. Raises `ReqatError` with the closest name if the
+        tier has none of it."""
+        own = self.evaluation
+        if name != OWN and name not in own.sets:
+            remedy = f"Add it under evaluation.sets in config/tiers/{self.name}.yaml, or leave out the artifact."
+            raise unknown("set of problems", name, [OWN, *own.sets], where=f"tier {self.name}", remedy=remedy)
+        given = (own.sets[name] if name != OWN else NamedProblems()).model_dump(exclude_none=True)
+        families = own.families if own.families is not None else self.data.families
+        problems = ProblemSet(
+            families=given.get("families", families),
+            split=given.get("split", own.split),
+            n=given.get("n", own.n),
+            seed=given.get("problem_seed", own.problem_seed),
+        )
+        return problems, list(given.get("seeds", own.seeds))
+
     def check(self, catalogue: Catalogue) -> Tier:
         """The tier itself; raises `ReqatError` if it names a recipe, precision or artifact that `catalogue` lacks."""
         where = f"tier {self.name}"
@@ -209,6 +271,9 @@ class Tier(Strict):
             for artifact in model.artifacts:
                 if artifact not in catalogue.artifacts:
                     raise unknown("artifact", artifact, catalogue.artifacts, where=f"{where}: models.{label}.artifacts")
+                for rows in catalogue.artifacts[artifact].rows:
+                    for name in rows.problems:
+                        self.problem_set(name)
         for key, named in (("claim_seeds", self.claim_seeds), ("only", self.only)):
             for recipe in named.recipes or ():
                 if recipe not in catalogue.recipes:

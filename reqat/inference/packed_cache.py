@@ -26,7 +26,7 @@ from reqat.inference.backends import backend_for
 from reqat.models.attention import mark_packed, mark_quantized, softmax_attention
 from reqat.models.cache import Fp4CacheLayer
 from reqat.models.kv import KVQuantizer, kv_quantizers
-from reqat.quant import Quantizer, block_hadamard
+from reqat.quant import Quantizer, block_hadamard, with_signs
 from reqat_kernels.native.attention import TILE, unsupported
 
 
@@ -89,7 +89,7 @@ class PackedCacheLayer(Fp4CacheLayer):
                 with subnormals_kept(key_states):
                     key_states, shift = key_states - shift[:, None].to(self.dtype), None
             if rotation is not None:
-                key_states = block_hadamard(key_states, rotation)
+                key_states = block_hadamard(with_signs(key_states, self.quantizer.signs), rotation)
         end = self.length + key_states.shape[2]
         self.backend.append(
             self.packed_keys,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.formats.subnormals import subnormals_kept
 from reqat.models.adapters import cached_attentions
-from reqat.quant import MeasuredState, Precision, Quantizer, block_hadamard
+from reqat.quant import MeasuredState, Precision, Quantizer, block_hadamard, with_signs
 
 
 class KVQuantizer(MeasuredState):
@@ -27,6 +27,7 @@ class KVQuantizer(MeasuredState):
         rotation = precision.kv_rotation if precision.keys is not None else None
         self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys")
         self.value = Quantizer(precision.values, name=f"{name} values")
+        self.signs = precision.kv_signs if precision.keys is not None else None
         self.name = name
         self.shape = (kv_heads, head_dim)
         self.register_measured("shift")
@@ -58,7 +59,7 @@ class KVQuantizer(MeasuredState):
     def query(self, query_BHTD: Tensor) -> Tensor:
         """The query in the basis of the quantized keys."""
         rotation = self.key.rotation
-        return query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
+        return query_BHTD if rotation is None else block_hadamard(with_signs(query_BHTD, self.signs), rotation)
 
     def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized keys and values; straight-through gradients."""
@@ -67,7 +68,7 @@ class KVQuantizer(MeasuredState):
             if self.shift is not None:
                 with subnormals_kept(key_BGSD):
                     key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
-            key_BGSD = self.key(key_BGSD)
+            key_BGSD = self.key(with_signs(key_BGSD, self.signs))
         if self.value.format is not None:
             value_BGSD = self.value(_widened(value_BGSD))
         return key_BGSD, value_BGSD

@@ -305,7 +305,7 @@ def _inputs_of(block: Block) -> Iterable[tuple[tuple[str, ...], int]]:
 def _check_cache(model: PreTrainedModel, precision: Precision) -> None:
     heads = {attention.heads for _, attention in cached_attentions(model)}
     if not heads:
-        rest = precision.replace(keys=None, values=None, kv_rotation=None)
+        rest = precision.replace(keys=None, values=None, kv_rotation=None, kv_signs=None)
         raise ReqatError(
             f"model type {model.config.model_type!r} keeps no keys and values for later tokens, so there is no cache "
             f"for {precision} to quantize: take {rest}"

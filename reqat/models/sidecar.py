@@ -177,7 +177,7 @@ class Sidecar:
                 kv.set_shift(shift.to(device))
                 shifts += 1
             for role, quantizer, same in (
-                ("keys", kv.key, (now.keys, now.kv_rotation) == (then.keys, then.kv_rotation)),
+                ("keys", kv.key, _basis(now) == _basis(then)),
                 ("values", kv.value, now.values == then.values),
             ):
                 scales += _restore_scale(quantizer, self.tensors.get(f"layers.{index}.{role}_global_scale"), same)
@@ -196,6 +196,10 @@ class Sidecar:
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Plain name -> weight of each linear layer in the model's blocks, experts that are fused included."""
     return {name: weight for block in blocks_of(model) for name, weight in block.weights().items()}
+
+
+def _basis(precision: Precision) -> tuple[object, ...]:
+    return precision.keys, precision.kv_rotation, precision.kv_signs
 
 
 def _by_plain_name(model: PreTrainedModel) -> dict[str, QuantLinear]:

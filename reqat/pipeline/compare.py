@@ -19,6 +19,7 @@ import numpy as np
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths
 from reqat.config.plan import Cell, Plan
+from reqat.config.recipe import OWN
 from reqat.records import pinned, record
 
 if TYPE_CHECKING:
@@ -122,13 +123,22 @@ def _shared(a: Outcomes, b: Outcomes, label: str) -> tuple[Outcomes, Outcomes]:
 
 
 def _key(cell: Cell) -> tuple[Any, ...]:
-    return (cell.model, cell.recipe, cell.precision, cell.condition, cell.multiple, cell.training_seed)
+    return (
+        cell.model,
+        cell.recipe,
+        cell.precision,
+        cell.condition,
+        cell.multiple,
+        cell.training_seed,
+        cell.problems,
+    )
 
 
 def _label(cell: Cell) -> str:
     total = f" {cell.multiple}x" if cell.multiple else ""
     seed = f" seed {cell.training_seed}" if cell.training_seed else ""
-    return f"{cell.precision} {cell.method}{total}{seed}" + (f" ({cell.condition})" if cell.condition else "")
+    on = f" on {cell.problems}" if cell.problems != OWN else ""
+    return f"{cell.precision} {cell.method}{total}{seed}{on}" + (f" ({cell.condition})" if cell.condition else "")
 
 
 def report(comparisons: list[Comparison]) -> str:

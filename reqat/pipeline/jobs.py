@@ -152,7 +152,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     from reqat.evaluation.loading import AUTOCAST, load_at
     from reqat.models import load_tokenizer
     from reqat.models.prepare import calibrate_static
-    from reqat.tasks import problems
+    from reqat.tasks import malformed, problems
 
     folder = inputs["parent"] / "model"
     model = load_at(folder, todo.precision.name, override=True, **todo.precision.options())
@@ -161,12 +161,13 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
         from reqat.pipeline.stages import calibration_ids
 
         calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
-    asked, how = todo.problems, todo.decoding
+    how = todo.decoding
+    asked = problems(todo.problems.families, todo.problems.split, todo.problems.n, todo.problems.seed)
     decoding = Decoding.greedy() if how.greedy else Decoding.sample(how.temperature, how.top_p)
     outcomes = evaluation.evaluate(
         model,
         tokenizer,
-        problems(asked.families, asked.split, asked.n, asked.seed),
+        asked,
         seeds=todo.seeds,
         decoding=decoding,
         max_new_tokens=how.max_new_tokens,
@@ -176,6 +177,9 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     )
     outcomes.to_parquet(out / "outcomes.parquet")
     estimate = evaluation.accuracy(outcomes)
+    by_id = {problem.id: problem for problem in asked}
+    assert outcomes.response is not None
+    unread = sum(malformed(by_id[id], text) for id, text in zip(outcomes.problem_id, outcomes.response, strict=True))
     return {
         "accuracy": estimate.value,
         "accuracy_lo": estimate.lo,
@@ -184,6 +188,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
         "problems": outcomes.n_problems,
         "responses": len(outcomes),
         "unfinished": outcomes.n_unfinished,
+        "malformed": unread,
         "mean_tokens": float(outcomes.n_tokens.mean()),
         "outcomes_digest": outcomes.digest,
     }

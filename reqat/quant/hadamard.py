@@ -4,11 +4,15 @@ A normalized Hadamard matrix H is symmetric and its own inverse, so rotating blo
 along the reduced axis leaves their product as it was: (x H)(w H)^T = x H H^T w^T = x w^T. Each rotated element is a
 signed sum of its whole block, which turns one large element into 32 moderate ones; power-of-two scales (MXFP4) gain
 most. ReQAT section 1; the matrix is Sylvester's construction, made on demand.
+
+Queries and keys may be multiplied with fixed random signs first, the "randomized" Hadamard rotation of QuaRot: S H is
+orthogonal like H, and does not send an outlier that all channels share to one element.
 """
 
 from __future__ import annotations
 
 import functools
+import random
 
 import torch
 from torch import Tensor
@@ -44,3 +48,17 @@ def block_hadamard(x: Tensor, block: int) -> Tensor:
     with torch.autocast(x.device.type, enabled=False), subnormals_kept(x):
         rotated = torch.matmul(x.to(dtype).reshape(-1, block), hadamard(block, dtype, x.device))
     return rotated.reshape(x.shape).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def signs(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Which of ``n`` channels change their sign: bool [n], drawn from ``seed`` by Python's own generator, so that the
+    seed names the same matrix everywhere. Cached: do not write to it."""
+    rng = random.Random(f"signs|{n}|{seed}")
+    with torch.inference_mode(False):
+        return torch.tensor([rng.random() < 0.5 for _ in range(n)], device=device)
+
+
+def with_signs(x: Tensor, seed: int | None) -> Tensor:
+    """The last axis of ``x`` with the :func:`signs` of ``seed``; ``x`` itself for None. Exact, and its own inverse."""
+    return x if seed is None else torch.where(signs(x.shape[-1], seed, x.device), -x, x)

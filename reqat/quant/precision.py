@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from reqat.config.errors import ReqatError
-from reqat.config.precision import ROLES, ROTATIONS, check_rotation, name_of, options_of, resolve, written
+from reqat.config.precision import (
+    BASES,
+    ROLES,
+    check_rotation,
+    check_signs,
+    name_of,
+    options_of,
+    resolve,
+    written,
+)
 from reqat.formats import Format, get_format
 
 
@@ -20,7 +29,8 @@ class Precision:
     """Formats of weights, linear inputs, keys and values (None: unquantized), and Hadamard block sizes.
 
     ``rotation`` rotates the inputs and weights of every quantized linear layer; ``kv_rotation`` rotates queries and
-    keys along head_dim after RoPE (the paper's alternative to Q-FIT, Table 17).
+    keys along head_dim after RoPE (the paper's alternative to Q-FIT, Table 17), with ``kv_signs`` after multiplying
+    them with the random signs of that seed (:func:`reqat.quant.signs`).
     """
 
     weights: Format | None = None
@@ -29,6 +39,7 @@ class Precision:
     values: Format | None = None
     rotation: int | None = None
     kv_rotation: int | None = None
+    kv_signs: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values. Raises `ReqatError` for what is no Format, or a rotation that is no power of two."""
@@ -37,6 +48,7 @@ class Precision:
                 raise ReqatError(f"{role}={getattr(self, role)!r}: give a reqat.Format (reqat.get_format), or None.")
         check_rotation(self.rotation, "rotation")
         check_rotation(self.kv_rotation, "kv_rotation")
+        check_signs(self.kv_signs, self.kv_rotation)
 
     @classmethod
     def parse(cls, name: str | Precision, **options: Any) -> Precision:
@@ -52,7 +64,8 @@ class Precision:
                   token and KV head, the default), ``static`` (calibrated) or ``dynamic`` (amax of the tensor at hand,
                   as in the paper's training). Weights take the amax of the whole weight.
                 - ``scale``, ``scale_rule``, ``rounding``: of the formats of every role.
-                - ``rotation``: block Hadamard size of inputs and weights, ``kv_rotation``: of queries and keys.
+                - ``rotation``: block Hadamard size of inputs and weights, ``kv_rotation``: of queries and keys;
+                  ``kv_signs``: seed of random signs before the latter.
                 - ``ROLE.FIELD`` (``keys.element``, ``inputs.rounding``): of one role alone.
 
         Raises:
@@ -65,7 +78,7 @@ class Precision:
             return name
         found = resolve(name, options)
         formats = {role: get_format(family, **found.fields[role]) for role, family in found.families.items()}
-        return cls(**formats, rotation=found.rotation, kv_rotation=found.kv_rotation)
+        return cls(**formats, rotation=found.rotation, kv_rotation=found.kv_rotation, kv_signs=found.kv_signs)
 
     @property
     def name(self) -> str:
@@ -76,7 +89,7 @@ class Precision:
     def options(self) -> dict[str, Any]:
         """Every option that is not the name's default: ``parse(name, **options)`` is this precision."""
         chosen = {role: vars(getattr(self, role)) for role in self._families()}
-        sizes = {option: size for option in ROTATIONS if (size := getattr(self, option)) is not None}
+        sizes = {option: size for option in BASES if (size := getattr(self, option)) is not None}
         return {**options_of(self._families(), chosen), **sizes}
 
     def __str__(self) -> str:
@@ -102,10 +115,15 @@ class Precision:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON-ready values; :meth:`from_dict` reads it back exactly."""
-        return {"name": self.name, **dataclasses.asdict(self)}
+        values = {"name": self.name, **dataclasses.asdict(self)}
+        if self.kv_signs is None:  # it came later: what has none reads as before
+            del values["kv_signs"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Precision:
         """The inverse of :meth:`to_dict`."""
         formats = {role: Format(**values[role]) if values[role] is not None else None for role in ROLES}
-        return cls(**formats, rotation=values["rotation"], kv_rotation=values["kv_rotation"])
+        return cls(
+            **formats, rotation=values["rotation"], kv_rotation=values["kv_rotation"], kv_signs=values.get("kv_signs")
+        )

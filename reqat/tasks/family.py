@@ -53,6 +53,8 @@ class Family(ABC):
     defaults: Mapping[str, Any] = {}
     closed: bool = False
     """Whether its problems are a closed table, which training goes through again and again."""
+    chance: float = 0.0
+    """Share of problems that guessing among the options gets right."""
 
     @abstractmethod
     def prompt(self, problem: Problem) -> str:
@@ -74,6 +76,10 @@ class Family(ABC):
         """The final answer in a response, or None where there is none."""
         _, mark, tail = response.rpartition("answer is")
         return tail.strip().rstrip(".").strip() if mark else None
+
+    def readable(self, answer: str) -> bool:
+        """Whether an answer has the form that the verifier reads, right or wrong."""
+        return True
 
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
         """The problems of the family by index: by default the data set of reasoning-gym of its name.
@@ -183,6 +189,13 @@ def verify(problem: Problem, response: str) -> bool:
     family = get_family(problem.family)
     answer = family.extract(response)
     return answer is not None and family.score(answer, problem.entry) >= 1.0
+
+
+def malformed(problem: Problem, response: str) -> bool:
+    """Whether a response has no answer that its family can read."""
+    family = get_family(problem.family)
+    answer = family.extract(response)
+    return answer is None or not family.readable(answer)
 
 
 def options_of(problem: Problem) -> tuple[str, ...]:

@@ -56,6 +56,7 @@ def test_every_job_leaves_a_whole_result_and_nothing_else(made: tuple[Plan, Path
         found = record.verify(paths.evaluation(evaluation), id=id)
         outcomes = Outcomes.from_parquet(paths.evaluation(evaluation) / "outcomes.parquet")
         assert len(outcomes) == 6 and outcomes.seeds == (0, 1) and found["metrics"]["responses"] == 6
+        assert found["metrics"]["malformed"] == sum("answer is" not in text for text in outcomes.response)
     assert not list((paths.work / "partial").iterdir()) and not list((paths.work / "checkpoints").glob("*"))
 
 

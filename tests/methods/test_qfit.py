@@ -14,7 +14,7 @@ from reqat.config.errors import MissingFileError, ReqatError
 from reqat.formats import quantize_dequantize
 from reqat.methods.qfit import AttentionError, QFitResult, calibrate, fold, pair_scale
 from reqat.models import freeze, kv_quantizers, load_model, prepare, save_model
-from reqat.quant import Precision, block_hadamard
+from reqat.quant import Precision, block_hadamard, with_signs
 
 KV4 = "NVFP4-KV4:kv_element=E1M2"
 CASES = [("llama", "shared"), ("qwen2", "shared"), ("qwen3", "shared"), ("qwen3", "widened")]
@@ -85,8 +85,10 @@ def naive_error(model, ids, a, b, *, precision, variant="paper", share=False):
         mean = (k_tilde if variant == "paper" else k_scaled).mean((0, 2))
         m = (b * mean)[:, None]
         if precision.kv_rotation:
-            q_tilde = block_hadamard(q_tilde, precision.kv_rotation)
-            k_hat = quantize_dequantize(block_hadamard(k_tilde - m, precision.kv_rotation).float(), precision.keys)
+            q_tilde, k_moved = (
+                block_hadamard(with_signs(x, precision.kv_signs), precision.kv_rotation) for x in (q_tilde, k_tilde - m)
+            )
+            k_hat = quantize_dequantize(k_moved.float(), precision.keys)
         else:
             k_hat = quantize_dequantize((k_tilde - m).float(), precision.keys)
         v_hat = quantize_dequantize(v.float(), precision.values)
@@ -109,6 +111,7 @@ def naive_error(model, ids, a, b, *, precision, variant="paper", share=False):
         ("llama", {"kv_element": "E1M2", "global_scale": "dynamic"}),
         ("qwen2", {"kv_element": "E1M2"}),
         ("qwen3", {"kv_element": "E1M2", "kv_rotation": 32}),
+        ("llama", {"kv_rotation": 16, "kv_signs": 1}),
         ("llama", {}),
     ],
 )

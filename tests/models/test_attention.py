@@ -12,7 +12,7 @@ from torch import nn
 from reqat.formats import quantize
 from reqat.models import ATTENTION, KVQuantizer, prepare, softmax_attention
 from reqat.models.attention import mark_quantized, reqat_attention
-from reqat.quant import Precision, block_hadamard
+from reqat.quant import Precision, block_hadamard, with_signs
 
 
 def naive(q, k, v, allowed):  # type: ignore[no-untyped-def]
@@ -78,17 +78,19 @@ def test_cpu_attention_is_float32_under_autocast_forward_and_backward() -> None:
     assert torch.equal(q.grad, wide[0].grad.bfloat16())
 
 
-@pytest.mark.parametrize("kv_rotation", [None, 32])
-def test_keys_are_shifted_rotated_and_quantized_values_as_they_are(kv_rotation: int | None) -> None:
+@pytest.mark.parametrize(("kv_rotation", "kv_signs"), [(None, None), (32, None), (16, 3)])
+def test_keys_are_shifted_rotated_and_quantized_values_as_they_are(
+    kv_rotation: int | None, kv_signs: int | None
+) -> None:
     q, k, v = tensors(dtype=torch.float32)
-    precision = Precision.parse("NVFP4-KV4", kv_element="E1M2", kv_rotation=kv_rotation)
+    precision = Precision.parse("NVFP4-KV4", kv_element="E1M2", kv_rotation=kv_rotation, kv_signs=kv_signs)
     kv = KVQuantizer(precision, 2, 32, "layer")
     kv.set_shift(torch.randn(2, 32))
     module = SimpleNamespace(reqat_kv=kv, is_causal=True)
     out, _ = reqat_attention(module, q, k, v, None)  # type: ignore[arg-type]
 
     def rotate(x: torch.Tensor) -> torch.Tensor:
-        return block_hadamard(x, 32) if kv_rotation else x
+        return block_hadamard(with_signs(x, kv_signs), kv_rotation) if kv_rotation else x
 
     shifted = k - kv.shift[:, None]  # type: ignore[index]
     k_hat = quantize(rotate(shifted), "NVFP4", element="E1M2", global_scale="row").dequantize()

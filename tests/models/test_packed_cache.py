@@ -66,7 +66,10 @@ def test_it_holds_the_numbers_of_the_fake_quantized_cache(
     assert_same_numbers(packed, fake)
 
 
-@pytest.mark.parametrize("options", [{"name": "MXFP4-W4A4+MXFP4-KV4"}, {"kv_rotation": 32}, {"kv_element": "E1M2"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "MXFP4-W4A4+MXFP4-KV4"}, {"kv_rotation": 32}, {"kv_rotation": 16, "kv_signs": 2}, {"kv_element": "E1M2"}],
+)
 def test_other_formats_and_rotated_keys(tiny: Tiny, ids: Tensor, options: dict[str, object]) -> None:
     model = prepared(tiny, ids, **options).double()  # type: ignore[arg-type]
     packed, fake = PackedCache(model, 14), Fp4Cache(model, 14)

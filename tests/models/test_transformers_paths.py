@@ -335,7 +335,7 @@ def test_trainer_saves_and_resumes_and_everyone_loads(tiny: Tiny, tmp_path: Path
 def test_prepare_takes_the_options_of_the_folder_or_says_what_differs(tiny: Tiny, tmp_path: Path, ids: Tensor) -> None:
     model = tiny("llama")
     skip = ["*.down_proj"]
-    prepare(model, KV4, kv_element="E2M1", global_scale="row", kv_rotation=32, skip=skip)
+    prepare(model, KV4, kv_element="E2M1", global_scale="row", kv_rotation=32, kv_signs=9, skip=skip)
     save_model(model, None, tmp_path / "m")
     expected = model(ids).logits
 
@@ -354,6 +354,7 @@ def test_prepare_takes_the_options_of_the_folder_or_says_what_differs(tiny: Tiny
         ("global_scale", {"global_scale": "dynamic"}),
         ("keys.element", {"kv_element": "E1M2"}),
         ("kv_rotation", {"kv_rotation": None}),
+        ("kv_signs", {"kv_signs": 8, "kv_rotation": 32}),
         ("rotation", {"rotation": 16}),
         ("skip", {"skip": []}),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
-from reqat.quant import block_hadamard, hadamard
+from reqat.quant import block_hadamard, hadamard, signs, with_signs
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 32, 128])
@@ -37,6 +39,30 @@ def test_autocast_does_not_lower_its_precision() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         inside = block_hadamard(x, 32)
     assert torch.equal(inside, block_hadamard(x, 32))
+
+
+def test_signs_then_hadamard_is_orthogonal_and_keeps_the_product() -> None:
+    identity = torch.eye(64, dtype=torch.float64)
+    rotation = block_hadamard(with_signs(identity, 3), 16)
+    torch.testing.assert_close(rotation @ rotation.T, identity, rtol=0, atol=1e-12)
+    assert not torch.allclose(rotation, block_hadamard(identity, 16))
+    torch.manual_seed(0)
+    q, k = torch.randn(5, 64, dtype=torch.float64), torch.randn(7, 64, dtype=torch.float64)
+    torch.testing.assert_close((q @ rotation) @ (k @ rotation).T, q @ k.T, rtol=1e-12, atol=1e-12)
+
+
+def test_a_seed_names_the_same_signs_everywhere_and_flips_are_exact() -> None:
+    # Of Python's generator, which is the same on every platform; another draw would be another matrix.
+    assert signs(8, 0).tolist() == [rng < 0.5 for rng in _draws("signs|8|0", 8)]
+    assert 0.3 < signs(4096, 1).double().mean() < 0.7 and not torch.equal(signs(64, 0), signs(64, 1))
+    x = torch.tensor([1e-45, -0.0, float("inf"), 3.0]).repeat(4)
+    assert torch.equal(with_signs(with_signs(x, 0), 0), x) and torch.equal(with_signs(x, 0).abs(), x.abs())
+    assert with_signs(x, None) is x
+
+
+def _draws(seed: str, n: int) -> list[float]:
+    rng = random.Random(seed)
+    return [rng.random() for _ in range(n)]
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:

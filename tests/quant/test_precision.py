@@ -77,12 +77,13 @@ def _or_none(family: str, fields: dict[str, Any]) -> Format | None:
 _SIZES = st.sampled_from([None, 1, 16, 32])
 
 
-@given(st.tuples(*[st.none() | _formats()] * 4), _SIZES, _SIZES)
+@given(st.tuples(*[st.none() | _formats()] * 4), _SIZES, _SIZES, st.sampled_from([None, 0, 5]))
 def test_what_is_printed_is_read_back_whatever_the_formats(
-    formats: tuple[Format | None, ...], rotation: int | None, kv_rotation: int | None
+    formats: tuple[Format | None, ...], rotation: int | None, kv_rotation: int | None, signs: int | None
 ) -> None:
     linear, cache = any(formats[:2]), any(formats[2:])
-    precision = Precision(*formats, rotation if linear else None, kv_rotation if cache else None)
+    sizes = rotation if linear else None, kv_rotation if cache else None
+    precision = Precision(*formats, *sizes, signs if sizes[1] else None)
     assert Precision.parse(str(precision)) == precision
     assert Precision.parse(precision.name, **precision.options) == precision
     assert str(precision).startswith(precision.name)
@@ -96,6 +97,8 @@ def test_what_is_printed_is_read_back_whatever_the_formats(
         ("NVFP4-W4A4KV4", {"kv_element": "E1M2"}, "NVFP4-W4A4KV4:kv_element=E1M2"),
         ("NVFP4-W4A4", {"global_scale": "dynamic", "rotation": 16}, "NVFP4-W4A4:global_scale=dynamic,rotation=16"),
         ("MXFP4-W4A4KV4", {"kv_rotation": 32}, "MXFP4-W4A4KV4:kv_rotation=32"),
+        ("NVFP4-KV4", {"kv_signs": 7, "kv_rotation": 16}, "NVFP4-KV4:kv_rotation=16,kv_signs=7"),
+        ("NVFP4-W4A4", {"kv_signs": 7, "kv_rotation": 16}, "NVFP4-W4A4"),
         ("MXFP4-W4A4", {"inputs.scale_rule": "floor"}, "MXFP4-W4A4:inputs.scale_rule=floor"),
         ("MXFP4-W4A4", {"scale_rule": "floor"}, "MXFP4-W4A4:scale_rule=floor"),
         ("NVFP4-W4A4KV4", {"keys.element": "E1M2"}, "NVFP4-W4A4KV4:keys.element=E1M2"),
@@ -111,11 +114,13 @@ def test_each_option_that_is_not_the_default_is_printed(name: str, options: dict
     _SIZES,
     _SIZES,
     st.sampled_from([None, "dynamic", "row", "static"]),
+    st.sampled_from([None, 0, 5]),
 )
 def test_configuration_and_library_mean_the_same(
-    name: str, element: str | None, rotation: int | None, kv_rotation: int | None, scale: str | None
+    name: str, element: str | None, rotation: int | None, kv_rotation: int | None, scale: str | None, seed: int | None
 ) -> None:
     options = {"kv_element": element, "rotation": rotation, "kv_rotation": kv_rotation, "global_scale": scale}
+    options["kv_signs"] = seed if kv_rotation else None
     try:
         precision = Precision.parse(name, **options)
     except ReqatError:
@@ -183,6 +188,21 @@ def test_contradictions_and_wrong_options_are_refused() -> None:
 def test_every_precision_survives_storage() -> None:
     cases = [Precision.parse(name) for name in KNOWN]
     cases += [Precision.parse("NVFP4-W4A4KV4", global_scale="static", kv_element="E2M1", rotation=16, kv_rotation=32)]
+    cases += [Precision.parse("NVFP4-W4A4KV4", kv_rotation=32, kv_signs=4)]
     cases += [Precision(weights=get_format("AMXFP4", scale="E4M3"), values=get_format("INT4-row"))]
     for precision in cases:
         assert Precision.from_dict(json.loads(json.dumps(precision.to_dict()))) == precision
+
+
+@pytest.mark.parametrize(
+    "given", [{"kv_signs": 0}, {"kv_signs": -1, "kv_rotation": 16}, {"kv_signs": True, "kv_rotation": 16}]
+)
+def test_signs_need_a_seed_and_a_rotation(given: dict[str, Any]) -> None:
+    with pytest.raises(ReqatError, match="kv_signs"):
+        Precision.parse("NVFP4-KV4", **given)
+    with pytest.raises(ValueError, match="kv_signs"):
+        PrecisionSpec(name="NVFP4-KV4", **given)
+
+
+def test_what_has_no_signs_is_stored_as_before_there_were_any() -> None:
+    assert "kv_signs" not in Precision.parse("NVFP4-KV4", kv_rotation=16).to_dict()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reqat.config.errors import ReqatError
-from reqat.tasks import problems, verify, write_trace
+from reqat.tasks import malformed, problems, verify, write_trace
 from reqat.tasks.families import code
 
 # Oracle: each operation as a Python expression of xs and k.
@@ -73,6 +73,21 @@ def test_an_equivalent_program_counts_and_one_that_fits_the_examples_alone_does_
     assert code.FAMILY.score(" map+2", entry) == 1
     assert code.FAMILY.score("map * 3", entry) == 0  # the same of [1]
     assert code.FAMILY.score(None, entry) == 0
+
+
+def test_what_does_not_parse_is_malformed_and_what_is_wrong_is_not() -> None:
+    (problem,) = problems({"code": {}}, "test", 1, 0)
+    for text in ("The answer is sort.", "So the answer is take 3 | sum", f"The answer is {problem.answer}."):
+        assert not malformed(problem, text)
+    for text in (
+        "",
+        "sort",
+        "The answer is .",
+        "The answer is sort sort.",
+        "The answer is map + x.",
+        "The answer is 3",
+    ):
+        assert malformed(problem, text) and not verify(problem, text)
 
 
 @pytest.mark.parametrize("most", [1, 4])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reqat.formats import Format, quantize_dequantize
 from reqat.methods.qfit.activations import Activations, rope
-from reqat.quant import Precision, block_hadamard
+from reqat.quant import Precision, block_hadamard, with_signs
 
 # Smallest s0: a channel that calibration never saw move must not blow up when divided by it.
 _EPS = 1e-5
@@ -81,10 +81,10 @@ def search(
         for j, b in enumerate(betas):
             shifted = scaled - shifts[i, j][:, None]
             if precision.kv_rotation is not None:  # back into the queries' basis after quantizing
-                shifted = block_hadamard(shifted, precision.kv_rotation)
+                shifted = block_hadamard(with_signs(shifted, precision.kv_signs), precision.kv_rotation)
             key_hat = _quantized(shifted, precision.keys, f"{name} keys")
             if precision.kv_rotation is not None:
-                key_hat = block_hadamard(key_hat, precision.kv_rotation)
+                key_hat = with_signs(block_hadamard(key_hat, precision.kv_rotation), precision.kv_signs)
             errors[i, j] = error(key_hat, b, scales_AGD[i])
         advance()
     best = int(errors.argmin())

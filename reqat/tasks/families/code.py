@@ -227,6 +227,14 @@ class Code(Family):
             parts.append(f"{lead} {said}: {written(xs)}. ")
         return "".join(parts) + f"The answer is {problem.answer}."
 
+    def readable(self, answer: str) -> bool:
+        """Whether it parses as a program."""
+        try:
+            parse(answer)
+        except CodeError:
+            return False
+        return True
+
     def score(self, answer: str | None, entry: Mapping[str, Any]) -> float:
         """1 if the answer is a program that makes of every hidden list what the right one does, else 0."""
         try:

@@ -71,6 +71,7 @@ class Facts(Family):
     name = "facts"
     closed = True
     defaults = {"countries": 60}
+    chance = 1 / OPTIONS
 
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
         """Problems by index. Raises ``ReqatError`` naming an option that there is none of, or its value."""

@@ -17,6 +17,7 @@ from analysis.tables.table15 import build, greedy_minus_sampled
 from tests.analysis.report.test_document import check_latex
 
 MODELS = {"testbed": {"source": "pinned", "artifacts": ["table15", "table1"]}}
+RECIPES = ["base", "ft", "ptq", "ft-ptq", "qat", "reqat-t", "reqat-tq", "reqat-tqs"]  # none of several epochs
 METHODS = ["Baseline", "FT", "FT+PTQ", "QAT", "ReQAT-T", "ReQAT-TQ", "ReQAT-TQS"]
 
 
@@ -28,7 +29,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         tmp_path_factory.mktemp("table15"),
         models=MODELS,
         budget={"qat_tokens": 1000, "totals": [2], "claim_total": 2},
-        only={"precisions": ["NVFP4-W4A4KV4"]},
+        only={"precisions": ["NVFP4-W4A4KV4"], "recipes": RECIPES},
     )
 
 

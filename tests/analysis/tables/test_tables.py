@@ -20,6 +20,7 @@ from reqat.config.errors import ReqatError
 from tests.analysis.report.test_document import check_latex
 
 RECIPES = ["base", "ft", "ptq", "ft-ptq", "gptq", "qat", "reqat-t", "reqat-tq", "reqat-tqs", "ft-qat-different"]
+OF_CONFIGURATION = ("table8", "table11")  # they state no result
 SMALL = {
     "budget": {"qat_tokens": 1000, "totals": [2], "claim_total": 2},
     "claim_seeds": {},
@@ -45,7 +46,7 @@ def test_all_tables_of_the_plan_are_made(results: Results, made: dict) -> None:
     assert (
         list(made)
         == table_names(results.plan)
-        == ["table1", "table2", "table4", "table5", "ptq", "global-scale", "claims", "table6"]
+        == ["table1", "table2", "table4", "table5", "ptq", "global-scale", "claims", "table11", "table6", "table8"]
     )
 
 
@@ -147,9 +148,12 @@ def test_ptq_puts_rtn_and_gptq_in_lines_and_training_in_columns(made: dict) -> N
 
 
 def test_every_table_reads_in_markdown_and_latex(made: dict) -> None:
-    for table in made.values():
+    for name, table in made.items():
         check_latex(table.latex(), len(table.columns))
         text = table.markdown()
+        if name in OF_CONFIGURATION:
+            assert "Tier synthetic" in text
+            continue
         for needed in (
             "Tier synthetic",
             "60 test problems",
@@ -164,7 +168,7 @@ def test_every_table_reads_in_markdown_and_latex(made: dict) -> None:
 
 def test_same_records_same_bytes(results: Results, made: dict, tmp_path: Path) -> None:
     written = build_tables(results.plan, results.root, tmp_path)
-    assert len(written) == 3 * len(made) == 24
+    assert len(written) == 3 * len(made) == 30
     for path in written:
         table = made[path.stem]
         assert path.read_text() == {".csv": table.csv, ".md": table.markdown, ".tex": table.latex}[path.suffix]()
@@ -190,6 +194,6 @@ def test_two_models_share_a_table(make_results: Callable[..., Results]) -> None:
     model = {"source": "pinned", "artifacts": ["table1", "table2", "table4", "table5", "ptq"]}
     two = {"small": model, "large": {"source": "path", "reference": "large"} | model}
     results = make_results(models=two, **SMALL)
-    for table in tables(results):
+    for table in (table for table in tables(results) if table.name not in OF_CONFIGURATION):
         assert table.columns[0].name == "Model"
         assert {r[0].text for s in table.sections for r in s} == {"small", "large"}
