@@ -301,6 +301,60 @@ def clustered_means(
 
 
 @dataclass(frozen=True)
+class Mean:
+    """A mean over problems and training runs with its interval ``lo`` to ``hi``, and the two-sided p-value of 0."""
+
+    value: float
+    lo: float
+    hi: float
+    p: float
+    std_error: float
+    n_problems: int
+    n_training_seeds: int
+    level: float = 0.95
+
+
+def ratio_observations(sums_RP: NDArray[Any], counts_RP: NDArray[Any]) -> NDArray[np.float64]:
+    """Ratios of sums over problems, such as nats per token, as one observation a problem: [R, P] float64.
+
+    The mean of a row is ``sum(sums) / sum(counts)`` of that run; its spread is that of the linearized ratio, ``ratio +
+    (sums - ratio * counts) / mean(counts)``. So means and differences of them have :func:`mean_over_runs`' intervals.
+
+    Raises ``ReqatError`` for a run without a single count.
+    """
+    total_R = counts_RP.sum(axis=1)
+    if not (total_R > 0).all():
+        raise ReqatError(f"run {int((total_R > 0).argmin())} counts nothing, so there is no ratio; leave it out")
+    ratio_R1 = (sums_RP.sum(axis=1) / total_R)[:, None]
+    return ratio_R1 + (sums_RP - ratio_R1 * counts_RP) / counts_RP.mean(axis=1)[:, None]
+
+
+def mean_over_runs(values_RP: NDArray[Any], *, level: float = 0.95) -> Mean:
+    """The mean of one observation a training run and problem, with the variances of this module: over problems and,
+    where there are several, over training runs (Student's interval with Satterthwaite's degrees of freedom).
+
+    Raises ``ReqatError`` for fewer than two problems.
+    """
+    from scipy.stats import norm
+    from scipy.stats import t as student
+
+    _check_level(level)
+    R, P = values_RP.shape
+    if P < 2:
+        raise ReqatError(f"{P} problems have no spread to estimate; ask two or more")
+    spread = _spread(np.asarray(values_RP, dtype=np.float64), augment=False)
+    std_error = math.sqrt(spread.variance)
+    half = _t_quantile(level, spread.df) * std_error
+    statistic = abs(spread.centre) / std_error if std_error else math.inf * abs(spread.centre)
+    p = (
+        1.0
+        if math.isnan(statistic)
+        else 2 * float(norm.sf(statistic) if math.isinf(spread.df) else student.sf(statistic, spread.df))
+    )
+    return Mean(spread.centre, spread.centre - half, spread.centre + half, p, std_error, P, R, level)
+
+
+@dataclass(frozen=True)
 class _Grid:
     """Outcomes as a full array, problems and seeds in one order."""
 
