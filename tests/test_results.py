@@ -10,7 +10,6 @@ from analysis.build import build_studies, build_tables, build_throughput
 from analysis.registry import study_names, table_names, throughput_names
 from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
-from reqat.config.studies import KINDS
 from reqat.pipeline import pin
 from reqat.records import pinned, record
 
@@ -75,7 +74,8 @@ def test_studies_of_the_run_that_claims_rest_on_are_pinned() -> None:
     # The tests above ask what is there, and would pass with nothing there.
     folder = KEPT["overnight", "studies"]
     with pinned.restored(folder, "studies") as kept:
-        assert {study.kind for study in pinned_studies(kept.root / "studies").values()} == set(KINDS)
+        of_paper = {"pair", "routing", "noise", "reset", "dynamics", "gradients"}  # what its figures show
+        assert {study.kind for study in pinned_studies(kept.root / "studies").values()} >= of_paper
     assert pinned.manifest(folder)["same_stages_as_pinned_run"] is True, "figures and tables are of one training"
 
 

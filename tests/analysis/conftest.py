@@ -54,6 +54,11 @@ ACCURACY = {
     "ReQAT-TQS": 0.76,
     "FT+QAT": 0.66,
     "ReQAT": 0.7,
+    "FT at hand-over": 0.74,
+    "FT at hand-over+PTQ": 0.40,
+    "FT+QAT, different traces": 0.65,
+    "QAD": 0.44,
+    "FT+QAD": 0.67,
 }
 
 

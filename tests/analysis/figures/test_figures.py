@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from analysis.build import build_figures, maker
-from analysis.figures import figure1b, figure1c, losses, qfit
+from analysis.figures import figure1b, figure1c, losses, qfit, regime
 from analysis.figures._results import METHODS
 from analysis.registry import discovered, figure_names
 from analysis.report import style
@@ -104,6 +104,27 @@ def test_losses_count_tokens_from_the_base_model(results: Results) -> None:
     assert x[0] == 200_000 + 1000 and x[-1] == 300_000 and len(y) == 100
     with pytest.raises(ReqatError, match="trains nothing"):
         losses.curve(results, results.plan.bases["testbed"])
+
+
+def test_regime_compares_losses_at_equal_tokens_and_seed(results: Results, drawing: None) -> None:
+    fig = regime.build(results, "testbed")
+    left, right = fig.axes
+    drawn = {line.get_label(): line for line in left.get_lines()}
+    assert set(drawn) == {"BF16 FT", "QAT MXFP4-W4A16", "QAT MXFP4-W4A4", "QAT NVFP4-W4A4KV4"}
+    cells = {(c.recipe, c.precision, c.training_seed): c for c in results.plan.cells if c.multiple == 3}
+
+    def smooth(recipe: str, precision: str, seed: int) -> np.ndarray:
+        points = results.metrics(results.plan.evaluation(cells[recipe, precision, seed].evaluation).stage)["curve"]
+        y = np.array([p["loss"] for p in points])
+        return np.array([y[max(0, i - 5) : i + 6].mean() for i in range(len(y))])
+
+    ft, qat = ([smooth(r, p, seed) for seed in (0, 1, 2)] for r, p in (("ft", "BF16"), ("qat", "NVFP4-W4A4KV4")))
+    np.testing.assert_allclose(drawn["BF16 FT"].get_ydata(), np.mean(ft, axis=0))
+    (excess,) = [line for line in right.get_lines() if line.get_color() == drawn["QAT NVFP4-W4A4KV4"].get_color()]
+    np.testing.assert_allclose(excess.get_ydata(), np.mean(np.array(qat) - ft, axis=0)[-len(excess.get_ydata()) :])
+    one_seed = smooth("qat", "MXFP4-W4A4", 0) - ft[0]
+    (excess,) = [line for line in right.get_lines() if line.get_color() == drawn["QAT MXFP4-W4A4"].get_color()]
+    np.testing.assert_allclose(excess.get_ydata(), one_seed[-len(excess.get_ydata()) :])
 
 
 def test_moving_average() -> None:
