@@ -152,7 +152,7 @@ def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_pat
         only={"recipes": ["base", "ft", "ptq", "qat", "reqat-t"], "precisions": ["MXFP4-W4A16"]},
     )
     written = build_figures(results.plan, results.root, tmp_path / "out")
-    assert [p.name for p in written] == [f"{n}.{s}" for n in ("figure1b", "figure1c") for s in ("png", "pdf")]
+    assert [p.name for p in written] == [f"{n}.{s}" for n in ("figure1b", "figure1c", "regime") for s in ("png", "pdf")]
     assert list(figure_names(results.plan)) == ["figure1b", "figure1c"]
     pixels = imread(tmp_path / "out" / "figure1b.png")
     assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI)

@@ -30,14 +30,20 @@ def likelihood(tmp_path: Path) -> Study:
         for seed in (0,) if label == "base" else (0, 1, 2):
             loss = hard + {"QAT": 0.1, "ReQAT-T": 0.12, "base": 0.5}[label] + rng.normal(0, 0.004)
             noise = rng.normal(0, 0.02, (4, 30))
-            parts.append(
-                pd.DataFrame({
-                    "label": label, "seed": pd.array([seed] * 30, dtype="Int64"), "problem": [f"p{i}" for i in range(30)],
-                    "family": "f", "tokens_low": low, "tokens_high": high, "nll_low": low * (0.1 * loss + noise[0] / 10),
-                    "nll_high": high * (4 * loss + noise[1]), "kl_low": low * 0.001 * (1 + noise[2]),
-                    "kl_high": high * 0.01 * (1 + noise[3]), "threshold_nats": 0.25 + 0.01 * seed,
-                })
-            )  # fmt: skip
+            part = {
+                "label": label,
+                "seed": pd.array([seed] * 30, dtype="Int64"),
+                "problem": [f"p{i}" for i in range(30)],
+                "family": "f",
+                "tokens_low": low,
+                "tokens_high": high,
+                "nll_low": low * (0.1 * loss + noise[0] / 10),
+                "nll_high": high * (4 * loss + noise[1]),
+                "kl_low": low * 0.001 * (1 + noise[2]),
+                "kl_high": high * 0.01 * (1 + noise[3]),
+                "threshold_nats": 0.25 + 0.01 * seed,
+            }
+            parts.append(pd.DataFrame(part))
     folder = tmp_path / "likelihood"
     folder.mkdir()
     pd.concat(parts).to_parquet(folder / "likelihood.parquet", index=False)
