@@ -60,7 +60,7 @@ def build(studies: ByKind) -> Table:
     chosen = several(studies, "likelihood")
     sections, rows = [], []
     for study in chosen:
-        found = _rows(study)
+        found = method_rows(study)
         rows += found
         sections.append(tuple(_line(row, study.settings["against"]) for row in found))
     return Table(
@@ -88,7 +88,12 @@ def build(studies: ByKind) -> Table:
     )
 
 
-def _rows(study: Study) -> list[dict[str, Any]]:
+def method_rows(study: Study) -> list[dict[str, Any]]:
+    """A row a method: every quantity of `QUANTITIES` with `_lo` and `_hi` (nats per token), and the differences of
+    `COMPARED` to the method that the study names (`difference_<quantity>` with `_lo`, `_hi` and `_p`).
+
+    Raises `ReqatError` if a method has no run, or its runs read different traces.
+    """
     frame = study.parquet("likelihood")
     against = study.settings["against"]
     by_label = {str(label): part for label, part in frame.groupby("label", sort=False)}

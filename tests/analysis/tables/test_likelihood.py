@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from analysis.figures import likelihood_dots
+from analysis.report import style
 from analysis.report.studies import Study
-from analysis.tables.likelihood import build
+from analysis.tables.likelihood import build, method_rows
 from reqat.config.errors import ReqatError
 from tests.analysis.study_folders import study
 
@@ -88,6 +90,20 @@ def test_every_mean_and_difference_is_of_the_traces(likelihood: Study) -> None:
     assert rows.loc["QAT", "all_hi"] > rows.loc["ReQAT-T", "all_lo"] and rows.loc["ReQAT-T", "difference_all_lo"] > 0
     assert pd.isna(rows.loc["QAT", "difference_all"])
     assert "0.2500 to 0.2700 nats" in " ".join(table.footer)
+
+
+def test_every_mean_is_drawn_with_its_interval(likelihood: Study) -> None:
+    with style.context():
+        fig = likelihood_dots.build({"likelihood": [likelihood]})
+    rows = pd.DataFrame(method_rows(likelihood))
+    assert [tick.get_text() for tick in fig.axes[0].get_yticklabels()] == [
+        f"{label} ({'BF16' if label == 'base' else FP4})" for label in LABELS
+    ]
+    for ax, quantity in zip(fig.axes, ("low", "high", "all", "kl"), strict=True):
+        points = [container[0].get_xdata()[0] for container in ax.containers]
+        ends = [container[2][0].get_segments()[0][:, 0] for container in ax.containers]
+        np.testing.assert_allclose(points, rows[quantity])
+        np.testing.assert_allclose(ends, rows[[f"{quantity}_lo", f"{quantity}_hi"]])
 
 
 def test_a_quantity_without_tokens_is_left_open(likelihood: Study) -> None:
