@@ -46,7 +46,7 @@ def build(studies: ByKind) -> Figure:
     split = study.record["config"]["problems"]["split"]
     over = ", over training runs, too" if any(row["runs"] > 1 for row in rows) else "; one training run"
     notes = [
-        f"Tier {s['tier']}; verified solutions of {metrics['traces']:,} {split} problems, {metrics['tokens']:,} tokens.",
+        f"Tier {s['tier']}; solutions of {metrics['traces']:,} {split} problems, {metrics['tokens']:,} tokens.",
         f"Reference: {reference['recipe']} at {reference['precision']}; low: its entropy is below percentile "
         f"{s['percentile']:g}; divergence: KL from it to the method.",
         *made_notes(study),
@@ -66,4 +66,6 @@ def _dots(ax: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> None:
         ax.errorbar([value], [i], xerr=error, ls="none", lw=0.9, **style.line(method))
     ax.grid(axis="x")
     ax.grid(visible=False, axis="y")
-    ax.locator_params(axis="x", nbins=3)
+    if quantity == "kl":  # whose 0 is the reference itself
+        ax.set_xlim(left=0)
+    ax.locator_params(axis="x", nbins=2)

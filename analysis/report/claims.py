@@ -99,7 +99,13 @@ def _table1(name: str, a: str, b: str, **more: object) -> Claim:
 
 
 def _table5(name: str, a: str, b: str) -> Claim:
-    parts = {"reqat-t": "000", "qfit-scale": "110", "qfit-shift": "101", "qfit-e2m1": "011", "reqat-tq": "111"}
+    parts = {
+        "reqat-t": (0, 0, 0),
+        "qfit-scale": (1, 1, 0),
+        "qfit-shift": (1, 0, 1),
+        "qfit-e2m1": (0, 1, 1),
+        "reqat-tq": (1, 1, 1),
+    }
 
     def row(recipe: str) -> Row:
         e1m2, scale, shift = parts[recipe]
@@ -120,7 +126,10 @@ def _sem(name: str, weight: str) -> Claim:
 def _hadamard(name: str, recipe: str) -> Claim:
     rows: list[Row] = [(REFERENCE_PRECISION, "TAQ", f"transform={value}") for value in ("block-hadamard", "qfit")]
     return Claim(
-        name, Side(recipe, REFERENCE_PRECISION), Side("reqat-tq", REFERENCE_PRECISION), Printed("table17", *rows)
+        name,
+        Side(recipe, REFERENCE_PRECISION),
+        Side("reqat-tq", REFERENCE_PRECISION),
+        Printed("table17", rows[0], rows[1]),
     )
 
 
@@ -130,7 +139,7 @@ def _epochs(k: int) -> Claim:
         f"TAQ: no gain of {k} epochs over 1",
         Side(f"ft4-taq{k}", REFERENCE_PRECISION),
         Side("ft4-taq1", REFERENCE_PRECISION),
-        Printed("table13", *rows),
+        Printed("table13", rows[0], rows[1]),
         kind="no gain",
         equal_budget=False,
     )
@@ -146,7 +155,9 @@ def _int4(name: str, a: str, b: str, methods: tuple[str, str], b_precision: str 
 
 def _programs(name: str, a: str, b: str) -> Claim:
     rows: list[Row] = [(_side(r).precision, _METHODS[r], "column={precision}") for r in (a, b)]
-    return Claim(name, _side(a), _side(b), Printed("table7", *rows, metrics=("LiveCodeBench",)), problems="code")
+    return Claim(
+        name, _side(a), _side(b), Printed("table7", rows[0], rows[1], metrics=("LiveCodeBench",)), problems="code"
+    )
 
 
 CLAIMS = (
@@ -292,7 +303,7 @@ def _groups(plan: Plan) -> dict[_Key, tuple[Cell, ...]]:
         if problems is not None:
             key = (cell.model, problems, cell.recipe, cell.precision, cell.multiple)
             found.setdefault(key, {}).setdefault((cell.artifact, cell.method, cell.condition), []).append(cell)
-    return {key: tuple(max(by_artifact.values(), key=len)) for key, by_artifact in found.items()}
+    return {key: tuple(max(groups.values(), key=lambda cells: len(cells))) for key, groups in found.items()}
 
 
 def _problems(asked: Evaluation, tier: Tier) -> str | None:
