@@ -32,6 +32,7 @@ from reqat.evaluation.statistics import detectable, holm, minus
 if TYPE_CHECKING:
     from analysis.report.cells import Entry, Results
     from reqat.config.plan import Cell
+    from reqat.evaluation.statistics import Difference, Mean
 
 PARITY_POINTS = 3.0  # "full-precision accuracy" is tested as: not more than this below BF16 fine-tuning
 ALPHA = 0.05
@@ -157,9 +158,9 @@ def _tested(results: Results, c: Comparison, at_reference: set[str]) -> Tested:
         and (c.precision == REFERENCE_PRECISION or c.claim.name not in at_reference)
     )
     a, b = _entry(c.a), _entry(c.b)
-    d = results.paired(a, b)
+    d: Difference | Mean = results.paired(a, b)
     if c.beyond is not None:
-        d = minus(d, results.paired(*map(_entry, c.beyond)))  # type: ignore[assignment]
+        d = minus(results.paired(a, b), results.paired(_entry(c.beyond[0]), _entry(c.beyond[1])))
     return Tested(
         claim=c.claim,
         model=c.model,
