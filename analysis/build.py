@@ -152,6 +152,22 @@ def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Pa
     ]
 
 
+def build_verdicts(paths: Paths) -> Table:
+    """The claims over all models, of the newest pinned runs that claims rest on. Raises `ReqatError` if there is
+    none."""
+    from analysis.report import summary
+    from reqat.records.pinned import newest, restored
+
+    kept = newest(paths)
+    runs = []
+    for tier in summary.TIERS:
+        if (folder := kept.get((tier, "run"))) is not None:
+            with restored(folder, "run") as run:
+                results = results_of(run.plan, run.root, pinned=True, paths=paths)
+                runs += summary.tests_of(results, f"results/{folder.name}")
+    return summary.build(runs)
+
+
 def build_missing(settings: Throughput, reason: str, table_folder: Path, plot_folder: Path) -> list[Path]:
     """Write placeholders for every table and figure of a benchmark that failed; returns the files.
 

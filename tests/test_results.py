@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis.build import build_studies, build_tables, build_throughput
+from analysis.build import build_studies, build_tables, build_throughput, build_verdicts, results_of
 from analysis.registry import study_names, table_names, throughput_names
 from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
-from reqat.config.studies import KINDS
 from reqat.pipeline import pin
 from reqat.records import pinned, record
 
@@ -75,8 +74,20 @@ def test_studies_of_the_run_that_claims_rest_on_are_pinned() -> None:
     # The tests above ask what is there, and would pass with nothing there.
     folder = KEPT["overnight", "studies"]
     with pinned.restored(folder, "studies") as kept:
-        assert {study.kind for study in pinned_studies(kept.root / "studies").values()} == set(KINDS)
+        of_paper = {"pair", "routing", "noise", "reset", "dynamics", "gradients"}  # what its figures show
+        assert {study.kind for study in pinned_studies(kept.root / "studies").values()} >= of_paper
     assert pinned.manifest(folder)["same_stages_as_pinned_run"] is True, "figures and tables are of one training"
+
+
+def test_the_claims_over_all_models_are_those_of_the_pinned_runs() -> None:
+    table = build_verdicts(PATHS)
+    assert len(table.sections[0]) == 5, "the claims that the paper rests on"
+    with pinned.restored(KEPT["overnight", "run"], "run") as kept:
+        results = results_of(kept.plan, kept.root, pinned=True, paths=PATHS)
+        by_recipe = {c.recipe: c for c in results.of("table1") if c.precision == "NVFP4-W4A4KV4"}
+        d = results.paired(by_recipe["reqat-tqs"], by_recipe["qat"])
+    rows = table.data[(table.data["model"] == "testbed") & (table.data["claim"] == "ReQAT-TQS above QAT")]
+    assert rows["difference"].tolist() == [100 * d.value] and rows["primary"].all()
 
 
 def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:

@@ -6,7 +6,7 @@ The modules:
     paper                     the numbers that the paper reports
     cells                     plan + records -> entries with their outcomes, estimates and paired differences
     lines, texts, rows        entries as lines of a table; numbers as text of a cell and as rows of the tidy CSV
-    verdicts                  the claims, tested
+    verdicts, summary         the claims, tested; over all models
     document                  a table as a value; CSV, Markdown and LaTeX of it
     style, plots              one look for all figures; lines and bars that several draw
     studies, study_words      finished studies, and what their footers say

@@ -41,11 +41,18 @@ def _qfit(plan: Plan, cells: Sequence[Cell]) -> bool:
     return any(qfit_cell(plan, model) is not None for model in {cell.model for cell in cells})
 
 
+def _regime(plan: Plan, cells: Sequence[Cell]) -> bool:
+    trained = {(c.model, c.multiple, c.recipe) for c in cells if (c.recipe == "ft") == (c.precision == BF16)}
+    claims = {label: model.claim_total or plan.tier.budget.claim_total for label, model in plan.tier.models.items()}
+    return any({(label, claim, "ft"), (label, claim, "qat")} <= trained for label, claim in claims.items())
+
+
 # Word -> whether cells of a plan (of one artifact and model, where these are given) hold it. Never asked of no cells.
 NEEDS: dict[str, Callable[[Plan, Sequence[Cell]], bool]] = {
     "cells": lambda plan, cells: True,
     "quantized": lambda plan, cells: any(c.precision != BF16 for c in cells),
     "trained": lambda plan, cells: any(c.precision != BF16 and c.multiple is not None for c in cells),
     "qfit": _qfit,
+    "regime": _regime,
     "claims": lambda plan, cells: has_claims(plan),
 }

@@ -70,6 +70,17 @@ class Study:
             raise ReqatError(f"{path}: not a summary of conditions, its entries are no objects; {self._remedy}.")
         return pd.DataFrame(rows)
 
+    def parquet(self, name: str) -> pd.DataFrame:
+        """`<name>.parquet`, other than outcomes. Raises `ReqatError` naming the file if there is none, or not a whole
+        one."""
+        path = self.path / f"{name}.parquet"
+        if not path.is_file():
+            raise ReqatError(f"{self.path}: no {path.name} in it; {self._remedy}.")
+        try:
+            return pd.read_parquet(path)
+        except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
+            raise ReqatError(f"{path}: not a table ({error}); {self._remedy}.") from None
+
     @property
     def _remedy(self) -> str:
         return f"run the study again (reqat study {self.id} --force)"
@@ -119,7 +130,7 @@ def load_study(
     if found["id"] != study.id or digest(parse(PlannedStudy, found["config"], str(folder))) != digest(study):
         raise ReqatError(f"{folder} holds {found['id']}, not {study.id}; delete the folder and run the study again.")
     names: dict[str, Any] = {
-        "recipes": {role: choice.recipe for role, choice in study.settings.choices().items()},
+        "recipes": {role: choice.recipe for role, choice in study.settings.choices().items() if role in study.models},
         "precisions": {role: model.precision.name for role, model in study.models.items()},
         "tier": found.get("tier"),
     }

@@ -1,4 +1,4 @@
-"""The paper's comparisons, tested: made of Table 1's and Table 4's cells."""
+"""The paper's comparisons, tested: made of the cells of every artifact that has both sides of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from analysis.report.cells import Results
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value, tokens
 from analysis.report.names import REFERENCE_PRECISION
 from analysis.report.rows import footer, made_by, tidy
-from analysis.report.verdicts import ALPHA, PARITY_POINTS, tested
+from analysis.report.verdicts import ALPHA, PARITY_POINTS, POWER, tested
 from analysis.tables._columns import PRECISION
 from reqat.config.errors import ReqatError
 
@@ -24,8 +24,8 @@ def build(results: Results, artifact: str = NAME) -> Table:
     found = tested(results)
     if not found:
         raise ReqatError(
-            f"tier {results.plan.tier.name} has both sides of none of the claims; they need table1 or table4 in its "
-            "artifacts."
+            f"tier {results.plan.tier.name} has both sides of none of the claims; they need table1 or claims-rows in "
+            "its artifacts."
         )
     many = len({t.model for t in found}) > 1
     columns = [
@@ -36,6 +36,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
         Column("Difference (points)", "Measured"),
         Column("p", "Measured"),
         Column("Holm", "Measured"),
+        Column("detectable", "Measured"),
         Column("Verdict", "Measured", "l"),
         Column("mean (points)", "Paper"),
         Column("range over its budgets", "Paper", "c"),
@@ -53,6 +54,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
                 Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
                 Text(p_value(t.p)),
                 Text(p_value(t.holm)),
+                Text(number(t.detectable)),
                 Text(t.verdict, bold=t.primary and t.verdict in ("agrees", "disagrees")),
                 Text(number(t.paper_mean, sign=True)),
                 Text(spread),
@@ -74,6 +76,8 @@ def build(results: Results, artifact: str = NAME) -> Table:
                     "hi": t.hi,
                     "p": t.p,
                     "p_holm": t.holm,
+                    "std_error": t.std_error,
+                    "detectable": t.detectable,
                     "verdict": t.verdict,
                     "paper_mean": t.paper_mean,
                     "paper_min": min(t.paper, default=math.nan),
@@ -86,14 +90,17 @@ def build(results: Results, artifact: str = NAME) -> Table:
     return Table(
         artifact,
         "The paper's claims, tested",
-        f"Paired comparisons at equal total budget. First block: the primary claims (budget "
+        f"Paired comparisons at equal total budget (but for TAQ's epochs). First block: the primary claims (budget "
         f"{tokens(results.plan.tier.budget.claim_total * results.plan.tier.budget.qat_tokens)}; {REFERENCE_PRECISION}, "
-        "and Table 4's precision for the traces). Below, a block a precision: the same at other budgets and "
-        "precisions, and comparisons for context. Holm: adjusted for the number of comparisons in the block. Verdict: "
-        f"the direction agrees or disagrees with the paper's if Holm's p is below {ALPHA}; reaching BF16 FT agrees if "
-        f"the whole interval lies above {number(-PARITY_POINTS, 0)} points and disagrees if it lies below; no "
-        "direction: the paper's own differences have no common sign.",
-        footer(results, used, f"Numbers of the paper: {paper.CITATION}; differences of its Table 1 and Table 4."),
+        "or the paper's precision where the tier has a claim there alone). Below, a block a precision: the same at "
+        "other budgets and precisions, and comparisons for context. Holm: adjusted for the number of comparisons in "
+        f"the block. Detectable: the smallest difference that would have been found with {POWER:.0%} probability at "
+        "the level of Holm's first step, from the measured standard error. Verdict: the direction agrees or disagrees "
+        f"with the paper's if Holm's p is below {ALPHA}; reaching BF16 FT agrees if the whole interval lies above "
+        f"{number(-PARITY_POINTS, 0)} points and disagrees if it lies below, no gain likewise of "
+        f"{number(PARITY_POINTS, 0)} points; no direction: the paper's own differences have no common sign, or it has "
+        "none.",
+        footer(results, used, f"Numbers of the paper: {paper.CITATION}; differences within its tables."),
         tuple(columns),
         tuple(sections),
         tidy(rows),

@@ -25,13 +25,24 @@ def report(
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown, LaTeX).")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG, PDF).")] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")] = False,
+    verdicts: Annotated[
+        bool, typer.Option("--verdicts", help="The claims over all models instead, from the newest pinned runs.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")] = False,
 ) -> None:
     """Write the tables and figures of a tier's run, studies and benchmark."""
-    from analysis.build import build_pinned
+    from analysis.build import build_pinned, build_verdicts
     from reqat.records.pinned import find, parts_pinned, restored
 
     chosen, paths = _chosen(what), session.paths
+    if verdicts:
+        if chosen or plots:
+            raise ReqatError("--verdicts makes one table: leave out --what and --plots.")
+        table = build_verdicts(paths)
+        print(table.markdown())
+        with _rendering(tables or paths.work / "pinned" / "tables" / table.name, force=force) as draft:
+            table.write(draft)
+        return
     top = paths.work / "pinned" if pinned else paths.work
     with (
         _rendering(tables or top / "tables" / tier, force=force) as table_draft,

@@ -26,7 +26,7 @@ def study(
     force: Force = False,
     threads: Threads = 1,
 ) -> None:
-    """Run studies: entropies, routed decoding, noise, ReSET and training dynamics of the tier's models."""
+    """Run studies: entropies, routed decoding, noise, ReSET, training dynamics and likelihoods of the tier's models."""
     plan = session.plan(tier)
     studies = studies_of(plan, session.paths)
     chosen = [study_called(studies, id, tier) for id in ids] if ids else list(studies.values())

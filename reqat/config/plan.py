@@ -250,7 +250,8 @@ class _Builder:
         training = train.finetune if step.step == "finetune" else train.qat
         if step.step == "qat" and not finetuned and train.qat_from_base is not None:
             training = train.qat_from_base
-        given = {"objective": step.objective, "gradient": step.gradient}
+        rate = train.rates.get(name) if step.step == "qat" else None
+        given = {"objective": step.objective, "gradient": step.gradient, "lr": rate}
         training = training.model_copy(update={name: value for name, value in given.items() if value is not None})
         return TrainSettings(training=training, traces=self.selection(step, total, model, name), seed=seed)
 

@@ -36,6 +36,8 @@ def _policy(text: str) -> str:
 
 
 PolicyText = Annotated[str, AfterValidator(_policy)]
+REFERENCE = "reference"
+"""Label of the model that a likelihood study starts from."""
 
 
 def _sizes(name: str, values: tuple[float, ...]) -> tuple[float, ...]:
@@ -205,6 +207,49 @@ class DynamicsStudy(_Asked):
         return models
 
 
+class LikelihoodStudy(_Asked):
+    """How likely several models find the same verified solutions, and how far each is from a reference: table
+    `likelihood`. Every model is read at each of the training seeds that the plan has of it."""
+
+    kind: Literal["likelihood"]
+    models: dict[str, ModelChoice] = Field(min_length=1)
+    """Label in the table -> model."""
+    reference: ModelChoice = ModelChoice(recipe="ft", precision="BF16")
+    """Whose entropies divide the tokens, and whose distributions the divergence starts from; of a model's own training
+    seed, where the plan has that."""
+    training_seeds: SeedTuple = ()
+    """Of those models that name no seed; empty: the tier's first alone."""
+    percentile: float = Field(default=75, gt=0, lt=100)
+    """Of the reference's entropies: tokens below it are low-entropy ones."""
+    against: str | None = None
+    """Label of the model that the others are compared with; null: no comparison."""
+
+    @model_validator(mode="after")
+    def _labels(self) -> LikelihoodStudy:
+        if REFERENCE in self.models:
+            raise ReqatError(f"models: {REFERENCE!r} is the label of the reference; call this one something else.")
+        if self.against is not None and self.against not in self.models:
+            raise unknown("label", self.against, self.models, where="against")
+        return self
+
+    def runs(self) -> dict[str, dict[int | None, ModelChoice]]:
+        """Label, the reference's first -> training seed (None: the tier's first) -> the model of that seed."""
+        out: dict[str, dict[int | None, ModelChoice]] = {}
+        for label, choice in {REFERENCE: self.reference, **self.models}.items():
+            seeds = [choice.seed] if choice.seed is not None or not self.training_seeds else self.training_seeds
+            out[label] = {seed: choice.model_copy(update={"seed": seed}) for seed in seeds}
+        return out
+
+    @staticmethod
+    def role(label: str, seed: int | None) -> str:
+        """The role of one run of a model."""
+        return label if seed is None else f"{label}, seed {seed}"
+
+    def choices(self) -> dict[str, ModelChoice]:
+        """Role of every run -> model."""
+        return {self.role(label, seed): c for label, runs in self.runs().items() for seed, c in runs.items()}
+
+
 class GradientsStudy(_Study):
     """The share of low-entropy tokens in the gradient while a QAT stage is trained anew: Figure 7."""
 
@@ -216,7 +261,8 @@ class GradientsStudy(_Study):
 
 
 StudySettings = Annotated[
-    PairStudy | RoutingStudy | NoiseStudy | ResetStudy | DynamicsStudy | GradientsStudy, Field(discriminator="kind")
+    PairStudy | RoutingStudy | NoiseStudy | ResetStudy | DynamicsStudy | LikelihoodStudy | GradientsStudy,
+    Field(discriminator="kind"),
 ]
 KINDS: tuple[str, ...] = tuple(
     kind for model in get_args(get_args(StudySettings)[0]) for kind in get_args(model.model_fields["kind"].annotation)
@@ -310,11 +356,37 @@ def resolve(plan: Plan, choice: ModelChoice, where: str) -> StudiedModel:
     return StudiedModel(stage=first.stage, precision=first.precision)
 
 
+def _runs(plan: Plan, settings: LikelihoodStudy, where: str) -> dict[str, StudiedModel]:
+    """The runs of every model that the plan has, at least one of each; what trains nothing is one model, not several.
+
+    Raises `ReqatError` as `resolve` for a model that the plan has at none of the training seeds.
+    """
+    out: dict[str, StudiedModel] = {}
+    for label, runs in settings.runs().items():
+        found: dict[str, StudiedModel] = {}
+        missing: list[ReqatError] = []
+        for seed, choice in runs.items():
+            try:
+                model = resolve(plan, choice, where)
+            except ReqatError as error:
+                missing.append(error)
+                continue
+            if model not in found.values():
+                found[settings.role(label, seed)] = model
+        if not found:
+            raise missing[0]
+        out |= found
+    return out
+
+
 def plan_study(plan: Plan, settings: Any) -> PlannedStudy:
     """A study on the models of a plan. Raises `ReqatError` as `resolve`, and for a study that trains a stage anew
     which is no training."""
     where = f"config/{FILE}: study {settings.label} of tier {plan.tier.name}"
-    models = {role: resolve(plan, choice, where) for role, choice in settings.choices().items()}
+    if isinstance(settings, LikelihoodStudy):
+        models = _runs(plan, settings, where)
+    else:
+        models = {role: resolve(plan, choice, where) for role, choice in settings.choices().items()}
     given: dict[str, str] = {}
     if isinstance(settings, GradientsStudy):
         stage = plan.stage(models["model"].stage)

@@ -109,6 +109,9 @@ class Trainings(Strict):
     qat: Training = Training()
     qat_from_base: Training | None = None
     """For QAT that no fine-tuning precedes; null: as `qat`."""
+    rates: dict[str, Annotated[float, Field(gt=0, le=1e3)]] = Field(default_factory=dict)
+    """Recipe -> learning rate of its `qat` steps, so that every method can have its own best one; a recipe that is not
+    named takes that of `qat` or `qat_from_base`."""
     global_scale: GlobalScale = "row"
 
 
@@ -283,6 +286,14 @@ class Tier(Strict):
                     family(precision)
                 except ReqatError as error:
                     raise ReqatError(f"{where}: {key}.precisions: {error}") from None
+        for recipe in self.train.rates:
+            if recipe not in catalogue.recipes:
+                raise unknown("recipe", recipe, catalogue.recipes, where=f"{where}: train.rates")
+            if all(step.step != "qat" for step in catalogue.recipes[recipe].steps):
+                raise ReqatError(
+                    f"{where}: train.rates: recipe {recipe!r} has no step qat, whose learning rate this is; leave it "
+                    "out (that of fine-tuning is train.finetune.lr)."
+                )
         return self
 
 

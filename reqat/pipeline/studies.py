@@ -20,6 +20,7 @@ from reqat.config.studies import (
     FILE,
     DynamicsStudy,
     GradientsStudy,
+    LikelihoodStudy,
     NoiseStudy,
     PairStudy,
     PlannedStudy,
@@ -205,6 +206,31 @@ def dynamics(run: Run) -> dict[str, Any]:
     return found
 
 
+def likelihood(run: Run) -> dict[str, Any]:
+    """The same verified traces read by every model beside the reference. A killed study goes on with the models that
+    it has not read."""
+    from reqat.evaluation.dynamics import verified_traces
+    from reqat.evaluation.loading import AUTOCAST
+    from reqat.models import load_tokenizer
+    from reqat.pipeline.likelihoods import model_runs, run_likelihood
+
+    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
+    assert isinstance(s, LikelihoodStudy) and asked is not None and how is not None
+    runs = model_runs(s, run.study.models)
+    tokenizer = load_tokenizer(run.inputs[runs[0].reference] / "model")
+    return run_likelihood(
+        runs,
+        run.load,
+        {role: record.outputs_digest(record.read(folder)) for role, folder in run.inputs.items()},
+        verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed),
+        run.out,
+        percentile=s.percentile,
+        checkpoints=run.checkpoints,
+        autocast=AUTOCAST[how.autocast],
+        progress=not run.quiet,
+    )
+
+
 def gradients(run: Run) -> dict[str, Any]:
     """A QAT stage trained anew while a probe looks on. A killed study goes on from the training's checkpoint."""
     from reqat.pipeline.gradients import run_gradients
@@ -228,6 +254,7 @@ RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "noise": noise,
     "reset": reset,
     "dynamics": dynamics,
+    "likelihood": likelihood,
     "gradients": gradients,
 }
 """Kind -> what measures it: writes its files into the run's folder and returns the record's metrics."""

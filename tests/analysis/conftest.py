@@ -56,6 +56,11 @@ ACCURACY = {
     "FT+QAT": 0.66,
     "ReQAT": 0.7,
     "TAQ": 0.68,
+    "FT at hand-over": 0.74,
+    "FT at hand-over+PTQ": 0.40,
+    "FT+QAT, different traces": 0.65,
+    "QAD": 0.44,
+    "FT+QAD": 0.67,
 }
 
 

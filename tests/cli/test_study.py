@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -24,10 +25,12 @@ from reqat.config.paths import made
 from reqat.config.studies import PlannedStudy
 from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Outcomes, entropies
+from reqat.evaluation.dynamics import verified_traces
+from reqat.evaluation.held_out import likelihood_sums
 from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation.batches import RunningBatch
-from reqat.models import save_model
+from reqat.models import load_tokenizer, save_model
 from reqat.pipeline.studies import same_stages, stages_there
 from reqat.records import pinned, record
 from reqat.tasks import problems, write_trace
@@ -49,6 +52,10 @@ STUDIES: list[dict[str, Any]] = [
     {
         "kind": "dynamics", "base": {"recipe": "base", "precision": "BF16"}, "bins": 3, "n": 4,
         "models": {"FT": BF16, "QAT": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}},
+    },
+    {
+        "kind": "likelihood", "n": 4, "against": "QAT",
+        "models": {"QAT": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}, "FT+PTQ": FP4},
     },
 ]  # fmt: skip
 
@@ -139,7 +146,7 @@ def test_a_study_says_what_it_stands_on(
         for role, id in planned.inputs.items():
             stage = record.read(root / "build" / "stages" / id)
             assert found["inputs"][role] == {"id": id, "sha256": record.outputs_digest(stage)}
-        assert found["seeds"] == ([0, 3] if study.kind != "dynamics" else [])
+        assert found["seeds"] == ([0, 3] if study.kind not in ("dynamics", "likelihood") else [])
         assert str(root) not in (study.path / "record.json").read_text()
         assert study.settings["precisions"].keys() == planned.models.keys()
 
@@ -223,6 +230,74 @@ def test_dynamics_compare_each_model_with_the_base(loaded: dict[str, Study]) -> 
     change = moved[(moved["label"] == "FT") & (moved["statistic"] == "change")]
     mean = float((folder.entropy("FT").astype("f8") - folder.entropy("base").astype("f8")).mean())
     assert (change["value"] * change["n"]).sum() / change["n"].sum() == pytest.approx(mean, abs=1e-9)
+
+
+def test_likelihoods_are_those_of_the_models_themselves(loaded: dict[str, Study]) -> None:
+    study = loaded["likelihood"]
+    found, planned = study.parquet("likelihood"), study.record["config"]
+    asked = planned["problems"]
+    root = study.path.parents[1]
+
+    def model(role: str) -> Any:
+        spec = PlannedStudy.model_validate(planned).models[role]
+        return load_at(root / "stages" / spec.stage / "model", spec.precision.name, **spec.precision.options())
+
+    tokenizer = load_tokenizer(root / "stages" / planned["models"]["reference"]["stage"] / "model")
+    traces = verified_traces(asked["families"], tokenizer, n=4, split=asked["split"], seed=asked["seed"])
+    assert sorted(found["label"]) == ["FT+PTQ"] * 4 + ["QAT"] * 4 and asked["split"] == "test"
+    log_p = [log_softmax(model("reference"), trace) for trace in traces]
+    entropy = np.concatenate([-(p.exp() * p).sum(-1).numpy() for p in log_p])
+    threshold = np.percentile(entropy, 75)
+    for label in ("QAT", "FT+PTQ"):
+        rows = found[found["label"] == label]
+        log_q = [log_softmax(model(label), trace) for trace in traces]
+        for row, trace, p, q in zip(rows.itertuples(), traces, log_p, log_q, strict=True):
+            low = -(p.exp() * p).sum(-1) < threshold
+            nll = -q.gather(-1, torch.tensor(trace.response_ids)[:, None])[:, 0]
+            kl = (p.exp() * (p - q)).sum(-1)
+            assert (row.problem, row.tokens_low, row.tokens_high) == (trace.info.problem, low.sum(), (~low).sum())
+            given = [row.nll_low, row.nll_high, row.kl_low, row.kl_high]
+            expected = [float(x[mask].sum()) for x in (nll, kl) for mask in (low, ~low)]
+            assert given == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert study.metrics["tokens"] == len(entropy)
+    assert study.metrics["nll_nats"]["QAT"] == pytest.approx(
+        float(found.loc[found["label"] == "QAT", ["nll_low", "nll_high"]].to_numpy().sum() / len(entropy))
+    )
+
+
+def log_softmax(model: Any, trace: Any) -> torch.Tensor:
+    """Log-probabilities before each response token, from one pass over the whole sequence, float64 [tokens, V]."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*trace.prompt_ids, *trace.response_ids]])).logits[0]
+    return torch.as_tensor(logits[len(trace.prompt_ids) - 1 : -1].double().log_softmax(-1))
+
+
+def test_a_killed_likelihood_study_goes_on_with_the_models_that_it_has_not_read(
+    checkout: Path, loaded: dict[str, Study], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (study,) = ask(checkout, next(s for s in STUDIES if s["kind"] == "likelihood")).values()
+    folder = checkout / "build" / "studies" / study.id
+    whole = (folder / "likelihood.parquet").read_bytes()
+    shutil.rmtree(folder)
+    taken: list[str] = []
+
+    def once(*given: Any, **options: Any) -> Any:
+        taken.append("read")
+        if taken.count("read") == 2:
+            raise KeyboardInterrupt
+        return likelihood_sums(*given, **options)
+
+    monkeypatch.setattr("reqat.evaluation.held_out.likelihood_sums", once)
+    assert reqat("study", study.id, "--tier", "smoke", "-q") != 0
+    assert not folder.exists()
+    monkeypatch.setattr(
+        "reqat.evaluation.held_out.likelihood_sums",
+        lambda *g, **o: (taken.append("again"), likelihood_sums(*g, **o))[1],
+    )
+    assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
+    assert taken.count("again") == 1
+    assert (folder / "likelihood.parquet").read_bytes() == whole
+    assert not (checkout / "build" / "checkpoints" / study.id).exists()
 
 
 def test_what_is_done_is_not_done_again_and_what_is_damaged_is(

@@ -67,6 +67,13 @@ def test_reading_configuration_loads_neither_torch_nor_pandas():
         (("train", "qat", "row_token"), 1, ["train.qat: unknown key 'row_token'", "Did you mean 'row_tokens'"]),
         (("train", "qat", "lr"), -1, ["train.qat.lr", "greater than 0", "-1"]),
         (("train", "qat", "lr"), "fast", ["train.qat.lr", "'fast'"]),
+        (
+            ("train", "rates"),
+            {"reqat-tqq": 1e-3},
+            ["train.rates", "unknown recipe 'reqat-tqq'", "Did you mean 'reqat-tq"],
+        ),
+        (("train", "rates"), {"ft": 1e-3}, ["train.rates", "recipe 'ft' has no step qat", "train.finetune.lr"]),
+        (("train", "rates"), {"qat": 0}, ["train.rates.qat", "greater than 0"]),
         (("evaluation", "n"), None, ["evaluation.n", "None"]),
         (("budget", "claim_total"), 7, ["claim_total 7 is none of the totals"]),
         (("budget", "totals"), [1, 4], ["totals [1, 4]", "at least 2"]),

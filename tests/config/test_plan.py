@@ -84,6 +84,41 @@ def test_planning_twice_gives_the_same_names():
     assert make().dump() == LAPTOP.dump()
 
 
+def test_a_recipe_has_a_learning_rate_of_its_own():
+    rates = {"reqat-tqs": 5e-4, "qat": 3e-3}
+    own = make(train={"rates": rates, "qat_from_base": {"lr": 7e-3}})
+    usual = make(train={"qat_from_base": {"lr": 7e-3}})
+    for recipe, precision in (("qat", "MXFP4-W4A16"), ("reqat-tqs", "NVFP4-W4A4KV4"), ("reqat-tq", "NVFP4-W4A4KV4")):
+        (*before, last), (*as_before, was) = (chain(of, recipe, precision, 3) for of in (own, usual))
+        assert before == as_before, "only the quantized training has it"
+        was_lr = 7e-3 if recipe == "qat" else own.tier.train.qat.lr
+        assert was.settings.training.lr == was_lr
+        assert last.settings.training.lr == rates.get(recipe, was_lr)
+        changed = last.settings.training.model_copy(update={"lr": was_lr})
+        assert changed == was.settings.training, "and nothing but the rate is its own"
+        assert (last.id == was.id) == (recipe not in rates)
+
+
+def test_hand_over_is_the_first_stage_of_reqat():
+    made = make(models={"testbed": {"artifacts": ["table1", "claims-rows"]}})
+    for precision, recipe in (("BF16", "ft-handover"), ("NVFP4-W4A4KV4", "ft-handover-ptq")):
+        assert chain(made, recipe, precision, 3, "claims-rows") == chain(made, "reqat-t", "NVFP4-W4A4KV4", 3)[:-1]
+    rows = {(c.recipe, c.precision) for c in made.cells if c.artifact == "claims-rows"}
+    fp4 = [
+        "ptq",
+        "ft-ptq",
+        "ft-handover-ptq",
+        "qat",
+        "reqat-t",
+        "reqat-tq",
+        "reqat-tqs",
+        "ft-qat-different",
+        "qad",
+        "ft-qad",
+    ]
+    assert rows == {(r, "BF16") for r in ("base", "ft", "ft-handover")} | {(r, "NVFP4-W4A4KV4") for r in fp4}
+
+
 def test_table1_has_every_row():
     cells = [c for c in LAPTOP.cells if c.artifact == "table1"]
     for precision in ("MXFP4-W4A16", "MXFP4-W4A4", "NVFP4-W4A4KV4"):

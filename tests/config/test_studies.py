@@ -11,6 +11,7 @@ import yaml
 from reqat.config import Paths, ReqatError, load
 from reqat.config.plan import Plan
 from reqat.config.studies import KINDS, PlannedStudy, load_studies, study_called
+from reqat.pipeline.likelihoods import model_runs
 from reqat.pipeline.studies import RUNNERS
 
 ROOT = Path(__file__).parents[2]
@@ -179,8 +180,53 @@ def test_no_gradients_without_a_training(tmp_path: Path, plan: Plan) -> None:
         one(tmp_path, plan, {"kind": "gradients", "model": BF16, "every_steps": 2})
 
 
+LIKELIHOOD: dict[str, Any] = {
+    "kind": "likelihood",
+    "models": {"base": {"recipe": "base", "precision": "BF16"}, "QAT": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}},
+    "n": 4,
+}
+
+
+def test_a_likelihood_study_reads_every_training_seed_that_the_plan_has(tmp_path: Path) -> None:
+    plan = load("overnight", Paths(ROOT))
+    asked = LIKELIHOOD | {"training_seeds": [0, 2, 7], "name": "seeds"}
+    asked["models"] = LIKELIHOOD["models"] | {"one": {**BF16, "seed": 1}}
+    study, first = load_studies(plan, written(tmp_path, asked, LIKELIHOOD, tier="overnight")).values()
+    seeds = {role: plan.stage(model.stage).seed for role, model in study.models.items()}
+    trained = {"reference, seed 0": 0, "reference, seed 2": 2, "QAT, seed 0": 0, "QAT, seed 2": 2, "one, seed 1": 1}
+    assert {role: seed for role, seed in seeds.items() if role != "base, seed 0"} == trained
+    assert "base, seed 0" in seeds, "what trains nothing is one model"
+    runs = {run.role: run.reference for run in model_runs(study.settings, study.models)}  # type: ignore[arg-type]
+    assert runs == {
+        "base, seed 0": "reference, seed 0",
+        "QAT, seed 0": "reference, seed 0",
+        "one, seed 1": "reference, seed 0",
+        "QAT, seed 2": "reference, seed 2",
+    }
+    assert set(first.models) == {"reference", "base", "QAT"}
+    assert first.problems is not None and first.problems.split == plan.tier.evaluation.split
+    with pytest.raises(ReqatError, match="no model of recipe 'ft'.*training seed 7"):
+        load_studies(plan, written(tmp_path, LIKELIHOOD | {"training_seeds": [7]}, tier="overnight"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"against": "QTA"}, "unknown label 'QTA'. Did you mean 'QAT'"),
+        ({"models": {"reference": BF16}}, "'reference' is the label of the reference"),
+        ({"models": {}}, "models"),
+        ({"percentile": 100}, "percentile"),
+        ({"training_seeds": [1, 1]}, "1 stands twice"),
+    ],
+)
+def test_a_fault_in_a_likelihood_study_is_named(tmp_path: Path, plan: Plan, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ReqatError) as error:
+        one(tmp_path, plan, LIKELIHOOD | change)
+    assert says in str(error.value)
+
+
 def test_every_kind_has_what_measures_it() -> None:
-    assert KINDS == ("pair", "routing", "noise", "reset", "dynamics", "gradients")
+    assert KINDS == ("pair", "routing", "noise", "reset", "dynamics", "likelihood", "gradients")
     assert set(RUNNERS) == set(KINDS)
 
 

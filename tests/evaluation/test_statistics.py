@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from reqat.config.errors import ReqatError
 from reqat.evaluation import Outcomes, accuracy, accuracy_by_family, holm, paired
+from reqat.evaluation.statistics import clustered_means, detectable, mean_over_runs, ratio_observations
 
 Make = Callable[..., Outcomes]
 
@@ -246,6 +248,52 @@ def test_refuses_to_pair_what_differs(outcomes: Make) -> None:
 def test_unfinished_are_counted(outcomes: Make) -> None:
     run = outcomes([[1, 0], [1, 1]], finished=[True, False, False, True])
     assert accuracy([run, run]).n_unfinished == 4
+
+
+def test_mean_over_runs_is_the_interval_of_paired_differences(outcomes: Make) -> None:
+    rng = np.random.default_rng(5)
+    a, b = ([drawn(rng, 50, 4) for _ in range(3)] for _ in range(2))
+    d = paired([outcomes(x) for x in a], [outcomes(x) for x in b])
+    found = mean_over_runs(np.stack(a).mean(axis=2) - np.stack(b).mean(axis=2))
+    for name in ("value", "lo", "hi", "p", "std_error", "df"):
+        assert getattr(found, name) == pytest.approx(getattr(d, name)), name
+
+
+def test_ratio_of_one_run_is_the_clustered_ratio() -> None:
+    rng = np.random.default_rng(6)
+    counts = rng.integers(1, 90, 70)
+    sums = counts * 0.3 + rng.normal(0, np.sqrt(counts))
+    found = mean_over_runs(ratio_observations(sums[None], counts[None]))
+    means = clustered_means(sums, np.zeros(70, int), np.arange(70), 1, weights_N=counts)
+    assert found.value == pytest.approx(sums.sum() / counts.sum()) == pytest.approx(means.value_G[0])
+    assert (found.lo, found.hi) == pytest.approx((means.lo_G[0], means.hi_G[0]))
+    with pytest.raises(ReqatError, match="run 1 counts nothing"):
+        ratio_observations(np.ones((2, 3)), np.array([[1, 1, 1], [0, 0, 0]]))
+
+
+def test_training_seeds_are_the_unit_above_problems() -> None:
+    """Trainings that differ by 3 points: the interval covers 0 as often as it says, that of the problems alone does
+    not; a difference of the size called detectable is found in four of five experiments."""
+    rng = np.random.default_rng(7)
+    trials, R, P = 700, 5, 200
+
+    def experiments(true: float) -> np.ndarray:
+        problem = rng.normal(0, 0.2, (trials, 1, P))
+        return true + rng.normal(0, 0.03, (trials, R, 1)) + problem + rng.normal(0, 0.1, (trials, R, P))
+
+    null = [mean_over_runs(values) for values in experiments(0.0)]
+    missed = np.mean([not m.lo <= 0 <= m.hi for m in null])
+    alone = np.mean([mean_over_runs(m.mean(axis=0)[None]).p < 0.05 for m in experiments(0.0)])
+    assert missed < 0.065 < 0.09 < alone
+    assert missed == np.mean([m.p < 0.05 for m in null])
+    size = detectable(float(np.median([m.std_error for m in null])), float(np.median([m.df for m in null])))
+    found = np.mean([mean_over_runs(values).p < 0.05 for values in experiments(size)])
+    assert 0.75 < found < 0.87
+
+
+def test_detectable_is_that_of_a_z_test_with_many_problems() -> None:
+    assert detectable(1.0, math.inf) == pytest.approx(1.959964 + 0.841621, abs=1e-5)
+    assert detectable(2.0, 9, alpha=0.05 / 5) == pytest.approx(2 * (stats.t.ppf(0.995, 9) + stats.t.ppf(0.8, 9)))
 
 
 def test_holm() -> None:

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from analysis.build import build_figures, maker
-from analysis.figures import figure1b, figure1c, losses, qfit
+from analysis.figures import figure1b, figure1c, losses, qfit, regime
 from analysis.figures._results import METHODS
 from analysis.registry import discovered, figure_names
 from analysis.report import style
@@ -106,6 +106,27 @@ def test_losses_count_tokens_from_the_base_model(results: Results) -> None:
         losses.curve(results, results.plan.bases["testbed"])
 
 
+def test_regime_compares_losses_at_equal_tokens_and_seed(results: Results, drawing: None) -> None:
+    fig = regime.build(results, "testbed")
+    left, right = fig.axes
+    drawn = {line.get_label(): line for line in left.get_lines()}
+    assert set(drawn) == {"BF16 FT", "QAT MXFP4-W4A16", "QAT MXFP4-W4A4", "QAT NVFP4-W4A4KV4"}
+    cells = {(c.recipe, c.precision, c.training_seed): c for c in results.plan.cells if c.multiple == 3}
+
+    def smooth(recipe: str, precision: str, seed: int) -> np.ndarray:
+        points = results.metrics(results.plan.evaluation(cells[recipe, precision, seed].evaluation).stage)["curve"]
+        y = np.array([p["loss"] for p in points])
+        return np.array([y[max(0, i - 5) : i + 6].mean() for i in range(len(y))])
+
+    ft, qat = ([smooth(r, p, seed) for seed in (0, 1, 2)] for r, p in (("ft", "BF16"), ("qat", "NVFP4-W4A4KV4")))
+    np.testing.assert_allclose(drawn["BF16 FT"].get_ydata(), np.mean(ft, axis=0))
+    (excess,) = [line for line in right.get_lines() if line.get_color() == drawn["QAT NVFP4-W4A4KV4"].get_color()]
+    np.testing.assert_allclose(excess.get_ydata(), np.mean(np.array(qat) - ft, axis=0)[-len(excess.get_ydata()) :])
+    one_seed = smooth("qat", "MXFP4-W4A4", 0) - ft[0]
+    (excess,) = [line for line in right.get_lines() if line.get_color() == drawn["QAT MXFP4-W4A4"].get_color()]
+    np.testing.assert_allclose(excess.get_ydata(), one_seed[-len(excess.get_ydata()) :])
+
+
 def test_moving_average() -> None:
     assert losses.moving_average(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
     assert losses.moving_average(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
@@ -131,7 +152,7 @@ def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_pat
         only={"recipes": ["base", "ft", "ptq", "qat", "reqat-t"], "precisions": ["MXFP4-W4A16"]},
     )
     written = build_figures(results.plan, results.root, tmp_path / "out")
-    assert [p.name for p in written] == [f"{n}.{s}" for n in ("figure1b", "figure1c") for s in ("png", "pdf")]
+    assert [p.name for p in written] == [f"{n}.{s}" for n in ("figure1b", "figure1c", "regime") for s in ("png", "pdf")]
     assert list(figure_names(results.plan)) == ["figure1b", "figure1c"]
     pixels = imread(tmp_path / "out" / "figure1b.png")
     assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI)
