@@ -106,6 +106,68 @@ def test_losses_count_tokens_from_the_base_model(results: Results) -> None:
         losses.curve(results, results.plan.bases["testbed"])
 
 
+def test_losses_of_the_last_stage_are_means_over_seeds_and_the_same_tokens(results: Results, drawing: None) -> None:
+    left, right = losses.build(results, "testbed").axes
+    entry = next(
+        e for e in results.of("table1") if (e.precision, e.method, e.multiple) == ("NVFP4-W4A4KV4", "ReQAT-TQ", 3)
+    )
+    curves = [losses.curve(results, results.plan.evaluation(c.evaluation).stage) for c in entry.cells]
+    width = 0.2 * (300_000 - 201_000)  # of the last stage: its first point stands at 201,000 tokens
+    lines = {line.get_color(): line for line in right.get_lines()}
+    assert len(lines) == len(right.get_lines()) == 5  # one a method, none as recorded
+    x, y = lines[style.colour("ReQAT-TQ")].get_data()
+    assert (x[0], x[-1]) == pytest.approx((201_000 + width / 2, 300_000 - width / 2))
+    # In the middle of the stage: the mean of the points less than half a window away, of every seed.
+    i = len(x) // 2
+    near = [v[np.abs(t - x[i]) <= width / 2] for t, v in curves]
+    assert len(curves) == 3 and y[i] == pytest.approx(np.mean([v.mean() for v in near]), abs=2e-3)
+    assert len(right.collections) == 5  # three seeds each: a band
+
+
+def test_smoothing_is_over_tokens_however_far_apart_the_points_are() -> None:
+    fine, coarse = np.arange(0, 1000, 1.0), np.arange(0, 1000, 10.0)
+    a, b = (losses.smoothed(x, x, 100) for x in (fine, coarse))
+    assert a[500] == pytest.approx(500) and b[50] == pytest.approx(500)
+    assert a[0] == pytest.approx(25, abs=1) and b[0] == pytest.approx(25, abs=5)  # half a window at an end
+
+
+def test_figure1c_of_one_budget_sets_methods_side_by_side(make_results: Callable[..., Results], drawing: None) -> None:
+    results = make_results(
+        models={"testbed": {"source": "pinned", "artifacts": ["figure1"]}},
+        budget={"qat_tokens": 1000, "totals": [2], "claim_total": 2},
+        claim_seeds={},
+        only={"recipes": ["base", "ft", "ptq", "qat"], "precisions": ["NVFP4-W4A4KV4"]},
+    )
+    left = figure1c.build(results, "testbed").axes[0]
+    by = {(e.precision, e.method): results.estimate(e) for e in results.of("figure1")}
+    order = [("BF16", "Baseline"), ("BF16", "FT"), ("NVFP4-W4A4KV4", "PTQ"), ("NVFP4-W4A4KV4", "QAT")]
+    assert [t.get_text() for t in left.get_xticklabels()] == ["BF16 base", "BF16 FT", "PTQ", "QAT"]
+    points = [container.lines[0].get_data() for container in left.containers]
+    assert [x[0] for x, _ in points] == [0, 1, 2, 3]
+    assert [y[0] for _, y in points] == pytest.approx([100 * by[at].value for at in order])
+    assert [t.get_text() for t in left.texts] == [f"{100 * by[at].value:.1f}" for at in order]
+
+
+def test_dots_of_table1_do_not_hide_their_intervals(results: Results, drawing: None) -> None:
+    fig = maker("figures", "table1-dots")(results, "testbed")
+    top = fig.axes[2]
+    expected = {
+        (round(100 * e.lo, 6), round(100 * e.hi, 6))
+        for entry in results.of("table1")
+        if entry.precision in ("BF16", "NVFP4-W4A4KV4")
+        for e in [results.estimate(entry)]
+    }
+    drawn = set()
+    for container in top.containers:
+        point, caps, (bars,) = container.lines
+        ((lo, _), (hi, _)) = bars.get_segments()[0]
+        drawn.add((round(lo, 6), round(hi, 6)))
+        assert bars.get_zorder() >= point.get_zorder() and len(caps) == 2
+        # What is drawn later lies on top.
+        assert top.get_children().index(bars) > top.get_children().index(point)
+    assert drawn == expected
+
+
 def test_moving_average() -> None:
     assert losses.moving_average(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
     assert losses.moving_average(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
