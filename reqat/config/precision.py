@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from reqat.config.base import Strict
+from reqat.config.base import Strict, distinct
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, standard
 
@@ -295,6 +295,18 @@ Rotation = Annotated[int, AfterValidator(check_rotation)]
 """Size of a block Hadamard rotation: a power of two."""
 
 
+def _patterns(skip: tuple[str, ...]) -> tuple[str, ...]:
+    """`skip`, unchanged. Raises `ReqatError` for an empty pattern, and for one that stands twice."""
+    if not all(pattern.strip() for pattern in skip):
+        raise ReqatError(f"skip: {list(skip)}: give patterns of layers' names, such as '*.down_proj'.")
+    distinct(skip)
+    return skip
+
+
+Skip = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_patterns)]
+"""Patterns of the names of linear layers that a precision leaves alone."""
+
+
 class PrecisionSpec(Strict):
     """A precision by name with its options, as configuration holds it: what a name does not use is None, so that the
     same work has one identity. `options()` is what `Precision.parse(name, **options)` takes."""
@@ -308,6 +320,8 @@ class PrecisionSpec(Strict):
     """Size of the block Hadamard rotation of queries and keys; null for none."""
     global_scale: GlobalScale | None = None
     """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""
+    skip: Skip | None = None
+    """Patterns (`*.down_proj`) of linear layers that stay as they are; null for none."""
 
     @field_validator("name")
     @classmethod
@@ -343,6 +357,7 @@ class PrecisionSpec(Strict):
             "kv_rotation": asked["kv_rotation"] if cache else None,
             "global_scale": (asked["global_scale"] or DEFAULT_GLOBAL_SCALE) if scaled else None,
             "rotation": asked["rotation"] if any(role in found.families for role in LINEAR) else None,
+            "skip": data.get("skip") if any(role in found.families for role in LINEAR) else None,
         }
 
     def options(self) -> dict[str, Any]:
@@ -351,13 +366,17 @@ class PrecisionSpec(Strict):
         named = {"kv_element": self.kv_element, "global_scale": self.global_scale, "kv_rotation": self.kv_rotation}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 
+    def for_prepare(self) -> dict[str, Any]:
+        """Keyword arguments for `reqat.models.prepare` besides the name: `options()`, and the layers to leave alone."""
+        return self.options() | ({"skip": list(self.skip)} if self.skip else {})
+
     @property
     def family(self) -> str:
         """`NVFP4` of `NVFP4-W4A4KV4`; `BF16` of `BF16`."""
         return family(self.name)
 
     def __str__(self) -> str:
-        """The name with each option that is not the default; `resolve` reads it back."""
+        """The name with each option that is not the default; `resolve` reads it back. `skip` is no part of it."""
         found = resolve(self.name, self.options())
         sizes = {option: size for option in ROTATIONS if (size := getattr(found, option)) is not None}
         return written(found.name, {**options_of(found.families, found.fields), **sizes})

@@ -107,7 +107,7 @@ def pair(run: Run) -> dict[str, Any]:
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
     reference, candidate = (
-        Side(str(run.inputs[role] / "model"), models[role].precision.name, models[role].precision.options())
+        Side(str(run.inputs[role] / "model"), models[role].precision.name, models[role].precision.for_prepare())
         for role in ("reference", "candidate")
     )
     settings = PairSettings(

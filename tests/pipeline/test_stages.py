@@ -28,7 +28,8 @@ from reqat.config.stage import (
 )
 from reqat.data import TraceStore
 from reqat.data.tokenizer import build_tokenizer
-from reqat.models import load_model, load_tokenizer, prepare
+from reqat.evaluation.loading import load_at
+from reqat.models import load_model, load_tokenizer, prepare, quant_linears
 from reqat.pipeline.stages import calibration_ids, carry_out, objective, selected
 
 KV4 = PrecisionSpec(name="NVFP4-W4A4KV4")
@@ -123,6 +124,17 @@ def test_qat_starts_from_its_parent_and_moves_the_weights(chain: Chain) -> None:
     assert any("q_proj" in n for n in moved) and any("embed" in n for n in moved)
 
 
+def test_layers_left_alone_are_not_quantized_in_training_nor_when_loaded(chain: Chain) -> None:
+    at = PrecisionSpec(name="MXFP4-W4A4", skip=("*.down_proj",))
+    qat = train_stage(chain, "qat", chain.base, at, 600)
+    plain = train_stage(chain, "qat", chain.base, PrecisionSpec(name="MXFP4-W4A4"), 600)
+    losses = [chain.metrics[stage.id]["curve"][0]["nll"] for stage in (qat, plain)]
+    assert losses[0] != losses[1]  # the first step already computes something else
+    loaded = load_at(chain.root / qat.id / "model", at.name, override=True, **at.for_prepare())
+    named = set(quant_linears(loaded))
+    assert len(named) == 2 * 6 and not any("down_proj" in name for name in named)
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_ptq_leaves_frozen_codes(chain: Chain, method: str) -> None:
     stage = chain.run(
@@ -134,8 +146,6 @@ def test_ptq_leaves_frozen_codes(chain: Chain, method: str) -> None:
     )
     model = chain.model(stage)
     prepare(model, KV4.name, **KV4.options())
-    from reqat.models import quant_linears
-
     assert all(layer.frozen for layer in quant_linears(model).values())
 
 
