@@ -56,8 +56,12 @@ def losses_by_condition(
         (np.array([r.value for r in theirs]) - theirs[0].value, "s", False, "paper, read off"),
     ):
         colour = "black" if filled else style.GREY
-        right.plot(places, values, ls="none", marker=marker, color=colour, mfc=colour if filled else "none", label=label)
+        right.plot(
+            places, values, ls="none", marker=marker, color=colour, mfc=colour if filled else "none", label=label
+        )
         for at, value in zip(places, values, strict=True):
+            if at == 0:  # the zero that the others are measured from
+                continue
             shift = -7 if filled else 7
             ha = "right" if filled else "left"
             right.annotate(f"{value:+.3f}".replace("-", "\u2212"), (at, value), (shift, 0), textcoords="offset points",
@@ -75,8 +79,8 @@ def losses_by_condition(
     style.panel(left, letter, f"Measured: {model}")
     style.panel(right, "", "Mean of the last third")
     note = (
-        f"Negative log-likelihood of training seed {seed}, the same traces in the same order; curves: running mean over "
-        f"{_SMOOTHED:.0%} of the stage. Paper ({theirs[0].model}): to about 0.001 nats."
+        f"Negative log-likelihood of training seed {seed}, the same traces in the same order; curves: running mean "
+        f"over {_SMOOTHED:.0%} of the stage. Paper ({theirs[0].model}): to about 0.001 nats."
     )
     return finish(fig, results, list(chosen.values()), note, intervals=False)
 

@@ -41,7 +41,9 @@ def _bars(ax: Axes, rows: list[tuple[str, str, tuple[float, float, float]]]) -> 
     for i, (_, method, (value, lo, hi)) in enumerate(rows):
         ax.bar(i, value - bottom, 0.72, bottom=bottom, color=style.colour(method), zorder=2)
         if hi > lo:
-            ax.errorbar(i, value, yerr=[[value - lo], [hi - value]], ecolor="#333333", elinewidth=0.8, capsize=2, zorder=3)
+            ax.errorbar(
+                i, value, yerr=[[value - lo], [hi - value]], ecolor="#333333", elinewidth=0.8, capsize=2, zorder=3
+            )
         ax.annotate(f"{value:.1f}", (i, hi), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     ax.set_ylim(bottom, high + 0.15 * (high - bottom))
     ax.set_xticks(range(len(rows)), [f"{_WORDS.get(m, m)}\n{p.removeprefix('NVFP4-')}" for p, m, _ in rows], fontsize=7)

@@ -27,7 +27,18 @@ TIER: dict[str, Any] = {
     "models": {
         "testbed": {
             "source": "pinned",
-            "artifacts": ["table1", "table2", "table4", "table5", "figure1", "ptq", "global-scale", "figure5", "figure10", "figure11"],
+            "artifacts": [
+                "table1",
+                "table2",
+                "table4",
+                "table5",
+                "figure1",
+                "ptq",
+                "global-scale",
+                "figure5",
+                "figure10",
+                "figure11",
+            ],
         }
     },
     "data": {"families": {"chain_sum": {}, "simple_equations": {}}, "tokens": 1_000_000},
