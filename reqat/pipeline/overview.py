@@ -1,8 +1,8 @@
-"""One real position for the overview of ReQAT (Figure 3): how sure three models are of a digit, and SEM's weights there.
+"""One real position for the overview of ReQAT (Figure 3): how sure three models are of a digit, and what SEM weighs.
 
-The models read the same verified traces. Among the digits that the BF16 model is nearly certain of, the one is shown
-whose probability quantized training left lowest: there SEM has something to give back. It is chosen by that rule, so it
-is an illustration and no evidence; Figures 2 and 4 have the averages.
+The models read the same verified traces. Among the quarter of the digits that the BF16 model is surest of, the one is
+shown that lost most of its probability in quantized training: there SEM has something to give back. It is chosen by
+that rule, so it is an illustration and no evidence; Figures 2 and 4 have the averages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LABELS = {"bf16": "BF16", "qat": "QAT", "sem": "QAT with SEM"}
 """Role of the study -> what figures call the model."""
-_CERTAIN = 0.9  # probability from which the BF16 model counts as nearly certain
+_SUREST = 0.75  # quantile of the digits' probability from which on one is among the surest
 _TOKENS, _BEFORE = 6, 3  # of the strip, and of these in front of the digit
 
 
@@ -35,8 +35,8 @@ def strip(folder: TraceFolder, term: SEMTerm) -> pd.DataFrame:
     """The strip of six tokens around the chosen digit, a row a token.
 
     Columns: ``token`` (text), ``chosen``, ``entropy`` (nats) and ``weight`` of SEM with QAT's entropies (a micro-batch
-    of this one trace), and ``p <label>``, the token's probability in each model. Raises `ReqatError` where the BF16
-    model is certain of no digit.
+    of this one trace), and ``p <label>``, the token's probability in each model. Raises `ReqatError` where the traces
+    hold no digit.
     """
     import pandas as pd
 
@@ -44,9 +44,9 @@ def strip(folder: TraceFolder, term: SEMTerm) -> pd.DataFrame:
     texts = np.array(folder.vocabulary, dtype=object)[folder.column("token")]
     digit_N = np.array([text.strip().isdigit() for text in texts])
     p = {label: folder.column(f"prob_{label}").astype(float) for label in LABELS.values()}
-    sure_N = digit_N & (p[bf16] >= _CERTAIN)
-    if not sure_N.any():
-        raise ReqatError(f"{bf16} gives no digit of these traces a probability of {_CERTAIN:g}; ask for more problems.")
+    if not digit_N.any():
+        raise ReqatError("these traces hold no digit to look at; ask other task families.")
+    sure_N = digit_N & (p[bf16] >= np.quantile(p[bf16][digit_N], _SUREST))
     at = int(np.where(sure_N, p[qat] - p[bf16], np.inf).argmin())
     trace = int(folder.trace_index[at])
     first, length = int(folder.starts[trace]), int(folder.lengths[trace])
