@@ -45,8 +45,8 @@ def build(studies: ByKind) -> Figure:
         [
             f"Tier {s['tier']}; BF16 is the fine-tuned model, the others are trained and read at "
             f"{' and '.join(quantized)}.",
-            f"The position: of {s['n']} verified validation traces, among the quarter of the digits that BF16 is surest "
-            "of, the one that lost most probability in QAT without SEM. Chosen by that rule, so an illustration.",
+            f"The position: of {s['n']} verified validation traces, among the quarter of the digits that BF16 is "
+            "surest of, the one that lost most probability in QAT without SEM: an illustration.",
             "Entropies are those of QAT; weights as of a micro-batch of this trace "
             f"(percentile {100 * s['percentile']:g}).",
             "The paper's Figure 3 draws 1/s on queries and s on keys; drawn here as its Equation 2: queries times s, "
@@ -73,9 +73,13 @@ def stage_words(stage: dict[str, Any]) -> list[str]:
         else f"{term['weight']:g} {term['name'].upper()}"
         for term in stage["objective"]
     )
-    at = stage["precision"].partition(":")[0]
-    first = "" if stage["skip_tokens"] else "the first " if kind == "qat" else ""
-    return [at, f"{first}{tokens(stage['tokens'])} tokens{' of the same traces' if first else ''}", f"loss: {terms}"]
+    same = kind == "qat" and not stage["skip_tokens"]
+    return [
+        stage["precision"].partition(":")[0],
+        f"{'the first ' if same else ''}{tokens(stage['tokens'])} tokens",
+        *(["of the same traces"] if same else []),
+        f"loss: {terms}",
+    ]
 
 
 def _stages(ax: Axes, stages: list[dict[str, Any]]) -> None:

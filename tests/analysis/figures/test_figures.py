@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from analysis.build import build_figures, maker
-from analysis.figures import figure1b, figure1c, losses, qfit
+from analysis.figures import figure1a, figure1b, figure1c, figure5a, figure10b, figure11b, losses, qfit
+from analysis.figures._conditions import losses_by_condition
 from analysis.figures._results import METHODS
 from analysis.registry import discovered, figure_names
 from analysis.report import style
@@ -168,6 +170,66 @@ def test_dots_of_table1_do_not_hide_their_intervals(results: Results, drawing: N
     assert drawn == expected
 
 
+def test_figure1a_bars_are_what_rounding_costs_each_family(results: Results, drawing: None) -> None:
+    left, right = figure1a.build(results, "testbed").axes
+    by = {(e.precision, e.method, e.multiple): e for e in results.of("figure1")}
+    expected = []
+    for plain, rounded in (
+        (by["BF16", "Baseline", None], by["NVFP4-W4A4KV4", "PTQ", None]),
+        (by["BF16", "FT", 3], by["NVFP4-W4A4KV4", "FT+PTQ", 3]),
+    ):
+        for family in (None, "chain_sum", "simple_equations"):
+            a, b = (100 * results.estimate(e, family).value for e in (plain, rounded))
+            expected.append(a - b)
+    assert [bar.get_height() for bar in left.patches] == pytest.approx(expected)
+    assert [bar.get_height() for bar in right.patches][:3] == [1.88, 5.22, 7.76]  # R1-Llama-8B
+    assert "read off" in right.get_title(loc="left")
+
+
+def test_figure5a_bars_are_the_estimates(results: Results, drawing: None) -> None:
+    left, right = figure5a.build(results, "testbed").axes
+    expected = [100 * results.estimate(e).value for e in results.of("figure5")]
+    assert [bar.get_y() + bar.get_height() for bar in left.patches] == pytest.approx(expected)
+    assert [t.get_text().split("\n") for t in left.get_xticklabels()] == [
+        ["TAQ", "W4A4"], *([words, "W4A4KV4"] for words in ("TAQ", "+SEM", "+Q-FIT", "+both"))
+    ]  # fmt: skip
+    assert [bar.get_y() + bar.get_height() for bar in right.patches] == pytest.approx([65.95, 63.1, 64.5, 65.1, 65.6])
+    assert "read off" in right.get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    ("figure", "artifact", "theirs"),
+    [
+        (figure10b, "figure10", [0.756, 0.7618, 0.7612, 0.7589]),
+        (figure11b, "figure11", [0.771, 0.762, 0.762]),
+    ],
+    ids=["figure10b", "figure11b"],
+)
+def test_losses_by_condition_are_the_records(
+    results: Results, drawing: None, figure: ModuleType, artifact: str, theirs: list[float]
+) -> None:
+    left, right = figure.build(results, "testbed").axes
+    by = {e.condition: e for e in results.of(artifact)}
+    means = []
+    for line, condition in zip(left.get_lines(), figure.WORDS, strict=True):
+        cell = by[condition].cells[0]
+        assert cell.training_seed == 0
+        points = results.metrics(results.plan.evaluation(cell.evaluation).stage)["curve"]
+        y = np.array([p["loss"] for p in points])
+        assert list(line.get_xdata()) == pytest.approx([p["tokens"] for p in points])
+        assert line.get_ydata()[50] == pytest.approx(y[43:58].mean())  # 15 of the 100 points
+        means.append(y[67:].mean())  # the last third
+    ours, paper = (line for line in right.get_lines() if line.get_linestyle() == "None")
+    assert list(ours.get_ydata()) == pytest.approx(np.array(means) - means[0], abs=1e-9)
+    assert list(paper.get_ydata()) == pytest.approx(np.array(theirs) - theirs[0])
+    assert "read off" in paper.get_label()
+
+
+def test_losses_by_condition_want_every_condition(results: Results) -> None:
+    with pytest.raises(ReqatError, match="figure10 has no cell 'kv=INT4' of testbed"):
+        losses_by_condition(results, "testbed", "figure10", {"kv=INT4": "INT4"}, "b", "figure10b")
+
+
 def test_moving_average() -> None:
     assert losses.moving_average(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
     assert losses.moving_average(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
@@ -193,8 +255,10 @@ def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_pat
         only={"recipes": ["base", "ft", "ptq", "qat", "reqat-t"], "precisions": ["MXFP4-W4A16"]},
     )
     written = build_figures(results.plan, results.root, tmp_path / "out")
-    assert [p.name for p in written] == [f"{n}.{s}" for n in ("figure1b", "figure1c") for s in ("png", "pdf")]
-    assert list(figure_names(results.plan)) == ["figure1b", "figure1c"]
+    assert [p.name for p in written] == [
+        f"{n}.{s}" for n in ("figure1a", "figure1b", "figure1c") for s in ("png", "pdf")
+    ]
+    assert list(figure_names(results.plan)) == ["figure1a", "figure1b", "figure1c"]
     pixels = imread(tmp_path / "out" / "figure1b.png")
     assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI)
     assert pixels[..., :3].std() > 0.05  # not an empty page
