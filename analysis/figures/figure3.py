@@ -85,6 +85,8 @@ def stage_words(stage: dict[str, Any]) -> list[str]:
 def _stages(ax: Axes, stages: list[dict[str, Any]]) -> None:
     """Boxes from left to right, with arrows between them."""
     ax.set_axis_off()
+    ax.set_xticks([])
+    ax.set_yticks([])
     ax.set_xlim(0, len(stages) + 0.45)
     ax.set_ylim(0, 1)
     ax.text(0.0, 0.5, "base\nmodel", ha="left", va="center", fontsize=8)

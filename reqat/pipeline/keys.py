@@ -24,7 +24,6 @@ from reqat.config.stage import Calibration, QFitSettings, Stage
 from reqat.models.adapters import blocks_of
 from reqat.pipeline.stages import MODEL, calibration_ids
 from reqat.quant import block_hadamard
-from reqat.records import record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +32,9 @@ if TYPE_CHECKING:
 _SHOWN = 60  # tokens and inputs of the window around the largest input, as in the paper
 
 
-def run_keys(stage: Stage, inputs: Mapping[str, Path], out: Path, *, sequences: int, rotation: int) -> dict[str, Any]:
+def run_keys(
+    stage: Stage, found: Mapping[str, Any], inputs: Mapping[str, Path], out: Path, *, sequences: int, rotation: int
+) -> dict[str, Any]:
     """Measure the keys that the Q-FIT `stage` was calibrated on; writes four tables into ``out``, returns metrics.
 
     - ``surfaces.csv``: |K| of two layers and one head on one sequence, a row a token: ``layer``, ``keys`` (before or
@@ -47,11 +48,12 @@ def run_keys(stage: Stage, inputs: Mapping[str, Path], out: Path, *, sequences: 
 
     Args:
         stage: of kind `qfit`, with scale and shift.
-        inputs: folders of the roles `before` (the model), `fitted` (the stage's own) and `data`.
+        found: the stage's metrics, as its record has them.
+        inputs: folders of the roles `before` (the model) and `data`.
         sequences: of the calibration's, those that are looked at.
         rotation: block size of the rotation of `down_proj`'s inputs.
 
-    Raises `ReqatError` for a record without an error map, more sequences than the calibration has, a model without
+    Raises `ReqatError` for metrics without an error map, more sequences than the calibration has, a model without
     `down_proj`, and a rotation that does not divide its inputs.
     """
     import pandas as pd
@@ -66,8 +68,7 @@ def run_keys(stage: Stage, inputs: Mapping[str, Path], out: Path, *, sequences: 
         raise ReqatError(
             f"{stage.id} was calibrated on {settings.calibration.sequences} sequences, not on {sequences}."
         )
-    found = record.read(inputs["fitted"])["metrics"]
-    errors = _errors(found, inputs["fitted"])
+    errors = _errors(found, stage.id)
     folder = inputs["before"] / MODEL
     model, tokenizer = load_model(folder), with_bos(load_tokenizer(folder))
     wanted = Calibration(sequences=sequences, sequence_tokens=settings.calibration.sequence_tokens)
@@ -117,7 +118,7 @@ def outlying_head(key: Tensor) -> int:
     return int((largest_GD.amax(dim=-1) / largest_GD.median(dim=-1).values.clamp(min=1e-12)).argmax())
 
 
-def _errors(found: Mapping[str, Any], folder: Path) -> pd.DataFrame:
+def _errors(found: Mapping[str, Any], name: str) -> pd.DataFrame:
     """The error map of a Q-FIT record's metrics, a row a layer and point."""
     import pandas as pd
 
@@ -131,7 +132,7 @@ def _errors(found: Mapping[str, Any], folder: Path) -> pd.DataFrame:
             for j, b in enumerate(betas)
         ]
     except (KeyError, ValueError, IndexError) as error:
-        raise ReqatError(f"{folder}: its record has no whole error map ({error}); run the stage again.") from None
+        raise ReqatError(f"{name}: its record has no whole error map ({error}); run the stage again.") from None
     return pd.DataFrame(rows)
 
 

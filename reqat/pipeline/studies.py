@@ -232,7 +232,8 @@ def keys(run: Run) -> dict[str, Any]:
     s = run.study.settings
     assert isinstance(s, KeysStudy)
     stage = run.plan.stage(run.study.given["fitted"])
-    return run_keys(stage, run.inputs, run.out, sequences=s.sequences, rotation=s.rotation)
+    found = record.read(run.inputs["fitted"])["metrics"]
+    return run_keys(stage, found, run.inputs, run.out, sequences=s.sequences, rotation=s.rotation)
 
 
 def overview(run: Run) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -260,9 +259,9 @@ def test_keys_before_and_after_rope_and_inputs_before_and_after_rotation(chain: 
         parent=chain.base.id,
         data=chain.data.id,
     )
-    (chain.root / fit.id / "record.json").write_text(json.dumps({"id": fit.id, "metrics": chain.metrics[fit.id]}))
-    folders = {"before": chain.root / chain.base.id, "fitted": chain.root / fit.id, "data": chain.root / chain.data.id}
-    found = run_keys(fit, folders, tmp_path, sequences=2, rotation=32)["measured"]
+    metrics = chain.metrics[fit.id]
+    folders = {"before": chain.root / chain.base.id, "data": chain.root / chain.data.id}
+    found = run_keys(fit, metrics, folders, tmp_path, sequences=2, rotation=32)["measured"]
     tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("surfaces", "profiles", "errors", "inputs")}
     # RoPE turns the pair (r, r + D/2): the length of each is what it was.
     surfaces = tables["surfaces"]
@@ -291,6 +290,8 @@ def test_keys_before_and_after_rope_and_inputs_before_and_after_rotation(chain: 
     window = tables["inputs"][tables["inputs"]["inputs"] == "before rotation"].filter(regex=r"^d\d+$")
     assert window.to_numpy().max() == pytest.approx(found["largest_input"]["before"], rel=1e-4)
     with pytest.raises(ReqatError, match="calibrated on 2 sequences, not on 3"):
-        run_keys(fit, folders, tmp_path, sequences=3, rotation=32)
+        run_keys(fit, metrics, folders, tmp_path, sequences=3, rotation=32)
+    with pytest.raises(ReqatError, match="no whole error map"):
+        run_keys(fit, {"alphas": [0.0]}, folders, tmp_path, sequences=2, rotation=32)
     with pytest.raises(ReqatError, match="64 inputs do not divide into blocks of 128"):
-        run_keys(fit, folders, tmp_path, sequences=2, rotation=128)
+        run_keys(fit, metrics, folders, tmp_path, sequences=2, rotation=128)

@@ -67,7 +67,8 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 STAGES = [
-    {"kind": "finetune", "precision": "BF16", "tokens": 600_000, "skip_tokens": 0, "objective": [{"name": "nll", "weight": 1.0}]},
+    {"kind": "finetune", "precision": "BF16", "tokens": 600_000, "skip_tokens": 0,
+     "objective": [{"name": "nll", "weight": 1.0}]},
     {"kind": "qfit", "precision": made.CAND, "grid": 20, "sequences": 32, "sequence_tokens": 192},
     {"kind": "qat", "precision": f"{made.CAND}:kv_element=E1M2", "tokens": 200_000, "skip_tokens": 0,
      "objective": [{"name": "nll", "weight": 1.0}, {"name": "sem", "weight": 0.1}]},
