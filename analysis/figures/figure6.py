@@ -1,4 +1,8 @@
-"""Figure 6: throughput relative to BF16 over the batch and the output length, and memory."""
+"""Figure 6: throughput relative to BF16 over the batch and the output length, and memory.
+
+Three sources, never mixed: lines are modelled, circles and squares reported, diamonds measured. Which model stands
+behind each is said under the figure.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.report import roofline, style
-from analysis.report.benchmark import Measured, decode_rows, memory_rows, shortest_prompt, size
+from analysis.report.benchmark import Measured, decode_rows, decoded_model, memory_rows, shortest_prompt, size
 
 NAME = "figure6"
 BENCHMARK = ()
@@ -20,6 +26,8 @@ BENCHMARK = ()
 DEVICE_COLOURS = {"B200": style.BLUE, "DGX Spark": style.VERMILION, "H100": style.GREY}
 DEVICE_MARKERS = {"B200": "o", "DGX Spark": "s", "H100": "^"}
 OURS = style.GREEN
+REPORTED = ("B200", "DGX Spark")  # devices that the paper measured, in the order of the legend
+MOST_LINEAR = 12.0  # a ratio beyond this would flatten all the others: the axis becomes logarithmic
 
 
 def build(measured: Measured) -> Figure:
@@ -37,22 +45,41 @@ def build(measured: Measured) -> Figure:
         4.8, *(line.get_ydata().max() for ax in (left, middle) for line in ax.get_lines() if len(line.get_xdata()))
     )
     for ax in (left, middle):
-        ax.set_ylim(0, 1.06 * top)
+        _ratio_axis(ax, top)
         ax.axhline(1, color=style.BLACK, lw=0.7, ls=(0, (1, 1)), zorder=1)
     left.set_ylabel("throughput relative to BF16")
     _memory(right, memory_rows(measured))
     fig.legend(
-        handles=_handles(len(ours) > 0), loc="outside upper center", ncols=4, columnspacing=1.3, handlelength=1.8
+        handles=_handles(len(ours) > 0),
+        loc="outside upper center",
+        ncols=4,
+        columnspacing=1.3,
+        handlelength=1.8,
+        handler_map={tuple: HandlerTuple(ndivide=None, pad=0.3)},
     )
     notes = [
-        "Modelled: datasheets' bandwidth, dense operations and memory, R1-Qwen-14B, W4A4KV4 (DGX Spark in (b): FP8 KV, "
-        "as reported). Reported: the paper, batch not given.",
+        "Modelled: R1-Qwen-14B at W4A4KV4 from the datasheets' bandwidth, dense operations and memory (DGX Spark in "
+        "(b): FP8 KV, as reported).",
+        "Reported: R1-Qwen-14B in the paper, on B200 (circles) and DGX Spark (squares); batch not given.",
+        f"Measured: {decoded_model(measured)}, packed, against transformers' BF16."
+        if len(ours)
+        else "No packed model was measured.",
         *measured.notes("decode"),
     ]
-    if ours.empty:
-        notes.append("No packed model was measured.")
     style.footer(fig, notes)
     return fig
+
+
+def _ratio_axis(ax: Axes, top: float) -> None:
+    """From 0 to the largest ratio; logarithmic where that one is many times the others."""
+    if top <= MOST_LINEAR:
+        ax.set_ylim(0, 1.06 * top)
+        return
+    ax.set_yscale("log", base=2)
+    ax.set_ylim(0.8, 1.15 * top)
+    ax.yaxis.set_major_locator(FixedLocator([2**i for i in range(math.ceil(math.log2(top)))]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
 
 
 def decode_ratios(measured: Measured) -> pd.DataFrame:
@@ -114,20 +141,21 @@ def paper_tokens(n: int) -> str:
 
 
 def _reported(ax: Axes, x: float, point: roofline.Point) -> None:
-    colour = DEVICE_COLOURS[point.device.name]
-    full = point.method == "ReQAT"
-    ax.plot(
-        [x],
-        [point.reported],
-        ls="none",
-        marker=DEVICE_MARKERS[point.device.name],
-        ms=5 if full else 6.5,
-        mfc=colour if full else "none",
-        mec="white" if full else colour,
-        mew=0.4 if full else 0.9,
-        zorder=3,
-        clip_on=False,
-    )
+    mark = _mark(point.device.name, filled=point.method == "ReQAT")
+    ax.plot([x], [point.reported], zorder=3, clip_on=False, **mark)
+
+
+def _mark(device: str, *, filled: bool) -> dict[str, Any]:
+    """The mark of a reported ratio: the device's own, filled for ReQAT, hollow for plain NVFP4."""
+    colour = DEVICE_COLOURS[device]
+    return {
+        "ls": "none",
+        "marker": DEVICE_MARKERS[device],
+        "ms": 5 if filled else 6.5,
+        "mfc": colour if filled else "none",
+        "mec": "white" if filled else colour,
+        "mew": 0.4 if filled else 0.9,
+    }
 
 
 def _memory(ax: Axes, data: pd.DataFrame) -> None:
@@ -162,11 +190,23 @@ def _handles(measured: bool) -> list[Any]:
     out: list[Any] = [
         Line2D([], [], color=DEVICE_COLOURS[d.name], lw=1.3, label=f"modelled, {d.name}") for d in roofline.DEVICES
     ]
-    mark: dict[str, Any] = {"ls": "none", "marker": "o", "ms": 5}
-    out.append(Line2D([], [], color=style.BLACK, mec="white", mew=0.4, label="reported, ReQAT", **mark))
-    out.append(Line2D([], [], mfc="none", mec=style.BLACK, mew=0.9, label="reported, plain NVFP4", **mark))
+    for words, filled in (("reported, ReQAT", True), ("reported, plain NVFP4", False)):
+        out.append(_Together(Line2D([], [], **_mark(device, filled=filled)) for device in REPORTED).named(words))
     if measured:
         out.append(
             Line2D([], [], color=OURS, marker="D", ms=5, mec="white", mew=0.4, lw=1.0, label="measured, this CPU")
         )
     return [*out, Patch(color=style.SKY, label="weights"), Patch(color=style.ORANGE, label="KV cache")]
+
+
+class _Together(tuple[Line2D, ...]):
+    """Marks that share one line of a legend."""
+
+    label = ""
+
+    def named(self, label: str) -> _Together:
+        self.label = label
+        return self
+
+    def get_label(self) -> str:
+        return self.label

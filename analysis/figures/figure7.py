@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from analysis.report import style
 from analysis.report.studies import ByKind, Study, one
-from analysis.report.study_words import made_notes
+from analysis.report.study_words import made_notes, method_words
 from reqat.config.errors import ReqatError
 from reqat.evaluation.low_entropy import LOW_NAMES
 
@@ -109,7 +109,7 @@ def _gradient_notes(study: Study, data: pd.DataFrame) -> list[str]:
     seen = data[data["threshold"] == data["threshold"].iloc[0]]
     same = study.metrics.get("same_weights")
     out = [
-        f"Tier {study.settings['tier']}; {model['recipe']} at {model['precision']}, one training run of "
+        f"Tier {study.settings['tier']}; {method_words(model['recipe'])} at {model['precision']}, one training run of "
         f"{study.metrics['steps']:,} steps, a micro-batch every {study.metrics['every']} "
         f"({len(seen):,} in all, {int(seen['tokens'].mean()):,} response tokens each).",
         *made_notes(study),

@@ -26,6 +26,9 @@ NAME = "table1-dots"
 ARTIFACT = "table1"
 NEEDS = "quantized"
 
+# Narrower than a marker, most intervals would lie under it: they are drawn over it, in black, with ends.
+_INTERVAL: dict[str, Any] = {"ecolor": "black", "elinewidth": 0.8, "capsize": 2.2, "barsabove": True, "zorder": 3}
+
 
 def build(results: Results, model: str) -> Figure:
     """Table 1 at a glance: a dot and its interval a method and budget, one column of panels a precision; the paper's
@@ -51,10 +54,8 @@ def build(results: Results, model: str) -> Figure:
                         v,
                         y + _offset(m, ours),
                         xerr=[[v - lo], [hi - v]],
-                        lw=1.0,
-                        capsize=0,
-                        zorder=3,
                         **_dot(method, m, ours),
+                        **_INTERVAL,
                     )
             for m in [None, *theirs]:
                 budgets = {
@@ -99,7 +100,8 @@ def _offset(multiple: int | None, known: Sequence[int]) -> float:
 def _dot(method: str, multiple: int | None, known: Sequence[int]) -> dict[str, Any]:
     """Marker and colour of a method, paler for smaller budgets."""
     share = 1.0 if multiple is None or len(known) < 2 else 0.45 + 0.55 * known.index(multiple) / (len(known) - 1)
-    return {**style.line(method), "ls": "none", "alpha": share}
+    look = style.line(method)
+    return {**look, "markersize": 0.8 * look["markersize"], "ls": "none", "alpha": share}
 
 
 def _share_limits(axes: Sequence[Axes]) -> None:

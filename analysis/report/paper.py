@@ -6,6 +6,9 @@ number a row: artifact, model, format (the precision), method, condition, metric
 mean over 8 sampling seeds; the paper gives no intervals. `condition` is `key=value;key=value` or a bare flag
 (`greedy`).
 
+Figures give more: `paper_digitized.csv` has what was read off them, to about +-0.1, in the same columns and `how`.
+`read_off` selects from it, and whoever shows such a number says that it was read off.
+
 These numbers are only ever drawn or printed *beside* what was measured here, never mixed with it.
 """
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 CITATION = "ReQAT, ICML 2026, arXiv 2606.15682"
 SOURCE = Path(__file__).with_name("paper_reported.csv")
+DIGITIZED = Path(__file__).with_name("paper_digitized.csv")
 QAT_TOKENS = 70_000_000  # the QAT budget of every total (Table 1)
 COLUMNS = ("artifact", "model", "format", "method", "condition", "metric", "value")
 
@@ -87,6 +91,7 @@ class Reported:
     condition: Mapping[str, str]
     metric: str  # "AIME-120", "final_loss", ...
     value: float  # percent for accuracies, nats for losses
+    how: str = "table"  # or "read off" a figure, with what is known of its accuracy
 
     @property
     def total_tokens(self) -> int | None:
@@ -97,21 +102,39 @@ class Reported:
 
 @functools.cache
 def reported() -> tuple[Reported, ...]:
-    """Every number, in the order of the file. Raises ValueError on a row that does not parse or stands twice."""
+    """Every number of the tables, in the order of the file. Raises ValueError on a row that does not parse or stands
+    twice."""
+    return _read(SOURCE, COLUMNS)
+
+
+@functools.cache
+def digitized() -> tuple[Reported, ...]:
+    """Every number that was read off a figure, likewise."""
+    return _read(DIGITIZED, (*COLUMNS, "how"))
+
+
+def _read(source: Path, columns: tuple[str, ...]) -> tuple[Reported, ...]:
     rows: list[Reported] = []
-    with SOURCE.open(newline="", encoding="utf-8") as file:
+    with source.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{SOURCE}: columns {reader.fieldnames}, expected {COLUMNS}")
+        if tuple(reader.fieldnames or ()) != columns:
+            raise ValueError(f"{source}: columns {reader.fieldnames}, expected {columns}")
         for r in reader:
             condition = parse_condition(r["condition"])
-            rows.append(
-                Reported(r["artifact"], r["model"], r["format"], r["method"], condition, r["metric"], float(r["value"]))
-            )
+            named = (r["artifact"], r["model"], r["format"], r["method"], condition, r["metric"], float(r["value"]))
+            rows.append(Reported(*named, how=r.get("how", "table")))
     seen = {(r.artifact, r.model, r.precision, r.method, tuple(sorted(r.condition.items())), r.metric) for r in rows}
     if len(seen) != len(rows):
-        raise ValueError(f"{SOURCE}: {len(rows) - len(seen)} number(s) stand twice")
+        raise ValueError(f"{source}: {len(rows) - len(seen)} number(s) stand twice")
     return tuple(rows)
+
+
+def read_off(artifact: str, *, metric: str | None = None) -> tuple[Reported, ...]:
+    """The numbers that were read off a figure. Raises ValueError if there are none."""
+    found = tuple(r for r in digitized() if r.artifact == artifact and metric in (None, r.metric))
+    if not found:
+        raise ValueError(f"{DIGITIZED.name} has no numbers of {artifact}{f', {metric}' if metric else ''}")
+    return found
 
 
 def select(

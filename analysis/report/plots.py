@@ -25,8 +25,10 @@ def percentiles(rows: pd.DataFrame) -> Any:
     return (rows["bin"].to_numpy() + 0.5) * 100 / (rows["bin"].max() + 1)
 
 
-def draw_bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, str]]) -> None:
-    """Groups of bars in percent, with intervals: one group a tick, one bar a series of (label, rows, colour)."""
+def draw_bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, str]], *, written: bool = False) -> None:
+    """Groups of bars in percent, with intervals: one group a tick, one bar a series of (label, rows, colour).
+
+    ``written``: each with its value over it, so that one too low to be seen is not taken for one that is missing."""
     width = 0.8 / len(series)
     for j, (label, rows, colour) in enumerate(series):
         value, lo, hi = (100 * rows[name].to_numpy(dtype=float) for name in ("value", "lo", "hi"))
@@ -42,6 +44,10 @@ def draw_bars(ax: Any, ticks: list[str], series: list[tuple[str, pd.DataFrame, s
             label=label or None,
             error_kw={"linewidth": 0.9},
         )
+        if written:
+            for at, height, end in zip(x[known], value[known], hi[known], strict=True):
+                said = f"{height:.0f}" if height >= 10 or height == 0 else f"{height:.1g}"
+                ax.text(at, max(height, end) + 2, said, color=colour, ha="center", fontsize=6.2, zorder=5)
     ax.set_xticks(np.arange(len(ticks)), ticks)
 
 
@@ -95,7 +101,7 @@ def draw_divergences(ax: Any, shares: pd.DataFrame, errors: pd.DataFrame | None)
     if errors is not None:
         wrong = errors[errors["statistic"] == "low entropy"]
         series.append(("first wrong token, derailed pairs", wrong, style.VERMILION))
-    draw_bars(ax, [f"below\n{name}" for name in chances["threshold"]], series)
+    draw_bars(ax, [f"below\n{name}" for name in chances["threshold"]], series, written=True)
     for i, chance in enumerate(chances["chance"]):
         ax.plot([i - 0.45, i + 0.45], [100 * chance] * 2, color=style.BLACK, lw=1.0, ls="--", zorder=4)
     ax.plot([], [], color=style.BLACK, lw=1.0, ls="--", label="all tokens")

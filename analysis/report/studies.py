@@ -179,6 +179,15 @@ def optional(study: Study, name: str) -> pd.DataFrame | None:
     return frame if len(frame) else None
 
 
+def responses(study: Study, condition: str) -> pd.DataFrame:
+    """Graded responses of one condition, a row each, with the columns of `reqat.evaluation.Outcomes`.
+
+    Raises `ReqatError` naming the file if there is none."""
+    from reqat.evaluation.outcomes import Outcomes
+
+    return Outcomes.from_parquet(study.path / f"{condition}.parquet").to_pandas()
+
+
 def conditions_named(study: Study, names: Sequence[str]) -> pd.DataFrame:
     """Rows of these conditions, in this order. Raises `ReqatError` naming one that is not there."""
     frame = study.conditions.set_index("condition")

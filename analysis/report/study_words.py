@@ -12,6 +12,12 @@ def short(precision: str) -> str:
     return precision.partition("-")[0]
 
 
+def method_words(recipe: str) -> str:
+    """A recipe as text names its method: `reqat-tq` -> `ReQAT-TQ`, `ft-ptq` -> `FT+PTQ`."""
+    words = recipe.upper().replace("REQAT", "ReQAT")
+    return words.replace("FT-", "FT+", 1) if words.startswith("FT-") else words
+
+
 def roles(study: Study) -> tuple[str, str]:
     """What reference and candidate of a study of two models are called: their formats, where these differ."""
     names = study.settings["precisions"]

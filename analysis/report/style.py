@@ -42,6 +42,7 @@ COLOURS = {
     "QAT": ORANGE,
     "FT+QAT": PURPLE,
     "ReQAT-T": GREEN,
+    "ReQAT-TS": ORANGE,
     "ReQAT-TQ": PURPLE,
     "ReQAT-TQS": VERMILION,
 }
@@ -53,6 +54,7 @@ MARKERS = {
     "QAT": "s",
     "FT+QAT": "P",
     "ReQAT-T": "D",
+    "ReQAT-TS": "h",
     "ReQAT-TQ": "p",
     "ReQAT-TQS": "*",
 }

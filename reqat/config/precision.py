@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from reqat.config.base import Seed, Strict
+from reqat.config.base import Seed, Strict, distinct
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, standard
 
@@ -315,6 +315,18 @@ Rotation = Annotated[int, AfterValidator(check_rotation)]
 """Size of a block Hadamard rotation: a power of two."""
 
 
+def _patterns(skip: tuple[str, ...]) -> tuple[str, ...]:
+    """`skip`, unchanged. Raises `ReqatError` for an empty pattern, and for one that stands twice."""
+    if not all(pattern.strip() for pattern in skip):
+        raise ReqatError(f"skip: {list(skip)}: give patterns of layers' names, such as '*.down_proj'.")
+    distinct(skip)
+    return skip
+
+
+Skip = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_patterns)]
+"""Patterns of the names of linear layers that a precision leaves alone."""
+
+
 class PrecisionSpec(Strict):
     """A precision by name with its options, as configuration holds it: what a name does not use is None, so that the
     same work has one identity. `options()` is what `Precision.parse(name, **options)` takes."""
@@ -330,6 +342,8 @@ class PrecisionSpec(Strict):
     """Seed of random signs of queries and keys before that rotation; null for none."""
     global_scale: GlobalScale | None = None
     """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""
+    skip: Skip | None = None
+    """Patterns (`*.down_proj`) of linear layers that stay as they are; null for none."""
 
     @field_validator("name")
     @classmethod
@@ -367,6 +381,7 @@ class PrecisionSpec(Strict):
             "kv_signs": check_signs(asked["kv_signs"], asked["kv_rotation"]) if cache else None,
             "global_scale": (asked["global_scale"] or DEFAULT_GLOBAL_SCALE) if scaled else None,
             "rotation": asked["rotation"] if any(role in found.families for role in LINEAR) else None,
+            "skip": data.get("skip") if any(role in found.families for role in LINEAR) else None,
         }
 
     def options(self) -> dict[str, Any]:
@@ -375,13 +390,17 @@ class PrecisionSpec(Strict):
         named = {option: getattr(self, option) for option in ("kv_element", "global_scale", "kv_rotation", "kv_signs")}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 
+    def for_prepare(self) -> dict[str, Any]:
+        """Keyword arguments for `reqat.models.prepare` besides the name: `options()`, and the layers to leave alone."""
+        return self.options() | ({"skip": list(self.skip)} if self.skip else {})
+
     @property
     def family(self) -> str:
         """`NVFP4` of `NVFP4-W4A4KV4`; `BF16` of `BF16`."""
         return family(self.name)
 
     def __str__(self) -> str:
-        """The name with each option that is not the default; `resolve` reads it back."""
+        """The name with each option that is not the default; `resolve` reads it back. `skip` is no part of it."""
         found = resolve(self.name, self.options())
         sizes = {option: size for option in BASES if (size := getattr(found, option)) is not None}
         return written(found.name, {**options_of(found.families, found.fields), **sizes})

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from reqat.config.base import Count, Seed, Strict
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.precision import FORMATS, GlobalScale, Rotation, family
+from reqat.config.precision import FORMATS, GlobalScale, Rotation, Skip, family
 from reqat.config.stage import Gradient, PTQMethod, Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
@@ -140,6 +140,7 @@ class PrecisionOptions(Strict):
     """`head_dim`: over a whole head, whatever its size in the model."""
     kv_signs: Seed | None = None
     global_scale: GlobalScale | None = None
+    skip: Skip | None = None
 
 
 class Recipe(Strict):
@@ -166,6 +167,16 @@ class Recipe(Strict):
             if name not in FORMATS:
                 raise unknown("format", name, FORMATS)
         return precision
+
+    @model_validator(mode="after")
+    def _skips_what_is_trained(self) -> Recipe:
+        solved = any(isinstance(step, PTQStep) for step in self.steps)
+        for name, options in self.precision.items():
+            if solved and options.skip is not None:
+                raise ReqatError(
+                    f"precision.{name}.skip: a ptq step quantizes every layer; leave skip {options.skip} out."
+                )
+        return self
 
 
 class DecodingOptions(Strict):

@@ -23,8 +23,8 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import read_yaml
 from reqat.config.plan import Plan
 from reqat.config.policy import Decoding as Policy
-from reqat.config.precision import PrecisionSpec, family
-from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet
+from reqat.config.precision import PrecisionSpec, Rotation, family
+from reqat.config.stage import DIGEST_LENGTH, Decoding, ProblemSet, QFitSettings, SEMTerm
 
 FILE = "studies.yaml"
 SeedTuple = Annotated[tuple[Seed, ...], AfterValidator(distinct)]
@@ -260,8 +260,43 @@ class GradientsStudy(_Study):
     asks: ClassVar[Literal["tier", "validation", "nothing"]] = "nothing"
 
 
+class KeysStudy(_Study):
+    """Keys before and after RoPE, Q-FIT's error maps and the inputs of `down_proj`: Figures 5, 10(a) and 11(a).
+
+    All of them are of the model that Q-FIT was calibrated on, in full precision.
+    """
+
+    kind: Literal["keys"]
+    model: ModelChoice
+    """One whose recipe has a Q-FIT step with scale and shift."""
+    sequences: Size = 8
+    """Of Q-FIT's calibration sequences, those that are looked at."""
+    rotation: Rotation = 32
+    """Size of the block Hadamard rotation of `down_proj`'s inputs."""
+    asks: ClassVar[Literal["tier", "validation", "nothing"]] = "nothing"
+
+
+class OverviewStudy(_Asked):
+    """One position of a verified trace as three models see it, for the overview of Figure 3."""
+
+    kind: Literal["overview"]
+    bf16: ModelChoice
+    qat: ModelChoice
+    sem: ModelChoice
+    """Trained with a term `sem`; its stages are those that the figure draws."""
+    asks: ClassVar[Literal["tier", "validation", "nothing"]] = "validation"
+
+
 StudySettings = Annotated[
-    PairStudy | RoutingStudy | NoiseStudy | ResetStudy | DynamicsStudy | LikelihoodStudy | GradientsStudy,
+    PairStudy
+    | RoutingStudy
+    | NoiseStudy
+    | ResetStudy
+    | DynamicsStudy
+    | LikelihoodStudy
+    | GradientsStudy
+    | KeysStudy
+    | OverviewStudy,
     Field(discriminator="kind"),
 ]
 KINDS: tuple[str, ...] = tuple(
@@ -380,8 +415,10 @@ def _runs(plan: Plan, settings: LikelihoodStudy, where: str) -> dict[str, Studie
 
 
 def plan_study(plan: Plan, settings: Any) -> PlannedStudy:
-    """A study on the models of a plan. Raises `ReqatError` as `resolve`, and for a study that trains a stage anew
-    which is no training."""
+    """A study on the models of a plan.
+
+    Raises `ReqatError` as `resolve`, and for a study that trains a stage anew which is no training, that looks at the
+    keys of a model without Q-FIT, or at SEM in one without it."""
     where = f"config/{FILE}: study {settings.label} of tier {plan.tier.name}"
     if isinstance(settings, LikelihoodStudy):
         models = _runs(plan, settings, where)
@@ -393,6 +430,10 @@ def plan_study(plan: Plan, settings: Any) -> PlannedStudy:
         if stage.kind != "qat":
             raise ReqatError(f"{where}: {stage.id} is no QAT stage, so there is no training to look into.")
         given = stage.inputs
+    if isinstance(settings, KeysStudy):
+        given = _fitted(plan, models["model"], where)
+    if isinstance(settings, OverviewStudy) and sem_term(plan, models["sem"].stage) is None:
+        raise ReqatError(f"{where}: sem ({settings.sem.recipe}) was trained without a term sem; name another recipe.")
     if settings.asks == "nothing":
         return PlannedStudy(settings=settings, models=models, given=given)
     how = plan.tier.evaluation
@@ -400,6 +441,23 @@ def plan_study(plan: Plan, settings: Any) -> PlannedStudy:
     split = how.split if settings.asks == "tier" else "validation"
     problems = ProblemSet(families=families, split=split, n=settings.n, seed=how.problem_seed)
     return PlannedStudy(settings=settings, models=models, given=given, problems=problems, decoding=how.decoding)
+
+
+def _fitted(plan: Plan, model: StudiedModel, where: str) -> dict[str, str]:
+    """Role -> stage of a model's Q-FIT: the model `before`, what was `fitted`, and the trace store. Raises `ReqatError`
+    where a model has none of scale and shift."""
+    for stage in plan.lineage(model.stage):
+        s = stage.settings
+        if isinstance(s, QFitSettings) and s.scale and s.shift:
+            return {"before": stage.inputs["parent"], "fitted": stage.id, "data": stage.inputs["data"]}
+    raise ReqatError(f"{where}: {model.stage} has no Q-FIT of scale and shift behind it, so no keys that it fitted.")
+
+
+def sem_term(plan: Plan, stage: str) -> SEMTerm | None:
+    """The term `sem` that a stage was trained with; None if there is none."""
+    training = getattr(plan.stage(stage).settings, "training", None)
+    terms = training.objective if training is not None else ()
+    return next((term for term in terms if isinstance(term, SEMTerm)), None)
 
 
 def load_studies(plan: Plan, folder: Path) -> dict[str, PlannedStudy]:

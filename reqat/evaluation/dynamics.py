@@ -101,7 +101,7 @@ def run_dynamics(
             raise ReqatError(f"{label} and {base} have different tokenizers; their tokens cannot be compared.")
     loaded: dict[str, PreTrainedModel] = {}
     for label, (folder, spec) in models.items():
-        loaded[label] = load_at(folder, spec.name, override=True, **spec.options())
+        loaded[label] = load_at(folder, spec.name, override=True, **spec.for_prepare())
     width = max(int(model.config.vocab_size) for model in loaded.values())
     about = {"precisions": {label: spec.name for label, (_, spec) in models.items()}, **(metadata or {})}
     vocabulary = vocabulary_of(load_tokenizer(models[base][0]), width)

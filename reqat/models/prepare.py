@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 from reqat.formats import global_scale_for
 from reqat.models.adapters import PEFT_ADDED, Block, ModelAdapter, adapter_of, blocks_of, cached_attentions
 from reqat.models.asked import Asked, settle
@@ -281,6 +281,8 @@ def check_geometry(model: PreTrainedModel, precision: Precision, patterns: list[
     block or a rotation of it does not divide a head or the inputs of a layer that none of ``patterns`` leaves alone."""
     if precision.quantizes_cache:
         _check_cache(model, precision)
+    if precision.quantizes_linear:
+        _check_patterns(model, patterns)
     blocks = [
         (f"the block {f.block} of {f.name}", f.block) for f in (precision.weights, precision.inputs) if f and f.block
     ]
@@ -293,6 +295,14 @@ def check_geometry(model: PreTrainedModel, precision: Precision, patterns: list[
                     f"{names[0]}: in_features {size} is not divisible by {what}; leave the layer out with "
                     f"skip=[{names[0]!r}]"
                 )
+
+
+def _check_patterns(model: PreTrainedModel, patterns: list[str]) -> None:
+    """Raise ReqatError for a pattern that no layer's name matches: it would quantize what was to be left alone."""
+    names = [name for part in blocks_of(model) for names, _ in _inputs_of(part) for name in names]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise unknown("layer", pattern, names, where="skip", remedy=f"Layers have names such as {names[-1]!r}.")
 
 
 def _inputs_of(block: Block) -> Iterable[tuple[tuple[str, ...], int]]:

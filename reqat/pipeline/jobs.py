@@ -155,7 +155,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     from reqat.tasks import malformed, problems
 
     folder = inputs["parent"] / "model"
-    model = load_at(folder, todo.precision.name, override=True, **todo.precision.options())
+    model = load_at(folder, todo.precision.name, override=True, **todo.precision.for_prepare())
     tokenizer = load_tokenizer(folder)
     if todo.calibration is not None:
         from reqat.pipeline.stages import calibration_ids

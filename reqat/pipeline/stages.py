@@ -266,7 +266,7 @@ def train_again(
     settings = stage.settings
     assert isinstance(settings, TrainSettings)
     model, tokenizer = _parent(inputs)
-    prepare(model, stage.precision.name, override=True, **stage.precision.options())
+    prepare(model, stage.precision.name, override=True, **stage.precision.for_prepare())
     gradient = settings.training.gradient
     if gradient != Gradient():
         set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))

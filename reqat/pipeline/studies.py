@@ -20,13 +20,16 @@ from reqat.config.studies import (
     FILE,
     DynamicsStudy,
     GradientsStudy,
+    KeysStudy,
     LikelihoodStudy,
     NoiseStudy,
+    OverviewStudy,
     PairStudy,
     PlannedStudy,
     ResetStudy,
     RoutingStudy,
     load_studies,
+    sem_term,
 )
 from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
@@ -108,7 +111,7 @@ def pair(run: Run) -> dict[str, Any]:
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
     reference, candidate = (
-        Side(str(run.inputs[role] / "model"), models[role].precision.name, models[role].precision.options())
+        Side(str(run.inputs[role] / "model"), models[role].precision.name, models[role].precision.for_prepare())
         for role in ("reference", "candidate")
     )
     settings = PairSettings(
@@ -248,6 +251,44 @@ def gradients(run: Run) -> dict[str, Any]:
     )
 
 
+def keys(run: Run) -> dict[str, Any]:
+    """Keys, Q-FIT's error maps and the inputs of `down_proj` of the model that Q-FIT was calibrated on."""
+    from reqat.pipeline.keys import run_keys
+
+    s = run.study.settings
+    assert isinstance(s, KeysStudy)
+    stage = run.plan.stage(run.study.given["fitted"])
+    found = record.read(run.inputs["fitted"])["metrics"]
+    return run_keys(stage, found, run.inputs, run.out, sequences=s.sequences, rotation=s.rotation)
+
+
+def overview(run: Run) -> dict[str, Any]:
+    """One position of a verified trace as BF16, QAT and QAT with SEM see it."""
+    from reqat.evaluation.dynamics import verified_traces
+    from reqat.evaluation.loading import AUTOCAST
+    from reqat.models import load_tokenizer
+    from reqat.pipeline.overview import run_overview
+
+    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
+    assert isinstance(s, OverviewStudy) and asked is not None and how is not None
+    models = {role: (run.inputs[role] / "model", model.precision) for role, model in run.study.models.items()}
+    tokenizer = load_tokenizer(run.inputs["bf16"] / "model")
+    traces = verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
+    last = run.study.models["sem"].stage
+    term = sem_term(run.plan, last)
+    assert term is not None  # as planned
+    return run_overview(
+        run.plan,
+        models,
+        traces,
+        run.out,
+        last=last,
+        term=term,
+        autocast=AUTOCAST[how.autocast],
+        progress=not run.quiet,
+    )
+
+
 RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "pair": pair,
     "routing": routing,
@@ -256,6 +297,8 @@ RUNNERS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "dynamics": dynamics,
     "likelihood": likelihood,
     "gradients": gradients,
+    "keys": keys,
+    "overview": overview,
 }
 """Kind -> what measures it: writes its files into the run's folder and returns the record's metrics."""
 

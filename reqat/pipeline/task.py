@@ -108,7 +108,7 @@ def load(folder: str | Path, precision: str | PrecisionSpec) -> tuple[PreTrained
         family(precision)  # says what is wrong in one line
         model = load_at(folder, precision)
     else:
-        model = load_at(folder, precision.name, override=True, **precision.options())
+        model = load_at(folder, precision.name, override=True, **precision.for_prepare())
     return model, load_tokenizer(folder)
 
 

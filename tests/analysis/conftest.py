@@ -28,7 +28,18 @@ TIER: dict[str, Any] = {
     "models": {
         "testbed": {
             "source": "pinned",
-            "artifacts": ["table1", "table2", "table4", "table5", "figure1", "ptq", "global-scale"],
+            "artifacts": [
+                "table1",
+                "table2",
+                "table4",
+                "table5",
+                "figure1",
+                "ptq",
+                "global-scale",
+                "figure5",
+                "figure10",
+                "figure11",
+            ],
         }
     },
     "data": {"families": {"chain_sum": {}, "simple_equations": {}}, "tokens": 1_000_000},
@@ -51,6 +62,7 @@ ACCURACY = {
     "FT+GPTQ": 0.50,
     "QAT": 0.60,
     "ReQAT-T": 0.68,
+    "ReQAT-TS": 0.7,
     "ReQAT-TQ": 0.72,
     "ReQAT-TQS": 0.76,
     "FT+QAT": 0.66,
@@ -65,7 +77,7 @@ ACCURACY = {
 
 
 def accuracy_of(method: str, precision: str, multiple: int | None, condition: str) -> float:
-    value = ACCURACY[method.removesuffix(", rotated")] + 0.02 * ((multiple or 2) - 2)
+    value = ACCURACY[method.partition(",")[0]] + 0.02 * ((multiple or 2) - 2)
     value += {"BF16": 0.0, "MXFP4-W4A16": 0.04, "MXFP4-W4A4": -0.04}.get(precision, 0.0)
     return value - (0.08 if condition == "aligned=no" else 0.0)
 

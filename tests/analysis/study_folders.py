@@ -10,6 +10,7 @@ import numpy as np
 
 from analysis.entropy.pair_report import report
 from analysis.report.studies import Study
+from reqat.evaluation.outcomes import Outcomes
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
 from reqat.evaluation.trace_folder import TraceFolder
 
@@ -51,13 +52,33 @@ def routing(path: Path, threshold: str, accuracies: tuple[float, ...]) -> Study:
     return study(path, "routing", path.name, TWO, threshold=threshold, threshold_nats=0.0042)
 
 
-def noise(path: Path) -> Study:
+# Problem and seed -> (right without noise, right with noise on the least sure, on the surest decisions, tokens of the
+# plain response). The rule of Figure 9 takes p3: p1 is longer, p2 is wrong with any noise, p4 right with all.
+NOISY = {
+    ("p1", 0): (True, True, False, 9),
+    ("p2", 0): (True, False, False, 5),
+    ("p3", 1): (True, True, False, 7),
+    ("p4", 1): (True, True, True, 4),
+}
+
+
+def noise(path: Path, answers: dict[tuple[str, int], tuple[bool, bool, bool, int]] = NOISY) -> Study:
     rows = [{"condition": "none", "accuracy": 0.9}]
     rows += [
         {"condition": f"{side}-{sigma}", "accuracy": value}
         for side, sigma, value in (("low", "0.2", 0.5), ("high", "0.2", 0.8), ("low", "0.5", 0.1), ("high", "0.5", 0.7))
     ]
     conditions(path, rows)
+    for i, name in enumerate(("none", "high-0.2", "low-0.2")):
+        Outcomes(
+            problem_id=tuple(problem for problem, _ in answers),
+            family=("leg_counting",) * len(answers),
+            seed=np.array([seed for _, seed in answers]),
+            correct=np.array([answer[i] for answer in answers.values()]),
+            n_tokens=np.array([answer[3] for answer in answers.values()]),
+            finished=np.ones(len(answers), dtype=bool),
+            response=tuple(f"So {p} costs $1 + 1 = {2 if a[i] else 3} in {name}." for (p, _), a in answers.items()),
+        ).to_parquet(path / f"{name}.parquet")
     return study(path, "noise", "noise", {"model": REF}, sigmas=[0.2, 0.5], share=0.25)
 
 

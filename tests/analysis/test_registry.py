@@ -37,7 +37,18 @@ def test_a_table_that_no_module_claims_is_the_generic_one() -> None:
 
 def test_what_a_plan_asks_for_follows_from_its_cells(results: Results) -> None:
     assert table_names(results.plan)[-4:] == ["claims", "table11", "table6", "table8"]
-    assert list(figure_names(results.plan)) == ["figure1b", "figure1c", "losses", "qfit", "regime", "table1-dots"]
+    assert list(figure_names(results.plan)) == [
+        "figure10b",
+        "figure11b",
+        "figure1a",
+        "figure1b",
+        "figure1c",
+        "figure5a",
+        "losses",
+        "qfit",
+        "regime",
+        "table1-dots",
+    ]
     assert figure_names(load("smollm", Paths(ROOT))) == {}
     assert "claims" not in table_names(load("smollm", Paths(ROOT)))
 

@@ -10,7 +10,7 @@ import yaml
 
 from reqat.config import Paths, ReqatError, load
 from reqat.config.plan import Plan
-from reqat.config.studies import KINDS, PlannedStudy, load_studies, study_called
+from reqat.config.studies import KINDS, PlannedStudy, load_studies, sem_term, study_called
 from reqat.pipeline.likelihoods import model_runs
 from reqat.pipeline.studies import RUNNERS
 
@@ -225,8 +225,31 @@ def test_a_fault_in_a_likelihood_study_is_named(tmp_path: Path, plan: Plan, chan
     assert says in str(error.value)
 
 
+def test_keys_are_those_that_qfit_was_calibrated_on(tmp_path: Path, plan: Plan) -> None:
+    tq = {"recipe": "reqat-tq", "precision": "NVFP4-W4A4KV4"}
+    study = one(tmp_path, plan, {"kind": "keys", "model": tq})
+    fitted = plan.stage(study.given["fitted"])
+    assert fitted.kind == "qfit" and fitted.id in {stage.id for stage in plan.lineage(study.models["model"].stage)}
+    assert (study.given["before"], study.given["data"]) == (fitted.parent, fitted.data) and study.problems is None
+    with pytest.raises(ReqatError, match="config/studies.yaml.*no Q-FIT of scale and shift"):
+        one(tmp_path, plan, {"kind": "keys", "model": BF16})
+    with pytest.raises(ReqatError, match="rotation 24: a block Hadamard size is a power of two"):
+        one(tmp_path, plan, {"kind": "keys", "model": tq, "rotation": 24})
+
+
+def test_an_overview_shows_a_model_with_sem_on_held_out_problems(tmp_path: Path, plan: Plan) -> None:
+    tq, tqs = ({"recipe": recipe, "precision": "NVFP4-W4A4KV4"} for recipe in ("reqat-tq", "reqat-tqs"))
+    overview = {"kind": "overview", "bf16": BF16, "qat": tq, "sem": tqs, "n": 4}
+    study = one(tmp_path, plan, overview)
+    assert study.problems is not None and study.problems.split == "validation"
+    term = sem_term(plan, study.models["sem"].stage)
+    assert term is not None and term.weight == 0.1
+    with pytest.raises(ReqatError, match="config/studies.yaml.*reqat-tq.*without a term sem"):
+        one(tmp_path, plan, overview | {"sem": tq})
+
+
 def test_every_kind_has_what_measures_it() -> None:
-    assert KINDS == ("pair", "routing", "noise", "reset", "dynamics", "likelihood", "gradients")
+    assert KINDS == ("pair", "routing", "noise", "reset", "dynamics", "likelihood", "gradients", "keys", "overview")
     assert set(RUNNERS) == set(KINDS)
 
 

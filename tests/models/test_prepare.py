@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import reqat.quant.fake
+from reqat.config.errors import ReqatError
 from reqat.formats import get_format, global_scale_for, quantize
 from reqat.models import calibrate_static, freeze, kv_quantizers, prepare, quant_linears
 from reqat.models.pretrained import plain_state
@@ -266,6 +267,8 @@ def test_bad_models_and_precisions_are_refused(tiny: Tiny) -> None:
     odd = tiny("llama", intermediate_size=72)
     refused(odd, "NVFP4-W4A4", "layers.0.mlp.down_proj: in_features 72 .*block 16")
     refused(tiny("llama", intermediate_size=80), "MXFP4-W4A16", "in_features 80 .*block 32")
+    with pytest.raises(ReqatError, match=r"skip: unknown layer '\*.down_prj'.*such as 'model.layers.\d.mlp.down_proj'"):
+        prepare(odd, "NVFP4-W4A4", skip=["*.down_proj", "*.down_prj"])
     assert len(prepare(odd, "NVFP4-W4A4", skip=["*.down_proj"]).quantized) == 12
 
 

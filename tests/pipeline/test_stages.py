@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -28,7 +30,9 @@ from reqat.config.stage import (
 )
 from reqat.data import TraceStore
 from reqat.data.tokenizer import build_tokenizer
-from reqat.models import load_model, load_tokenizer, prepare
+from reqat.evaluation.loading import load_at
+from reqat.models import load_model, load_tokenizer, prepare, quant_linears
+from reqat.pipeline.keys import run_keys
 from reqat.pipeline.stages import calibration_ids, carry_out, objective, selected
 
 KV4 = PrecisionSpec(name="NVFP4-W4A4KV4")
@@ -123,6 +127,17 @@ def test_qat_starts_from_its_parent_and_moves_the_weights(chain: Chain) -> None:
     assert any("q_proj" in n for n in moved) and any("embed" in n for n in moved)
 
 
+def test_layers_left_alone_are_not_quantized_in_training_nor_when_loaded(chain: Chain) -> None:
+    at = PrecisionSpec(name="MXFP4-W4A4", skip=("*.down_proj",))
+    qat = train_stage(chain, "qat", chain.base, at, 600)
+    plain = train_stage(chain, "qat", chain.base, PrecisionSpec(name="MXFP4-W4A4"), 600)
+    losses = [chain.metrics[stage.id]["curve"][0]["nll"] for stage in (qat, plain)]
+    assert losses[0] != losses[1]  # the first step already computes something else
+    loaded = load_at(chain.root / qat.id / "model", at.name, override=True, **at.for_prepare())
+    named = set(quant_linears(loaded))
+    assert len(named) == 2 * 6 and not any("down_proj" in name for name in named)
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_ptq_leaves_frozen_codes(chain: Chain, method: str) -> None:
     stage = chain.run(
@@ -134,8 +149,6 @@ def test_ptq_leaves_frozen_codes(chain: Chain, method: str) -> None:
     )
     model = chain.model(stage)
     prepare(model, KV4.name, **KV4.options())
-    from reqat.models import quant_linears
-
     assert all(layer.frozen for layer in quant_linears(model).values())
 
 
@@ -236,3 +249,49 @@ def test_a_gradient_rule_of_configuration_is_trained_with_and_learned_scales_are
     assert len(set(losses.values())) == 3
     with pytest.raises(ValueError, match="clip.*clipped"):
         Training(gradient={"rule": "clip"})  # type: ignore[arg-type]
+
+
+def test_keys_before_and_after_rope_and_inputs_before_and_after_rotation(chain: Chain, tmp_path: Path) -> None:
+    fit = chain.run(
+        kind="qfit",
+        settings=QFitSettings(grid=3, calibration=CALIBRATION),
+        precision=KV4,
+        parent=chain.base.id,
+        data=chain.data.id,
+    )
+    metrics = chain.metrics[fit.id]
+    folders = {"before": chain.root / chain.base.id, "data": chain.root / chain.data.id}
+    found = run_keys(fit, metrics, folders, tmp_path, sequences=2, rotation=32)["measured"]
+    tables = {name: pd.read_csv(tmp_path / f"{name}.csv") for name in ("surfaces", "profiles", "errors", "inputs")}
+    # RoPE turns the pair (r, r + D/2): the length of each is what it was.
+    surfaces = tables["surfaces"]
+    channels = [f"c{i}" for i in range(16)]
+    for layer in set(found["layers"].values()):
+        pairs = []
+        for words in ("before RoPE", "after RoPE"):
+            rows = surfaces[(surfaces["layer"] == layer) & (surfaces["keys"] == words)][channels].to_numpy()
+            assert rows.shape == (48, 16) and (rows >= 0).all()
+            pairs.append(np.hypot(rows[:, :8], rows[:, 8:]))
+        np.testing.assert_allclose(pairs[0], pairs[1], rtol=1e-3)
+        after = tables["profiles"].query("layer == @layer and along == 'token'")["largest"]
+        np.testing.assert_allclose(after, rows.max(axis=1), rtol=1e-4)
+    alpha = found["alpha"]
+    assert alpha[found["layers"]["smallest"]] == min(alpha) and alpha[found["layers"]["largest"]] == max(alpha)
+    for _, rows in tables["errors"].groupby("layer"):
+        assert len(rows) == 9 and rows["chosen"].sum() == 1
+        assert rows.loc[rows["chosen"], "error"].iloc[0] == rows["error"].min()
+    # A rotation keeps the length of each block of each token.
+    squares = []
+    for words in ("before rotation", "after rotation"):
+        rows = tables["inputs"][tables["inputs"]["inputs"] == words].filter(regex=r"^d\d+$").to_numpy()
+        assert rows.shape[1] == 64
+        squares.append((rows**2).reshape(len(rows), 2, 32).sum(-1))
+    np.testing.assert_allclose(squares[0], squares[1], rtol=2e-3)
+    window = tables["inputs"][tables["inputs"]["inputs"] == "before rotation"].filter(regex=r"^d\d+$")
+    assert window.to_numpy().max() == pytest.approx(found["largest_input"]["before"], rel=1e-4)
+    with pytest.raises(ReqatError, match="calibrated on 2 sequences, not on 3"):
+        run_keys(fit, metrics, folders, tmp_path, sequences=3, rotation=32)
+    with pytest.raises(ReqatError, match="no whole error map"):
+        run_keys(fit, {"alphas": [0.0]}, folders, tmp_path, sequences=2, rotation=32)
+    with pytest.raises(ReqatError, match="64 inputs do not divide into blocks of 128"):
+        run_keys(fit, metrics, folders, tmp_path, sequences=2, rotation=128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from analysis.build import build_figures, maker
-from analysis.figures import figure1b, figure1c, losses, qfit, regime
+from analysis.figures import figure1a, figure1b, figure1c, figure5a, figure10b, figure11b, losses, qfit, regime
+from analysis.figures._conditions import losses_by_condition
 from analysis.figures._results import METHODS
 from analysis.registry import discovered, figure_names
 from analysis.report import style
@@ -127,6 +129,128 @@ def test_regime_compares_losses_at_equal_tokens_and_seed(results: Results, drawi
     np.testing.assert_allclose(excess.get_ydata(), one_seed[-len(excess.get_ydata()) :])
 
 
+def test_losses_of_the_last_stage_are_means_over_seeds_and_the_same_tokens(results: Results, drawing: None) -> None:
+    left, right = losses.build(results, "testbed").axes
+    entry = next(
+        e for e in results.of("table1") if (e.precision, e.method, e.multiple) == ("NVFP4-W4A4KV4", "ReQAT-TQ", 3)
+    )
+    curves = [losses.curve(results, results.plan.evaluation(c.evaluation).stage) for c in entry.cells]
+    width = 0.2 * (300_000 - 201_000)  # of the last stage: its first point stands at 201,000 tokens
+    lines = {line.get_color(): line for line in right.get_lines()}
+    assert len(lines) == len(right.get_lines()) == 5  # one a method, none as recorded
+    x, y = lines[style.colour("ReQAT-TQ")].get_data()
+    assert (x[0], x[-1]) == pytest.approx((201_000 + width / 2, 300_000 - width / 2))
+    # In the middle of the stage: the mean of the points less than half a window away, of every seed.
+    i = len(x) // 2
+    near = [v[np.abs(t - x[i]) <= width / 2] for t, v in curves]
+    assert len(curves) == 3 and y[i] == pytest.approx(np.mean([v.mean() for v in near]), abs=2e-3)
+    assert len(right.collections) == 5  # three seeds each: a band
+
+
+def test_smoothing_is_over_tokens_however_far_apart_the_points_are() -> None:
+    fine, coarse = np.arange(0, 1000, 1.0), np.arange(0, 1000, 10.0)
+    a, b = (losses.smoothed(x, x, 100) for x in (fine, coarse))
+    assert a[500] == pytest.approx(500) and b[50] == pytest.approx(500)
+    assert a[0] == pytest.approx(25, abs=1) and b[0] == pytest.approx(25, abs=5)  # half a window at an end
+
+
+def test_figure1c_of_one_budget_sets_methods_side_by_side(make_results: Callable[..., Results], drawing: None) -> None:
+    results = make_results(
+        models={"testbed": {"source": "pinned", "artifacts": ["figure1"]}},
+        budget={"qat_tokens": 1000, "totals": [2], "claim_total": 2},
+        claim_seeds={},
+        only={"recipes": ["base", "ft", "ptq", "qat"], "precisions": ["NVFP4-W4A4KV4"]},
+    )
+    left = figure1c.build(results, "testbed").axes[0]
+    by = {(e.precision, e.method): results.estimate(e) for e in results.of("figure1")}
+    order = [("BF16", "Baseline"), ("BF16", "FT"), ("NVFP4-W4A4KV4", "PTQ"), ("NVFP4-W4A4KV4", "QAT")]
+    assert [t.get_text() for t in left.get_xticklabels()] == ["BF16 base", "BF16 FT", "PTQ", "QAT"]
+    points = [container.lines[0].get_data() for container in left.containers]
+    assert [x[0] for x, _ in points] == [0, 1, 2, 3]
+    assert [y[0] for _, y in points] == pytest.approx([100 * by[at].value for at in order])
+    assert [t.get_text() for t in left.texts] == [f"{100 * by[at].value:.1f}" for at in order]
+
+
+def test_dots_of_table1_do_not_hide_their_intervals(results: Results, drawing: None) -> None:
+    fig = maker("figures", "table1-dots")(results, "testbed")
+    top = fig.axes[2]
+    expected = {
+        (round(100 * e.lo, 6), round(100 * e.hi, 6))
+        for entry in results.of("table1")
+        if entry.precision in ("BF16", "NVFP4-W4A4KV4")
+        for e in [results.estimate(entry)]
+    }
+    drawn = set()
+    for container in top.containers:
+        point, caps, (bars,) = container.lines
+        ((lo, _), (hi, _)) = bars.get_segments()[0]
+        drawn.add((round(lo, 6), round(hi, 6)))
+        assert bars.get_zorder() >= point.get_zorder() and len(caps) == 2
+        # What is drawn later lies on top.
+        assert top.get_children().index(bars) > top.get_children().index(point)
+    assert drawn == expected
+
+
+def test_figure1a_bars_are_what_rounding_costs_each_family(results: Results, drawing: None) -> None:
+    left, right = figure1a.build(results, "testbed").axes
+    by = {(e.precision, e.method, e.multiple): e for e in results.of("figure1")}
+    expected = []
+    for plain, rounded in (
+        (by["BF16", "Baseline", None], by["NVFP4-W4A4KV4", "PTQ", None]),
+        (by["BF16", "FT", 3], by["NVFP4-W4A4KV4", "FT+PTQ", 3]),
+    ):
+        for family in (None, "chain_sum", "simple_equations"):
+            a, b = (100 * results.estimate(e, family).value for e in (plain, rounded))
+            expected.append(a - b)
+    assert [bar.get_height() for bar in left.patches] == pytest.approx(expected)
+    assert [bar.get_height() for bar in right.patches][:3] == [1.88, 5.22, 7.76]  # R1-Llama-8B
+    assert "read off" in right.get_title(loc="left")
+
+
+def test_figure5a_bars_are_the_estimates(results: Results, drawing: None) -> None:
+    left, right = figure5a.build(results, "testbed").axes
+    expected = [100 * results.estimate(e).value for e in results.of("figure5")]
+    assert [bar.get_y() + bar.get_height() for bar in left.patches] == pytest.approx(expected)
+    assert [t.get_text().split("\n") for t in left.get_xticklabels()] == [
+        ["TAQ", "W4A4"], *([words, "W4A4KV4"] for words in ("TAQ", "+SEM", "+Q-FIT", "+both"))
+    ]  # fmt: skip
+    assert [bar.get_y() + bar.get_height() for bar in right.patches] == pytest.approx([65.95, 63.1, 64.5, 65.1, 65.6])
+    assert "read off" in right.get_title(loc="left")
+
+
+@pytest.mark.parametrize(
+    ("figure", "artifact", "theirs"),
+    [
+        (figure10b, "figure10", [0.756, 0.7618, 0.7612, 0.7589]),
+        (figure11b, "figure11", [0.771, 0.762, 0.762]),
+    ],
+    ids=["figure10b", "figure11b"],
+)
+def test_losses_by_condition_are_the_records(
+    results: Results, drawing: None, figure: ModuleType, artifact: str, theirs: list[float]
+) -> None:
+    left, right = figure.build(results, "testbed").axes
+    by = {e.condition: e for e in results.of(artifact)}
+    means = []
+    for line, condition in zip(left.get_lines(), figure.WORDS, strict=True):
+        cell = by[condition].cells[0]
+        assert cell.training_seed == 0
+        points = results.metrics(results.plan.evaluation(cell.evaluation).stage)["curve"]
+        y = np.array([p["loss"] for p in points])
+        assert list(line.get_xdata()) == pytest.approx([p["tokens"] for p in points])
+        assert line.get_ydata()[50] == pytest.approx(y[43:58].mean())  # 15 of the 100 points
+        means.append(y[66:].mean())  # the last third: from 67,000 of 100,000 tokens on
+    ours, paper = (line for line in right.get_lines() if line.get_linestyle() == "None")
+    assert list(ours.get_ydata()) == pytest.approx(np.array(means) - means[0], abs=1e-9)
+    assert list(paper.get_ydata()) == pytest.approx(np.array(theirs) - theirs[0])
+    assert "read off" in paper.get_label()
+
+
+def test_losses_by_condition_want_every_condition(results: Results) -> None:
+    with pytest.raises(ReqatError, match="figure10 has no cell 'kv=INT4' of testbed"):
+        losses_by_condition(results, "testbed", "figure10", {"kv=INT4": "INT4"}, "b", "figure10b")
+
+
 def test_moving_average() -> None:
     assert losses.moving_average(np.array([1.0, 2.0, 6.0, 3.0]), 3).tolist() == pytest.approx([1.5, 3.0, 11 / 3, 4.5])
     assert losses.moving_average(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
@@ -152,8 +276,9 @@ def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_pat
         only={"recipes": ["base", "ft", "ptq", "qat", "reqat-t"], "precisions": ["MXFP4-W4A16"]},
     )
     written = build_figures(results.plan, results.root, tmp_path / "out")
-    assert [p.name for p in written] == [f"{n}.{s}" for n in ("figure1b", "figure1c", "regime") for s in ("png", "pdf")]
-    assert list(figure_names(results.plan)) == ["figure1b", "figure1c"]
+    names = ["figure1a", "figure1b", "figure1c", "regime"]
+    assert [p.name for p in written] == [f"{n}.{s}" for n in names for s in ("png", "pdf")]
+    assert list(figure_names(results.plan)) == names
     pixels = imread(tmp_path / "out" / "figure1b.png")
     assert pixels.shape[1] == round(style.WIDTH_IN * style.DPI)
     assert pixels[..., :3].std() > 0.05  # not an empty page

@@ -17,7 +17,7 @@ from analysis.figures import figure2, figure8, figure9
 from analysis.figures.figure2 import visible
 from analysis.report import style
 from analysis.report.studies import Study
-from analysis.report.study_words import nats
+from analysis.report.study_words import method_words, nats
 from reqat.config.errors import ReqatError
 from tests.analysis import study_folders as made
 
@@ -182,6 +182,43 @@ def test_figure9_is_the_tables(studies: dict[str, list[Study]], drawn: dict[str,
     assert lo == 0 < hi and f"and 0.0% [0.0, {hi:.1f}] go the other way (BF16 wrong, NVFP4 right)" in words
 
 
+def test_figure9_sets_the_transcripts_of_one_problem_side_by_side(
+    studies: dict[str, list[Study]], drawn: dict[str, Figure], tmp_path: Path
+) -> None:
+    found = figure9.example(studies["noise"][0])
+    assert found is not None
+    sigma, frame = found
+    assert sigma == 0.2 and list(frame.index) == ["none", "high", "low"]
+    assert list(frame["response"]) == [
+        f"So p3 costs $1 + 1 = {n} in {c}." for c, n in (("none", 2), ("high-0.2", 2), ("low-0.2", 3))
+    ]
+    words = [t for ax in drawn["figure9"].axes for t in ax.texts if t.get_fontfamily() == ["DejaVu Sans Mono"]]
+    left = {round(t.get_position()[0]) for t in words if t.get_text() == "So"}
+    assert len(left) == 3  # columns
+    by_column = [[t for t in words if x <= t.get_position()[0] < x + figure9._COLUMNS] for x in sorted(left)]
+    assert [" ".join(t.get_text() for t in column).replace(r"\$", "$") for column in by_column] == list(
+        frame["response"]
+    )
+    grey = [[t.get_color() == style.GREY for t in column] for column in by_column]
+    assert [sum(column) for column in grey] == [0, 9, 7]  # up to the condition's name, and up to the 3
+    assert by_column[2][-1].get_color() == style.VERMILION and by_column[1][-1].get_color() == "black"
+    # no such problem: one that is wrong with any noise will do, and of none the figure says so
+    spoilt = made.noise(tmp_path / "spoilt", {("p2", 0): (True, False, False, 5), ("p4", 1): (True, True, True, 4)})
+    other = figure9.example(spoilt)
+    assert other is not None and "p2" in other[1].loc["none", "response"]
+    firm = made.noise(tmp_path / "firm", {("p4", 1): (True, True, True, 4)})
+    assert figure9.example(firm) is None
+    assert "no answer that noise spoils" in texts(draw(figure9.build, studies | {"noise": [firm]}))
+
+
+def test_values_stand_over_bars_too_low_to_be_seen(studies: dict[str, list[Study]], drawn: dict[str, Figure]) -> None:
+    ax = panel(drawn["figure9"], "(a)")
+    assert len(ax.texts) == len(heights(ax))
+    for text, height in zip(ax.texts, heights(ax), strict=True):
+        assert float(text.get_text()) == pytest.approx(height, abs=0.51 if height >= 10 else 0.05 * height)
+        assert text.get_position()[1] > height
+
+
 def test_what_a_short_study_lacks_is_said(studies: dict[str, list[Study]], tmp_path: Path) -> None:
     quiet = studies | {"pair": [made.pair(tmp_path / "quiet", wrong=(), more_than=10**6)]}
     assert "no response derailed" in texts(draw(figure9.build, quiet))
@@ -232,3 +269,7 @@ def test_top_tokens_beyond_the_end_are_refused(tmp_path: Path) -> None:
 def test_words() -> None:
     assert visible(" The") == "\u2423The" and visible("\n") == "\u21b5" and visible("$") == r"\$"
     assert [nats(x) for x in (0.0, 1.234, 0.0042, 2e-10)] == ["0", "1.2", "4e\u22123", "2e\u221210"]
+
+
+def test_a_recipe_is_called_by_its_method() -> None:
+    assert [method_words(r) for r in ("reqat-tq", "ft-ptq", "qat", "ft")] == ["ReQAT-TQ", "FT+PTQ", "QAT", "FT"]

@@ -75,3 +75,12 @@ def test_frame_is_tidy() -> None:
     data = paper.frame()
     assert len(data) == 296
     assert data.loc[data.artifact == "table1", "total_tokens"].dropna().nunique() == 4
+
+
+def test_what_was_read_off_says_so_and_is_kept_apart() -> None:
+    assert len(paper.digitized()) > 40 and all(r.how.startswith("read off") for r in paper.digitized())
+    assert all(r.how == "table" for r in paper.reported())
+    assert {r.metric: r.value for r in paper.read_off("figure5e")} == {"best alpha_s": 0.85, "best alpha_m": 0.05}
+    assert [r.value for r in paper.read_off("figure1a", metric="GSM8K drop")] == [1.88, 0.71, 0.0, 0.22]
+    with pytest.raises(ValueError, match="no numbers of table1"):
+        paper.read_off("table1")
