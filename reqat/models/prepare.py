@@ -145,7 +145,9 @@ def _swap(blocks: list[Block], precision: Precision, patterns: list[str]) -> tup
             if not wanted:
                 continue
             if group.scale not in inputs:
-                inputs[group.scale] = InputQuantizer(precision, len(wanted), f"{wanted[0].name} input")
+                inputs[group.scale] = InputQuantizer(
+                    precision, len(wanted), wanted[0].module.in_features, f"{wanted[0].name} input"
+                )
                 inputs[group.scale].to(wanted[0].module.weight.device)
             shared = inputs[group.scale]
             shared.consumers = max(shared.consumers, len(wanted))

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.formats import QuantizedTensor
+from reqat.formats import QuantizedTensor, clamp_affine_
 from reqat.methods.layerwise import WeightProblem, solve_weights
 from reqat.methods.ptq._method import Method
 
@@ -116,18 +116,24 @@ def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
 
 
 def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """A function of (float32 column [N], its index): element values, and those times the scales of ``quantized``."""
+    """A function of (float32 column [N], its index): the values to encode, and what they stand for with the scales (and
+    zero points) of ``quantized``."""
     fmt = quantized.format
     element = fmt.element_type
     S = quantized.block_scales()  # [N, blocks], or [N, blocks, 2] of positive and negative numbers
     width = quantized.codes.shape[-1] // S.shape[1]
+    zero_points = quantized.zero_points() if fmt.zero_point else None
 
     def rounding(w: Tensor, column: int) -> tuple[Tensor, Tensor]:
         s = S[:, column // width]
         if fmt.asymmetric:
             s = torch.where(w < 0, s[:, 1], s[:, 0])
         values = element.round_(w / s, torch.empty_like(w), rounding=fmt.rounding)
-        return values, values * s
+        if zero_points is None:
+            return values, values * s
+        z = zero_points[:, column // width]
+        clamp_affine_(values, z)
+        return values + z, values * s
 
     return rounding
 
