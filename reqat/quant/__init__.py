@@ -7,7 +7,7 @@ from reqat.quant.autocast import autocast
 from reqat.quant.basis import Basis, kronecker
 from reqat.quant.fake import fake_quantize, straight_through
 from reqat.quant.gradients import RULES, GradientRule
-from reqat.quant.hadamard import block_hadamard, hadamard
+from reqat.quant.hadamard import block_hadamard, hadamard, hadamard_factors
 from reqat.quant.precision import Precision
 from reqat.quant.quantizer import Quantizer, bounds, calibrating, clipped, without_rounding
 from reqat.quant.state import MeasuredState
@@ -25,6 +25,7 @@ __all__ = [
     "bounds",
     "fake_quantize",
     "hadamard",
+    "hadamard_factors",
     "calibrating",
     "clipped",
     "kronecker",

@@ -150,8 +150,10 @@ class Quantizer(MeasuredState):
 
 
 def clipped(x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
-    """``x`` [..., K] cut off at shares ``clip`` [2] or [rows, 2] of the least and of the largest number of each block
-    of ``fmt``. Symmetric formats have one bound for both signs, the larger one. The gradient passes through the bounds.
+    """``x`` [..., K] cut off at shares ``clip`` of the least and of the largest number of each block of ``fmt``.
+
+    ``clip`` is [2], [rows, 2] or [rows, blocks, 2]. Symmetric formats have one bound for both signs, the larger one.
+    The gradient passes through the bounds.
     """
     low, high = bounds(x, clip, fmt)
     y = x.unflatten(-1, (-1, fmt.block or x.shape[-1]))
@@ -162,7 +164,8 @@ def bounds(x: Tensor, clip: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """The bounds of :func:`clipped`, [..., blocks, 1] in x's dtype, the lower not above zero, the upper not below."""
     y = x.unflatten(-1, (-1, fmt.block or x.shape[-1]))
     share = clip.to(x.dtype)
-    share = share if share.ndim == 1 else share[:, None, None, :]  # of each row, for all its blocks
+    if share.ndim > 1:  # of each row and block, or of each row for all its blocks
+        share = share.reshape(len(share), -1, 1, 2)
     low = y.amin(-1, keepdim=True).clamp(max=0) * share[..., 0]
     high = y.amax(-1, keepdim=True).clamp(min=0) * share[..., 1]
     if fmt.asymmetric or fmt.zero_point:
