@@ -287,9 +287,11 @@ class _Moments:
 def _full_precision(
     step: Step, pools: list[list[list[QuantLinear]]], hidden: list[Tensor] | None
 ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
-    """Run the block as the full-precision model does, on what that has in place of ``step.hidden`` (the first block: the
-    same). Returns its outputs, and by id of each group's first layer the inputs [..., K] of its matrix products, batch
-    by batch. Nothing of the block may be solved yet."""
+    """Run the block as the full-precision model does, on what that has in place of ``step.hidden`` (None: the same).
+
+    Returns its outputs, and by id of each group's first layer the inputs [M, K] of its matrix products, batch by batch.
+    Nothing of the block may be solved yet.
+    """
     firsts = [group[0] for pool in pools for group in pool]
     seen: dict[int, list[Tensor]] = {id(linear): [] for linear in firsts}
 

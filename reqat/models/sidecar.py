@@ -107,7 +107,7 @@ class Sidecar:
             stored[f"{name}.weight_packed"] = packed.packed.contiguous()
             stored[f"{name}.weight_scale"] = packed.scales.contiguous()
             if packed.global_scale is not None:
-                stored[f"{name}.weight_global_scale"] = packed.global_scale.reshape(-1).contiguous()
+                stored[f"{name}.weight_global_scale"] = packed.global_scale.reshape(-1).clone()  # may be shared
             shapes[name] = {"shape": list(q.shape), "dtype": str(q.dtype).removeprefix("torch.")}
         about = {
             "schema": SCHEMA,

@@ -9,7 +9,7 @@ from reqat.quant.fake import fake_quantize, straight_through
 from reqat.quant.gradients import RULES, GradientRule
 from reqat.quant.hadamard import block_hadamard, hadamard, hadamard_factors
 from reqat.quant.precision import Precision
-from reqat.quant.quantizer import Quantizer, bounds, calibrating, clipped, without_rounding
+from reqat.quant.quantizer import Quantizer, bounds, calibrating, clipped, dynamic, without_rounding
 from reqat.quant.state import MeasuredState
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "hadamard_factors",
     "calibrating",
     "clipped",
+    "dynamic",
     "kronecker",
     "straight_through",
     "without_rounding",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -107,7 +106,7 @@ class Quantizer(MeasuredState):
         if self.calibrating:
             self._observe(x, rotation)
             if fmt.global_scale == "static":
-                fmt, global_scale = _dynamic(fmt), None
+                fmt, global_scale = dynamic(fmt), None
         elif self.needs_calibration:
             raise ReqatError(
                 f"{self.name or 'quantizer'}: the global scale is static and not calibrated; run calibrate_static("
@@ -134,7 +133,7 @@ class Quantizer(MeasuredState):
         assert self.format is not None
         if self.amax is None:
             raise ReqatError(f"{self.name or 'quantizer'}: nothing was observed; did the calibration run any batch?")
-        scale = global_scale_for(self.amax.reshape(1), _dynamic(self.format)).reshape(())
+        scale = global_scale_for(self.amax.reshape(1), dynamic(self.format)).reshape(())
         self.global_scale = scale.to(self.device)
 
     def extra_repr(self) -> str:
@@ -174,8 +173,9 @@ def bounds(x: Tensor, clip: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     return -high, high
 
 
-def _dynamic(fmt: Format) -> Format:
-    return dataclasses.replace(fmt, global_scale="dynamic")
+def dynamic(fmt: Format | None) -> Any:
+    """``fmt`` with the global scale of the tensor at hand in place of a static one, which is calibrated later."""
+    return fmt.replace(global_scale="dynamic") if fmt is not None and fmt.global_scale == "static" else fmt
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 Where QuaRot takes Hadamard matrices, FlatQuant learns invertible ones that make the layer's own output least wrong:
 
-- the input of q, k and v, of gate and up, and of down: ``x P`` with P = P1 (x) P2 (:func:`kronecker_sizes`), online;
-- values: ``v P_v`` for each head, folded into v's rows; o's input: P_v's inverse in o's columns, and a matrix across heads
-  online; keys: ``k P_k`` and ``q P_k^-T``, online after RoPE;
+- the input of q, k and v, of gate and up, of down: ``x P`` with P = P1 (x) P2 (:func:`kronecker_sizes`), online;
+- values: ``v P_v`` for each head, folded into v's rows; o's input: P_v's inverse in o's columns, and a matrix across
+  heads online; keys: ``k P_k`` and ``q P_k^-T``, online after RoPE;
 - a scale for each channel of the inputs of q, k and v, gate and up, down, which begins as
   ``max|W|^(1-a) / max|x|^a`` (a = 0.3) and folds into the norm or into up's rows;
 - where the extremes are cut off: of each row of a weight, and of inputs, keys and values, sigmoid(p) from p = 4.
@@ -42,7 +42,7 @@ from reqat.methods.scaling import FoldableGroup, Magnitudes, check_full_precisio
 from reqat.methods.transform import Transform
 from reqat.models import leave, precision_of, prepare
 from reqat.models.adapters import HeadShape
-from reqat.quant import Precision, block_hadamard, bounds, clipped, fake_quantize, kronecker
+from reqat.quant import Precision, block_hadamard, bounds, clipped, dynamic, fake_quantize, kronecker
 
 EPOCHS = 15
 BATCH = 4
@@ -53,9 +53,9 @@ _FLOOR = 1e-5
 
 
 def kronecker_sizes(n: int) -> tuple[int, int]:
-    """(a, b) with a b = n, a <= b and as close as can be: (m - j, m + j) for the smallest m >= sqrt(n) with m^2 - n = j^2.
+    """(a, b) with a b = n, as close as can be: (m - j, m + j) for the smallest m >= sqrt(n) with m^2 - n = j^2.
 
-    Where no such m is a whole number (n is 2 modulo 4), the factors of n closest to each other.
+    Where there is no such m (n is 2 modulo 4), the factors of n closest to each other.
     """
     for a in range(math.isqrt(n), 0, -1):
         if n % a == 0 and (n // a - a) % 2 == 0:
@@ -85,10 +85,10 @@ def train(
         seed: of the matrices that training begins with.
         progress: show a bar.
 
-    Returns the relative error of each layer's output, before (the transforms as they begin) and after training.
+    Returns the relative error of each layer's output in the first and in the last epoch.
 
-    Raises ReqatError for a precision that keeps weights, a model that is quantized or of other parts, or fewer sequences
-    than a batch.
+    Raises ReqatError for a precision that keeps weights, a model that is quantized or of other parts, or fewer
+    sequences than a batch.
     """
     if precision.weights is None:
         raise ReqatError(f"FlatQuant transforms weights to be quantized, but {precision} keeps them: take one with W4")
@@ -150,8 +150,8 @@ def _inverse_transposed(P: Tensor | None) -> Tensor | None:
 
 @dataclass
 class _Group:
-    """What is learned of the layers that read one tensor: factors, logarithm of the channel scale, clips (all None where
-    there are none)."""
+    """What is learned of the layers that read one tensor: factors and the logarithm of the channel scale (None where
+    there is none), clips before the sigmoid."""
 
     left: nn.Parameter | None
     right: nn.Parameter | None
@@ -232,7 +232,9 @@ class _Layer:
         weight = groups[0].linears[0].weight
         self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         like = weight.new_empty(0, dtype=self.dtype)
-        self.precision = precision
+        self.precision = precision.replace(
+            **{role: dynamic(getattr(precision, role)) for role in ("inputs", "keys", "values")}
+        )
         self.module = copy.deepcopy(block.module).to(self.dtype).requires_grad_(False)
 
         def clip(*rows: int) -> nn.Parameter:

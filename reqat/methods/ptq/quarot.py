@@ -123,8 +123,8 @@ def gated_parts(model: PreTrainedModel, what: str) -> GatedDecoder:
     parts = adapter_of(model).gated(model)
     if parts is None:
         raise ReqatError(
-            f"{what} transforms decoders built like Llama, Qwen2 or Qwen3 (norm, attention, norm, gated MLP); model type "
-            f"{model.config.model_type!r} has other parts: take another method (gptq, awq, smoothquant)"
+            f"{what} transforms decoders built like Llama, Qwen2 or Qwen3 (norm, attention, norm, gated MLP); model "
+            f"type {model.config.model_type!r} has other parts: take another method (gptq, awq, smoothquant)"
         )
     return parts
 
