@@ -187,7 +187,7 @@ def test_what_is_online_survives_the_checkpoint(
     tiny: Tiny, ids: Tensor, tmp_path: Path, method: str, precision: str
 ) -> None:
     model = tiny("qwen3", num_key_value_heads=2)
-    plain = model(ids).logits
+    plain = model(ids).logits.detach()
     report, _ = ptq.quantize(method, model, precision, ids, progress=False, **FAST.get(method, {}))
     expected = model(ids).logits
     assert not torch.allclose(expected, plain, rtol=1e-2)
@@ -204,7 +204,8 @@ def test_what_is_online_survives_the_checkpoint(
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(ids).logits, expected)
     # Without reqat it is a model of the same function, but for what the rounding of weights has changed.
-    other = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(ids).logits
+    with torch.no_grad():
+        other = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(ids).logits
     assert float((other - plain).norm() / plain.norm()) < 0.7
 
 
@@ -240,21 +241,16 @@ def test_sizes_of_kronecker_products() -> None:
     ]  # fmt: skip
 
 
-def test_training_transforms_lowers_the_error_of_each_layer(tiny: Tiny, ids: Tensor) -> None:
+def test_training_transforms_lowers_the_error(tiny: Tiny, ids: Tensor) -> None:
     """Below that of random orthogonal bases, with which it begins, and end to end below rounding to nearest."""
-    models = {name: tiny("llama") for name in ("plain", "rtn", "flatquant")}
-    for model in models.values():
-        for layer in model.get_decoder().layers:  # type: ignore[attr-defined]
-            layer.input_layernorm.weight.data[::7] *= 12.0
-            layer.mlp.up_proj.weight.data[::5] *= 8.0
+    models = {name: tiny("llama", num_hidden_layers=1) for name in ("plain", "rtn", "flatquant")}
     ptq.quantize("rtn", models["rtn"], INT4, progress=False)
-    _, metrics = ptq.quantize("flatquant", models["flatquant"], INT4, ids, epochs=12, batch=2, progress=False)
-    for layer in metrics["transforms"]:
-        assert layer["error_last"] < layer["error_first"], layer
-    plain = models["plain"](ids).logits
-    errors = {name: float((model(ids).logits - plain).norm() / plain.norm()) for name, model in models.items()}
-    print(metrics["transforms"], errors)
-    assert errors["flatquant"] < 0.8 * errors["rtn"]
+    _, metrics = ptq.quantize("flatquant", models["flatquant"], INT4, ids, epochs=20, batch=2, progress=False)
+    assert metrics["layer_error_last"] < 0.9 * metrics["layer_error_first"]
+    with torch.no_grad():
+        logits = {name: model(ids).logits for name, model in models.items()}
+    errors = {name: float((y - logits["plain"]).norm()) for name, y in logits.items()}
+    assert errors["flatquant"] < errors["rtn"]
 
 
 def test_the_learned_rounding_is_that_of_the_quantizer() -> None:
