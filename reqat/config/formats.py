@@ -6,18 +6,25 @@ its default.
 | name | element | block | scale | scale_rule | rounding | global_scale |
 |---|---|---|---|---|---|---|
 | MXFP4 | E2M1, E1M2 | 32 | E8M0 | rceil, floor, even | even, away | none |
+| MXFP4-4/3 | E2M1 | 32 | E8M0 times 4/3 | four_thirds | even, away | none |
 | NVFP4 | E2M1, E1M2 | 16 | E4M3 | divide, multiply, reciprocal | even, away | dynamic, row, static |
 | NVFP4-4/6 | E2M1 | 16 | E4M3 | divide | even, away | dynamic, row, static |
 | AMXFP4 | E2M1, E1M2 | 32, a scale a sign | E5M2, E4M3, FP16 | nearest | away, even | none |
 | | | | E8M0 ("PO2") | floor, even | away, even | none |
 | INT2-g128, INT3-g128, INT4-g128, INT8-g128 | INT2 ... INT8 | 128 | FP32, FP16 | nearest | even, away | none |
 | INT2-row, INT3-row, INT4-row, INT8-row | INT2 ... INT8 | the whole row | FP32, FP16 | nearest | even, away | none |
+| INT4-g32 | INT4 | 32 | FP32, FP16 | nearest | even, away | none |
+| AINT4-g32, -g128, -row | UINT4 | 32, 128, the row | FP32, FP16; zero points | minmax | even, away | none |
 | INT2-tensor ... INT8-tensor | INT2 ... INT8 | the whole tensor | FP32, FP16 | nearest | even, away | none |
 | TERNARY-row, TERNARY-tensor | TERNARY | the whole row or tensor | FP32, FP16 | twn | even | none |
 | FP8-row, FP8-tensor | E4M3 | the whole row or tensor | FP32, FP16 | nearest | even, away | none |
 
 A row is a weight's output channel, or a token. The scale of a whole tensor is that of the tensor at hand: inputs, keys
 and values then depend on what else is in the batch, as under ``dynamic``.
+
+AINT4 is affine: codes 0 to 15 reach from the least to the largest number of a block (and to zero), as AWQ quantizes
+weights and QuaRot and FlatQuant quantize activations. MXFP4-4/3 is MR-GPTQ's: the power of two of ``floor`` times 4/3,
+which puts the top of the binade, 8, at 6, so that nothing saturates.
 
 MXFP4's default is ``rceil`` (also called ``ceil``) because ReQAT uses it; OCP's specification says ``floor``,
 compressed-tensors exports ``even``. What each rule computes is in :mod:`reqat.formats.scales`.
@@ -27,7 +34,7 @@ from __future__ import annotations
 
 from typing import Any
 
-ELEMENT_BITS = {"E2M1": 4, "E1M2": 4, "INT2": 2, "INT3": 3, "INT4": 4, "INT8": 8, "TERNARY": 2, "E4M3": 8}
+ELEMENT_BITS = {"E2M1": 4, "E1M2": 4, "INT2": 2, "INT3": 3, "INT4": 4, "INT8": 8, "UINT4": 4, "TERNARY": 2, "E4M3": 8}
 """Bits of a code of each element type."""
 
 _ALIASES = {"scale": {"PO2": "E8M0"}, "scale_rule": {"ceil": "rceil"}}
@@ -62,6 +69,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         global_scale="dynamic row static",
     ),
     "NVFP4-4/6": _family(16, adaptive=True, scale="E4M3", scale_rule="divide", global_scale="dynamic row static"),
+    "MXFP4-4/3": _family(32, scale="E8M0", scale_rule="four_thirds"),
     "AMXFP4": _family(
         32,
         asymmetric=True,
@@ -80,6 +88,11 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         )
         for bits in (2, 3, 4, 8)
         for sharing in ("g128", "row", "tensor")
+    },
+    "INT4-g32": _family(32, element="INT4", scale="FP32 FP16", scale_rule="nearest"),
+    **{
+        f"AINT4-{sharing}": _family(block, element="UINT4", scale="FP32 FP16", scale_rule="minmax")
+        for sharing, block in (("g32", 32), ("g128", 128), ("row", None))
     },
     **{
         f"{name}-{sharing}": _family(

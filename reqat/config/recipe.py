@@ -125,7 +125,7 @@ class PTQStep(_Step):
     method: PTQMethod = "gptq"
     act_order: bool = True
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """SmoothQuant: how much of the range goes from activations to weights; null: the method's own."""
+    """Of SmoothQuant and GPTAQ; null: the method's own."""
 
 
 Step = Annotated[TrainStep | QFitStep | PTQStep, Field(discriminator="step")]

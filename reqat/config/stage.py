@@ -281,7 +281,8 @@ class PTQSettings(Strict):
     act_order: bool = True
     damp: float = Field(default=0.01, gt=0)
     alpha: float | None = Field(default=None, ge=0, le=1)
-    """SmoothQuant: how much of the range goes from activations to weights; null: the method's own."""
+    """SmoothQuant: how much of the range goes from activations to weights; GPTAQ: how much of the drift of a layer's
+    inputs is made up for; null: the method's own."""
     calibration: Calibration = Calibration()
 
 

@@ -6,7 +6,7 @@ from reqat.config.formats import FORMATS
 from reqat.formats.elements import ELEMENTS, Element
 from reqat.formats.format import Format, get_format
 from reqat.formats.layouts import LAYOUT_NAMES, from_layout, input_global_scale, quantization_config, to_layout
-from reqat.formats.quantize import global_scale_for, quantize, quantize_dequantize
+from reqat.formats.quantize import clamp_affine_, global_scale_for, quantize, quantize_dequantize
 from reqat.formats.tensors import PackedTensor, QuantizedTensor, pack_codes, unpack_codes
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Format",
     "PackedTensor",
     "QuantizedTensor",
+    "clamp_affine_",
     "from_layout",
     "get_format",
     "global_scale_for",

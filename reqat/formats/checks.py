@@ -40,8 +40,8 @@ def check_parts(
     Args:
         codes: uint8, one code an element; ``packed``: ``fmt.codes_per_byte`` codes a byte along ``axis``. As long along
             ``axis`` as ``shape`` says, rounded up to whole blocks.
-        scales: one a block along ``axis`` (AMXFP4: and a last axis of 2), in the stored type of ``fmt``; finite, not
-            negative (nor -0.0); E8M0 not 255, which is NaN.
+        scales: one a block along ``axis`` (of formats with ``scale_parts`` 2: and a last axis of 2), in the stored
+            type of ``fmt``; finite, not negative (nor -0.0); E8M0 not 255, which is NaN.
         global_scale: for formats that have one: float32, a scalar or of ``shape`` with ``axis`` (and any other axis
             along which it stays the same) of length 1, finite and above :data:`SMALLEST_GLOBAL_SCALE`; else None.
         axis, shape, dtype: of the tensor that was quantized; ``axis`` counts from 0.
@@ -107,7 +107,7 @@ def check_structure(
     block = fmt.block or max(1, sizes[axis])
     padded = -(-sizes[axis] // block) * block
     along = -(-padded // fmt.codes_per_byte) if packed else padded
-    signs = [2] if fmt.asymmetric else []
+    signs = [2] if fmt.scale_parts > 1 else []
     for what, part, length, more in (("codes", codes, along, []), ("scales", scales, padded // block, signs)):
         expected = [*sizes[:axis], length, *sizes[axis + 1 :], *more]
         if list(part.shape) != expected:

@@ -1,20 +1,22 @@
 """Elements: the few numbers a code of 2, 3, 4 or 8 bits can stand for, and how a real number is rounded to one of them.
 
 An element type is its list of magnitudes. A code of a float element is ``sign << (bits - 1) | index`` into it; codes of
-integers are two's complement. Rounding never searches the list. Within a binade the magnitudes are evenly spaced, so
+signed integers are two's complement. Rounding never searches the list. Within a binade the magnitudes are evenly
+spaced, so
 adding and subtracting a large float32 whose unit in the last place *is* the spacing makes the adder do the rounding (to
 nearest, ties to even)::
 
     E2M1: spacing 0.5 below 2, 1 below 4, 2 up to 6     ->  M = 1.5 * 2^22 * 2^floor(log2 |y|), exponent held in 0..2
     E4M3: an eighth of the binade, 2^-9 below 2^-6      ->  M = 1.5 * 2^20 * 2^floor(log2 |y|), exponent held in -6..8
     E1M2: spacing 0.5 everywhere up to 3.5              ->  M = 1.5 * 2^22
-    INT2, INT3, INT4, INT8, TERNARY: spacing 1          ->  M = 1.5 * 2^23
+    integers, TERNARY: spacing 1                        ->  M = 1.5 * 2^23
 
 (The factor 1.5 keeps y + M in M's own binade for both signs of y.) "Even code" and "even multiple of the spacing" are
 the same thing in all of them. Half-away rounding, which AMXFP4 uses, is ``floor(|y| / spacing + 1/2)``.
 
-Integers are symmetric: quantization never produces the lowest one (-8 of INT4). TERNARY is -1, 0, 1, as INT2; where its
-threshold lies is a matter of the scale rule (``twn`` in quantize.py).
+Signed integers are symmetric: quantization never produces the lowest one (-8 of INT4). UINT4, 0 to 15, belongs to
+affine formats, which add a block's zero point to what was rounded (quantize.py). TERNARY is -1, 0, 1, as INT2; where
+its threshold lies is a matter of the scale rule (``twn`` in quantize.py).
 
 Zeros: a negative number that rounds to zero keeps its sign in the code of a float element (8 of four bits, as in every
 FP4 library), but both zero codes decode to +0.0, so that the codes and the arithmetic shortcut agree bit for bit.
@@ -56,7 +58,8 @@ class Element:
     """A number type of few bits, by the magnitudes that it has, in order.
 
     ``clip_above``: up to this ``|y|``, rounding alone stays within the magnitudes; above, the result must be clipped.
-    ``integer``: codes are two's complement. ``binades``: exponents of the lowest and the highest binade with a spacing
+    ``integer``: codes are two's complement, or without ``signed`` the numbers themselves.
+    ``binades``: exponents of the lowest and the highest binade with a spacing
     of its own; alike where the spacing is the same everywhere.
     """
 
@@ -65,6 +68,7 @@ class Element:
     mantissa_bits: int
     clip_above: float
     integer: bool = False
+    signed: bool = True
     binades: tuple[int, int] = (0, 0)
 
     @property
@@ -138,6 +142,8 @@ class Element:
     def code_values(self) -> tuple[float, ...]:
         """What each code stands for. Both zeros of the float elements are +0.0; E4M3's codes 127 and 255 are NaN."""
         half = 2 ** (self.bits - 1)
+        if not self.signed:
+            return tuple(float(code) for code in range(2 * half))
         if self.integer:  # the lowest decodes, but symmetric quantization never produces it
             return tuple(float(code if code < half else code - 2 * half) for code in range(2 * half))
         upper = (math.nan,) * (half - len(self.magnitudes))
@@ -155,6 +161,9 @@ def _integer(name: str) -> Element:
     return Element(name, magnitudes, mantissa_bits=ELEMENT_BITS[name] - 2, clip_above=largest + 0.49, integer=True)
 
 
+# Rounding alone may leave 0 to 15: what is rounded has no zero point yet.
+UINT4 = Element("UINT4", tuple(map(float, range(16))), mantissa_bits=3, clip_above=15.49, integer=True, signed=False)
+
 # OCP's 8-bit float as NVIDIA's GPUs have it: exponent bias 7, no infinity, up to 448.
 E4M3 = Element(
     "E4M3",
@@ -167,5 +176,6 @@ E4M3 = Element(
 
 #: The elements by name.
 ELEMENTS: dict[str, Element] = {
-    element.name: element for element in (E2M1, E1M2, *map(_integer, ("INT4", "INT2", "INT3", "INT8", "TERNARY")), E4M3)
+    element.name: element
+    for element in (E2M1, E1M2, *map(_integer, ("INT4", "INT2", "INT3", "INT8", "TERNARY")), UINT4, E4M3)
 }

@@ -68,6 +68,16 @@ class Format:
         return {2: 4, 3: 2, 4: 2, 8: 1}[self.bits]
 
     @property
+    def zero_point(self) -> bool:
+        """Whether each block has a zero point beside its scale: affine integers."""
+        return not self.element_type.signed
+
+    @property
+    def scale_parts(self) -> int:
+        """Numbers that are stored for a block: 2 with one scale a sign, or with a zero point."""
+        return 2 if self.asymmetric or self.zero_point else 1
+
+    @property
     def has_global_scale(self) -> bool:
         """Whether a float32 scale stands above the block scales."""
         return self.global_scale != "none"

@@ -10,7 +10,8 @@ Arithmetic, for a block's scale ``S`` (float32; for NVFP4 ``S = s / g``, see sca
 
 (NVFP4's scale rule ``reciprocal`` multiplies by g / s instead of dividing by S), all of it in float32, whatever the
 input's type: float16 and bfloat16 are exact in float32, float64 is rounded to it first and must be in its range. The
-result is rounded once more, to the output's type, saturating.
+result is rounded once more, to the output's type, saturating. Affine formats also have a zero point z, a whole number
+from 0 to 15: v is held in -z to 15 - z, and its code is v + z.
 
 Shapes: a tensor is seen as [N, B], N blocks of B elements; the blocks of one row (one index of the other axes) follow
 each other.
@@ -83,9 +84,11 @@ def quantize(
     scaled = _scales(blocks, fmt, given, name)
     codes = torch.empty(blocks.x.shape, dtype=torch.uint8, device=x.device)
     element = fmt.element_type
-    for piece, D, out in _pieces(blocks.x, scaled.divisor, codes):
+    for piece, D, out, *zero in _pieces(blocks.x, scaled.divisor, codes, *scaled.zero_points):
         y = _divide(piece, D, torch.empty(piece.shape, dtype=torch.float32, device=x.device), scaled.inverted)
         values = element.round_(y, torch.empty_like(y), rounding=fmt.rounding, clip=scaled.clip)
+        for z in zero:
+            values = clamp_affine_(values, z).add_(z)
         out.copy_(element.encode(values, torch.signbit(piece)))
     return QuantizedTensor(
         codes=blocks.restore(codes),
@@ -119,12 +122,15 @@ def quantize_dequantize(
     limit = largest(x.dtype)
     saturate = scaled.top > limit / 2  # rounding up may then step over the largest number of the type
     scratch = buffer = None
-    for piece, D, S, target in _pieces(blocks.x, scaled.divisor, scaled.effective, out):
+    for piece, D, S, target, *zero in _pieces(blocks.x, scaled.divisor, scaled.effective, out, *scaled.zero_points):
         if scratch is None:
             scratch = torch.empty(piece.shape, dtype=torch.float32, device=x.device)
             buffer = None if x.dtype == torch.float32 else torch.empty_like(scratch)
         y = _divide(piece, D, target if buffer is None else buffer[: len(piece)], scaled.inverted)
-        _multiply_(element.round_(y, scratch[: len(piece)], rounding=rounding, clip=clip), S)
+        element.round_(y, scratch[: len(piece)], rounding=rounding, clip=clip)
+        for z in zero:
+            clamp_affine_(y, z)
+        _multiply_(y, S)
         if saturate:
             y.clamp_(-limit, limit)
         if buffer is not None:
@@ -239,6 +245,11 @@ def _multiply_(v: Tensor, S: Tensor) -> Tensor:
     return v.clamp_(min=0).mul_(S[:, :1]).addcmul_(negative, S[:, 1:])
 
 
+def clamp_affine_(v: Tensor, z: Tensor) -> Tensor:
+    """Hold rounded numbers ``v``, in place, in -z to 15 - z: then ``v + z`` is a code of four bits. Zeros are +0.0."""
+    return torch.maximum(torch.minimum(v, 15 - z, out=v), -z, out=v).add_(0.0)
+
+
 # --- choosing scales --------------------------------------------------------------------------------------------------
 
 
@@ -253,6 +264,7 @@ class _Scales:
     global_scale: Tensor | None  # scalar or [rows, 1]
     clip: bool  # whether some |x| / S lies beyond what rounding alone keeps within the element's range
     top: float  # max |x|
+    zero_points: tuple[Tensor, ...] = ()  # one [N, 1] of affine formats
 
 
 def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: str | None) -> _Scales:
@@ -265,6 +277,8 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
         raise _not_finite(blocks.original, name)
     if fmt.scale_rule == "twn":
         return _ternary_scales(x, fmt, top_value)
+    if fmt.zero_point:
+        return _affine_scales(x, fmt, top_value)
     if fmt.per_tensor:
         amax = top.expand(len(amax)).contiguous()
     g: Tensor | None = None
@@ -279,7 +293,7 @@ def _scales(blocks: _Blocks, fmt: Format, given: Tensor | float | None, name: st
             s, S = torch.where(four, s4, s), torch.where(four, S4, S)
     elif fmt.scale == "E8M0":
         s = e8m0_from_amax(amax, element, fmt.scale_rule)
-        S = e8m0_to_float(s)
+        S = effective_scale(e8m0_to_float(s), None, fmt.scale_rule)
     else:
         # AMXFP4 rounds its scales the way it rounds elements, the others always to even. A scale of zero (the block has
         # no number of that sign, or only some below the scale's range) becomes 1: the codes are all zero.
@@ -312,6 +326,21 @@ def _ternary_scales(x: Tensor, fmt: Format, top: float) -> _Scales:
     s, delta = (t.expand(len(x)).contiguous() for t in (replace_zero_(s, 1.0), replace_zero_(delta.flatten(), 1.0)))
     divisor = (2 * delta[:, None]).clamp_(max=FLOAT32_MAX)
     return _Scales(s, s[:, None], divisor, False, None, True, top)
+
+
+def _affine_scales(x: Tensor, fmt: Format, top: float) -> _Scales:
+    """Scales and zero points of affine formats, for each block of [N, B]: with lo and hi its least and largest number,
+    zero included, ``s = (hi - lo) / 15`` and ``z = round(-lo / s)``; stored side by side. Zero keeps a code of its own.
+    A block of zeros gets the scale 1.
+    """
+    extremes = _signed_amax(x)  # hi and -lo
+    hi, minus_lo = extremes[:, 0], extremes[:, 1]
+    # Halves first: the sum of two large float32 is none.
+    s = round_to_float(divide(hi / 2 + minus_lo / 2, 7.5), SCALE_TYPES[fmt.scale])
+    s = replace_zero_(s, 1.0)
+    z = torch.round(minus_lo / s).clamp_(max=15)
+    stored = torch.stack([s, z], -1)
+    return _Scales(stored, s[:, None], s[:, None], False, None, False, top, (z[:, None].contiguous(),))
 
 
 def _block_amax(x: Tensor) -> Tensor:

@@ -80,9 +80,12 @@ def e8m0_from_amax(amax: Tensor, element: Element, rule: str) -> Tensor:
     - ``rceil`` (NVIDIA, ReQAT): ``ceil(log2(amax / emax))``, amax / emax rounded to float32. Never saturates.
     - ``even`` (compressed-tensors, torchao EVEN): ``floor``, of amax after rounding its mantissa up where the element's
       own rounding would carry it into the next binade (mantissa of at least 1.75 for E2M1, 1.875 for E1M2).
+    - ``four_thirds`` (MR-GPTQ): ``floor``; the effective scale is 4/3 of the power of two. Never saturates.
 
     Exact, on bits (no ``log2``). Zero and anything below the range gets 0 (2^-127).
     """
+    if rule == "four_thirds":
+        rule = "floor"
     if rule == "rceil":
         # Below 2^-126 bits are no exponents. Up to 2^-127 the answer is 0; from there on the carry does the rest.
         quotient = torch.threshold_(divide(amax, element.emax), 2.0**-127, 0.0)
@@ -133,7 +136,10 @@ def nvfp4_scales(amax: Tensor, g: Tensor, emax: float, rule: str, expand: float 
 
 
 def effective_scale(s: Tensor, g: Tensor | None, rule: str) -> Tensor:
-    """What a code is multiplied by: ``s / g`` (``s * (1 / g)`` under ``reciprocal``), or ``s`` without global scale."""
+    """What a code is multiplied by: ``s / g`` (``s * (1 / g)`` under ``reciprocal``), or ``s`` without global scale
+    (``s * (4/3)`` under ``four_thirds``)."""
+    if rule == "four_thirds":
+        return s * (4.0 / 3.0)
     if g is None:
         return s
     return s * (1.0 / g) if rule == "reciprocal" else s / g

@@ -24,7 +24,8 @@ class QuantizedTensor:
 
     ``codes``: uint8, a code of ``format.bits`` bits an element, in the input's shape (longer along ``axis`` if padded).
     ``scales``: one a block, in the input's shape with ``axis`` as long as there are blocks, in the stored type (E8M0:
-    uint8 exponents; E4M3, E5M2: torch's float8; FP16; FP32). AMXFP4 adds a last axis of 2: [positive, negative].
+    uint8 exponents; E4M3, E5M2: torch's float8; FP16; FP32). A last axis of 2 holds [positive, negative] of AMXFP4,
+    [scale, zero point] of affine formats.
     ``global_scale``: float32 divisor g, a scalar, or (``row``) the input's shape with ``axis`` of length 1; or None.
     ``shape`` and ``dtype`` are the input's; ``axis`` counts from 0.
 
@@ -52,15 +53,24 @@ class QuantizedTensor:
         )
 
     def block_scales(self) -> Tensor:
-        """What codes are multiplied by, float32, in the shape of ``scales``: ``s / g``, or ``s``."""
+        """What codes (affine formats: less their zero points) are multiplied by, float32: ``s / g``, or ``s``. In the
+        shape of ``scales``, of affine formats without its last axis."""
+        if self.format.zero_point:
+            return self.scales[..., 0].float()
         s = e8m0_to_float(self.scales) if self.format.scale == "E8M0" else self.scales.float()
         with subnormals_kept(s):
             return effective_scale(s, self.global_scale, self.format.scale_rule)
 
+    def zero_points(self) -> Tensor:
+        """The zero points of an affine format, whole numbers in float32, in the shape of :meth:`block_scales`."""
+        assert self.format.zero_point
+        return self.scales[..., 1].float()
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The numbers that codes and scales stand for, in the input's shape and type (or ``dtype``).
 
-        ``value(code) * S`` in float32, then rounded to ``dtype``, saturating at its largest number. Zeros are +0.0.
+        ``value(code) * S`` (affine: ``(code - z) * S``) in float32, then rounded to ``dtype``, saturating at its
+        largest number. Zeros are +0.0.
         """
         check_codes(self.codes, self.format.bits)
         with subnormals_kept(self.codes):
@@ -69,6 +79,8 @@ class QuantizedTensor:
     def _dequantized(self, dtype: torch.dtype) -> Tensor:
         codes = self.codes.movedim(self.axis, -1)
         values = self.format.element_type.decode(codes)
+        if self.format.zero_point:
+            values -= self._each(self.zero_points(), values)
         values *= self._element_scales(values)
         limit = largest(dtype)
         values = values.clamp_(-limit, limit).to(dtype)[..., : self.shape[self.axis]]

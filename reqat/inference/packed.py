@@ -33,6 +33,7 @@ from reqat.inference.packed_linear import Bf16LMHead, PackedInput, PackedLinear
 from reqat.models.adapters import blocks_of, cached_attentions
 from reqat.models.linear import InputQuantizer, quant_linears
 from reqat.models.prepare import freeze, precision_of
+from reqat.quant import Basis, Quantizer
 from reqat_kernels.native.attention import unsupported
 
 
@@ -72,6 +73,7 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     uncalibrated = [m.name for m in model.modules() if isinstance(m, InputQuantizer) and m.needs_calibration]
     if uncalibrated:
         raise ReqatError(f"{uncalibrated[0]}: its static scale is not calibrated; run calibrate_static(model, batches)")
+    _check_served(model)
     freeze(model)
     fmt = precision.weights
     linears = {} if fmt is None else quant_linears(model)
@@ -100,6 +102,21 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     # Before any part is moved: a refusal in the middle would leave half of the model elsewhere.
     model._apply = partial(_checked_apply, model)  # type: ignore[method-assign]
     return model
+
+
+def _check_served(model: PreTrainedModel) -> None:
+    """Raise ReqatError for what no kernel computes: a basis of a layer's inputs or keys, clipped inputs or cache."""
+    for module in model.modules():
+        if isinstance(module, Basis) and module.changes:
+            what = "its tensors are quantized in a basis of their own (QuaRot, FlatQuant)"
+        elif isinstance(module, Quantizer) and module.clip is not None:
+            what = "its tensors are clipped before they are quantized"
+        else:
+            continue
+        raise ReqatError(
+            f"{module.name}: {what}, which packed models do not compute: run the prepared model as it is, or quantize "
+            "by a method that needs nothing of the kind (reqat quantize --method rtn, gptq, awq, smoothquant)"
+        )
 
 
 def _checked_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

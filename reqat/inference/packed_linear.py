@@ -24,7 +24,7 @@ class PackedInput(InputQuantizer):
     """Rounds the input of packed layers, once for all that read it."""
 
     def __init__(self, source: InputQuantizer, precision: Precision, block: int, backend: Backend) -> None:
-        super().__init__(precision, source.consumers, source.name or "input")
+        super().__init__(precision, source.consumers, source.basis.size, source.name or "input")
         self.device, self.global_scale = source.device, source.global_scale
         self.block = block
         self.backend = backend

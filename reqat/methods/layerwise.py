@@ -20,7 +20,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ from reqat.models import (
     quant_linears,
 )
 from reqat.models.adapters import Block, adapter_of, blocks_of
+from reqat.quant import Quantizer, without_rounding
 
 # Tokens that go through a layer at once, unless the caller says otherwise: 4096 tokens of a 14B model's MLP are 0.2 GB.
 BATCH_TOKENS = 4096
@@ -177,13 +178,20 @@ class WeightProblem:
 
     ``weight`` [N, K] float32, in the basis in which it is quantized (rotated, if the precision rotates); ``hessian``
     [K, K] float64, the mean of x x^T over the calibration tokens; ``nearest``, the weight rounded to nearest: its
-    scales, and the codes to improve on.
+    scales, and the codes to improve on. ``drift`` [K, K] float64, where it was asked for: the mean of (x~ - x) x^T with
+    x~ the input that the full-precision model has in x's place. ``tokens`` were seen.
     """
 
     name: str
     weight: Tensor
     hessian: Tensor
     nearest: QuantizedTensor
+    drift: Tensor | None = None
+    tokens: int = 0
+
+    def with_scales(self, nearest: QuantizedTensor) -> WeightProblem:
+        """The same with other scales, those of ``nearest``."""
+        return replace(self, nearest=nearest)
 
     def error(self, quantized: QuantizedTensor | None) -> float:
         """Mean squared output error of a token, summed over outputs: tr(dW H dW^T). None: of the zero weight."""
@@ -197,16 +205,17 @@ Solver = Callable[[WeightProblem], QuantizedTensor]
 
 
 def solve_weights(
-    model: PreTrainedModel, input_ids: Tensor, solver: Solver, *, label: str, progress: bool = True
+    model: PreTrainedModel, input_ids: Tensor, solver: Solver, *, label: str, drift: bool = False, progress: bool = True
 ) -> list[dict[str, Any]]:
     """Choose the codes of every quantized linear layer with ``solver``, in forward order, and freeze ``model``.
 
     Each layer's inputs come through the layers before it as they were just solved (within a block too: o after q, k and
     v), rotated and fake-quantized as the precision says; keys and values as well. An expert is solved for the tokens
-    that chose it.
+    that chose it. With ``drift`` the full-precision model runs alongside, one more block at a time.
 
     Returns for each linear layer its name and its relative output error ``tr(dW H dW^T) / tr(W H W^T)``, rounded to
-    nearest and solved; ``tokens: 0`` for an expert that no token chose (H is zero then).
+    nearest and solved; ``tokens`` where it saw fewer than it has inputs, 0 for an expert that no token chose (H is zero
+    then).
 
     Raises:
         ValueError: a model that was not prepared, whose precision leaves weights as they are, or that is frozen
@@ -224,20 +233,30 @@ def solve_weights(
     solved: list[dict[str, Any]] = []
     total = sum(len(pool) for of_block in pools.values() for pool in of_block)
     with bar(label, total, "groups of layers", enabled=progress) as shown:
+        dense: list[Tensor] | None = None
         for step in walk(model, input_ids):
+            full: dict[int, list[Tensor]] = {}
+            if drift:
+                dense, full = _full_precision(step, pools[step.block.index], dense)
             for pool in pools[step.block.index]:
-                for group, (hessian, tokens) in zip(pool, _hessians(step, pool), strict=True):
+                for group, moments in zip(pool, _moments(step, pool, full), strict=True):
+                    hessian, tokens = moments.hessian, moments.tokens
                     for linear in group:
                         problem = WeightProblem(
-                            linear.name, linear.rotated_weight().float(), hessian, linear.quantize_weight()
+                            linear.name,
+                            linear.rotated_weight().float(),
+                            hessian,
+                            linear.quantize_weight(),
+                            moments.drift,
+                            tokens,
                         )
                         quantized = solver(problem)
                         linear.set_quantized(quantized)
                         size = problem.error(None) or 1.0
                         nearest, now = problem.error(problem.nearest) / size, problem.error(quantized) / size
                         solved.append({"layer": linear.name, "error_nearest": nearest, "error": now})
-                        if not tokens:
-                            solved[-1]["tokens"] = 0
+                        if tokens < linear.in_features:
+                            solved[-1]["tokens"] = tokens
                     shown.update()
     freeze(model)
     return solved
@@ -256,31 +275,85 @@ def _pools(block: Block) -> list[list[list[QuantLinear]]]:
     return list(pools.values())
 
 
-def _hessians(step: Step, pool: list[list[QuantLinear]]) -> list[tuple[Tensor, int]]:
-    """Mean of x x^T [K, K] float64 over the inputs that the matrix products of each group see, and their number.
+@dataclass
+class _Moments:
+    """Means over the ``tokens`` that a group saw: of x x^T, and of (x~ - x) x^T; [K, K] float64."""
 
-    An expert that no token chose has zeros.
+    hessian: Tensor
+    drift: Tensor | None
+    tokens: int
+
+
+def _full_precision(
+    step: Step, pools: list[list[list[QuantLinear]]], hidden: list[Tensor] | None
+) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+    """Run the block as the full-precision model does, on what that has in place of ``step.hidden`` (None: the same).
+
+    Returns its outputs, and by id of each group's first layer the inputs [M, K] of its matrix products, batch by batch.
+    Nothing of the block may be solved yet.
+    """
+    firsts = [group[0] for pool in pools for group in pool]
+    seen: dict[int, list[Tensor]] = {id(linear): [] for linear in firsts}
+
+    def look(_quantizer: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
+        if id(args[1]) in seen:
+            seen[id(args[1])].append(x.reshape(-1, x.shape[-1]).float())
+
+    alongside = Step(step.block, step.hidden if hidden is None else hidden, step.kwargs)
+    inputs = {id(linear.input_quantizer): linear.input_quantizer for linear in firsts}
+    quantizers = [module for module in step.block.module.modules() if isinstance(module, Quantizer)]
+    with without_rounding(quantizers), hooked([q.register_forward_hook(look) for q in inputs.values()]):
+        return alongside.run(), seen
+
+
+def _moments(step: Step, pool: list[list[QuantLinear]], full: dict[int, list[Tensor]]) -> list[_Moments]:
+    """Moments of the inputs that the matrix products of each group see; with drift where ``full`` has what the
+    full-precision model sees.
+
+    An expert that no token chose has zeros; one that other tokens chose in the full-precision model has no drift.
     """
     firsts = [group[0] for group in pool]
-    totals = {
-        id(linear): torch.zeros(
-            linear.in_features, linear.in_features, dtype=torch.float64, device=linear.weight.device
-        )
-        for linear in firsts
-    }
-    counts = dict.fromkeys(totals, 0)
+
+    def zeros(linear: QuantLinear) -> Tensor:
+        K = linear.in_features
+        return torch.zeros(K, K, dtype=torch.float64, device=linear.weight.device)
+
+    found = {id(linear): _Moments(zeros(linear), zeros(linear) if full else None, 0) for linear in firsts}
+    batches = dict.fromkeys(found, 0)
 
     def look(_quantizer: nn.Module, args: tuple[Any, ...], x: Tensor) -> None:
         reader = id(args[1])
-        if reader in totals:  # the first of each group; the others read the same tensor
+        if reader in found:  # the first of each group; the others read the same tensor
+            moments = found[reader]
             x_MK = x.reshape(-1, x.shape[-1]).float()
-            totals[reader].add_(x_MK.T @ x_MK)
-            counts[reader] += len(x_MK)
+            moments.hessian.add_(x_MK.T @ x_MK)
+            moments.tokens += len(x_MK)
+            if moments.drift is not None:
+                theirs = full[reader][batches[reader] :][:1]
+                if theirs and theirs[0].shape == x_MK.shape:
+                    moments.drift.add_((theirs[0] - x_MK).T @ x_MK)
+            batches[reader] += 1
 
     quantizers = {id(linear.input_quantizer): linear.input_quantizer for linear in firsts}
     with hooked([quantizer.register_forward_hook(look) for quantizer in quantizers.values()]):
         step.run()
     for linear in firsts:
-        if not torch.isfinite(totals[id(linear)]).all():
+        moments = found[id(linear)]
+        if not torch.isfinite(moments.hessian).all():
             raise ReqatError(f"the calibration inputs of {linear.name} hold NaN or infinity: the model has diverged")
-    return [(totals[key] / max(1, counts[key]), counts[key]) for key in totals]
+        moments.hessian /= max(1, moments.tokens)
+        if moments.drift is not None:
+            moments.drift /= max(1, moments.tokens)
+    return list(found.values())
+
+
+def few_tokens(solved: list[dict[str, Any]]) -> dict[str, str]:
+    """A metric that says, where it is so, that layers saw fewer tokens than they have inputs: their second moments then
+    say nothing of some directions, and what is solved there is left to the damping."""
+    few = [layer for layer in solved if "tokens" in layer]
+    if not few:
+        return {}
+    return {
+        "warning": f"{len(few)} of {len(solved)} layers saw fewer calibration tokens than they have inputs (the first: "
+        f"{few[0]['layer']}, {few[0]['tokens']} tokens); give at least as many tokens as the widest layer has inputs"
+    }

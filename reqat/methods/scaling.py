@@ -154,7 +154,7 @@ def _dividing_norm(norm: nn.Module, size: int) -> Callable[[Tensor], None] | Non
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.shape != (size,) or getattr(norm, "bias", None) is not None:
         return None
-    added = _added(norm, weight)
+    added = norm_offset(norm)
     if added is None:
         return None
 
@@ -166,8 +166,9 @@ def _dividing_norm(norm: nn.Module, size: int) -> Callable[[Tensor], None] | Non
 
 
 @torch.no_grad()
-def _added(norm: nn.Module, weight: nn.Parameter) -> float | None:
-    """What the norm adds to its weight before it multiplies: 0 or 1; None if it does something else with it."""
+def norm_offset(norm: Any) -> float | None:
+    """What the norm adds to its weight [K] before it multiplies: 0 or 1; None if it does something else with it."""
+    weight = norm.weight
     x = torch.linspace(-1, 1, weight.numel(), device=weight.device, dtype=weight.dtype)[None] + 0.1
     kept = weight.clone()
     try:

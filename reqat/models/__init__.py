@@ -30,8 +30,10 @@ from reqat.models.prepare import (  # noqa: E402
     freeze,
     precision_of,
     prepare,
+    share_global_scales,
 )
 from reqat.models.saving import save_model  # noqa: E402
+from reqat.models.sidecar import leave  # noqa: E402
 
 __all__ = [
     "ATTENTION",
@@ -50,6 +52,7 @@ __all__ = [
     "gradient_rules",
     "has_learned_scales",
     "kv_quantizers",
+    "leave",
     "load_model",
     "load_tokenizer",
     "position_limit",
@@ -58,6 +61,7 @@ __all__ = [
     "quant_linears",
     "save_model",
     "set_gradient",
+    "share_global_scales",
     "softmax_attention",
     "weights_quantized_once",
 ]

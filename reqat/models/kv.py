@@ -2,7 +2,8 @@
 
 Keys come after RoPE. The Q-FIT shift (ReQAT section 4) is subtracted from them before quantizing and never added back:
 it moves every logit of a query by the same amount, which softmax does not see. Both keys and values are quantized in
-blocks along head_dim; queries are not quantized (only rotated, if keys are).
+blocks along head_dim; queries are not quantized (only rotated, if keys are). A basis of the keys
+(:mod:`reqat.quant.basis`) comes after the shift and before the rotation.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.formats.subnormals import subnormals_kept
 from reqat.models.adapters import cached_attentions
-from reqat.quant import MeasuredState, Precision, Quantizer, block_hadamard, with_signs
+from reqat.quant import Basis, MeasuredState, Precision, Quantizer, block_hadamard, with_signs
 
 
 class KVQuantizer(MeasuredState):
@@ -30,6 +31,7 @@ class KVQuantizer(MeasuredState):
         self.signs = precision.kv_signs if precision.keys is not None else None
         self.name = name
         self.shape = (kv_heads, head_dim)
+        self.basis = Basis(head_dim, self.key.name or name)
         self.register_measured("shift")
 
     @property
@@ -59,6 +61,8 @@ class KVQuantizer(MeasuredState):
     def query(self, query_BHTD: Tensor) -> Tensor:
         """The query in the basis of the quantized keys."""
         rotation = self.key.rotation
+        if self.key.format is not None:
+            query_BHTD = self.basis.of_weight(query_BHTD)
         return query_BHTD if rotation is None else block_hadamard(with_signs(query_BHTD, self.signs), rotation)
 
     def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +72,7 @@ class KVQuantizer(MeasuredState):
             if self.shift is not None:
                 with subnormals_kept(key_BGSD):
                     key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
-            key_BGSD = self.key(with_signs(key_BGSD, self.signs))
+            key_BGSD = self.key(with_signs(self.basis(key_BGSD), self.signs))
         if self.value.format is not None:
             value_BGSD = self.value(_widened(value_BGSD))
         return key_BGSD, value_BGSD

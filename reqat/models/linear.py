@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
 from reqat.formats import PackedTensor, QuantizedTensor
-from reqat.quant import Precision, Quantizer, block_hadamard, straight_through
+from reqat.quant import Basis, Precision, Quantizer, block_hadamard, straight_through
 from reqat.quant.gradients import STE
 
 #: What a frozen layer's state dict has beyond an ordinary linear layer's.
@@ -53,17 +53,18 @@ def same_values(weight: Tensor, dense: Tensor) -> bool:
     return any(torch.equal(weight, dense.to(dtype).to(weight.dtype)) for dtype in _WEIGHT_TYPES)
 
 
-def stands_for(weight: Tensor, quantized: QuantizedTensor, rotation: int | None) -> bool:
-    """Whether a plain (never rotated) ``weight`` [N, K] is what ``quantized``, kept rotated, multiplies with.
+def stands_for(weight: Tensor, quantized: QuantizedTensor, rotation: int | None, basis: Basis | None = None) -> bool:
+    """Whether a plain (never rotated) ``weight`` [N, K] is what ``quantized``, kept rotated and in ``basis``,
+    multiplies with.
 
-    Exact without a rotation. Rotating back is a sum in float32, whose order is the machine's: the result may then be
+    Exact without either. Rotating back is a sum in float32, whose order is the machine's: the result may then be
     off by rounding, which in a narrower type moves few elements, by one step. A merged LoRA moves nearly all.
     """
     dense = quantized.dequantize(torch.float32).to(weight.device)
-    if rotation is None:
+    if rotation is None and (basis is None or not basis.changes):
         return same_values(weight, dense)
     for kept in _WEIGHT_TYPES:
-        plain = block_hadamard(dense.to(kept).float(), rotation)
+        plain = _plain(dense.to(kept).float(), rotation, basis)
         largest = plain.abs().amax(-1, keepdim=True)
         for stored in _WEIGHT_TYPES:
             error = (weight.float() - plain.to(stored).float()).abs()
@@ -71,6 +72,12 @@ def stands_for(weight: Tensor, quantized: QuantizedTensor, rotation: int | None)
             if moved <= (0 if stored == torch.float32 else 0.01) and bool((error <= largest * 2**-7).all()):
                 return True
     return False
+
+
+def _plain(weight: Tensor, rotation: int | None, basis: Basis | None) -> Tensor:
+    """A weight that is kept rotated and in a basis, as an ordinary linear layer would use it."""
+    weight = weight if rotation is None else block_hadamard(weight, rotation)
+    return weight if basis is None else basis.back(weight)
 
 
 _KEEPING = threading.Lock()  # held while the number of blocks changes, never while anything computes
@@ -106,25 +113,26 @@ class _Memo(threading.local):
 
 
 class InputQuantizer(Quantizer):
-    """A quantizer shared by ``consumers`` layers that read the same input tensor.
+    """A quantizer shared by ``consumers`` layers that read the same input tensor [..., K], in its ``basis``.
 
     The result for the tensor at hand is kept until its last consumer took it. It is found by the tensor's identity and
     version, and served once a consumer, so a layer called alone, again, or with another tensor, is never served a stale
     one; nor is a layer that another thread calls at the same time.
     """
 
-    def __init__(self, precision: Precision, consumers: int, name: str) -> None:
+    def __init__(self, precision: Precision, consumers: int, size: int, name: str) -> None:
         super().__init__(precision.inputs, rotation=precision.rotation, name=name)
+        self.basis = Basis(size, name)
         self.consumers = consumers
         self._memo = _Memo()
 
     def compute(self, x: Tensor) -> Any:
-        """What consumers get: ``x`` rotated and fake-quantized along its last axis."""
-        return super().forward(x)
+        """What consumers get: ``x`` in its basis, rotated and fake-quantized along its last axis."""
+        return super().forward(self.basis(x))
 
     def forward(self, x: Tensor, consumer: nn.Module | None = None) -> Any:
         """:meth:`compute`, once for all consumers; a ``consumer`` that asks again is served anew."""
-        if self.consumers == 1 or (self.format is None and self.rotation is None):
+        if self.consumers == 1 or (self.format is None and self.rotation is None and not self.basis.changes):
             return self.compute(x)
         version = None if x.is_inference() else x._version
         key = (version, torch.is_grad_enabled(), self.calibrating)
@@ -167,6 +175,11 @@ class QuantLinear(nn.Linear):
         self._kept: tuple[Tensor, Tensor | None, tuple[Any, ...], Tensor] | None = None
         self.train(linear.training)
 
+    @property
+    def basis(self) -> Basis:
+        """The basis in which input and weight are quantized."""
+        return self.input_quantizer.basis
+
     def forward(self, x: Tensor) -> Tensor:
         """y = Q(x) Q(W)^T + b; once frozen, Q(W) is the stored weight."""
         if self.frozen and x.ndim > 1 and x.shape[-2] > 1:  # a prompt: single tokens would wait for the comparison
@@ -178,6 +191,8 @@ class QuantLinear(nn.Linear):
         """Q(W) with W's gradient, kept if :func:`weights_quantized_once` says so."""
         weight, quantizer = self.weight, self.weight_quantizer
         # Inference tensors have no version, and must not get into a graph.
+        if self.basis.changes:
+            return quantizer(self.basis.of_weight(weight))
         kept_for = self.keeping and quantizer.gradient.straight and quantizer.rounds and not quantizer.calibrating
         if not kept_for or torch.is_inference_mode_enabled() or weight.is_inference():
             return quantizer(weight)
@@ -249,6 +264,9 @@ class QuantLinear(nn.Linear):
                     destination[f"{prefix}{name}"] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        factors = f"{prefix}input_quantizer.basis."
+        if any(key.startswith(factors) for key in state_dict):  # before the codes, which are in that basis
+            self.basis._load_from_state_dict(state_dict, factors, *args)
         packed, scales, global_scale = (state_dict.pop(f"{prefix}{name}", None) for name in CODES)
         key = f"{prefix}weight"
         if packed is not None and scales is not None:
@@ -256,7 +274,7 @@ class QuantLinear(nn.Linear):
         if self.frozen and key in state_dict:
             given = state_dict[key].to(self.weight.device)
             if self.quantized is not None:
-                same = stands_for(given, self.quantized, self.rotation)
+                same = stands_for(given, self.quantized, self.rotation, self.basis)
             else:
                 same = same_values(given, self.plain_weight())
             if not same:
@@ -282,16 +300,15 @@ class QuantLinear(nn.Linear):
     @torch.no_grad()
     def rotated_weight(self) -> Tensor:
         """The dense weight [N, K] in the basis in which it is quantized (rotated, if the precision rotates)."""
-        if self.frozen or self.rotation is None:
+        if self.frozen:
             return self.weight.detach()
-        return block_hadamard(self.weight.detach(), self.rotation)
+        weight = self.basis.of_weight(self.weight.detach())
+        return weight if self.rotation is None else block_hadamard(weight, self.rotation)
 
     @torch.no_grad()
     def plain_weight(self) -> Tensor:
-        """The dense weight [N, K] as an ordinary linear layer would use it (never rotated)."""
-        if self.frozen and self.rotation is not None:
-            return block_hadamard(self.weight.detach(), self.rotation)
-        return self.weight.detach()
+        """The dense weight [N, K] as an ordinary linear layer would use it (never rotated, in no other basis)."""
+        return _plain(self.weight.detach(), self.rotation, self.basis) if self.frozen else self.weight.detach()
 
     @torch.no_grad()
     def quantize_weight(self) -> QuantizedTensor:
@@ -337,8 +354,9 @@ class QuantLinear(nn.Linear):
         self.weight = nn.Parameter(dense.to(self.weight), requires_grad=False)
         self.frozen = True
         self.weight_quantizer.global_scale = None  # the codes have their own, and what a gradient rule learned
+        self.weight_quantizer.clip = None
         self.weight_quantizer.gradient = STE()
-        if self.weight_quantizer.format is not None or self.rotation is not None:
+        if self.weight_quantizer.format is not None or self.rotation is not None or self.basis.changes:
             self._sample = self._sampled()
 
     def extra_repr(self) -> str:

@@ -145,7 +145,9 @@ def _swap(blocks: list[Block], precision: Precision, patterns: list[str]) -> tup
             if not wanted:
                 continue
             if group.scale not in inputs:
-                inputs[group.scale] = InputQuantizer(precision, len(wanted), f"{wanted[0].name} input")
+                inputs[group.scale] = InputQuantizer(
+                    precision, len(wanted), wanted[0].module.in_features, f"{wanted[0].name} input"
+                )
                 inputs[group.scale].to(wanted[0].module.weight.device)
             shared = inputs[group.scale]
             shared.consumers = max(shared.consumers, len(wanted))
@@ -188,11 +190,17 @@ def freeze(model: PreTrainedModel, *, share_global_scale: bool = False) -> PreTr
     if precision_of(model) is None:
         raise ReqatError("freeze needs a prepared model: call prepare(model, precision) first")
     if share_global_scale:
-        for group in [group for block in blocks_of(model) for group in block.groups()]:
-            _share_global_scale([site.module for site in group.sites if isinstance(site.module, QuantLinear)])
+        share_global_scales(model)
     for linear in quant_linears(model).values():
         linear.freeze()
     return model.requires_grad_(False).eval()
+
+
+def share_global_scales(model: PreTrainedModel) -> None:
+    """Give weights that read the same input (q, k and v; gate and up) of a prepared model one global scale each group,
+    unless they are frozen."""
+    for group in [group for block in blocks_of(model) for group in block.groups()]:
+        _share_global_scale([site.module for site in group.sites if isinstance(site.module, QuantLinear)])
 
 
 def _share_global_scale(layers: list[QuantLinear]) -> None:

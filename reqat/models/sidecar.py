@@ -7,18 +7,23 @@
 | ``layers.{i}.kv_shift`` [G, D] | Q-FIT shift of layer i's keys |
 | ``layers.{i}.keys_global_scale``, ``layers.{i}.values_global_scale`` [1] | calibrated (``static``) global scales |
 | ``{linear}.input_global_scale`` [1] | the same for the input of a linear layer |
+| ``{linear}.input_left`` [a, a], ``.input_right`` [b, b] | basis in which input and weight are quantized |
+| ``layers.{i}.keys_right`` [D, D] | the same of layer i's keys |
+| ``{linear}.input_clip``, ``layers.{i}.keys_clip``, ``layers.{i}.values_clip`` [2] | where they are cut off |
+| ``{linear}.weight_clip`` [N, 2] | the same of a weight that was not quantized yet |
 | ``{linear}.weight_packed``, ``.weight_scale``, ``.weight_global_scale`` | codes and scales of a frozen model |
 
 :mod:`reqat.models.stored` says what is checked when they are read.
 
 The weights in ``model.safetensors`` stay ordinary and loadable by anyone; of a frozen model they are the dequantized
-ones (rotated back, where the precision rotates). Codes are restored from here, never by quantizing a second time.
+ones (in the basis of an ordinary layer, not rotated). Codes are restored from here, never by quantizing a second time.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,8 +37,8 @@ from reqat.models.adapters import blocks_of, cached_attentions
 from reqat.models.kv import kv_quantizers
 from reqat.models.linear import QuantLinear, quant_linears, stands_for
 from reqat.models.peft import plain_name
-from reqat.models.stored import JSON, SCHEMA, TENSORS, check_dense, read_stored, sealed
-from reqat.quant import Precision, Quantizer
+from reqat.models.stored import FACTORS, JSON, SCHEMA, TENSORS, check_dense, kind_of, part_of, read_stored, sealed
+from reqat.quant import Basis, Precision, Quantizer
 
 
 @dataclass
@@ -64,12 +69,12 @@ class Sidecar:
             prefix = f"layers.{index}"
             if kv.shift is not None:
                 sidecar.tensors[f"{prefix}.kv_shift"] = kv.shift
-            for role, quantizer in (("keys", kv.key), ("values", kv.value)):
-                if quantizer.global_scale is not None:
-                    sidecar.tensors[f"{prefix}.{role}_global_scale"] = quantizer.global_scale.reshape(1)
+            sidecar._note(prefix, "keys", kv.key, kv.basis)
+            sidecar._note(prefix, "values", kv.value)
         for name, module in _by_plain_name(model).items():
-            if module.input_quantizer.global_scale is not None:
-                sidecar.tensors[f"{name}.input_global_scale"] = module.input_quantizer.global_scale.reshape(1)
+            sidecar._note(name, "input", module.input_quantizer, module.basis)
+            if module.weight_quantizer.clip is not None:
+                sidecar.tensors[f"{name}.weight_clip"] = module.weight_quantizer.clip
             module.check_unchanged()
             if any(True for _ in module.weight_quantizer.gradient.parameters()):
                 raise ReqatError(
@@ -77,10 +82,24 @@ class Sidecar:
                 )
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
+        kept = getattr(model, "_reqat_sidecar", None)
+        for name, tensor in kept.tensors.items() if kept is not None else ():
+            if part_of(name) in FACTORS:  # of layers that this precision leaves as they are
+                sidecar.tensors.setdefault(name, tensor)
         return sidecar
+
+    def _note(self, prefix: str, role: str, quantizer: Quantizer, basis: Basis | None = None) -> None:
+        """Take along what was measured for the quantizer of a role, and its basis."""
+        parts = {"clip": quantizer.clip, "global_scale": quantizer.global_scale}
+        if basis is not None:
+            parts |= {"left": basis.left, "right": basis.right}
+        for part, tensor in parts.items():
+            if tensor is not None:
+                self.tensors[f"{prefix}.{role}_{part}"] = tensor.reshape(1) if part == "global_scale" else tensor
 
     def write(self, folder: Path) -> None:
         """Write both files into ``folder``, where the model's weights are already (their digests go along)."""
+        kinds = {kind_of(name) for name in self.tensors}
         stored = {name: t.detach().to("cpu", torch.float32).clone() for name, t in self.tensors.items()}
         shapes = {}
         for name, q in self.weights.items():
@@ -88,16 +107,17 @@ class Sidecar:
             stored[f"{name}.weight_packed"] = packed.packed.contiguous()
             stored[f"{name}.weight_scale"] = packed.scales.contiguous()
             if packed.global_scale is not None:
-                stored[f"{name}.weight_global_scale"] = packed.global_scale.reshape(-1).contiguous()
+                stored[f"{name}.weight_global_scale"] = packed.global_scale.reshape(-1).clone()  # may be shared
             shapes[name] = {"shape": list(q.shape), "dtype": str(q.dtype).removeprefix("torch.")}
         about = {
             "schema": SCHEMA,
             "precision": self.precision.to_dict(),
             "skip": list(self.skip) if self.skip is not None else None,
             "weights": "quantized" if self.weights else "dense",
-            "kv_shift": any(name.endswith(".kv_shift") for name in self.tensors),
-            "static_scales": any(name.endswith("_global_scale") for name in self.tensors),
+            "kv_shift": "kv_shift" in kinds,
+            "static_scales": "static_scales" in kinds,
             "quantized": shapes,
+            **{kind: True for kind in ("bases", "clips") if kind in kinds},
         }
         if stored:
             save_file(stored, folder / TENSORS, metadata={"format": "pt"})
@@ -128,8 +148,12 @@ class Sidecar:
                         f"{JSON} is of another model: {name} has shape {tuple(tensor.shape)}, the model has "
                         f"{own.kv_heads} key/value heads of {own.head_dim}"
                     )
-            if prefix != "layers" and name.removesuffix(".input_global_scale") not in linears:
+            layer = name.rpartition(".")[0]
+            if prefix != "layers" and layer not in linears:
                 raise ReqatError(f"{JSON} is of another model: it has {name}, the model has no such layer")
+            if part_of(name) in FACTORS:
+                own_size = heads[int(rest.split(".")[0])].head_dim if prefix == "layers" else linears[layer].shape[-1]
+                Basis(own_size, f"{JSON} is of another model, or damaged: {name}").checked(part_of(name), tensor)
         for name, q in self.weights.items():
             if name not in linears or tuple(linears[name].shape) != tuple(q.shape):
                 have = tuple(linears[name].shape) if name in linears else "no such layer"
@@ -156,20 +180,28 @@ class Sidecar:
         linears = _weights(model) if self.weights else {}
         for name, q in self.weights.items():
             weight = linears.get(name)
-            if weight is None or not stands_for(weight.detach(), q, self.precision.rotation):
+            if weight is None or not stands_for(
+                weight.detach(), q, self.precision.rotation, self._basis(name, weight.shape[-1])
+            ):
                 raise ReqatError(
                     f"{name}.weight is no longer the one that the checkpoint's codes stand for, and they would undo "
                     f"what was merged or trained since: start from the dense checkpoint, or delete {JSON} and "
                     f"{TENSORS} from the folder to quantize its dense weights anew"
                 )
 
+    def _basis(self, layer: str, size: int) -> Basis:
+        basis = Basis(size, layer)
+        basis.set(*(self.tensors.get(f"{layer}.input_{factor}") for factor in FACTORS))
+        return basis
+
     def restore(self, model: PreTrainedModel, now: Precision) -> list[str]:
         """Put shift, static scales and weights into a model prepared for ``now``; returns what was restored.
 
-        Static scales come back only where the precision still asks for them in the same format.
+        Static scales and clips come back only where the precision still asks for the same format; or if the model was
+        never quantized, where a transform left them. A basis comes back wherever something is quantized in it.
         """
-        shifts = scales = 0
-        then = self.precision
+        shifts = scales = bases = clips = 0
+        then, fresh = self.precision, self.precision == Precision()
         device = next(model.parameters()).device
         for index, kv in enumerate(kv_quantizers(model)):
             shift = self.tensors.get(f"layers.{index}.kv_shift")
@@ -181,16 +213,37 @@ class Sidecar:
                 ("values", kv.value, now.values == then.values),
             ):
                 scales += _restore_scale(quantizer, self.tensors.get(f"layers.{index}.{role}_global_scale"), same)
+                clips += _restore_clip(quantizer, self.tensors.get(f"layers.{index}.{role}_clip"), same or fresh)
+            bases += self._restore_basis(kv.basis, f"layers.{index}.keys")
         linears = _by_plain_name(model)
         same_inputs = (now.inputs, now.rotation) == (then.inputs, then.rotation)
         for name, module in linears.items():
             scales += _restore_scale(
                 module.input_quantizer, self.tensors.get(f"{name}.input_global_scale"), same_inputs
             )
+            bases += self._restore_basis(module.basis, f"{name}.input")
+            clips += _restore_clip(module.input_quantizer, self.tensors.get(f"{name}.input_clip"), same_inputs or fresh)
+            same = fresh or (now.weights, now.rotation) == (then.weights, then.rotation)
+            clips += _restore_clip(module.weight_quantizer, self.tensors.get(f"{name}.weight_clip"), same)
             if name in self.weights:
                 module.set_quantized(self.weights[name])
         parts = [(shifts, "KV shifts"), (scales, "static scales"), (len(self.weights), "quantized weights")]
+        parts += [(bases, "bases"), (clips, "clips")]
         return [f"{n} {what}" for n, what in parts if n]
+
+    def _restore_basis(self, basis: Basis, place: str) -> int:
+        factors = [self.tensors.get(f"{place}_{factor}") for factor in FACTORS]
+        if basis.changes or factors == [None, None]:
+            return 0  # also for the second layer that shares it
+        basis.set(*factors)
+        return 1
+
+
+def leave(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Keep ``tensors`` (by the names of the table above) with a model that is not prepared, as if it had been loaded
+    with them: ``prepare`` puts them where they belong, and saving writes them."""
+    sidecar: Sidecar = getattr(model, "_reqat_sidecar", None) or Sidecar()
+    model._reqat_sidecar = replace(sidecar, tensors=sidecar.tensors | dict(tensors))  # type: ignore[assignment]
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -204,6 +257,13 @@ def _basis(precision: Precision) -> tuple[object, ...]:
 
 def _by_plain_name(model: PreTrainedModel) -> dict[str, QuantLinear]:
     return {plain_name(name): module for name, module in quant_linears(model).items()}
+
+
+def _restore_clip(quantizer: Quantizer, clip: Tensor | None, same_format: bool) -> int:
+    if clip is None or not same_format or quantizer.format is None or quantizer.clip is not None:
+        return 0
+    quantizer.set_clip(clip)
+    return 1
 
 
 def _restore_scale(quantizer: Quantizer, scale: Tensor | None, same_format: bool) -> int:

@@ -46,10 +46,18 @@ _LATER_KEYS: dict[str, tuple[type, ...]] = {
     "skip": (list, type(None)),
     "tensors_sha256": (str, type(None)),
     "digest": (str,),
+    "bases": (bool,),
+    "clips": (bool,),
 }
-_SHIFT = re.compile(r"layers\.(\d+)\.kv_shift")
-_CACHE_SCALE = re.compile(r"layers\.(\d+)\.(keys|values)_global_scale")
-_INPUT_SCALE = ".input_global_scale"
+FACTORS = ("left", "right")
+"""Parts of a basis (:mod:`reqat.quant.basis`)."""
+# What a tensor that is not of a quantized weight may be called, and which key of reqat.json tells of it.
+_NAMES = {
+    re.compile(r"layers\.\d+\.kv_shift"): "kv_shift",
+    re.compile(r"layers\.\d+\.(keys|values)_global_scale|.+\.input_global_scale"): "static_scales",
+    re.compile(r"layers\.\d+\.keys_(left|right)|.+\.input_(left|right)"): "bases",
+    re.compile(r"layers\.\d+\.(keys|values)_clip|.+\.(input|weight)_clip"): "clips",
+}
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -63,6 +71,16 @@ class Stored:
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
     skip: tuple[str, ...] | None = None
+
+
+def kind_of(name: str) -> str | None:
+    """The key of reqat.json that tells of a tensor of this name, or None if there is no such tensor."""
+    return next((kind for pattern, kind in _NAMES.items() if pattern.fullmatch(name)), None)
+
+
+def part_of(name: str) -> str:
+    """``clip`` of ``layers.0.keys_clip``: what of its place a tensor is."""
+    return name.rpartition(".")[2].rpartition("_")[2]
 
 
 def sealed(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -173,7 +191,7 @@ def _words(types: tuple[type, ...]) -> str:
 def _tensors(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of the file beside ``about``; none where it says that there is none."""
     path = folder / TENSORS
-    needed = about["weights"] == "quantized" or about["kv_shift"] or about["static_scales"]
+    needed = about["weights"] == "quantized" or any(about.get(kind, False) for kind in _NAMES.values())
     if not path.is_file():
         if needed or about.get("tensors_sha256") is not None:
             raise ReqatError(f"{folder / JSON} needs {TENSORS} beside it, which is missing; copy the checkpoint again.")
@@ -245,24 +263,40 @@ def _global(path: Path, name: str, stored: Tensor, fmt: Format, shape: torch.Siz
 
 
 def _check_rest(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Shifts and static scales: names, types, finite numbers, and that there are some where ``about`` says so."""
+    """Shifts, static scales, bases, clips: names, types, finite numbers, and whether ``about`` says that there are
+    some."""
     kinds: set[str] = set()
     for name, tensor in tensors.items():
-        scale = bool(_CACHE_SCALE.fullmatch(name)) or (name.endswith(_INPUT_SCALE) and name != _INPUT_SCALE)
-        if not scale and not _SHIFT.fullmatch(name):
+        kind = kind_of(name)
+        if kind is None:
             raise ReqatError(f"{path}: {name} belongs to nothing that {JSON} lists; {_REMEDY}.")
-        kinds.add("static_scales" if scale else "kv_shift")
+        kinds.add(kind)
+        scale, clip = kind == "static_scales", kind == "clips"
         form = tuple(tensor.shape) == (1,) if scale else tensor.ndim == 2 and tensor.numel() > 0
+        if clip:
+            form = tensor.shape[-1:] == (2,) and tensor.ndim == (2 if name.endswith(".weight_clip") else 1)
         if tensor.dtype != torch.float32 or not form:
             raise ReqatError(
                 f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, where torch.float32 "
-                f"{'(1,)' if scale else '[heads, head_dim]'} is needed; {_REMEDY}."
+                f"{_FORMS[kind]} is needed; {_REMEDY}."
             )
-        if not bool(torch.isfinite(tensor).all()) or (scale and not float(tensor) > SMALLEST_GLOBAL_SCALE):
+        outside = clip and not bool(((tensor > 0) & (tensor <= 1)).all())
+        if not bool(torch.isfinite(tensor).all()) or outside or (scale and not float(tensor) > SMALLEST_GLOBAL_SCALE):
             raise ReqatError(
                 f"{path}: {name} holds {tensor.flatten()[:4].tolist()}, where "
-                f"{'one positive finite number' if scale else 'finite numbers'} must be; {_REMEDY}."
+                f"{_NUMBERS.get(kind, 'finite numbers')} must be; {_REMEDY}."
             )
-    for kind in ("static_scales", "kv_shift"):
-        if about[kind] != (kind in kinds):
-            raise ReqatError(f"{path}: {JSON} says {kind}: {about[kind]}, the tensors say otherwise; {_REMEDY}.")
+    for kind in _NAMES.values():
+        if about.get(kind, False) != (kind in kinds):
+            raise ReqatError(
+                f"{path}: {JSON} says {kind}: {about.get(kind, False)}, the tensors say otherwise; {_REMEDY}."
+            )
+
+
+_FORMS = {
+    "static_scales": "(1,)",
+    "kv_shift": "[heads, head_dim]",
+    "bases": "a square matrix",
+    "clips": "(2,), or [outputs, 2] of a weight,",
+}
+_NUMBERS = {"static_scales": "one positive finite number", "clips": "numbers above 0 and up to 1"}

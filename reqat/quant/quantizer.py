@@ -1,8 +1,7 @@
-"""The quantizer of one tensor of a model: a format, a rotation, a gradient rule, and calibrated scales."""
+"""The quantizer of one tensor of a model: a format, a rotation, a gradient rule, clipping and calibrated scales."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,9 +26,12 @@ class Quantizer(MeasuredState):
     float32 when the model's dtype changes, and the state dict contains it; checkpoints keep the Hugging Face layout,
     so there the sidecar holds it. Within :func:`calibrating` the largest magnitude seen is kept in ``amax``, and static
     formats scale dynamically.
+    ``clip`` (float32 buffer [2], or [rows, 2]; or None) cuts the tensor off at these shares of the least and of the
+    largest number of each block, before it is scaled (QuaRot, FlatQuant).
     """
 
     global_scale: Tensor | None
+    clip: Tensor | None
 
     def __init__(self, fmt: Format | None, *, rotation: int | None = None, name: str | None = None) -> None:
         super().__init__()
@@ -41,8 +43,26 @@ class Quantizer(MeasuredState):
         self.gradient: GradientRule = STE()
         self.amax: Tensor | None = None
         self.register_measured("global_scale")
+        self.register_measured("clip")
+
+    def set_clip(self, clip: Tensor | None) -> None:
+        """Set the shares at which to cut off, or None. Raises ReqatError as :meth:`checked` does."""
+        value = None if clip is None else self.checked("clip", clip).detach().to(self.device, torch.float32, copy=True)
+        self.clip = value
 
     def checked(self, name: str, value: Tensor) -> Tensor:
+        """A measured value, as it is kept. Raises ReqatError for one that this quantizer cannot have."""
+        return self._checked_clip(value) if name == "clip" else self._checked_scale(value)
+
+    def _checked_clip(self, value: Tensor) -> Tensor:
+        if value.shape[-1:] != (2,) or value.ndim > 2 or not bool(((value > 0) & (value <= 1)).all()):
+            raise ReqatError(
+                f"{self.name or 'quantizer'}: a clip is two shares above 0 and up to 1 (of the least number, of the "
+                f"largest), and this one has shape {tuple(value.shape)}: {value.flatten()[:4].tolist()}"
+            )
+        return value
+
+    def _checked_scale(self, value: Tensor) -> Tensor:
         """A stored global scale, as a scalar. Raises ReqatError for one that is not positive and finite, or where the
         format computes its own."""
         if self.format is None or self.format.global_scale != "static":
@@ -79,27 +99,32 @@ class Quantizer(MeasuredState):
         """Fake-quantize ``x`` along its last axis; only rotated, or returned as it is, if there is no format."""
         if self.format is None or not self.rounds:
             return x if self.rotation is None else block_hadamard(x, self.rotation)
-        fmt, global_scale = self.format, self.global_scale
+        fmt, global_scale, rotation = self.format, self.global_scale, self.rotation
+        if self.clip is not None:
+            x = clipped(x if rotation is None else Rounding(fmt, None, rotation).rotate(x), self.clip, fmt)
+            rotation = None
         if self.calibrating:
-            self._observe(x)
+            self._observe(x, rotation)
             if fmt.global_scale == "static":
-                fmt, global_scale = _dynamic(fmt), None
+                fmt, global_scale = dynamic(fmt), None
         elif self.needs_calibration:
             raise ReqatError(
                 f"{self.name or 'quantizer'}: the global scale is static and not calibrated; run calibrate_static("
                 "model, batches), or choose global_scale='row' or 'dynamic'"
             )
-        return self.gradient(x, Rounding(fmt, global_scale, self.rotation, self.name))
+        return self.gradient(x, Rounding(fmt, global_scale, rotation, self.name))
 
     @torch.no_grad()
     def codes(self, rotated: Tensor) -> QuantizedTensor:
         """Codes and scales of a tensor that has been rotated already: ``quantizer(x)`` is what they stand for."""
         assert self.format is not None
+        if self.clip is not None:
+            rotated = clipped(rotated, self.clip, self.format)
         return self.gradient.codes(rotated, Rounding(self.format, self.global_scale, None, self.name))
 
     @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        rotated = x if self.rotation is None else block_hadamard(x, self.rotation)
+    def _observe(self, x: Tensor, rotation: int | None) -> None:
+        rotated = x if rotation is None else block_hadamard(x, rotation)
         amax = rotated.abs().amax().float()
         self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
 
@@ -108,7 +133,7 @@ class Quantizer(MeasuredState):
         assert self.format is not None
         if self.amax is None:
             raise ReqatError(f"{self.name or 'quantizer'}: nothing was observed; did the calibration run any batch?")
-        scale = global_scale_for(self.amax.reshape(1), _dynamic(self.format)).reshape(())
+        scale = global_scale_for(self.amax.reshape(1), dynamic(self.format)).reshape(())
         self.global_scale = scale.to(self.device)
 
     def extra_repr(self) -> str:
@@ -118,11 +143,39 @@ class Quantizer(MeasuredState):
             parts.append(f"rotation={self.rotation}")
         if self.global_scale is not None:
             parts.append(f"global_scale={float(self.global_scale):.4g}")
+        if self.clip is not None:
+            parts.append(f"clip={float(self.clip.mean()):.3g}")
         return ", ".join(parts)
 
 
-def _dynamic(fmt: Format) -> Format:
-    return dataclasses.replace(fmt, global_scale="dynamic")
+def clipped(x: Tensor, clip: Tensor, fmt: Format) -> Tensor:
+    """``x`` [..., K] cut off at shares ``clip`` of the least and of the largest number of each block of ``fmt``.
+
+    ``clip`` is [2], [rows, 2] or [rows, blocks, 2]. Symmetric formats have one bound for both signs, the larger one.
+    The gradient passes through the bounds.
+    """
+    low, high = bounds(x, clip, fmt)
+    y = x.unflatten(-1, (-1, fmt.block or x.shape[-1]))
+    return torch.maximum(torch.minimum(y, high), low).flatten(-2)
+
+
+def bounds(x: Tensor, clip: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """The bounds of :func:`clipped`, [..., blocks, 1] in x's dtype, the lower not above zero, the upper not below."""
+    y = x.unflatten(-1, (-1, fmt.block or x.shape[-1]))
+    share = clip.to(x.dtype)
+    if share.ndim > 1:  # of each row and block, or of each row for all its blocks
+        share = share.reshape(len(share), -1, 1, 2)
+    low = y.amin(-1, keepdim=True).clamp(max=0) * share[..., 0]
+    high = y.amax(-1, keepdim=True).clamp(min=0) * share[..., 1]
+    if fmt.asymmetric or fmt.zero_point:
+        return low, high
+    high = torch.maximum(high, -low)
+    return -high, high
+
+
+def dynamic(fmt: Format | None) -> Any:
+    """``fmt`` with the global scale of the tensor at hand in place of a static one, which is calibrated later."""
+    return fmt.replace(global_scale="dynamic") if fmt is not None and fmt.global_scale == "static" else fmt
 
 
 @contextmanager

@@ -60,6 +60,8 @@ ACCURACY = {
     "FT+PTQ": 0.42,
     "GPTQ": 0.25,
     "FT+GPTQ": 0.50,
+    **{name: 0.2 for name in ("AWQ", "SmoothQuant", "GPTAQ", "MR-GPTQ", "QuaRot", "FlatQuant", "4/6")},
+    **{f"FT+{name}": 0.45 for name in ("AWQ", "SmoothQuant", "GPTAQ", "MR-GPTQ", "QuaRot", "FlatQuant", "4/6")},
     "QAT": 0.60,
     "ReQAT-T": 0.68,
     "ReQAT-TS": 0.7,

@@ -23,6 +23,7 @@ FORMATS: dict[str, Format] = {
         "MXFP4 even": ("MXFP4", {"scale_rule": "even"}),
         "MXFP4 E1M2": ("MXFP4", {"element": "E1M2"}),
         "MXFP4 away": ("MXFP4", {"rounding": "away"}),
+        "MXFP4-4/3": ("MXFP4-4/3", {}),
         "NVFP4": ("NVFP4", {}),
         "NVFP4 E1M2": ("NVFP4", {"element": "E1M2"}),
         "NVFP4 row": ("NVFP4", {"global_scale": "row"}),
@@ -40,6 +41,9 @@ FORMATS: dict[str, Format] = {
         "INT4-g128": ("INT4-g128", {}),
         "INT4-row": ("INT4-row", {}),
         "INT4-row FP16 away": ("INT4-row", {"scale": "FP16", "rounding": "away"}),
+        "INT4-g32": ("INT4-g32", {}),
+        "AINT4-g32": ("AINT4-g32", {}),
+        "AINT4-row FP16 away": ("AINT4-row", {"scale": "FP16", "rounding": "away"}),
         "INT2-g128": ("INT2-g128", {}),
         "INT3-row": ("INT3-row", {}),
         "INT8-g128 away": ("INT8-g128", {"rounding": "away"}),
@@ -162,7 +166,8 @@ def _power_of_two(amax: np.ndarray, fmt: Format) -> np.ndarray:
             carry = {"E2M1": 1.75, "E1M2": 1.875}[fmt.element] if fmt.scale_rule == "even" else 2.0
             k = exponent - 1 + (2 * mantissa >= carry) - int(np.floor(np.log2(emax)))
         scales.append(2.0 ** max(-127, int(k)))
-    return np.array(scales, dtype=_f32)
+    more = 4 / 3 if fmt.scale_rule == "four_thirds" else 1
+    return np.array(scales, dtype=_f32) * _f32(more)
 
 
 def _ternary(x: np.ndarray, fmt: Format) -> np.ndarray:
@@ -182,10 +187,31 @@ def _ternary(x: np.ndarray, fmt: Format) -> np.ndarray:
     return np.concatenate(out).reshape(x.shape).astype(_f32)
 
 
+def _affine(x: np.ndarray, fmt: Format) -> np.ndarray:
+    """Affine integers by their definition: of the sixteen whole numbers -z to 15 - z the one nearest to x / s."""
+    zero = np.zeros((len(x), 1), dtype=_f32)
+    lo, hi = (extreme(np.concatenate([x, zero], 1), 1) for extreme in (np.min, np.max))
+    s = (hi / _f32(2) - lo / _f32(2)) / _f32(7.5)
+    if fmt.scale == "FP16":
+        s = np.minimum(s, _f32(65504)).astype(np.float16).astype(_f32)
+    s = np.where(s == 0, _f32(1), s)[:, None]
+    z = np.minimum(np.rint(-lo[:, None] / s), 15)
+    y = np.clip((x / s).astype(np.float64), -1000, 1000)  # far outside, where distances are still told apart
+    best, chosen = np.full(x.shape, np.inf), np.zeros(x.shape)
+    for v in range(-15, 16):
+        distance = np.where((v >= -z) & (v <= 15 - z), np.abs(y - v), np.inf)
+        wins_tie = v % 2 == 0 if fmt.rounding == "even" else abs(v) > np.abs(chosen)
+        better = (distance < best) | ((distance == best) & np.isfinite(distance) & wins_tie)
+        best, chosen = np.where(better, distance, best), np.where(better, v, chosen)
+    return chosen.astype(_f32) * s + _f32(0)
+
+
 def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
     """``x^`` of float32 blocks ``x`` [N, B] for the global scale ``g`` ([N] or None), rule by rule."""
     if fmt.scale_rule == "twn":
         return _ternary(x, fmt)
+    if fmt.scale_rule == "minmax":
+        return _affine(x, fmt)
     magnitudes = _MAGNITUDES[fmt.element]
     emax = _f32(magnitudes[-1])
 

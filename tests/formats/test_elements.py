@@ -140,7 +140,10 @@ def test_each_code(name: str):
     half = 2 ** (element.bits - 1)
     codes = torch.arange(2 * half, dtype=torch.int32).to(torch.uint8)
     values = element.decode(codes)
-    if element.integer:
+    if not element.signed:
+        assert values.tolist() == [*range(2 * half)]
+        assert torch.equal(element.encode(values, torch.signbit(values)), codes)
+    elif element.integer:
         assert values.tolist() == [*range(half), *range(-half, 0)]
         codes, values = codes[codes != half], values[codes != half]  # the lowest is never produced
         assert torch.equal(element.encode(values, torch.signbit(values)), codes)

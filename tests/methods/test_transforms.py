@@ -37,7 +37,7 @@ def with_outliers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 #: Options of transforms that would search long without.
-OPTIONS = {"qfit": {"grid": 4}, "awq": {"grid": 4}}
+OPTIONS = {"qfit": {"grid": 4}, "awq": {"grid": 4}, "flatquant": {"epochs": 1, "batch": 2}}
 
 
 def assert_equivalent(
@@ -51,7 +51,9 @@ def assert_equivalent(
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-9)
     rewritten = any(not torch.equal(value, before[key]) for key, value in model.state_dict().items() if key in before)
     assert (rewritten or prepared != asked) and isinstance(metrics, dict), "it must have done something"
-    assert bool(transform.online) == (prepared != asked or any(k.shift is not None for k in kv_of(model)))
+    left = getattr(model, "_reqat_sidecar", None)  # for prepare: bases and clips
+    online = prepared != asked or left is not None or any(k.shift is not None for k in kv_of(model))
+    assert bool(transform.online) == online
     prepare(model, prepared)
     assert not torch.allclose(model(ids).logits, expected, rtol=1e-3)  # it is quantized
     with without_rounding(m for m in model.modules() if isinstance(m, Quantizer)):
@@ -63,7 +65,9 @@ def kv_of(model: PreTrainedModel) -> list[KVQuantizer]:
 
 
 def test_every_transform_is_tried() -> None:
-    assert {"hadamard", "kv_hadamard", "qfit", "awq", "smoothquant"} <= set(TRANSFORMS)
+    assert {"hadamard", "kv_hadamard", "qfit", "awq", "smoothquant", "quarot", "mr_gptq", "flatquant"} <= set(
+        TRANSFORMS
+    )
     assert all(t in TRANSFORMS.values() for method in ptq.METHODS.values() for t in method.transforms)
 
 
@@ -241,8 +245,11 @@ def test_awqs_error_is_that_of_the_layer_as_it_will_be_quantized(tiny: Tiny, ids
 @pytest.mark.parametrize("method", sorted(ptq.METHODS))
 def test_every_method_leaves_a_frozen_model_of_its_precision(tiny: Tiny, ids: Tensor, method: str) -> None:
     model = with_outliers(tiny("qwen3"))
-    report, metrics = ptq.quantize(method, model, "NVFP4-W4A4KV4:global_scale=static", ids, progress=False)
-    assert metrics["method"] == method and str(report.precision) == "NVFP4-W4A4KV4:global_scale=static"
+    wanted = Precision.parse("NVFP4-W4A4KV4:global_scale=static")
+    report, metrics = ptq.quantize(method, model, wanted, ids, progress=False)
+    for transform in ptq.METHODS[method].transforms:
+        wanted = transform.prepared_for(wanted)
+    assert metrics["method"] == method and report.precision == wanted
     assert all(linear.frozen for linear in quant_linears(model).values())
     assert torch.isfinite(model(ids).logits).all()
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy.linalg import hadamard as scipy_hadamard
 
-from reqat.quant import block_hadamard, hadamard, signs, with_signs
+from reqat.config.errors import ReqatError
+from reqat.quant import block_hadamard, hadamard, hadamard_factors, signs, with_signs
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 32, 128])
@@ -70,3 +71,18 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         hadamard(24)
     with pytest.raises(ValueError, match=r"block 32 does not divide.*\(3, 48\)"):
         block_hadamard(torch.zeros(3, 48), 32)
+
+
+@pytest.mark.parametrize("n", [1, 2, 12, 20, 28, 36, 44, 96, 108, 148, 384, 576])
+def test_factors_of_any_constructible_size_make_a_hadamard_matrix(n: int) -> None:
+    left, right = hadamard_factors(n)
+    H = torch.kron(left, right)
+    assert H.shape == (n, n)
+    torch.testing.assert_close(H.abs(), torch.full_like(H, n**-0.5))
+    torch.testing.assert_close(H @ H.T, torch.eye(n, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 9, 11, 92, 1001])
+def test_a_size_without_a_construction_is_named(n: int) -> None:
+    with pytest.raises(ReqatError, match=f"size {n} "):
+        hadamard_factors(n)

@@ -395,7 +395,7 @@ def check_inputs(inputs: Any, block: int) -> None:
         return
     if not isinstance(inputs, Format):
         raise TypeError(f"inputs is {inputs!r}: 'A8' or a Format is needed; get_format(name) makes one")
-    if inputs.block != block or inputs.element not in ("E2M1", "E1M2") or inputs.asymmetric:
+    if inputs.block != block or not supports(inputs):
         raise ValueError(f"inputs in {inputs.name} (block {inputs.block}) do not fit weights in blocks of {block}")
 
 

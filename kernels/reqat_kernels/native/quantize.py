@@ -334,7 +334,7 @@ def _fake_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> Tens
 def _quantize_shape(x: Tensor, key: str, global_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     fmt = _check(x, key, global_scale)
     *leading, length = x.shape
-    signs = [2] if fmt.asymmetric else []
+    signs = [2] if fmt.scale_parts > 1 else []
     packed = x.new_empty((*leading, -(-length // fmt.codes_per_byte)), dtype=torch.uint8)
     blocks = length // (fmt.block or max(1, length))
     scales = x.new_empty((*leading, blocks, *signs), dtype=SCALE_TYPES[fmt.scale].dtype)

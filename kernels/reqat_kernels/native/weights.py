@@ -91,8 +91,9 @@ class PackedWeight:
 
 
 def supports(fmt: Format) -> bool:
-    """Whether weights of this format can be packed: FP4 in blocks, scaled by E4M3 or E8M0."""
-    return fmt.element in ("E2M1", "E1M2") and fmt.scale in _SCALES and not fmt.asymmetric
+    """Whether weights of this format can be packed: FP4 in blocks, scaled by E4M3 or E8M0 and nothing besides."""
+    fp4 = fmt.element in ("E2M1", "E1M2") and not fmt.asymmetric
+    return fp4 and fmt.scale in _SCALES and fmt.scale_rule != "four_thirds"
 
 
 def packed_bytes(rows: int, columns: int, fmt: Format) -> int:

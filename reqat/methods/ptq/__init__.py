@@ -87,6 +87,6 @@ def quantize(
         found = chosen.solver(model, input_ids, progress=progress, **settings)
     else:
         found = chosen.solver(model, **settings)
-    if not chosen.solver_needs_data and chosen.transforms and any(isinstance(m, Experts) for m in model.modules()):
+    if found["method"] == "rtn" and chosen.transforms and any(isinstance(m, Experts) for m in model.modules()):
         metrics["experts"] = "rounded to nearest"  # transforms leave them alone: a router reads what they read
     return report, {**found, **metrics, "method": method}

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.formats import QuantizedTensor
-from reqat.methods.layerwise import WeightProblem, solve_weights
+from reqat.formats import QuantizedTensor, clamp_affine_
+from reqat.methods.layerwise import WeightProblem, few_tokens, solve_weights
 from reqat.methods.ptq._method import Method
 
 # Columns between two updates of the whole matrix.
@@ -58,22 +58,28 @@ def gptq(
         label="GPTQ",
         progress=progress,
     )
+    return {"method": "gptq", "act_order": act_order, "damp": damp, **summary(solved, input_ids)}
+
+
+def summary(solved: list[dict[str, Any]], input_ids: Tensor) -> dict[str, Any]:
+    """Metrics of what :func:`reqat.methods.layerwise.solve_weights` returned."""
     return {
-        "method": "gptq",
-        "act_order": act_order,
-        "damp": damp,
         "tokens": input_ids.numel(),
         "error_nearest": sum(s["error_nearest"] for s in solved) / len(solved),
         "error": sum(s["error"] for s in solved) / len(solved),
+        **few_tokens(solved),
         "layers": solved,
     }
 
 
 @torch.no_grad()
-def gptq_codes(problem: WeightProblem, *, act_order: bool = True, damp: float = 0.01) -> QuantizedTensor:
+def gptq_codes(
+    problem: WeightProblem, *, act_order: bool = True, damp: float = 0.01, drift: float = 0.0
+) -> QuantizedTensor:
     """The codes that GPTQ chooses for one weight, with the scales of ``problem.nearest``.
 
-    Raises ReqatError where the damped H is not positive definite.
+    ``drift`` is GPTAQ's share of the input drift that is made up for (:mod:`reqat.methods.ptq.gptaq`); it needs
+    ``problem.drift``. Raises ReqatError where the damped H is not positive definite.
     """
     if not damp > 0:
         raise ReqatError(f"GPTQ's damp must be positive, got {damp} (0.01 is usual)")
@@ -81,6 +87,11 @@ def gptq_codes(problem: WeightProblem, *, act_order: bool = True, damp: float = 
     diagonal = problem.hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(K).to(diagonal.device)
     U = _inverse_factor(problem.hessian[order][:, order], damp, problem.name)
+    P = None
+    if drift and problem.drift is not None:
+        C = problem.drift[order][:, order]
+        C = torch.where(diagonal[order] > 0, C, 0)  # of inputs that never move
+        P = drift * (C @ U.T).triu(1) @ U
     W = problem.weight[:, order].double()
     rounding, element = _column_rounding(problem.nearest), problem.nearest.format.element_type
     codes = torch.empty_like(problem.nearest.codes)
@@ -95,9 +106,13 @@ def gptq_codes(problem: WeightProblem, *, act_order: bool = True, damp: float = 
             values[:, i], rounded = rounding(batch[:, i].float(), columns[start + i])
             errors[:, i] = (batch[:, i] - rounded) / U_batch[i, i]
             batch[:, i + 1 :] -= errors[:, i, None] * U_batch[i, i + 1 :]
+            if P is not None:
+                batch[:, i + 1 :] += batch[:, i, None] * P[start + i, start + i + 1 : end]
         # Columns are not touched after their turn, so `batch` still holds what was rounded.
         codes[:, order[start:end]] = element.encode(values, torch.signbit(batch))
         W[:, end:] -= errors @ U[start:end, end:]
+        if P is not None:
+            W[:, end:] += batch @ P[start:end, end:]
     return dataclasses.replace(problem.nearest, codes=codes)
 
 
@@ -116,18 +131,24 @@ def _inverse_factor(hessian: Tensor, damp: float, name: str) -> Tensor:
 
 
 def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tuple[Tensor, Tensor]]:
-    """A function of (float32 column [N], its index): element values, and those times the scales of ``quantized``."""
+    """A function of (float32 column [N], its index): the values to encode, and what they stand for with the scales (and
+    zero points) of ``quantized``."""
     fmt = quantized.format
     element = fmt.element_type
     S = quantized.block_scales()  # [N, blocks], or [N, blocks, 2] of positive and negative numbers
     width = quantized.codes.shape[-1] // S.shape[1]
+    zero_points = quantized.zero_points() if fmt.zero_point else None
 
     def rounding(w: Tensor, column: int) -> tuple[Tensor, Tensor]:
         s = S[:, column // width]
         if fmt.asymmetric:
             s = torch.where(w < 0, s[:, 1], s[:, 0])
         values = element.round_(w / s, torch.empty_like(w), rounding=fmt.rounding)
-        return values, values * s
+        if zero_points is None:
+            return values, values * s
+        z = zero_points[:, column // width]
+        clamp_affine_(values, z)
+        return values + z, values * s
 
     return rounding
 
