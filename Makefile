@@ -1,7 +1,7 @@
 # Two commands: `make figures` and `make test`. Each makes the environment it needs first (once: `make env` is a no-op
 # as long as the pins stay the same).
 #
-#   TIER=smoke|laptop|claims|overnight|smollm|paper   how much to run (default laptop; see README.md)
+#   TIER=smoke|laptop|overnight|converged|smollm-claims|paper   how much to run (default laptop; see README.md)
 #   BENCH=no                                   leave out the benchmark: no Figure 6 and none of its tables
 #   CORES=all                                  cores that the figures may use
 #   CONFIG="build=... models=..."              more of snakemake's --config: folders of results and of models

@@ -3,7 +3,7 @@
 #                         benchmark of kernels and decoding -> Figure 6 and its tables -> figures/
 #
 #   snakemake --cores all figures/                        the default tier, `laptop`
-#   snakemake --cores all --config tier=smoke -- figures/ another: smoke, laptop, claims, overnight, smollm, paper
+#   snakemake --cores all --config tier=smoke -- figures/ another: smoke, testbed, overnight, converged, smollm-claims, paper
 #   snakemake --cores all pinned                          tables and figures from results/ alone, in seconds
 #   snakemake --cores all compare                         a fresh run against the pinned one
 #   snakemake --cores all studies                         only the studies of the models: entropies, interventions, ReSET

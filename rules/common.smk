@@ -158,7 +158,8 @@ def record_of(id):
     if not path.exists():
         raise WorkflowError(
             f"tier {TIER} starts from the pinned base checkpoint, and {path.parent} holds none: "
-            f"`snakemake --cores all --config tier={TIER} base` trains it, `reqat pin --what base --tier {TIER}` puts it there."
+            f"`snakemake --cores all --config tier={TIER} base` trains it, "
+            f"`reqat pin --what base --model {stage.settings.name} --tier {TIER}` puts it there."
         )
     return ancient(path.as_posix())
 

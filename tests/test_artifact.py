@@ -63,6 +63,6 @@ def test_states_are_what_the_text_says_they_are() -> None:
 
 def test_no_table_of_ours_is_left_out() -> None:
     named = {name for found in TARGET.findall(TEXT) for name in found[1:] if name}
-    for tier in ("smoke", "laptop", "claims", "overnight", "smollm", "paper"):
+    for tier in ("smoke", "laptop", "overnight", "converged", "smollm", "smollm-claims", "paper"):
         made = made_by(tier)
         assert {name for name in made["tables"] | made["plots"] if "-R1-" not in name} <= named, tier

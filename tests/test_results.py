@@ -24,7 +24,7 @@ def tiers(part: pinned.Part) -> list[str]:
 
 def test_the_pinned_base_is_the_one_that_the_tiers_describe() -> None:
     kept = record.read(PATHS.base)
-    assert kept["id"] == load("laptop", PATHS).scratch["testbed"]
+    assert kept["id"] == load("testbed", PATHS).scratch["testbed"]
     assert kept["dirty"] is False
     sizes = {name: file["bytes"] for name, file in kept["outputs"].items()}
     assert sum(sizes.values()) <= pin.BASE_BYTES

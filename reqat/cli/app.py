@@ -25,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Tier = Annotated[str, typer.Option("--tier", "-t", help="Tier: smoke, laptop, claims, overnight, smollm, paper.")]
+Tier = Annotated[str, typer.Option("--tier", "-t", help="Tier: smoke, laptop, testbed, overnight, converged, smollm, smollm-claims, paper.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 

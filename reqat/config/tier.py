@@ -1,7 +1,7 @@
-"""Tiers: how much of everything. One word (`smoke`, `laptop`, `overnight`, `smollm`, `paper`) picks a file of
+"""Tiers: how much of everything. One word (`smoke`, `laptop`, `overnight`, `converged`, `paper`) picks a file of
 `config/tiers/`.
 
-A tier file may open with `extends: laptop` and then says only what differs; mappings merge key by key, lists are
+A tier file may open with `extends: testbed` and then says only what differs; mappings merge key by key, lists are
 replaced whole, and a model that is null is left out.
 """
 

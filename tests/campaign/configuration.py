@@ -219,7 +219,7 @@ def cases() -> Iterator[Case]:
             ("cut", b'{"outputs": {'),
         ):
             prepare = _write("results/base/record.json", data)
-            yield Case("base record", f"{verb}: {what}", ("record.json",), (verb, "--tier", "laptop"), prepare=prepare)
+            yield Case("base record", f"{verb}: {what}", ("record.json",), (verb, "--tier", "testbed"), prepare=prepare)
 
 
 def _edit(key: str, value: Any) -> Callable[[Path], None]:

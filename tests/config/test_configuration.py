@@ -62,7 +62,7 @@ def test_reading_configuration_loads_neither_torch_nor_pandas():
 @pytest.mark.parametrize(
     ("keys", "value", "says"),
     [
-        (("bugdet",), {}, ["config/tiers/laptop.yaml", "unknown key 'bugdet'", "Did you mean 'budget'"]),
+        (("bugdet",), {}, ["config/tiers/testbed.yaml", "unknown key 'bugdet'", "Did you mean 'budget'"]),
         (("train", "qat", "learning_rte"), 1, ["train.qat: unknown key 'learning_rte'"]),
         (("train", "qat", "row_token"), 1, ["train.qat: unknown key 'row_token'", "Did you mean 'row_tokens'"]),
         (("train", "qat", "lr"), -1, ["train.qat.lr", "greater than 0", "-1"]),
@@ -89,9 +89,9 @@ def test_reading_configuration_loads_neither_torch_nor_pandas():
     ],
 )
 def test_a_fault_in_a_tier_names_the_key_and_the_remedy(folder: Path, keys, value, says):
-    edit(folder, "laptop", *keys, value=value)
+    edit(folder, "testbed", *keys, value=value)
     with pytest.raises(ReqatError) as error:
-        load_tier("laptop", folder)
+        load_tier("testbed", folder)
     for words in says:
         assert words in str(error.value)
 
@@ -102,15 +102,15 @@ def test_misspelt_tier_names_the_closest(folder: Path):
 
 
 def test_extends_in_a_circle_is_refused(folder: Path):
-    edit(folder, "laptop", "extends", value="overnight")
+    edit(folder, "testbed", "extends", value="overnight")
     with pytest.raises(ReqatError, match="circle"):
         load_tier("overnight", folder)
 
 
 def test_file_that_is_not_yaml_is_named(folder: Path):
-    (folder / "tiers" / "laptop.yaml").write_text("budget: [1,\n")
-    with pytest.raises(ReqatError, match=r"laptop\.yaml: not valid YAML"):
-        load_tier("laptop", folder)
+    (folder / "tiers" / "testbed.yaml").write_text("budget: [1,\n")
+    with pytest.raises(ReqatError, match=r"testbed\.yaml: not valid YAML"):
+        load_tier("testbed", folder)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from reqat.config.tier import Tier
 
 ROOT = Path(__file__).parents[2]
 CATALOGUE = load_catalogue(ROOT / "config")
-TIERS = ("smoke", "laptop", "overnight", "smollm", "paper")
+TIERS = ("smoke", "testbed", "overnight", "smollm", "paper")
 
 
 # What is tuned in config/tiers/ shall not move these tests.
@@ -38,16 +38,16 @@ FIXED = {
 LOADED = {name: load_tier(name, ROOT / "config").model_dump(mode="json") for name in TIERS}
 
 
-def tier(name: str = "laptop", **changes: object) -> Tier:
+def tier(name: str = "testbed", **changes: object) -> Tier:
     data = LOADED[name] if name in ("paper", "smollm") else merge(LOADED[name], FIXED)
     return parse(Tier, merge(data, changes), "test")
 
 
-def make(name: str = "laptop", **changes: object) -> Plan:
+def make(name: str = "testbed", **changes: object) -> Plan:
     return plan(tier(name, **changes), CATALOGUE, pinned={"testbed": "0" * 64})
 
 
-LAPTOP = make()
+TESTBED = make()
 
 
 def chain(
@@ -81,7 +81,7 @@ def test_plan_is_whole_and_in_order(name: str):
 
 
 def test_planning_twice_gives_the_same_names():
-    assert make().dump() == LAPTOP.dump()
+    assert make().dump() == TESTBED.dump()
 
 
 def test_a_recipe_has_a_learning_rate_of_its_own():
@@ -120,7 +120,7 @@ def test_hand_over_is_the_first_stage_of_reqat():
 
 
 def test_table1_has_every_row():
-    cells = [c for c in LAPTOP.cells if c.artifact == "table1"]
+    cells = [c for c in TESTBED.cells if c.artifact == "table1"]
     for precision in ("MXFP4-W4A16", "MXFP4-W4A4", "NVFP4-W4A4KV4"):
         methods = {(c.method, c.multiple) for c in cells if c.precision == precision}
         trained = {"FT+PTQ", "QAT", "ReQAT-T", "ReQAT-TQ", "ReQAT-TQS"}
@@ -130,35 +130,35 @@ def test_table1_has_every_row():
         ("FT", 2),
         ("FT", 3),
     }
-    assert {c.condition for c in LAPTOP.cells if c.artifact == "table5"} == {
+    assert {c.condition for c in TESTBED.cells if c.artifact == "table5"} == {
         f"e1m2={e};pre_rope_scale={a};post_rope_shift={b}"
         for e, a, b in ((0, 0, 0), (1, 1, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1))
     }
 
 
 def test_every_method_of_a_row_spends_the_same_tokens():
-    for cell in LAPTOP.cells:
+    for cell in TESTBED.cells:
         if cell.multiple is not None and cell.artifact == "table1":
             spent = sum(
-                s.budget_tokens for s in LAPTOP.lineage(LAPTOP.evaluation(cell.evaluation).stage) if s.kind != "base"
+                s.budget_tokens for s in TESTBED.lineage(TESTBED.evaluation(cell.evaluation).stage) if s.kind != "base"
             )
-            assert spent == cell.total_tokens == cell.multiple * LAPTOP.tier.budget.qat_tokens
+            assert spent == cell.total_tokens == cell.multiple * TESTBED.tier.budget.qat_tokens
 
 
 def test_fine_tuning_is_trained_once_however_many_variants_branch_from_it():
-    finetunes = [s for s in LAPTOP.needed.values() if s.kind == "finetune" and s.settings.traces.epochs == 1]
-    qat = LAPTOP.tier.budget.qat_tokens
+    finetunes = [s for s in TESTBED.needed.values() if s.kind == "finetune" and s.settings.traces.epochs == 1]
+    qat = TESTBED.tier.budget.qat_tokens
     assert sorted(s.budget_tokens for s in finetunes) == [qat, 2 * qat, 3 * qat]
-    ft_of_three = chain(LAPTOP, "reqat-tqs", "NVFP4-W4A4KV4", 3)[1]
-    assert ft_of_three.id == chain(LAPTOP, "reqat-t", "MXFP4-W4A4", 3)[1].id == chain(LAPTOP, "ft", "BF16", 2)[1].id
+    ft_of_three = chain(TESTBED, "reqat-tqs", "NVFP4-W4A4KV4", 3)[1]
+    assert ft_of_three.id == chain(TESTBED, "reqat-t", "MXFP4-W4A4", 3)[1].id == chain(TESTBED, "ft", "BF16", 2)[1].id
 
 
 def test_table5_shares_its_last_row_with_table1_and_parts_differ():
-    last = chain(LAPTOP, "reqat-tq", "NVFP4-W4A4KV4", 3, artifact="table5")
-    assert last[-1].id == chain(LAPTOP, "reqat-tq", "NVFP4-W4A4KV4", 3)[-1].id
+    last = chain(TESTBED, "reqat-tq", "NVFP4-W4A4KV4", 3, artifact="table5")
+    assert last[-1].id == chain(TESTBED, "reqat-tq", "NVFP4-W4A4KV4", 3)[-1].id
     settings = {
-        c.condition: [s.settings for s in LAPTOP.lineage(LAPTOP.evaluation(c.evaluation).stage)]
-        for c in LAPTOP.cells
+        c.condition: [s.settings for s in TESTBED.lineage(TESTBED.evaluation(c.evaluation).stage)]
+        for c in TESTBED.cells
         if c.artifact == "table5"
     }
     for condition, stages in settings.items():
@@ -173,8 +173,8 @@ def test_table5_shares_its_last_row_with_table1_and_parts_differ():
             if isinstance(stage, TrainSettings):
                 assert [t.name for t in stage.training.objective] == ["nll"]
     elements = {
-        c.condition[5]: LAPTOP.evaluation(c.evaluation).precision.kv_element
-        for c in LAPTOP.cells
+        c.condition[5]: TESTBED.evaluation(c.evaluation).precision.kv_element
+        for c in TESTBED.cells
         if c.artifact == "table5"
     }
     assert elements == {"0": "E2M1", "1": "E1M2"}
@@ -182,8 +182,8 @@ def test_table5_shares_its_last_row_with_table1_and_parts_differ():
 
 @pytest.mark.parametrize("multiple", [2, 3])
 def test_aligned_qat_sees_a_prefix_of_fine_tuning_and_the_control_none_of_it(multiple: int):
-    _, ft, same = chain(LAPTOP, "reqat-t", "MXFP4-W4A16", multiple)
-    _, control_ft, different = chain(LAPTOP, "ft-qat-different", "MXFP4-W4A16", multiple, artifact="table4")
+    _, ft, same = chain(TESTBED, "reqat-t", "MXFP4-W4A16", multiple)
+    _, control_ft, different = chain(TESTBED, "ft-qat-different", "MXFP4-W4A16", multiple, artifact="table4")
     assert ft.id == control_ft.id and ft.data == same.data == different.data
     assert isinstance(ft.settings, TrainSettings) and isinstance(same.settings, TrainSettings)
     assert isinstance(different.settings, TrainSettings)
@@ -193,16 +193,16 @@ def test_aligned_qat_sees_a_prefix_of_fine_tuning_and_the_control_none_of_it(mul
 
 
 def test_q_is_qfit_for_nvfp4_and_the_block_rotation_for_mxfp4():
-    nvfp4 = chain(LAPTOP, "reqat-tq", "NVFP4-W4A4KV4", 3)
+    nvfp4 = chain(TESTBED, "reqat-tq", "NVFP4-W4A4KV4", 3)
     assert [s.kind for s in nvfp4] == ["base", "finetune", "qfit", "qat"]
-    mxfp4 = chain(LAPTOP, "reqat-tq", "MXFP4-W4A4", 3)
+    mxfp4 = chain(TESTBED, "reqat-tq", "MXFP4-W4A4", 3)
     assert [s.kind for s in mxfp4] == ["base", "finetune", "qat"] and mxfp4[-1].precision.rotation == 32
-    assert chain(LAPTOP, "reqat-t", "MXFP4-W4A4", 3)[-1].precision.rotation is None
+    assert chain(TESTBED, "reqat-t", "MXFP4-W4A4", 3)[-1].precision.rotation is None
     assert nvfp4[-1].precision.rotation is None
     assert nvfp4[1].precision.name == "BF16" and nvfp4[2].precision.name == "NVFP4-W4A4KV4"
-    for cell in LAPTOP.cells:
-        evaluation = LAPTOP.evaluation(cell.evaluation)
-        last = LAPTOP.stage(evaluation.stage)
+    for cell in TESTBED.cells:
+        evaluation = TESTBED.evaluation(cell.evaluation)
+        last = TESTBED.stage(evaluation.stage)
         if last.kind == "qat":
             assert last.precision.rotation == evaluation.precision.rotation
             assert last.precision.kv_element == evaluation.precision.kv_element
@@ -210,11 +210,11 @@ def test_q_is_qfit_for_nvfp4_and_the_block_rotation_for_mxfp4():
 
 def test_keys_and_values_are_e1m2_where_qfit_is_and_nowhere_else():
     seen = set()
-    for cell in LAPTOP.cells:
-        evaluation = LAPTOP.evaluation(cell.evaluation)
+    for cell in TESTBED.cells:
+        evaluation = TESTBED.evaluation(cell.evaluation)
         if not evaluation.precision.name.endswith("KV4"):
             continue
-        fitted = any(s.kind == "qfit" for s in LAPTOP.lineage(evaluation.stage)) and cell.recipe != "qfit-e2m1"
+        fitted = any(s.kind == "qfit" for s in TESTBED.lineage(evaluation.stage)) and cell.recipe != "qfit-e2m1"
         if cell.recipe == "reqat-t-e1m2":  # the control of Figure 10, whose point it is
             assert not fitted and evaluation.precision.kv_element == "E1M2"
             continue
@@ -224,7 +224,7 @@ def test_keys_and_values_are_e1m2_where_qfit_is_and_nowhere_else():
 
 
 def test_tqs_differs_from_tq_in_the_objective_alone():
-    tq, tqs = (chain(LAPTOP, r, "NVFP4-W4A4KV4", 2) for r in ("reqat-tq", "reqat-tqs"))
+    tq, tqs = (chain(TESTBED, r, "NVFP4-W4A4KV4", 2) for r in ("reqat-tq", "reqat-tqs"))
     assert [s.id for s in tq[:-1]] == [s.id for s in tqs[:-1]]
     a, b = tq[-1].model_dump(), tqs[-1].model_dump()
     terms = b["settings"]["training"].pop("objective")
@@ -236,20 +236,20 @@ def test_tqs_differs_from_tq_in_the_objective_alone():
 def test_a_setting_renames_its_stage_and_what_stands_on_it_and_nothing_else():
     changed = make(train={"qat": {"lr": 5e-4}})
     for kind in ("data", "base", "finetune", "qfit", "ptq"):
-        assert {i for i, s in LAPTOP.needed.items() if s.kind == kind} == {
+        assert {i for i, s in TESTBED.needed.items() if s.kind == kind} == {
             i for i, s in changed.needed.items() if s.kind == kind
         }
-    assert not {i for i, s in LAPTOP.needed.items() if s.kind == "qat"} & set(changed.needed)
-    assert len(changed.stages) == len(LAPTOP.stages)
+    assert not {i for i, s in TESTBED.needed.items() if s.kind == "qat"} & set(changed.needed)
+    assert len(changed.stages) == len(TESTBED.stages)
     deeper = make(train={"finetune": {"lr": 5e-4}})
-    alike = {i for i in LAPTOP.needed if i in deeper.needed}
-    assert {LAPTOP.stages[i].kind for i in alike} == {
+    alike = {i for i in TESTBED.needed if i in deeper.needed}
+    assert {TESTBED.stages[i].kind for i in alike} == {
         "data",
         "base",
         "qat",
         "ptq",
     }  # QAT and GPTQ straight from the base
-    assert all(LAPTOP.stages[i].parent in LAPTOP.bases.values() for i in alike if i.startswith(("qat", "ptq")))
+    assert all(TESTBED.stages[i].parent in TESTBED.bases.values() for i in alike if i.startswith(("qat", "ptq")))
 
 
 @pytest.mark.parametrize(
@@ -257,25 +257,25 @@ def test_a_setting_renames_its_stage_and_what_stands_on_it_and_nothing_else():
     [
         {"title": "other words"},
         {"resources": {"threads": 2, "train_memory_mb": 1}},
-        {"models": {"testbed": {"artifacts": LOADED["laptop"]["models"]["testbed"]["artifacts"][::-1]}}},
+        {"models": {"testbed": {"artifacts": LOADED["testbed"]["models"]["testbed"]["artifacts"][::-1]}}},
         {"training_seeds": [0]},
         {"data": {"families": {}}},
     ],
 )
 def test_what_cannot_change_a_number_renames_nothing(change: dict):
     changed = make(**change)
-    assert set(changed.stages) == set(LAPTOP.stages) and set(changed.evaluations) == set(LAPTOP.evaluations)
+    assert set(changed.stages) == set(TESTBED.stages) and set(changed.evaluations) == set(TESTBED.evaluations)
 
 
 def test_evaluation_settings_rename_evaluations_alone():
     changed = make(evaluation={"n": 7})
-    assert set(changed.stages) == set(LAPTOP.stages) and not set(changed.evaluations) & set(LAPTOP.evaluations)
+    assert set(changed.stages) == set(TESTBED.stages) and not set(changed.evaluations) & set(TESTBED.evaluations)
 
 
 def test_pinned_base_is_known_by_its_weights():
     other = plan(tier(), CATALOGUE, pinned={"testbed": "1" * 64})
-    assert not {i for i, s in other.needed.items()} & set(LAPTOP.needed)
-    assert other.scratch == LAPTOP.scratch
+    assert not {i for i, s in other.needed.items()} & set(TESTBED.needed)
+    assert other.scratch == TESTBED.scratch
 
 
 def test_order_of_families_means_nothing():
@@ -284,10 +284,10 @@ def test_order_of_families_means_nothing():
 
 
 def test_tiers_share_stages_where_their_settings_agree():
-    same = {key: LAPTOP.tier.model_dump(mode="json")[key] for key in ("models", "data", "train", "qfit", "ptq")}
+    same = {key: TESTBED.tier.model_dump(mode="json")[key] for key in ("models", "data", "train", "qfit", "ptq")}
     overnight = make("overnight", **same)
-    assert set(LAPTOP.stages) < set(overnight.stages)  # the claim rows' other seeds are more
-    assert not set(LAPTOP.evaluations) & set(overnight.evaluations)  # other numbers of problems
+    assert set(TESTBED.stages) < set(overnight.stages)  # the claim rows' other seeds are more
+    assert not set(TESTBED.evaluations) & set(overnight.evaluations)  # other numbers of problems
 
 
 def test_claim_rows_have_their_extra_seeds_at_one_total():
@@ -385,16 +385,16 @@ DEFAULTS: dict[type[Strict], dict[str, object]] = {
 
 def test_missing_pinned_base_is_no_plan_of_another(tmp_path: Path):
     (tmp_path / "config").symlink_to(ROOT / "config")
-    assert load("laptop", Paths(root=tmp_path)).bases != LAPTOP.bases
+    assert load("testbed", Paths(root=tmp_path)).bases != TESTBED.bases
 
 
 def test_rows_decode_in_their_own_way_on_the_same_stages():
-    greedy = [c for c in LAPTOP.cells if c.artifact == "table15" and c.condition == "decoding=greedy"]
-    sampled = [c for c in LAPTOP.cells if c.artifact == "table15" and c.condition == "decoding=sampled"]
+    greedy = [c for c in TESTBED.cells if c.artifact == "table15" and c.condition == "decoding=greedy"]
+    sampled = [c for c in TESTBED.cells if c.artifact == "table15" and c.condition == "decoding=sampled"]
     assert len(greedy) == len(sampled) == 7
-    usual = LAPTOP.tier.evaluation
+    usual = TESTBED.tier.evaluation
     for a, b in zip(sampled, greedy, strict=True):
-        a, b = LAPTOP.evaluation(a.evaluation), LAPTOP.evaluation(b.evaluation)
+        a, b = TESTBED.evaluation(a.evaluation), TESTBED.evaluation(b.evaluation)
         assert a.stage == b.stage and a.precision == b.precision and a.problems == b.problems
         assert a.decoding == usual.decoding and a.seeds == tuple(usual.seeds)
         assert b.decoding == usual.decoding.model_copy(update={"greedy": True}) and b.seeds == tuple(usual.seeds[:1])
@@ -402,7 +402,7 @@ def test_rows_decode_in_their_own_way_on_the_same_stages():
 
 def test_an_artifact_that_decodes_otherwise_renames_nothing():
     """Its cells bring evaluations of their own and no stage: what was measured before it stays measured."""
-    artifacts = [name for name in LOADED["laptop"]["models"]["testbed"]["artifacts"] if name != "table15"]
+    artifacts = [name for name in LOADED["testbed"]["models"]["testbed"]["artifacts"] if name != "table15"]
     usual = {"recipes": sorted(r for r in CATALOGUE.recipes if not r.startswith("ft-epochs"))}
     every, without = make(only=usual), make(only=usual, models={"testbed": {"artifacts": artifacts}})
     assert set(without.stages) == set(every.stages)

@@ -1,4 +1,4 @@
-"""Named sets of problems, and recipes of several epochs, in the plan of the laptop's tier with one more artifact."""
+"""Named sets of problems, and recipes of several epochs, in the plan of the testbed's tier with one more artifact."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 CATALOGUE = load_catalogue(ROOT / "config")
 # One short artifact is enough beside the one that is added.
 USUAL = {"models": {"testbed": {"artifacts": ["table2"]}}, "only": {"recipes": None, "precisions": None}}
-LAPTOP = merge(load_tier("laptop", ROOT / "config").model_dump(mode="json"), USUAL)
-LAPTOP["evaluation"]["sets"] = {}
+TESTBED = merge(load_tier("testbed", ROOT / "config").model_dump(mode="json"), USUAL)
+TESTBED["evaluation"]["sets"] = {}
 
 
 def make(**changes: object) -> Plan:
-    return plan(parse(Tier, merge(LAPTOP, changes), "test").check(CATALOGUE), CATALOGUE)
+    return plan(parse(Tier, merge(TESTBED, changes), "test").check(CATALOGUE), CATALOGUE)
 
 
 WITHOUT = make()
@@ -36,11 +36,11 @@ NAMED = [{"recipes": ["base", "qat"], "precisions": ["NVFP4-W4A4KV4"], "problems
 
 
 def with_artifact(rows: list[dict], sets: dict = SETS, **changes: object) -> Plan:
-    """The laptop's plan with one more artifact of these rows, `extra`."""
+    """The testbed's plan with one more artifact of these rows, `extra`."""
     artifact = parse(Artifact, {"title": "extra", "rows": rows}, "test")
     catalogue = CATALOGUE.model_copy(update={"artifacts": {**CATALOGUE.artifacts, "extra": artifact}})
     changes = {"models": {"testbed": {"artifacts": ["table2", "extra"]}}, "evaluation": {"sets": sets}} | changes
-    return plan(parse(Tier, merge(LAPTOP, changes), "test").check(catalogue), catalogue)
+    return plan(parse(Tier, merge(TESTBED, changes), "test").check(catalogue), catalogue)
 
 
 def test_a_named_set_grades_the_same_models_on_other_problems():
@@ -87,7 +87,7 @@ def test_a_set_that_is_missing_or_no_set_is_refused(sets: dict, named: str):
         with_artifact([{"recipes": ["base"], "precisions": ["BF16"], "problems": ["long"]}], sets)
 
 
-@pytest.mark.parametrize("name", ["laptop", "converged"])
+@pytest.mark.parametrize("name", ["testbed", "converged"])
 def test_editions_are_disjoint_and_their_validation_is_of_another_split(name: str) -> None:
     tier = load_tier(name, ROOT / "config")
     sets = [*(f"edition-{k}" for k in range(1, 5)), "validation"]

@@ -235,5 +235,5 @@ def test_missing_pinned_base_says_how_to_make_it(checkout: Path):
     assert run.returncode != 0
     assert (
         "tier laptop starts from the pinned base checkpoint" in run.stdout
-        and "reqat pin --what base --tier laptop" in run.stdout
+        and "reqat pin --what base --model converged --tier laptop" in run.stdout
     )
