@@ -25,7 +25,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Tier = Annotated[str, typer.Option("--tier", "-t", help="Tier: smoke, laptop, testbed, overnight, converged, smollm, smollm-claims, paper.")]
+Tier = Annotated[
+    str, typer.Option("--tier", "-t", help="Tier: a file of config/tiers/, such as smoke, laptop, overnight.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
