@@ -204,6 +204,8 @@ class PackedCache(Cache):
         for kv in quantizers:
             for quantizer in (kv.key, kv.value):
                 reason = unsupported(quantizer.format, kv.shape[1])
+                if kv.basis.changes or quantizer.clip is not None:
+                    reason = "they are quantized in a basis of their own, or clipped before (QuaRot, FlatQuant)"
                 if reason:
                     raise ReqatError(f"{quantizer.name} cannot be packed: {reason}; use Fp4Cache(model, capacity)")
         backend = getattr(model, "_reqat_backend", None)  # the one it was packed for, if it was

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats import get_format, quantize, quantize_dequantize
-from reqat.inference import pack
+from reqat.inference import PackedCache, pack
 from reqat.methods import ptq
 from reqat.methods.layerwise import WeightProblem, solve_weights
 from reqat.methods.ptq import awq, flatquant
@@ -212,9 +212,11 @@ def test_what_is_online_survives_the_checkpoint(
 @pytest.mark.parametrize("method", ["quarot", "flatquant"])
 def test_packing_refuses_what_no_kernel_computes(tiny: Tiny, ids: Tensor, method: str) -> None:
     model = tiny("llama")
-    ptq.quantize(method, model, "NVFP4-W4A4", ids, progress=False, **FAST.get(method, {}))
+    ptq.quantize(method, model, "NVFP4-W4A4KV4", ids, progress=False, **FAST.get(method, {}))
     with pytest.raises(ReqatError, match="proj.*packed models do not compute"):
         pack(model)
+    with pytest.raises(ReqatError, match="cannot be packed.*basis"):
+        PackedCache(model)
     assert torch.isfinite(model(ids).logits).all()
 
 
