@@ -1,5 +1,5 @@
 # The DAG: traces -> base -> fine-tuning -> Q-FIT -> QAT / PTQ -> evaluations -> tables and plots -> figures/
-#                         studies of the trained models -> Figures 2, 4, 7, 8, 9 and their tables -> figures/
+#                         studies of the trained models -> Figures 2 to 5 and 7 to 11, their tables -> figures/
 #                         benchmark of kernels and decoding -> Figure 6 and its tables -> figures/
 #
 #   snakemake --cores all figures/                        the default tier, `laptop`
