@@ -13,7 +13,7 @@ from analysis.report import verdicts
 from analysis.report.cells import Results
 from analysis.report.claims import CLAIMS
 from analysis.report.verdicts import paper_differences
-from reqat.evaluation.statistics import minus
+from reqat.evaluation.means import minus
 
 
 def test_paper_differences_from_the_numbers() -> None:
