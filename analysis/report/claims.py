@@ -150,7 +150,7 @@ def _int4(name: str, a: str, b: str, methods: tuple[str, str], b_precision: str 
     printed = Printed(
         "table3", ("INT4-row-W4A4KV4", methods[0], ""), (b_precision or "INT4-row-W4A4KV4", methods[1], "")
     )
-    return Claim(name, Side(a, "*-W4A4KV4"), Side(b, b_precision), printed)
+    return Claim(name, Side(a, "*A4KV4"), Side(b, b_precision), printed)
 
 
 def _programs(name: str, a: str, b: str) -> Claim:
@@ -244,7 +244,7 @@ CLAIMS = (
     ),
     Claim(
         "AWQ: INT4 above MXFP4",
-        Side("awq", "INT4-*W4A16"),
+        Side("awq", "*INT4-*W4A16"),
         Side("awq", TABLE4_PRECISION),
         Printed("table3", ("INT4-g128-W4A16", "AWQ", ""), (TABLE4_PRECISION, "AWQ", "")),
     ),

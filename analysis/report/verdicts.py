@@ -27,12 +27,14 @@ from analysis.report import paper
 from analysis.report.cells import entries
 from analysis.report.claims import Claim, Comparison, Row, comparisons
 from analysis.report.names import REFERENCE_PRECISION
-from reqat.evaluation.statistics import detectable, holm, minus
+from reqat.evaluation.means import detectable, minus
+from reqat.evaluation.statistics import holm
 
 if TYPE_CHECKING:
     from analysis.report.cells import Entry, Results
     from reqat.config.plan import Cell
-    from reqat.evaluation.statistics import Difference, Mean
+    from reqat.evaluation.means import Mean
+    from reqat.evaluation.statistics import Difference
 
 PARITY_POINTS = 3.0  # "full-precision accuracy" is tested as: not more than this below BF16 fine-tuning
 ALPHA = 0.05

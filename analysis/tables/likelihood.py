@@ -16,7 +16,8 @@ from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
 from analysis.report.studies import ByKind, Study, several
 from analysis.report.study_words import made_notes
 from reqat.config.errors import ReqatError
-from reqat.evaluation.statistics import Mean, holm, mean_over_runs, ratio_observations
+from reqat.evaluation.means import Mean, mean_over_runs, ratio_observations
+from reqat.evaluation.statistics import holm
 
 NAME = "likelihood"
 STUDIES = ("likelihood",)

@@ -116,25 +116,25 @@ def accuracy(outcomes: Outcomes | Sequence[Outcomes], *, level: float = 0.95) ->
 
     Raises ``ReqatError`` where a problem lacks a seed that others have, or where runs differ in problems or seeds.
     """
-    _check_level(level)
+    check_level(level)
     runs = _as_runs(outcomes, "outcomes")
     grid = _grid(runs, [f"run {r}" for r in range(len(runs))])
     R, P, S = grid.correct_RPS.shape
     mean_RP = grid.correct_RPS.mean(axis=2)
     value = float(mean_RP.mean())
-    spread = _spread(mean_RP, augment=False)
+    spread = spread_over_runs(mean_RP, augment=False)
 
     n_eff = float(R * P * S)  # what responses are worth at most, as if they were independent
     if P == 1 or value in (0.0, 1.0):  # no variance over problems to speak of: a problem is one observation
         n_eff = P
     elif spread.variance > 0:
         n_eff = min(value * (1 - value) / spread.variance, n_eff)
-    lo, hi = _wilson(value, n_eff, _t_quantile(level, spread.df))
+    lo, hi = _wilson(value, n_eff, t_quantile(level, spread.df))
     run_R = mean_RP.mean(axis=1)
     training_sd = float(run_R.std(ddof=1)) if R > 1 else None
     training_interval = None
     if R >= 3 and training_sd:
-        half = _t_quantile(level, R - 1) * training_sd / math.sqrt(R)
+        half = t_quantile(level, R - 1) * training_sd / math.sqrt(R)
         training_interval = (max(0.0, value - half), min(1.0, value + half))
     return Estimate(
         value=value,
@@ -165,7 +165,7 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
     Raises ``ReqatError`` naming what differs where a and b are not on the same problems (same ids and families), the
     same sampling seeds and the same number of training runs.
     """
-    _check_level(level)
+    check_level(level)
     runs_a, runs_b = _as_runs(a, "a"), _as_runs(b, "b")
     if len(runs_a) != len(runs_b):
         raise ReqatError(
@@ -178,10 +178,10 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
     _, P, S = grid.correct_RPS.shape
     correct_RP = grid.correct_RPS.sum(axis=2)
     difference_RP = correct_RP[:R] - correct_RP[R:]  # in responses
-    spread = _spread(difference_RP / S, augment=True)
+    spread = spread_over_runs(difference_RP / S, augment=True)
     value = float(difference_RP.mean() / S)
     std_error = math.sqrt(spread.variance)
-    half = _t_quantile(level, spread.df) * std_error
+    half = t_quantile(level, spread.df) * std_error
     p_problems = _sign_flip_p(difference_RP.sum(axis=0))
     if R == 1:
         p = p_problems
@@ -204,28 +204,6 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
         level=level,
         df=spread.df,
     )
-
-
-def detectable(std_error: float, df: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
-    """The smallest true difference that a two-sided test at ``alpha`` would find with probability ``power``: ``(t(1 -
-    alpha / 2) + t(power)) * std_error`` with ``df`` degrees of freedom (Student's quantiles in place of the noncentral
-    t, which errs by a few percent where ``df`` is small).
-
-    For Holm's procedure over m comparisons take ``alpha / m``, the level of its first step: what passes that is found
-    whatever the other comparisons show.
-    """
-    _check_level(1 - alpha)
-    _check_level(power)
-    return (_t_quantile(1 - alpha, df) + _t_quantile(2 * power - 1, df)) * std_error
-
-
-def minus(a: Difference, b: Difference) -> Mean:
-    """Difference ``a`` minus difference ``b`` where the two are of different problems, and so independent: variances
-    add, with Satterthwaite's degrees of freedom (Student's interval at the level of ``a``)."""
-    variance = a.std_error**2 + b.std_error**2
-    terms = a.std_error**4 / a.df + b.std_error**4 / b.df
-    spread = _Spread(a.value - b.value, variance, variance**2 / terms if terms else math.inf)
-    return _mean(spread, min(a.n_problems, b.n_problems), min(a.n_training_seeds, b.n_training_seeds), a.level)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -283,7 +261,7 @@ def clustered_means(
 
     Raises ``ReqatError`` for arrays of different lengths.
     """
-    _check_level(level)
+    check_level(level)
     if not len(values_N) == len(group_N) == len(cluster_N) == (len(values_N) if weights_N is None else len(weights_N)):
         raise ReqatError(
             f"clustered_means wants one group and cluster an observation: got {len(values_N)} values, {len(group_N)} "
@@ -311,7 +289,7 @@ def clustered_means(
         value, variance, clusters = float(value_G[g]), float(variance_G[g]), int(clusters_G[g])
         if clusters <= 1:
             continue
-        quantile = _t_quantile(level, clusters - 1)
+        quantile = t_quantile(level, clusters - 1)
         if not proportion:
             half = quantile * math.sqrt(variance)
             lo_G[g], hi_G[g] = value - half, value + half
@@ -326,63 +304,6 @@ def clustered_means(
 
 
 @dataclass(frozen=True)
-class Mean:
-    """A mean over problems and training runs with its interval ``lo`` to ``hi``, and the two-sided p-value of 0."""
-
-    value: float
-    lo: float
-    hi: float
-    p: float
-    std_error: float
-    n_problems: int
-    n_training_seeds: int
-    df: float = math.inf
-    level: float = 0.95
-
-
-def ratio_observations(sums_RP: NDArray[Any], counts_RP: NDArray[Any]) -> NDArray[np.float64]:
-    """Ratios of sums over problems, such as nats per token, as one observation a problem: [R, P] float64.
-
-    The mean of a row is ``sum(sums) / sum(counts)`` of that run; its spread is that of the linearized ratio, ``ratio +
-    (sums - ratio * counts) / mean(counts)``. So means and differences of them have :func:`mean_over_runs`' intervals.
-
-    Raises ``ReqatError`` for a run without a single count.
-    """
-    total_R = counts_RP.sum(axis=1)
-    if not (total_R > 0).all():
-        raise ReqatError(f"run {int((total_R > 0).argmin())} counts nothing, so there is no ratio; leave it out")
-    ratio_R1 = (sums_RP.sum(axis=1) / total_R)[:, None]
-    return ratio_R1 + (sums_RP - ratio_R1 * counts_RP) / counts_RP.mean(axis=1)[:, None]
-
-
-def mean_over_runs(values_RP: NDArray[Any], *, level: float = 0.95) -> Mean:
-    """The mean of one observation a training run and problem, with the variances of this module: over problems and,
-    where there are several, over training runs (Student's interval with Satterthwaite's degrees of freedom).
-
-    Raises ``ReqatError`` for fewer than two problems.
-    """
-    _check_level(level)
-    R, P = values_RP.shape
-    if P < 2:
-        raise ReqatError(f"{P} problems have no spread to estimate; ask two or more")
-    return _mean(_spread(np.asarray(values_RP, dtype=np.float64), augment=False), P, R, level)
-
-
-def _mean(spread: _Spread, n_problems: int, n_training_seeds: int, level: float) -> Mean:
-    from scipy.stats import norm
-    from scipy.stats import t as student
-
-    std_error, value = math.sqrt(spread.variance), spread.centre
-    half = _t_quantile(level, spread.df) * std_error
-    if std_error == 0:
-        p = 1.0 if value == 0 else 0.0
-    else:
-        tail = norm.sf if math.isinf(spread.df) else lambda t: student.sf(t, spread.df)
-        p = float(2 * tail(abs(value) / std_error))
-    return Mean(value, value - half, value + half, p, std_error, n_problems, n_training_seeds, spread.df, level)
-
-
-@dataclass(frozen=True)
 class _Grid:
     """Outcomes as a full array, problems and seeds in one order."""
 
@@ -392,7 +313,7 @@ class _Grid:
 
 
 @dataclass(frozen=True)
-class _Spread:
+class Spread:
     """A mean, and its variance over problems and, where there are several, training runs."""
 
     centre: float
@@ -400,7 +321,7 @@ class _Spread:
     df: float
 
 
-def _spread(values_RP: NDArray[np.float64], *, augment: bool) -> _Spread:
+def spread_over_runs(values_RP: NDArray[np.float64], *, augment: bool) -> Spread:
     """The variance of the mean of ``values_RP``, see the module's text; ``augment`` allows the Bonett-Price pair."""
     R, P = values_RP.shape
     values_P = values_RP.mean(axis=0)
@@ -413,11 +334,11 @@ def _spread(values_RP: NDArray[np.float64], *, augment: bool) -> _Spread:
     problem = float(values_P.var(ddof=1)) / n if n > 1 else 0.0
     problem_df = float(n - 1) if n > 1 else math.inf
     if R == 1:
-        return _Spread(float(values_P.mean()), problem, problem_df)
+        return Spread(float(values_P.mean()), problem, problem_df)
     training = float(values_RP.mean(axis=1).var(ddof=1)) / R
     variance = problem + training
     df = problem_df if variance == 0 else variance**2 / (problem**2 / problem_df + training**2 / (R - 1))
-    return _Spread(float(values_P.mean()), variance, df)
+    return Spread(float(values_P.mean()), variance, df)
 
 
 def _wilson(value: float, n: float, quantile: float) -> tuple[float, float]:
@@ -429,7 +350,7 @@ def _wilson(value: float, n: float, quantile: float) -> tuple[float, float]:
     return max(0.0, min(centre - half, value)), min(1.0, max(centre + half, value))
 
 
-def _t_quantile(level: float, df: float) -> float:
+def t_quantile(level: float, df: float) -> float:
     """Two-sided Student quantile; normal for infinite degrees of freedom."""
     from scipy.stats import norm
     from scipy.stats import t as student
@@ -512,6 +433,7 @@ def _refuse(what: str, name_a: str, a: set[str] | set[int], name_b: str, b: set[
     raise ReqatError(f"{name_a} and {name_b} have different {what}: {'; '.join(parts)}; evaluate both on the same ones")
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Raise `ReqatError` for a probability that is 0, 1 or none at all."""
     if not 0 < level < 1:
         raise ReqatError(f"confidence level={level} must lie between 0 and 1, as 0.95 does")

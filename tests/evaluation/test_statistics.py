@@ -14,7 +14,8 @@ from scipy import stats
 
 from reqat.config.errors import ReqatError
 from reqat.evaluation import Outcomes, accuracy, accuracy_by_family, holm, paired
-from reqat.evaluation.statistics import clustered_means, detectable, mean_over_runs, ratio_observations
+from reqat.evaluation.means import detectable, mean_over_runs, ratio_observations
+from reqat.evaluation.statistics import clustered_means
 
 Make = Callable[..., Outcomes]
 

@@ -13,7 +13,7 @@ from analysis.report import verdicts
 from analysis.report.cells import Results
 from analysis.report.claims import CLAIMS
 from analysis.report.verdicts import paper_differences
-from reqat.evaluation.statistics import minus
+from reqat.evaluation.means import minus
 
 
 def test_paper_differences_from_the_numbers() -> None:
@@ -89,7 +89,7 @@ def test_every_printed_side_is_in_the_papers_numbers() -> None:
 
 def test_a_claim_is_tested_where_a_plan_has_both_sides(make_results: Callable[..., Results]) -> None:
     results = make_results(
-        models={"testbed": {"source": "pinned", "artifacts": ["claims-rows", "table4", "sem", "table15"]}},
+        models={"testbed": {"source": "pinned", "artifacts": ["claims-rows", "table4", "table16", "table15"]}},
         evaluation={"n": 60, "seeds": [0, 1]},
     )
     found = verdicts.tested(results)
