@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import textwrap
 from itertools import takewhile
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ def build(studies: ByKind) -> Figure:
     texts = {} if chosen is None else {role: _lines(str(row["response"])) for role, row in chosen[1].iterrows()}
     text_in = _LINE_IN * (2 + max(map(len, texts.values()), default=2)) + 0.6  # and the footer
     fig = style.figure(2.5 + text_in)
-    rows = fig.subfigures(2, 1, height_ratios=[2.5, text_in])
+    rows: Any = fig.subfigures(2, 1, height_ratios=[2.5, text_in])
     left, right = rows[0].subplots(1, 2)
     draw_divergences(left, shares, errors)
     style.panel(left, "a", f"{roles(pair)[0]} entropy where responses go apart")

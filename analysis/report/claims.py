@@ -303,7 +303,11 @@ def _groups(plan: Plan) -> dict[_Key, tuple[Cell, ...]]:
         if problems is not None:
             key = (cell.model, problems, cell.recipe, cell.precision, cell.multiple)
             found.setdefault(key, {}).setdefault((cell.artifact, cell.method, cell.condition), []).append(cell)
-    return {key: tuple(max(groups.values(), key=lambda cells: len(cells))) for key, groups in found.items()}
+    most: dict[_Key, tuple[Cell, ...]] = {}
+    for key, groups in found.items():
+        sizes = [len(cells) for cells in groups.values()]
+        most[key] = tuple(list(groups.values())[sizes.index(max(sizes))])
+    return most
 
 
 def _problems(asked: Evaluation, tier: Tier) -> str | None:

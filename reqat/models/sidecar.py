@@ -82,15 +82,15 @@ class Sidecar:
                 )
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
-        kept = getattr(model, "_reqat_sidecar", None)
-        for name, tensor in kept.tensors.items() if kept is not None else ():
+        loaded: Sidecar | None = getattr(model, "_reqat_sidecar", None)
+        for name, tensor in [] if loaded is None else loaded.tensors.items():
             if part_of(name) in FACTORS:  # of layers that this precision leaves as they are
                 sidecar.tensors.setdefault(name, tensor)
         return sidecar
 
     def _note(self, prefix: str, role: str, quantizer: Quantizer, basis: Basis | None = None) -> None:
         """Take along what was measured for the quantizer of a role, and its basis."""
-        parts = {"clip": quantizer.clip, "global_scale": quantizer.global_scale}
+        parts: dict[str, Tensor | None] = {"clip": quantizer.clip, "global_scale": quantizer.global_scale}
         if basis is not None:
             parts |= {"left": basis.left, "right": basis.right}
         for part, tensor in parts.items():
@@ -109,7 +109,7 @@ class Sidecar:
             if packed.global_scale is not None:
                 stored[f"{name}.weight_global_scale"] = packed.global_scale.reshape(-1).clone()  # may be shared
             shapes[name] = {"shape": list(q.shape), "dtype": str(q.dtype).removeprefix("torch.")}
-        about = {
+        about: dict[str, Any] = {
             "schema": SCHEMA,
             "precision": self.precision.to_dict(),
             "skip": list(self.skip) if self.skip is not None else None,

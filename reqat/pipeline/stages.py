@@ -217,8 +217,8 @@ def from_scratch(shape: Architecture, tokenizer: PreTrainedTokenizerBase) -> Pre
     """An untrained decoder of this shape with one embedding a token, float32, from torch's random state."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-    config: type[LlamaConfig] | type[Qwen2Config]
-    cls: type[LlamaForCausalLM] | type[Qwen2ForCausalLM]
+    config: Any
+    cls: Any
     config, cls = (LlamaConfig, LlamaForCausalLM) if shape.family == "llama" else (Qwen2Config, Qwen2ForCausalLM)
     model: PreTrainedModel = cls(
         config(

@@ -106,7 +106,7 @@ def train(
     parts = gated_parts(model, "FlatQuant")
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(input_ids) // batch)
-    layers = []
+    layers: list[dict[str, Any]] = []
     with bar("FlatQuant", steps * len(parts.blocks), "steps", enabled=progress) as shown:
         for step in walk(model, input_ids, batch_rows=batch):
             with torch.no_grad():
@@ -311,7 +311,8 @@ class _Layer:
 
     def fold(self, step: Step, groups: list[FoldableGroup]) -> dict[str, Tensor]:
         """Fold what is offline into the model's own layer; returns the rest by its names in the sidecar."""
-        precision, index, found = self.precision, step.block.index, {}
+        precision, index = self.precision, step.block.index
+        found: dict[str, Tensor] = {}
         P = self.values.detach().float().double()
         linears = {site.attribute: site.module for group in groups for site in group.sites}
         for learned, group in zip(self.groups, groups, strict=True):

@@ -64,7 +64,8 @@ def rotate(
     check_full_precision(model, "QuaRot")
     parts = gated_parts(model, "QuaRot")
     heads = parts.blocks[0].attention.heads
-    hidden = model.get_input_embeddings().weight.shape[1]
+    embeddings: Any = model.get_input_embeddings()
+    hidden = int(embeddings.weight.shape[1])
     R1 = hadamard_factors(hidden)
     R2 = torch.kron(*hadamard_factors(heads.head_dim))
     R4 = hadamard_factors(parts.blocks[0].linears[6].in_features)
@@ -143,7 +144,8 @@ def turn_values(value: Any, out: Any, P: Tensor, of_weight: Tensor) -> None:
 def _untie(model: PreTrainedModel) -> None:
     """Give the head weights of its own."""
     head: Any = model.get_output_embeddings()
-    if head.weight is model.get_input_embeddings().weight:
+    embeddings: Any = model.get_input_embeddings()
+    if head.weight is embeddings.weight:
         head.weight = nn.Parameter(head.weight.detach().clone())
         model.config.tie_word_embeddings = False
 
