@@ -276,11 +276,10 @@ SERVER = None
 
 
 def start_server():
-    """Start the process that spares jobs their imports. Only where jobs run here, with this Python, and without a GPU, which no
-    forked process may inherit."""
+    """Start the process that spares jobs their imports. Only where jobs run here, and with this Python."""
     global SERVER
     if workflow.local_exec and not workflow.non_local_exec and not ON_GPU and COMMAND[:3] == [sys.executable, "-m", "reqat.cli"]:
-        SERVER = warm.start([sys.executable], Path.cwd())
+        SERVER = warm.start([sys.executable], Path.cwd(), PATHS.work / "logs" / "server.log")
 
 
 def stop_server():

@@ -4,7 +4,8 @@ Importing them takes some six seconds of every job, which is most of a small one
 server for a run on this machine and names its socket in the environment variable REQAT_WARM; the command line hands a
 job over to it, with its arguments, environment, working folder and outputs. The server forks, and the fork is the job:
 a process of its own, with the same code as without a server. Signals go through; if the command is killed, so is its
-job. Where there is no server, or it does not answer, the command runs the job itself.
+job. Where there is no server, it does not answer, or a source file has changed since it started (a record names the
+code that ran), the command runs the job itself.
 
 The benchmark is not handed over: what it measures should stand on nothing that was there before.
 """
@@ -14,6 +15,8 @@ from __future__ import annotations
 import array
 import contextlib
 import ctypes
+import hashlib
+import importlib.util
 import json
 import os
 import signal
@@ -24,35 +27,46 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 VARIABLE = "REQAT_WARM"
 VERBS = ("data", "stage", "evaluate", "study", "report")
+_PACKAGES = ("reqat", "reqat_kernels", "analysis")
 _HEADER = struct.Struct("!I")
 _STREAMS = 3
 _BOUND_S = 5.0
+_ANSWER_S = 120.0  # the server answers once it has imported what jobs need
+_ACCEPTED = b"\x01"
 _PR_SET_PDEATHSIG = 1
 
 
 def handed_over(arguments: list[str]) -> int | None:
     """Exit code of the job that ``arguments`` (of `reqat`) ask for, run by the server that the environment names; None
-    if there is none, or the verb is not one of :data:`VERBS`."""
+    if there is none, if it does not take the job, or if the verb is not one of :data:`VERBS`."""
     path = os.environ.get(VARIABLE)
-    if not path or not any(verb in arguments for verb in VERBS) or sys.getfilesystemencoding().lower() != "utf-8":
+    if not path or not _may_be_handed_over(arguments):
         return None
-    try:
-        connection = socket.socket(socket.AF_UNIX)
-        connection.connect(path)
-    except OSError:
-        return None
-    with connection:
-        environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
-        request = json.dumps({"arguments": arguments, "folder": os.getcwd(), "environment": environment}).encode()
-        streams = array.array("i", [0, 1, 2])
-        connection.sendmsg([_HEADER.pack(len(request))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-        connection.sendall(request)
+    request = {
+        "arguments": arguments,
+        "folder": os.getcwd(),
+        "environment": {key: value for key, value in os.environ.items() if key != VARIABLE},
+        "sources": sources(),
+    }
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(path)
+            connection.settimeout(_ANSWER_S)
+            text, streams = json.dumps(request).encode(), array.array("i", [0, 1, 2])
+            connection.sendmsg([_HEADER.pack(len(text))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
+            connection.sendall(text)
+            if _receive(connection, 1) != _ACCEPTED:
+                return None
+            connection.settimeout(None)
+        except OSError:
+            return None
 
         def forward(number: int, _frame: FrameType | None) -> None:
             with contextlib.suppress(OSError):
@@ -67,22 +81,45 @@ def handed_over(arguments: list[str]) -> int | None:
     return answer[0]
 
 
-def start(command: list[str], folder: Path) -> subprocess.Popen[bytes] | None:
+def _may_be_handed_over(arguments: list[str]) -> bool:
+    """Whether a job asks for a verb of :data:`VERBS`, and for nothing that is decided before torch is imported."""
+    if not any(verb in arguments for verb in VERBS) or "bench" in arguments:
+        return False
+    threads = [after for before, after in zip(arguments, arguments[1:], strict=False) if before == "--threads"]
+    as_environment = "0" in threads or "--threads=0" in arguments
+    return not as_environment and sys.getfilesystemencoding().lower() == "utf-8"
+
+
+def sources() -> str:
+    """Digest of path, size and time of every Python file that a job may import from this project."""
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        found = importlib.util.find_spec(package)
+        for folder in (found.submodule_search_locations or []) if found is not None else []:
+            for file in sorted(Path(folder).rglob("*.py")):
+                state = file.stat()
+                digest.update(f"{file}|{state.st_size}|{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def start(command: list[str], folder: Path, log: Path) -> subprocess.Popen[bytes] | None:
     """Start a server with ``command`` (an interpreter that has reqat) in the checkout ``folder`` and name it in this
-    process's environment; None where the system has no Unix sockets. It ends with this process."""
-    if not hasattr(socket, "AF_UNIX"):
+    process's environment. What it says goes to ``log``. It ends with this process. None where the system is no Linux,
+    or has a GPU, which a forked process could not use."""
+    if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
         return None
-    place = Path(tempfile.mkdtemp(prefix="reqat-"))
-    path = place / "warm"
-    server = subprocess.Popen(
-        [*command, "-m", "reqat.cli.warm", str(path), str(os.getpid())],
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    path = Path(tempfile.mkdtemp(prefix="reqat-")) / "warm"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as said:
+        server = subprocess.Popen(
+            [*command, "-m", "reqat.cli.warm", str(path), str(os.getpid())],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+            env={**os.environ, **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}},
+        )
     os.environ[VARIABLE] = str(path)
     end = time.monotonic() + _BOUND_S
     while not path.exists() and server.poll() is None and time.monotonic() < end:
@@ -104,8 +141,21 @@ def stop(server: subprocess.Popen[bytes] | None) -> None:
 
 
 def serve(path: Path, parent: int) -> None:
-    """Import what jobs need, then answer until process ``parent`` is gone. Only processes of this user can connect."""
+    """Import what jobs need, then answer until process ``parent`` is gone. Only processes of this user can connect.
+
+    Ends if the imports left threads behind, which a fork would not have: jobs are not handed over then.
+    """
     _end_with(parent)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        _serve(path, sources())
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()
+
+
+def _serve(path: Path, started_with: str) -> None:
     sys.modules.setdefault("torchao", None)  # type: ignore[arg-type]  # as reqat.cli.app.start_computing does
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
@@ -117,20 +167,23 @@ def serve(path: Path, parent: int) -> None:
     import reqat.cli.main
     import reqat.pipeline.jobs  # noqa: F401
 
+    if (threads := len(os.listdir("/proc/self/task"))) > 1:
+        sys.exit(f"{threads} threads after the imports: a fork would lack them, so jobs run by themselves")
     while True:
         connection, _ = listener.accept()
         # No thread runs while the process forks: each job gets a process that watches over it.
         if os.fork() == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             listener.close()
-            _watch(connection)
+            _watch(connection, started_with)
         connection.close()
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
 
 
-def _watch(connection: socket.socket) -> NoReturn:
-    """Fork the job, pass on signals to it, and answer with its exit code."""
+def _watch(connection: socket.socket, started_with: str) -> NoReturn:
+    """Fork the job, pass on signals to it, and answer with its exit code. A job of other sources is not accepted."""
     header, ancillary, _, _ = connection.recvmsg(_HEADER.size, socket.CMSG_SPACE(_STREAMS * array.array("i").itemsize))
     streams = array.array("i")
     for level, kind, data in ancillary:
@@ -139,6 +192,10 @@ def _watch(connection: socket.socket) -> NoReturn:
     if len(header) != _HEADER.size or len(streams) != _STREAMS:
         os._exit(1)
     request = json.loads(_receive(connection, _HEADER.unpack(header)[0]))
+    if request["sources"] != started_with:
+        os._exit(0)
+    with contextlib.suppress(OSError):
+        connection.sendall(_ACCEPTED)
     job = os.fork()
     if job == 0:
         connection.close()
@@ -174,7 +231,9 @@ def _work(request: dict[str, Any], streams: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = ["reqat", *request["arguments"]]
-    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, mode, closefd=False) for n, mode in enumerate("rww"))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
     code: Any = 1
     try:
         from reqat.cli.main import main
@@ -182,6 +241,8 @@ def _work(request: dict[str, Any], streams: list[int]) -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    except BaseException:  # with --debug
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()

@@ -51,7 +51,8 @@ def strip(folder: TraceFolder, term: SEMTerm) -> pd.DataFrame:
     trace = int(folder.trace_index[at])
     first, length = int(folder.starts[trace]), int(folder.lengths[trace])
     entropy_T = folder.entropy(qat)[first : first + length].astype(float)
-    weight_T = sem_weights(torch.from_numpy(entropy_T), percentile=term.percentile, binary=term.binary).numpy()
+    entropies = torch.from_numpy(entropy_T)
+    weight_T = sem_weights(entropies, percentile=term.percentile, binary=term.binary, tau=term.tau).numpy()
     start = min(max(first, at - _BEFORE), max(first, first + length - _TOKENS))
     shown = np.arange(start, min(start + _TOKENS, first + length))
     columns: dict[str, Any] = {

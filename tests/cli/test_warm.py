@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[tuple[str, int]]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
     """Socket and process id of a server."""
-    process = warm.start([sys.executable], ROOT)
+    process = warm.start([sys.executable], ROOT, tmp_path_factory.mktemp("server") / "log")
     assert process is not None
     path = os.environ.pop(warm.VARIABLE)  # of this process: the tests beside these must not see it
     yield path, process.pid
@@ -88,11 +90,30 @@ def wait_for(something: Callable[[], T]) -> T:
     return found
 
 
+def test_an_unexpected_error_shows_where_it_happened(server: tuple[str, int]) -> None:
+    shown = run("--debug", "stage", "x", "--tier", "smoke", server=server[0])
+    assert shown.returncode == 1 and "Traceback" in shown.stderr and "ReqatError" in shown.stderr
+
+
 def test_without_an_answer_the_command_does_the_job_itself(tmp_path: Path) -> None:
     gone = run("stage", "--help", server=str(tmp_path / "nobody"))
     assert gone.returncode == 0 and "Run stages" in gone.stdout
+    with socket.socket(socket.AF_UNIX) as listener:  # a server that dies while it imports
+        listener.bind(str(tmp_path / "dying"))
+        listener.listen()
+        threading.Thread(target=lambda: listener.accept()[0].close(), daemon=True).start()
+        dying = run("stage", "--help", server=str(tmp_path / "dying"))
+    assert dying.returncode == 0 and dying.stdout == gone.stdout
+
+
+def test_a_job_of_changed_sources_is_not_handed_over(server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(warm.VARIABLE, server[0])
+    monkeypatch.setattr(warm, "sources", lambda: "of another time")
+    assert warm.handed_over(["stage", "x", "--tier", "smoke"]) is None
 
 
 def test_verbs_that_measure_are_not_handed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(warm.VARIABLE, str(tmp_path / "never-asked"))
     assert warm.handed_over(["bench", "x"]) is None
+    assert warm.handed_over(["bench", "x", "--tier", "data"]) is None
+    assert warm.handed_over(["stage", "x", "--threads", "0"]) is None

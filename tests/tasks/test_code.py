@@ -51,7 +51,15 @@ def test_a_program_does_what_its_operations_say(program: list, xs: list[int]) ->
 @pytest.mark.parametrize(
     "text",
     ["", "|", "sort |", "| sort", "sort sort", "map 3", "map + x", "map / 2", "take -1", "keep", "keep > ", "take ٣"]
-    + ["sort | sort | sort | sort | sort", "map + " + "9" * 5000, "sort;", "import os", "sort\x00", "1 " * 70],
+    + [
+        "sort | sort | sort | sort | sort",
+        "map + " + "9" * 5000,
+        "take " + "0" * 5000 + "1",
+        "sort;",
+        "import os",
+        "sort\x00",
+        "1 " * 70,
+    ],
 )
 def test_what_is_no_program_is_a_failed_answer(text: str) -> None:
     with pytest.raises(code.CodeError):

@@ -135,8 +135,8 @@ def _operation(step: list[str]) -> Operation:
     if said in _LISTS or said in _KEPT:
         return Operation(said)
     name, number = " ".join(step[:-1]), step[-1] if step else ""
-    # A number of more digits than the bound is refused before Python reads it.
-    if name in _COUNTED and number.isascii() and number.isdigit() and len(number.lstrip("0")) <= len(str(LARGEST)):
+    # A number of more digits than the bound, leading zeros too, is refused before Python reads it.
+    if name in _COUNTED and number.isascii() and number.isdigit() and len(number) <= len(str(LARGEST)):
         return Operation(name, int(number))
     raise CodeError(f"{said[:40]!r} is no operation")
 
