@@ -39,8 +39,8 @@ INCONSISTENT = {
     ),
     "table2": "ReQAT-TQS on GSM8K is 89.85 in the paper's Table 2 and 89.95 in its Table 16.",
     "table4": (
-        "NVIDIA's Model-Optimizer advises different samples for fine-tuning and QAT, against overfitting: the reverse of "
-        "the paper's rows."
+        "NVIDIA's Model-Optimizer advises different samples for fine-tuning and QAT, against overfitting: the reverse "
+        "of the paper's rows."
     ),
     "table5": (
         "Two of the paper's rows with a part of Q-FIT (62.71 and 62.40) lie below its row without any (63.13): half of "
