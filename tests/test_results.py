@@ -22,14 +22,16 @@ def tiers(part: pinned.Part) -> list[str]:
     return sorted(tier for tier, its in KEPT if its == part)
 
 
-def test_the_pinned_base_is_the_one_that_the_tiers_describe() -> None:
-    kept = record.read(PATHS.base)
-    assert kept["id"] == load("testbed", PATHS).scratch["testbed"]
+@pytest.mark.parametrize(("tier", "label"), [("testbed", "testbed"), ("converged", "converged")])
+def test_the_pinned_base_is_the_one_that_the_tiers_describe(tier: str, label: str) -> None:
+    folder = PATHS.pinned_base(label)
+    kept = record.read(folder)
+    assert kept["id"] == load(tier, PATHS).scratch[label]
     assert kept["dirty"] is False
     sizes = {name: file["bytes"] for name, file in kept["outputs"].items()}
     assert sum(sizes.values()) <= pin.BASE_BYTES
     for name, file in kept["outputs"].items():
-        assert record.sha256(PATHS.base / name) == file["sha256"], name
+        assert record.sha256(folder / name) == file["sha256"], name
 
 
 @pytest.mark.parametrize("folder", sorted(path.parent for path in PATHS.results.glob("*/manifest.json")), ids=str)
