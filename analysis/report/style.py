@@ -42,7 +42,7 @@ COLOURS = {
     "QAT": ORANGE,
     "FT+QAT": PURPLE,
     "ReQAT-T": GREEN,
-    "ReQAT-TS": ORANGE,
+    "ReQAT-TS": YELLOW,
     "ReQAT-TQ": PURPLE,
     "ReQAT-TQS": VERMILION,
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
 from reqat.config.stage import Calibration, QFitSettings, Stage
-from reqat.models.adapters import blocks_of
+from reqat.models.adapters import DOWN, blocks_of
 from reqat.pipeline.stages import MODEL, calibration_ids
 from reqat.quant import block_hadamard
 
@@ -106,7 +106,7 @@ def run_keys(
             "alpha": alpha,
             "beta": [float(b) for b in found["beta"]],
             "tokens": int(ids.shape[1]),
-            "down_proj": chosen,
+            DOWN: chosen,
             "largest_input": of_inputs,
         }
     }
@@ -152,7 +152,7 @@ def _inputs(model: PreTrainedModel, ids: Tensor, rotation: int) -> tuple[str, pd
     after rotation."""
     import pandas as pd
 
-    sites = [site for block in blocks_of(model) for site in block.sites() if site.attribute == "down_proj"]
+    sites = [site for block in blocks_of(model) for site in block.sites() if site.attribute == DOWN]
     if not sites:
         raise ReqatError(f"model type {model.config.model_type!r} has no down_proj whose inputs could be looked at.")
     kept: dict[str, Tensor] = {}

@@ -48,7 +48,7 @@ def hadamard_factors(n: int) -> tuple[Tensor, Tensor]:
     power = n & -n if n > 0 else 0
     while power:
         m = n // power
-        matrix = torch.ones(1, 1, dtype=torch.float64) if m == 1 else paley(m)
+        matrix = torch.ones(1, 1, dtype=torch.float64, device="cpu") if m == 1 else paley(m)
         if matrix is not None:
             return matrix / m**0.5, hadamard(power, torch.float64)
         power //= 2
@@ -68,26 +68,28 @@ def paley(m: int) -> Tensor | None:
     and C (x) [[1, 1], [1, -1]] + I (x) [[1, -1], [-1, -1]] has order 2 (q + 1). Cached: do not write to it.
     """
     if _is_prime(m - 1) and (m - 1) % 4 == 3:
-        return _bordered(m - 1, -1.0) + torch.eye(m, dtype=torch.float64)
+        return _bordered(m - 1, -1.0) + torch.eye(m, dtype=torch.float64, device="cpu")
     q = m // 2 - 1
     if m % 4 == 0 and _is_prime(q) and q % 4 == 1:
         two, other = (
-            torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double(),
-            torch.tensor([[1.0, -1.0], [-1.0, -1.0]]).double(),
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64, device="cpu"),
+            torch.tensor([[1.0, -1.0], [-1.0, -1.0]], dtype=torch.float64, device="cpu"),
         )
-        return torch.kron(_bordered(q, 1.0), two) + torch.kron(torch.eye(q + 1, dtype=torch.float64), other)
+        return torch.kron(_bordered(q, 1.0), two) + torch.kron(
+            torch.eye(q + 1, dtype=torch.float64, device="cpu"), other
+        )
     return None
 
 
 def _bordered(q: int, sign: float) -> Tensor:
     """[[0, 1], [sign, Q]] [q + 1, q + 1] with Q of the squares modulo q."""
-    character = torch.full((q,), -1.0, dtype=torch.float64)
-    character[torch.arange(1, q) ** 2 % q] = 1.0
+    character = torch.full((q,), -1.0, dtype=torch.float64, device="cpu")
+    character[torch.arange(1, q, dtype=torch.int64, device="cpu") ** 2 % q] = 1.0
     character[0] = 0.0
-    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64)
+    matrix = torch.ones(q + 1, q + 1, dtype=torch.float64, device="cpu")
     matrix[0, 0] = 0.0
     matrix[1:, 0] = sign
-    index = torch.arange(q)
+    index = torch.arange(q, dtype=torch.int64, device="cpu")
     matrix[1:, 1:] = character[(index[:, None] - index) % q]
     return matrix
 
@@ -116,7 +118,7 @@ def signs(n: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
     seed names the same matrix everywhere. Cached: do not write to it."""
     rng = random.Random(f"signs|{n}|{seed}")
     with torch.inference_mode(False):
-        return torch.tensor([rng.random() < 0.5 for _ in range(n)], device=device)
+        return torch.tensor([rng.random() < 0.5 for _ in range(n)], dtype=torch.bool, device=device)
 
 
 def with_signs(x: Tensor, seed: int | None) -> Tensor:

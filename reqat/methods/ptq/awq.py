@@ -37,13 +37,13 @@ from reqat.methods.ptq.rtn import rtn
 from reqat.methods.scaling import FoldableGroup, check_full_precision, groups_of, magnitudes, unchanged
 from reqat.methods.transform import Transform
 from reqat.models import precision_of
-from reqat.models.adapters import blocks_of
+from reqat.models.adapters import KEY, QUERY, blocks_of
 from reqat.quant import Precision, block_hadamard, dynamic, fake_quantize
 
 GRID = 20
 _FLOOR = 1e-4
 _BOUNDS = 10
-_UNCLIPPED = ("q_proj", "k_proj")
+_UNCLIPPED = (QUERY, KEY)
 
 
 @torch.no_grad()

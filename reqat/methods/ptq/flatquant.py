@@ -41,7 +41,7 @@ from reqat.methods.ptq.rtn import rtn
 from reqat.methods.scaling import FoldableGroup, Magnitudes, check_full_precision, groups_of, magnitudes
 from reqat.methods.transform import Transform
 from reqat.models import leave, precision_of, prepare
-from reqat.models.adapters import HeadShape
+from reqat.models.adapters import OUT, VALUE, HeadShape
 from reqat.quant import Precision, block_hadamard, bounds, clipped, dynamic, fake_quantize, kronecker
 
 EPOCHS = 15
@@ -175,10 +175,10 @@ class _Linear(nn.Module):
         if group.log_scale is not None:
             x, W = x * group.log_scale.exp(), W / group.log_scale.exp()
         left, right = _inverse_transposed(group.left), _inverse_transposed(group.right)
-        if attribute == "o_proj":  # the input's heads came in the basis of the values
+        if attribute == OUT:  # the input's heads came in the basis of the values
             right = _inverse_transposed(layer.values)
         W, x = kronecker(W, left, right), kronecker(x, group.left, group.right)
-        if attribute == "v_proj":
+        if attribute == VALUE:
             W = kronecker(W.T, None, layer.values).T
             bias = None if bias is None else kronecker(bias, None, layer.values)
         if precision.inputs is not None:
@@ -245,7 +245,7 @@ class _Layer:
         self.key_clip, self.value_clip = clip(), clip()
         self.groups: list[_Group] = []
         for group, size in zip(groups, sizes, strict=True):
-            out = group.sites[0].attribute == "o_proj"
+            out = group.sites[0].attribute == OUT
             a, b = (heads.query_heads, heads.head_dim) if out else kronecker_sizes(group.linears[0].in_features)
             scale = None
             if group.divide is not None and not out:
@@ -325,7 +325,7 @@ class _Layer:
                 found[f"{site.plain_name}.weight_clip"] = clip.sigmoid()
                 if precision.inputs is not None:
                     found[f"{site.plain_name}.input_clip"] = learned.input_clip.sigmoid()
-        turn_values(linears["v_proj"], linears["o_proj"], P, torch.linalg.inv(P).T)
+        turn_values(linears[VALUE], linears[OUT], P, torch.linalg.inv(P).T)
         if self.keys is not None:
             found |= {f"layers.{index}.keys_right": self.keys, f"layers.{index}.keys_clip": self.key_clip.sigmoid()}
         if precision.values is not None:

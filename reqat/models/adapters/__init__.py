@@ -36,7 +36,12 @@ from transformers import PreTrainedModel
 
 from reqat.config.catalogue import MODEL_ADAPTERS
 from reqat.models.adapters._adapter import (
+    DOWN,
+    KEY,
+    OUT,
     PEFT_ADDED,
+    QUERY,
+    VALUE,
     Attention,
     Block,
     GatedBlock,
@@ -51,7 +56,12 @@ from reqat.models.adapters._adapter import (
 
 __all__ = [
     "ADAPTERS",
+    "DOWN",
+    "KEY",
+    "OUT",
     "PEFT_ADDED",
+    "QUERY",
+    "VALUE",
     "Attention",
     "Block",
     "GatedBlock",

@@ -30,6 +30,8 @@ _ACTIVATIONS: Any = tuple({entry[0] if isinstance(entry, tuple) else entry for e
 
 #: Why :meth:`Block.kept` keeps what PEFT put beside layers; it is no weight of the model.
 PEFT_ADDED = "adapters are never quantized"
+# Attributes of the linear layers of a gated decoder that methods treat in a way of their own.
+QUERY, KEY, VALUE, OUT, DOWN = "q_proj", "k_proj", "v_proj", "o_proj", "down_proj"
 
 
 class UnsupportedModelError(ReqatError):

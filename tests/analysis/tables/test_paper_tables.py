@@ -65,7 +65,7 @@ def share(results: Results, evaluations: str, family: str = "all") -> float:
 
 
 def test_all_of_them_are_made_and_read_in_latex_and_markdown(wide: Results, made: dict[str, Table]) -> None:
-    assert list(made) == table_names(wide.plan) == [*ARTIFACTS, "table11", "table8"]
+    assert list(made) == table_names(wide.plan) == [*ARTIFACTS, "claims", "table11", "table8"]
     for table in made.values():
         check_latex(table.latex(), len(table.columns))
         assert "Tier synthetic" in table.markdown() and " nan" not in table.markdown().lower()
@@ -292,7 +292,7 @@ def test_parts_of_a_plan_make_parts_of_the_tables(make_results: Any) -> None:
     few = ["base", "ft", "ptq", "ft-epochs2", "reqat-tqs"]
     results = make_results(**CHANGES | {"models": two, "only": {"recipes": few}, "claim_seeds": {}})
     made = {table.name: table for table in tables(results)}
-    assert set(made) == {*ARTIFACTS, "table8", "table11"} - {"table13", "table17"}
+    assert set(made) == {*ARTIFACTS, "claims", "table8", "table11"} - {"table13", "table17"}
     for name, table in made.items():
         check_latex(table.latex(), len(table.columns))
         if name not in ("table8", "table11"):

@@ -36,7 +36,10 @@ def test_each_published_method_is_there_at_both_formats(results: Results) -> Non
 
 
 def test_every_number_of_the_paper_stands_beside_a_line_of_ours(results: Results) -> None:
-    lines = [Line(e.model, e.precision, table3.method(e), e.condition, {e.multiple: e}) for e in results.of("table3")]
+    lines = [
+        Line(e.model, e.precision, table3.method(e), e.condition, e.problems, {e.multiple: e})
+        for e in results.of("table3")
+    ]
     shown = [value for li in lines for m in li.by if (value := table3.of_paper(li, m)) is not None]
     assert sorted(set(shown)) == sorted({r.value for r in paper.select("table3")})
 
