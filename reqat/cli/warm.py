@@ -105,11 +105,14 @@ def sources() -> str:
 def start(command: list[str], folder: Path, log: Path) -> subprocess.Popen[bytes] | None:
     """Start a server with ``command`` (an interpreter that has reqat) in the checkout ``folder`` and name it in this
     process's environment. What it says goes to ``log``. It ends with this process. None where the system is no Linux,
-    or has a GPU, which a forked process could not use."""
+    has a GPU, which a forked process could not use, or lets no temporary folder be made."""
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():
         return None
-    path = Path(tempfile.mkdtemp(prefix="reqat-")) / "warm"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(tempfile.mkdtemp(prefix="reqat-")) / "warm"
+    except OSError:
+        return None
     with log.open("wb") as said:
         server = subprocess.Popen(
             [*command, "-m", "reqat.cli.warm", str(path), str(os.getpid())],
