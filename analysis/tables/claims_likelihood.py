@@ -44,10 +44,10 @@ def build(studies: ByKind) -> Table:
         "tokens where the entropy of BF16 fine-tuning is below its 75th percentile; less is better. "
         f"{REFERENCE_PRECISION}, at the budget that claims rest on; 95% intervals over traces and training seeds. p: "
         f"of no difference, or, for being as good as BF16 fine-tuning, of {PARITY_SHARE:.0%} of what rounding costs "
-        f"the base. Holm: adjusted for all {len(PRIMARY)}, apart from those on accuracy. Detectable: the smallest distance "
-        f"from that value that would have been found with {POWER:.0%} probability at the level of Holm's first step. "
-        f"Verdict: agrees or disagrees with the paper's direction if Holm's p is below {ALPHA}. The paper reports no "
-        "likelihoods; its directions are those of its accuracies.",
+        f"the base. Holm: adjusted for all {len(PRIMARY)}, apart from those on accuracy. Detectable: the smallest "
+        f"distance from that value that would have been found with {POWER:.0%} probability at the level of Holm's "
+        f"first step. Verdict: agrees or disagrees with the paper's direction if Holm's p is below {ALPHA}. The paper "
+        "reports no likelihoods; its directions are those of its accuracies.",
         tuple(notes),
         (
             Column("Claim", align="l"),
