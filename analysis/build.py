@@ -189,14 +189,6 @@ def _likelihoods(folder: Path | None, stack: contextlib.ExitStack) -> list[Study
     return load_studies(planned, stack.enter_context(restored(folder, "studies")).root / "studies", pinned=True)
 
 
-def build_verdicts(paths: Paths) -> Table:
-    """The claims over all models, of the newest pinned runs that claims rest on. Raises `ReqatError` if there is
-    none."""
-    from analysis.report import summary
-
-    return summary.build(verdict_runs(paths))
-
-
 def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
     """Write the claims over all models where readers look for them: all of them into `results/verdicts.md`, the most
     important ones into README.md, between its two markers; returns the files. A README without markers is left alone.

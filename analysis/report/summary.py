@@ -144,7 +144,7 @@ def block(runs: Sequence[Tests]) -> str:
             texts = [f"{cell.text} {cell.detail}".strip() for cell in cells]
             texts[0] = f"**{texts[0]}**" if line.claim.main else texts[0]
             out.append("| " + " | ".join(texts) + " |")
-    return "\n".join(["", *out, "", *(run.notes[0] for run in runs), ""])
+    return "\n".join(["", *out, "", "Runs: " + " ".join(run.notes[0] for run in runs), ""])
 
 
 def filled(text: str, inside: str) -> str | None:
