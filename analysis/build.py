@@ -7,7 +7,8 @@ result. A tier without an artifact has no file for it; a tier with the artifact 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from analysis.report.benchmark import Measured
     from analysis.report.cells import Results
     from analysis.report.document import Table
+    from analysis.report.studies import Study
+    from analysis.report.summary import Tests
     from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
     from reqat.records.pinned import Part, Restored
@@ -152,20 +155,58 @@ def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Pa
     ]
 
 
-def build_verdicts(paths: Paths) -> Table:
-    """The claims over all models, of the newest pinned runs that claims rest on. Raises `ReqatError` if there is
-    none."""
+def verdict_runs(paths: Paths) -> list[Tests]:
+    """The claims of every model of `analysis.report.summary.PLACES`, of the newest pinned runs; those without one have
+    a column that says so."""
     from analysis.report import summary
     from reqat.records.pinned import newest, restored
 
-    kept = newest(paths)
-    runs = []
-    for tier in summary.TIERS:
-        if (folder := kept.get((tier, "run"))) is not None:
-            with restored(folder, "run") as run:
-                results = results_of(run.plan, run.root, pinned=True, paths=paths)
-                runs += summary.tests_of(results, f"results/{folder.name}")
-    return summary.build(runs)
+    kept, runs = newest(paths), []
+    for heading, tiers in summary.PLACES.items():
+        tier = next((tier for tier in tiers if (tier, "run") in kept), None)
+        if tier is None:
+            runs.append(summary.not_run(heading))
+            continue
+        folder = kept[tier, "run"]
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(restored(folder, "run"))
+            studies = _likelihoods(kept.get((tier, "studies")), stack)
+            results = results_of(run.plan, run.root, pinned=True, paths=paths)
+            runs += summary.tests_of(results, f"results/{folder.name}", heading, studies) or [summary.not_run(heading)]
+    return runs
+
+
+def _likelihoods(folder: Path | None, stack: contextlib.ExitStack) -> list[Study]:
+    """The likelihood studies of a pinned folder, if they are of the models of the pinned run."""
+    from analysis.report.studies import load_studies, pinned_studies
+    from reqat.records.pinned import manifest, restored
+
+    if folder is None or manifest(folder).get("same_stages_as_pinned_run") is not True:
+        return []
+    planned = {id: study for id, study in pinned_studies(folder / "studies").items() if study.kind == "likelihood"}
+    if not planned:
+        return []
+    return load_studies(planned, stack.enter_context(restored(folder, "studies")).root / "studies", pinned=True)
+
+
+def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
+    """Write the claims over all models where readers look for them: all of them into `results/verdicts.md`, the most
+    important ones into README.md, between its two markers; returns the files. A README without markers is left alone.
+
+    Raises `ReqatError` if no run tests a claim, or for one marker without the other.
+    """
+    from analysis.report import summary
+    from reqat.config.files import write_file
+
+    readme = paths.root / "README.md"
+    texts = {paths.results / f"{summary.NAME}.md": summary.build(runs).markdown()}
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
+        if (filled := summary.filled(text, summary.block(runs))) is not None:
+            texts[readme] = filled
+    for path, text in texts.items():
+        write_file(path, text)
+    return list(texts)
 
 
 def build_missing(settings: Throughput, reason: str, table_folder: Path, plot_folder: Path) -> list[Path]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.build import build_studies, build_tables, build_throughput, build_verdicts, results_of
+from analysis.build import build_studies, build_tables, build_throughput, results_of, verdict_runs
 from analysis.registry import study_names, table_names, throughput_names
+from analysis.report import summary
 from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
 from reqat.pipeline import pin
@@ -82,14 +83,23 @@ def test_studies_of_the_run_that_claims_rest_on_are_pinned() -> None:
 
 
 def test_the_claims_over_all_models_are_those_of_the_pinned_runs() -> None:
-    table = build_verdicts(PATHS)
-    assert len(table.sections[0]) == 5, "the claims that the paper rests on"
+    runs = verdict_runs(PATHS)
+    table = summary.build(runs)
+    assert len(table.sections[0]) == 10, "the claims that the paper rests on, on accuracy and on likelihood"
+    assert [run.heading for run in runs] == list(summary.PLACES), "a column a model, run or not"
+    for run, tiers in zip(runs, summary.PLACES.values(), strict=True):
+        assert run.run == any((tier, "run") in KEPT for tier in tiers)
+    # What README opens with and results/verdicts.md are these runs' (`reqat report --verdicts` writes both).
+    readme = (ROOT / "README.md").read_text()
+    assert summary.filled(readme, summary.block(runs)) == readme
+    assert (PATHS.results / "verdicts.md").read_text() == table.markdown()
     with pinned.restored(KEPT["overnight", "run"], "run") as kept:
         results = results_of(kept.plan, kept.root, pinned=True, paths=PATHS)
         by_recipe = {c.recipe: c for c in results.of("table1") if c.precision == "NVFP4-W4A4KV4"}
         d = results.paired(by_recipe["reqat-tqs"], by_recipe["qat"])
     rows = table.data[(table.data["model"] == "testbed") & (table.data["claim"] == "ReQAT-TQS above QAT")]
-    assert rows["difference"].tolist() == [100 * d.value] and rows["primary"].all()
+    on_accuracy = rows[rows["measure"] == "accuracy"]
+    assert on_accuracy["difference"].tolist() == [100 * d.value] and on_accuracy["primary"].all()
 
 
 def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:

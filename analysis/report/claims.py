@@ -3,15 +3,16 @@
 
 A side of a comparison is a recipe at a precision, whatever artifact shows it: a claim is tested wherever a plan grades
 both sides on the same problems, decoded as the tier decodes. So a new artifact brings its claims with it, and a plan
-without one has no row for them.
+without one has no row for them. What does not hang on the plan is how many comparisons p-values are adjusted for:
+`family_at` says which claims can be compared at a precision, whether a plan has their cells or not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from analysis.report.names import BF16, REFERENCE_PRECISION
 
@@ -28,12 +29,18 @@ Row = tuple[str | None, str, str]
 that of the comparison, too."""
 
 
+FORMER = {"reqat-t": "qfit-none"}
+"""Recipe -> its name in older plans, where the name of today stood for other keys and values (`Side.kv`)."""
+
+
 @dataclass(frozen=True)
 class Side:
     """A recipe at any precision (None; as second side: at the first one's), or at those that a pattern matches."""
 
     recipe: str
     precision: str | None = None
+    kv: str | None = None
+    """Element that its keys and values must have, where the claim is about that; None: whatever the recipe says."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,10 @@ class Claim:
     """Tested at every total of the tier, not only at the one that claims rest on."""
     equal_budget: bool = True
     """False: recipes of several epochs, each with a total of its own."""
-    problems: str = OWN
-    """The problems that both are graded on: the tier's own, or those of a task family."""
+    problems: tuple[str, ...] = (OWN,)
+    """The sets of problems that both are graded on, all together: the tier's own, or named ones."""
     beyond: str | None = None
-    """Task family on which the same difference is subtracted: what a loses more on the one than on the other."""
+    """Set of problems on which the same difference is subtracted: what a loses more on the one than on the other."""
     stated: int = 0
     """The paper's direction where it prints no accuracies: the sign of a - b."""
 
@@ -112,7 +119,8 @@ def _table5(name: str, a: str, b: str) -> Claim:
         return REFERENCE_PRECISION, "ReQAT", f"e1m2={e1m2};pre_rope_scale={scale};post_rope_shift={shift}"
 
     at = REFERENCE_PRECISION
-    return Claim(name, Side(a, at), Side(b, at), Printed("table5", row(a), row(b)))
+    sides = (Side(recipe, at, "E1M2" if parts[recipe][0] else "E2M1") for recipe in (a, b))
+    return Claim(name, *sides, Printed("table5", row(a), row(b)))
 
 
 def _sem(name: str, weight: str) -> Claim:
@@ -127,8 +135,8 @@ def _hadamard(name: str, recipe: str) -> Claim:
     rows: list[Row] = [(REFERENCE_PRECISION, "TAQ", f"transform={value}") for value in ("block-hadamard", "qfit")]
     return Claim(
         name,
-        Side(recipe, REFERENCE_PRECISION),
-        Side("reqat-tq", REFERENCE_PRECISION),
+        Side(recipe, REFERENCE_PRECISION, "E2M1"),
+        Side("reqat-tq", REFERENCE_PRECISION, "E1M2"),
         Printed("table17", rows[0], rows[1]),
     )
 
@@ -156,7 +164,7 @@ def _int4(name: str, a: str, b: str, methods: tuple[str, str], b_precision: str 
 def _programs(name: str, a: str, b: str) -> Claim:
     rows: list[Row] = [(_side(r).precision, _METHODS[r], "column={precision}") for r in (a, b)]
     return Claim(
-        name, _side(a), _side(b), Printed("table7", rows[0], rows[1], metrics=("LiveCodeBench",)), problems="code"
+        name, _side(a), _side(b), Printed("table7", rows[0], rows[1], metrics=("LiveCodeBench",)), problems=("code",)
     )
 
 
@@ -178,7 +186,7 @@ CLAIMS = (
     _table1("FT+PTQ below BF16 FT", "ft-ptq", "ft"),
     _table1("QAT above FT+PTQ", "qat", "ft-ptq"),
     _table1("ReQAT-TQS above ReQAT-TQ", "reqat-tqs", "reqat-tq"),
-    _table1("PTQ below the BF16 base", "ptq", "base"),
+    _table1("PTQ below the BF16 base", "ptq", "base", every_budget=False),
     _table1("BF16 FT above the base", "ft", "base", every_budget=False),
     _table1("FT+PTQ above PTQ", "ft-ptq", "ptq", every_budget=False),
     _table1("QAT below BF16 FT", "qat", "ft", every_budget=False),
@@ -205,8 +213,18 @@ CLAIMS = (
     _table5("Q-FIT above E1M2 and scale", "reqat-tq", "qfit-scale"),
     _table5("Q-FIT above E1M2 and shift", "reqat-tq", "qfit-shift"),
     _table5("Q-FIT above scale and shift without E1M2", "reqat-tq", "qfit-e2m1"),
-    Claim("E1M2 alone above ReQAT-T", Side("reqat-t-e1m2", REFERENCE_PRECISION), Side("reqat-t"), stated=1),
-    Claim("Q-FIT above E1M2 alone", Side("reqat-tq", REFERENCE_PRECISION), Side("reqat-t-e1m2"), stated=1),
+    Claim(
+        "E1M2 alone above ReQAT-T",
+        Side("reqat-t-e1m2", REFERENCE_PRECISION, "E1M2"),
+        Side("reqat-t", kv="E2M1"),
+        stated=1,
+    ),
+    Claim(
+        "Q-FIT above E1M2 alone",
+        Side("reqat-tq", REFERENCE_PRECISION, "E1M2"),
+        Side("reqat-t-e1m2", kv="E1M2"),
+        stated=1,
+    ),
     # Weight and mask of SEM (Tables 12, 16), Hadamard rotations (Table 17), epochs (Table 13)
     _sem("SEM weight 0.1 above 0.03", "0.03"),
     _sem("SEM weight 0.1 above 0.5", "0.5"),
@@ -220,6 +238,8 @@ CLAIMS = (
             ("MXFP4-W4A4", "ReQAT-TQS", "sem_mask=binary"),
             metrics=("AIME-90",),
         ),
+        every_budget=True,
+        problems=("edition-1", "edition-2", "edition-3"),
     ),
     _hadamard("block Hadamard below Q-FIT", "reqat-t-hadamard"),
     _hadamard("Hadamard over heads below Q-FIT", "reqat-t-hadamard-head"),
@@ -265,9 +285,13 @@ CLAIMS = (
 )
 
 
+Cells = tuple["Cell", ...]
+"""Of one artifact, one a training seed."""
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """A claim at one precision and budget of a plan: the cells of both sides, one a training seed; with
+    """A claim at one precision and budget of a plan: the cells of both sides on each set of problems; with
     `Claim.beyond`, those of both sides on the other problems, too."""
 
     claim: Claim
@@ -275,9 +299,9 @@ class Comparison:
     precision: str
     multiple: int | None
     """Total budget in QAT budgets, of `a` where the two differ; None: neither side trains."""
-    a: tuple[Cell, ...]
-    b: tuple[Cell, ...]
-    beyond: tuple[tuple[Cell, ...], tuple[Cell, ...]] | None = None
+    a: tuple[Cells, ...]
+    b: tuple[Cells, ...]
+    beyond: tuple[Cells, Cells] | None = None
 
 
 def comparisons(plan: Plan) -> list[Comparison]:
@@ -286,64 +310,115 @@ def comparisons(plan: Plan) -> list[Comparison]:
     return [found for claim in CLAIMS for label in plan.tier.models for found in _of(claim, label, plan.tier, groups)]
 
 
+def of_other_elements(plan: Plan) -> list[Claim]:
+    """Claims about the element of keys and values whose two sides the plan has, with other elements alone."""
+    groups, there = _groups(plan), {found.claim.name for found in comparisons(plan)}
+
+    def with_any(claim: Claim) -> Claim:
+        return replace(claim, a=replace(claim.a, kv=None), b=replace(claim.b, kv=None))
+
+    return [
+        claim
+        for claim in CLAIMS
+        if claim.name not in there
+        and any(True for label in plan.tier.models for _ in _of(with_any(claim), label, plan.tier, groups))
+    ]
+
+
 def has_claims(plan: Plan) -> bool:
     """Whether the plan tests claims: it grades test problems (on validation problems, rates are chosen), and has both
     sides of at least one claim of which one is trained."""
     return plan.tier.evaluation.split == "test" and any(found.multiple is not None for found in comparisons(plan))
 
 
-_Key = tuple[str, str, str, str, int | None]  # model, problems, recipe, precision, multiple
+def claim_total(tier: Tier, model: str) -> int:
+    """The total, in QAT budgets, that a model's claims rest on."""
+    return tier.models[model].claim_total or tier.budget.claim_total
 
 
-def _groups(plan: Plan) -> dict[_Key, tuple[Cell, ...]]:
+def primary(claim: Claim, precision: str, multiple: int | None, total: int) -> bool:
+    """Whether a comparison is a primary one of the protocol; `total` is the one that claims rest on."""
+    return claim.main and precision == REFERENCE_PRECISION and multiple == total
+
+
+def family_at(precision: str, tier: Tier, model: str) -> Iterator[Claim]:
+    """The claims that the protocol has as context at a precision, one a budget: whether the plan has them or not."""
+    total = claim_total(tier, model)
+    for claim in CLAIMS:
+        a, b = claim.a.precision, claim.b.precision
+        if a == BF16:  # a comparison's precision is that of the side that has four bits
+            a = b
+        if not (fnmatch(precision, a) if a is not None else precision != BF16):
+            continue
+        totals = {total, *tier.budget.totals} if claim.every_budget else {total}
+        yield from (claim for multiple in totals if not primary(claim, precision, multiple, total))
+
+
+class _Key(NamedTuple):
+    model: str
+    problems: str
+    recipe: str
+    precision: str
+    multiple: int | None
+    kv: str
+
+
+def _groups(plan: Plan) -> dict[_Key, Cells]:
     """The cells of one artifact that differ in their training seed alone: of the artifact that has the most seeds."""
     found: dict[_Key, dict[tuple[str, str, str], list[Cell]]] = {}
     for cell in plan.cells:
-        problems = _problems(plan.evaluation(cell.evaluation), plan.tier)
+        asked = plan.evaluation(cell.evaluation)
+        problems = _problems(cell, asked, plan.tier)
         if problems is not None:
-            key = (cell.model, problems, cell.recipe, cell.precision, cell.multiple)
+            kv = asked.precision.kv_element or "E2M1"
+            key = _Key(cell.model, problems, cell.recipe, cell.precision, cell.multiple, kv)
             found.setdefault(key, {}).setdefault((cell.artifact, cell.method, cell.condition), []).append(cell)
-    most: dict[_Key, tuple[Cell, ...]] = {}
+    most: dict[_Key, Cells] = {}
     for key, groups in found.items():
         sizes = [len(cells) for cells in groups.values()]
         most[key] = tuple(list(groups.values())[sizes.index(max(sizes))])
     return most
 
 
-def _problems(asked: Evaluation, tier: Tier) -> str | None:
-    """`OWN`, or the one task family that an evaluation is of; None if it does not decode and quantize as the tier does,
-    or mixes other families."""
+def _problems(cell: Cell, asked: Evaluation, tier: Tier) -> str | None:
+    """The name of the set of problems that a cell is graded on; None if its evaluation does not decode and quantize as
+    the tier does, or is of the tier's own problems in part."""
     how = tier.evaluation
     if asked.decoding != how.decoding or asked.precision.global_scale not in (None, how.global_scale):
         return None
+    if cell.problems != OWN:
+        return cell.problems
     p, families = asked.problems, how.families if how.families is not None else tier.data.families
-    if (p.families, p.split, p.n, p.seed) == (dict(sorted(families.items())), how.split, how.n, how.problem_seed):
-        return OWN
-    return next(iter(p.families)) if len(p.families) == 1 else None
+    whole = (p.families, p.split, p.n, p.seed) == (dict(sorted(families.items())), how.split, how.n, how.problem_seed)
+    return OWN if whole else None
 
 
-def _of(claim: Claim, label: str, tier: Tier, groups: dict[_Key, tuple[Cell, ...]]) -> Iterator[Comparison]:
-    claim_total = tier.models[label].claim_total or tier.budget.claim_total
+def _of(claim: Claim, label: str, tier: Tier, groups: dict[_Key, Cells]) -> Iterator[Comparison]:
+    total = claim_total(tier, label)
 
-    def side(side: Side, problems: str) -> list[_Key]:
+    def keys(side: Side) -> list[_Key]:
+        names = {side.recipe, FORMER.get(side.recipe)} if side.kv is not None else {side.recipe}
         return [
             key
             for key in groups
-            if key[:3] == (label, problems, side.recipe) and (side.precision is None or fnmatch(key[3], side.precision))
+            if (key.model, key.problems) == (label, claim.problems[0])
+            and key.recipe in names
+            and (side.precision is None or fnmatch(key.precision, side.precision))
+            and side.kv in (None, key.kv)
         ]
 
-    for key_a in side(claim.a, claim.problems):
-        for key_b in side(claim.b, claim.problems):
-            if claim.b.precision is None and key_b[3] != key_a[3]:
+    for key_a in keys(claim.a):
+        for key_b in keys(claim.b):
+            if claim.b.precision is None and key_b.precision != key_a.precision:
                 continue
-            totals = [key[4] for key in (key_a, key_b) if key[4] is not None]
-            if claim.equal_budget and (len(set(totals)) > 1 or not (claim.every_budget or {*totals} <= {claim_total})):
+            totals = [key.multiple for key in (key_a, key_b) if key.multiple is not None]
+            if claim.equal_budget and (len(set(totals)) > 1 or not (claim.every_budget or {*totals} <= {total})):
                 continue
-            precision = key_a[3] if key_a[3] != BF16 else key_b[3]
-            beyond = None
-            if claim.beyond is not None:
-                others = tuple((label, claim.beyond, *key[2:]) for key in (key_a, key_b))
-                if not all(other in groups for other in others):
-                    continue
-                beyond = groups[others[0]], groups[others[1]]  # type: ignore[index]
-            yield Comparison(claim, label, precision, next(iter(totals), None), groups[key_a], groups[key_b], beyond)
+            precision = key_a.precision if key_a.precision != BF16 else key_b.precision
+            wanted = [[key._replace(problems=name) for name in claim.problems] for key in (key_a, key_b)]
+            more = [key._replace(problems=claim.beyond) for key in (key_a, key_b) if claim.beyond is not None]
+            if not all(key in groups for key in (*wanted[0], *wanted[1], *more)):
+                continue
+            a, b = (tuple(groups[key] for key in side) for side in wanted)
+            beyond = (groups[more[0]], groups[more[1]]) if more else None
+            yield Comparison(claim, label, precision, next(iter(totals), None), a, b, beyond)

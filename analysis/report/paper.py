@@ -29,6 +29,16 @@ CITATION = "ReQAT, ICML 2026, arXiv 2606.15682"
 SOURCE = Path(__file__).with_name("paper_reported.csv")
 DIGITIZED = Path(__file__).with_name("paper_digitized.csv")
 QAT_TOKENS = 70_000_000  # the QAT budget of every total (Table 1)
+SAMPLING_SEEDS = 8  # behind every sampled accuracy
+RESPONSES = {
+    **{
+        metric: n * SAMPLING_SEEDS
+        for metric, n in {"AIME-90": 90, "AIME-120": 120, "MATH-500": 500, "GSM8K": 1319}.items()
+    },
+    **{f"AIME-{year}": 30 * SAMPLING_SEEDS for year in (2022, 2023, 2024, 2025)},
+    "MMLU": 14_042,  # scored by likelihood, so once
+}
+"""Metric -> graded responses behind one of the paper's accuracies. Of LiveCodeBench it does not say which problems."""
 COLUMNS = ("artifact", "model", "format", "method", "condition", "metric", "value")
 
 
@@ -195,6 +205,23 @@ def by_budget(
     if len(out) != len(found):
         raise ValueError(f"{artifact} {precision} {method}: more than one number a budget; name a condition")
     return out
+
+
+def models(artifact: str) -> set[str]:
+    """The paper's models that an artifact reports."""
+    return {r.model for r in reported() if r.artifact == artifact}
+
+
+def sampling_variance(percent: float, metric: str) -> float | None:
+    """Variance (points squared) of one of the paper's accuracies from the number of its graded responses, each taken as
+    a draw of its own; None where that number is not known.
+
+    The paper prints no intervals. Responses to one problem are alike, which makes the variance over problems larger
+    than this; pairing by problem makes that of a difference smaller, and training seeds add their own. None of the
+    three can be computed from what it prints.
+    """
+    n = RESPONSES.get(metric)
+    return None if n is None else percent * (100 - percent) / n
 
 
 def frame() -> pd.DataFrame:

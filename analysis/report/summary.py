@@ -1,88 +1,127 @@
 """The claims over all models: a row a claim, a column a model, from the pinned runs that claims rest on.
 
-What README opens with. A claim stands here as it was tested where it counts most: as a primary claim of the tier, else
-at NVFP4-W4A4KV4, else at the first precision that the tier has it at (then named in the cell).
+A claim stands here as it was tested where it counts most: as a primary claim of the run, else at NVFP4-W4A4KV4, else at
+the first precision that the run has it at (then named in the cell). The primary claims stand here twice, on accuracy
+and on held-out likelihood, as the protocol has them. `build` makes the whole table, `block` the part that README opens
+with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
-from analysis.report import paper
+from analysis.report import likelihood_claims, paper, printed
 from analysis.report.cells import Results
-from analysis.report.claims import CLAIMS
+from analysis.report.claims import CLAIMS, Claim
 from analysis.report.document import Column, Table, Text, number
+from analysis.report.findings import AGREES, DISAGREES, INCONCLUSIVE, TESTED, Finding
+from analysis.report.likelihood_claims import TestedLikelihood
 from analysis.report.names import BF16, REFERENCE_PRECISION
-from analysis.report.verdicts import Tested, tested
+from analysis.report.studies import Study
+from analysis.report.verdicts import PRIMARY, Tested, tested
 from reqat.config.errors import ReqatError
 
 NAME = "verdicts"
-TIERS = ("overnight", "converged", "smollm-claims")
-"""Whose newest pinned runs are read, where they are there."""
+PLACES: dict[str, tuple[str, ...]] = {
+    "testbed": ("overnight",),
+    "converged": ("converged",),
+    "real weights": ("smollm-claims",),
+}
+"""Column -> the tiers whose newest pinned run fills it, of the first one that has any."""
+NOT_RUN = "not run yet"
+SHOWN = (
+    "ReQAT-TQ above QAT",
+    "PTQ below the BF16 base",
+    "BF16 FT above the base",
+    "FT+PTQ below BF16 FT",
+    "QAT above FT+PTQ",
+)
+"""The claims that README shows besides the primary ones."""
+LIKELIHOOD = "on held-out likelihood: "
+BEGIN, END = "<!-- verdicts: written by `reqat report --verdicts` -->", "<!-- verdicts: end -->"
+"""What the table of README stands between."""
 
 
 @dataclass(frozen=True)
 class Tests:
-    """The claims of one model of a tier."""
+    """The claims of one model of a run; of a run that is not there, none."""
 
     heading: str
-    notes: tuple[str, ...]
-    by_claim: Mapping[str, Tested]
+    notes: tuple[str, ...] = ()
+    by_claim: Mapping[str, Tested] = field(default_factory=dict)
+    """On accuracy."""
+    by_likelihood: Mapping[str, TestedLikelihood] = field(default_factory=dict)
+    run: bool = True
+    """Whether there is a run."""
 
 
-def tests_of(results: Results, folder: str) -> list[Tests]:
-    """The tested claims of each model of a run, `folder` being where it is kept."""
+@dataclass(frozen=True)
+class _Line:
+    """A claim over all models; `cells` are those of the models, None where a run does not have it."""
+
+    claim: Claim
+    name: str
+    cells: tuple[Finding | None, ...]
+
+    @property
+    def verdict(self) -> str:
+        return verdict_over_models([cell.verdict for cell in self.cells if cell is not None])
+
+
+def not_run(heading: str) -> Tests:
+    """The column of a model that no pinned run has tested."""
+    return Tests(heading, (f"{heading}: no pinned run yet.",), run=False)
+
+
+def tests_of(results: Results, folder: str, heading: str, studies: Sequence[Study] = ()) -> list[Tests]:
+    """The tested claims of each model of a run: `folder` is where it is kept, `studies` are its likelihood studies (of
+    the first model)."""
     found = tested(results)
-    out = []
-    for label, model in results.plan.tier.models.items():
+    out: list[Tests] = []
+    for label in results.plan.tier.models:
         mine = [t for t in found if t.model == label]  # primary ones first, then those at the reference precision
         if not mine:
             continue
-        heading = label if model.source in ("pinned", "scratch") else f"real weights: {label}"
-        made = results.provenance([e for t in mine for e in (t.a, t.b)])
-        notes = (f"{heading}: {folder}.", *made.notes())
-        out.append(Tests(heading, notes, {t.claim.name: t for t in reversed(mine)}))
+        name = f"{heading}, {label}" if out else heading
+        made = results.provenance([e for t in mine for e in (*t.a, *t.b)])
+        likelihood = {t.claim.name: t for study in studies[:1] for t in likelihood_claims.tested(study)[0] if not out}
+        notes = (f"{name}: {folder}.", *made.notes())
+        out.append(Tests(name, notes, {t.claim.name: t for t in reversed(mine)}, likelihood))
     return out
 
 
-def overall(verdicts: Sequence[str]) -> str:
-    """One word for the verdicts of several models; those that are inconclusive decide nothing."""
-    agrees, disagrees = verdicts.count("agrees"), verdicts.count("disagrees")
+def verdict_over_models(verdicts: Sequence[str]) -> str:
+    """What the verdicts of several models come to. Those that are inconclusive decide nothing, and those that test
+    nothing do not count."""
+    counted = [verdict for verdict in verdicts if verdict in TESTED]
+    agrees, disagrees = counted.count(AGREES), counted.count(DISAGREES)
     if agrees and disagrees:
         return "depends on the model"
     if disagrees:
-        return "not reproduced"
+        return "not reproduced" if disagrees == len(counted) else f"not reproduced ({disagrees} of {len(counted)})"
     if agrees:
-        return "reproduced" if agrees == len(verdicts) else f"reproduced ({agrees} of {len(verdicts)})"
-    return "no direction" if set(verdicts) == {"no direction"} else "inconclusive"
+        return "reproduced" if agrees == len(counted) else f"reproduced ({agrees} of {len(counted)})"
+    return INCONCLUSIVE if counted else "not tested"
 
 
 def build(runs: Sequence[Tests]) -> Table:
     """The table of verdicts. Raises `ReqatError` where no run tests a claim."""
-    names = [claim.name for claim in CLAIMS if any(claim.name in run.by_claim for run in runs)]
-    if not names:
-        raise ReqatError(f"no pinned run of {', '.join(TIERS)} tests a claim; `reqat pin` promotes a finished one.")
-    lines, rows = [], []
-    for name in names:
-        here = [run.by_claim.get(name) for run in runs]
-        there = [t for t in here if t is not None]
-        verdict = overall([t.verdict for t in there])
-        bold = there[0].claim.main
-        cells = [Text(name, bold=bold), Text(number(there[0].paper_mean, sign=True))]
-        lines.append((*cells, *(_cell(t) for t in here), Text(verdict, bold=bold)))
-        rows += [_row(run, t, verdict) for run, t in zip(runs, here, strict=True) if t is not None]
-    main = sum(claim.name in names for claim in CLAIMS if claim.main)
+    lines = _lines(runs)
+    main = [line for line in lines if line.claim.main]
+    others = [line for line in lines if not line.claim.main]
+    rows = [_row(run, line, t) for line in lines for run, t in zip(runs, line.cells, strict=True) if t is not None]
     return Table(
         NAME,
         "What of the paper was reproduced",
-        "Differences in points with 95% intervals over problems and training seeds, and whether they agree with the "
-        "paper's direction (Holm's adjusted p below 0.05); in parentheses, where inconclusive, the smallest difference "
-        "that would have been found with 80% probability. Bold: the claims that the paper rests on, the only ones "
-        f"adjusted among themselves alone. At {REFERENCE_PRECISION} unless a cell says otherwise.",
+        "Differences with 95% intervals over problems and training seeds, in points of accuracy, and in nats per token "
+        "of held-out likelihood (less is better), and whether they agree with the paper's direction (Holm's adjusted p "
+        "below 0.05); in parentheses, where inconclusive, the smallest difference that would have been found with 80% "
+        "probability. Bold: the claims that the paper rests on, adjusted among themselves alone, once on each measure. "
+        f"At {REFERENCE_PRECISION} unless a cell says otherwise.",
         (*(note for run in runs for note in run.notes), f"Numbers of the paper: {paper.CITATION}."),
         (
             Column("Claim", align="l"),
@@ -90,34 +129,106 @@ def build(runs: Sequence[Tests]) -> Table:
             *(Column(run.heading, align="l") for run in runs),
             Column("Verdict", align="l"),
         ),
-        tuple(part for part in (tuple(lines[:main]), tuple(lines[main:])) if part),
+        tuple(tuple(_texts(runs, line, bold=line.claim.main) for line in part) for part in (main, others) if part),
         pd.DataFrame(rows),
     )
 
 
-def _cell(t: Tested | None) -> Text:
+def block(runs: Sequence[Tests]) -> str:
+    """The Markdown of the table in README: the primary claims on both measures, and the most important others."""
+    heads = ["claim", "paper", *(run.heading for run in runs), "verdict"]
+    out = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for line in _lines(runs):
+        if line.claim.main or line.name in SHOWN:
+            cells = _texts(runs, line, bold=False)
+            texts = [f"{cell.text} {cell.detail}".strip() for cell in cells]
+            texts[0] = f"**{texts[0]}**" if line.claim.main else texts[0]
+            out.append("| " + " | ".join(texts) + " |")
+    return "\n".join(["", *out, "", "Runs: " + " ".join(run.notes[0] for run in runs), ""])
+
+
+def filled(text: str, inside: str) -> str | None:
+    """A document with `inside` between its two markers; None if it has none. Raises `ReqatError` for one marker without
+    the other."""
+    if BEGIN not in text and END not in text:
+        return None
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ReqatError(f"README.md has one of the lines {BEGIN!r} and {END!r}; write both, in this order.")
+    return f"{before}{BEGIN}\n{inside}{END}{after}"
+
+
+def _lines(runs: Sequence[Tests]) -> list[_Line]:
+    """Every claim that some run tests or that is primary: the primary ones on accuracy, then on likelihood, then the
+    others. Raises `ReqatError` where no run tests any."""
+    if not any(run.by_claim for run in runs):
+        tiers = ", ".join(tier for tiers in PLACES.values() for tier in tiers)
+        raise ReqatError(f"no pinned run of {tiers} tests a claim; `reqat pin` promotes a finished one.")
+    others = [c for c in CLAIMS if not c.main and any(c.name in run.by_claim for run in runs)]
+    return [
+        *(_Line(c, c.name, tuple(run.by_claim.get(c.name) for run in runs)) for c in PRIMARY),
+        *(_Line(c, LIKELIHOOD + c.name, tuple(run.by_likelihood.get(c.name) for run in runs)) for c in PRIMARY),
+        *(_Line(c, c.name, tuple(run.by_claim.get(c.name) for run in runs)) for c in others),
+    ]
+
+
+def _texts(runs: Sequence[Tests], line: _Line, *, bold: bool) -> tuple[Text, ...]:
+    return (
+        Text(line.name, bold=bold),
+        _paper(line),
+        *(_cell(t) if run.run else Text(NOT_RUN) for run, t in zip(runs, line.cells, strict=True)),
+        Text(line.verdict, bold=bold),
+    )
+
+
+def _paper(line: _Line) -> Text:
+    """The paper's number at the reference precision; where it has it at another one alone, that precision."""
+    if line.name.startswith(LIKELIHOOD):
+        return Text()
+    claim = line.claim
+    sides = (claim.a.precision or REFERENCE_PRECISION, claim.b.precision or claim.a.precision or REFERENCE_PRECISION)
+    found = printed.differences(claim, REFERENCE_PRECISION)
+    if not found:
+        return Text()
+    if other := printed.source(claim, REFERENCE_PRECISION, "", sides):
+        return Text(f"({other} alone)")
+    limit = printed.noise(claim, REFERENCE_PRECISION)
+    mean = sum(found) / len(found)
+    below = claim.kind == "direction" and abs(mean) < limit
+    return Text(number(mean, sign=True), detail=f"(within its noise of {number(limit)})" if below else "")
+
+
+def _cell(t: Finding | None) -> Text:
     if t is None:
         return Text()
-    where = "" if t.precision in (REFERENCE_PRECISION, BF16) else f" at {t.precision}"
-    power = f" (detectable {number(t.detectable)})" if t.verdict == "inconclusive" else ""
-    ends = f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"
-    return Text(f"{number(t.value, sign=True)}, {t.verdict}", detail=f"{ends}{power}{where}")
+    digits, where = 4, ""
+    if isinstance(t, Tested):
+        digits = 1
+        where = "" if t.precision in (REFERENCE_PRECISION, BF16) else f" at {t.precision}"
+    power = f" ({number(t.detectable, digits)})" if t.verdict == INCONCLUSIVE else ""
+    ends = f"[{number(t.lo, digits, sign=True)}, {number(t.hi, digits, sign=True)}]"
+    return Text(f"{number(t.value, digits, sign=True)} {ends}", detail=f"{t.verdict}{power}{where}")
 
 
-def _row(run: Tests, t: Tested, verdict: str) -> dict[str, Any]:
+def _row(run: Tests, line: _Line, t: Finding) -> dict[str, Any]:
+    on_accuracy = isinstance(t, Tested)
     return {
-        "claim": t.claim.name,
-        "primary": t.primary,
-        "paper": t.paper_mean,
+        "claim": line.claim.name,
+        "measure": "accuracy" if on_accuracy else "likelihood",
+        "primary": t.primary if isinstance(t, Tested) else True,
+        "paper": t.paper_mean if isinstance(t, Tested) else None,
         "model": run.heading,
-        "precision": t.precision,
+        "precision": t.precision if isinstance(t, Tested) else REFERENCE_PRECISION,
         "difference": t.value,
         "lo": t.lo,
         "hi": t.hi,
+        "margin": t.margin,
         "p": t.p,
         "p_holm": t.holm,
+        "comparisons": t.comparisons,
         "detectable": t.detectable,
-        "training_seeds": len(Results.common(t.a, t.b)[0].cells),
+        "training_seeds": t.seeds,
         "verdict": t.verdict,
-        "overall": verdict,
+        "verdict_over_models": line.verdict,
     }

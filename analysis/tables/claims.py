@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from analysis.report import paper
-from analysis.report.cells import Results
+from analysis.report.cells import Entry, Results
+from analysis.report.claims import claim_total, of_other_elements
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value, tokens
+from analysis.report.findings import AGREES, ALPHA, DISAGREES, POWER
 from analysis.report.names import REFERENCE_PRECISION
 from analysis.report.rows import footer, made_by, tidy
-from analysis.report.verdicts import ALPHA, PARITY_POINTS, POWER, tested
+from analysis.report.verdicts import PARITY_POINTS, PRIMARY, Tested, family_size, missing, tested
 from analysis.tables._columns import PRECISION
 from reqat.config.errors import ReqatError
 
@@ -33,6 +37,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
         Column("Claim", align="l"),
         PRECISION,
         Column("Tokens"),
+        Column("Training seeds"),
         Column("Difference (points)", "Measured"),
         Column("p", "Measured"),
         Column("Holm", "Measured"),
@@ -40,68 +45,122 @@ def build(results: Results, artifact: str = NAME) -> Table:
         Column("Verdict", "Measured", "l"),
         Column("mean (points)", "Paper"),
         Column("range over its budgets", "Paper", "c"),
+        Column("is of", "Paper", "l"),
     ]
     sections, rows = [], []
     for block in dict.fromkeys(t.block for t in found):
         section = []
         for t in (t for t in found if t.block == block):
-            spread = f"{number(min(t.paper), sign=True)} to {number(max(t.paper), sign=True)}" if t.paper else EMPTY
-            cells = [Text(t.model)] if many else []
-            cells += [
-                Text(t.claim.name),
-                Text(t.precision),
-                Text(tokens(t.a.total_tokens)),
-                Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
-                Text(p_value(t.p)),
-                Text(p_value(t.holm)),
-                Text(number(t.detectable)),
-                Text(t.verdict, bold=t.primary and t.verdict in ("agrees", "disagrees")),
-                Text(number(t.paper_mean, sign=True)),
-                Text(spread),
-            ]
-            section.append(tuple(cells))
-            rows.append(
-                {
-                    "tier": results.plan.tier.name,
-                    "model": t.model,
-                    "claim": t.claim.name,
-                    "block": t.block,
-                    "precision": t.precision,
-                    "total_tokens": t.a.total_tokens,
-                    "multiple": t.multiple,
-                    "a": f"{t.a.precision} {t.a.method} {t.a.condition}".strip(),
-                    "b": f"{t.b.precision} {t.b.method} {t.b.condition}".strip(),
-                    "difference": t.value,
-                    "lo": t.lo,
-                    "hi": t.hi,
-                    "p": t.p,
-                    "p_holm": t.holm,
-                    "std_error": t.std_error,
-                    "detectable": t.detectable,
-                    "verdict": t.verdict,
-                    "paper_mean": t.paper_mean,
-                    "paper_min": min(t.paper, default=math.nan),
-                    "paper_max": max(t.paper, default=math.nan),
-                    **made_by(results, Results.common(t.a, t.b)[0], results.estimate(t.a).n_problems),
-                }
-            )
+            section.append(((Text(t.model),) if many else ()) + _line(t))
+            rows.append(_row(results, t))
         sections.append(tuple(section))
-    used = [e for t in found for e in (t.a, t.b)]
+    used = [e for t in found for e in (*t.a, *t.b)]
     return Table(
         artifact,
         "The paper's claims, tested",
-        f"Paired comparisons at equal total budget (but for TAQ's epochs). First block: the primary claims (budget "
-        f"{tokens(results.plan.tier.budget.claim_total * results.plan.tier.budget.qat_tokens)}; {REFERENCE_PRECISION}, "
-        "or the paper's precision where the tier has a claim there alone). Below, a block a precision: the same at "
-        "other budgets and precisions, and comparisons for context. Holm: adjusted for the number of comparisons in "
-        f"the block. Detectable: the smallest difference that would have been found with {POWER:.0%} probability at "
-        "the level of Holm's first step, from the measured standard error. Verdict: the direction agrees or disagrees "
-        f"with the paper's if Holm's p is below {ALPHA}; reaching BF16 FT agrees if the whole interval lies above "
-        f"{number(-PARITY_POINTS, 0)} points and disagrees if it lies below, no gain likewise of "
-        f"{number(PARITY_POINTS, 0)} points; no direction: the paper's own differences have no common sign, or it has "
-        "none.",
-        footer(results, used, f"Numbers of the paper: {paper.CITATION}; differences within its tables."),
+        f"Paired comparisons at equal total budget (but for TAQ's epochs). First block: the primary claims "
+        f"({REFERENCE_PRECISION}, at the budget that claims rest on). Below, a block a precision: the same at other "
+        "budgets and precisions, and comparisons for context. p: of no difference, or, for claims to be as good and of "
+        f"no gain, of a difference of {number(-PARITY_POINTS, 0)} and {number(PARITY_POINTS, 0, sign=True)} points. "
+        "Holm: adjusted for all comparisons that the protocol has in the block, those that this run lacks included. "
+        f"Detectable: the smallest distance from that value that would have been found with {POWER:.0%} probability at "
+        "the level of Holm's first step, from the measured standard error. Verdict: agrees or disagrees with the paper "
+        f"if Holm's p is below {ALPHA}. One training seed: its interval is over problems alone, so nothing is tested. "
+        "No direction: the paper prints none, or none of one sign, or one below its own sampling noise. Paper: its "
+        "mean difference with the noise of its sampling (95%, responses taken as independent), where it is of this "
+        "precision; else the precision that it is of.",
+        (
+            *footer(results, used),
+            *_notes(results, found),
+            f"Numbers of the paper: {paper.CITATION}, within its tables.",
+        ),
         tuple(columns),
         tuple(sections),
         tidy(rows),
     )
+
+
+def _line(t: Tested) -> tuple[Text, ...]:
+    spread = f"{number(min(t.paper), sign=True)} to {number(max(t.paper), sign=True)}" if t.paper else EMPTY
+    noise = "" if math.isnan(t.paper_noise) else f"\u00b1{number(t.paper_noise)}"
+    why = "below the paper's own sampling noise" if t.within_noise else ""
+    return (
+        Text(t.claim.name),
+        Text(t.precision),
+        Text(tokens(t.a[0].total_tokens or t.b[0].total_tokens)),
+        Text(str(t.seeds) if t.seeds else EMPTY),
+        Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
+        Text(p_value(t.p)),
+        Text(p_value(t.holm)),
+        Text(number(t.detectable)),
+        Text(t.verdict, bold=t.primary and t.verdict in (AGREES, DISAGREES), detail=f"({why})" if why else ""),
+        Text(number(t.paper_mean, sign=True), detail=noise),
+        Text(spread),
+        Text(t.paper_of or EMPTY),
+    )
+
+
+def _row(results: Results, t: Tested) -> dict[str, Any]:
+    return {
+        "tier": results.plan.tier.name,
+        "model": t.model,
+        "claim": t.claim.name,
+        "block": t.block,
+        "precision": t.precision,
+        "total_tokens": t.a[0].total_tokens,
+        "multiple": t.multiple,
+        "a": _name(t.a[0]),
+        "b": _name(t.b[0]),
+        "difference": t.value,
+        "lo": t.lo,
+        "hi": t.hi,
+        "margin": t.margin,
+        "direction": t.sign,
+        "p": t.p,
+        "p_holm": t.holm,
+        "comparisons": t.comparisons,
+        "std_error": t.std_error,
+        "detectable": t.detectable,
+        "verdict": t.verdict,
+        "paper_mean": t.paper_mean,
+        "paper_min": min(t.paper, default=math.nan),
+        "paper_max": max(t.paper, default=math.nan),
+        "paper_noise": t.paper_noise,
+        "paper_of": t.paper_of,
+        "within_paper_noise": t.within_noise,
+        **made_by(results, t.a[0], sum(results.estimate(e).n_problems for e in t.a)),
+        "trained_seeds": t.seeds,
+        "evaluations": _ids(t.a),
+        "evaluations_b": _ids(t.b),
+        "evaluations_beyond": _ids(t.beyond[:1]) if t.beyond else None,
+        "evaluations_beyond_b": _ids(t.beyond[1:]) if t.beyond else None,
+    }
+
+
+def _name(e: Entry) -> str:
+    return f"{e.precision} {e.method} {e.condition}".strip()
+
+
+def _ids(side: Sequence[Entry]) -> str:
+    return " ".join(cell.evaluation for e in side for cell in e.cells)
+
+
+def _notes(results: Results, found: list[Tested]) -> list[str]:
+    """How large the families are, which primary claims the run does not have, and what was left out."""
+    out = []
+    models = dict.fromkeys(t.model for t in found)
+    for model in models:
+        where = f"{model}: " if len(models) > 1 else ""
+        blocks = dict.fromkeys(["primary", *(t.block for t in found if t.model == model)])
+        sizes = ", ".join(f"{block} {family_size(results, model, block)}" for block in blocks)
+        out.append(f"{where}Comparisons that Holm's p is adjusted for: {sizes}.")
+        if lacking := missing(found, model):
+            budget = tokens(claim_total(results.plan.tier, model) * results.plan.tier.budget.qat_tokens)
+            out.append(
+                f"{where}Primary claims without both sides at {REFERENCE_PRECISION} and {budget} tokens here: "
+                f"{', '.join(lacking)}; they count among the {len(PRIMARY)}."
+            )
+    if left := of_other_elements(results.plan):
+        names = ", ".join(claim.name for claim in left)
+        out.append(f"Left out, because keys and values have another element here than the claim is about: {names}.")
+    return out

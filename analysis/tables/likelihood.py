@@ -8,52 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
+from analysis.report.held_out import QUANTITIES, compared, observations
 from analysis.report.studies import ByKind, Study, several
 from analysis.report.study_words import made_notes
 from reqat.config.errors import ReqatError
-from reqat.evaluation.means import Mean, mean_over_runs, ratio_observations
+from reqat.evaluation.means import mean_over_runs
 from reqat.evaluation.statistics import holm
 
 NAME = "likelihood"
 STUDIES = ("likelihood",)
 
 DIGITS = 4
-# Quantity -> the sums that it is made of and the tokens that it is a mean over.
-QUANTITIES = {
-    "low": (("nll_low",), ("tokens_low",)),
-    "high": (("nll_high",), ("tokens_high",)),
-    "all": (("nll_low", "nll_high"), ("tokens_low", "tokens_high")),
-    "kl": (("kl_low", "kl_high"), ("tokens_low", "tokens_high")),
-    "kl_low": (("kl_low",), ("tokens_low",)),
-}
 COMPARED = ("low", "all")
-
-
-def observations(frame: pd.DataFrame, quantity: str) -> NDArray[np.float64]:
-    """A quantity (nats per token) of one model as an observation a training run and trace: [runs, traces].
-
-    Raises `ReqatError` if its runs did not read the same traces.
-    """
-    sums, counts = ([group[list(names)].sum(axis=1).to_numpy() for _, group in frame.groupby("seed", dropna=False)]
-                    for names in QUANTITIES[quantity])  # fmt: skip
-    if len({len(run) for run in sums}) > 1:
-        raise ReqatError("its runs read different traces; run the study again (reqat study --force).")
-    return ratio_observations(np.stack(sums), np.stack(counts))
-
-
-def compared(frame: pd.DataFrame, other: pd.DataFrame, quantity: str) -> Mean | None:
-    """Mean difference of two models over the training seeds that both have; None where they share none."""
-    a, b = (set(part["seed"].fillna(-1)) for part in (frame, other))
-    shared = a & b
-    if not shared:
-        return None
-    a_RP, b_RP = (observations(part[part["seed"].fillna(-1).isin(shared)], quantity) for part in (frame, other))
-    return mean_over_runs(a_RP - b_RP)
 
 
 def build(studies: ByKind) -> Table:
@@ -91,7 +60,8 @@ def build(studies: ByKind) -> Table:
 
 def method_rows(study: Study) -> list[dict[str, Any]]:
     """A row a method: every quantity of `QUANTITIES` with `_lo` and `_hi` (nats per token), and the differences of
-    `COMPARED` to the method that the study names (`difference_<quantity>` with `_lo`, `_hi` and `_p`).
+    `COMPARED` to the method that the study names (`difference_<quantity>` with `_lo`, `_hi` and, over several training
+    seeds, `_p`).
 
     Raises `ReqatError` if a method has no run, or its runs read different traces.
     """
@@ -125,8 +95,9 @@ def method_rows(study: Study) -> list[dict[str, Any]]:
             if against in (None, label) or quantity not in COMPARED:
                 continue
             if (d := compared(part, by_label[against], quantity)) is not None:
-                names = ("", "_lo", "_hi", "_p")
-                values = (d.value, d.lo, d.hi, d.p)
+                # One training seed says nothing of another: its interval is over traces alone, and nothing is tested.
+                names = ("", "_lo", "_hi", "_p")[: 4 if d.n_training_seeds > 1 else 3]
+                values = (d.value, d.lo, d.hi, d.p)[: len(names)]
                 row |= {f"difference_{quantity}{name}": v for name, v in zip(names, values, strict=True)}
         rows.append(row)
     known = [row for row in rows if "difference_all_p" in row]

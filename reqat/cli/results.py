@@ -26,22 +26,31 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG, PDF).")] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")] = False,
     verdicts: Annotated[
-        bool, typer.Option("--verdicts", help="The claims over all models instead, from the newest pinned runs.")
+        bool,
+        typer.Option(
+            "--verdicts",
+            help="The claims over all models instead, from the newest pinned runs: printed, in results/verdicts.md and "
+            "between the markers of README.md, too.",
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")] = False,
 ) -> None:
     """Write the tables and figures of a tier's run, studies and benchmark."""
-    from analysis.build import build_pinned, build_verdicts
+    from analysis.build import build_pinned, verdict_runs, write_verdicts
+    from analysis.report import summary
     from reqat.records.pinned import find, parts_pinned, restored
 
     chosen, paths = _chosen(what), session.paths
     if verdicts:
         if chosen or plots:
             raise ReqatError("--verdicts makes one table: leave out --what and --plots.")
-        table = build_verdicts(paths)
+        runs = verdict_runs(paths)
+        table = summary.build(runs)
         print(table.markdown())
         with _rendering(tables or paths.work / "pinned" / "tables" / table.name, force=force) as draft:
             table.write(draft)
+        for path in write_verdicts(paths, runs):
+            print(path)
         return
     top = paths.work / "pinned" if pinned else paths.work
     with (

@@ -183,12 +183,7 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
     std_error = math.sqrt(spread.variance)
     half = t_quantile(level, spread.df) * std_error
     p_problems = _sign_flip_p(difference_RP.sum(axis=0))
-    if R == 1:
-        p = p_problems
-    else:
-        from scipy.stats import t as student
-
-        p = float(2 * student.sf(abs(value) / std_error, spread.df))
+    p = p_problems if R == 1 else student_p(value, std_error, spread.df)
     return Difference(
         value=value,
         lo=max(-1.0, spread.centre - half),
@@ -206,11 +201,28 @@ def paired(a: Outcomes | Sequence[Outcomes], b: Outcomes | Sequence[Outcomes], *
     )
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def student_p(distance: float, std_error: float, df: float) -> float:
+    """Two-sided p-value of an estimate that lies ``distance`` from the value that is tested; normal for infinite
+    ``df``."""
+    from scipy.stats import norm
+    from scipy.stats import t as student
+
+    if std_error == 0:
+        return 1.0 if distance == 0 else 0.0
+    ratio = abs(distance) / std_error
+    return float(2 * (norm.sf(ratio) if math.isinf(df) else student.sf(ratio, df)))
+
+
+def holm(p_values: Sequence[float], *, comparisons: int | None = None) -> list[float]:
     """Holm's adjusted p-values (1979), in the order given: compare each with the level wanted for the whole family.
 
-    Raises ``ReqatError`` for a value outside [0, 1].
+    ``comparisons``: how many the family has, where some were not made; they count as found nowhere (p = 1), so that a
+    family's size does not hang on which of them are there. Raises ``ReqatError`` for a value outside [0, 1], and for
+    more values than comparisons.
     """
+    size = len(p_values) if comparisons is None else comparisons
+    if size < len(p_values):
+        raise ReqatError(f"{len(p_values)} p-values of a family of {size} comparisons")
     for value in p_values:
         if not 0 <= value <= 1:
             raise ReqatError(f"{value} is no p-value; it must lie in [0, 1]")
@@ -218,7 +230,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = [0.0] * len(p_values)
     running = 0.0
     for rank, i in enumerate(order):
-        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
+        running = max(running, min(1.0, (size - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
 

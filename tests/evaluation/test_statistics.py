@@ -294,13 +294,35 @@ def test_training_seeds_are_the_unit_above_problems() -> None:
 
 def test_detectable_is_that_of_a_z_test_with_many_problems() -> None:
     assert detectable(1.0, math.inf) == pytest.approx(1.959964 + 0.841621, abs=1e-5)
-    assert detectable(2.0, 9, alpha=0.05 / 5) == pytest.approx(2 * (stats.t.ppf(0.995, 9) + stats.t.ppf(0.8, 9)))
+    assert detectable(1.0, 1e7) == pytest.approx(1.959964 + 0.841621, abs=1e-4)
+    assert detectable(2.0, 9, alpha=0.01) == pytest.approx(2 * detectable(1.0, 9, alpha=0.01))
+    assert detectable(1.0, 4, alpha=0.5, power=0.3) == 0  # what it finds anyway
+
+
+@pytest.mark.parametrize("df", [2, 3.5, 4])
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_a_detectable_difference_is_found_as_often_as_it_says_with_few_seeds(df: float, alpha: float) -> None:
+    """A t test over df + 1 seeds, drawn: with Student's quantiles in place of the noncentral t it finds too few."""
+    rng = np.random.default_rng(5)
+    n = 200_000
+    noise, spread = rng.normal(size=n), np.sqrt(rng.chisquare(df, n) / df)
+    critical = stats.t.ppf(1 - alpha / 2, df)
+
+    def found(true: float) -> float:
+        return float((np.abs((noise + true) / spread) > critical).mean())
+
+    assert found(detectable(1.0, df, alpha=alpha)) == pytest.approx(0.8, abs=0.005)
+    assert found(critical + stats.t.ppf(0.8, df)) < found(detectable(1.0, df, alpha=alpha)) - 0.004
 
 
 def test_holm() -> None:
     # Worked by hand: 4 * 0.005, 3 * 0.01, 2 * 0.03, then 0.04 held up to the value before it.
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == [] and holm([0.7, 0.8]) == [1.0, 1.0]
+    # Of a family of six, two comparisons were not made: they found nothing.
+    assert holm([0.01, 0.04, 0.03, 0.005], comparisons=6) == holm([0.01, 0.04, 0.03, 0.005, 1.0, 1.0])[:4]
+    with pytest.raises(ValueError, match="family of 1"):
+        holm([0.1, 0.2], comparisons=1)
     for bad in (math.nan, -0.1, 1.2):
         with pytest.raises(ValueError, match="no p-value"):
             holm([0.5, bad])

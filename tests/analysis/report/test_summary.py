@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from analysis.build import write_verdicts
 from analysis.report import summary, verdicts
 from analysis.report.cells import Results
 from analysis.report.claims import CLAIMS
+from reqat.config import Paths
 from reqat.config.errors import ReqatError
+
+PRIMARY = [c.name for c in CLAIMS if c.main]
 
 
 @pytest.mark.parametrize(
@@ -17,22 +23,26 @@ from reqat.config.errors import ReqatError
     [
         (["agrees", "agrees"], "reproduced"),
         (["agrees", "inconclusive", "inconclusive"], "reproduced (1 of 3)"),
-        (["disagrees", "inconclusive"], "not reproduced"),
+        (["agrees", "one training seed", "no direction"], "reproduced"),  # what tests nothing does not count
+        (["disagrees", "inconclusive"], "not reproduced (1 of 2)"),
+        (["disagrees", "one training seed"], "not reproduced"),
         (["disagrees", "agrees"], "depends on the model"),
         (["inconclusive", "no direction"], "inconclusive"),
-        (["no direction"], "no direction"),
+        (["one training seed", "no direction"], "not tested"),
+        ([], "not tested"),
     ],
 )
-def test_inconclusive_models_decide_nothing(given: list[str], word: str) -> None:
-    assert summary.overall(given) == word
+def test_only_what_was_tested_and_found_decides(given: list[str], word: str) -> None:
+    assert summary.verdict_over_models(given) == word
 
 
 def test_a_claim_stands_for_its_primary_test(results: Results) -> None:
-    (run,) = summary.tests_of(results, "results/x")
+    (run,) = summary.tests_of(results, "results/x", "testbed")
     other = replace(run, heading="other", by_claim={k: v for k, v in run.by_claim.items() if "traces" in k})
-    table = summary.build([run, other])
+    table = summary.build([run, other, summary.not_run("real weights")])
     found = verdicts.tested(results)
-    assert list(dict.fromkeys(table.data["claim"])) == [c.name for c in CLAIMS if c.name in run.by_claim]
+    named = list(dict.fromkeys(table.data["claim"]))
+    assert named == [*PRIMARY, *(c.name for c in CLAIMS if not c.main and c.name in run.by_claim)]
     assert set(table.data["claim"]) == {t.claim.name for t in found}
     for name, t in run.by_claim.items():
         same = [other for other in found if other.claim.name == name]
@@ -42,10 +52,45 @@ def test_a_claim_stands_for_its_primary_test(results: Results) -> None:
     row = table.data[(table.data["claim"] == "ReQAT-TQS above QAT")].iloc[0]
     expected = next(t for t in found if t.primary and t.claim.name == "ReQAT-TQS above QAT")
     assert (row["difference"], row["p_holm"], row["training_seeds"]) == (expected.value, expected.holm, 3)
-    assert row["overall"] == "reproduced" and len(table.data[table.data["model"] == "other"]) == len(other.by_claim)
-    assert len(table.sections[0]) == sum(c.main for c in CLAIMS) and table.latex()
+    assert row["verdict_over_models"] == "reproduced"
+    assert len(table.data[table.data["model"] == "other"]) == len(other.by_claim)
+    assert len(table.sections[0]) == 2 * len(PRIMARY) and table.latex(), "on accuracy and on likelihood"
+    traces = next(row for row in table.sections[0] if row[0].text == "same traces above different")
+    # It is at MXFP4-W4A16 here, with one training seed, and so is the paper's number.
+    assert "MXFP4-W4A16" in traces[1].text and "one training seed at MXFP4-W4A16" in traces[2].detail
+    assert traces[4].text == "not run yet" and traces[5].text == "not tested"
 
 
-def test_without_a_claim_there_is_no_table() -> None:
+def test_readme_has_the_claims_that_matter_most_in_one_table(results: Results) -> None:
+    (run,) = summary.tests_of(results, "results/x", "testbed")
+    runs = [run, summary.not_run("converged"), summary.not_run("real weights")]
+    lines = [line for line in summary.block(runs).splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["claim", "paper", "testbed", "converged", "real weights", "verdict"]
+    assert len({len(row) for row in cells}) == 1 and 12 <= len(cells) - 2 <= 15
+    assert [row[0] for row in cells[2:7]] == [f"**{name}**" for name in PRIMARY]
+    assert all(row[3] == row[4] == "not run yet" for row in cells[2:])
+    assert set(summary.SHOWN) <= {c.name for c in CLAIMS if not c.main}
+
+
+def test_the_table_is_written_between_the_markers_and_nowhere_else(results: Results, tmp_path: Path) -> None:
+    runs = summary.tests_of(results, "results/x", "testbed")
+    paths = Paths(tmp_path)
+    assert write_verdicts(paths, runs) == [paths.results / "verdicts.md"]
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers\n")
+    assert write_verdicts(paths, runs) == [paths.results / "verdicts.md"] and readme.read_text() == "no markers\n"
+    readme.write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    assert write_verdicts(paths, runs) == [paths.results / "verdicts.md", readme]
+    text = readme.read_text()
+    assert text == f"before\n{summary.BEGIN}\n{summary.block(runs)}{summary.END}\nafter\n"
+    write_verdicts(paths, runs)
+    assert readme.read_text() == text, "again: the same"
+    readme.write_text(f"before\n{summary.END}\n")
+    with pytest.raises(ReqatError, match=r"README\.md"):
+        write_verdicts(paths, runs)
+
+
+def test_without_a_claim_there_is_no_table(make_results: Callable[..., Results]) -> None:
     with pytest.raises(ReqatError, match="reqat pin"):
-        summary.build([])
+        summary.build([summary.not_run("testbed")])

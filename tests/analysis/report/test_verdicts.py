@@ -1,116 +1,135 @@
-"""The paper's comparisons: its own differences, and what a measured one says of them."""
+"""The claims as a run tests them: which comparisons there are, and what each is tested against and adjusted with."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from scipy import stats
 
-from analysis.report import verdicts
+from analysis.report import pooled, verdicts
 from analysis.report.cells import Results
-from analysis.report.claims import CLAIMS
-from analysis.report.verdicts import paper_differences
-from reqat.evaluation.means import minus
+from analysis.report.claims import CLAIMS, comparisons, family_at, of_other_elements
+from analysis.tables.claims import build
+from reqat.config.paths import read_plan
+from reqat.evaluation.means import detectable, minus
+from reqat.evaluation.statistics import holm
 
-
-def test_paper_differences_from_the_numbers() -> None:
-    by_name = {c.name: c for c in CLAIMS}
-    assert paper_differences(by_name["ReQAT-TQS reaches BF16 FT"], "NVFP4-W4A4KV4") == pytest.approx(
-        [-3.91, 0.11, -1.09, 0.84]
-    )
-    assert paper_differences(by_name["same traces above different"], "MXFP4-W4A16") == pytest.approx(
-        [1.05, 3.76, 2.81, 4.69]
-    )
-    assert paper_differences(by_name["ReQAT-T above QAT"], "NVFP4-W4A4") == ()
-    # One side has no budget: it stands against each of the other's.
-    assert paper_differences(by_name["BF16 FT above the base"], "BF16") == pytest.approx(
-        [value - 56.83 for value in (63.70, 64.17, 65.46, 64.79)]
-    )
-    # Means over metrics, and what is lost beyond another task.
-    assert paper_differences(by_name["SEM weight 0.1 above 0.5"], "NVFP4-W4A4KV4") == pytest.approx(
-        [74.11 - 74.01], abs=0.02
-    )
-    beyond = by_name["PTQ costs reasoning more than knowledge"]
-    assert paper_differences(beyond, "NVFP4-W4A4KV4") == pytest.approx([-6.7 + 2.84], abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("kind", "value", "lo", "hi", "adjusted", "theirs", "verdict"),
-    [
-        ("direction", 5.0, 2.0, 8.0, 0.01, (3.0, 4.0), "agrees"),
-        ("direction", -5.0, -8.0, -2.0, 0.01, (3.0, 4.0), "disagrees"),
-        ("direction", -5.0, -8.0, -2.0, 0.01, (-3.0,), "agrees"),
-        ("direction", 5.0, -1.0, 11.0, 0.06, (3.0,), "inconclusive"),
-        ("direction", 5.0, 2.0, 8.0, math.nan, (3.0,), "inconclusive"),
-        ("direction", 5.0, 2.0, 8.0, 0.01, (0.0, 0.84, -1.57, 0.42), "no direction"),
-        ("direction", 5.0, 2.0, 8.0, 0.01, (), "no direction"),
-        ("parity", -1.0, -2.9, 1.0, 0.9, (0.0,), "agrees"),
-        ("parity", -1.0, -3.1, 1.0, 0.9, (0.0,), "inconclusive"),  # a large p alone shows nothing
-        ("parity", -6.0, -9.0, -3.1, 0.001, (0.0,), "disagrees"),
-        ("parity", 4.0, 1.0, 7.0, 0.001, (0.0,), "agrees"),
-        ("no gain", 2.0, 1.0, 2.9, 0.001, (0.9,), "agrees"),  # a gain too small to matter
-        ("no gain", -5.0, -9.0, -1.0, 0.001, (0.9,), "agrees"),
-        ("no gain", 2.0, 1.0, 3.1, 0.9, (0.9,), "inconclusive"),
-        ("no gain", 6.0, 3.1, 9.0, 0.9, (0.9,), "disagrees"),
-    ],
-)
-def test_verdicts(
-    kind: str,
-    value: float,
-    lo: float,
-    hi: float,
-    adjusted: float,
-    theirs: tuple[float, ...],
-    verdict: str,
-    results: Results,
-) -> None:
-    claim = next(c for c in CLAIMS if c.kind == kind)
-    entry = results.entries[0]
-    made = verdicts.Tested(claim, "m", "NVFP4-W4A4KV4", 2, True, entry, entry, value, lo, hi, 0.01, theirs, adjusted)
-    assert made.verdict == verdict
-
-
-def test_every_printed_side_is_in_the_papers_numbers() -> None:
-    for claim in CLAIMS:
-        if claim.printed is None:
-            continue
-        where = claim.a.precision if claim.a.precision in ("BF16", "NVFP4-W4A4KV4") else "NVFP4-W4A4KV4"
-        found = paper_differences(claim, where)
-        assert found and not any(math.isnan(value) for value in found), claim.name
-        # The name says the direction that the numbers have, in all or all but one of them.
-        word = re.search(r"\b(above|below)\b", claim.name)
-        if claim.kind == "direction" and word and claim.name != "ReQAT-TQS above ReQAT-TQ":
-            sign = 1 if word[0] == "above" else -1
-            assert sum(value * sign > 0 for value in found) >= len(found) - 1, claim.name
+ROOT = Path(__file__).parents[3]
+FP4 = "NVFP4-W4A4KV4"
+ROWS = {"source": "pinned", "artifacts": ["claims-rows"]}
+SEEDS = {"seeds": [0, 1, 2], "recipes": ["ft", "qat", "reqat-t", "reqat-tq", "reqat-tqs"], "precisions": ["BF16", FP4]}
+SMALL = {"n": 60, "seeds": [0, 1]}
 
 
 def test_a_claim_is_tested_where_a_plan_has_both_sides(make_results: Callable[..., Results]) -> None:
     results = make_results(
         models={"testbed": {"source": "pinned", "artifacts": ["claims-rows", "table4", "table16", "table15"]}},
-        evaluation={"n": 60, "seeds": [0, 1]},
+        evaluation=SMALL,
     )
     found = verdicts.tested(results)
     names = {(t.claim.name, t.precision) for t in found}
-    assert {("same traces above different", p) for p in ("NVFP4-W4A4KV4", "MXFP4-W4A16")} <= names
-    assert ("SEM weight 0.1 above 0.5", "NVFP4-W4A4KV4") in names and ("QAD below QAT", "NVFP4-W4A4KV4") in names
+    assert {("same traces above different", p) for p in (FP4, "MXFP4-W4A16")} <= names
+    assert ("SEM weight 0.1 above 0.5", FP4) in names and ("QAD below QAT", FP4) in names
     # Greedy rows of Table 15 are other measurements, and never a side.
-    graded = {c.evaluation for t in found for e in (t.a, t.b) for c in e.cells}
+    graded = {c.evaluation for t in found for e in (*t.a, *t.b) for c in e.cells}
     assert not any(results.plan.evaluation(id).decoding.greedy for id in graded)
     primary = {t.claim.name: t.precision for t in found if t.primary}
-    assert primary == {c.name: "NVFP4-W4A4KV4" for c in CLAIMS if c.main}
+    assert primary == {c.name: FP4 for c in CLAIMS if c.main}
     assert len(found) == len({(t.claim.name, t.precision, t.multiple) for t in found}), "each once, whatever shows it"
     for t in found:
-        block = [other for other in found if other.block == t.block]
-        quantiles = stats.t.ppf([1 - 0.05 / len(block) / 2, 0.8], t.df)
-        assert t.detectable == pytest.approx(t.std_error * quantiles.sum())
+        if t.testable:
+            assert t.detectable == pytest.approx(detectable(t.std_error, t.df, alpha=0.05 / t.comparisons))
+
+
+def test_p_is_of_what_a_claim_says(results: Results) -> None:
+    found = verdicts.tested(results)
+    by_kind = {t.claim.kind: t for t in found if t.testable and t.precision == FP4}
+    assert by_kind["parity"].p == pytest.approx(
+        2 * stats.t.sf(abs(by_kind["parity"].value + 3) / by_kind["parity"].std_error, by_kind["parity"].df)
+    )
+    same = by_kind["direction"]
+    assert same.p == pytest.approx(results.paired(same.a[0], same.b[0]).p)
+    for t in found:
+        assert (t.verdict in ("agrees", "disagrees", "inconclusive")) == t.testable == (not math.isnan(t.p))
+        # What counts is the seeds that both sides have; three of Q-FIT's against one of half of it are one.
+        trained = {seed for e in (*t.a, *t.b) for seed in e.training_seeds if e.total_tokens is not None}
+        assert t.seeds == len(trained)
+        assert t.seeds != 1 or t.verdict in ("one training seed", "no direction")
+    assert {t.seeds for t in found} == {0, 1, 3}
+    assert next(t for t in found if t.claim.name == "PTQ below the BF16 base").testable, "nothing is trained there"
+
+
+def test_families_do_not_hang_on_which_cells_are_there(make_results: Callable[..., Results], tmp_path: Path) -> None:
+    few = make_results(models={"testbed": ROWS}, claim_seeds=SEEDS, evaluation=SMALL)
+    part = Results(
+        dataclasses.replace(few.plan, cells=[c for c in few.plan.cells if c.recipe not in ("ft-qat-different", "ptq")]),
+        few.root,
+    )
+    sizes, adjusted = [], []
+    for results in (few, part):
+        found = verdicts.tested(results)
+        sizes.append({t.block: t.comparisons for t in found if t.testable})
+        primary = [t for t in found if t.primary and t.testable]
+        p = [t.p for t in primary]
+        assert [t.holm for t in primary] == pytest.approx(holm([*p, *[1.0] * (5 - len(p))])[: len(p)])
+        adjusted.append({(t.claim.name, t.block): t.holm for t in found if t.testable})
+    assert sizes[0] == sizes[1] and sizes[0]["primary"] == 5
+    assert len(adjusted[0]) > len(adjusted[1]) >= 4
+    context = [c for c in family_at(FP4, few.plan.tier, "testbed") if verdicts.hypothesis(c, FP4)[1]]
+    assert sizes[0][FP4] == len(context) > sum(t.block == FP4 for t in verdicts.tested(few))
+    # Three totals: a primary claim is context at the two others. What has no direction is in no family.
+    assert [c.name for c in context].count("ReQAT-T above QAT") == 2
+    assert "ReQAT-TQS above ReQAT-TQ" not in {c.name for c in context}
+    assert verdicts.missing(verdicts.tested(few), "testbed") == []
+    assert verdicts.missing(verdicts.tested(part), "testbed") == ["same traces above different"]
+    assert any("same traces above different" in note for note in build(part).footer), "it is named"
+
+
+def test_claims_about_the_element_of_keys_compare_with_that_element() -> None:
+    """The first pinned run had E1M2 in its row ReQAT-T, and the paper's E2M1 in a row of Table 5 alone."""
+    plan = read_plan(ROOT / "results" / "2026-11-26-overnight" / "plan.json")
+    elements = {"E1M2 and scale above ReQAT-T": ("E1M2", "E2M1"), "Q-FIT above E1M2 and shift": ("E1M2", "E1M2")}
+    found = {c.claim.name: c for c in comparisons(plan)}
+    for name, wanted in elements.items():
+        sides = [plan.evaluation(side[0][0].evaluation).precision for side in (found[name].a, found[name].b)]
+        assert tuple(precision.kv_element for precision in sides) == wanted
+    assert of_other_elements(plan) == []
+    without = dataclasses.replace(plan, cells=[c for c in plan.cells if c.recipe != "qfit-none"])
+    assert "E1M2 and scale above ReQAT-T" not in {c.claim.name for c in comparisons(without)}
+    assert "E1M2 and scale above ReQAT-T" in {claim.name for claim in of_other_elements(without)}
+
+
+def test_masks_of_sem_are_compared_on_the_editions_that_they_are_graded_on(
+    make_results: Callable[..., Results],
+) -> None:
+    sets = {
+        f"edition-{k}": {"n": 10 * k, "families": {"chain_sum": {"min_terms": k, "max_terms": k}}} for k in (2, 3, 4)
+    }
+    sets = {f"edition-{i}": value for i, value in enumerate(sets.values(), 1)}
+    results = make_results(
+        models={"testbed": {"source": "pinned", "artifacts": ["table12"]}},
+        evaluation={"n": 20, "seeds": [0, 1], "sets": sets},
+    )
+    found = [t for t in verdicts.tested(results) if t.claim.name == "soft mask above binary"]
+    assert [(t.precision, t.multiple) for t in found] == [("MXFP4-W4A4", m) for m in (2, 3, 4)]
+    for t in found:
+        assert [e.problems for e in t.a] == ["edition-1", "edition-2", "edition-3"]
+        soft, binary = (
+            [e for e in results.of("table12") if e.conditions["sem_mask"] == mask and e.multiple == t.multiple]
+            for mask in ("soft", "binary")
+        )
+        d = pooled.paired(results, soft, binary)
+        assert (t.value, t.lo, t.hi) == pytest.approx((100 * d.value, 100 * d.lo, 100 * d.hi)) and d.n_problems == 90
+        assert t.verdict == "no direction" and t.within_noise, "1.8 points on 90 problems"
 
 
 def test_reasoning_against_knowledge_is_a_difference_of_differences(results: Results) -> None:
     entries = {(e.precision, e.method, e.multiple): e for e in results.of("table1")}
-    base, ptq, ft = entries["BF16", "Baseline", None], entries["NVFP4-W4A4KV4", "PTQ", None], entries["BF16", "FT", 2]
+    base, ptq, ft = entries["BF16", "Baseline", None], entries[FP4, "PTQ", None], entries["BF16", "FT", 2]
     a, b = results.paired(ptq, base), results.paired(ft, base)
     found = minus(a, b)
     assert found.value == pytest.approx(a.value - b.value)

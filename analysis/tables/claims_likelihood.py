@@ -1,0 +1,101 @@
+"""The primary claims on held-out likelihood: the second primary outcome of the protocol."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from analysis.report.document import Column, Table, Text, number, p_value
+from analysis.report.findings import AGREES, ALPHA, DISAGREES, POWER
+from analysis.report.likelihood_claims import PARITY_SHARE, TestedLikelihood, tested
+from analysis.report.names import REFERENCE_PRECISION
+from analysis.report.studies import ByKind, Study, several
+from analysis.report.study_words import made_notes
+from analysis.report.verdicts import PRIMARY
+
+NAME = "claims-likelihood"
+STUDIES = ("likelihood",)
+
+DIGITS = 4
+
+
+def build(studies: ByKind) -> Table:
+    """The primary claims as differences in nats per low-entropy token; a section a study. Raises `ReqatError` without a
+    study of this kind."""
+    chosen = several(studies, "likelihood")
+    sections, rows, notes = [], [], []
+    for study in chosen:
+        found, missing = tested(study)
+        sections.append(tuple(_line(t) for t in found))
+        rows += [_row(study, t) for t in found]
+        seeds = sorted({t.seeds for t in found})
+        notes.append(
+            f"Tier {study.settings['tier']}: solutions of {study.metrics['traces']:,} "
+            f"{study.record['config']['problems']['split']} problems, training seeds: "
+            f"{', '.join(map(str, seeds)) or 'none'}."
+        )
+        notes += [f"Not tested: {name} ({why}); it counts among the {len(PRIMARY)}." for name, why in missing.items()]
+        notes += made_notes(study)
+    return Table(
+        NAME,
+        "The primary claims on held-out likelihood",
+        "Differences of the mean negative log-likelihood of the same verified solutions, in nats per token, at the "
+        "tokens where the entropy of BF16 fine-tuning is below its 75th percentile; less is better. "
+        f"{REFERENCE_PRECISION}, at the budget that claims rest on; 95% intervals over traces and training seeds. p: "
+        f"of no difference, or, for being as good as BF16 fine-tuning, of {PARITY_SHARE:.0%} of what rounding costs "
+        f"the base. Holm: adjusted for all {len(PRIMARY)}, apart from those on accuracy. Detectable: the smallest "
+        f"distance from that value that would have been found with {POWER:.0%} probability at the level of Holm's "
+        f"first step. Verdict: agrees or disagrees with the paper's direction if Holm's p is below {ALPHA}. The paper "
+        "reports no likelihoods; its directions are those of its accuracies.",
+        tuple(notes),
+        (
+            Column("Claim", align="l"),
+            Column("Training seeds"),
+            Column("Difference (nats)"),
+            Column("is tested against"),
+            Column("p"),
+            Column("Holm"),
+            Column("detectable"),
+            Column("Verdict", align="l"),
+        ),
+        tuple(section for section in sections if section),
+        pd.DataFrame(rows, columns=None if rows else ["tier", "study", "claim"]),
+    )
+
+
+def _line(t: TestedLikelihood) -> tuple[Text, ...]:
+    ends = ", ".join(number(end, DIGITS, sign=True) for end in (t.lo, t.hi))
+    return (
+        Text(t.claim.name),
+        Text(str(t.seeds)),
+        Text(number(t.value, DIGITS, sign=True), detail=f"[{ends}]"),
+        Text(number(t.margin, DIGITS, sign=True)),
+        Text(p_value(t.p)),
+        Text(p_value(t.holm)),
+        Text(number(t.detectable, DIGITS)),
+        Text(t.verdict, bold=t.verdict in (AGREES, DISAGREES)),
+    )
+
+
+def _row(study: Study, t: TestedLikelihood) -> dict[str, Any]:
+    return {
+        "tier": study.settings["tier"],
+        "study": study.id,
+        "claim": t.claim.name,
+        "precision": REFERENCE_PRECISION,
+        "a": t.a,
+        "b": t.b,
+        "difference": t.value,
+        "lo": t.lo,
+        "hi": t.hi,
+        "margin": t.margin,
+        "direction": t.sign,
+        "p": t.p,
+        "p_holm": t.holm,
+        "comparisons": t.comparisons,
+        "std_error": t.std_error,
+        "detectable": t.detectable,
+        "verdict": t.verdict,
+        "trained_seeds": t.seeds,
+    }

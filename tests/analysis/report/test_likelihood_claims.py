@@ -1,0 +1,106 @@
+"""The primary claims on held-out likelihood: differences of traces, a margin of the base's own, a family of five."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from analysis.report import likelihood_claims
+from analysis.report.studies import Study
+from analysis.tables.claims_likelihood import build
+from reqat.evaluation.statistics import holm
+from tests.analysis.study_folders import study
+
+FP4 = "NVFP4-W4A4KV4"
+MODELS = {
+    "Base": ("base", "BF16"),
+    "PTQ": ("ptq", FP4),
+    "FT": ("ft", "BF16"),
+    "QAT": ("qat", FP4),
+    "FT+QAT, different traces": ("ft-qat-different", FP4),
+    "ReQAT-T": ("reqat-t", FP4),
+    "ReQAT-TQ": ("reqat-tq", FP4),
+    "ReQAT-TQS": ("reqat-tqs", FP4),
+}
+# Nats per low-entropy token. Rounding costs the base 0.2, so 0.02 above FT is as good.
+LEVEL = {
+    "Base": 0.3,
+    "PTQ": 0.5,
+    "FT": 0.1,
+    "QAT": 0.18,
+    "FT+QAT, different traces": 0.13,
+    "ReQAT-T": 0.13,
+    "ReQAT-TQ": 0.12,
+    "ReQAT-TQS": 0.105,
+}
+
+
+@pytest.fixture
+def make_study(tmp_path: Path) -> Callable[..., Study]:
+    def made(labels: tuple[str, ...] = tuple(MODELS), seeds: int = 3) -> Study:
+        rng = np.random.default_rng(2)
+        low = rng.integers(20, 60, 40)
+        hard = rng.gamma(2, 0.05, 40)
+        parts = []
+        for label in labels:
+            trained = label not in ("Base", "PTQ")
+            for seed in range(seeds) if trained else (None,):
+                loss = hard + LEVEL[label] + (rng.normal(0, 0.0015) if trained else 0) + rng.normal(0, 0.003, 40)
+                part = {"label": label, "seed": pd.array([seed] * 40, dtype="Int64"), "tokens_low": low}
+                parts.append(pd.DataFrame(part | {"nll_low": low * loss}))
+        folder = tmp_path / f"likelihood-{len(labels)}-{seeds}"
+        folder.mkdir()
+        pd.concat(parts).to_parquet(folder / "likelihood.parquet", index=False)
+        models = {label: {"recipe": MODELS[label][0], "precision": MODELS[label][1]} for label in labels}
+        found = study(folder, "likelihood", "likelihood", {}, models=models)
+        found.record["metrics"] = {"traces": 40, "tokens": int(low.sum())}
+        found.record["config"] = {"problems": {"split": "test"}}
+        return found
+
+    return made
+
+
+def test_the_five_claims_in_nats(make_study: Callable[..., Study]) -> None:
+    a_study = make_study()
+    found, missing = likelihood_claims.tested(a_study)
+    assert missing == {} and [t.claim.main for t in found] == [True] * 5
+    frame = a_study.parquet("likelihood")
+
+    def mean(label: str) -> float:
+        part = frame[frame["label"] == label]
+        return float(
+            (part["nll_low"].groupby(part["seed"], dropna=False).sum() / part["tokens_low"].iloc[:40].sum()).mean()
+        )
+
+    for t in found:
+        assert t.value == pytest.approx(mean(t.a) - mean(t.b)) and t.comparisons == 5 and t.seeds == 3
+        assert t.p == pytest.approx(2 * stats.t.sf(abs(t.value - t.margin) / t.std_error, t.df))
+    assert [t.holm for t in found] == pytest.approx(holm([t.p for t in found]))
+    parity = found[0]
+    assert parity.margin == pytest.approx((mean("PTQ") - mean("Base")) / 10) and parity.verdict == "agrees"
+    verdicts = {t.claim.name: t.verdict for t in found}
+    # Less is better: below QAT's is above it.
+    assert verdicts["ReQAT-TQS above QAT"] == verdicts["ReQAT-T above QAT"] == "agrees"
+    assert verdicts["same traces above different"] == "inconclusive"
+
+
+def test_what_a_study_lacks_is_named_and_counts(make_study: Callable[..., Study]) -> None:
+    a_study = make_study(tuple(label for label in MODELS if label not in ("Base", "FT+QAT, different traces")))
+    found, missing = likelihood_claims.tested(a_study)
+    assert len(found) == 3 and {t.comparisons for t in found} == {5}
+    assert set(missing) == {"ReQAT-TQS reaches BF16 FT", "same traces above different"}
+    assert [t.holm for t in found] == pytest.approx(holm([*(t.p for t in found), 1.0, 1.0])[:3])
+    table = build({"likelihood": [a_study]})
+    assert all(any(name in note for note in table.footer) for name in missing) and table.latex()
+    assert table.data["p_holm"].tolist() == [t.holm for t in found]
+
+
+def test_one_training_seed_concludes_nothing(make_study: Callable[..., Study]) -> None:
+    found, _ = likelihood_claims.tested(make_study(seeds=1))
+    assert {t.verdict for t in found} == {"one training seed"} and all(np.isnan([t.p, t.holm]).all() for t in found)
+    assert all(t.lo < t.value < t.hi for t in found)
