@@ -136,13 +136,19 @@ def main() -> None:
     rows = [pair_of(trace, tokenizer) for trace in itertools.islice(stream, args.traces)]
     reference = load_model(args.model, dtype=torch.float32).eval()
     if args.methods:
+        first: Tensor | None = None
         for precision, chosen in itertools.product(args.precision.split(","), args.methods.split(",")):
             name, _, given = chosen.partition(":")
             options = dict(option.split("=") for option in given.split("+")) if given else {}
             options = {key: float(value) if "." in value else int(value) for key, value in options.items()}
             model = load_model(args.model, dtype=torch.float32)
             quantize(name, model, precision, calibration, progress=False, **options)
-            print(f"{precision:26} {chosen:32} KL {_mean(divergence(model, reference, rows))}", flush=True)
+            found_kl = divergence(model, reference, rows)
+            first = found_kl if first is None else first
+            print(
+                f"{precision:26} {chosen:24} KL {_mean(found_kl)}; beyond the first: {_mean(found_kl - first)}",
+                flush=True,
+            )
         return
     print(f"{'rounded':18} {'peak':>6} {'rot.':>6} {'kurt.':>6} {'rot.':>6}  "
           f"{'MXFP4 error':>11} {'rot.':>8} {'NVFP4 error':>11} {'rot.':>8}")  # fmt: skip
