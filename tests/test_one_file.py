@@ -13,19 +13,36 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 PTQ = """
+from reqat.config.base import Strict
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
 
-METHOD = Method(rtn, options={"alpha": 0.5})
+
+class Options(Strict):
+    alpha: float = 0.5
+
+
+def solve(model, *, alpha=0.5):
+    return {**rtn(model), "alpha": alpha}
+
+
+METHOD = Method(solve, settings=Options)
 """
 USE_PTQ = """
+from reqat.config.errors import ReqatError
 from reqat.config.stage import PTQSettings
 from reqat.methods import ptq
 from tests.methods.conftest import FAMILIES, SHAPE
 
-assert PTQSettings(method="toy").method == "toy"
+assert PTQSettings(method="toy", options={"alpha": 0.2}).options == {"alpha": 0.2}
 _, metrics = ptq.quantize("toy", FAMILIES["llama"](SHAPE), "NVFP4-W4A4", alpha=0.2)
-assert metrics["method"] == "toy"
+assert metrics["method"] == "toy" and metrics["alpha"] == 0.2
+try:
+    ptq.quantize("toy", FAMILIES["llama"](SHAPE), "NVFP4-W4A4", beta=0.2)
+except ReqatError as error:
+    assert "beta" in str(error) and "alpha" in str(error)
+else:
+    raise AssertionError("an option that the method does not have was taken")
 """
 TERM = """
 from dataclasses import dataclass

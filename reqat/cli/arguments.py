@@ -7,6 +7,7 @@ max=arguments.MOST``); so large a number is a slip of the finger, and would fill
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -21,6 +22,7 @@ from reqat.config.decoding import Threshold
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.policy import Decoding
 from reqat.config.precision import check_rotation, family
+from reqat.config.ptq import settled
 
 MOST = 10**9
 LONGEST = 2**24
@@ -122,6 +124,23 @@ def _check_rotation(value: int, option: str) -> None:
 def _check_ptq_method(name: str, option: str) -> None:
     if name not in PTQ_METHODS:
         raise unknown("PTQ method", name, PTQ_METHODS, where=option)
+
+
+def method_options(method: str, options: Sequence[str], **named: Any) -> dict[str, Any]:
+    """What is asked of a PTQ method: ``NAME=VALUE`` each, and ``named`` where not None; those at their defaults are
+    left out. Raises `ReqatError` for what the method does not have, and for one that is given twice."""
+    found = {name: value for name, value in named.items() if value is not None}
+    for text in options:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise ReqatError(f"--option {_shown(text)}: write NAME=VALUE, as in --option grid=50.")
+        if name in found:
+            raise ReqatError(f"--option {_shown(text)}: {name} is given twice.")
+        try:
+            found[name] = json.loads(value)  # a number or a truth value
+        except ValueError:
+            found[name] = value
+    return settled(method, found)
 
 
 def _check_threads(value: int, option: str) -> None:

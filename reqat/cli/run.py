@@ -84,9 +84,17 @@ def quantize(
     calibration: Annotated[Path | None, typer.Option(help="A text file, or the folder of a trace store.")] = None,
     sequences: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Calibration sequences.")] = 64,
     sequence_tokens: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Tokens of each.")] = 256,
-    act_order: Annotated[bool, typer.Option(help="GPTQ: columns by their activations' size.")] = True,
+    act_order: Annotated[
+        bool | None, typer.Option("--act-order/--no-act-order", help="GPTQ, GPTAQ: columns by their activations' size.")
+    ] = None,
     alpha: Annotated[
-        float | None, typer.Option(callback=arguments.floor, help="SmoothQuant: how much of the range goes to weights.")
+        float | None,
+        typer.Option(
+            callback=arguments.floor, help="SmoothQuant: share of the range for weights; GPTAQ: share of the drift."
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE, any option of the method (repeatable): --option grid=50.")
     ] = None,
     kv_element: Annotated[
         arguments.Element | None, typer.Option(help="E1M2 or E2M1, where the KV cache is quantized.")
@@ -102,6 +110,7 @@ def quantize(
 ) -> None:
     """Quantize any supported model after training, and write it with its packed codes."""
     family(precision)
+    asked = arguments.method_options(method, option or [], act_order=act_order, alpha=alpha)
     given: list[Path | str] = [model] if calibration is None else [model, calibration]
     root = Path(reqat.__file__).parents[1]
     with record.asked_for("quantize", out, {}, root=root, force=force, inputs=given) as job:
@@ -130,8 +139,7 @@ def quantize(
         if calibration is not None and not ptq.METHODS[method].needs_calibration:
             print(f"reqat: note: {method} looks at no data; only static global scales would use it.", file=sys.stderr)
         job.config = {
-            "model": model, "precision": str(parsed), "options": options, "method": method, "act_order": act_order,
-            "alpha": alpha,
+            "model": model, "precision": str(parsed), "options": options, "method": method, "method_options": asked,
         }  # fmt: skip
         report, job.metrics = ptq.quantize(
             method,
@@ -140,8 +148,7 @@ def quantize(
             ids,
             precision_options=options,
             progress=not quiet,
-            act_order=act_order,
-            alpha=alpha,
+            **asked,
         )
         print(report)
         save_model(loaded, tokenizer, job.partial / "model")

@@ -16,6 +16,7 @@ from typing import Any
 from reqat.config.base import Strict, parse
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import PrecisionSpec, family
+from reqat.config.ptq import has_option
 from reqat.config.recipe import (
     OWN,
     Catalogue,
@@ -239,13 +240,8 @@ class _Builder:
             )
         if isinstance(step, PTQStep):
             ptq = self.tier.ptq
-            return PTQSettings(
-                method=step.method,
-                act_order=step.act_order,
-                damp=ptq.damp,
-                alpha=step.alpha,
-                calibration=ptq.calibration,
-            )
+            of_tier = {"damp": ptq.damp} if has_option(step.method, "damp") else {}
+            return PTQSettings(method=step.method, options={**of_tier, **step.options}, calibration=ptq.calibration)
         train = self.tier.train
         training = train.finetune if step.step == "finetune" else train.qat
         if step.step == "qat" and not finetuned and train.qat_from_base is not None:
@@ -258,6 +254,8 @@ class _Builder:
     def precision(self, name: str, recipe: Recipe, global_scale: str, model: Model) -> PrecisionSpec:
         options = recipe.precision.get(family(name))
         given = options.model_dump(exclude_none=True) if options else {}
+        if (rotation := recipe.rotation(name)) is not None:
+            given = {"rotation": rotation} | given
         if given.get("kv_rotation") == "head_dim":
             given["kv_rotation"] = model.head_dim
             if model.head_dim is None:

@@ -71,6 +71,8 @@ GlobalScale = Literal["dynamic", "row", "static"]
 DEFAULT_GLOBAL_SCALE: GlobalScale = "row"
 LARGEST_ROTATION = 2**15
 
+SKIP = "skip"
+_BETWEEN_PATTERNS = "|"
 _TOKENS = {"W": ("weights",), "A": ("inputs",), "KV": CACHE, "K": ("keys",), "V": ("values",)}
 _ROLE_BITS = r"(KV|W|A|K|V)(2|3|4|8|16)"
 _TERM = re.compile(rf"(?P<family>.+)-(?P<spec>(?:{_ROLE_BITS})+)", re.IGNORECASE)
@@ -118,6 +120,11 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Resolved:
     inline = inline_options(name)
     given = {key: value for key, value in (options or {}).items() if value is not None}
     for option in (*inline, *given):
+        if option == SKIP:
+            raise ReqatError(
+                f"precision {name!r}: which layers are left alone is said of a model: prepare(model, precision, "
+                "skip=[...]), or `skip` of a recipe's precision."
+            )
         if option not in OPTIONS and option not in _ROLE_OPTIONS:
             raise unknown("option of a precision", option, OPTIONS)
     for option, value in inline.items():
@@ -142,6 +149,17 @@ def inline_options(name: str) -> dict[str, str]:
     """The options that stand in a name, behind its colon. Raises `ReqatError` for what is none."""
     _, colon, text = name.partition(":")
     return _inline(name, text) if colon else {}
+
+
+def without_skip(name: str) -> tuple[str, tuple[str, ...] | None]:
+    """A name without its ``skip=PATTERN|PATTERN``, and these patterns (None where it has none): which layers a
+    precision leaves alone is said of a model, and everything else of tensors."""
+    bare, colon, text = name.partition(":") if isinstance(name, str) else ("", "", "")
+    options = _inline(name, text) if colon and SKIP in text else {}
+    if SKIP not in options:
+        return name, None
+    patterns = tuple(options.pop(SKIP).split(_BETWEEN_PATTERNS))
+    return written(bare, options), patterns
 
 
 def family(name: str) -> str:
@@ -316,9 +334,16 @@ Rotation = Annotated[int, AfterValidator(check_rotation)]
 
 
 def _patterns(skip: tuple[str, ...]) -> tuple[str, ...]:
-    """`skip`, unchanged. Raises `ReqatError` for an empty pattern, and for one that stands twice."""
+    """`skip`, unchanged. Raises `ReqatError` for an empty pattern, one that stands twice, and one that a precision's
+    name could not hold."""
     if not all(pattern.strip() for pattern in skip):
         raise ReqatError(f"skip: {list(skip)}: give patterns of layers' names, such as '*.down_proj'.")
+    for pattern in skip:
+        if pattern != pattern.strip() or any(sign in pattern for sign in (",", _BETWEEN_PATTERNS)):
+            raise ReqatError(
+                f"skip: {pattern!r}: a pattern has no comma, no {_BETWEEN_PATTERNS!r} and no spaces around it; give "
+                "several patterns instead."
+            )
     distinct(skip)
     return skip
 
@@ -358,7 +383,11 @@ class PrecisionSpec(Strict):
             data = {"name": data}
         if not isinstance(data, dict):
             return data
-        text = data.get("name", "BF16")
+        text, skip = without_skip(data.get("name", "BF16"))
+        if skip is not None:
+            if data.get(SKIP) is not None and tuple(data[SKIP]) != skip:
+                raise ReqatError(f"precision {data['name']!r} says skip, and {list(data[SKIP])} beside it.")
+            data = data | {SKIP: skip}
         asked = {option: data.get(option) for option in ("kv_element", "global_scale", *BASES)}
         found = resolve(text)
         inline = inline_options(text)
@@ -400,7 +429,9 @@ class PrecisionSpec(Strict):
         return family(self.name)
 
     def __str__(self) -> str:
-        """The name with each option that is not the default; `resolve` reads it back. `skip` is no part of it."""
+        """The name with each option that is not the default, and what is skipped; `PrecisionSpec` reads it back.
+        (`resolve` does where nothing is skipped.)"""
         found = resolve(self.name, self.options())
         sizes = {option: size for option in BASES if (size := getattr(found, option)) is not None}
-        return written(found.name, {**options_of(found.families, found.fields), **sizes})
+        skip = {SKIP: _BETWEEN_PATTERNS.join(self.skip)} if self.skip else {}
+        return written(found.name, {**options_of(found.families, found.fields), **sizes, **skip})

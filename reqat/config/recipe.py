@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from reqat.config.base import Count, Seed, Strict
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.precision import FORMATS, GlobalScale, Rotation, Skip, family
+from reqat.config.formats import FAMILIES
+from reqat.config.precision import FORMATS, GlobalScale, Rotation, Skip, family, resolve
+from reqat.config.ptq import OPTIONS, rotation_of, settled
 from reqat.config.stage import Gradient, PTQMethod, Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
@@ -118,14 +120,37 @@ class QFitStep(_Step):
     variant: Literal["paper", "released"] = "paper"
 
 
+def _options_beside(schema: dict[str, Any]) -> None:
+    """Let the schema take every method's options beside the step's own keys."""
+    for settings in OPTIONS.values():
+        for option, values in settings.model_json_schema()["properties"].items() if settings.model_fields else ():
+            schema["properties"].setdefault(option, {k: v for k, v in values.items() if k not in ("default", "title")})
+
+
 class PTQStep(_Step):
-    """A `ptq` step."""
+    """A `ptq` step. The method's options (`reqat.config.ptq`) stand beside its name: `{step: ptq, method: gptq,
+    act_order: false}`."""
+
+    model_config = ConfigDict(json_schema_extra=_options_beside)
 
     step: Literal["ptq"]
     method: PTQMethod = "gptq"
-    act_order: bool = True
-    alpha: float | None = Field(default=None, ge=0, le=1)
-    """Of SmoothQuant and GPTAQ; null: the method's own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the method, those that are not its defaults."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        options = {key: value for key, value in data.items() if key not in cls.model_fields}
+        rest = {key: value for key, value in data.items() if key in cls.model_fields}
+        return {**rest, "options": {**options, **rest.get("options", {})}}
+
+    @field_validator("options")
+    @classmethod
+    def _settled(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return settled(info.data["method"], options) if "method" in info.data else options
 
 
 Step = Annotated[TrainStep | QFitStep | PTQStep, Field(discriminator="step")]
@@ -159,6 +184,20 @@ class Recipe(Strict):
         if not trained or any(re.search("total|ft", str(step.tokens)) for step in trained):
             return None
         return sum(amount(step.tokens, {"qat": qat}) * step.epochs for step in trained)
+
+    def rotation(self, precision: str) -> int | None:
+        """Size of the block rotation that its methods add to a precision, or None."""
+        found = resolve(precision)
+        of = found.families.get("weights")
+        if of is None:
+            return None
+        methods = [
+            step.method
+            for step in self.steps
+            if isinstance(step, PTQStep) and (step.formats is None or found.family in step.formats)
+        ]
+        sizes = (rotation_of(method, FAMILIES[of]["block"][0]) for method in methods)
+        return next((size for size in sizes if size is not None), None)
 
     @field_validator("precision")
     @classmethod

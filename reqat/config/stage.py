@@ -8,15 +8,27 @@ one id and is trained once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct, plain
 from reqat.config.catalogue import GRADIENT_RULES, OBJECTIVE_TERMS, PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import ROLES, PrecisionSpec, Role
+from reqat.config.ptq import settled
 
 Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
 DIGEST_LENGTH = 12
@@ -272,18 +284,34 @@ PTQMethod = Annotated[str, AfterValidator(_ptq_method), Field(json_schema_extra=
 """A method of `reqat.methods.ptq`."""
 
 
+# What every `ptq` stage stated before options were a method's own, where nothing was asked for.
+_STATED = {"act_order": True, "damp": 0.01, "alpha": None}
+
+
 class PTQSettings(Strict):
     """Settings of a `ptq` stage. `rtn` stands for completeness: an evaluation at a precision rounds to nearest by
     itself."""
 
     kind: Literal["ptq"] = "ptq"
     method: PTQMethod = "gptq"
-    act_order: bool = True
-    damp: float = Field(default=0.01, gt=0)
-    alpha: float | None = Field(default=None, ge=0, le=1)
-    """SmoothQuant: how much of the range goes from activations to weights; GPTAQ: how much of the drift of a layer's
-    inputs is made up for; null: the method's own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Of the method (`reqat.config.ptq`), those that are not its defaults."""
     calibration: Calibration = Calibration()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, data: Any) -> Any:
+        """Plans of earlier versions have three options of any method beside it."""
+        if not isinstance(data, Mapping) or not _STATED.keys() & data.keys():
+            return data
+        stated = {key: data[key] for key in _STATED if key in data and data[key] != _STATED[key]}
+        rest = {key: value for key, value in data.items() if key not in _STATED}
+        return {**rest, "options": {**stated, **rest.get("options", {})}}
+
+    @field_validator("options")
+    @classmethod
+    def _settled(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return settled(info.data["method"], options) if "method" in info.data else options
 
 
 class DataStageSettings(DataSettings):

@@ -107,7 +107,7 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
 def _check_served(model: PreTrainedModel) -> None:
     """Raise ReqatError for what no kernel computes: a basis of a layer's inputs or keys, clipped inputs or cache."""
     for module in model.modules():
-        if isinstance(module, Basis) and module.changes:
+        if isinstance(module, Basis) and module.factored:
             what = "its tensors are quantized in a basis of their own (QuaRot, FlatQuant)"
         elif isinstance(module, Quantizer) and module.clip is not None:
             what = "its tensors are clipped before they are quantized"

@@ -26,7 +26,7 @@ from reqat.inference.backends import backend_for
 from reqat.models.attention import mark_packed, mark_quantized, softmax_attention
 from reqat.models.cache import Fp4CacheLayer
 from reqat.models.kv import KVQuantizer, kv_quantizers
-from reqat.quant import Quantizer, block_hadamard, with_signs
+from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native.attention import TILE, unsupported
 
 
@@ -89,7 +89,7 @@ class PackedCacheLayer(Fp4CacheLayer):
                 with subnormals_kept(key_states):
                     key_states, shift = key_states - shift[:, None].to(self.dtype), None
             if rotation is not None:
-                key_states = block_hadamard(with_signs(key_states, self.quantizer.signs), rotation)
+                key_states = block_hadamard(self.quantizer.basis(key_states), rotation)
         end = self.length + key_states.shape[2]
         self.backend.append(
             self.packed_keys,
@@ -204,7 +204,7 @@ class PackedCache(Cache):
         for kv in quantizers:
             for quantizer in (kv.key, kv.value):
                 reason = unsupported(quantizer.format, kv.shape[1])
-                if kv.basis.changes or quantizer.clip is not None:
+                if kv.basis.factored or quantizer.clip is not None:
                     reason = "they are quantized in a basis of their own, or clipped before (QuaRot, FlatQuant)"
                 if reason:
                     raise ReqatError(f"{quantizer.name} cannot be packed: {reason}; use Fp4Cache(model, capacity)")

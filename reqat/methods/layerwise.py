@@ -71,6 +71,11 @@ class Step:
         return outputs
 
 
+def on_device(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """``input_ids`` where the model reads them: on the device of its embeddings."""
+    return input_ids.to(model.get_input_embeddings().weight.device)
+
+
 def check_input_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Raise ``ReqatError`` unless ``input_ids`` is [n, T] integers within the model's vocabulary, n and T positive, T
     within its positions and its sliding window, and no sequence begins or ends with padding.
@@ -120,14 +125,13 @@ def walk(model: PreTrainedModel, input_ids: Tensor, *, batch_rows: int | None = 
     check_input_ids(model, input_ids)
     blocks = blocks_of(model)
     rows = batch_rows or max(1, BATCH_TOKENS // input_ids.shape[1])
-    device = model.get_input_embeddings().weight.device
     training = model.training
     model.eval()
     try:
         hidden: list[Tensor] = []
         kwargs: list[dict[str, Any]] = []
         for batch in input_ids.split(rows):
-            args, kw = _first_call(model, blocks[0].module, batch.to(device))
+            args, kw = _first_call(model, blocks[0].module, on_device(model, batch))
             hidden.append(args[0])
             kwargs.append(kw)
         for block in blocks:

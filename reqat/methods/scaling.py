@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
 from reqat.methods.layerwise import Step, hooked
-from reqat.models import quant_linears
+from reqat.models import carried, quant_linears
 from reqat.models.adapters import Site
 
 # Two parameters of a norm that multiply its output: `weight` (Llama), or `1 + weight` (Gemma).
@@ -71,6 +71,18 @@ def check_full_precision(model: nn.Module, what: str) -> None:
     for name, linear in quant_linears(model).items():
         if linear.frozen or linear.weight_quantizer.format is not None or linear.input_quantizer.format is not None:
             raise ReqatError(f"{what} rewrites the full-precision model, but {name} is quantized: load the model again")
+    check_unmeasured(model, what)
+
+
+def check_unmeasured(model: Any, what: str, *kinds: str) -> None:
+    """Raise ReqatError if ``model`` keeps bases or clips (or ``kinds`` of these): they were measured for weights,
+    inputs and keys as they are, and ``what`` changes those."""
+    if names := carried(model, *(kinds or ("bases", "clips"))):
+        raise ReqatError(
+            f"{what} changes what is quantized, and the model keeps {names[0]} ({len(names)} such tensors), which an "
+            f"earlier method (QuaRot, FlatQuant) measured for it as it is: apply {what} to the model that this method "
+            "started from, or choose codes alone (rtn, gptq, gptaq)"
+        )
 
 
 def groups_of(step: Step) -> list[FoldableGroup]:

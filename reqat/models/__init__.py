@@ -33,7 +33,7 @@ from reqat.models.prepare import (  # noqa: E402
     share_global_scales,
 )
 from reqat.models.saving import save_model  # noqa: E402
-from reqat.models.sidecar import leave  # noqa: E402
+from reqat.models.sidecar import carried, leave  # noqa: E402
 
 __all__ = [
     "ATTENTION",
@@ -43,6 +43,7 @@ __all__ = [
     "Report",
     "attention_window",
     "calibrate_static",
+    "carried",
     "check_length",
     "check_token_ids",
     "embedding_rows",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reqat.config.errors import ReqatError
-from reqat.config.precision import ACTS_ON, BASES, ROLES, inline_options
+from reqat.config.precision import ACTS_ON, BASES, ROLES, inline_options, without_skip
 from reqat.quant import Precision
 
 
@@ -39,17 +39,22 @@ def settle(
 
     Args:
         precision, options: of :meth:`Precision.parse`; a Precision is taken as giving every option.
-        skip: patterns, or None for the folder's.
+        skip: patterns, or None for the name's (``skip=*.down_proj|*.o_proj``), or else the folder's.
         saved: of the folder; BF16 if it was never quantized, which says nothing of options.
         saved_skip: patterns of the folder, or None where it does not know.
         override: take what is asked for as it is.
 
     Raises ReqatError as ``Precision.parse`` does, and naming each option that differs.
     """
+    inline_skip = None
+    if isinstance(precision, str):
+        precision, inline_skip = without_skip(precision)
     wanted = Precision.parse(precision, **options)
     if not (skip is None or isinstance(skip, list | tuple | set) and all(isinstance(s, str) for s in skip)):
         raise ReqatError(f"skip={skip!r}: give a list of patterns of layers' names, such as ['model.layers.0.*']")
-    patterns = None if skip is None else tuple(skip)
+    if inline_skip is not None and skip is not None and tuple(skip) != inline_skip:
+        raise ReqatError(f"the precision's name says skip {list(inline_skip)}, and skip={skip!r} is given beside it")
+    patterns = inline_skip if skip is None else tuple(skip)
     fresh = Asked(wanted, patterns or ())
     if saved == Precision():
         return fresh

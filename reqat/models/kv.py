@@ -2,8 +2,9 @@
 
 Keys come after RoPE. The Q-FIT shift (ReQAT section 4) is subtracted from them before quantizing and never added back:
 it moves every logit of a query by the same amount, which softmax does not see. Both keys and values are quantized in
-blocks along head_dim; queries are not quantized (only rotated, if keys are). A basis of the keys
-(:mod:`reqat.quant.basis`) comes after the shift and before the rotation.
+blocks along head_dim; queries are not quantized (only rotated, if keys are). The basis of the keys
+(:mod:`reqat.quant.basis`: measured factors, then the precision's ``kv_signs``) comes after the shift and before the
+rotation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.formats.subnormals import subnormals_kept
 from reqat.models.adapters import cached_attentions
-from reqat.quant import Basis, MeasuredState, Precision, Quantizer, block_hadamard, with_signs
+from reqat.quant import Basis, MeasuredState, Precision, Quantizer, block_hadamard
 
 
 class KVQuantizer(MeasuredState):
@@ -28,10 +29,10 @@ class KVQuantizer(MeasuredState):
         rotation = precision.kv_rotation if precision.keys is not None else None
         self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys")
         self.value = Quantizer(precision.values, name=f"{name} values")
-        self.signs = precision.kv_signs if precision.keys is not None else None
         self.name = name
         self.shape = (kv_heads, head_dim)
-        self.basis = Basis(head_dim, self.key.name or name)
+        signs = precision.kv_signs if precision.keys is not None else None
+        self.basis = Basis(head_dim, self.key.name or name, signs)
         self.register_measured("shift")
 
     @property
@@ -60,10 +61,10 @@ class KVQuantizer(MeasuredState):
 
     def query(self, query_BHTD: Tensor) -> Tensor:
         """The query in the basis of the quantized keys."""
-        rotation = self.key.rotation
-        if self.key.format is not None:
-            query_BHTD = self.basis.of_weight(query_BHTD)
-        return query_BHTD if rotation is None else block_hadamard(with_signs(query_BHTD, self.signs), rotation)
+        if self.key.format is None:
+            return query_BHTD
+        query_BHTD, rotation = self.basis.of_weight(query_BHTD), self.key.rotation
+        return query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
 
     def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized keys and values; straight-through gradients."""
@@ -72,7 +73,7 @@ class KVQuantizer(MeasuredState):
             if self.shift is not None:
                 with subnormals_kept(key_BGSD):
                     key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
-            key_BGSD = self.key(with_signs(self.basis(key_BGSD), self.signs))
+            key_BGSD = self.key(self.basis(key_BGSD))
         if self.value.format is not None:
             value_BGSD = self.value(_widened(value_BGSD))
         return key_BGSD, value_BGSD

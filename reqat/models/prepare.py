@@ -111,7 +111,7 @@ def prepare(
         if previous is None:
             adapter.body(model).register_forward_pre_hook(check_call, with_kwargs=True)
     hook_saving(model)
-    restored = sidecar.restore(model, precision) if sidecar is not None else []
+    restored, dropped = sidecar.restore(model, precision) if sidecar is not None else ([], [])
     report = Report(
         type(model).__name__,
         precision,
@@ -119,6 +119,7 @@ def prepare(
         skipped + kept,
         kv_layers=len(cached) if precision.quantizes_cache else 0,
         restored=restored,
+        dropped=dropped,
         skip=asked.skip,
         differs=asked.differs,
         block_weights=_numbers([*quantized, *skipped, *(entry for entry in kept if entry.in_block)]),
@@ -208,7 +209,7 @@ def _share_global_scale(layers: list[QuantLinear]) -> None:
     fmt = layers[0].weight_quantizer.format if layers else None
     if fmt is None or not fmt.has_global_scale:
         return
-    scales = [global_scale_for(layer.rotated_weight(), fmt) for layer in layers]
+    scales = [global_scale_for(layer.weight_quantizer.cut(layer.rotated_weight()), fmt) for layer in layers]
     smallest = torch.stack([scale.reshape(()) for scale in scales]).amin()  # the largest weight decides
     for layer in layers:
         layer.weight_quantizer.global_scale = smallest
@@ -244,7 +245,7 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
         return 0
     if getattr(model, "_reqat_packed", False):
         raise ReqatError("a packed model keeps the scales that it was packed with: calibrate_static before pack()")
-    training = model.training
+    training, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     try:
         with calibrating(static):
@@ -253,7 +254,8 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
                     if isinstance(inputs.get("input_ids"), Tensor):
                         check_token_ids(model, inputs["input_ids"], "calibration")
                     forget_lengths(model)
-                    model(**{**inputs, "use_cache": False})
+                    here = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+                    model(**{**here, "use_cache": False})
     finally:
         model.train(training)
     for quantizer in static:

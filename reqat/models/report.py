@@ -37,6 +37,8 @@ class Report:
     skipped: list[Entry] = field(default_factory=list)
     kv_layers: int = 0
     restored: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """What the checkpoint keeps for this tensor or that, and does not fit the precision."""
     skip: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
     block_weights: int = 0
@@ -74,6 +76,7 @@ class Report:
             if fmt is not None:
                 lines.append(f"  {role:<9} {_describe(fmt)}, {self.kv_layers} layers")
         lines += [f"  restored  {what} from the checkpoint" for what in self.restored]
+        lines += [f"  dropped   {what} of the checkpoint" for what in self.dropped]
         lines += [f"  differs   from the checkpoint in {what}" for what in self.differs]
         for title, entries in (("quantized", self.quantized), ("skipped", self.skipped)):
             lines += [f"  {title:<9} {line}" for line in _collapsed(entries)]

@@ -21,9 +21,10 @@ ones (in the basis of an ordinary layer, not rotated). Codes are restored from h
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.formats import QuantizedTensor
+from reqat.formats import Format, QuantizedTensor
 from reqat.models.adapters import blocks_of, cached_attentions
 from reqat.models.kv import kv_quantizers
 from reqat.models.linear import QuantLinear, quant_linears, stands_for
 from reqat.models.peft import plain_name
-from reqat.models.stored import FACTORS, JSON, SCHEMA, TENSORS, check_dense, kind_of, part_of, read_stored, sealed
-from reqat.quant import Basis, Precision, Quantizer
+from reqat.models.stored import (
+    JSON,
+    SCHEMA,
+    TENSORS,
+    Place,
+    check_dense,
+    check_tensors,
+    place_of,
+    read_stored,
+    sealed,
+)
+from reqat.quant import FACTORS, Basis, Precision, Quantizer
 
 
 @dataclass
@@ -84,8 +95,12 @@ class Sidecar:
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
         loaded: Sidecar | None = getattr(model, "_reqat_sidecar", None)
+        quantizers = _quantizers(model)
         for name, tensor in [] if loaded is None else loaded.tensors.items():
-            if part_of(name) in FACTORS:  # of layers that this precision leaves as they are
+            place = _place(name)
+            # Of what this precision leaves as it is; a clip that was frozen into codes is spent.
+            idle = place.prefix not in quantizers or quantizers[place.prefix].format is None
+            if place.part in FACTORS or (place.part == "clip" and idle):
                 sidecar.tensors.setdefault(name, tensor)
         return sidecar
 
@@ -100,7 +115,7 @@ class Sidecar:
 
     def write(self, folder: Path) -> None:
         """Write both files into ``folder``, where the model's weights are already (their digests go along)."""
-        kinds = {kind_of(name) for name in self.tensors}
+        kinds = {_place(name).kind for name in self.tensors}
         stored = {name: t.detach().to("cpu", torch.float32).clone() for name, t in self.tensors.items()}
         shapes = {}
         for name, q in self.weights.items():
@@ -136,31 +151,48 @@ class Sidecar:
     def attach(self, model: PreTrainedModel, folder: Path) -> None:
         """Keep the sidecar with a model loaded from ``folder``, for ``prepare``. Raises ReqatError if it is of another
         model, or if weights were changed after freezing."""
-        heads = [attention.heads for _, attention in cached_attentions(model)]
+        self.check_model(model, f"{JSON} is of another model, or damaged")
         linears = _weights(model)
-        for name, tensor in self.tensors.items():
-            prefix, _, rest = name.partition(".")
-            if prefix == "layers" and int(rest.split(".")[0]) >= len(heads):
-                raise ReqatError(f"{JSON} is of another model: it has {name}, the model has {len(heads)} layers")
-            if name.endswith(".kv_shift"):
-                own = heads[int(rest.split(".")[0])]
-                if tuple(tensor.shape) != (own.kv_heads, own.head_dim):
-                    raise ReqatError(
-                        f"{JSON} is of another model: {name} has shape {tuple(tensor.shape)}, the model has "
-                        f"{own.kv_heads} key/value heads of {own.head_dim}"
-                    )
-            layer = name.rpartition(".")[0]
-            if prefix != "layers" and layer not in linears:
-                raise ReqatError(f"{JSON} is of another model: it has {name}, the model has no such layer")
-            if part_of(name) in FACTORS:
-                own_size = heads[int(rest.split(".")[0])].head_dim if prefix == "layers" else linears[layer].shape[-1]
-                Basis(own_size, f"{JSON} is of another model, or damaged: {name}").checked(part_of(name), tensor)
         for name, q in self.weights.items():
             if name not in linears or tuple(linears[name].shape) != tuple(q.shape):
                 have = tuple(linears[name].shape) if name in linears else "no such layer"
                 raise ReqatError(f"{JSON} is of another model: codes of shape {tuple(q.shape)} for {name} ({have})")
         check_dense(folder, self.dense)
         model._reqat_sidecar = self  # type: ignore[assignment]
+
+    def check_model(self, model: PreTrainedModel, where: str) -> None:
+        """Raise ReqatError, naming the tensor after ``where``, unless every tensor is of a layer of ``model`` and has
+        its shape. Nothing is changed."""
+        heads = [attention.heads for _, attention in cached_attentions(model)]
+        linears = {name: tuple(weight.shape) for name, weight in _weights(model).items()}
+        factors: dict[str, tuple[int, dict[str, Tensor]]] = {}
+        for name, tensor in self.tensors.items():
+            place = _place(name)
+            if place.layer is not None:
+                if place.layer >= len(heads):
+                    raise ReqatError(f"{where}: it has {name}, the model has {len(heads)} layers")
+                own = heads[place.layer]
+                size, rows = own.head_dim, 0
+                of_model = f"{own.kv_heads} key/value heads of {own.head_dim}"
+            else:
+                if place.linear not in linears:
+                    raise ReqatError(f"{where}: it has {name}, the model has no such layer")
+                rows, size = linears[place.linear][-2:]
+                of_model = f"a weight of {rows} x {size} there"
+            if place.part in FACTORS:
+                factors.setdefault(place.prefix, (size, {}))[1][place.part] = tensor
+                continue
+            if place.part == "shift":
+                wanted: tuple[int, ...] = (own.kv_heads, own.head_dim)
+            elif place.part == "global_scale":
+                wanted = (1,)
+            else:
+                wanted = (rows, 2) if place.role == "weight" else (2,)
+            if tuple(tensor.shape) != wanted:
+                shape = tuple(tensor.shape)
+                raise ReqatError(f"{where}: {name} has shape {shape}, not {wanted}: the model has {of_model}")
+        for prefix, (size, parts) in factors.items():
+            Basis(size, f"{where}: {prefix}").check(parts)
 
     def check(self, precision: Precision) -> None:
         """Raise ReqatError if stored quantized weights are not in the format that ``precision`` asks for."""
@@ -195,46 +227,62 @@ class Sidecar:
         basis.set(*(self.tensors.get(f"{layer}.input_{factor}") for factor in FACTORS))
         return basis
 
-    def restore(self, model: PreTrainedModel, now: Precision) -> list[str]:
-        """Put shift, static scales and weights into a model prepared for ``now``; returns what was restored.
+    def restore(self, model: PreTrainedModel, now: Precision) -> tuple[list[str], list[str]]:
+        """Put shift, static scales and weights into a model prepared for ``now``; returns what was restored, and what
+        was not, though it was stored and ``now`` quantizes what it is of.
 
-        Static scales and clips come back only where the precision still asks for the same format; or if the model was
-        never quantized, where a transform left them. A basis comes back wherever something is quantized in it.
+        Static scales come back only where the precision still asks for the same format. So do clips, whatever the
+        global scale: they are shares of a block's extremes, which it does not move; also if the model was never
+        quantized, where a transform left them. A basis comes back wherever something is quantized in it.
         """
-        shifts = scales = bases = clips = 0
+        shifts = scales = bases = clips = lost = 0
         then, fresh = self.precision, self.precision == Precision()
         device = next(model.parameters()).device
+
+        def clip(quantizer: Quantizer, name: str, same: bool) -> None:
+            nonlocal clips, lost
+            stored = self.tensors.get(name)
+            if stored is None or quantizer.format is None or quantizer.clip is not None:
+                return  # also for the second layer that shares this quantizer
+            if same or fresh:
+                quantizer.set_clip(stored)
+                clips += 1
+            else:
+                lost += 1
+
         for index, kv in enumerate(kv_quantizers(model)):
             shift = self.tensors.get(f"layers.{index}.kv_shift")
             if shift is not None and kv.shift is None:
                 kv.set_shift(shift.to(device))
                 shifts += 1
-            for role, quantizer, same in (
-                ("keys", kv.key, _basis(now) == _basis(then)),
-                ("values", kv.value, now.values == then.values),
+            rotated = (now.kv_rotation, now.kv_signs) == (then.kv_rotation, then.kv_signs)
+            for role, quantizer, here, there, turned in (
+                ("keys", kv.key, now.keys, then.keys, rotated),
+                ("values", kv.value, now.values, then.values, True),
             ):
-                scales += _restore_scale(quantizer, self.tensors.get(f"layers.{index}.{role}_global_scale"), same)
-                clips += _restore_clip(quantizer, self.tensors.get(f"layers.{index}.{role}_clip"), same or fresh)
+                scale = self.tensors.get(f"layers.{index}.{role}_global_scale")
+                scales += _restore_scale(quantizer, scale, here == there and turned)
+                clip(quantizer, f"layers.{index}.{role}_clip", _same_blocks(here, there) and turned)
             bases += self._restore_basis(kv.basis, f"layers.{index}.keys")
         linears = _by_plain_name(model)
-        same_inputs = (now.inputs, now.rotation) == (then.inputs, then.rotation)
+        turned = now.rotation == then.rotation
         for name, module in linears.items():
-            scales += _restore_scale(
-                module.input_quantizer, self.tensors.get(f"{name}.input_global_scale"), same_inputs
-            )
+            scale = self.tensors.get(f"{name}.input_global_scale")
+            scales += _restore_scale(module.input_quantizer, scale, turned and now.inputs == then.inputs)
             bases += self._restore_basis(module.basis, f"{name}.input")
-            clips += _restore_clip(module.input_quantizer, self.tensors.get(f"{name}.input_clip"), same_inputs or fresh)
-            same = fresh or (now.weights, now.rotation) == (then.weights, then.rotation)
-            clips += _restore_clip(module.weight_quantizer, self.tensors.get(f"{name}.weight_clip"), same)
             if name in self.weights:
                 module.set_quantized(self.weights[name])
+            clip(module.input_quantizer, f"{name}.input_clip", turned and _same_blocks(now.inputs, then.inputs))
+            if not module.frozen:
+                same = turned and _same_blocks(now.weights, then.weights)
+                clip(module.weight_quantizer, f"{name}.weight_clip", same)
         parts = [(shifts, "KV shifts"), (scales, "static scales"), (len(self.weights), "quantized weights")]
         parts += [(bases, "bases"), (clips, "clips")]
-        return [f"{n} {what}" for n, what in parts if n]
+        return [f"{n} {what}" for n, what in parts if n], [f"{lost} clips (of another format or rotation)"] * bool(lost)
 
     def _restore_basis(self, basis: Basis, place: str) -> int:
         factors = [self.tensors.get(f"{place}_{factor}") for factor in FACTORS]
-        if basis.changes or factors == [None, None]:
+        if basis.factored or factors == [None, None]:
             return 0  # also for the second layer that shares it
         basis.set(*factors)
         return 1
@@ -242,9 +290,34 @@ class Sidecar:
 
 def leave(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Keep ``tensors`` (by the names of the table above) with a model that is not prepared, as if it had been loaded
-    with them: ``prepare`` puts them where they belong, and saving writes them."""
+    with them: ``prepare`` puts them where they belong, and saving writes them. Raises ReqatError, and keeps none of
+    them, if one is not float32, has another shape than its layer's, or a name that the table does not have."""
+    check_tensors(tensors, "tensors to keep with the model")
     sidecar: Sidecar = getattr(model, "_reqat_sidecar", None) or Sidecar()
-    model._reqat_sidecar = replace(sidecar, tensors=sidecar.tensors | dict(tensors))  # type: ignore[assignment]
+    sidecar = dataclasses.replace(sidecar, tensors=sidecar.tensors | dict(tensors))
+    sidecar.check_model(model, "tensors to keep with the model")
+    model._reqat_sidecar = sidecar  # type: ignore[assignment]
+
+
+def carried(model: PreTrainedModel, *kinds: str) -> list[str]:
+    """Names of the tensors of these kinds (``bases``, ``clips``, ...) that ``model`` keeps, prepared or not."""
+    return sorted(name for name in Sidecar.collect(model).tensors if _place(name).kind in kinds)
+
+
+def _place(name: str) -> Place:
+    place = place_of(name)
+    assert place is not None, name
+    return place
+
+
+def _quantizers(model: PreTrainedModel) -> dict[str, Quantizer]:
+    """The quantizers of a prepared model by the prefix of their tensors' names."""
+    found: dict[str, Quantizer] = {}
+    for index, kv in enumerate(kv_quantizers(model)):
+        found |= {f"layers.{index}.keys": kv.key, f"layers.{index}.values": kv.value}
+    for name, module in _by_plain_name(model).items():
+        found |= {f"{name}.input": module.input_quantizer, f"{name}.weight": module.weight_quantizer}
+    return found
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -252,19 +325,15 @@ def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: weight for block in blocks_of(model) for name, weight in block.weights().items()}
 
 
-def _basis(precision: Precision) -> tuple[object, ...]:
-    return precision.keys, precision.kv_rotation, precision.kv_signs
+def _same_blocks(now: Format | None, then: Format | None) -> bool:
+    """Whether two formats round a block alike, given its scale: all but where a global scale comes from."""
+    if now is None or then is None:
+        return now is then
+    return now == dataclasses.replace(then, global_scale=now.global_scale)
 
 
 def _by_plain_name(model: PreTrainedModel) -> dict[str, QuantLinear]:
     return {plain_name(name): module for name, module in quant_linears(model).items()}
-
-
-def _restore_clip(quantizer: Quantizer, clip: Tensor | None, same_format: bool) -> int:
-    if clip is None or not same_format or quantizer.format is None or quantizer.clip is not None:
-        return 0
-    quantizer.set_clip(clip)
-    return 1
 
 
 def _restore_scale(quantizer: Quantizer, scale: Tensor | None, same_format: bool) -> int:

@@ -49,15 +49,16 @@ _LATER_KEYS: dict[str, tuple[type, ...]] = {
     "bases": (bool,),
     "clips": (bool,),
 }
-FACTORS = ("left", "right")
-"""Parts of a basis (:mod:`reqat.quant.basis`)."""
 # What a tensor that is not of a quantized weight may be called, and which key of reqat.json tells of it.
-_NAMES = {
-    re.compile(r"layers\.\d+\.kv_shift"): "kv_shift",
-    re.compile(r"layers\.\d+\.(keys|values)_global_scale|.+\.input_global_scale"): "static_scales",
-    re.compile(r"layers\.\d+\.keys_(left|right)|.+\.input_(left|right)"): "bases",
-    re.compile(r"layers\.\d+\.(keys|values)_clip|.+\.(input|weight)_clip"): "clips",
+_NAME = re.compile(r"(layers\.\d+|.+)\.(kv|keys|values|input|weight)_(shift|global_scale|left|right|clip)")
+_OF_CACHE = re.compile(r"layers\.(\d+)")
+_KINDS = {
+    "kv_shift": ("kv_shift",),
+    "static_scales": ("keys_global_scale", "values_global_scale", "input_global_scale"),
+    "bases": ("keys_left", "keys_right", "input_left", "input_right"),
+    "clips": ("keys_clip", "values_clip", "input_clip", "weight_clip"),
 }
+_CACHED = ("kv", "keys", "values")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -73,14 +74,37 @@ class Stored:
     skip: tuple[str, ...] | None = None
 
 
-def kind_of(name: str) -> str | None:
-    """The key of reqat.json that tells of a tensor of this name, or None if there is no such tensor."""
-    return next((kind for pattern, kind in _NAMES.items() if pattern.fullmatch(name)), None)
+@dataclass(frozen=True)
+class Place:
+    """What a tensor's name says: ``layers.0.keys_clip`` is of the ``role`` keys of layer 0, and its ``part`` is clip.
+
+    ``layer`` is the index of a layer's cache, or None; ``linear`` the name of a linear layer, or None.
+    """
+
+    kind: str
+    role: str
+    part: str
+    layer: int | None
+    linear: str | None
+
+    @property
+    def prefix(self) -> str:
+        """The name without its part: ``layers.0.keys``."""
+        return f"{f'layers.{self.layer}' if self.linear is None else self.linear}.{self.role}"
 
 
-def part_of(name: str) -> str:
-    """``clip`` of ``layers.0.keys_clip``: what of its place a tensor is."""
-    return name.rpartition(".")[2].rpartition("_")[2]
+def place_of(name: str) -> Place | None:
+    """The place of a tensor of this name, or None if there is no such tensor."""
+    match = _NAME.fullmatch(name)
+    own = name.rpartition(".")[2]
+    kind = next((kind for kind, known in _KINDS.items() if own in known), None)
+    if match is None or kind is None:
+        return None
+    where, role, part = match.groups()
+    layer = _OF_CACHE.fullmatch(where)
+    if role in _CACHED:
+        return Place(kind, role, part, int(layer[1]), None) if layer is not None else None
+    return Place(kind, role, part, None, where)
 
 
 def sealed(about: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -191,7 +215,7 @@ def _words(types: tuple[type, ...]) -> str:
 def _tensors(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of the file beside ``about``; none where it says that there is none."""
     path = folder / TENSORS
-    needed = about["weights"] == "quantized" or any(about.get(kind, False) for kind in _NAMES.values())
+    needed = about["weights"] == "quantized" or any(about.get(kind, False) for kind in _KINDS)
     if not path.is_file():
         if needed or about.get("tensors_sha256") is not None:
             raise ReqatError(f"{folder / JSON} needs {TENSORS} beside it, which is missing; copy the checkpoint again.")
@@ -263,34 +287,41 @@ def _global(path: Path, name: str, stored: Tensor, fmt: Format, shape: torch.Siz
 
 
 def _check_rest(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Shifts, static scales, bases, clips: names, types, finite numbers, and whether ``about`` says that there are
-    some."""
+    """Shifts, static scales, bases, clips: whether each is one, and whether ``about`` says that there are some."""
+    kinds = check_tensors(tensors, str(path))
+    for kind in _KINDS:
+        if about.get(kind, False) != (kind in kinds):
+            raise ReqatError(
+                f"{path}: {JSON} says {kind}: {about.get(kind, False)}, the tensors say otherwise; {_REMEDY}."
+            )
+
+
+def check_tensors(tensors: Mapping[str, Tensor], where: str) -> set[str]:
+    """The kinds of ``tensors`` that are not of quantized weights. Raises ReqatError, naming the tensor after ``where``,
+    for an unknown name, another dtype than float32, a form that no model has, or numbers that cannot be."""
     kinds: set[str] = set()
     for name, tensor in tensors.items():
-        kind = kind_of(name)
-        if kind is None:
-            raise ReqatError(f"{path}: {name} belongs to nothing that {JSON} lists; {_REMEDY}.")
+        place = place_of(name)
+        if place is None:
+            raise ReqatError(f"{where}: {name} belongs to nothing that {JSON} lists; {_REMEDY}.")
+        kind = place.kind
         kinds.add(kind)
         scale, clip = kind == "static_scales", kind == "clips"
         form = tuple(tensor.shape) == (1,) if scale else tensor.ndim == 2 and tensor.numel() > 0
         if clip:
-            form = tensor.shape[-1:] == (2,) and tensor.ndim == (2 if name.endswith(".weight_clip") else 1)
+            form = tensor.shape[-1:] == (2,) and tensor.ndim == (2 if place.role == "weight" else 1)
         if tensor.dtype != torch.float32 or not form:
             raise ReqatError(
-                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, where torch.float32 "
+                f"{where}: {name} is {tensor.dtype} {tuple(tensor.shape)}, where torch.float32 "
                 f"{_FORMS[kind]} is needed; {_REMEDY}."
             )
         outside = clip and not bool(((tensor > 0) & (tensor <= 1)).all())
         if not bool(torch.isfinite(tensor).all()) or outside or (scale and not float(tensor) > SMALLEST_GLOBAL_SCALE):
             raise ReqatError(
-                f"{path}: {name} holds {tensor.flatten()[:4].tolist()}, where "
+                f"{where}: {name} holds {tensor.flatten()[:4].tolist()}, where "
                 f"{_NUMBERS.get(kind, 'finite numbers')} must be; {_REMEDY}."
             )
-    for kind in _NAMES.values():
-        if about.get(kind, False) != (kind in kinds):
-            raise ReqatError(
-                f"{path}: {JSON} says {kind}: {about.get(kind, False)}, the tensors say otherwise; {_REMEDY}."
-            )
+    return kinds
 
 
 _FORMS = {

@@ -334,9 +334,7 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
         precision_options=stage.precision.options(),
         override=True,
         progress=progress,
-        act_order=settings.act_order,
-        damp=settings.damp,
-        alpha=settings.alpha,
+        **settings.options,
     )
     save_model(model, tokenizer, out / MODEL)
     return metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reqat.config.precision import KNOWN
 from reqat.quant.autocast import autocast
-from reqat.quant.basis import Basis, kronecker
+from reqat.quant.basis import FACTORS, Basis, inverse_transposed, kronecker
 from reqat.quant.fake import fake_quantize, straight_through
 from reqat.quant.gradients import RULES, GradientRule
 from reqat.quant.hadamard import block_hadamard, hadamard, hadamard_factors, signs, with_signs
@@ -13,6 +13,7 @@ from reqat.quant.quantizer import Quantizer, bounds, calibrating, clipped, dynam
 from reqat.quant.state import MeasuredState
 
 __all__ = [
+    "FACTORS",
     "KNOWN",
     "RULES",
     "Basis",
@@ -26,6 +27,7 @@ __all__ = [
     "fake_quantize",
     "hadamard",
     "hadamard_factors",
+    "inverse_transposed",
     "calibrating",
     "clipped",
     "dynamic",

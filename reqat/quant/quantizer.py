@@ -101,7 +101,7 @@ class Quantizer(MeasuredState):
             return x if self.rotation is None else block_hadamard(x, self.rotation)
         fmt, global_scale, rotation = self.format, self.global_scale, self.rotation
         if self.clip is not None:
-            x = clipped(x if rotation is None else Rounding(fmt, None, rotation).rotate(x), self.clip, fmt)
+            x = self.cut(x if rotation is None else Rounding(fmt, None, rotation).rotate(x))
             rotation = None
         if self.calibrating:
             self._observe(x, rotation)
@@ -118,9 +118,13 @@ class Quantizer(MeasuredState):
     def codes(self, rotated: Tensor) -> QuantizedTensor:
         """Codes and scales of a tensor that has been rotated already: ``quantizer(x)`` is what they stand for."""
         assert self.format is not None
-        if self.clip is not None:
-            rotated = clipped(rotated, self.clip, self.format)
-        return self.gradient.codes(rotated, Rounding(self.format, self.global_scale, None, self.name))
+        return self.gradient.codes(self.cut(rotated), Rounding(self.format, self.global_scale, None, self.name))
+
+    def cut(self, rotated: Tensor) -> Tensor:
+        """A tensor that has been rotated already, cut off as ``clip`` says."""
+        if self.clip is None or self.format is None:
+            return rotated
+        return clipped(rotated, self.clip, self.format)
 
     @torch.no_grad()
     def _observe(self, x: Tensor, rotation: int | None) -> None:

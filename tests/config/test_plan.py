@@ -377,7 +377,7 @@ DEFAULTS: dict[type[Strict], dict[str, object]] = {
     SEMTerm: {"weight": 0.1, "percentile": 0.75, "binary": False},
     Calibration: CALIBRATION,
     QFitSettings: {"scale": True, "shift": True, "grid": 20, "variant": "paper", "calibration": CALIBRATION},
-    PTQSettings: {"method": "gptq", "act_order": True, "damp": 0.01, "calibration": CALIBRATION},
+    PTQSettings: {"method": "gptq", "options": {}, "calibration": CALIBRATION},
     Decoding: {"greedy": False, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 256, "batch_rows": 256},
     PrecisionSpec: {"name": "BF16", "kv_element": None, "rotation": None, "global_scale": None},
 }

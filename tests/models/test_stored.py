@@ -20,9 +20,19 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.config.errors import ReqatError
-from reqat.models import calibrate_static, freeze, kv_quantizers, load_model, prepare, quant_linears, save_model
+from reqat.models import (
+    calibrate_static,
+    carried,
+    freeze,
+    kv_quantizers,
+    leave,
+    load_model,
+    prepare,
+    quant_linears,
+    save_model,
+)
 from reqat.models.sidecar import Sidecar
-from reqat.models.stored import JSON, TENSORS
+from reqat.models.stored import JSON, TENSORS, place_of
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -310,3 +320,55 @@ def test_digests_change_nothing_in_what_is_saved_again(folder: Path, tmp_path: P
     again = save_model(freeze(model), None, tmp_path / "again")
     for name in (JSON, TENSORS, "model.safetensors"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
+
+
+UP = "model.layers.0.mlp.up_proj"
+UNFIT: dict[str, tuple[dict[str, Tensor], str]] = {
+    "unknown name": ({"layers.0.keys_size": torch.ones(2)}, "layers.0.keys_size"),
+    "layer": ({"layers.3.keys_clip": torch.ones(2)}, "layers.3.keys_clip"),
+    "linear layer": ({"model.layers.0.mlp.side.input_clip": torch.ones(2)}, "side.input_clip"),
+    "dtype": ({"layers.0.kv_shift": torch.zeros(1, 16, dtype=torch.float64)}, "kv_shift.*float32"),
+    "heads": ({"layers.0.kv_shift": torch.zeros(2, 16)}, r"kv_shift.*\(2, 16\).*\(1, 16\)"),
+    "rows": ({f"{UP}.weight_clip": torch.ones(31, 2)}, r"weight_clip.*\(31, 2\).*\(32, 2\)"),
+    "a clip of rows": ({f"{UP}.input_clip": torch.ones(32, 2)}, r"input_clip.*\(32, 2\)"),
+    "a clip beyond": ({"layers.0.values_clip": torch.tensor([0.5, 1.5])}, "values_clip.*1.5"),
+    "a factor": ({f"{UP}.input_left": torch.eye(5)}, rf"{UP}.input.*\(5, 5\).*32"),
+    "two factors": ({f"{UP}.input_left": torch.eye(4), f"{UP}.input_right": torch.eye(4)}, rf"{UP}.input.*4 x 4.*32"),
+    "keys": ({"layers.0.keys_right": torch.eye(32)}, r"layers.0.keys.*\(32, 32\).*16"),
+    "not invertible": ({"layers.0.keys_right": torch.zeros(16, 16)}, "layers.0.keys"),
+    "not finite": ({"layers.0.kv_shift": torch.full((1, 16), torch.nan)}, "kv_shift"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_what_does_not_fit_the_model_is_refused_and_nothing_of_it_is_kept(what: str, tmp_path: Path) -> None:
+    tensors, says = UNFIT[what]
+    model = small()
+    leave(model, {"layers.0.keys_clip": torch.full((2,), 0.5)})
+    with pytest.raises(ReqatError, match=says):
+        leave(model, {f"{UP}.input_clip": torch.full((2,), 0.5), **tensors})
+    assert carried(model, "bases", "clips", "kv_shift") == ["layers.0.keys_clip"]
+    # The same in a folder, of a version that wrote no digests.
+    folder = save_model(model, None, tmp_path / "m")
+    unseal(folder)
+    stored = load_file(folder / TENSORS)
+    save_file({**stored, **tensors}, folder / TENSORS)
+    unseal_kinds(folder, [*stored, *tensors])
+    with pytest.raises(ReqatError, match=says):
+        load_model(folder)
+
+
+def unseal_kinds(folder: Path, names: list[str]) -> None:
+    """Let reqat.json list the kinds of these tensors."""
+    about = json.loads((folder / JSON).read_text())
+    kinds = {place.kind for name in names if (place := place_of(name)) is not None}
+    for kind in ("bases", "clips", "kv_shift", "static_scales"):
+        about[kind] = kind in kinds
+    (folder / JSON).write_text(json.dumps(about))
+
+
+def test_the_layers_of_a_model_without_a_head_are_no_caches() -> None:
+    place = place_of("layers.0.self_attn.q_proj.input_left")
+    assert place is not None and place.linear == "layers.0.self_attn.q_proj" and place.layer is None
+    place = place_of("layers.0.keys_left")
+    assert place is not None and place.layer == 0 and place.prefix == "layers.0.keys"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.quant import Basis, kronecker
+from reqat.quant import Basis, inverse_transposed, kronecker, signs
 
 
 def factors(a: int, b: int) -> tuple[Tensor, Tensor]:
@@ -63,3 +65,83 @@ def test_factors_stay_float32_and_travel_with_the_state() -> None:
 def test_what_is_no_basis_is_refused(left: Tensor, right: Tensor | None) -> None:
     with pytest.raises(ReqatError, match="q_proj"):
         Basis(24, "q_proj input").set(left, right)
+
+
+def test_what_is_refused_changes_nothing() -> None:
+    left, right = factors(4, 6)
+    basis = Basis(24, "q_proj input")
+    basis.set(left, right)
+    for bad in (
+        (torch.eye(4), torch.zeros(6, 6)),
+        (torch.eye(4), torch.eye(4)),
+        (torch.eye(4, dtype=torch.int64), None),
+    ):
+        with pytest.raises(ReqatError, match="q_proj input"):
+            basis.set(*bad)
+        with pytest.raises(ReqatError, match="q_proj input"):
+            basis.load_state_dict({name: f for name, f in zip(("left", "right"), bad, strict=True) if f is not None})
+        assert torch.equal(basis.left, left) and torch.equal(basis.right, right)  # type: ignore[arg-type]
+
+
+def test_a_state_dict_of_factors_of_another_size_is_refused_by_a_fresh_basis() -> None:
+    basis = Basis(24, "q_proj input")
+    with pytest.raises(ReqatError, match="q_proj input.*4 x 4.*24"):
+        basis.load_state_dict({"left": torch.eye(4), "right": torch.eye(4)})
+    assert basis.left is None and basis.right is None
+
+
+def test_signs_are_part_of_the_basis() -> None:
+    left, right = factors(2, 8)
+    x, w = torch.randn(5, 16, dtype=torch.float64), torch.randn(3, 16, dtype=torch.float64)
+    for given in ((None, None), (left, right)):
+        basis = Basis(16, "k", signs=3)
+        basis.set(*given)
+        P = torch.kron(
+            *(torch.eye(n).double() if f is None else f.double() for n, f in zip((2, 8), given, strict=True))
+        )
+        P = P @ torch.diag(torch.where(signs(16, 3), -1.0, 1.0).double())
+        assert basis.changes and basis.factored == (given[0] is not None)
+        torch.testing.assert_close(basis(x), x @ P)
+        torch.testing.assert_close(basis.of_weight(w), w @ torch.linalg.inv(P).T)
+        torch.testing.assert_close(basis.back(basis.of_weight(w)), w)
+
+
+def test_a_factor_is_inverted_once_and_again_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = factors(4, 6)
+    basis, w = Basis(24, "x"), torch.randn(3, 24, dtype=torch.float64)
+    basis.set(left, right)
+    calls: list[int] = []
+
+    def counting(factor: Tensor) -> Tensor:
+        calls.append(len(factor))
+        return inverse_transposed(factor)
+
+    monkeypatch.setattr("reqat.quant.basis.inverse_transposed", counting)
+
+    def check(inverted: list[int]) -> None:
+        assert basis.left is not None and basis.right is not None
+        P = torch.kron(basis.left.detach().double(), basis.right.detach().double())
+        calls.clear()
+        for _ in range(3):
+            torch.testing.assert_close(basis.of_weight(w), w @ torch.linalg.inv(P).T)
+        assert calls == inverted
+
+    check([4, 6])
+    check([])
+    basis.set(left + torch.eye(4), right)
+    check([4, 6])
+    # A training step writes into the factor that is there.
+    factor = basis.left
+    assert factor is not None
+    factor.requires_grad_()
+    optimizer = torch.optim.AdamW([factor], lr=0.1)
+    basis.of_weight(w).square().sum().backward()
+    assert factor.grad is not None and float(factor.grad.abs().sum()) > 0
+    optimizer.step()
+    factor.requires_grad_(False)
+    check([4])
+    basis.load_state_dict({"left": left, "right": right})
+    check([4, 6])
+    copied = copy.deepcopy(basis)
+    copied.set(right[:4, :4] + 3 * torch.eye(4), None)
+    check([])

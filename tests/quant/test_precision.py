@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reqat.config.base import digest, parse
 from reqat.config.errors import ReqatError
 from reqat.config.formats import FAMILIES
 from reqat.config.precision import PrecisionSpec
@@ -206,3 +207,33 @@ def test_signs_need_a_seed_and_a_rotation(given: dict[str, Any]) -> None:
 
 def test_what_has_no_signs_is_stored_as_before_there_were_any() -> None:
     assert "kv_signs" not in Precision.parse("NVFP4-KV4", kv_rotation=16).to_dict()
+
+
+_PATTERN = st.text(st.sampled_from("ab.*_0[]!?=:+-"), min_size=1, max_size=6)
+
+
+@given(
+    st.sampled_from([*KNOWN, "MXFP4-W4A4+NVFP4-KV4"]),
+    _SIZES,
+    st.lists(_PATTERN, unique=True, max_size=3),
+)
+def test_what_is_skipped_is_written_and_read_back(name: str, rotation: int | None, skip: list[str]) -> None:
+    spec = PrecisionSpec.model_validate({"name": name, "rotation": rotation, "skip": skip or None})
+    again = PrecisionSpec.model_validate(str(spec))
+    assert again == spec and digest(again) == digest(spec)
+    assert ("skip=" in str(spec)) == (spec.skip is not None)
+    without = PrecisionSpec.model_validate({"name": name, "rotation": rotation})
+    assert spec.skip is not None or str(spec) == str(without)
+
+
+@pytest.mark.parametrize("pattern", ["*.down_proj,*.up_proj", "a|b", " a", "a "])
+def test_a_pattern_that_a_name_cannot_hold_is_refused(pattern: str) -> None:
+    with pytest.raises(ReqatError, match="skip"):
+        parse(PrecisionSpec, {"name": "MXFP4-W4A4", "skip": [pattern]}, "test")
+
+
+def test_what_is_skipped_is_no_part_of_a_precision_of_tensors() -> None:
+    with pytest.raises(ReqatError, match="skip.*prepare"):
+        Precision.parse("MXFP4-W4A4:skip=*.down_proj")
+    with pytest.raises(ReqatError, match="skip"):
+        parse(PrecisionSpec, {"name": "MXFP4-W4A4:skip=*.down_proj", "skip": ["*.up_proj"]}, "test")

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from reqat.config.catalogue import PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.ptq import settled
 from reqat.methods.layerwise import BATCH_TOKENS, check_input_ids
-from reqat.methods.ptq._method import Method
+from reqat.methods.ptq._method import Method, taken
 from reqat.models import Report, calibrate_static, prepare
 from reqat.models.experts import Experts
 from reqat.models.prepare import check_geometry
@@ -48,25 +49,22 @@ def quantize(
         input_ids: ``[n, T]`` int64 calibration sequences without padding; methods that look at no data do without,
             unless the precision has static scales.
         progress: show bars.
-        options: settings, of which a method takes those that it has.
+        options: of the method (:mod:`reqat.config.ptq`); None stands for the default.
 
     Returns what was prepared, and the method's metrics. The model is frozen.
 
     Raises:
-        ReqatError: unknown method, an option that no method has, missing calibration data, a model that is prepared for
-            another precision, or what the method refuses.
+        ReqatError: unknown method, an option that it does not have or a value out of range, missing calibration data, a
+            model that is prepared for another precision, or what the method refuses.
     """
     if method not in METHODS:
         raise unknown("PTQ method", method, METHODS)
-    known = {option for m in METHODS.values() for option in m.options}
-    if strange := sorted(set(options) - known):
-        raise unknown("option of PTQ methods", strange[0], known)
     chosen = METHODS[method]
+    options = settled(method, options, chosen.settings)
     if input_ids is not None:
         check_input_ids(model, input_ids)
     elif chosen.needs_calibration:
         raise ReqatError(f"{method} looks at what flows through the model: give it calibration input_ids")
-    taken = {key: value for key, value in options.items() if key in chosen.options and value is not None}
     asked = wanted = Precision.parse(precision, **(precision_options or {}))
     for transform in chosen.transforms:
         wanted = transform.prepared_for(wanted)
@@ -74,7 +72,7 @@ def quantize(
         check_geometry(model, wanted, [])
     metrics: dict[str, Any] = {}
     for transform in chosen.transforms:
-        of_transform = {k: v for k, v in taken.items() if k not in chosen.solver_options}
+        of_transform = taken(transform.rewrite, options)
         metrics |= transform.apply(model, wanted, input_ids, progress=progress, **of_transform)[1]
     if wanted == asked:
         report = prepare(model, precision, override=override, **(precision_options or {}))
@@ -82,7 +80,7 @@ def quantize(
         report = prepare(model, wanted, override=override)
     if input_ids is not None and any(getattr(module, "needs_calibration", False) for module in model.modules()):
         calibrate_static(model, input_ids.split(max(1, BATCH_TOKENS // input_ids.shape[1])))
-    settings = {k: v for k, v in taken.items() if k in chosen.solver_options}
+    settings = taken(chosen.solver, options)
     if chosen.solver_needs_data:
         found = chosen.solver(model, input_ids, progress=progress, **settings)
     else:

@@ -13,8 +13,8 @@ inputs the candidates quantize x / s, too.
 
 Then weights are clipped: for each block, of 10 bounds from its largest magnitude down to 0.55 of it the one with the
 least error of the block's share of the layer's output, ``d^T H d`` with d the error of its weights and H the second
-moments of its inputs. Not in q and k; and not in FP4: a scale of MXFP4 is a power of two, so that a clipped block loses
-whole bits (ReQAT runs AWQ without it, too).
+moments of its inputs. Not in q and k; and unless ``clip`` says otherwise not in FP4: a scale of MXFP4 is a power of
+two, so that a clipped block loses whole bits (ReQAT runs AWQ without it, too).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
+from reqat.config.ptq import AWQOptions
 from reqat.formats import QuantizedTensor, quantize, quantize_dequantize
 from reqat.methods.layerwise import Step, WeightProblem, hooked, solve_weights, walk
 from reqat.methods.ptq._method import Method
@@ -161,11 +162,12 @@ def _candidate(group: FoldableGroup, s_K: Tensor, precision: Precision) -> Itera
 def solve(
     model: PreTrainedModel, input_ids: Tensor, *, clip: bool | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Round the weights of a prepared ``model``, in place; clipped first if ``clip`` says so (None: integers)."""
+    """Round the weights of a prepared ``model``, in place; clipped first if ``clip`` says so (None: where they
+    are integers, which is what the method does unless it is told otherwise)."""
     precision = precision_of(model)
     fmt = precision.weights if precision is not None else None
     if not (clip if clip is not None else fmt is not None and fmt.element_type.integer):
-        return rtn(model)
+        return {**rtn(model), "clip": False}
     solved = solve_weights(model, input_ids, _clipped, label="AWQ clipping", progress=progress)
     return {"method": "awq", "clip": True, **summary(solved, input_ids)}
 
@@ -197,7 +199,6 @@ def _clipped(problem: WeightProblem) -> QuantizedTensor:
 METHOD = Method(
     solve,
     transforms=(Transform(scale),),
-    options={"grid": GRID, "clip": None},
+    settings=AWQOptions,
     solver_needs_data=True,
-    solver_options=("clip",),
 )

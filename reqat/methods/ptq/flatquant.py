@@ -10,9 +10,10 @@ Where QuaRot takes Hadamard matrices, FlatQuant learns invertible ones that make
 - where the extremes are cut off: of each row of a weight, and of inputs, keys and values, sigmoid(p) from p = 4.
 
 A layer is trained on the inputs and outputs of the full-precision model: mean squared error of its output divided by
-its own value (so that steps have one size), AdamW, cosine decay to a thousandth, 15 epochs of batches of 4 sequences.
-Rounding passes gradients straight through; its error grows with the range that the scale comes from, which is how a
-clip learns. Matrices begin as random orthogonal ones; their inverses are computed in float64.
+its own value (so that steps have one size), AdamW with weight decay 0.01, cosine decay to a thousandth, 15 epochs of
+batches of 4 sequences. Rounding passes gradients straight through; its error grows with the range that the scale comes
+from, which is how a clip learns. Matrices begin as random orthogonal ones; their inverses are computed in float64. Keys
+are shifted as the model says (Q-FIT) and have the precision's signs.
 
 Afterwards scales and P_v are folded, bases and clips kept for :func:`reqat.models.prepare`, and weights rounded to
 nearest. Rows of v are cut off in the basis of their output, where they are rounded (the reference does so before it).
@@ -33,20 +34,36 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
+from reqat.config.ptq import FlatQuantOptions
 from reqat.formats import Format
+from reqat.methods.gated import gated_parts, turn_values
 from reqat.methods.layerwise import Step, walk
 from reqat.methods.ptq._method import Method
-from reqat.methods.ptq.quarot import gated_parts, turn_values
 from reqat.methods.ptq.rtn import rtn
 from reqat.methods.scaling import FoldableGroup, Magnitudes, check_full_precision, groups_of, magnitudes
 from reqat.methods.transform import Transform
 from reqat.models import leave, precision_of, prepare
 from reqat.models.adapters import OUT, VALUE, HeadShape
-from reqat.quant import Precision, block_hadamard, bounds, clipped, dynamic, fake_quantize, kronecker
+from reqat.quant import (
+    Precision,
+    block_hadamard,
+    bounds,
+    clipped,
+    dynamic,
+    fake_quantize,
+    inverse_transposed,
+    kronecker,
+    with_signs,
+)
 
 EPOCHS = 15
 BATCH = 4
 _LR, _CLIP_LR, _DECAYED = 5e-3, 5e-2, 1e-3
+# The reference names no weight decay, so it trains with AdamW's own (ruikangliu/FlatQuant, flatquant/train_utils.py:
+# `torch.optim.AdamW(trained_params)`; 0.01 since torch 1.2). It shrinks clips before the sigmoid towards one half, and
+# the logarithms of scales, which the reference does not take, towards 0. A matrix and its inverse transposed cancel, so
+# the size of a matrix is free.
+_WEIGHT_DECAY = 0.01
 _ALPHA = 0.3
 _CLIP = 4.0
 _FLOOR = 1e-5
@@ -145,7 +162,7 @@ def _orthogonal(n: int, generator: torch.Generator, like: Tensor) -> nn.Paramete
 
 
 def _inverse_transposed(P: Tensor | None) -> Tensor | None:
-    return None if P is None else torch.linalg.inv(P.double()).T.to(P.dtype)
+    return None if P is None else inverse_transposed(P).to(P.dtype)
 
 
 @dataclass
@@ -191,7 +208,8 @@ class _Linear(nn.Module):
 
 
 class _Cache(nn.Module):
-    """A layer's key/value quantizer while its transform is learned."""
+    """A layer's key/value quantizer while its transform is learned: what :class:`reqat.models.kv.KVQuantizer` computes
+    of keys and queries, the model's own shift and the precision's signs included."""
 
     scales_over_tokens = False
 
@@ -201,15 +219,18 @@ class _Cache(nn.Module):
 
     def query(self, query: Tensor) -> Tensor:
         layer = self.held[0]
-        query = kronecker(query, None, _inverse_transposed(layer.keys))
+        if layer.keys is None:
+            return query
+        query = with_signs(kronecker(query, None, _inverse_transposed(layer.keys)), layer.precision.kv_signs)
         rotation = layer.precision.kv_rotation
-        return query if rotation is None or layer.keys is None else block_hadamard(query, rotation)
+        return query if rotation is None else block_hadamard(query, rotation)
 
     def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         layer = self.held[0]
         precision = layer.precision
         if precision.keys is not None:
-            key = kronecker(key, None, layer.keys)
+            key = key if layer.shift is None else key - layer.shift[:, None, :].to(key)
+            key = with_signs(kronecker(key, None, layer.keys), precision.kv_signs)
             key = soft_quantize(key, precision.keys, layer.key_clip.sigmoid(), precision.kv_rotation)
         if precision.values is not None:
             value = soft_quantize(value, precision.values, layer.value_clip.sigmoid())
@@ -267,6 +288,7 @@ class _Layer:
                 )
         assert block.attention is not None
         attention = self.module.get_submodule(block.attention.name.removeprefix(f"{block.name}."))
+        self.shift: Tensor | None = attention.reqat_kv.shift  # of Q-FIT, which the model keeps
         attention.reqat_kv = _Cache(self)
 
     def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -279,7 +301,9 @@ class _Layer:
         """Train on the batches of ``step``; returns the relative error of the first and of the last epoch."""
         assert step.outputs is not None
         slow, fast = self._parameters()
-        optimizer = torch.optim.AdamW([{"params": slow, "lr": _LR}, {"params": fast, "lr": _CLIP_LR}])
+        optimizer = torch.optim.AdamW(
+            [{"params": slow, "lr": _LR}, {"params": fast, "lr": _CLIP_LR}], weight_decay=_WEIGHT_DECAY
+        )
         hidden = [x.detach().to(self.dtype) for x in step.hidden]
         outputs = [y.detach().to(self.dtype) for y in step.outputs]
         calls = [{key: _cast(value, self.dtype) for key, value in kwargs.items()} for kwargs in step.kwargs]
@@ -343,5 +367,5 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
 METHOD = Method(
     rtn,
     transforms=(Transform(train, online="learned bases of inputs, of o across heads, and of queries and keys"),),
-    options={"epochs": EPOCHS, "batch": BATCH, "seed": 0},
+    settings=FlatQuantOptions,
 )

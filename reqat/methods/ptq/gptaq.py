@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.ptq import GPTAQOptions
 from reqat.methods.layerwise import solve_weights
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.gptq import gptq_codes, summary
@@ -55,7 +56,6 @@ def gptaq(
 
 METHOD = Method(
     gptaq,
-    options={"act_order": True, "damp": 0.01, "alpha": 0.25},
+    settings=GPTAQOptions,
     solver_needs_data=True,
-    solver_options=("act_order", "damp", "alpha"),
 )

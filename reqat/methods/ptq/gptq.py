@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.ptq import GPTQOptions
 from reqat.formats import QuantizedTensor, clamp_affine_
 from reqat.methods.layerwise import WeightProblem, few_tokens, solve_weights
 from reqat.methods.ptq._method import Method
@@ -85,7 +86,9 @@ def gptq_codes(
         raise ReqatError(f"GPTQ's damp must be positive, got {damp} (0.01 is usual)")
     N, K = problem.weight.shape
     diagonal = problem.hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(K).to(diagonal.device)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(K, device=diagonal.device)
+    )
     U = _inverse_factor(problem.hessian[order][:, order], damp, problem.name)
     P = None
     if drift and problem.drift is not None:
@@ -153,6 +156,4 @@ def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tupl
     return rounding
 
 
-METHOD = Method(
-    gptq, options={"act_order": True, "damp": 0.01}, solver_needs_data=True, solver_options=("act_order", "damp")
-)
+METHOD = Method(gptq, settings=GPTQOptions, solver_needs_data=True)

@@ -17,25 +17,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.ptq import MRGPTQOptions, rotation_of
 from reqat.formats import QuantizedTensor
 from reqat.methods.layerwise import WeightProblem, solve_weights
 from reqat.methods.ptq._grid import NORM, searched
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.gptq import gptq_codes, summary
+from reqat.methods.scaling import check_unmeasured
 from reqat.methods.transform import Transform
 from reqat.models import share_global_scales
 from reqat.quant import Precision
 
 _GRID = 100
 _SHRINK = 0.8
-_BLOCK = 32  # of formats that have no block
 
 
 def rotated(precision: Precision) -> Precision:
-    """``precision`` with a rotation in blocks of its weights' format."""
+    """``precision`` with a rotation in blocks of its weights' format, unless it names one."""
     if precision.rotation is not None or precision.weights is None:
         return precision
-    return precision.replace(rotation=precision.weights.block or _BLOCK)
+    return precision.replace(rotation=rotation_of("mr_gptq", precision.weights.block))
 
 
 def mr_gptq(
@@ -58,6 +59,7 @@ def mr_gptq(
     """
     if grid < 1 or not norm > 0:
         raise ReqatError(f"MR-GPTQ searches {grid} scales by an error of norm {norm}: both must be positive")
+    check_unmeasured(model, "MR-GPTQ", "clips")  # its search would replace them
     share_global_scales(model)
     shares = [1 - _SHRINK * i / grid for i in range(grid)]
 
@@ -80,7 +82,6 @@ def mr_gptq(
 METHOD = Method(
     mr_gptq,
     transforms=(Transform(prepared_for=rotated, online="the rotation of each linear layer's input"),),
-    options={"damp": 0.01, "grid": _GRID, "norm": NORM},
+    settings=MRGPTQOptions,
     solver_needs_data=True,
-    solver_options=("damp", "grid", "norm"),
 )

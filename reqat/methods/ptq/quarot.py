@@ -26,15 +26,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.config.ptq import QuaRotOptions
 from reqat.formats import Format, QuantizedTensor
-from reqat.methods.layerwise import WeightProblem, solve_weights
+from reqat.methods.gated import gated_parts, turn_values
+from reqat.methods.layerwise import WeightProblem, on_device, solve_weights
 from reqat.methods.ptq._grid import searched
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.gptq import gptq_codes, summary
 from reqat.methods.scaling import check_full_precision, norm_offset
 from reqat.methods.transform import Transform
 from reqat.models import kv_quantizers, leave, quant_linears
-from reqat.models.adapters import GatedDecoder, adapter_of
 from reqat.quant import Precision, hadamard_factors, kronecker
 
 _SEED = 0
@@ -79,7 +80,8 @@ def rotate(
         across: Tensor | None = torch.kron(*hadamard_factors(heads.query_heads))
     except ReqatError:
         across = None
-    before = model(input_ids[:1]).logits.double()
+    ids = on_device(model, input_ids[:1])
+    before = model(ids).logits.double()
 
     signs = torch.randint(0, 2, (hidden,), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
 
@@ -110,35 +112,13 @@ def rotate(
         left |= {} if across is None else {f"{names[out]}.input_left": across}
         left |= {f"{names[down]}.input_left": R4[0], f"{names[down]}.input_right": R4[1]}
     leave(model, {name: factor.float() for name, factor in left.items()})
-    moved = float((model(input_ids[:1]).logits.double() - before).norm() / before.norm().clamp(min=1e-30))
+    moved = float((model(ids).logits.double() - before).norm() / before.norm().clamp(min=1e-30))
     if not moved <= max(_TOLERANCE, 8 * torch.finfo(embedding.weight.dtype).eps ** 0.5):
         raise ReqatError(
             f"QuaRot: the rotated model does not compute the same (off by {moved:.2g}), so this architecture is not "
             "supported; load the model again"
         )
     return {"seed": seed, "heads_mixed": across is not None}
-
-
-def gated_parts(model: PreTrainedModel, what: str) -> GatedDecoder:
-    """The parts of a decoder of norms, attention and gated MLPs. Raises ReqatError for any other."""
-    parts = adapter_of(model).gated(model)
-    if parts is None:
-        raise ReqatError(
-            f"{what} transforms decoders built like Llama, Qwen2 or Qwen3 (norm, attention, norm, gated MLP); model "
-            f"type {model.config.model_type!r} has other parts: take another method (gptq, awq, smoothquant)"
-        )
-    return parts
-
-
-@torch.no_grad()
-def turn_values(value: Any, out: Any, P: Tensor, of_weight: Tensor) -> None:
-    """Multiply each head's values by P [D, D], in the rows of ``value``, and the columns of ``out`` by ``of_weight``,
-    P's inverse transposed. In place, computed in float64."""
-    P, of_weight = P.double().to(value.weight.device), of_weight.double().to(out.weight.device)
-    value.weight.copy_(kronecker(value.weight.double().T, None, P).T)
-    if value.bias is not None:
-        value.bias.copy_(kronecker(value.bias.double(), None, P))
-    out.weight.copy_(kronecker(out.weight.double(), None, of_weight))
 
 
 def _untie(model: PreTrainedModel) -> None:
@@ -193,7 +173,6 @@ METHOD = Method(
     transforms=(
         Transform(rotate, online="rotations of queries and keys, of o across heads, and of the input of down"),
     ),
-    options={"seed": _SEED, "damp": 0.01, "input_clip": None, "cache_clip": None},
+    settings=QuaRotOptions,
     solver_needs_data=True,
-    solver_options=("damp", "input_clip", "cache_clip"),
 )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
+from reqat.config.ptq import SmoothQuantOptions
 from reqat.methods.layerwise import walk
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.rtn import rtn
@@ -64,4 +65,4 @@ def smooth(
     return {"alpha": alpha, "smoothed": len(smoothed)}
 
 
-METHOD = Method(rtn, transforms=(Transform(smooth),), options={"alpha": 0.6})
+METHOD = Method(rtn, transforms=(Transform(smooth),), settings=SmoothQuantOptions)

@@ -15,6 +15,7 @@ from reqat.methods.layerwise import walk
 from reqat.methods.qfit.activations import capture, check_full_precision
 from reqat.methods.qfit.result import QFitResult, QKNorm, Variant
 from reqat.methods.qfit.search import search
+from reqat.methods.scaling import check_unmeasured
 from reqat.models import precision_of, prepare
 from reqat.models.adapters import Attention, Block, cached_attentions
 from reqat.quant import Precision
@@ -64,6 +65,7 @@ def calibrate(
         raise ReqatError(f"Q-FIT needs at least 1 query position a sequence, got queries={queries}")
     layers = _layers(model)
     check_full_precision(layers)
+    check_unmeasured(model, "Q-FIT")
     points = tuple(i / grid for i in range(grid))
     alphas, betas = points if scale else (0.0,), points if shift else (0.0,)
     where = qk_norm if all(attention.norms is not None for _, attention in layers) else "none"
@@ -127,6 +129,7 @@ def fold(model: PreTrainedModel, result: QFitResult) -> PreTrainedModel:
             f"{'has' if normed else 'has no'} QK norm"
         )
     check_full_precision(layers, frozen_only=True)
+    check_unmeasured(model, "Q-FIT")
     if precision_of(model) is None:
         prepare(model, "BF16")
     repeat = heads.query_heads // heads.kv_heads

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reqat.formats import Format, quantize_dequantize
 from reqat.methods.qfit.activations import Activations, rope
-from reqat.quant import Precision, block_hadamard, with_signs
+from reqat.quant import Basis, Precision, block_hadamard
 
 # Smallest s0: a channel that calibration never saw move must not blow up when divided by it.
 _EPS = 1e-5
@@ -66,6 +66,7 @@ def search(
     """Errors over the grid ``alphas`` x ``betas`` for one layer; ``advance`` is called after each alpha."""
     assert precision.keys is not None
     query, key = rope(act.query, act.cos, act.sin), rope(act.key, act.cos, act.sin)
+    basis = Basis(key.shape[-1], f"{name} keys", precision.kv_signs)
     s0_GD = pair_scale(act.key, share_heads=share_heads).double()
     mean_GD = (act.key if mean_before_rope else key).double().mean(dim=(0, 2))
     value_hat = act.value if precision.values is None else _quantized(act.value, precision.values, f"{name} values")
@@ -80,11 +81,13 @@ def search(
         scaled = key / scales_AGD[i][:, None]
         for j, b in enumerate(betas):
             shifted = scaled - shifts[i, j][:, None]
+            shifted = basis(shifted)
             if precision.kv_rotation is not None:  # back into the queries' basis after quantizing
-                shifted = block_hadamard(with_signs(shifted, precision.kv_signs), precision.kv_rotation)
+                shifted = block_hadamard(shifted, precision.kv_rotation)
             key_hat = _quantized(shifted, precision.keys, f"{name} keys")
             if precision.kv_rotation is not None:
-                key_hat = with_signs(block_hadamard(key_hat, precision.kv_rotation), precision.kv_signs)
+                key_hat = block_hadamard(key_hat, precision.kv_rotation)
+            key_hat = basis.back(key_hat)
             errors[i, j] = error(key_hat, b, scales_AGD[i])
         advance()
     best = int(errors.argmin())
