@@ -192,6 +192,7 @@ BETA = [0.5] * LAYERS
 
 
 def keys(path: Path) -> Study:
+    path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     wide = []
     for layer in (1, 3):
