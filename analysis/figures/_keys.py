@@ -51,7 +51,9 @@ def draw_error_map(ax: Axes, rows: pd.DataFrame) -> AxesImage:
 
 def draw_paper_choice(ax: Axes, layer: int, scale: float, shift: float) -> None:
     """The point that the paper's search chose for one of its layers, on a map of ours."""
-    look = style.theirs(f"{paper.READ_OFF}, layer {layer}", color="black", marker="s", ls="none", alpha=0.9, zorder=3)
+    look = style.theirs(
+        f"{paper.READ_OFF}, layer {layer}", color="black", marker="s", ls="none", mfc="white", alpha=1, zorder=3
+    )
     ax.plot(shift, scale, **look)
 
 

@@ -91,7 +91,10 @@ def build(studies: ByKind) -> Figure:
     style.panel(theirs, "", f"(a) of the paper, read off: {MODEL_OF_PAPER}", theirs=True)
     style.panel(below, "", "Relative to the base")
     theirs.legend(loc="lower right", fontsize=6)
-    right.legend(handles=[line for line in right.get_lines() if line.get_gid() == style.PAPER], loc="best", fontsize=6)
+    light = [line for line in right.get_lines() if line.get_gid() == style.PAPER]
+    low, high = right.get_ylim()
+    right.set_ylim(low - 0.3 * (high - low), high)  # room for the legend
+    right.legend(handles=light, loc="lower right", fontsize=6)
     handles, names = left.get_legend_handles_labels()
     columns = -(-len(names) // -(-len(names) // 5))  # at most five, rows as full as each other
     fig.legend(handles, names, loc="outside upper center", ncols=columns, columnspacing=1.4)
