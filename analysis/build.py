@@ -77,15 +77,18 @@ def build_tables(
 def build_figures(
     tier: str | Plan, source: Path, out: Path, *, pinned: bool = False, paths: Paths | None = None
 ) -> list[Path]:
-    """Draw every figure of the tier as PNG and PDF into `out`; returns the files written. Raises alike."""
-    from analysis.report import style
+    """Draw every figure of the tier as PNG and PDF into `out`, with its numbers as CSV; returns the files written.
+
+    Raises alike.
+    """
+    from analysis.report import drawn, style
 
     results = results_of(tier, source, pinned=pinned, paths=paths)
     results.check()
     written = []
     for name, (figure, model) in figure_names(results.plan).items():
         with style.context():
-            written += style.save(maker("figures", figure)(results, model), Path(out), name)
+            written += drawn.save(maker("figures", figure)(results, model), Path(out), name)
     return written
 
 
@@ -102,7 +105,7 @@ def build_studies(
 
     Options and errors: `analysis.report.studies.load_studies`.
     """
-    from analysis.report import style
+    from analysis.report import drawn, style
     from analysis.report.studies import by_kind, load_studies
 
     studies = by_kind(load_studies(planned, source, pinned=pinned, stages=stages))
@@ -112,7 +115,7 @@ def build_studies(
         written += maker("tables", name)(studies).write(Path(table_folder))
     for name in wanted_figures:
         with style.context():
-            written += style.save(maker("figures", name)(studies), Path(plot_folder), name)
+            written += drawn.save(maker("figures", name)(studies), Path(plot_folder), name)
     return written
 
 
@@ -127,14 +130,14 @@ def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> lis
 
     Raises `ReqatError` as `analysis.report.benchmark.read`.
     """
-    from analysis.report import benchmark, style
+    from analysis.report import benchmark, drawn, style
 
     measured = benchmark.read(Path(source))
     written = [path for table in throughput_tables(measured) for path in table.write(Path(table_folder))]
     _, figures = throughput_names(measured.record["config"])
     for name in figures:
         with style.context():
-            written += style.save(maker("figures", name)(measured), Path(plot_folder), name)
+            written += drawn.save(maker("figures", name)(measured), Path(plot_folder), name)
     return written
 
 
@@ -215,7 +218,7 @@ def build_missing(settings: Throughput, reason: str, table_folder: Path, plot_fo
     What needs no benchmark, the roofline model's errors, is written as ever.
     """
     from analysis.figures._missing import missing_figure
-    from analysis.report import style
+    from analysis.report import drawn, style
     from analysis.tables import figure6_error
     from analysis.tables._missing import missing_table
 
@@ -224,5 +227,5 @@ def build_missing(settings: Throughput, reason: str, table_folder: Path, plot_fo
     written = [path for table in made for path in table.write(Path(table_folder))]
     with style.context():
         for name in figures:
-            written += style.save(missing_figure(reason), Path(plot_folder), name)
+            written += drawn.save(missing_figure(reason), Path(plot_folder), name)
     return written

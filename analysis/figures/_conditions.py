@@ -53,11 +53,18 @@ def losses_by_condition(
         means.append(last_third(x, y))
     for values, marker, filled, label in (
         (np.array(means) - means[0], "o", True, "measured"),
-        (np.array([r.value for r in theirs]) - theirs[0].value, "s", False, "paper, read off"),
+        (np.array([r.value for r in theirs]) - theirs[0].value, "s", False, paper.READ_OFF),
     ):
         colour = "black" if filled else style.GREY
         right.plot(
-            places, values, ls="none", marker=marker, color=colour, mfc=colour if filled else "none", label=label
+            places,
+            values,
+            ls="none",
+            marker=marker,
+            color=colour,
+            mfc=colour if filled else "none",
+            label=label,
+            gid=None if filled else style.PAPER,
         )
         for at, value in zip(places, values, strict=True):
             if at == 0:  # the zero that the others are measured from

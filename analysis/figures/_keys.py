@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
+from analysis.report import paper, style
 from analysis.report.document import MINUS
 from analysis.report.studies import Study
 from analysis.report.study_words import made_notes, method_words
@@ -41,11 +42,19 @@ def draw_error_map(ax: Axes, rows: pd.DataFrame) -> AxesImage:
     reach = float(min(50.0, max(1.0, np.abs(change).max())))
     image = ax.imshow(change, origin="lower", extent=extent, cmap="PuOr_r", vmin=-reach, vmax=reach, aspect="auto")
     best = rows[rows["chosen"].astype(bool)].iloc[0]
-    ax.plot(best["beta"], best["alpha"], marker="o", ms=5, mfc="white", mec="black", mew=1.1)
+    ax.plot(best["beta"], best["alpha"], marker="o", ms=5, mfc="white", mec="black", mew=1.1, label="chosen", ls="none")
     ax.grid(False)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(3))
     return image
+
+
+def draw_paper_choice(ax: Axes, layer: int, scale: float, shift: float) -> None:
+    """The point that the paper's search chose for one of its layers, on a map of ours."""
+    look = style.theirs(
+        f"{paper.READ_OFF}, layer {layer}", color="black", marker="s", ls="none", mfc="white", alpha=1, zorder=3
+    )
+    ax.plot(shift, scale, **look)
 
 
 def chosen_words(study: Study, layer: int) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from analysis.report import style
+from analysis.report import paper, style
 from analysis.report.document import MINUS
 from analysis.report.studies import Study, adjusted, conditions_named
 from analysis.report.study_words import nats, roles
@@ -40,8 +40,8 @@ def threshold_words(routing: Study) -> str:
     return f"low is below {text} ({nats(float(s['threshold_nats']))} nats)"
 
 
-def draw_policies(ax: Axes, routing: Study, *, differences: bool = False, label_size: float = 6.2) -> None:
-    """Accuracy of the four policies, with how many responses were right in the foot of each bar."""
+def draw_policies(ax: Axes, routing: Study, *, differences: bool = False, narrow: bool = False) -> None:
+    """Accuracy of the four policies, with how many responses were right in the foot of each bar unless narrow."""
     rows, colours = conditions_named(routing, POLICIES), policy_colours()
     p_holm = adjusted(rows)
     for i, (name, row) in enumerate(rows.iterrows()):
@@ -54,7 +54,9 @@ def draw_policies(ax: Axes, routing: Study, *, differences: bool = False, label_
         if differences and i and pd.notna(row.get("difference")):
             points = f"{100 * row['difference']:+.1f}".replace("-", MINUS)
             above = [points, _p(float(p_holm[name]))]
-        if value > 25:
+        if narrow:
+            pass
+        elif value > 25:
             light = name in ("all-reference", "all-candidate", "low-reference")
             colour = "white" if light else "black"
             ax.text(i, 2, solved, ha="center", va="bottom", fontsize=5.8, color=colour, zorder=4)
@@ -63,11 +65,28 @@ def draw_policies(ax: Axes, routing: Study, *, differences: bool = False, label_
         if above:
             ax.text(i, hi + 2, "\n".join(above), ha="center", va="bottom", fontsize=6.2, zorder=4)
     words = policy_words(routing)
-    ax.set_xticks(range(len(POLICIES)), [words[name] for name in POLICIES], fontsize=label_size)
+    ax.set_xticks(
+        range(len(POLICIES)),
+        [words[name].replace(" ", "\n" if narrow else " ") for name in POLICIES],
+        fontsize=5.8 if narrow else 6.2,
+    )
     ax.tick_params(axis="x", length=0)
-    ax.set_ylim(0, 118 if differences else 105)
+    ax.set_ylim(0, 124)  # room for what stands over the bars, and for the legend
     ax.set_yticks(range(0, 101, 20))
     ax.set_ylabel("accuracy (%)")
+
+
+def draw_paper_policies(ax: Axes, artifact: str) -> str:
+    """The paper's answers to one problem, in percent of its 8 seeds, over the bars; returns what a footer says."""
+    read = paper.read_off(artifact)
+    policies = {("BF16", "BF16"): 0, ("FP4", "BF16"): 1, ("BF16", "FP4"): 2, ("FP4", "FP4"): 3}  # (high, low)
+    places = [policies[r.condition["high"], r.condition["low"]] for r in read]
+    how = "paper (counted)" if read[0].how == "counted" else paper.READ_OFF
+    look = style.theirs(how, color="black", marker="s", ls="none", mfc="white", alpha=1, zorder=4)
+    beside = 0.26  # of the middle of a bar, where its interval and its counts are
+    ax.plot([at + beside for at in places], [100 * r.value / 8 for r in read], **look)
+    ax.legend(loc="upper right", fontsize=6, borderaxespad=0.0, handletextpad=0.2)
+    return f"{how.capitalize()}: right answers of {read[0].model} to one problem, of 8 seeds."
 
 
 def _p(p: float) -> str:

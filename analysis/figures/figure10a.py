@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures._keys import change_words, chosen_words, draw_error_map, key_notes
+from analysis.figures._keys import change_words, chosen_words, draw_error_map, draw_paper_choice, key_notes
 from analysis.report import paper, style
 from analysis.report.studies import ByKind, one
 
@@ -23,6 +23,12 @@ def build(studies: ByKind) -> Figure:
     layers = shown_layers(int(profiles["layer"].max()) + 1)
     fig = style.figure(5.0)
     axes = fig.subplots(3, len(layers), squeeze=False, sharey="row", height_ratios=[1, 1, 1.25])
+    points: dict[str, dict[str, float]] = {}
+    for r in paper.read_off("figure10a"):
+        points.setdefault(r.condition["layer"], {})[r.metric] = r.value
+    of_paper = list(points.items())
+    picked = [round(i) for i in np.linspace(0, len(of_paper) - 1, len(layers))]  # from the first to the last, as ours
+    theirs = {layer: of_paper[i] for layer, i in zip(layers, picked, strict=True)}
     for column, layer in zip(axes.T, layers, strict=True):
         here = profiles[profiles["layer"] == layer]
         for ax, along, colour in ((column[0], "channel", style.BLUE), (column[1], "token", style.VERMILION)):
@@ -38,6 +44,8 @@ def build(studies: ByKind) -> Figure:
         )
         rows = errors[errors["layer"] == layer]
         draw_error_map(column[2], rows)
+        name, choice = theirs[layer]
+        draw_paper_choice(column[2], int(name), choice["best alpha_s"], choice["best alpha_m"])
         column[2].set_xlabel("shift \u03b2")
         column[2].set_title(f"{chosen_words(study, layer)}: {change_words(rows)}", fontsize=7.5, loc="left")
     for row in axes[:2]:
@@ -45,17 +53,15 @@ def build(studies: ByKind) -> Figure:
     axes[0, 0].set_ylabel("before RoPE:\nlargest |K|")
     axes[1, 0].set_ylabel("after RoPE:\nlargest |K|")
     axes[2, 0].set_ylabel("scale \u03b1")
-    points: dict[str, dict[str, float]] = {}
-    for r in paper.read_off("figure10a"):
-        points.setdefault(r.condition["layer"], {})[r.metric] = r.value
     said = ", ".join(f"layer {k} ({v['best alpha_s']:g}, {v['best alpha_m']:g})" for k, v in points.items())
     style.footer(
         fig,
         [
             *key_notes(study),
             "Dotted: half of the channels; RoPE turns r with r + D/2. Maps: attention error against none, purple less "
-            "and orange more, each layer on a scale of its own; circle: the chosen point.",
-            f"Paper (R1-Qwen-14B), read off, best (\u03b1, \u03b2): {said}.",
+            "and orange more, each layer on a scale of its own; circle: the chosen point; square: "
+            f"{paper.READ_OFF}, of as many layers from its first to its last.",
+            f"Paper (R1-Qwen-14B), read off, best (\u03b1, \u03b2): {said}. {paper.QFIT_GRID}",
         ],
     )
     return fig

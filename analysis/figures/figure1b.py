@@ -1,124 +1,118 @@
-"""Figure 1(b): accuracy of each method at each FP4 precision, at one total budget."""
+"""Figure 1(b): accuracy over the tokens that training spends, at MXFP4-W4A16, with distillation."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from matplotlib.artist import Artist
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-from analysis.figures._results import (
-    METHODS,
-    MODEL_OF_PAPER,
-    PAPER_AXIS,
-    entry_at,
-    finish,
-    percent_of,
-)
+from analysis.figures._results import MODEL_OF_PAPER, PAPER_AXIS, finish, percent_of, reference_precision
 from analysis.report import paper, style
 from analysis.report.cells import Entry, Results
 from analysis.report.document import tokens
-from analysis.report.lines import lines
+from analysis.report.lines import multiples
 from analysis.report.names import BF16
 
 NAME = "figure1b"
 ARTIFACT = "figure1"
 NEEDS = "quantized"
 
+PRECISION = "MXFP4-W4A16"
+"""The paper's. A tier without it draws the precision that its claims are at, and says so."""
+METHODS = {"FT": "Baseline", "FT+PTQ": "PTQ", "QAT": "PTQ", "QAD": "PTQ", "ReQAT-TQS": None}
+"""Method -> what it is before its first token; the paper draws none for ReQAT."""
+
+Point = tuple[int, float, float, float]
+"""Total tokens, accuracy in percent, ends of its interval."""
+
 
 def build(results: Results, model: str) -> Figure:
-    """Figure 1(b): what each method reaches at each FP4 precision, at one total budget, beside BF16.
+    """Figure 1(b): accuracy from the untrained model to the largest total budget, one line a method.
 
-    The specification names Figure 1(b) but does not describe it. Inferred from Table 1, whose numbers it must show: one
-    group of bars a precision (PTQ, FT+PTQ, QAT, and the stages of ReQAT), a line for BF16 fine-tuning and one for the
-    BF16 base. The budget is the tier's `claim_total`; the paper's panel takes the same multiple of its own QAT budget.
-    PTQ of the base spends no tokens.
+    The horizontal axis is what a method spends in all, fine-tuning and QAT together. QAD is of whichever artifact has
+    it at this precision. The paper's panel has its Table 1 (filled) and what its figure shows beyond that, read off
+    (hollow).
     """
-    entries = results.of("figure1", model=model)
-    all_lines, claim = lines(entries), results.plan.tier.budget.claim_total
-    precisions = list(dict.fromkeys(e.precision for e in entries if e.precision != BF16))
+    entries = results.of(ARTIFACT, model=model)
+    precision = PRECISION if any(e.precision == PRECISION for e in entries) else reference_precision(entries)
+    curves = {method: _curve(results, model, precision, method, start) for method, start in METHODS.items()}
+    curves = {method: found for method, found in curves.items() if found}
     fig = style.figure(3.3)
-    left, right = fig.subplots(1, 2, width_ratios=[1.75, 1])
-    used: list[Entry] = []
-
-    def measured(precision: str, method: str) -> tuple[float, float, float] | None:
-        entry = entry_at(all_lines, precision, method, claim)
-        if entry is None:
-            return None
-        used.append(entry)
-        return percent_of(results, entry)
-
-    def of_paper(precision: str, method: str) -> tuple[float, float, float] | None:
-        value = _paper(precision, method, claim)
-        return None if value is None else (value, math.nan, math.nan)
-
-    ours_total = next((e.total_tokens for e in entries if e.multiple == claim), None)
-    _bars(left, precisions, measured, labelled=True)
-    _bars(right, precisions, of_paper, labelled=False)
+    left, right = fig.subplots(1, 2, width_ratios=[1.3, 1])
+    for method, found in curves.items():
+        points = [(e.total_tokens or 0, *percent_of(results, e)) for e in found]
+        x, value, lo, hi = np.array(points, dtype=float).T
+        left.errorbar(x, value, yerr=[value - lo, hi - value], label=method, ls=_dash(method), **style.line(method))
+    for method in METHODS:
+        _theirs(right, method)
+    _tokens_axis(left, [e.total_tokens for found in curves.values() for e in found])
+    _tokens_axis(right, [4 * k * paper.QAT_TOKENS for k in range(4)])
+    right.set_xlim(right=17 * paper.QAT_TOKENS)
     left.set_ylabel("accuracy (%)")
     right.set_ylabel(PAPER_AXIS)
-    style.panel(left, "b", f"Measured: {model}, {tokens(ours_total)} tokens")
-    style.panel(right, "", f"Paper: {MODEL_OF_PAPER}, {tokens(claim * paper.QAT_TOKENS)} tokens", theirs=True)
-    handles: list[Artist] = [_patch(m) for m in METHODS if any(entry_at(all_lines, p, m, claim) for p in precisions)]
-    handles += [
-        Line2D([], [], color=style.colour("FT"), lw=1.2, label="BF16 FT"),
-        Line2D([], [], color=style.colour("Baseline"), lw=1.2, ls="--", label="BF16 base"),
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
+    style.panel(left, "b", f"Measured: {model}, {precision}")
+    style.panel(right, "", f"Paper: {MODEL_OF_PAPER}, {PRECISION}", theirs=True)
+    handles = [
+        Line2D([], [], ls=_dash(method), label=f"{BF16} FT" if method == "FT" else method, **style.line(method))
+        for method in METHODS
     ]
-    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.2, handlelength=1.3)
-    return finish(fig, results, used, "PTQ and the BF16 base spend no tokens.")
+    fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), columnspacing=1.4, handlelength=2.0)
+    notes = ["At 0 tokens: the base, in BF16 or rounded.", "Paper: filled, its Table 1; hollow, read off its figure."]
+    if precision != PRECISION:
+        notes.append(f"This tier has no {PRECISION}, which is the paper's.")
+    if "QAD" not in curves:
+        notes.append("No QAD at this precision in this tier.")
+    used = list({id(e): e for found in curves.values() for e in found}.values())
+    return finish(fig, results, used, *notes)
 
 
-def _paper(precision: str, method: str, multiple: int | None) -> float | None:
-    found = {paper.multiple(t): v for t, v in paper.by_budget("table1", precision=precision, method=method).items()}
-    return found.get(multiple, found.get(None))
+def _curve(results: Results, model: str, precision: str, method: str, start: str | None) -> list[Entry]:
+    """The entries of a method by budget, from the untrained model on; none where it is trained on no budget."""
+    at = BF16 if method == "FT" else precision
+    trained: dict[int, Entry] = {}
+    untrained = None
+    for e in results.entries:  # of any artifact: the one of most training seeds
+        if (e.model, e.precision, e.condition, e.problems) != (model, at, "", "own"):
+            continue
+        if e.method == start and e.multiple is None:
+            untrained = untrained or e
+        if e.method == method and e.multiple is not None:
+            there = trained.get(e.multiple)
+            if there is None or len(e.cells) > len(there.cells):
+                trained[e.multiple] = e
+    if not trained:
+        return []
+    return [*([untrained] if untrained else []), *(trained[m] for m in multiples(trained.values()) if m is not None)]
 
 
-def _bars(
-    ax: Axes,
-    precisions: Sequence[str],
-    value: Callable[[str, str], tuple[float, float, float] | None],
-    *,
-    labelled: bool,
-) -> None:
-    width = 0.14
-    for method, line_style in (("FT", "-"), ("Baseline", "--")):
-        found = value(BF16, method)
-        if found:
-            ax.axhline(found[0], color=style.colour(method), lw=0.9, ls=line_style, zorder=2.5)
-            if not math.isnan(found[1]):
-                ax.axhspan(found[1], found[2], color=style.colour(method), alpha=0.10, lw=0, zorder=0)
-    for i, precision in enumerate(precisions):
-        shown = [m for m in METHODS if value(precision, m)]
-        for j, method in enumerate(shown):
-            found = value(precision, method)
-            assert found is not None
-            v, lo, hi = found
-            x = i + (j - (len(shown) - 1) / 2) * width
-            ax.bar(x, v, width * 0.9, color=style.colour(method), edgecolor="white", lw=0.4, zorder=2)
-            if not math.isnan(lo):
-                ax.errorbar(x, v, yerr=[[v - lo], [hi - v]], color="#333333", lw=0.8, capsize=1.6, zorder=3)
-            if labelled:
-                # In the foot of the bar, out of the way of error bars and lines; above a bar too short for it.
-                short = lo < 9
-                ax.text(
-                    x,
-                    hi + 1 if short else 1.5,
-                    f"{v:.0f}",
-                    ha="center",
-                    va="bottom",
-                    fontsize=6,
-                    zorder=4,
-                    color="white" if method in ("FT+PTQ", "ReQAT-T", "ReQAT-TQS") and not short else "black",
-                )
-    ax.set_xticks(range(len(precisions)), [p.replace("-", "\n", 1) for p in precisions])
-    ax.tick_params(axis="x", length=0)
-    ax.set_xlim(-0.5, len(precisions) - 0.5)
-    ax.set_ylim(0, 100)
+def _theirs(ax: Axes, method: str) -> None:
+    """The paper's curve of a method: numbers of Table 1 filled, those read off hollow."""
+    at = BF16 if method == "FT" else PRECISION
+    exact = {t: v for t, v in paper.by_budget("table1", precision=at, method=method).items() if t is not None}
+    read = {r.total_tokens: r.value for r in paper.read_off("figure1b") if (r.precision, r.method) == (at, method)}
+    look: Mapping[str, Any] = style.line(method)
+    whole = dict(sorted(({t: v for t, v in read.items() if t is not None} | exact).items()))
+    joined = {"color": look["color"], "ls": _dash(method), "lw": 1.0, "alpha": 0.7, "gid": style.JOIN}
+    ax.plot(list(whole), list(whole.values()), **joined)
+    for label, points, hollow in ((f"{method}, Table 1", exact, False), (f"{method}, {paper.READ_OFF}", read, True)):
+        marks = {**look, "ls": "none", "label": label}
+        if hollow:
+            marks |= {"markerfacecolor": "white", "markeredgecolor": look["color"], "markeredgewidth": 0.8}
+        ax.plot(list(points), list(points.values()), **marks)
 
 
-def _patch(method: str) -> Patch:
-    return Patch(facecolor=style.colour(method), label=method)
+def _tokens_axis(ax: Axes, totals: Sequence[float | None]) -> None:
+    places = sorted({int(t or 0) for t in totals})
+    ax.set_xticks(places, ["0" if t == 0 else tokens(t) for t in places])
+    ax.set_xlabel("total training budget (tokens)")
+    ax.set_xlim(-0.05 * places[-1], 1.06 * places[-1])
+
+
+def _dash(method: str) -> str:
+    return "--" if method == "FT" else "-"

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from analysis.figures._routing import draw_choosers, draw_policies, threshold_words
-from analysis.report import style
+from analysis.figures._routing import draw_choosers, draw_paper_policies, draw_policies, threshold_words
+from analysis.report import paper, style
 from analysis.report.plots import KIND_COLOURS, draw_damage, draw_kinds
 from analysis.report.studies import ByKind, Study, conditions_named, one, optional, several
 from analysis.report.study_words import nats, notes, roles, short
@@ -45,15 +46,24 @@ def build(studies: ByKind) -> Figure:
     _kinds(first[2], pair)
     second = rows[1].subplots(1, 3, width_ratios=[1, 1, 0.95])
     _examples(second[0], second[1], pair)
-    draw_policies(second[2], routing, label_size=5.5)
-    style.panel(second[2], "c", "Routed decoding")
-    third = rows[2].subplots(1, 4, width_ratios=[0.95, 1.05, 1, 1])
-    draw_choosers(third[0], routing)
-    style.panel(third[0], "d", "Who chose")
+    draw_choosers(second[2], routing)
+    style.panel(second[2], "c", "Who chose")
+    third = rows[2].subplots(1, 4, width_ratios=[1.2, 1.05, 1, 1])
+    draw_policies(third[0], routing, narrow=True)
+    said = draw_paper_policies(third[0], "figure2d")
+    style.panel(third[0], "d", "Routed decoding")
     _noise(third[1], noise)
     _damage(third[2], third[3], pair)
     words = f"(a) Size: number of tokens of that type. (c, d) {threshold_words(routing).capitalize()}."
-    style.footer(rows[-1], [*notes(pair, routing, noise), words])
+    style.footer(
+        rows[-1],
+        [
+            *notes(pair, routing, noise),
+            words,
+            f"(d) {said}",
+            f"Dotted: {paper.READ_OFF}: (e) R1-Qwen-7B and 14B, Qwen3-4B and 8B on AIME-2025; (f) R1-Qwen-14B.",
+        ],
+    )
     return fig
 
 
@@ -179,18 +189,42 @@ def _noise(ax: Axes, noise: Study) -> None:
         ax.errorbar(
             [0, *sigmas], value, yerr=[value - lo, hi - value], color=colour, marker=marker, ms=4, label=words[side]
         )
-    ax.set_ylim(0, 105)
+        for model, curve in _their_noise(side).items():
+            ax.plot(
+                list(curve), list(curve.values()), **style.theirs(f"{paper.READ_OFF}, {model}, {side}", color=colour)
+            )
+    ax.set_ylim(0, 145)  # room for the legend
     ax.set_yticks(range(0, 101, 20))
     ax.set_xlabel("noise \u03c3 (relative)")
     ax.set_ylabel("accuracy (%)")
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    ax.legend(loc="lower left", fontsize=6.5, borderaxespad=0.1)
+    shown = [*ax.containers, Line2D([], [], **style.theirs(paper.READ_OFF))]
+    ax.legend(handles=shown, loc="upper right", fontsize=6, borderaxespad=0.1)
     style.panel(ax, "e", f"Noise, {short(noise.settings['precisions']['model'])}")
+
+
+def _their_noise(side: str) -> dict[str, dict[float, float]]:
+    """Model of the paper -> sigma -> accuracy, with noise on one side."""
+    out: dict[str, dict[float, float]] = {}
+    for r in paper.read_off("figure2e"):
+        if r.condition["subset"] == side:
+            out.setdefault(r.model, {})[float(r.condition["sigma"])] = r.value
+    return out
+
+
+def _their_damage(ax: Axes, metric: str, times: float) -> None:
+    """The paper's curve over its bins of entropy, of equal counts."""
+    value = [times * r.value for r in paper.read_off("figure2f", metric=metric)]
+    ax.plot((np.arange(len(value)) + 0.5) * 100 / len(value), value, marker="o", **style.theirs(paper.READ_OFF))
 
 
 def _damage(left: Axes, right: Axes, pair: Study) -> None:
     """Tail-mass ratio and top-1 mismatch by bin of the reference's entropy."""
+    _their_damage(left, "tail-mass ratio", 1)  # first, so that the axes make room for it
+    _their_damage(right, "top-1 mismatch", 100)
     draw_damage(left, right, pair.table("tail-and-mismatch"))
+    right.set_ylim(top=1.2 * right.get_ylim()[1])  # room for the legend
+    right.legend(loc="upper left", fontsize=6)
     style.panel(left, "f", "Tail mass")
     style.panel(right, "", "Other top token")
     for ax in (left, right):

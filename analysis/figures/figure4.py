@@ -16,7 +16,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.report import style
+from analysis.figures._results import MODEL_OF_PAPER
+from analysis.report import paper, style
 from analysis.report.studies import ByKind, Study, one
 from analysis.report.study_words import made_notes
 from reqat.config.errors import ReqatError
@@ -25,7 +26,7 @@ NAME = "figure4"
 STUDIES = ("dynamics",)
 
 # How labels of models are drawn that are no method of their own: QAT on the traces of fine-tuning is ReQAT-T.
-_SAME, _DIFFERENT = "ReQAT-T", "FT+QAT"
+_SAME, _DIFFERENT, _QAT = "ReQAT-T", "FT+QAT", "QAT"
 _FALLBACK = ("PTQ", "FT+PTQ", "ReQAT-TQ", "Baseline")
 
 
@@ -54,36 +55,90 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def build(studies: ByKind) -> Figure:
-    """Figure 4: (a) mean change of entropy against the base, (b) entropy over the base's, by bin of the base's entropy.
+    """Figure 4, by bin of the base's entropy: (a) mean change of entropy against the base, (b) entropy over that of
+    QAT, and below them the paper's (a), and ours over the base's entropy.
 
     Axes are logarithmic where the numbers span more than a decade: the change, of either sign, on a symmetric
-    logarithm. Raises `ReqatError` without a study of kind `dynamics`.
+    logarithm. (b) divides two means that were measured against the base, so it has no intervals. Raises `ReqatError`
+    without a study of kind `dynamics`.
     """
     study = one(studies, "dynamics")
     data = study.table("dynamics")
     labels = list(dict.fromkeys(data["label"]))
-    fig = style.figure(3.3)
-    left, right = fig.subplots(1, 2)
-    _by_bin(left, data[data["statistic"] == "change"], labels)
-    _by_bin(right, data[data["statistic"] == "normalized"], labels)
-    change, ratio = (data.loc[data["statistic"] == name, "value"].abs() for name in ("change", "normalized"))
-    left.axhline(0, color="#333333", lw=0.7)
-    right.axhline(1, color="#333333", lw=0.7)
+    changes, ratios = (data[data["statistic"] == name] for name in ("change", "normalized"))
+    fig = style.figure(5.9)
+    (left, right), (theirs, below) = fig.subplots(2, 2, height_ratios=[1.15, 1])
+    _by_bin(left, changes, labels)
+    _over_qat(right, ratios, labels)
+    _paper_changes(theirs)
+    _by_bin(below, ratios, labels)
+    for ax, level in ((left, 0), (right, 1), (below, 1)):
+        ax.axhline(level, color="#333333", lw=0.7)
+    change = changes["value"].abs()
     if _decades(change) > 1:
         left.set_yscale("symlog", linthresh=_linear_below(change), linscale=0.5)
         low, high = left.get_ylim()
         left.set_ylim(low * 2 if low < 0 else low, high * 2 if high > 0 else high)  # room beyond the outermost decade
-    if _decades(ratio) > 1:
-        right.set_yscale("log")
+    theirs.set_yscale("log")
+    if _decades(ratios["value"].abs()) > 1:
+        below.set_yscale("log")
     left.set_ylabel("change of entropy (nats)")
-    right.set_ylabel("entropy / base's entropy")
+    theirs.set_ylabel("change of entropy (nats)")
+    right.set_ylabel("entropy / QAT's entropy")
+    below.set_ylabel("entropy / base's entropy")
     style.panel(left, "a", "Change against the base")
-    style.panel(right, "b", "Relative to the base")
+    style.panel(right, "b", "Relative to QAT")
+    style.panel(theirs, "", f"(a) of the paper, read off: {MODEL_OF_PAPER}", theirs=True)
+    style.panel(below, "", "Relative to the base")
+    theirs.legend(loc="lower right", fontsize=6)
+    light = [line for line in right.get_lines() if line.get_gid() == style.PAPER]
+    low, high = right.get_ylim()
+    right.set_ylim(low - 0.3 * (high - low), high)  # room for the legend
+    right.legend(handles=light, loc="lower right", fontsize=6)
     handles, names = left.get_legend_handles_labels()
     columns = -(-len(names) // -(-len(names) // 5))  # at most five, rows as full as each other
     fig.legend(handles, names, loc="outside upper center", ncols=columns, columnspacing=1.4)
     style.footer(fig, _dynamics_notes(study, data, labels))
     return fig
+
+
+def _over_qat(ax: Axes, ratios: pd.DataFrame, labels: Sequence[str]) -> None:
+    """Entropies over that of QAT, ours filled and the paper's light; of a study without QAT the paper's alone."""
+    drawn = looks(labels)
+    by = {label: ratios[ratios["label"] == label].sort_values("bin")["value"].to_numpy(float) for label in labels}
+    if _QAT in by:
+        step = 0.7 / max(len(labels), 2)
+        for i, label in enumerate(labels):
+            x = np.arange(len(by[label])) + (i - (len(labels) - 1) / 2) * step
+            ax.plot(x, by[label] / by[_QAT], ls="none", label=label, **drawn[label])
+    _bin_axis(ax, ratios[ratios["label"] == labels[0]].sort_values("bin"))
+    bins = len(by[labels[0]])
+    for method, value in _of_paper("figure4b").items():
+        look = style.line(_SAME if "same" in method else _DIFFERENT if "different" in method else _QAT)
+        light = style.theirs(f"{method}, {paper.READ_OFF}", color=look["color"], marker=look["marker"])
+        ax.plot((np.arange(len(value)) + 0.5) * bins / len(value) - 0.5, value, **light)  # bins of equal counts, too
+
+
+def _paper_changes(ax: Axes) -> None:
+    """The paper's (a): FT, QAT, and QAT on growing budgets after FT, darker for larger ones."""
+    series = _of_paper("figure4a")
+    after = [method for method in series if "+" in method]
+    for method, value in series.items():
+        look = style.line(_SAME if method in after else method.split()[0])
+        alpha = 0.25 + 0.75 * (after.index(method) + 1) / len(after) if method in after else 1.0
+        ax.plot(range(len(value)), value, lw=0.8, ls=":", label=method, alpha=alpha, **look)
+    bins = dict.fromkeys(next(iter(r.condition)) for r in paper.read_off("figure4a"))
+    ax.set_xticks(range(len(bins)), [words.removeprefix("entropy percentile ") + "%" for words in bins])
+    ax.set_xlim(-0.4, len(bins) - 0.6)
+    ax.set_xlabel("percentile of the base's entropy")
+
+
+def _of_paper(artifact: str) -> dict[str, list[float]]:
+    """Method -> its values by bin, as read off."""
+    out: dict[str, list[float]] = {}
+    for r in paper.read_off(artifact):
+        out.setdefault(r.method, []).append(r.value)
+    return out
 
 
 def _dynamics_notes(study: Study, data: pd.DataFrame, labels: Sequence[str]) -> list[str]:
@@ -97,6 +152,7 @@ def _dynamics_notes(study: Study, data: pd.DataFrame, labels: Sequence[str]) -> 
         f"{int(first['n'].sum()):,} tokens, read by all models.",
         f"{arithmetic}.",
         *made_notes(study),
+        "(b) divides two of the means below it, so it has no intervals; the paper divides by QAT of 280M tokens.",
         "Bars: 95% intervals clustered by problem; one training run each. Bins hold equal counts of tokens.",
     ]
 
@@ -110,7 +166,11 @@ def _by_bin(ax: Axes, data: pd.DataFrame, labels: Sequence[str]) -> None:
         x = part["bin"].to_numpy(dtype=float) + (i - (len(labels) - 1) / 2) * step
         value, lo, hi = (part[name].to_numpy(dtype=float) for name in ("value", "lo", "hi"))
         ax.errorbar(x, value, yerr=[value - lo, hi - value], ls="none", lw=0.9, label=label, **drawn[label])
-    first = data[data["label"] == labels[0]].sort_values("bin")
+    _bin_axis(ax, data[data["label"] == labels[0]].sort_values("bin"))
+
+
+def _bin_axis(ax: Axes, first: pd.DataFrame) -> None:
+    """A tick a bin with the base's mean entropy in it, from the rows of one model."""
     bins = len(first)
     ends = [f"{100 * b / bins:.0f}\u2013{100 * (b + 1) / bins:.0f}%" for b in range(bins)]
     means = [f"{value:.2g}" if value >= 0.01 else _power(value) for value in first["entropy_mean"]]

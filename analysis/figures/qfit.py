@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.report import style
+from analysis.report import paper, style
 from analysis.report.cells import Results
 from analysis.report.keys import error_maps
 from analysis.report.needs import qfit_cell
@@ -34,7 +34,10 @@ def build(results: Results, model: str) -> Figure:
     errors = np.array(m["error_map"], dtype=float)  # [L, A, B]
     choice = [(m["alphas"].index(a), m["betas"].index(b)) for a, b in zip(m["alpha"], m["beta"], strict=True)]
     fig = error_maps(errors, m["alphas"], m["betas"], choice)
-    note = "Circle: the chosen point; its change of the error stands over each layer."
+    note = (
+        f"Circle: the chosen point of {len(m['alphas'])} x {len(m['betas'])}; its change of the error stands over each "
+        f"layer. {paper.QFIT_GRID}"
+    )
     made = results.provenance([entry])
     calibration = results.plan.stage(id).settings.calibration  # type: ignore[union-attr]
     style.footer(

@@ -51,6 +51,7 @@ def _regime(plan: Plan, cells: Sequence[Cell]) -> bool:
 NEEDS: dict[str, Callable[[Plan, Sequence[Cell]], bool]] = {
     "cells": lambda plan, cells: True,
     "quantized": lambda plan, cells: any(c.precision != BF16 for c in cells),
+    "reference": lambda plan, cells: any(c.precision == REFERENCE_PRECISION for c in cells),
     "trained": lambda plan, cells: any(c.precision != BF16 and c.multiple is not None for c in cells),
     "qfit": _qfit,
     "regime": _regime,

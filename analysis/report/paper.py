@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 CITATION = "ReQAT, ICML 2026, arXiv 2606.15682"
 SOURCE = Path(__file__).with_name("paper_reported.csv")
 DIGITIZED = Path(__file__).with_name("paper_digitized.csv")
+READ_OFF = "paper (read off)"
+"""Label of a number that was read off a figure, beside ours."""
+QFIT_GRID = "Paper: its text and code search 20 x 20 points, its maps show 20 x 10, with shifts up to 0.45."
+"""Under every map of Q-FIT's search."""
 QAT_TOKENS = 70_000_000  # the QAT budget of every total (Table 1)
 SAMPLING_SEEDS = 8  # behind every sampled accuracy
 RESPONSES = {

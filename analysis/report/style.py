@@ -1,7 +1,8 @@
 """One look for every figure: fonts, sizes, colours, the footer, and files that are the same bytes each time.
 
-Colours are Okabe and Ito's eight, told apart with every common colour blindness; each method also has a marker of its
-own and its own place or label, so that a figure survives a grey printer. A method has the same colour in every figure.
+Colours are Okabe and Ito's eight (and one more), told apart with every common colour blindness; each method also has a
+marker of its own and its own place or label, so that a figure survives a grey printer. A method has the same colour in
+every figure.
 Figures go through the Agg canvas directly: no pyplot state, no display, no user's matplotlibrc.
 """
 
@@ -33,6 +34,12 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#CC79A7",
 )
 GREY = "#7F7F7F"
+WINE = "#882255"  # of Paul Tol's muted scheme, likewise told apart: the eight above are taken
+
+PAPER = "paper"
+"""Mark (`gid`) of panels and artists that show the paper's numbers."""
+JOIN = "join"
+"""Mark of a line that only joins points which other artists draw."""
 
 COLOURS = {
     "Baseline": GREY,
@@ -41,6 +48,7 @@ COLOURS = {
     "FT+PTQ": BLUE,
     "QAT": ORANGE,
     "FT+QAT": PURPLE,
+    "QAD": WINE,
     "ReQAT-T": GREEN,
     "ReQAT-TS": YELLOW,
     "ReQAT-TQ": PURPLE,
@@ -53,6 +61,7 @@ MARKERS = {
     "FT+PTQ": "^",
     "QAT": "s",
     "FT+QAT": "P",
+    "QAD": "X",
     "ReQAT-T": "D",
     "ReQAT-TS": "h",
     "ReQAT-TQ": "p",
@@ -147,6 +156,16 @@ def footer(fig: Figure | SubFigure, notes: Sequence[str]) -> None:
 def panel(ax: Axes, letter: str, title: str, *, theirs: bool = False) -> None:
     """Left-aligned panel title with its letter; grey for a panel of the paper's numbers."""
     ax.set_title(f"({letter}) {title}" if letter else title, loc="left", color=GREY if theirs else "black")
+    if theirs:
+        ax.set_gid(PAPER)
+
+
+def theirs(label: str = "", **look: Any) -> dict[str, Any]:
+    """Keyword arguments of `plot` for numbers of the paper on the axes of ours: light, behind what was measured, and
+    marked as the paper's in the figure's CSV.
+    """
+    base = {"color": GREY, "lw": 0.8, "ls": ":", "ms": 4, "mfc": "none", "mew": 0.8, "alpha": 0.65, "zorder": 1.5}
+    return {**base, **look, "gid": PAPER, "label": label}
 
 
 def save(fig: Figure, folder: Path, name: str) -> list[Path]:

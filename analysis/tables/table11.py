@@ -81,6 +81,21 @@ def of_tier(results: Results) -> dict[str, str]:
     }
 
 
+def own_rates(results: Results) -> dict[str, dict[str, str]]:
+    """Head of a column -> the rows of recipes of the plan whose QAT has a learning rate of its own."""
+    plan, train = results.plan, results.plan.tier.train
+    found: dict[str, dict[str, str]] = {}
+    for cell in plan.cells:
+        if cell.recipe not in train.rates:
+            continue
+        trained = [stage.kind for stage in plan.lineage(plan.evaluation(cell.evaluation).stage)]
+        if "qat" in trained:  # at BF16 the recipe has no such stage
+            from_base = "finetune" not in trained and train.qat_from_base is not None
+            rows = found.setdefault("QAT from the base" if from_base else "QAT", {})
+            rows[f"learning rate of {cell.recipe}"] = f"{train.rates[cell.recipe]:g}"
+    return found
+
+
 def rope_theta(model: Model) -> str:
     """The base of the rotary embedding: of a model built here that of transformers' configuration, else the model's."""
     if model.scratch is None:
@@ -101,10 +116,13 @@ def kinds(tier: Tier) -> dict[str, Training]:
 def build(results: Results, artifact: str = NAME) -> Table:
     """Paper Table 11: hyper-parameters of each kind of training, of Q-FIT, SEM and decoding."""
     tier, shared = results.plan.tier, of_tier(results)
-    columns = {head: of_training(training) | shared for head, training in kinds(tier).items()}
+    own = own_rates(results)
+    columns = {head: of_training(training) | own.get(head, {}) | shared for head, training in kinds(tier).items()}
     for name in ("SEM weight", "SEM percentile"):
         columns["fine-tuning"].pop(name, None)
-    names = list(dict.fromkeys([*of_training(tier.train.qat), *shared, *PAPER]))
+    usual = [*of_training(tier.train.qat), *shared, *PAPER]
+    at = 1 + usual.index("learning rate")
+    names = list(dict.fromkeys([*usual[:at], *(name for rows in own.values() for name in rows), *usual[at:]]))
     section, rows = [], []
     for name in names:
         values = [column.get(name, EMPTY) for column in columns.values()]
@@ -120,7 +138,8 @@ def build(results: Results, artifact: str = NAME) -> Table:
     return Table(
         artifact,
         "Hyper-parameters",
-        "What the tier trains and evaluates with, read from its configuration, and what the paper says it used. "
+        "What the tier trains and evaluates with, read from its configuration, and what the paper says it used. A "
+        "recipe that has a line takes its own learning rate in QAT. "
         "Sequences here are packed: one row of the stated length holds several traces.",
         (f"Tier {tier.name}: {tier.title}.", *paper.notes("table11")),
         (

@@ -309,19 +309,19 @@ class _Builder:
 
     def totals(self, rows: Rows, recipe: Recipe, model: Model) -> list[int | None]:
         trains = any(isinstance(step, TrainStep) for step in recipe.steps)
-        if not trains or rows.totals == "none":
+        if not trains:
             return [None]
-        if (own := self.own_multiple(recipe)) is not None:
-            return [own]
+        if (fixed := self.fixed_multiple(recipe)) is not None:
+            return [fixed]
         return list(self.tier.budget.totals) if rows.totals == "all" else [self.claim_total(model)]
 
     def claim_total(self, model: Model) -> int:
         return model.claim_total or self.tier.budget.claim_total
 
-    def own_multiple(self, recipe: Recipe) -> int | None:
-        """The recipe's own total in QAT budgets, where it has one."""
+    def fixed_multiple(self, recipe: Recipe) -> int | None:
+        """The recipe's fixed total in QAT budgets, where it has one."""
         qat = self.tier.budget.qat_tokens
-        total = recipe.own_total(qat)
+        total = recipe.fixed_total(qat)
         if total is not None and total % qat:
             raise ReqatError(
                 f"{recipe.method}: its {total} tokens are no whole number of QAT budgets of {qat}; give its amounts "
@@ -332,7 +332,7 @@ class _Builder:
     def seeds(self, recipe: str, precision: str, multiple: int | None, model: Model) -> list[int]:
         claim = self.tier.claim_seeds
         seeds = list(self.tier.training_seeds if multiple is not None else self.tier.training_seeds[:1])
-        at_claim = multiple == self.claim_total(model) or self.own_multiple(self.catalogue.recipe(recipe)) is not None
+        at_claim = multiple == self.claim_total(model) or self.fixed_multiple(self.catalogue.recipe(recipe)) is not None
         if at_claim and recipe in claim.recipes and precision in claim.precisions:
             seeds += [seed for seed in claim.seeds if seed not in seeds]
         return seeds

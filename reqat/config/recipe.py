@@ -177,9 +177,9 @@ class Recipe(Strict):
     precision: dict[str, PrecisionOptions] = Field(default_factory=dict)
     """Format name -> options, for quantized steps and for the evaluation."""
 
-    def own_total(self, qat: int) -> int | None:
-        """Tokens that it trains on where all its amounts are in `qat` (epochs over one subset of traces); None where
-        a budget decides, or nothing is trained."""
+    def fixed_total(self, qat: int) -> int | None:
+        """Tokens that it trains on, whatever the budget, where all its amounts are in `qat` (epochs over one subset of
+        traces); None where a budget decides, or nothing is trained."""
         trained = [step for step in self.steps if isinstance(step, TrainStep)]
         if not trained or any(re.search("total|ft", str(step.tokens)) for step in trained):
             return None
@@ -231,9 +231,9 @@ class Rows(Strict):
 
     recipes: list[str]
     precisions: list[str]
-    totals: Literal["all", "claim", "none"] = "all"
-    """`all`: each total of the tier; `claim`: the one that claims rest on; `none`: the method spends no tokens. A
-    recipe whose amounts are all in `qat` has one total, whatever stands here."""
+    totals: Literal["all", "claim"] = "all"
+    """`all`: each total of the tier; `claim`: the one that claims rest on. It says nothing of a recipe that trains
+    nothing, which spends no tokens, and of one with a fixed total (`Recipe.fixed_total`)."""
     problems: list[str] = Field(default_factory=lambda: [OWN], min_length=1)
     """Sets of problems to grade on: of the tier's `evaluation.sets`, or `own`."""
     method: str | None = None

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
@@ -23,7 +23,6 @@ from reqat.config.studies import (
     KeysStudy,
     LikelihoodStudy,
     NoiseStudy,
-    OverviewStudy,
     PairStudy,
     PlannedStudy,
     ResetStudy,
@@ -39,6 +38,10 @@ from reqat.pipeline.resets import fitted_tau0, grade_resets, reset_decodings
 from reqat.pipeline.task import Grading, Task, load, same_tokens
 from reqat.records import record
 from reqat.tasks.problem_files import of_problems
+
+if TYPE_CHECKING:
+    from reqat.config.precision import PrecisionSpec
+    from reqat.evaluation.entropies import ForcedTrace
 
 
 def studies_of(plan: Plan, paths: Paths) -> dict[str, PlannedStudy]:
@@ -78,6 +81,29 @@ class Run:
         """Model and tokenizer of a role, at its precision."""
         return load(self.inputs[role] / "model", self.study.models[role].precision)
 
+    @property
+    def folders(self) -> dict[str, tuple[Path, PrecisionSpec]]:
+        """Role -> the model's folder and its precision."""
+        return {role: (self.inputs[role] / "model", model.precision) for role, model in self.study.models.items()}
+
+    def verified(self, role: str) -> list[ForcedTrace]:
+        """Verified solutions of the study's problems, tokenized as the model of a role reads them."""
+        from reqat.evaluation.dynamics import verified_traces
+        from reqat.models import load_tokenizer
+
+        asked = self.study.problems
+        assert asked is not None  # as planned, of every study of traces
+        tokenizer = load_tokenizer(self.inputs[role] / "model")
+        return verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
+
+    @property
+    def autocast(self) -> Any:
+        """The dtype that models compute in under `torch.autocast`; None: without."""
+        from reqat.evaluation.loading import AUTOCAST
+
+        assert self.study.decoding is not None  # as planned, of every study that reads or samples responses
+        return AUTOCAST[self.study.decoding.autocast]
+
 
 def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
     """Run one study, unless its result is there and was made from the stages that are there. Raises `ReqatError` if a
@@ -105,8 +131,6 @@ def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool =
 
 def pair(run: Run) -> dict[str, Any]:
     """As `reqat entropy`: traces sampled by both models, read by both."""
-    from reqat.evaluation.loading import AUTOCAST
-
     s = run.study.settings
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
@@ -123,7 +147,7 @@ def pair(run: Run) -> dict[str, Any]:
         top=s.top,
         bins=s.bins,
         more_than=s.more_than,
-        autocast=AUTOCAST[task.autocast],
+        autocast=run.autocast,
     )
     problems = of_problems(task.problems(s.n))
     return collect(reference, candidate, problems, settings, run.out, root=run.root, progress=not run.quiet).metrics
@@ -191,17 +215,12 @@ def dynamics(run: Run) -> dict[str, Any]:
     import pandas as pd
 
     from analysis.entropy import entropy_change
-    from reqat.evaluation.dynamics import run_dynamics, verified_traces
-    from reqat.evaluation.loading import AUTOCAST
+    from reqat.evaluation.dynamics import run_dynamics
     from reqat.evaluation.trace_folder import TraceFolder
-    from reqat.models import load_tokenizer
 
-    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
-    assert isinstance(s, DynamicsStudy) and asked is not None and how is not None
-    models = {role: (run.inputs[role] / "model", model.precision) for role, model in run.study.models.items()}
-    tokenizer = load_tokenizer(run.inputs["base"] / "model")
-    traces = verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
-    found = run_dynamics(models, traces, run.out, autocast=AUTOCAST[how.autocast], progress=not run.quiet)
+    s = run.study.settings
+    assert isinstance(s, DynamicsStudy)
+    found = run_dynamics(run.folders, run.verified("base"), run.out, autocast=run.autocast, progress=not run.quiet)
     folder = TraceFolder(run.out)
     moved = [entropy_change(folder, "base", label, bins=s.bins).assign(label=label) for label in found["labels"][1:]]
     table = pd.concat(moved, ignore_index=True)
@@ -212,24 +231,20 @@ def dynamics(run: Run) -> dict[str, Any]:
 def likelihood(run: Run) -> dict[str, Any]:
     """The same verified traces read by every model beside the reference. A killed study goes on with the models that
     it has not read."""
-    from reqat.evaluation.dynamics import verified_traces
-    from reqat.evaluation.loading import AUTOCAST
-    from reqat.models import load_tokenizer
     from reqat.pipeline.likelihoods import model_runs, run_likelihood
 
-    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
-    assert isinstance(s, LikelihoodStudy) and asked is not None and how is not None
+    s = run.study.settings
+    assert isinstance(s, LikelihoodStudy)
     runs = model_runs(s, run.study.models)
-    tokenizer = load_tokenizer(run.inputs[runs[0].reference] / "model")
     return run_likelihood(
         runs,
         run.load,
         {role: record.outputs_digest(record.read(folder)) for role, folder in run.inputs.items()},
-        verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed),
+        run.verified(runs[0].reference),
         run.out,
         percentile=s.percentile,
         checkpoints=run.checkpoints,
-        autocast=AUTOCAST[how.autocast],
+        autocast=run.autocast,
         progress=not run.quiet,
     )
 
@@ -264,27 +279,19 @@ def keys(run: Run) -> dict[str, Any]:
 
 def overview(run: Run) -> dict[str, Any]:
     """One position of a verified trace as BF16, QAT and QAT with SEM see it."""
-    from reqat.evaluation.dynamics import verified_traces
-    from reqat.evaluation.loading import AUTOCAST
-    from reqat.models import load_tokenizer
     from reqat.pipeline.overview import run_overview
 
-    s, asked, how = run.study.settings, run.study.problems, run.study.decoding
-    assert isinstance(s, OverviewStudy) and asked is not None and how is not None
-    models = {role: (run.inputs[role] / "model", model.precision) for role, model in run.study.models.items()}
-    tokenizer = load_tokenizer(run.inputs["bf16"] / "model")
-    traces = verified_traces(asked.families, tokenizer, n=asked.n, split=asked.split, seed=asked.seed)
     last = run.study.models["sem"].stage
     term = sem_term(run.plan, last)
     assert term is not None  # as planned
     return run_overview(
         run.plan,
-        models,
-        traces,
+        run.folders,
+        run.verified("bf16"),
         run.out,
         last=last,
         term=term,
-        autocast=AUTOCAST[how.autocast],
+        autocast=run.autocast,
         progress=not run.quiet,
     )
 

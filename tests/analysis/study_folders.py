@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.entropy.pair_report import report
 from analysis.report.studies import Study
@@ -159,3 +160,76 @@ def pair(path: Path, wrong: tuple[int, ...] = (2, 7, 9), more_than: int = 10) ->
     ):  # pinning keeps no traces, so no figure may need them
         (path / name).unlink()
     return study(path, "pair", "pair", TWO)
+
+
+LABELS = ["FT", "QAT", "FT+QAT same traces", "FT+QAT different traces", "ReQAT-TQS"]
+"""Of `dynamics`."""
+
+
+def dynamics(path: Path) -> Study:
+    rng = np.random.default_rng(0)
+    rows = []
+    for label in LABELS:
+        for statistic, values in (("change", [1e-4, 2e-3, 5e-3, -0.1]), ("normalized", [9.0, 20.0, 2.0, 0.9])):
+            for b, value in enumerate(values):
+                value *= rng.uniform(0.8, 1.2)
+                half = 0.2 * abs(value)
+                mean = [1e-5, 1e-4, 4e-3, 1.2][b]
+                rows.append(
+                    {"statistic": statistic, "bin": b, "entropy_lo": mean / 2, "entropy_hi": 2 * mean}
+                    | {"entropy_mean": mean, "value": value, "lo": value - half, "hi": value + half}
+                    | {"n": 250 + b, "clusters": 40, "label": label}
+                )
+    path.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_csv(path / "dynamics.csv", index=False)
+    return study(path, "dynamics", "dynamics", {"base": "BF16", "FT": "BF16"} | dict.fromkeys(LABELS[1:], CAND))
+
+
+LAYERS, TOKENS, CHANNELS, GRID = 6, 12, 8, (0.0, 0.25, 0.5, 0.75)
+"""Of `keys`."""
+ALPHA = [0.25, 0.75, 0.5, 0.0, 0.25, 0.5]  # chosen; smallest in layer 3, largest in layer 1
+BETA = [0.5] * LAYERS
+
+
+def keys(path: Path) -> Study:
+    path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    wide = []
+    for layer in (1, 3):
+        for words in ("before RoPE", "after RoPE"):
+            frame = pd.DataFrame(rng.random((TOKENS, CHANNELS)), columns=[f"c{i}" for i in range(CHANNELS)])
+            wide.append(frame.assign(layer=layer, keys=words, token=range(TOKENS)))
+    pd.concat(wide).to_csv(path / "surfaces.csv", index=False)
+    profiles = [
+        {"layer": layer, "head": 0, "along": along, "index": i, "largest": 1 + layer + i / size}
+        for layer in range(LAYERS)
+        for along, size in (("channel", CHANNELS), ("token", TOKENS))
+        for i in range(size)
+    ]
+    pd.DataFrame(profiles).to_csv(path / "profiles.csv", index=False)
+    errors = [
+        {"layer": x, "alpha": a, "beta": b, "error": 1 + (a - ALPHA[x]) ** 2 + (b - BETA[x]) ** 2,
+         "chosen": (a, b) == (ALPHA[x], BETA[x])}
+        for x in range(LAYERS) for a in GRID for b in GRID
+    ]  # fmt: skip
+    pd.DataFrame(errors).to_csv(path / "errors.csv", index=False)
+    window = [
+        pd.DataFrame(rng.random((10, 64)), columns=[f"d{32 + i}" for i in range(64)]).assign(
+            inputs=w, token=range(5, 15)
+        )
+        for w in ("before rotation", "after rotation")
+    ]
+    pd.concat(window).to_csv(path / "inputs.csv", index=False)
+    measured = {
+        "model": {"recipe": "reqat-tq", "precision": CAND},
+        "sequences": 4,
+        "rotation": 32,
+        "layers": {"largest": 1, "smallest": 3},  # records sort keys
+        "heads": [0, 1, 0, 1, 0, 0],
+        "alpha": ALPHA,
+        "beta": BETA,
+        "tokens": TOKENS,
+        "down_proj": "model.layers.2.mlp.down_proj",
+        "largest_input": {"before": 31.0, "after": 5.5},
+    }
+    return study(path, "keys", "keys", {"model": CAND}, **measured)

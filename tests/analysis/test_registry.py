@@ -42,11 +42,12 @@ def test_what_a_plan_asks_for_follows_from_its_cells(results: Results) -> None:
         "figure11b",
         "figure1a",
         "figure1b",
-        "figure1c",
+        "figure1d",
         "figure5a",
         "losses",
         "qfit",
         "regime",
+        "table1-bars",
         "table1-dots",
     ]
     assert figure_names(load("smollm", Paths(ROOT))) == {}

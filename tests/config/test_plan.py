@@ -136,6 +136,17 @@ def test_table1_has_every_row():
     }
 
 
+def test_a_recipe_that_trains_nothing_spends_no_tokens_whatever_its_rows_say():
+    trains = {
+        name: any(isinstance(step, TrainStep) for step in recipe.steps) for name, recipe in CATALOGUE.recipes.items()
+    }
+    assert {cell.recipe for cell in TESTBED.cells if not trains[cell.recipe]} == {"base", "ptq", "gptq", "ptq-rotated"}
+    for cell in TESTBED.cells:
+        assert (cell.multiple is None) == (cell.total_tokens is None) == (not trains[cell.recipe])
+    keys = [(c.artifact, c.recipe, c.precision, c.condition) for c in TESTBED.cells if not trains[c.recipe]]
+    assert len(keys) == len(set(keys)), "one cell, not one a total"
+
+
 def test_every_method_of_a_row_spends_the_same_tokens():
     for cell in TESTBED.cells:
         if cell.multiple is not None and cell.artifact == "table1":

@@ -16,31 +16,15 @@ from analysis.figures.figure7 import smoothed
 from analysis.report import style
 from analysis.report.studies import Study
 from reqat.config.errors import ReqatError
+from tests.analysis import study_folders as made
 from tests.analysis.study_folders import study
 
-LABELS = ["FT", "QAT", "FT+QAT same traces", "FT+QAT different traces", "ReQAT-TQS"]
-FP4 = "NVFP4-W4A4KV4"
+LABELS, FP4 = made.LABELS, made.CAND
 
 
 @pytest.fixture
 def dynamics(tmp_path: Path) -> Study:
-    rng = np.random.default_rng(0)
-    rows = []
-    for label in LABELS:
-        for statistic, values in (("change", [1e-4, 2e-3, 5e-3, -0.1]), ("normalized", [9.0, 20.0, 2.0, 0.9])):
-            for b, value in enumerate(values):
-                value *= rng.uniform(0.8, 1.2)
-                half = 0.2 * abs(value)
-                mean = [1e-5, 1e-4, 4e-3, 1.2][b]
-                rows.append(
-                    {"statistic": statistic, "bin": b, "entropy_lo": mean / 2, "entropy_hi": 2 * mean}
-                    | {"entropy_mean": mean, "value": value, "lo": value - half, "hi": value + half}
-                    | {"n": 250 + b, "clusters": 40, "label": label}
-                )
-    folder = tmp_path / "dynamics"
-    folder.mkdir()
-    pd.DataFrame(rows).to_csv(folder / "dynamics.csv", index=False)
-    return study(folder, "dynamics", "dynamics", {"base": "BF16", "FT": "BF16"} | dict.fromkeys(LABELS[1:], FP4))
+    return made.dynamics(tmp_path / "dynamics")
 
 
 @pytest.fixture
@@ -70,7 +54,8 @@ def test_figure4_draws_every_value_with_its_interval(dynamics: Study) -> None:
     data = dynamics.table("dynamics")
     with style.context():
         fig = figure4({"dynamics": [dynamics]})
-    for ax, statistic in zip(fig.axes, ("change", "normalized"), strict=True):
+    change, over_qat, paper, over_base = fig.axes
+    for ax, statistic in ((change, "change"), (over_base, "normalized")):
         drawn = {container.get_label(): container for container in ax.containers}
         assert set(drawn) == set(LABELS)
         for label in LABELS:
@@ -82,6 +67,14 @@ def test_figure4_draws_every_value_with_its_interval(dynamics: Study) -> None:
         low, high = ax.get_ylim()
         assert low < data.loc[data["statistic"] == statistic, "lo"].min()
         assert high > data.loc[data["statistic"] == statistic, "hi"].max()
+    ratios = data[data["statistic"] == "normalized"].set_index(["label", "bin"])["value"]
+    for label in LABELS:
+        (ours,) = [line for line in over_qat.get_lines() if line.get_label() == label]
+        np.testing.assert_allclose(ours.get_ydata(), ratios[label] / ratios["QAT"])
+    same = next(line for line in over_qat.get_lines() if "same, paper (read off)" in str(line.get_label()))
+    assert list(same.get_ydata()) == [0.57, 0.92, 0.98, 1.0]
+    assert list(same.get_xdata()) == [0, 1, 2, 3]  # in the middle of our bins, of which there are as many
+    assert list(paper.get_lines()[0].get_ydata()) == [0.0022, 0.0242, 0.166, 0.304]
     said = words(fig)
     assert "1,006 tokens" in said and "40 validation problems" in said
     assert "BF16: base, FT; NVFP4-W4A4KV4: QAT" in said.replace("\n", " ")
@@ -190,9 +183,9 @@ def test_without_their_studies_there_is_nothing_to_draw() -> None:
 
 
 def test_files_are_the_same_bytes_each_time(dynamics: Study, gradients: Study, tmp_path: Path) -> None:
-    for figure, kind, made in ((figure4, "dynamics", dynamics), (figure7, "gradients", gradients)):
+    for figure, kind, one in ((figure4, "dynamics", dynamics), (figure7, "gradients", gradients)):
         files = []
         for run in ("a", "b"):
             with style.context():
-                files.append([p.read_bytes() for p in style.save(figure({kind: [made]}), tmp_path / run, kind)])
+                files.append([p.read_bytes() for p in style.save(figure({kind: [one]}), tmp_path / run, kind)])
         assert files[0] == files[1]

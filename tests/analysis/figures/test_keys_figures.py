@@ -16,54 +16,12 @@ from reqat.config.errors import ReqatError
 from tests.analysis import study_folders as made
 from tests.analysis.figures.test_figures import off_the_page, texts
 
-LAYERS, TOKENS, CHANNELS, GRID = 6, 12, 8, (0.0, 0.25, 0.5, 0.75)
-ALPHA = [0.25, 0.75, 0.5, 0.0, 0.25, 0.5]  # chosen; smallest in layer 3, largest in layer 1
-BETA = [0.5] * LAYERS
+LAYERS, TOKENS, CHANNELS, ALPHA, BETA = made.LAYERS, made.TOKENS, made.CHANNELS, made.ALPHA, made.BETA
 
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    path = tmp_path_factory.mktemp("keys")
-    rng = np.random.default_rng(0)
-    wide = []
-    for layer in (1, 3):
-        for words in ("before RoPE", "after RoPE"):
-            frame = pd.DataFrame(rng.random((TOKENS, CHANNELS)), columns=[f"c{i}" for i in range(CHANNELS)])
-            wide.append(frame.assign(layer=layer, keys=words, token=range(TOKENS)))
-    pd.concat(wide).to_csv(path / "surfaces.csv", index=False)
-    profiles = [
-        {"layer": layer, "head": 0, "along": along, "index": i, "largest": 1 + layer + i / size}
-        for layer in range(LAYERS)
-        for along, size in (("channel", CHANNELS), ("token", TOKENS))
-        for i in range(size)
-    ]
-    pd.DataFrame(profiles).to_csv(path / "profiles.csv", index=False)
-    errors = [
-        {"layer": x, "alpha": a, "beta": b, "error": 1 + (a - ALPHA[x]) ** 2 + (b - BETA[x]) ** 2,
-         "chosen": (a, b) == (ALPHA[x], BETA[x])}
-        for x in range(LAYERS) for a in GRID for b in GRID
-    ]  # fmt: skip
-    pd.DataFrame(errors).to_csv(path / "errors.csv", index=False)
-    window = [
-        pd.DataFrame(rng.random((10, 64)), columns=[f"d{32 + i}" for i in range(64)]).assign(
-            inputs=w, token=range(5, 15)
-        )
-        for w in ("before rotation", "after rotation")
-    ]
-    pd.concat(window).to_csv(path / "inputs.csv", index=False)
-    measured = {
-        "model": {"recipe": "reqat-tq", "precision": made.CAND},
-        "sequences": 4,
-        "rotation": 32,
-        "layers": {"largest": 1, "smallest": 3},  # records sort keys
-        "heads": [0, 1, 0, 1, 0, 0],
-        "alpha": ALPHA,
-        "beta": BETA,
-        "tokens": TOKENS,
-        "down_proj": "model.layers.2.mlp.down_proj",
-        "largest_input": {"before": 31.0, "after": 5.5},
-    }
-    return made.study(path, "keys", "keys", {"model": made.CAND}, **measured)
+    return made.keys(tmp_path_factory.mktemp("keys"))
 
 
 STAGES = [
@@ -112,8 +70,10 @@ def test_figure5b_shows_the_two_layers_of_the_rule(keys: Study) -> None:
         change = row[2].images[0].get_array()
         none = 1 + ALPHA[layer] ** 2 + 0.25
         assert change.min() == pytest.approx(100 * (1 / none - 1)) and change[0, 0] == 0
-        (point,) = row[2].get_lines()
+        point, theirs = row[2].get_lines()
         assert (point.get_xdata()[0], point.get_ydata()[0]) == (0.5, ALPHA[layer])
+        choice = {3: (0.4, 0.0), 1: (0.05, 0.85)}[layer]  # the paper's smallest and largest scale exponent
+        assert (theirs.get_xdata()[0], theirs.get_ydata()[0]) == choice
     assert "read off, best (α, β): layer 13 (0, 0.4); layer 1 (0.85, 0.05)" in said(fig)
     assert "ReQAT-TQ" in said(fig) and "Tier synthetic" in said(fig)
 
@@ -133,9 +93,12 @@ def test_figure10a_draws_profiles_of_layers_from_first_to_last(keys: Study) -> N
             )
             assert ax.get_ylim()[0] == 0 and ax.get_ylim()[1] > LAYERS  # of the last layer
         assert list(column[0].get_lines()[1].get_xdata()) == [CHANNELS / 2] * 2
-        (point,) = column[2].get_lines()
+        point, theirs = column[2].get_lines()
         assert (point.get_xdata()[0], point.get_ydata()[0]) == (BETA[layer], ALPHA[layer])
-    assert "layer 47 (0.2, 0.4)" in said(fig)
+    first, last = (axes[2, i].get_lines()[1] for i in (0, -1))
+    assert (first.get_label(), *first.get_xydata()[0]) == ("paper (read off), layer 0", 0.35, 0.35)
+    assert (last.get_label(), *last.get_xydata()[0]) == ("paper (read off), layer 47", 0.4, 0.2)
+    assert "layer 47 (0.2, 0.4)" in said(fig) and "its maps show 20 x 10" in said(fig)
 
 
 def test_figure11a_shows_inputs_as_they_are_and_rotated(keys: Study) -> None:

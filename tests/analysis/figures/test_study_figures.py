@@ -102,12 +102,13 @@ def test_no_text_lies_outside(drawn: dict[str, Figure], name: str) -> None:
 
 def test_figure2_routing_and_noise(drawn: dict[str, Figure]) -> None:
     fig = drawn["figure2"]
-    policies = panel(fig, "(c)")
+    policies = panel(fig, "(d)")
     bars = [p.get_height() for p in policies.patches]  # type: ignore[attr-defined]
     assert bars == pytest.approx([100 * a for a in ACCURACIES])
-    feet = [t.get_text() for t in policies.texts]
-    assert feet == ["22\nof 24", "20\nof 24", "14\nof 24", "12\nof 24"]  # 24 responses each, to the nearest whole
-    choosers = panel(fig, "(d)")
+    (theirs,) = policies.get_lines()[-1:]
+    assert list(np.round(theirs.get_xdata())) == [3, 2, 1, 0]  # all FP4 first, as in the file
+    assert list(theirs.get_ydata()) == [12.5, 37.5, 87.5, 75] and theirs.get_label() == "paper (read off)"
+    choosers = panel(fig, "(c)")
     reference, candidate = ([p.get_width() for p in c.patches] for c in choosers.containers)  # type: ignore[union-attr]
     assert candidate == pytest.approx([0, 30, 70, 100]) and reference == pytest.approx([100, 70, 30, 0])
     lines = {c.get_label(): c.lines[0].get_xydata() for c in panel(fig, "(e)").containers}  # type: ignore[union-attr]
@@ -152,6 +153,11 @@ def test_figure8_has_a_panel_a_threshold(drawn: dict[str, Figure]) -> None:
     first, second = panel(fig, "(a)"), panel(fig, "(b)")
     assert "p75 (4e\u22123 nats)" in first.get_title(loc="left") and "0.6 nats" in second.get_title(loc="left")
     assert [p.get_height() for p in second.patches] == pytest.approx([100 * a for a in ACCURACIES])  # type: ignore[attr-defined]
+    feet = [t.get_text() for t in second.texts if "of 24" in t.get_text()]
+    assert feet == ["22\nof 24", "20\nof 24", "14\nof 24", "12\nof 24"]  # 24 responses each, to the nearest whole
+    (theirs,) = [line for line in second.get_lines() if line.get_label() == "paper (counted)"]
+    assert list(theirs.get_ydata()) == [75, 62.5, 12.5, 37.5]
+    assert "paper (counted)" not in {line.get_label() for line in first.get_lines()}  # whose threshold is no nats
     over = [t.get_text() for t in second.texts if "p=" in t.get_text()]
     assert over == ["\u22125.0\np=0.75", "\u221230.0\np=0.75", "\u221240.0\np=0.75"]  # three comparisons at 0.25
 

@@ -285,6 +285,28 @@ def test_table11_reads_the_tier(made: dict[str, Table], make_results: Any) -> No
     assert rows["Sequences a step"] == ["72", "24", "24", "16"] and rows["Gradient clipping"][2] == "none"
 
 
+def test_table11_has_a_line_for_each_recipe_with_a_rate_of_its_own(make_results: Any) -> None:
+    results = make_results(
+        models={"testbed": {"source": "pinned", "artifacts": ["table1"]}},
+        only={"recipes": ["base", "ft", "qat", "reqat-t", "reqat-tqs"], "precisions": ["NVFP4-W4A4KV4"]},
+        claim_seeds={},
+        # reqat-tq has one, too, but no cell of this tier
+        train={"qat_from_base": {"lr": 1e-5}, "rates": {"qat": 2e-3, "reqat-tqs": 5e-4, "reqat-tq": 7e-4}},
+    )
+    (table,) = [table for table in tables(results) if table.name == "table11"]
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.sections[0]}
+    assert list(rows)[1:4] == ["Learning rate", "Learning rate of qat", "Learning rate of reqat-tqs"]
+    assert rows["Learning rate of qat"] == ["\u2013", "\u2013", "0.002", "\u2013"]  # from the base
+    assert rows["Learning rate of reqat-tqs"] == ["\u2013", "0.0005", "\u2013", "\u2013"]
+    # what the stages are trained with
+    used = {
+        cell.recipe: results.plan.stage(results.plan.evaluation(cell.evaluation).stage).settings.training.lr
+        for cell in results.plan.cells
+        if cell.recipe in ("qat", "reqat-t", "reqat-tqs")
+    }
+    assert used == {"qat": 2e-3, "reqat-t": results.plan.tier.train.qat.lr, "reqat-tqs": 5e-4}
+
+
 def test_parts_of_a_plan_make_parts_of_the_tables(make_results: Any) -> None:
     """With few recipes, lines are missing, not tables; an artifact without a cell has no table at all."""
     model = CHANGES["models"]["testbed"]
