@@ -69,6 +69,10 @@ class ReqatConfig(QuantizationConfigMixin):
             config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dictionary: transformers reads it so where a loaded model's configuration is given again."""
+        return getattr(self, key, default)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; :meth:`from_dict` reads it back. Of a loaded model's this is what ``config.json`` gets."""
         if isinstance(self.precision, Precision) and not self.override:

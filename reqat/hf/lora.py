@@ -57,6 +57,7 @@ def _layer() -> type:
     """PEFT's linear layer with the update inside; made here, for PEFT is not always installed, and slow to import."""
     try:
         from peft.tuners.lora import Linear
+        from peft.tuners.tuners_utils import check_adapters_to_merge
     except ImportError as error:
         raise ReqatError("quantized_lora needs PEFT: pip install peft") from error
 
@@ -77,14 +78,26 @@ def _layer() -> type:
             base = self.get_base_layer()
             _check_trainable(base)
             weight = base.weight
-            for name in inside:  # one after the other, rounded as `merge` does
-                weight = (weight + self.get_delta_weight(name)).to(base.weight.dtype)
+            for name in inside:
+                weight = self.updated(weight, name)
             return base.with_weight(x, weight)
 
+        def updated(self, weight: Tensor, name: str) -> Tensor:
+            """The weight with one adapter's update, in the weight's dtype."""
+            return (weight + self.get_delta_weight(name)).to(weight.dtype)
+
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-            """PEFT's, refused before anything is changed if the layer is frozen."""
-            _check_trainable(self.get_base_layer())
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            """As PEFT's, with the very weight that was trained; refused before anything is changed if it is frozen."""
+            base = self.get_base_layer()
+            _check_trainable(base)
+            for name in check_adapters_to_merge(self, adapter_names):
+                if name not in self.lora_A:
+                    continue
+                weight = self.updated(base.weight.data, name)
+                if safe_merge and not bool(weight.isfinite().all()):
+                    raise ReqatError(f"{base.name}: adapter {name!r} makes its weight NaN or infinite; train it again")
+                base.weight.data = weight
+                self.merged_adapters.append(name)
 
     return QuantLoraLinear
 

@@ -75,8 +75,8 @@ class ReqatHfQuantizer(HfQuantizer):
             self._read(self._folder, model)
         elif self.pre_quantized or not checkpoint_files:
             raise ReqatError(
-                f"{JSON} and {TENSORS} stand beside the weights, and these weights are in no folder (state_dict), or in "
-                "files other than safetensors: give from_pretrained the folder"
+                f"{JSON} and {TENSORS} stand beside the weights, and these weights are in no folder (state_dict), or "
+                "in files other than safetensors: give from_pretrained the folder"
             )
         else:
             raise ReqatError(f"{checkpoint_files[0]}: pickled weights can execute code; convert them to safetensors")
@@ -113,9 +113,7 @@ class ReqatHfQuantizer(HfQuantizer):
                 )
             asked = settle(saved, wanted.skip, {}, saved, skip, override=wanted.override)
         else:
-            asked = settle(
-                wanted.precision, wanted.skip, wanted.options, saved, skip, override=wanted.override
-            )
+            asked = settle(wanted.precision, wanted.skip, wanted.options, saved, skip, override=wanted.override)
         if sidecar is not None:
             sidecar.check(asked.precision)
         return asked.precision, asked.skip
@@ -178,9 +176,9 @@ def _check_devices(device_map: Mapping[str, Any]) -> None:
     away = {place for place in places if place in ("disk", "meta") or (place == "cpu" and len(places) > 1)}
     if away:
         raise ReqatError(
-            f"device_map puts weights on {', '.join(sorted(map(repr, away)))}, from where they are copied whenever they "
-            "are needed (offloading), and a quantized layer has to keep its own: use one device (device_map='cpu', "
-            "'cuda:0'), or several GPUs that hold the whole model"
+            f"device_map puts weights on {', '.join(sorted(map(repr, away)))}, from where they are copied whenever "
+            "they are needed (offloading), and a quantized layer has to keep its own: use one device "
+            "(device_map='cpu', 'cuda:0'), or several GPUs that hold the whole model"
         )
 
 

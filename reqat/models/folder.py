@@ -61,9 +61,9 @@ class CheckpointNotFoundError(MissingFileError):
 def check_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a dense decoder, as it stands there.
 
-    Raises ReqatError for a source that another tool has quantized (naming the method), for a model type that this version of
-    transformers does not have (code that comes with a checkpoint is never run), and for a key of the wrong type or
-    range.
+    Raises ReqatError for a source that another tool has quantized (naming the method), for a model type that this
+    version of transformers does not have (code that comes with a checkpoint is never run), and for a key of the wrong
+    type or range.
     """
     file = folder / CONFIG
     config = read_json(file, "model configuration", REMEDY)

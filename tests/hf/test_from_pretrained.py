@@ -123,6 +123,23 @@ def test_offloading_is_refused(folder: Folder, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    ],
+)
+def test_experts(folder: Folder, tmp_path: Path, ids: Tensor, family: str, changes: dict[str, Any]) -> None:
+    path = folder(family, **changes)
+    model = load(path, quantization_config=ReqatConfig(KV4))
+    expected = logits(own(path, KV4), ids)
+    assert len(quant_linears(model)) == 2 * (4 + 4 * 3)
+    assert torch.equal(logits(model, ids), expected)
+    reqat.freeze(model).save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    assert torch.equal(logits(load(tmp_path / "saved"), ids), expected)
+
+
 def test_an_encoder(tmp_path: Path, ids: Tensor) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
@@ -221,6 +238,16 @@ def test_a_packed_model_is_not_saved(folder: Folder, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "saved")
 
 
+def test_a_folder_keeps_its_own_precision(folder: Folder, tmp_path: Path, ids: Tensor) -> None:
+    """transformers' rule for every method: the configuration of the folder wins, with a warning."""
+    model = load(folder(), quantization_config=ReqatConfig(KV4))
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.warns(UserWarning, match="from the model will be used"):
+        again = load(tmp_path / "saved", quantization_config=ReqatConfig("MXFP4-W4A4"))
+    assert precision_of(again) == Precision.parse(KV4)
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
 # Batches
 
 
@@ -277,7 +304,8 @@ def test_configurations() -> None:
         again = ReqatConfig.from_dict(written)
         assert again.to_dict() == config.to_dict()
         assert again.precision is None or Precision.parse(again.precision, **again.options) == Precision.parse(
-            config.precision, **config.options  # type: ignore[arg-type]
+            config.precision,
+            **config.options,  # type: ignore[arg-type]
         )
 
 
@@ -370,7 +398,7 @@ def test_edited_weights_beside_codes(folder: Folder, tmp_path: Path) -> None:
         load(tmp_path / "saved")
 
 
-def test_weights_without_a_folder_or_split_over_devices(folder: Folder, tmp_path: Path) -> None:
+def test_weights_without_a_folder(folder: Folder, tmp_path: Path) -> None:
     model = load(folder(), quantization_config=ReqatConfig(KV4))
     state = load_model(folder()).state_dict()
     with pytest.raises(ReqatError, match="give from_pretrained the folder"):
@@ -395,9 +423,7 @@ def test_without_reqat_the_folder_is_the_dense_model(folder: Folder, tmp_path: P
     assert torch.equal(logits(plain, ids), logits(load(path), ids))
 
 
-def test_a_folder_of_the_hub(
-    folder: Folder, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_of_the_hub(folder: Folder, tmp_path: Path, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """From transformers' cache, where the files of a repository lie by commit."""
     from huggingface_hub import constants
 
