@@ -20,6 +20,7 @@ from transformers.activations import ACT2CLS
 
 from reqat.config.errors import MissingFileError, ReqatError, unknown
 from reqat.config.files import explain, read_json
+from reqat.models.described import is_ours
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,13 +61,13 @@ class CheckpointNotFoundError(MissingFileError):
 def check_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a dense decoder, as it stands there.
 
-    Raises ReqatError for a source that is quantized already (naming the method), for a model type that this version of
-    transformers does not have (code that comes with a checkpoint is never run), and for a key of the wrong type or
-    range.
+    Raises ReqatError for a source that another tool has quantized (naming the method), for a model type that this
+    version of transformers does not have (code that comes with a checkpoint is never run), and for a key of the wrong
+    type or range.
     """
     file = folder / CONFIG
     config = read_json(file, "model configuration", REMEDY)
-    _check_dense(folder, config)
+    check_unquantized(folder, config)
     _check_type(file, config)
     for key in _POSITIVE:
         value = config.get(key)
@@ -119,12 +120,13 @@ def _check_type(file: Path, config: dict[str, Any]) -> None:
     raise unknown("model_type", kind, ("llama", "qwen2", "qwen3", "mistral"), str(file))
 
 
-def _check_dense(folder: Path, config: dict[str, Any]) -> None:
-    """Raise ReqatError, naming the method, for a checkpoint that another tool has quantized."""
+def check_unquantized(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ReqatError, naming the method, for a checkpoint that another tool has quantized. Ours are dense beside
+    their codes (:mod:`reqat.models.described`)."""
     inner = config.get("text_config")
     for place in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config"):
-            if place.get(key):
+            if place.get(key) and not is_ours(place[key]):
                 raise _quantized(f"{folder / CONFIG} ({key})", _method(place[key]))
     for name, method in _QUANTIZED_BY.items():
         if (folder / name).is_file():
@@ -181,7 +183,7 @@ def weight_headers(folder: Path) -> dict[str, Header]:
     for file in files:
         if not file.is_file():
             raise CheckpointNotFoundError(f"{file} is missing, but {index.name} names it; copy the checkpoint again")
-        for name, shape in _shapes(file).items():
+        for name, shape in weight_shapes(file).items():
             if name in found:
                 raise ReqatError(f"{name} is both in {found[name].file} and in {file.name}; copy the checkpoint again")
             found[name] = Header(file, shape)
@@ -206,7 +208,7 @@ def _named(index: Path, named: Any) -> dict[str, str]:
     return named
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a safetensors file. Raises ReqatError where it cannot be read, or holds what is no float."""
     try:
         with file.open("rb"):  # safetensors says "No such file" of a file that it may not read

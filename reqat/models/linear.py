@@ -187,6 +187,11 @@ class QuantLinear(nn.Linear):
         x = self.input_quantizer(x, self)
         return F.linear(x, self.weight if self.frozen else self._quantized_weight(), self.bias)
 
+    def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """What the layer, not frozen, would compute of x with another ``weight`` [N, K] in place of its own."""
+        x = self.input_quantizer(x, self)
+        return F.linear(x, self.weight_quantizer(self.basis.of_weight(weight)), self.bias)
+
     def _quantized_weight(self) -> Tensor:
         """Q(W) with W's gradient, kept if :func:`weights_quantized_once` says so."""
         weight, quantizer = self.weight, self.weight_quantizer

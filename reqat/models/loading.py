@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
+from reqat.models.described import check_agrees
 from reqat.models.folder import (
     CONFIG,
     REMEDY,
@@ -93,8 +94,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     stored = weight_headers(folder)
     check_layers(folder, described, stored)
     sidecar = Sidecar.read(folder)
+    about = described.get("quantization_config")
+    if about is not None:
+        check_agrees(folder, about, sidecar)
     with quiet(), _third_party(folder / CONFIG, REMEDY):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if about is not None:
+            del config.quantization_config  # the dense model is wanted, whatever quantizers are registered
         own = _class(config)
         _check_shapes(folder, config, own, stored)
         loaded: Any = (own or AutoModelForCausalLM).from_pretrained(
@@ -203,11 +209,11 @@ def _check_shapes(folder: Path, config: PreTrainedConfig, own: Any, stored: Mapp
         for name, header in stored.items()
         if name in expected and header.shape != tuple(expected[name].shape)
     ]
-    mismatched = [entry for entry in mismatched if not _widened(*entry)]
+    mismatched = [entry for entry in mismatched if not is_widened(*entry)]
     _check_loaded(folder, {"mismatched_keys": mismatched, "missing_keys": [], "unexpected_keys": []})
 
 
-def _widened(name: str, stored: Sequence[int], expected: Sequence[int]) -> bool:
+def is_widened(name: str, stored: Sequence[int], expected: Sequence[int]) -> bool:
     """Whether it is a QK-norm weight that Q-FIT widened to one row a head, [H, D] where the config means [D]."""
     norm = name.endswith((".q_norm.weight", ".k_norm.weight"))
     return norm and len(stored) == 2 and tuple(stored[1:]) == tuple(expected)
@@ -218,7 +224,7 @@ def _load_widened_norms(stored: Mapping[str, Header], model: PreTrainedModel, in
 
     They broadcast over [B, T, H, D]. Plain transformers refuses such a checkpoint, rightly: it would ignore them.
     """
-    widened = {entry[0] for entry in info["mismatched_keys"] if _widened(*entry)}
+    widened = {entry[0] for entry in info["mismatched_keys"] if is_widened(*entry)}
     for name in widened:
         with safe_open(stored[name].file, framework="pt") as tensors:
             norm = model.get_submodule(name.removesuffix(".weight"))

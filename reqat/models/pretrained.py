@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 from reqat.config.errors import ReqatError
 from reqat.config.files import explaining, write_file
 from reqat.models.adapters import blocks_of
+from reqat.models.described import described, is_ours
 from reqat.models.experts import Experts
 from reqat.models.linear import CODES, QuantLinear, stands_for
 from reqat.models.peft import peft_modules
+from reqat.models.report import Report
 from reqat.models.sidecar import JSON, TENSORS, Sidecar
 from reqat.quant import GradientRule, MeasuredState
 
@@ -58,7 +60,7 @@ def write_pretrained(
     """
     folder = Path(save_directory)
     check_savable(model, folder, **kwargs)
-    own: Any = functools.partial(type(model).save_pretrained, model, folder, is_main_process=is_main_process, **kwargs)
+    own: Any = functools.partial(_save, model, folder, is_main_process=is_main_process, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers saves the adapter, and nothing of the model
         own(state_dict=state_dict)
         return
@@ -73,9 +75,20 @@ def write_pretrained(
         with explaining(folder / name):
             (folder / name).unlink(missing_ok=True)
     own(state_dict=state)
-    _fix_config(folder / "config.json", dtype)
+    _fix_config(folder / "config.json", dtype, getattr(model, "_reqat_report", None))
     if sidecar:
         sidecar.write(folder)
+
+
+def _save(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
+    """transformers' own ``save_pretrained``. Where it finds a quantizer it would ask that for a state dict, and drop
+    the one that it is given."""
+    quantizer = model.__dict__.pop("hf_quantizer", None)
+    try:
+        type(model).save_pretrained(model, folder, **kwargs)
+    finally:
+        if quantizer is not None:
+            model.hf_quantizer = quantizer
 
 
 def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -144,9 +157,12 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _fix_config(file: Path, dtype: torch.dtype | None) -> None:
-    """config.json describes the stored weights, and names no attention function or path that others do not have."""
+def _fix_config(file: Path, dtype: torch.dtype | None, report: Report | None) -> None:
+    """config.json describes the stored weights and the precision, and names no attention function or path that others
+    do not have."""
     config = json.loads(file.read_text())
+    if report is not None and is_ours(config.get("quantization_config")):
+        config["quantization_config"] = described(report.precision, report.skip)
     if dtype is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
     for key in ("_attn_implementation", "attn_implementation", "_name_or_path"):

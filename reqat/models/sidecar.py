@@ -92,6 +92,11 @@ class Sidecar:
                 raise ReqatError(
                     f"{name}: its scales were learned, and its dense weight would lose them: freeze(model), then save"
                 )
+            if module.weight_quantizer.global_scale is not None:
+                raise ReqatError(
+                    f"{name}: its weight shares a global scale (share_global_scales), and its dense weight would lose "
+                    "that: freeze(model), then save"
+                )
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
         loaded: Sidecar | None = getattr(model, "_reqat_sidecar", None)

@@ -150,15 +150,7 @@ def read_stored(folder: Path) -> Stored | None:
         return None
     about = read_json(file, "sidecar", _REMEDY)
     _check_about(file, about)
-    try:
-        precision = Precision.from_dict(about["precision"])
-        if precision.name != about["precision"].get("name", precision.name):
-            raise ValueError(f"its formats are those of {precision.name}, its name is {about['precision']['name']}")
-        for block in (precision.rotation, precision.kv_rotation):
-            if block is not None and (type(block) is not int or block < 1 or block & (block - 1)):
-                raise ValueError(f"rotation block {block!r}, where a power of two is needed")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReqatError(f"{file}: its precision is damaged ({error}); {_REMEDY}.") from error
+    precision = stored_precision(file, about["precision"])
     tensors = _tensors(folder, about)
     weights = {
         name: _quantized(folder / TENSORS, name, tensors, precision, info) for name, info in about["quantized"].items()
@@ -167,6 +159,20 @@ def read_stored(folder: Path) -> Stored | None:
     dense = {name: info["dense_sha256"] for name, info in about["quantized"].items() if "dense_sha256" in info}
     skip = about.get("skip")
     return Stored(precision, tensors, weights, dense, None if skip is None else tuple(skip))
+
+
+def stored_precision(where: Path | str, values: Any) -> Precision:
+    """The precision that ``Precision.to_dict`` wrote. Raises ReqatError, naming ``where`` it stands, if it is none."""
+    try:
+        precision = Precision.from_dict(values)
+        if precision.name != values.get("name", precision.name):
+            raise ValueError(f"its formats are those of {precision.name}, its name is {values['name']}")
+        for block in (precision.rotation, precision.kv_rotation):
+            if block is not None and (type(block) is not int or block < 1 or block & (block - 1)):
+                raise ValueError(f"rotation block {block!r}, where a power of two is needed")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReqatError(f"{where}: its precision is damaged ({error}); {_REMEDY}.") from error
+    return precision
 
 
 def check_dense(folder: Path, stated: Mapping[str, str]) -> None:
