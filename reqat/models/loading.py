@@ -87,7 +87,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         del model.config.quantization_config, model.hf_quantizer
         model.is_quantized = False  # type: ignore[assignment]
         return model.eval()
-    folder = _folder(path)
+    folder = local_folder(path)
     described = check_config(folder)
     check_generation(folder)
     stored = weight_headers(folder)
@@ -128,7 +128,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             file = package_gguf(str(path))
             with _third_party(file, _INSTALL):
                 return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        folder = _folder(path, needs=TOKENIZER_CONFIG)
+        folder = local_folder(path, needs=TOKENIZER_CONFIG)
         check_tokenizer(folder)
         if (folder / CONFIG).is_file():  # transformers looks there for the kind of tokenizer
             read_json(folder / CONFIG, "model configuration", REMEDY)
@@ -166,7 +166,8 @@ def _third_party(file: Path | str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def _folder(path: str | Path, needs: str = CONFIG) -> Path:
+def local_folder(path: str | Path, needs: str = CONFIG) -> Path:
+    """The folder that a model's path names. Raises CheckpointNotFoundError if it is no folder with a file ``needs``."""
     if not isinstance(path, str | Path):
         raise ReqatError(f"no model at {path!r}: give a folder's path, or {PACKAGE}NAME")
     folder = Path(path)
