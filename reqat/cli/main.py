@@ -26,6 +26,7 @@ import reqat.cli.reset
 import reqat.cli.results
 import reqat.cli.run
 import reqat.cli.study
+import reqat.cli.train
 import reqat.cli.view  # noqa: F401
 from reqat.cli.app import INTERRUPTED, app, session
 from reqat.cli.arguments import check_environment, check_text

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 import reqat
 from reqat.cli import arguments
 from reqat.cli.app import Quiet, Tier, app, check_families, session, start_computing
-from reqat.cli.arguments import Threads
+from reqat.cli.arguments import Seeds, Threads, seed_list
 from reqat.config.catalogue import PTQ_METHODS
+from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_text
 from reqat.config.precision import family
 from reqat.config.stage import Calibration
+from reqat.pipeline.graded import Asked, grade_model, said
 from reqat.pipeline.jobs import run_evaluation, run_stage
+from reqat.pipeline.task import weights
 from reqat.records import record
+from reqat.tasks import problems as draw
+from reqat.tasks.problem_files import Given, of_problems, read_problems
 
 Force = Annotated[bool, typer.Option("--force", help="Do it again even if the result is there.")]
 
@@ -58,17 +66,98 @@ def stage(
 
 @app.command()
 def evaluate(
-    ids: Annotated[list[str], typer.Argument(help="Ids as `reqat plan` prints them.")],
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids as `reqat plan` prints them.")] = None,
     tier: Tier = "laptop",
+    model: Annotated[
+        str | None,
+        typer.Option(callback=arguments.model, help="In place of ids: a model's folder, or package:NAME."),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(callback=arguments.families, help="Task families to grade --model on, a,b.")
+    ] = None,
+    problems: Annotated[
+        Path | None, typer.Option(help="Or JSON lines with prompt and answer (the last \\boxed{} is compared).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write: outcomes and a record.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(callback=arguments.precision, help="Default: as the folder was saved, or else BF16.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, max=arguments.MOST, help="Problems, at most.")] = 100,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="Of the task families; no training trace is of either.")
+    ] = "test",
+    problem_seed: Annotated[int, typer.Option(min=0, max=arguments.MOST, help="That problems are drawn with.")] = 1,
+    seeds: Seeds = "0",
+    decoding: Annotated[str, typer.Option(callback=arguments.policy, help=f"greedy, or {SAMPLE}.")] = SAMPLE,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Longest response.")] = 512,
+    batch_rows: Annotated[
+        int | None, typer.Option(min=1, max=arguments.LONGEST, help="Rows decoded together (default: by memory).")
+    ] = None,
     quiet: Quiet = False,
     force: Force = False,
     threads: Threads = 1,
 ) -> None:
-    """Grade a stage's model at a precision: one outcome for every problem and sampling seed."""
+    """Grade a stage's model (ids), or a model of your own (--model), at a precision: one outcome for every problem and
+    sampling seed."""
+    if model is not None:
+        if ids:
+            raise ReqatError(f"--model {model} and the id {ids[0]}: give one or the other.")
+        if (tasks is None) == (problems is None):
+            raise ReqatError("--model: give --tasks a,b or --problems FILE, and not both.")
+        rows = (
+            read_problems(problems, n)
+            if problems is not None
+            else of_problems(draw([name.strip() for name in str(tasks).split(",")], split, n, problem_seed))
+        )
+        _grade(
+            model,
+            rows,
+            Asked(precision, seed_list(seeds), decoding, max_new_tokens, batch_rows),
+            {"tasks": tasks, "problems": problems.name if problems else None, "split": split, "seed": problem_seed},
+            out,
+            quiet=quiet,
+            force=force,
+            threads=threads,
+        )
+        return
+    given = {"--tasks": tasks, "--problems": problems, "--out": out, "--precision": precision}
+    for option, value in given.items():
+        if value is not None:
+            raise ReqatError(f"{option} {value}: an option of --model; ids are graded as their tier says.")
+    if not ids:
+        raise ReqatError("nothing to grade: give ids as `reqat plan` prints them, or --model.")
     plan = session.plan(tier)
     start_computing(threads)
     for id in ids:
         run_evaluation(plan, id, session.paths, progress=not quiet, force=force)
+
+
+def _grade(
+    model: str,
+    rows: list[Given],
+    asked: Asked,
+    about: dict[str, Any],
+    out: Path | None,
+    *,
+    quiet: bool,
+    force: bool,
+    threads: int,
+) -> None:
+    """Grade a model, print its accuracy, and write outcomes and record where ``out`` says."""
+    start_computing(threads)
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            folder, job = Path(stack.enter_context(tempfile.TemporaryDirectory())), None
+        else:
+            root = Path(reqat.__file__).parents[1]
+            job = stack.enter_context(record.asked_for("evaluate", out, {}, root=root, force=force, inputs=[model]))
+            folder = job.partial
+        metrics = grade_model(model, rows, asked, folder, progress=not quiet)
+        if job is not None:
+            job.config = {"model": model, **about, **asdict(asked), "n": len(rows)}
+            job.seeds, job.metrics = list(asked.seeds), metrics
+            job.inputs = {"model": {"id": Path(model).name, "weights": weights(model)}}
+    print(said(metrics))
 
 
 @app.command()

@@ -388,3 +388,49 @@ def plan(tier: Tier, catalogue: Catalogue, *, pinned: Mapping[str, str] | None =
     Raises `ReqatError` if a recipe's amounts do not fit the tier's budgets and trace store.
     """
     return _Builder(tier, catalogue, pinned or {}).build()
+
+
+class _OwnBuilder(_Builder):
+    """For one recipe on a store that is there already: a step that asks for more tokens than it has sees its traces
+    again, each equally often."""
+
+    def __init__(self, tier: Tier, catalogue: Catalogue, longest: int) -> None:
+        super().__init__(tier, catalogue, {})
+        self.longest = longest
+        self.seen: int | None = None  # by the last fine-tuning, of the store
+
+    def selection(self, step: TrainStep, total: int, model: Model, recipe: str) -> Selection:
+        values, there = self.amounts(total), self.tier.data.tokens
+        tokens, skip = amount(step.tokens, values), 0
+        if step.traces == "different":
+            skip = values["ft"]
+            there -= skip + self.longest  # both ends are rounded up to whole traces
+        elif step.step == "qat" and self.seen is not None:
+            there = min(there, self.seen)  # the very traces of stage 1, and no others
+        if there < 1:
+            raise ReqatError(
+                f"recipe {recipe}: fine-tuning takes {skip} of the {self.tier.data.tokens} tokens, which leaves no "
+                "other traces for QAT; lower --total, or give more traces."
+            )
+        passes = -(-tokens // there)
+        chosen = Selection(tokens=-(-tokens // passes), skip_tokens=skip, epochs=passes * step.epochs)
+        if step.step == "finetune":
+            self.seen = chosen.tokens
+        return chosen
+
+
+def own_plan(
+    tier: Tier, catalogue: Catalogue, recipe: str, precision: str, total: int, base: Stage, store: Stage, longest: int
+) -> tuple[Plan, Stage, PrecisionSpec]:
+    """The plan of one recipe of `total` tokens on a model (`base`) and traces (`store`) of somebody's own, its last
+    stage, and the precision that the recipe's model is meant for. `tier` has the settings, and the size of the store
+    (`data.tokens`), whose longest trace has `longest` tokens; its one model is the base's.
+
+    Raises `ReqatError` if the recipe's amounts do not fit the traces.
+    """
+    builder = _OwnBuilder(tier, catalogue, longest)
+    builder.plan.stages.update({base.id: base, store.id: store})
+    (model,) = tier.models.values()
+    last = builder.chain(recipe, precision, total, model, base, store, tier.training_seeds[0])
+    at = builder.precision(precision, catalogue.recipe(recipe), tier.train.global_scale, model)
+    return builder.plan, last, at

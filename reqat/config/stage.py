@@ -115,6 +115,22 @@ class Gradient(_Open):
     """Which tensors have it; the others go straight through."""
 
 
+class TraceSource(Strict):
+    """What a trace store of somebody's own traces is made of (`reqat.data.sources`)."""
+
+    name: str
+    """Of the file, or `owner/name@revision` of a data set of the hub."""
+    sha256: str | None = None
+    """Of the file."""
+    messages: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    """Columns that were named; null: the usual ones."""
+    row_tokens: Size | None = None
+    """Longest trace; null: the longest there is, within what the model reads."""
+    over_long: Literal["drop", "truncate"] = "drop"
+
+
 class DataSettings(Strict):
     """A trace store: at least `tokens` tokens of verified traces over problems of `families`, and the tokenizer that
     counted them."""
@@ -133,6 +149,8 @@ class DataSettings(Strict):
     source: str = "generated"
     """`generated` by the families, or the name of a JSONL file of traces under the traces folder (fields id, prompt,
     response)."""
+    own: TraceSource | None = None
+    """Of `reqat train`: which traces of somebody's own `source` stands for."""
 
     @field_validator("families")
     @classmethod

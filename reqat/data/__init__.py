@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from reqat.data.packing import Batch, PackedRows, batches, pack
+from reqat.data.store import TraceStore, write_arrays, write_store
 from reqat.data.tokenizer import build_tokenizer, encode_prompt, unknown_id, with_bos, without_bos
-from reqat.data.traces import Trace, TraceStore, select, write_store
+from reqat.data.traces import Trace, Traces, select
 
 __all__ = [
     "Batch",
     "PackedRows",
     "Trace",
     "TraceStore",
+    "Traces",
     "batches",
     "build_tokenizer",
     "encode_prompt",
@@ -19,5 +21,6 @@ __all__ = [
     "unknown_id",
     "with_bos",
     "without_bos",
+    "write_arrays",
     "write_store",
 ]

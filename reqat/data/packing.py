@@ -8,19 +8,22 @@ section 3.2).
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.data.traces import Trace
+from reqat.data.traces import Trace, Traces
 
 IGNORE = -100
 # Rows that stay open for a later, shorter trace; more gives denser rows and a less local order.
 _OPEN_ROWS = 32
+# Mapped token ids are dropped from memory after a sweep over so many.
+_SWEEP = 2**24
 
 
 @dataclass(frozen=True)
@@ -65,33 +68,51 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows as lists of traces, in a fixed order; ``row_tokens`` is the length they are padded to.
+    """Rows of traces, in a fixed order; ``row_tokens`` is the length they are padded to.
 
+    Row ``r`` holds the traces ``order[starts[r] : starts[r + 1]]`` of ``traces`` (int64 both, [traces] and [rows + 1]).
     ``bos_id`` opens the traces that have a ``<bos>``; None where none of them has.
     """
 
-    rows: tuple[tuple[Trace, ...], ...]
+    traces: Traces
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
     row_tokens: int
     bos_id: int | None
     pad_id: int
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.starts) - 1
 
     @property
     def n_tokens(self) -> int:
         """Tokens without padding."""
-        return sum(t.n_tokens for row in self.rows for t in row)
+        return self.traces.n_tokens
+
+    def numbers(self, row: int) -> list[int]:
+        """Which of ``traces`` a row holds, in their order there."""
+        return self.order[self.starts[row] : self.starts[row + 1]].tolist()
+
+    @property
+    def rows(self) -> Iterator[tuple[Trace, ...]]:
+        """The traces of each row."""
+        return (tuple(self.traces[number] for number in self.numbers(row)) for row in range(len(self)))
 
     @property
     def digest(self) -> str:
         """sha256 (hex) of all that the batches are made of."""
         hasher = hashlib.sha256(f"{self.row_tokens} {self.bos_id} {self.pad_id}".encode())
-        for row in self.rows:
-            for trace in row:
-                hasher.update(f" {len(trace.prompt_ids)} {len(trace.response_ids)} ".encode())
-                hasher.update(array("q", trace.prompt_ids).tobytes() + array("q", trace.response_ids).tobytes())
+        swept = 0
+        for row in range(len(self)):
+            for number in self.numbers(row):
+                tokens, prompt = self.traces.tokens(number), int(self.traces.prompts[number])
+                hasher.update(f" {prompt} {len(tokens) - prompt} ".encode())
+                hasher.update(tokens.astype(np.int64).data)
+                swept += len(tokens)
             hasher.update(b"\n")
+            if swept > _SWEEP:
+                self.traces.forget()
+                swept = 0
         return hasher.hexdigest()
 
     def batch(self, indices: Sequence[int]) -> Batch:
@@ -103,10 +124,13 @@ class PackedRows:
         segments = torch.zeros(shape, dtype=torch.int64)
         for b, index in enumerate(indices):
             at = 0
-            for s, trace in enumerate(self.rows[index], start=1):
-                opening = (self.bos_id,) if trace.bos else ()
-                tokens = torch.tensor((*opening, *trace.prompt_ids, *trace.response_ids))
-                n, prompt = len(tokens), len(opening) + len(trace.prompt_ids)
+            for s, number in enumerate(self.numbers(index), start=1):
+                tokens = torch.from_numpy(self.traces.tokens(number).astype(np.int64))
+                prompt = int(self.traces.prompts[number])
+                if self.traces.bos[number]:
+                    tokens = torch.cat([torch.tensor([self.bos_id]), tokens])
+                    prompt += 1
+                n = len(tokens)
                 ids[b, at : at + n] = tokens
                 positions[b, at : at + n] = torch.arange(n)
                 segments[b, at : at + n] = s
@@ -123,33 +147,42 @@ def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int | None, pad_id
     """
     if not traces:
         raise ReqatError("no traces to pack; the selection is empty")
-    done: list[list[Trace]] = []
-    open_rows: list[tuple[int, list[Trace]]] = []
-    for trace in traces:
-        n = trace.n_tokens
-        if trace.bos and bos_id is None:
+    given = Traces.of(traces)
+    lengths = given.lengths
+    nameless = given.bos & (bos_id is None)
+    promptless = (given.prompts == 0) & ~given.bos
+    wrong = nameless | promptless | (lengths > row_tokens)
+    if wrong.any():
+        number = int(wrong.argmax())
+        id, n = given.id(number), int(lengths[number])
+        if nameless[number]:
             raise ReqatError(
-                f"trace {trace.id} begins with <bos>, and the tokenizer has none: the traces were written for another "
+                f"trace {id} begins with <bos>, and the tokenizer has none: the traces were written for another "
                 "tokenizer or by an older version; make them again"
             )
-        if n == len(trace.response_ids):
-            raise ReqatError(f"trace {trace.id} has an empty prompt, so nothing predicts its first token; leave it out")
-        if n > row_tokens:
-            raise ReqatError(
-                f"trace {trace.id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out"
-            )
+        if promptless[number]:
+            raise ReqatError(f"trace {id} has an empty prompt, so nothing predicts its first token; leave it out")
+        raise ReqatError(
+            f"trace {id} has {n} tokens, more than a row of {row_tokens}; raise row_tokens or leave it out"
+        )
+    row_of = np.empty(len(given), dtype=np.int64)
+    open_rows: list[tuple[int, int]] = []  # tokens left, row
+    rows = 0
+    for number, n in enumerate(lengths.tolist()):
         for i, (left, row) in enumerate(open_rows):
             if n <= left:
-                row.append(trace)
+                row_of[number] = row
                 open_rows[i] = (left - n, row)
                 break
         else:
-            row = [trace]
-            done.append(row)
-            open_rows.append((row_tokens - n, row))
+            row_of[number] = rows
+            open_rows.append((row_tokens - n, rows))
+            rows += 1
             if len(open_rows) > _OPEN_ROWS:
                 open_rows.remove(min(open_rows, key=lambda entry: entry[0]))
-    return PackedRows(tuple(tuple(r) for r in done), row_tokens, bos_id, pad_id)
+    order = np.argsort(row_of, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
+    return PackedRows(given, order, starts, row_tokens, bos_id, pad_id)
 
 
 def batches(n_rows: int, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:

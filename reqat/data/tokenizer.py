@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reqat.config.errors import ReqatError
@@ -95,11 +95,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     of ours always puts it first.
     """
     if tokenizer.chat_template:
-        message = [{"role": "user", "content": prompt.strip()}]
-        return list(tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False))
+        return _templated(tokenizer, [{"role": "user", "content": prompt.strip()}])
     if is_built(tokenizer):
         return [int(tokenizer.bos_token_id), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]  # type: ignore[arg-type]
     return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation up to the answer that is to come, by the tokenizer's chat template.
+
+    Raises `ReqatError` for a tokenizer without one, and for what the template refuses.
+    """
+    if not tokenizer.chat_template:
+        raise ReqatError(
+            "the tokenizer has no chat template, so it reads no messages; take the instruction-tuned model's "
+            "tokenizer, or give prompt and response"
+        )
+    by_text: Any = explained(lambda tokenizer, text: _templated(tokenizer, messages))
+    return list(by_text(tokenizer, "\n".join(message["content"] for message in messages)))
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    given = [dict(message) for message in messages]
+    return list(tokenizer.apply_chat_template(given, add_generation_prompt=True, return_dict=False))
 
 
 def without_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[bool, list[int]]:

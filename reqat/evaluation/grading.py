@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,15 +21,27 @@ from reqat.evaluation.outcomes import Outcomes
 from reqat.generation.batches import generate
 from reqat.tasks import Problem, options_of
 from reqat.tasks import verify as verify_by_family
+from reqat.tasks.problem_files import Given, grade
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 
+def verified(problem: Problem | Given, response: str) -> bool:
+    """Whether a response is right: by the verifier of a problem's family, or the answer of a problem of a file.
+
+    Raises `ReqatError` for a problem of a file without one.
+    """
+    correct = verify_by_family(problem, response) if isinstance(problem, Problem) else grade(problem, response)
+    if correct is None:
+        raise ReqatError(f"problem {problem.id} has no answer to grade by; give each an `answer`.")
+    return correct
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    problems: Sequence[Problem],
+    problems: Sequence[Problem | Given],
     *,
     seeds: Sequence[int],
     decoding: Decoding | str,
@@ -40,7 +52,7 @@ def evaluate(
     processors: LogitsProcessorList | None = None,
     keep_responses: bool = True,
     progress: bool | str = False,
-    verify: Callable[[Problem, str], bool] = verify_by_family,
+    verify: Callable[[Any, str], bool] = verified,
 ) -> Outcomes:
     """Generate and grade ``len(problems) * len(seeds)`` responses; rows ordered by problem, then seed.
 
@@ -56,7 +68,7 @@ def evaluate(
     """
     decoding = Decoding.parse(decoding) if isinstance(decoding, str) else decoding
     _check(problems, seeds, decoding)
-    scored = [problem for problem in problems if options_of(problem)]
+    scored = [problem for problem in problems if isinstance(problem, Problem) and options_of(problem)]
     if scored and processors is not None:
         raise ReqatError(
             f"{scored[0].id}: its family answers by likelihood, which logits processors do not change; leave such "
@@ -103,7 +115,7 @@ def evaluate(
     )
 
 
-def _check(problems: Sequence[Problem], seeds: Sequence[int], decoding: Decoding) -> None:
+def _check(problems: Sequence[Problem | Given], seeds: Sequence[int], decoding: Decoding) -> None:
     if not problems or not seeds:
         raise ReqatError(
             f"nothing to evaluate: {len(problems)} problems and {len(seeds)} seeds; give at least one of each"

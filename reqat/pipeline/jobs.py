@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reqat.config import resources
 from reqat.config.errors import ReqatError
@@ -18,6 +18,11 @@ from reqat.config.policy import Decoding
 from reqat.config.stage import BaseSettings, Evaluation, Stage
 from reqat.records import provenance, record
 
+if TYPE_CHECKING:
+    from reqat.evaluation import Outcomes
+    from reqat.tasks import Problem
+
+OUTCOMES = "outcomes.parquet"
 # Inputs up to this size are hashed before they are used; larger ones are checked by size.
 _HASH_BYTES = 2 * 2**30
 
@@ -152,7 +157,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
     from reqat.evaluation.loading import AUTOCAST, load_at
     from reqat.models import load_tokenizer
     from reqat.models.prepare import calibrate_static
-    from reqat.tasks import malformed, problems
+    from reqat.tasks import problems
 
     folder = inputs["parent"] / "model"
     model = load_at(folder, todo.precision.name, override=True, **todo.precision.for_prepare())
@@ -175,11 +180,20 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
         autocast=AUTOCAST[how.autocast],
         progress=todo.id if progress else False,
     )
-    outcomes.to_parquet(out / "outcomes.parquet")
+    outcomes.to_parquet(out / OUTCOMES)
+    return graded(outcomes, {problem.id: problem for problem in asked})
+
+
+def graded(outcomes: Outcomes, asked: Mapping[str, Problem]) -> dict[str, Any]:
+    """What a record says of outcomes; ``asked`` are the problems by id, those whose family tells answers from others
+    (of a file's problems: none)."""
+    from reqat import evaluation
+    from reqat.tasks import malformed
+
     estimate = evaluation.accuracy(outcomes)
-    by_id = {problem.id: problem for problem in asked}
     assert outcomes.response is not None
-    unread = sum(malformed(by_id[id], text) for id, text in zip(outcomes.problem_id, outcomes.response, strict=True))
+    answers = zip(outcomes.problem_id, outcomes.response, strict=True)
+    unread = sum(malformed(asked[id], text) for id, text in answers if id in asked)
     return {
         "accuracy": estimate.value,
         "accuracy_lo": estimate.lo,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from reqat.config.stage import (
 from reqat.data import (
     PackedRows,
     Trace,
+    Traces,
     TraceStore,
     build_tokenizer,
     encode_prompt,
@@ -46,7 +47,6 @@ from reqat.data import (
 from reqat.methods.terms import TERMS
 from reqat.models import (
     check_length,
-    check_token_ids,
     embedding_rows,
     freeze,
     has_learned_scales,
@@ -59,7 +59,7 @@ from reqat.models import (
 from reqat.pipeline.task import same_tokens
 from reqat.tasks import Problem, get_family, write_trace
 from reqat.tasks.family import stream
-from reqat.training import Objective, Observer, RunSettings, TrainResult, train
+from reqat.training import Objective, Observer, RunSettings, TrainResult, check_traces, train
 
 MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
 # Problems of each family whose words make the vocabulary; the families' phrase books are small, so this covers them
@@ -127,7 +127,7 @@ def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path
         "tokens": store.n_tokens,
         "traces": len(store.traces),
         "vocabulary": len(tokenizer),
-        "longest_trace_tokens": max(t.n_tokens for t in store.traces),
+        "longest_trace_tokens": int(store.traces.lengths.max()),
         "digest": store.digest,
         **{f"traces_{family}": n for family, n in counts.items()},
     }
@@ -369,7 +369,7 @@ def objective(training: Training) -> Objective:
     return Objective(tuple(terms))
 
 
-def selected(store: TraceStore, selection: Selection) -> list[Trace]:
+def selected(store: TraceStore, selection: Selection) -> Sequence[Trace]:
     """The traces that a training stage sees, in the store's order."""
     return select(store.traces, selection.tokens, skip_tokens=selection.skip_tokens)
 
@@ -383,12 +383,13 @@ def calibration_ids(data: Path, tokenizer: PreTrainedTokenizerBase, calibration:
     """
     need = calibration.sequences * calibration.sequence_tokens
     ids: list[int] = []
-    for trace in TraceStore.read(data).traces:
+    traces = TraceStore.read(data).traces
+    for number in range(len(traces)):
         if len(ids) >= need:
             break
-        if trace.bos:
-            ids.append(_bos(tokenizer, trace))
-        ids += [*trace.prompt_ids, *trace.response_ids]
+        if traces.bos[number]:
+            ids.append(_bos(tokenizer, traces.id(number)))
+        ids += traces.tokens(number).tolist()
     if len(ids) < need:
         raise ReqatError(
             f"calibration wants {need} tokens, the trace store holds {len(ids)}; lower calibration.sequences."
@@ -405,10 +406,10 @@ def _model(inputs: Mapping[str, Path], role: str) -> tuple[PreTrainedModel, PreT
     return load_model(folder), with_bos(load_tokenizer(folder))
 
 
-def _bos(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> int:
+def _bos(tokenizer: PreTrainedTokenizerBase, trace: str) -> int:
     if tokenizer.bos_token_id is None:
         raise ReqatError(
-            f"trace {trace.id} begins with <bos>, and the tokenizer has none: the traces were written for another "
+            f"trace {trace} begins with <bos>, and the tokenizer has none: the traces were written for another "
             "tokenizer or by an older version; make the data stage again"
         )
     return int(tokenizer.bos_token_id)
@@ -434,11 +435,10 @@ def _train(
     progress: bool,
     observer: Observer | None = None,
 ) -> TrainResult:
-    chosen = selected(TraceStore.read(inputs["data"]), selection)
-    for trace in chosen:
-        what = f"{stage.id}, trace {trace.id}"
-        check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), what, tokenizer=tokenizer)
-        check_length(model.config, trace.n_tokens, what)
+    chosen = Traces.of(selected(TraceStore.read(inputs["data"]), selection))
+    check_traces(model, chosen, stage.id, tokenizer)
+    longest = int(chosen.lengths.argmax())
+    check_length(model.config, int(chosen.lengths[longest]), f"{stage.id}, trace {chosen.id(longest)}")
     rows: PackedRows = pack(chosen, training.row_tokens, bos_id=tokenizer.bos_token_id, pad_id=_pad(model, tokenizer))
     settings = RunSettings(
         **{name: getattr(training, name) for name in Optimization.model_fields}, epochs=selection.epochs, seed=seed

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from reqat.training.loop import Observer, RunSettings, TrainResult, learning_rate, response_logits, train
+from reqat.training.loop import (
+    Observer,
+    RunSettings,
+    TrainResult,
+    check_traces,
+    learning_rate,
+    response_logits,
+    train,
+)
 from reqat.training.objective import NLL, Objective, Term, TermContext
 
 __all__ = [
@@ -13,6 +21,7 @@ __all__ = [
     "TermContext",
     "TrainResult",
     "RunSettings",
+    "check_traces",
     "learning_rate",
     "response_logits",
     "train",

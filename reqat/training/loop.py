@@ -17,19 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.config.allocator import freed_memory_kept
 from reqat.config.base import Count, Seed, digest
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
 from reqat.config.stage import Optimization
-from reqat.data import Batch, PackedRows, batches
+from reqat.data import Batch, PackedRows, Traces, batches
 from reqat.data.packing import IGNORE
-from reqat.models import check_token_ids, gradient_rules, precision_of, weights_quantized_once
+from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
 from reqat.models.digests import tensors_digest
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
@@ -41,6 +42,9 @@ from reqat_kernels.sem_loss import CHUNK_BYTES, entropies_from_hidden, row_stati
 # A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
 # objective allows; smaller ones keep the plain arithmetic of full logits.
 FUSE_ABOVE_BYTES = CHUNK_BYTES
+
+# Steps after which a log hears how long the run will take, and not only after the first half minute.
+FIRST_ESTIMATE = 3
 
 
 class RunSettings(Optimization):
@@ -209,6 +213,18 @@ def _moved(batch: Batch, device: torch.device) -> Batch:
     return Batch(*(getattr(batch, name).to(device) for name in fields))
 
 
+def check_traces(
+    model: PreTrainedModel, traces: Traces, label: str, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Raise ``ReqatError`` naming the first trace with a token id that ``model`` has no embedding row for."""
+    low, high = traces.extremes()
+    if low >= 0 and high < embedding_rows(model):
+        return
+    for number in range(len(traces)):
+        ids = torch.from_numpy(np.array(traces.tokens(number)))
+        check_token_ids(model, ids, f"{label}, trace {traces.id(number)}", tokenizer=tokenizer)
+
+
 def _is_plain(head: nn.Module) -> bool:
     """Whether the head is ``hidden @ weight.T`` and nothing else: no bias, no hook, no other class."""
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
@@ -323,8 +339,7 @@ def train(
         result = _result(checkpoints / checkpoint.FILE, position.get("result"), len(steps))
     result.autocast = settings.autocast
     check_token_ids(model, [i for i in (rows.pad_id, rows.bos_id) if i is not None], f"{label}, padding and <bos>")
-    for trace in (trace for row in rows.rows for trace in row):
-        check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), f"{label}, trace {trace.id}")
+    check_traces(model, rows.traces, label)
 
     def state() -> dict[str, Any]:
         return {
@@ -335,7 +350,8 @@ def train(
     total_tokens = rows.n_tokens * settings.epochs
     saved = time.monotonic()
     with bar(label, total_tokens, "tokens", done=result.tokens, enabled=progress) as shown:
-        for step in range(result.steps, len(steps)):
+        first = result.steps
+        for step in range(first, len(steps)):
             began = time.monotonic()
             lr = learning_rate(step, len(steps), settings)
             for group in optimizer.param_groups:
@@ -375,6 +391,8 @@ def train(
             )
             shown.set_postfix_str(f"loss {total:.4f}", refresh=False)
             shown.update(tokens)
+            if step == first + FIRST_ESTIMATE - 1:
+                shown.refresh()
             if time.monotonic() - saved > settings.checkpoint_seconds:
                 checkpoint.save(checkpoints, model, optimizer, state())
                 saved = time.monotonic()

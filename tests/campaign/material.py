@@ -28,8 +28,8 @@ def build(folder: Path) -> Path:
     fit.json, checkpoint/, text.txt. Returns it."""
     import torch
 
+    from reqat.data import Trace, write_store
     from reqat.data.tokenizer import build_tokenizer
-    from reqat.data.traces import Trace, write_store
     from reqat.models import save_model
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,36 @@
+"""Models of the Hugging Face hub: ``owner/name@revision``, fetched into the hub's cache on this machine.
+
+Only an id with a revision is ever fetched, so that the same words mean the same weights tomorrow; only configuration,
+tokenizer and safetensors come along, neither pickled weights nor code.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from reqat.models.folder import CheckpointNotFoundError
+
+ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)@(?P<revision>[\w./-]+)")
+WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def hub_folder(location: str) -> Path | None:
+    """The folder with the snapshot of a model of the hub; None where ``location`` is no id with a revision.
+
+    Raises CheckpointNotFoundError where the hub cannot be reached and the cache has no such snapshot, or the hub has no
+    such model or revision.
+    """
+    match = ID.fullmatch(location)
+    if match is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id=match["name"], revision=match["revision"], allow_patterns=list(WANTED)))
+    except Exception as error:  # of requests, of the hub, of its cache: as many kinds as ways to fail
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointNotFoundError(
+            f"{location}: no such folder here, and the model cannot be fetched from the hub ({said}). Without a "
+            "network, fetch it elsewhere (`hf download`) and give its folder"
+        ) from error

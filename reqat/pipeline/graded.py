@@ -1,0 +1,85 @@
+"""`reqat evaluate --model`: a model of one's own, graded on task families or on problems of a file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reqat.config.errors import ReqatError
+from reqat.config.policy import Decoding
+from reqat.pipeline.jobs import OUTCOMES, graded
+from reqat.tasks.problem_files import Given
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a model is graded. ``precision`` None: the one that its folder was saved at, or else BF16."""
+
+    precision: str | None
+    seeds: Sequence[int]
+    decoding: str
+    max_new_tokens: int
+    batch_rows: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of `prepare`."""
+
+
+def grade_model(model: str, problems: Sequence[Given], asked: Asked, out: Path, *, progress: bool) -> dict[str, Any]:
+    """Sample a response to each problem and seed, grade it, write the outcomes into ``out``; returns the record's
+    metrics, with the precision.
+
+    Raises `ReqatError` before the model is loaded for a problem without an answer.
+    """
+    from reqat.evaluation import evaluate
+    from reqat.evaluation.loading import load_at
+    from reqat.models import load_tokenizer
+
+    without = [row.id for row in problems if row.problem is None and not row.answer]
+    if without:
+        raise ReqatError(f"problem {without[0]} has no answer to grade by ({len(without)} such); give each one.")
+    policy = Decoding.parse(asked.decoding)
+    precision = asked.precision or _saved(model)
+    tokenizer = load_tokenizer(model)
+    loaded = load_at(model, precision, **{name: value for name, value in asked.options.items() if value is not None})
+    outcomes = evaluate(
+        loaded,
+        tokenizer,
+        [row.problem or row for row in problems],
+        seeds=policy.effective_seeds(asked.seeds),
+        decoding=policy,
+        max_new_tokens=asked.max_new_tokens,
+        batch_rows=asked.batch_rows,
+        progress="evaluate" if progress else False,
+    )
+    outcomes.to_parquet(out / OUTCOMES)
+    metrics = graded(outcomes, {row.id: row.problem for row in problems if row.problem is not None})
+    if metrics["unfinished"] * 2 > metrics["responses"]:
+        print(
+            f"reqat: note: {metrics['unfinished']} of {metrics['responses']} responses were cut at "
+            f"{asked.max_new_tokens} tokens; raise --max-new-tokens.",
+            file=sys.stderr,
+        )
+    return {"precision": precision, **metrics}
+
+
+def said(metrics: Mapping[str, Any]) -> str:
+    """Accuracies as they are printed, in percent with 95% intervals."""
+    low, high = 100 * metrics["accuracy_lo"], 100 * metrics["accuracy_hi"]
+    lines = [
+        f"{metrics['precision']}: {100 * metrics['accuracy']:.1f}% [{low:.1f}, {high:.1f}] correct of "
+        f"{metrics['problems']} problems, {metrics['responses']} responses of {metrics['mean_tokens']:.0f} tokens"
+    ]
+    if len(metrics["accuracy_by_family"]) > 1:
+        lines += [f"  {name}: {100 * value:.1f}%" for name, value in metrics["accuracy_by_family"].items()]
+    return "\n".join(lines)
+
+
+def _saved(model: str) -> str:
+    """The precision that a model's folder was saved at, without its options, which the folder keeps."""
+    from reqat.models.sidecar import Sidecar
+
+    sidecar = Sidecar.read(Path(model)) if Path(model).is_dir() else None
+    return sidecar.precision.name if sidecar is not None else "BF16"
