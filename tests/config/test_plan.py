@@ -372,6 +372,7 @@ DEFAULTS: dict[type[Strict], dict[str, object]] = {
         "row_tokens": 256,
         "autocast": "bf16",
         "gradient_checkpointing": False,
+        "attention": "rows",
         "objective": [NLL],
     },
     SEMTerm: {"weight": 0.1, "percentile": 0.75, "binary": False},
