@@ -100,6 +100,7 @@ def build_studies(
     *,
     pinned: bool = False,
     stages: Mapping[str, str] | None = None,
+    title: str = "",
 ) -> list[Path]:
     """Write every table and figure of a tier's studies; returns the files.
 
@@ -108,7 +109,7 @@ def build_studies(
     from analysis.report import drawn, style
     from analysis.report.studies import by_kind, load_studies
 
-    studies = by_kind(load_studies(planned, source, pinned=pinned, stages=stages))
+    studies = by_kind(load_studies(planned, source, pinned=pinned, stages=stages, title=title))
     wanted_tables, wanted_figures = study_names(planned)
     written: list[Path] = []
     for name in wanted_tables:
@@ -150,7 +151,8 @@ def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Pa
         return written + build_figures(kept.plan, kept.root, plot_folder, pinned=True, paths=paths)
     if part == "studies":
         source = kept.root / "studies"
-        return build_studies(pinned_studies(source), source, table_folder, plot_folder, pinned=True)
+        title = kept.plan.tier.title
+        return build_studies(pinned_studies(source), source, table_folder, plot_folder, pinned=True, title=title)
     return [
         path
         for id in kept.records

@@ -254,7 +254,7 @@ def share_memory():
 
 def expected_jobs():
     """Id (or rule) -> seconds that each job of this run is thought to take, on one core."""
-    known = cost.seconds(PLAN) | {id: cost.STUDY_S for id in STUDIES} | {"bench": cost.BENCH_S * all_cores()}
+    known = cost.seconds(PLAN, STUDIES.values()) | {"bench": cost.BENCH_S * all_cores()}
     jobs = [job.wildcards.get("id", job.rule.name) for job in workflow.dag.needrun_jobs()]
     return {str(id): known.get(str(id), cost.DRAWING_S) for id in jobs}
 

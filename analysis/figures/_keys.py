@@ -73,7 +73,7 @@ def key_notes(study: Study) -> list[str]:
     """Footer: tier, which model, what it was fitted for."""
     s = study.settings
     return [
-        f"Tier {s['tier']}; the fine-tuned model in BF16 that Q-FIT of {method_words(s['model']['recipe'])} was "
+        f"{study.tier}; the fine-tuned model in BF16 that Q-FIT of {method_words(s['model']['recipe'])} was "
         f"calibrated on for {s['model']['precision']}, {s['sequences']} sequences of {s['tokens']} tokens.",
         *made_notes(study),
     ]

@@ -43,7 +43,7 @@ def build(studies: ByKind) -> Figure:
     style.footer(
         rows[1],
         [
-            f"Tier {s['tier']}; BF16 is the fine-tuned model, the others are trained and read at "
+            f"{study.tier}; BF16 is the fine-tuned model, the others are trained and read at "
             f"{' and '.join(quantized)}.",
             f"The position: of {s['n']} verified validation traces, among the quarter of the digits that BF16 is "
             "surest of, the one that lost most probability in QAT without SEM: an illustration.",

@@ -148,7 +148,7 @@ def _dynamics_notes(study: Study, data: pd.DataFrame, labels: Sequence[str]) -> 
         at.setdefault(study.settings["precisions"][label], []).append(label)
     arithmetic = "; ".join(f"{precision}: {', '.join(names)}" for precision, names in at.items())
     return [
-        f"Tier {study.settings['tier']}; verified solutions of {int(first['clusters'].max()):,} validation problems, "
+        f"{study.tier}; verified solutions of {int(first['clusters'].max()):,} validation problems, "
         f"{int(first['n'].sum()):,} tokens, read by all models.",
         f"{arithmetic}.",
         *made_notes(study),

@@ -109,7 +109,7 @@ def _gradient_notes(study: Study, data: pd.DataFrame) -> list[str]:
     seen = data[data["threshold"] == data["threshold"].iloc[0]]
     same = study.metrics.get("same_weights")
     out = [
-        f"Tier {study.settings['tier']}; {method_words(model['recipe'])} at {model['precision']}, one training run of "
+        f"{study.tier}; {method_words(model['recipe'])} at {model['precision']}, one training run of "
         f"{study.metrics['steps']:,} steps, a micro-batch every {study.metrics['every']} "
         f"({len(seen):,} in all, {int(seen['tokens'].mean()):,} response tokens each).",
         *made_notes(study),

@@ -46,7 +46,7 @@ def build(studies: ByKind) -> Figure:
     split = study.record["config"]["problems"]["split"]
     over = ", over training runs, too" if any(row["runs"] > 1 for row in rows) else "; one training run"
     notes = [
-        f"Tier {s['tier']}; solutions of {metrics['traces']:,} {split} problems, {metrics['tokens']:,} tokens.",
+        f"{study.tier}; solutions of {metrics['traces']:,} {split} problems, {metrics['tokens']:,} tokens.",
         f"Reference: {reference['recipe']} at {reference['precision']}; low: its entropy is below percentile "
         f"{s['percentile']:g}; divergence: KL from it to the method.",
         *made_notes(study),

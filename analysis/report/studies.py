@@ -39,7 +39,7 @@ class Study:
     """Its folder."""
     record: dict[str, Any]
     """`record.json`; besides, `settings`: those of the study, `recipes` and `precisions` (by role, the first role
-    first), `tier`, and what was measured before it began (`threshold_nats`, `tau0`)."""
+    first), `tier`, its `title`, and what was measured before it began (`threshold_nats`, `tau0`)."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -50,6 +50,12 @@ class Study:
     def metrics(self) -> dict[str, Any]:
         """What the record says was found."""
         return dict(self.record["metrics"])
+
+    @property
+    def tier(self) -> str:
+        """The tier with what its title says of the models: how a footer opens."""
+        name, title = self.settings["tier"], self.settings.get("title")
+        return f"Tier {name} ({title})" if title else f"Tier {name}"
 
     @property
     def seeds(self) -> list[int]:
@@ -104,18 +110,28 @@ def load_studies(
     *,
     pinned: bool = False,
     stages: Mapping[str, str] | None = None,
+    title: str = "",
 ) -> list[Study]:
     """The studies of a plan under `source` (which holds one folder a study), in the plan's order.
 
     With `pinned`, `source` is what `reqat pin` kept, as restored. `stages` are the stages that lie there now, id ->
-    digest of its outputs (`reqat.records.record.outputs_digest`). Raises `ReqatError` that names the study that is
-    missing, not whole or made from another stage than that, and the command that makes it.
+    digest of its outputs (`reqat.records.record.outputs_digest`). `title` is the tier's, for footers. Raises
+    `ReqatError` that names the study that is missing, not whole or made from another stage than that, and the command
+    that makes it.
     """
-    return [load_study(study, Path(source) / study.id, pinned=pinned, stages=stages) for study in planned.values()]
+    return [
+        load_study(study, Path(source) / study.id, pinned=pinned, stages=stages, title=title)
+        for study in planned.values()
+    ]
 
 
 def load_study(
-    study: PlannedStudy, folder: Path, *, pinned: bool = False, stages: Mapping[str, str] | None = None
+    study: PlannedStudy,
+    folder: Path,
+    *,
+    pinned: bool = False,
+    stages: Mapping[str, str] | None = None,
+    title: str = "",
 ) -> Study:
     """One finished study. Raises `ReqatError` as `load_studies`."""
     if not (folder / record.FILE).is_file():
@@ -133,6 +149,7 @@ def load_study(
         "recipes": {role: choice.recipe for role, choice in study.settings.choices().items() if role in study.models},
         "precisions": {role: model.precision.name for role, model in study.models.items()},
         "tier": found.get("tier"),
+        "title": title,
     }
     settings = study.settings.model_dump(mode="json") | names | found["metrics"].get("measured", {})
     return Study(study.id, study.kind, study.settings.label, folder, found | {"settings": settings})

@@ -40,7 +40,7 @@ def notes(*chosen: Study) -> list[str]:
     arithmetic = sorted({arithmetic_of(study.record) for study in chosen})
     commits = sorted({commit_of(study.record) for study in chosen})
     return [
-        f"Tier {', '.join(sorted({str(study.settings['tier']) for study in chosen}))}; {' and '.join(precisions)}.",
+        f"{', '.join(sorted({study.tier for study in chosen}))}; {' and '.join(precisions)}.",
         *(f"{size}." for size in sizes),
         f"Arithmetic: {'; '.join(arithmetic)}.",
         "Intervals: 95%, clustered by problem; one training run.",

@@ -139,7 +139,7 @@ def _notes(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     several_runs = any(row["runs"] > 1 for row in rows if row["study"] == study.id)
     over = "over traces and training runs" if several_runs else "one training run"
     return [
-        f"Tier {s['tier']}; verified solutions of {metrics['traces']:,} {asked['split']} problems, "
+        f"{study.tier}; verified solutions of {metrics['traces']:,} {asked['split']} problems, "
         f"{metrics['tokens']:,} tokens, read by all methods.",
         f"Reference: recipe {reference['recipe']} at {reference['precision']}"
         f"{', of the same training seed where there is one' if several_runs else ''}; low: its entropy is below "

@@ -56,6 +56,7 @@ def of_training(t: Training) -> dict[str, str]:
         "tokens a sequence": str(t.row_tokens),
         "arithmetic": "float32" if t.autocast == "none" else t.autocast,
         "gradient checkpointing": "yes" if t.gradient_checkpointing else "no",
+        **({"attention": "trace by trace"} if t.attention == "traces" else {}),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from reqat.config.errors import ReqatError
 from reqat.config.paths import made
 from reqat.config.plan import Plan
 from reqat.config.stage import TrainSettings
-from reqat.config.studies import load_studies
+from reqat.config.studies import PlannedStudy, load_studies
 from reqat.records import record
 
 
@@ -54,21 +55,22 @@ def show_plan(
         done = "done" if (session.paths.study(study.id) / record.FILE).exists() else ""
         of = ", ".join(dict.fromkeys(study.inputs.values()))
         print(f"{study.id:<28}  {done:<5} {study.settings.label:<22} of {of}")
-    print("\n" + cost(plan) + (f"; besides, {len(studies)} studies of the models" if studies else ""))
+    print("\n" + cost(plan, list(studies.values())))
 
 
-def cost(plan: Plan) -> str:
-    """Tokens, responses and a rough time on this machine's cores, from the rates that the tier states."""
+def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
+    """Tokens, responses, studies and a rough time on this machine's cores, from the rates that the tier states."""
     given = plan.tier.resources
     quantized = sum(stage.budget_tokens for stage in plan.needed.values() if stage.kind == "qat")
     plain = sum(stage.budget_tokens for stage in plan.needed.values()) - quantized
     responses = sum(evaluation.problems.n * len(evaluation.seeds) for evaluation in plan.evaluations.values())
     jobs = len(seconds(plan))
-    total = sum(seconds(plan).values())
+    total = sum(seconds(plan, studies).values())
+    measured = f" and {len(studies)} studies" if studies else ""
     side_by_side = max(1, machine.cores() // given.threads) if given.device == "cpu" else 1
     return (
-        f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses; about "
-        f"{total / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's stated rates"
+        f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses{measured}; "
+        f"about {total / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's rates"
     )
 
 

@@ -92,7 +92,7 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> Non
         elif part == "studies":
             planned = studies_of(plan, paths)
             stages = stages_there(plan, planned.values(), paths)
-            build.build_studies(planned, paths.studies, tables, plots, stages=stages)
+            build.build_studies(planned, paths.studies, tables, plots, stages=stages, title=plan.tier.title)
         else:
             settings = benchmark_of(tier, paths)
             if (reason := failure_of(settings.id, paths)) is not None:

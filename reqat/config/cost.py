@@ -1,23 +1,89 @@
-"""Estimated time of each job of a plan on one core, from the rates stated in its tier. A rough estimate."""
+"""Estimated time of each job of a plan on one core, from the rates stated in its tier. A rough estimate.
+
+Three rates describe a tier: tokens that BF16 training and QAT see a second, and responses graded a second. What is read
+without training (a forward pass alone) goes at twice training's rate, and a trace is taken to be half a packed row.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from reqat.config.paths import made
 from reqat.config.plan import Plan
+from reqat.config.stage import PTQSettings, QFitSettings, Stage
+from reqat.config.studies import (
+    DynamicsStudy,
+    GradientsStudy,
+    LikelihoodStudy,
+    NoiseStudy,
+    OverviewStudy,
+    PairStudy,
+    PlannedStudy,
+    ResetStudy,
+    RoutingStudy,
+)
+from reqat.config.tier import Resources
 
-#: Of jobs that no rate describes: a study, the drawing of tables or figures, the benchmark.
+#: Of jobs that no rate describes: looking at keys, the drawing of tables or figures, the benchmark.
 STUDY_S, DRAWING_S, BENCH_S = 40.0, 10.0, 220.0
+# Reading in training's tokens: the backward pass is two thirds of a step, but entropies are computed and written.
+_READ = 2.0
+# Measured on SmolLM2-135M and on the testbed, whose records agree within a factor of two: points of Q-FIT's grid that
+# cost as much as reading its calibration set once, and passes that PTQ makes over its own.
+_QFIT_POINTS_A_READ, _PTQ_READS = 30.0, 12.0
+# A distilling step runs the teacher forward, too.
+_TEACHER = 1.3
 
 
-def seconds(plan: Plan) -> dict[str, float]:
-    """Id -> seconds, of every stage that a job makes and every evaluation."""
+def seconds(plan: Plan, studies: Iterable[PlannedStudy] = ()) -> dict[str, float]:
+    """Id -> seconds, of every stage that a job makes, every evaluation, and of ``studies``."""
     rates = plan.tier.resources
-    out = {}
-    for stage in plan.needed.values():
-        if made(stage):
-            rate = rates.qat_tokens_per_s if stage.kind == "qat" else rates.train_tokens_per_s
-            out[stage.id] = stage.budget_tokens / rate + rates.job_s
+    out = {stage.id: _stage(stage, rates) + rates.job_s for stage in plan.needed.values() if made(stage)}
     for evaluation in plan.evaluations.values():
         responses = evaluation.problems.n * len(evaluation.seeds)
         out[evaluation.id] = responses / rates.responses_per_s + rates.job_s
-    return out
+    return out | {study.id: _study(plan, study) + rates.job_s for study in studies}
+
+
+def _stage(stage: Stage, rates: Resources) -> float:
+    s = stage.settings
+    read = _READ * rates.train_tokens_per_s
+    if isinstance(s, QFitSettings):
+        tokens = s.calibration.sequences * s.calibration.sequence_tokens
+        points = (s.grid if s.scale else 1) * (s.grid + 1 if s.shift else 1)
+        return tokens * points / _QFIT_POINTS_A_READ / read
+    if isinstance(s, PTQSettings):
+        return 0.0 if s.method == "rtn" else _PTQ_READS * s.calibration.sequences * s.calibration.sequence_tokens / read
+    training = getattr(s, "training", None)
+    taught = training is not None and any(term.name == "qad" for term in training.objective)
+    rate = rates.qat_tokens_per_s if stage.kind == "qat" else rates.train_tokens_per_s
+    return stage.budget_tokens * (_TEACHER if taught else 1.0) / rate
+
+
+def _study(plan: Plan, study: PlannedStudy) -> float:
+    s, rates = study.settings, plan.tier.resources
+    if isinstance(s, GradientsStudy):
+        stage = plan.stage(study.models["model"].stage)
+        # A look is a forward and a backward pass of its own.
+        return _stage(stage, rates) * (1 + 1 / s.every_steps)
+    trace_s = plan.tier.train.finetune.row_tokens / 2 / (_READ * rates.train_tokens_per_s)
+    asked = getattr(s, "n", 0)
+    sampled = asked * len(getattr(s, "seeds", ()))
+    responses, traces = 0.0, 0.0
+    if isinstance(s, PairStudy):
+        responses, traces = 2 * sampled, 4 * sampled  # both read what both wrote
+    elif isinstance(s, RoutingStudy):
+        responses = 6 * sampled + s.held_out  # two of the four policies run both models
+    elif isinstance(s, NoiseStudy):
+        responses = (1 + 2 * len(s.sigmas)) * sampled + s.held_out
+    elif isinstance(s, ResetStudy):
+        responses = (2 + len(s.t_low) + len(s.controls)) * sampled + s.held_out * len(s.fit_seeds)
+    elif isinstance(s, DynamicsStudy):
+        traces = len(study.models) * asked
+    elif isinstance(s, LikelihoodStudy):
+        traces = 2 * len(study.models) * asked  # each beside its reference
+    elif isinstance(s, OverviewStudy):
+        traces = 3 * asked
+    else:
+        return STUDY_S
+    return responses / rates.responses_per_s + traces * trace_s

@@ -6,7 +6,7 @@ build/evaluations/<evaluation id>/         outcomes.parquet, record.json
 build/studies/<study id>/                  what a study measured, record.json
 build/throughput/<id>/                     a benchmark's rows, record.json; <id>.json: how the last attempt at it ended
 build/partial/<id>/                        where a job works until its output is whole
-build/checkpoints/<id>/                    from where a killed training goes on
+build/checkpoints/<id>/                    from where a killed job goes on
 build/tables/<tier>/, build/plots/<tier>/  what analysis renders
 results/base/, results/base-<label>/        the pinned bases of model testbed and of others: model/, record.json
 results/<date>-<tier>/                     a pinned run (`reqat.records.pinned`)
@@ -100,7 +100,7 @@ class Paths:
         return self.work / "partial" / id
 
     def checkpoints(self, id: str) -> Path:
-        """Folder of the checkpoints that the training of stage `id` resumes from."""
+        """Folder of what the job of `id` has done, for the attempt after a kill."""
         return self.work / "checkpoints" / id
 
 

@@ -211,6 +211,9 @@ class Optimization(Strict):
     autocast: Literal["none", "bf16", "auto"] = "bf16"
     """Numbers of the matrix products: float32, bfloat16, or bfloat16 where the device has instructions for it."""
     gradient_checkpointing: bool = False
+    attention: Literal["rows", "traces"] = "rows"
+    """A packed row under one mask, or each of its traces by itself, without the products that the mask throws away: the
+    same numbers up to rounding, and in long rows of short traces a fraction of the work."""
 
 
 class Training(Optimization):

@@ -36,6 +36,8 @@ class Batch:
     labels: Tensor
     position_ids: Tensor
     segment_ids: Tensor
+    apart: bool = False
+    """Whether attention is to be computed trace by trace (``segments``), not under the mask of whole rows."""
 
     @property
     def n_tokens(self) -> int:
@@ -64,6 +66,16 @@ class Batch:
         pad = self.segment_ids == 0
         mask[pad] = torch.eye(t, dtype=torch.bool).expand(len(pad), t, t)[pad]
         return mask[:, None]
+
+    def segments(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
+        """Row by row, what it is made of in its order: the length of each trace, or run of padding, and whether it is a
+        trace. :meth:`attention_mask` is causal within each trace, and lets padding see itself alone.
+        """
+        found = []
+        for row in self.segment_ids:
+            ids, lengths = torch.unique_consecutive(row, return_counts=True)
+            found.append(tuple(zip(lengths.tolist(), (ids > 0).tolist(), strict=True)))
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,7 @@ def evaluate(
     eos_id: int | Sequence[int] | None = None,
     processors: LogitsProcessorList | None = None,
     keep_responses: bool = True,
+    kept: Path | None = None,
     progress: bool | str = False,
     verify: Callable[[Any, str], bool] = verified,
 ) -> Outcomes:
@@ -90,6 +92,7 @@ def evaluate(
             processors=processors,
             batch_rows=batch_rows,
             autocast=autocast,
+            kept=kept,
             progress=progress,
         )
         if asked

@@ -19,16 +19,20 @@ Shapes: B rows, U distinct prompts, P padded prompt length, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from reqat.config.base import digest
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_json_list, write_file
 from reqat.config.policy import Decoding
 from reqat.config.progress import bar
 from reqat.generation.processors import BatchStart
@@ -87,6 +91,7 @@ def generate(
     processors: LogitsProcessorList | None = None,
     batch_rows: int | None = None,
     autocast: torch.dtype | None = None,
+    kept: Path | None = None,
     progress: bool | str = False,
 ) -> list[Generation]:
     """Responses to ``prompts`` (token ids, no padding, at least one id each), in their order.
@@ -107,16 +112,21 @@ def generate(
             are told of batches and of dropped rows.
         batch_rows: rows a batch; None picks as many as fit in 768 MiB, 1,024 at most.
         autocast: e.g. ``torch.bfloat16`` to run the model under ``torch.autocast``.
+        kept: a folder where finished batches outlive a kill, so that the same call goes on with the others. It belongs
+            to this model and these arguments (rows and seeds are checked, no more); removing it is the caller's.
         progress: show a progress bar; a string is its caption.
 
     Raises:
-        ValueError: for lists of different lengths, an empty prompt, a token id that the model does not know, prompts
-            too long for the model's positions or sliding window, a sampled policy with a repeated (seed, row key), or
-            logits that are not finite.
+        ValueError: for `kept` with ``processors``, which may know of the rows that they saw, for lists of different
+            lengths, an empty prompt, a token id that the model does not know, prompts too long for the model's
+            positions or sliding window, a sampled policy with a repeated (seed, row key), or logits that are not
+            finite.
     """
     eos_ids = _check(model, tokenizer, prompts, seeds, row_keys, decoding, max_new_tokens, eos_id, batch_rows)
     if not prompts:
         return []
+    if kept is not None and processors:
+        raise ReqatError("kept batches would leave logits processors without the rows of an earlier attempt")
     if decoding.rule is not None:
         from transformers import LogitsProcessorList
 
@@ -136,11 +146,29 @@ def generate(
     with evaluating(model), torch.no_grad(), shown:
         for low, high in zip(bounds, bounds[1:], strict=False):
             chosen = order[low:high]
-            batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
-            tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, shown)
-            for row, generation in zip(chosen, _split(tokens_NB, eos_ids), strict=True):
+            file = None if kept is None else kept / f"{digest([[row_keys[i], int(seeds[i])] for i in chosen], 16)}.json"
+            if file is not None and file.is_file():
+                found = _read_batch(file)
+                shown.update(len(chosen))
+            else:
+                batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
+                tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, shown)
+                found = list(_split(tokens_NB, eos_ids))
+                if file is not None:
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_file(file, json.dumps([[g.token_ids, g.finished, g.end_id] for g in found]) + "\n")
+            for row, generation in zip(chosen, found, strict=True):
                 out[row] = generation
     return cast("list[Generation]", out)
+
+
+def _read_batch(file: Path) -> list[Generation]:
+    """What :func:`generate` kept of a batch. Raises `ReqatError` for a damaged file."""
+    remedy = "delete it to decode that batch anew"
+    try:
+        return [Generation(tuple(ids), *rest) for ids, *rest in read_json_list(file, "kept batch", remedy)]
+    except (TypeError, ValueError) as error:
+        raise ReqatError(f"{file}: not a kept batch ({error}); {remedy}.") from None
 
 
 def _check(

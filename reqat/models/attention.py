@@ -16,6 +16,7 @@ Shapes: B batch, H query heads, G key/value heads, T query tokens, S key tokens,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,9 @@ from reqat.config.errors import ReqatError
 ATTENTION = "reqat"
 _MARK = "_reqat_quantized"
 _PACKED = "_reqat_packed"
+_SEGMENTS = "_reqat_segments"
+Segments = Sequence[Sequence[tuple[int, bool]]]
+"""Row by row: the length of each trace, or run of padding, and whether it is a trace."""
 
 
 def mark_quantized(tensor_BGSD: Tensor) -> Tensor:
@@ -41,6 +45,13 @@ def mark_quantized(tensor_BGSD: Tensor) -> Tensor:
 def is_quantized(tensor_BGSD: Tensor) -> bool:
     """Whether :func:`mark_quantized` was called on this very tensor object."""
     return getattr(tensor_BGSD, _MARK, False)
+
+
+def mark_segments(mask_B1TT: Tensor, segments: Segments) -> Tensor:
+    """Tell the attention function what a boolean mask of packed rows says: causal attention within each trace, padding
+    that sees itself alone. It then computes trace by trace (:func:`segment_attention`) and does not read the mask."""
+    setattr(mask_B1TT, _SEGMENTS, segments)
+    return mask_B1TT
 
 
 class PackedLayer(Protocol):
@@ -97,6 +108,37 @@ def softmax_attention(
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         attention_mask = attention_mask.to(query_BHTD.dtype)
     return _attend(query_BHTD, key_BGSD, value_BGSD, attention_mask, scaling, dropout, is_causal)
+
+
+def segment_attention(
+    query_BHTD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    segments: Segments,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """:func:`softmax_attention` of packed rows, computed for each trace of ``segments`` alone.
+
+    What the mask of a row throws away is never computed: of a row of 512 tokens with three traces, two thirds, and of
+    what is left the half above the diagonal. Same numbers up to rounding. Padding gives its own value, as a softmax
+    over one key does. Returns [B, H, T, D].
+    """
+    H, G = query_BHTD.shape[1], key_BGTD.shape[1]
+    rows = []
+    # Split, not sliced: the gradient of a slice is a tensor of zeros as large as the whole.
+    for row, *qkv_1TD in zip(segments, *(x.split(1) for x in (query_BHTD, key_BGTD, value_BGTD)), strict=True):
+        lengths = [length for length, _ in row]
+        parts = []
+        for (_, is_trace), q, k, v in zip(row, *(x.split(lengths, 2) for x in qkv_1TD), strict=True):
+            if is_trace:
+                parts.append(softmax_attention(q, k, v, None, scaling=scaling, dropout=dropout))
+            else:
+                parts.append(v.repeat_interleave(H // G, 1) if H != G else v)
+        dtype = parts[0].dtype  # a run of padding is as wide as values are
+        rows.append(torch.cat([part.to(dtype) for part in parts], 2))
+    return torch.cat(rows)
 
 
 def attention_maps(
@@ -202,10 +244,16 @@ def reqat_attention(
         )
     kv = getattr(module, "reqat_kv", None)
     dtype = query.dtype
+    segments: Segments | None = getattr(attention_mask, _SEGMENTS, None)
     if kv is not None:
         query = kv.query(query)
         if not is_quantized(key):
-            if kv.scales_over_tokens and attention_mask is not None and attention_mask.dtype == torch.bool:
+            if (
+                segments is None
+                and kv.scales_over_tokens
+                and attention_mask is not None
+                and attention_mask.dtype == torch.bool
+            ):
                 length = _attended(attention_mask)
                 key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
             key, value = kv(key, value)
@@ -225,6 +273,8 @@ def reqat_attention(
         out_BHTD = packed.attend(
             query, key.shape[2], attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
         )
+    elif segments is not None:
+        out_BHTD = segment_attention(query, key, value, segments, scaling=scaling, dropout=dropout)
     else:
         out_BHTD = softmax_attention(
             query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from reqat.config.decoding import SAMPLE, Threshold
@@ -49,8 +50,8 @@ def grade_routes(
 
     problems, given = grading.problems(), policies(threshold_nats)
     for name in names:
-        found = evaluate_routed(reference, candidate, tokenizer, problems, given[name], **grading.options(name))
-        conditions.add_intervened(name, found)
+        told = grading.options(name)
+        conditions.grade(name, partial(evaluate_routed, reference, candidate, tokenizer, problems, given[name], **told))
 
 
 def noise_ends(
@@ -79,10 +80,10 @@ def grade_noise(
     from reqat.generation.interventions import Noise
 
     problems = grading.problems()
-    conditions.add("none", evaluate(model, tokenizer, problems, **grading.options("no noise")))
+    conditions.grade("none", partial(evaluate, model, tokenizer, problems, **grading.options("no noise")))
     for sigma in sigmas:
         for side in ("low", "high"):
             given = Noise(sigma, side, share, ends[side])  # type: ignore[arg-type]
             name = f"{side}-{sigma:g}"
-            found = evaluate_noisy(model, tokenizer, problems, given, **grading.options(name))
-            conditions.add_intervened(name, found)
+            told = grading.options(name)
+            conditions.grade(name, partial(evaluate_noisy, model, tokenizer, problems, given, **told))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reqat.config import resources
+from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.config.files import exclusive
 from reqat.config.paths import Paths, made
@@ -92,7 +93,8 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
 
 
 def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
-    """Run one evaluation of a plan, unless its result is there. Raises like `run_stage`."""
+    """Run one evaluation of a plan, unless its result is there; killed, the next attempt goes on with the batches that
+    were not decoded. Raises like `run_stage`."""
     todo = plan.evaluation(id)
     with running("evaluation", id, todo, paths.evaluation(todo), paths, tier=plan.tier.name, force=force) as job:
         if job is None:
@@ -100,7 +102,9 @@ def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, 
         inputs, job.inputs = input_folders(plan, todo.inputs, paths)
         _require(plan, plan.stage(todo.stage))
         job.seeds = list(todo.seeds)
-        job.metrics = _evaluate(todo, inputs, job.partial, progress)
+        # Named by the weights: a stage may be trained again between a kill and the next attempt.
+        kept = paths.checkpoints(id) / digest(job.inputs, 16)
+        job.metrics = _evaluate(todo, inputs, job.partial, kept, progress)
 
 
 def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]:
@@ -152,7 +156,7 @@ def _require(plan: Plan, stage: Stage) -> None:
         resources.require(plan, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
 
 
-def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bool) -> dict[str, Any]:
+def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, kept: Path, progress: bool) -> dict[str, Any]:
     from reqat import evaluation
     from reqat.evaluation.loading import AUTOCAST, load_at
     from reqat.models import load_tokenizer
@@ -178,6 +182,7 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, progress: bo
         max_new_tokens=how.max_new_tokens,
         batch_rows=how.batch_rows,
         autocast=AUTOCAST[how.autocast],
+        kept=kept,
         progress=todo.id if progress else False,
     )
     outcomes.to_parquet(out / OUTCOMES)

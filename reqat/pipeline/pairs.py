@@ -68,9 +68,12 @@ def collect(
     out: Path,
     *,
     root: Path,
+    kept: Path | None = None,
     progress: bool,
 ) -> Collected:
     """Sample responses of both models, let both read all of them, and write traces and tables into ``out``.
+
+    ``kept``: a folder where sampled batches outlive a kill, of these models and settings alone.
 
     Raises ReqatError where the two are the same model or have different tokenizers.
     """
@@ -101,7 +104,8 @@ def collect(
     asked = list({row.id: row for row in wanted}.values())  # one problem may come with several responses
     for label, model in models.items():
         caption = f"sampling {label}" if progress else False
-        traces += _sampled_traces(model, tokenizer, asked, label, used, policy, settings, caption)
+        own = kept / label.replace(":", "-") if kept is not None else None
+        traces += _sampled_traces(model, tokenizer, asked, label, used, policy, settings, caption, own)
     metadata = {
         "decoding": str(policy),
         "seeds": list(used),
@@ -209,6 +213,7 @@ def _sampled_traces(
     policy: Decoding,
     settings: PairSettings,
     progress: bool | str,
+    kept: Path | None,
 ) -> list[ForcedTrace]:
     """A response of one model to each problem and seed."""
     if not rows:
@@ -230,6 +235,7 @@ def _sampled_traces(
         max_new_tokens=settings.max_new_tokens,
         batch_rows=settings.batch_rows,
         autocast=settings.autocast,
+        kept=kept,
         progress=progress,
     )
     out = []

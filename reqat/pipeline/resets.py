@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,4 +77,4 @@ def grade_resets(
     problems = grading.problems()
     for name, text in decodings.items():
         model = reference if name == BF16 else quantized
-        conditions.add(name, evaluate(model, tokenizer, problems, **grading.options(name, text)))
+        conditions.grade(name, partial(evaluate, model, tokenizer, problems, **grading.options(name, text)))

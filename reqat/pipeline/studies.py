@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
 from reqat.config.paths import Paths, made
@@ -77,6 +78,17 @@ class Run:
     """Of the repository; records name paths from there."""
     quiet: bool
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """Role -> digest of the outputs of its stage."""
+        return {role: record.outputs_digest(record.read(folder)) for role, folder in self.inputs.items()}
+
+    @property
+    def kept(self) -> Path:
+        """A folder for parts of the result, of these models and no others: a stage may be trained again between a kill
+        and the next attempt."""
+        return self.checkpoints / digest(self.weights, 16)
+
     def load(self, role: str) -> tuple[Any, Any]:
         """Model and tokenizer of a role, at its precision."""
         return load(self.inputs[role] / "model", self.study.models[role].precision)
@@ -130,7 +142,7 @@ def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool =
 
 
 def pair(run: Run) -> dict[str, Any]:
-    """As `reqat entropy`: traces sampled by both models, read by both."""
+    """As `reqat entropy`: traces sampled by both models, read by both. A killed study samples no batch twice."""
     s = run.study.settings
     assert isinstance(s, PairStudy)
     task, models = Task.of_study(run.study), run.study.models
@@ -150,17 +162,19 @@ def pair(run: Run) -> dict[str, Any]:
         autocast=run.autocast,
     )
     problems = of_problems(task.problems(s.n))
-    return collect(reference, candidate, problems, settings, run.out, root=run.root, progress=not run.quiet).metrics
+    return collect(
+        reference, candidate, problems, settings, run.out, root=run.root, kept=run.kept, progress=not run.quiet
+    ).metrics
 
 
 def routing(run: Run) -> dict[str, Any]:
-    """As `reqat route`: the four policies at one threshold."""
+    """As `reqat route`: the four policies at one threshold. Killed, these three go on with what is not graded."""
     from reqat.generation.interventions import policies
 
     s = run.study.settings
     assert isinstance(s, RoutingStudy)
     grading = Grading(Task.of_study(run.study), s.n, s.seeds, s.decoding, s.held_out, run.quiet)
-    conditions = Conditions(run.out)
+    conditions = Conditions(run.out, run.kept)
     grading.options("")  # refuses a text that is no policy before the first hour
     reference, tokenizer = run.load("reference")
     candidate, other = run.load("candidate")
@@ -175,7 +189,7 @@ def noise(run: Run) -> dict[str, Any]:
     s = run.study.settings
     assert isinstance(s, NoiseStudy)
     grading = Grading(Task.of_study(run.study), s.n, s.seeds, s.decoding, s.held_out, run.quiet)
-    conditions = Conditions(run.out)
+    conditions = Conditions(run.out, run.kept)
     grading.options("")
     model, tokenizer = run.load("model")
     ends = noise_ends(s.by, s.share, model, tokenizer, grading)
@@ -192,7 +206,7 @@ def reset(run: Run) -> dict[str, Any]:
     s = run.study.settings
     assert isinstance(s, ResetStudy)
     grading = Grading(Task.of_study(run.study), s.n, s.seeds, s.decoding, s.held_out, run.quiet)
-    conditions = Conditions(run.out)
+    conditions = Conditions(run.out, run.kept)
     rule: dict[str, Any] = {"top_p": s.top_p, "t_high": s.t_high, "window": s.window, "step": s.step}
     for text in (s.decoding, *s.controls, *(str(Decoding.reset(t, 0.0, **rule)) for t in s.t_low)):
         grading.options("", text)
@@ -239,7 +253,7 @@ def likelihood(run: Run) -> dict[str, Any]:
     return run_likelihood(
         runs,
         run.load,
-        {role: record.outputs_digest(record.read(folder)) for role, folder in run.inputs.items()},
+        run.weights,
         run.verified(runs[0].reference),
         run.out,
         percentile=s.percentile,

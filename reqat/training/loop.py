@@ -31,6 +31,7 @@ from reqat.config.stage import Optimization
 from reqat.data import Batch, PackedRows, Traces, batches
 from reqat.data.packing import IGNORE
 from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
+from reqat.models.attention import mark_segments
 from reqat.models.digests import tensors_digest
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
@@ -40,7 +41,8 @@ from reqat.training.objective import OUTPUTS, Objective, TermContext
 from reqat_kernels.sem_loss import CHUNK_BYTES, entropies_from_hidden, row_statistics
 
 # A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
-# objective allows; smaller ones keep the plain arithmetic of full logits.
+# objective allows; smaller ones keep the plain arithmetic of full logits. It saves memory, not time: on one AVX2 core a
+# step with 76 MiB of logits took as long either way.
 FUSE_ABOVE_BYTES = CHUNK_BYTES
 
 # Steps after which a log hears how long the run will take, and not only after the first half minute.
@@ -119,9 +121,12 @@ def run_decoder(
     ``wanted``: of ``hidden_states`` and ``attentions``. Raises ReqatError where the model does not give them.
     """
     more = sorted(wanted - {"logits"})
+    mask = batch.attention_mask()
+    if batch.apart:
+        mark_segments(mask, batch.segments())
     found = model.get_decoder()(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask(),
+        attention_mask=mask,
         position_ids=batch.position_ids,
         use_cache=False,
         **{f"output_{name}": True for name in more},
@@ -208,9 +213,9 @@ def _loss(
     return batch_loss(model, teacher, objective, batch, autocast=autocast)[0]
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
+def _moved(batch: Batch, device: torch.device, apart: bool) -> Batch:
     fields = ("input_ids", "labels", "position_ids", "segment_ids")
-    return Batch(*(getattr(batch, name).to(device) for name in fields))
+    return Batch(*(getattr(batch, name).to(device) for name in fields), apart=apart)
 
 
 def check_traces(
@@ -251,7 +256,9 @@ def _description(
     How often a checkpoint is written decides nothing and is left out.
     """
     precision = precision_of(model)
-    hyper = settings.model_dump(exclude={"checkpoint_seconds"})
+    # Left out at its default, as in ids: a training that was begun before there was a choice goes on.
+    unsaid = {"attention"} if settings.attention == "rows" else set()
+    hyper = settings.model_dump(exclude={"checkpoint_seconds", *unsaid})
     run = {
         "set of traces (digest)": rows.digest,
         "model at the start (digest)": tensors_digest(model.state_dict()),
@@ -316,7 +323,7 @@ def train(
     device = next(model.parameters()).device
     # Resolved once, and part of what a checkpoint belongs to: a run never goes on in other numbers.
     settings = settings.model_copy(update={"autocast": resolve_autocast(settings.autocast, device.type)})
-    autocast = settings.autocast == "bf16"
+    autocast, apart = settings.autocast == "bf16", settings.attention == "traces"
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
     run = _description(model, rows, objective, settings, teacher)
@@ -356,7 +363,7 @@ def train(
             lr = learning_rate(step, len(steps), settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            group_batches = [_moved(rows.batch(indices), device) for indices in steps[step]]
+            group_batches = [_moved(rows.batch(indices), device, apart) for indices in steps[step]]
             divisor = sum(b.n_response_tokens for b in group_batches)
             sums: dict[str, float] = {}
             total = 0.0

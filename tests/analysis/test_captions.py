@@ -36,3 +36,10 @@ def test_captions_use_known_fields(path: Path) -> None:
         snakemake={"params": dict.fromkeys(FIELDS, "x"), "config": {"tier": "smoke"}}
     )
     assert "{" not in filled and len(filled.split()) > 20
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "report").glob("*.rst")), ids=lambda p: p.stem)
+def test_captions_say_what_the_tier_is(path: Path) -> None:
+    """A tier's title is where a tier says what its readers must know of the weights."""
+    if path.stem != "workflow":
+        assert "snakemake.params.title" in path.read_text()

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.report.studies import Study, by_kind, load_studies, pinned_studies
+from analysis.tables import likelihood
 from reqat.cli.main import main
 from reqat.config import Paths, load
 from reqat.config import studies as config
@@ -29,6 +30,7 @@ from reqat.evaluation.dynamics import verified_traces
 from reqat.evaluation.held_out import likelihood_sums
 from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
+from reqat.generation import batches
 from reqat.generation.batches import RunningBatch
 from reqat.models import load_tokenizer, save_model
 from reqat.pipeline.studies import same_stages, stages_there
@@ -298,6 +300,69 @@ def test_a_killed_likelihood_study_goes_on_with_the_models_that_it_has_not_read(
     assert taken.count("again") == 1
     assert (folder / "likelihood.parquet").read_bytes() == whole
     assert not (checkout / "build" / "checkpoints" / study.id).exists()
+
+
+def killed(monkeypatch: pytest.MonkeyPatch, at: int, *command: object) -> int:
+    """Run a command that a kill ends before it decodes batch number ``at``, then again to its end; returns how many
+    batches the second attempt decoded."""
+    decode, decoded = batches._decode, []
+
+    def counted(*given: Any) -> Any:
+        decoded.append(0)
+        if len(decoded) == at:
+            raise KeyboardInterrupt
+        return decode(*given)
+
+    monkeypatch.setattr(batches, "_decode", counted)
+    assert reqat(*command) != 0
+    assert len(decoded) == at
+    assert reqat(*command) == 0
+    return len(decoded) - at
+
+
+@pytest.mark.parametrize(("kind", "at"), [("pair", 2), ("routing", 4), ("noise", 3), ("reset", 4)])
+def test_a_killed_study_goes_on_with_what_it_has_not_graded(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, kind: str, at: int
+) -> None:
+    (study,) = ask(checkout, next(s for s in STUDIES if s["kind"] == kind)).values()
+    folder = checkout / "build" / "studies" / study.id
+    whole = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    shutil.rmtree(folder)
+    again = killed(monkeypatch, at, "study", study.id, "--tier", "smoke", "-q")
+    # A batch a condition; of routing and reset another for the held-out measurement, which is made anew.
+    once = {"pair": 2, "routing": 5, "noise": 3, "reset": 6}[kind]
+    assert again == once - (at - 1) + (kind in ("routing", "reset"))
+    made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert made.keys() == whole.keys()
+    assert [name for name in made if name.name != "record.json" and made[name] != whole[name]] == []
+    assert not (checkout / "build" / "checkpoints" / study.id).exists()
+
+
+def test_a_killed_evaluation_goes_on_with_the_batches_that_it_has_not_decoded(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = checkout / "config" / "tiers" / "smoke.yaml"
+    given = yaml.safe_load(tier.read_text())
+    given["evaluation"] = {"n": 6, "seeds": [0, 1], "decoding": {"max_new_tokens": 8, "batch_rows": 4}}
+    tier.write_text(yaml.safe_dump(given))
+    plan = load("smoke", Paths(checkout))
+    (cell, *_) = [c for c in plan.cells if (c.recipe, c.precision) == ("ft-ptq", "NVFP4-W4A4KV4")]
+    folder, told = checkout / "build" / "evaluations" / cell.evaluation, ("--tier", "smoke", "-q")
+    assert reqat("evaluate", cell.evaluation, *told) == 0
+    whole = (folder / "outcomes.parquet").read_bytes()
+    shutil.rmtree(folder)
+    assert killed(monkeypatch, 3, "evaluate", cell.evaluation, *told) == 1
+    assert (folder / "outcomes.parquet").read_bytes() == whole
+    assert not (checkout / "build" / "checkpoints" / cell.evaluation).exists()
+
+
+def test_a_footer_says_what_the_tier_is(finished: tuple[Path, dict[str, PlannedStudy]]) -> None:
+    root, studies = finished
+    title = "weights once quantized"
+    for study in load_studies(studies, root / "build" / "studies", title=title):
+        assert study.tier == f"Tier smoke ({title})"
+    table = likelihood.build(by_kind(load_studies(studies, root / "build" / "studies", title=title)))
+    assert any(title in note for note in table.footer)
 
 
 def test_what_is_done_is_not_done_again_and_what_is_damaged_is(

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from reqat.config import Paths, ReqatError, load
+from reqat.config.cost import seconds
+from reqat.config.paths import made
 from reqat.config.plan import Plan
 from reqat.config.studies import KINDS, PlannedStudy, load_studies, sem_term, study_called
 from reqat.pipeline.likelihoods import model_runs
@@ -41,7 +43,7 @@ def one(folder: Path, plan: Plan, study: dict[str, Any]) -> PlannedStudy:
     return found
 
 
-@pytest.mark.parametrize("tier", ["smoke", "laptop", "overnight"])
+@pytest.mark.parametrize("tier", ["smoke", "laptop", "overnight", "smollm-claims"])
 def test_the_tiers_studies_stand_on_stages_that_its_tables_need(tier: str) -> None:
     plan = load(tier, Paths(ROOT))
     studies = load_studies(plan, ROOT / "config")
@@ -260,3 +262,20 @@ def test_studies_are_told_apart(tmp_path: Path, plan: Plan) -> None:
     found = load_studies(plan, written(tmp_path, ROUTING))
     with pytest.raises(ReqatError, match="unknown study 'study-routing-0'"):
         study_called(found, "study-routing-0", "smoke")
+
+
+@pytest.mark.parametrize("tier", ["smoke", "smollm-claims"])
+def test_every_study_has_a_cost_that_grows_with_what_it_asks(tmp_path: Path, tier: str) -> None:
+    plan = load(tier, Paths(ROOT))
+    planned = load_studies(plan, ROOT / "config")
+    found = seconds(plan, planned.values())
+    stages = {id for id, stage in plan.needed.items() if made(stage)}
+    assert found.keys() == stages | plan.evaluations.keys() | planned.keys()
+    assert {id: found[id] for id in seconds(plan)} == seconds(plan)
+    for id, study in planned.items():
+        asked = study.settings.model_dump(exclude_unset=True)
+        more = {"every_steps": 1} if study.kind == "gradients" else {"n": 2 * asked["n"]} if "n" in asked else None
+        if more is None:
+            continue
+        (larger,) = load_studies(plan, written(tmp_path, asked | more, tier=tier)).values()
+        assert seconds(plan, [larger])[larger.id] > found[id] > plan.tier.resources.job_s, id

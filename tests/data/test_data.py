@@ -91,6 +91,20 @@ def test_packing_keeps_every_trace_whole_and_masks_what_is_not_its_own(sizes, ro
             assert torch.equal(inside[:, at : at + n], torch.ones(n, n, dtype=torch.bool).tril())
             assert int(inside.sum()) == n * (n + 1) // 2
             at += n
+    for b, segments in enumerate(batch.segments()):
+        lengths = [length for length, _ in segments]
+        assert sum(lengths) == row_tokens
+        assert lengths[: len(packed.rows[b])] == [t.n_tokens for t in packed.rows[b]]
+        assert [is_trace for _, is_trace in segments] == [True] * len(packed.rows[b]) + [False] * (
+            len(segments) - len(packed.rows[b])
+        )
+        at = 0
+        for length, is_trace in segments:
+            own = torch.ones(length, length, dtype=torch.bool)
+            inside = mask[b, 0, at : at + length]
+            assert torch.equal(inside[:, at : at + length], own.tril() if is_trace else torch.eye(length) > 0)
+            assert int(inside.sum()) == (length * (length + 1) // 2 if is_trace else length), "and nothing beyond"
+            at += length
 
 
 def test_packing_refuses_what_does_not_fit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -287,3 +288,30 @@ def test_nan_weights(tiny: Tiny) -> None:
     model.model.norm.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match="rows hold nan .*NaN weights"):
         run(model, [[1, 4], [1, 5]])
+
+
+def test_a_killed_run_decodes_no_batch_twice(
+    tiny: Tiny, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, decode, decoded = tiny(), module._decode, []
+    whole = run(model, prompts, batch_rows=4)
+
+    def counted(*given: Any) -> Tensor:
+        decoded.append(given[1])
+        if len(decoded) == 3:
+            raise KeyboardInterrupt
+        return decode(*given)
+
+    monkeypatch.setattr(module, "_decode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, prompts, batch_rows=4, kept=tmp_path / "kept")
+    assert run(model, prompts, batch_rows=4, kept=tmp_path / "kept") == whole
+    done = [tuple(rows) for rows in decoded]
+    assert len(done) == len(set(done)) + 1 and done[2] == done[3], "the batch that was interrupted, and no other"
+    assert any(g.finished for g in whole) and any(not g.finished for g in whole)
+    suppressed = LogitsProcessorList([SuppressTokensLogitsProcessor([3])])
+    with pytest.raises(ValueError, match="processors"):
+        run(model, prompts, kept=tmp_path / "kept", processors=suppressed)
+    next((tmp_path / "kept").glob("*.json")).write_text("[[1, 2, 3, 4]]")
+    with pytest.raises(ValueError, match="kept batch"):
+        run(model, prompts, batch_rows=4, kept=tmp_path / "kept")

@@ -94,6 +94,27 @@ def test_a_whole_run_is_pinned_without_weights_and_texts(paths: Paths):
     assert set(rows["id"]) == set(plan.evaluations) and rows["response"].isna().all()
 
 
+def test_training_seeds_that_were_run_apart_are_pinned_as_one(paths: Paths):
+    file = paths.config / "tiers/smoke.yaml"
+    tier = yaml.safe_load(file.read_text())
+    tier["claim_seeds"] = {"seeds": [0, 1], "recipes": ["reqat-t"], "precisions": ["NVFP4-W4A4KV4"]}
+    file.write_text(yaml.safe_dump(tier))
+    plan = load("smoke", paths)
+    for seed in (0, 1):
+        cells = [cell for cell in plan.cells if cell.training_seed == seed]
+        asked = {id: e for id, e in plan.evaluations.items() if id in {cell.evaluation for cell in cells}}
+        apart = dataclasses.replace(paths, build=Path(f"build-{seed}"))
+        part = dataclasses.replace(plan, evaluations=asked, cells=cells)
+        assert set(asked) < set(plan.evaluations) and set(part.needed) < set(plan.needed)
+        run(part, apart, seed=seed)
+        with pytest.raises(ReqatError):
+            pin.pin(plan, apart)
+        for folder in ("data", "stages", "evaluations"):
+            shutil.copytree(apart.work / folder, paths.work / folder, dirs_exist_ok=True)
+    folder = pin.pin(plan, paths)
+    assert pinned.manifest(folder)["parts"]["run"]["jobs"] == len(plan.needed) + len(plan.evaluations)
+
+
 def test_what_was_folded_comes_back_byte_by_byte(paths: Paths):
     plan = load("smoke", paths)
     run(plan, paths)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -11,6 +12,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from reqat.training.checkpoint import FILE
 VOCABULARY, BOS, PAD = 40, 1, 0
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(seed: int = 0, precision: str = "BF16", **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -42,7 +44,7 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
             max_position_embeddings=64,
         )
     )
-    prepare(model, "BF16")
+    prepare(model, precision, **options)
     return model
 
 
@@ -417,3 +419,58 @@ def test_accumulation_changes_nothing_of_sem(fused: bool, tmp_path: Path, monkey
     # Of the first step alone: AdamW magnifies rounding of gradients near 0 after it.
     for key in ("loss", "sem", "grad_norm"):
         assert first[0][key] == pytest.approx(first[1][key], rel=1e-5)
+
+
+def test_attention_trace_by_trace_changes_nothing_but_rounding() -> None:
+    """In float64: loss and gradients of traces apart are those under the mask, in BF16 and with keys and values in
+    four bits, with each of their scales."""
+    packed = rows(20)
+    batch = packed.batch(range(len(packed)))
+    assert any(not is_trace for row in batch.segments() for _, is_trace in row)
+    assert any(len(row) > 2 for row in batch.segments())
+    for precision, options in (
+        ("BF16", {}),
+        ("NVFP4-W4A4KV4", {"global_scale": "row"}),
+        ("NVFP4-W4A4KV4", {"global_scale": "dynamic"}),
+    ):
+        found = []
+        for apart in (False, True):
+            model = tiny_model(precision=precision, **options).double()
+            given = dataclasses.replace(batch, apart=apart)
+            loss, _ = loop.batch_loss(model, None, Objective(), given, autocast=False)
+            loss.backward()
+            found.append((float(loss.detach()), {n: p.grad for n, p in model.named_parameters()}))
+        (loss, grads), (apart_loss, apart_grads) = found
+        # The loss is summed in float32, and four bits may round a value elsewhere that differs in its last digit.
+        assert apart_loss == pytest.approx(loss, rel=1e-6), precision
+        for name, grad in grads.items():
+            assert (apart_grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-12, (precision, name)
+
+
+def test_attention_trace_by_trace_computes_no_products_between_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = rows(20)
+    batch = dataclasses.replace(packed.batch(range(len(packed))), apart=True)
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def noted(query: torch.Tensor, key: torch.Tensor, *given: object, **options: object) -> torch.Tensor:
+        seen.append((query.shape[0], query.shape[2], key.shape[2]))
+        return attend(query, key, *given, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    loop.batch_loss(tiny_model(), None, Objective(), batch, autocast=False)
+    lengths = [t.n_tokens for row in packed.rows for t in row]
+    assert seen == [(1, n, n) for n in lengths] * 2, "once a trace in each of two layers"
+
+
+def test_training_trace_by_trace_is_reproducible_and_close_to_training_by_rows(tmp_path: Path) -> None:
+    losses, final = {}, {}
+    for name, attention in (("rows", "rows"), ("traces", "traces"), ("again", "traces")):
+        model = tiny_model()
+        settings = RunSettings(lr=1e-3, rows_per_batch=4, autocast="none", attention=attention)
+        result = train(model, rows(), Objective(), settings, tmp_path / name, progress=False)
+        losses[name], final[name] = [h["loss"] for h in result.history], weights(model)
+    assert losses["traces"] == pytest.approx(losses["rows"], rel=1e-4)
+    assert_weights_equal(final["traces"], final["again"])
+    settings = RunSettings(lr=1e-3, rows_per_batch=4, autocast="none")
+    with pytest.raises(ReqatError, match="attention"):  # numbers of the last digit are another run
+        train(tiny_model(), rows(), Objective(), settings, tmp_path / "traces", progress=False)
