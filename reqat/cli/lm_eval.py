@@ -29,7 +29,8 @@ def lm_eval(
 ) -> None:
     """lm-eval with tasks reqat_* and model type reqat; its own options follow (`reqat lm-eval run -h`).
 
-    reqat lm-eval --model reqat --model_args pretrained=FOLDER,precision=NVFP4-W4A4KV4 --tasks reqat_gsm_symbolic --limit 5
+    For example: reqat lm-eval --model reqat --model_args pretrained=FOLDER,precision=NVFP4-W4A4KV4
+    --tasks reqat_gsm_symbolic --limit 5 (docs/lm-eval.md has all tasks and arguments).
     """
     if where:
         if context.args:
@@ -61,5 +62,6 @@ def lm_eval(
 
 def _of_lm_eval(error: Exception) -> bool:
     """Whether lm-eval itself raised the error, by which it says that an option is wrong."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "lm_eval" in Path(frames[-1].filename).parts and str(TASKS.parent) not in frames[-1].filename
+    *_, last = traceback.extract_tb(error.__traceback__)
+    file = Path(last.filename)
+    return "lm_eval" in file.parts and TASKS.parent not in file.parents

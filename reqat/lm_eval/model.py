@@ -2,8 +2,9 @@
 
 Likelihoods are lm-eval's own arithmetic over the prepared model (:class:`HFLM`). Responses come from
 :func:`reqat.generation.generate` instead of transformers' ``generate``: a response depends on its problem and its
-sampling seed (0, 1, ... for the repeats of a task), not on the batch, and is the one that ``reqat evaluate`` grades; every decoding
-policy is at hand. What a task asks for beyond temperature, top-p, length and stop texts is refused, not ignored.
+sampling seed (0, 1, ... for the repeats of a task), not on the batch, and is the one that ``reqat evaluate`` grades;
+every decoding policy is at hand. What a task asks for beyond temperature, top-p, length and stop texts is refused, not
+ignored.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _OFF: Mapping[str, tuple[object, ...]] = {
 
 @register_model("reqat")
 class ReqatLM(HFLM):
-    """A model of ours or of transformers at a precision; ``--model reqat --model_args pretrained=FOLDER,precision=...``.
+    """A model at a precision: ``--model reqat --model_args pretrained=FOLDER,precision=NVFP4-W4A4KV4``.
 
     Args:
         pretrained: a local folder with safetensors (ours, with its sidecar, or any), or ``package:NAME``.
@@ -258,8 +259,8 @@ def _decoding(asked: Mapping[str, Any]) -> Decoding:
             continue
         if name not in _OFF or value not in _OFF[name]:
             raise ReqatError(
-                f"{name}={value!r}: model type reqat knows do_sample, temperature, top_p, max_gen_toks and until. Leave "
-                f"it out{f' (--gen_kwargs {name}={_OFF[name][1]})' if name in _OFF else ''}, or take --model hf"
+                f"{name}={value!r}: model type reqat knows do_sample, temperature, top_p, max_gen_toks and until. "
+                f"Leave it out{f' (--gen_kwargs {name}={_OFF[name][1]})' if name in _OFF else ''}, or take --model hf"
             )
     temperature = asked.get("temperature")
     if not asked.get("do_sample") or temperature == 0:

@@ -33,7 +33,10 @@ def test_where_prints_the_folder_of_tasks(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (["--tasks", "reqat_aime24", "-L", "5"], ["run", "--tasks", "reqat_aime24", "-L", "5", "--include_path", "HERE"]),
+        (
+            ["--tasks", "reqat_aime24", "-L", "5"],
+            ["run", "--tasks", "reqat_aime24", "-L", "5", "--include_path", "HERE"],
+        ),
         (["run", "-t", "a"], ["run", "-t", "a", "--include_path", "HERE"]),
         (["ls", "tasks"], ["ls", "tasks", "--include_path", "HERE"]),
         (["-t", "a", "--include_path", "mine"], ["run", "-t", "a", "--include_path", "mine"]),

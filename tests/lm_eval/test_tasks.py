@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import numpy as np
 import pytest
 from lm_eval import simple_evaluate
@@ -16,7 +17,6 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-import lm_eval
 from reqat.config.errors import MissingFileError, ReqatError
 from reqat.lm_eval import TASKS, benchmarks, generated
 from reqat.lm_eval.scores import graded, keep_all, score
@@ -67,8 +67,8 @@ def test_options_of_a_generator_come_from_the_command_line() -> None:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 RESPONSES = [
-    r"so \boxed{\frac{1}{2}}", "The answer is 0.5.", "The answer is 3.", "", "I give up", r"<think>\boxed{7}</think> 1/2",
-    r"\boxed{3", r"first \boxed{3}, no, \boxed{0.50}", "#### 3", "9^9^9^9",
+    r"so \boxed{\frac{1}{2}}", "The answer is 0.5.", "The answer is 3.", "", "I give up",
+    r"<think>\boxed{7}</think> 1/2", r"\boxed{3", r"first \boxed{3}, no, \boxed{0.50}", "#### 3", "9^9^9^9",
 ]  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def test_columns_are_those_of_the_hubs_data_sets(tmp_path: Path) -> None:
     file = write(tmp_path / "math500.jsonl", {"problem": "x", "answer": r"\frac{3}{4}", "unique_id": "test/1.json"})
     (row,) = benchmarks.dataset("math500", math500=file)["test"]
     assert row["id"] == "test/1.json" and graded(row, r"\boxed{0.75}")[1] and not graded(row, r"\boxed{3}")[1]
-    file = write(tmp_path / "aime24.jsonl", {"ID": "2024-I-1", "Problem": "x", "Answer": 204})  # another data set's case
+    file = write(tmp_path / "aime24.jsonl", {"ID": "2024-I-1", "Problem": "x", "Answer": 204})  # as some write
     assert benchmarks.dataset("aime24", aime24=file)["test"][0]["id"] == "2024-I-1"
 
 
