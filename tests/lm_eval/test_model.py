@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,8 @@ from reqat.tasks import problems
 BASE = str(Path(__file__).parents[2] / "results" / "base" / "model")
 FP4 = "NVFP4-W4A4KV4"
 LENGTH = 70
-# Short chains, which the base solves in part.
-OPTIONS = {"min_terms": 3, "max_terms": 4}
+# Short chains: of the longer ones, responses of so many tokens do not reach the end.
+OPTIONS = {"min_terms": 3, "max_terms": 6}
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,15 @@ def test_a_stranger_and_our_grader_agree_on_greedy_responses(ours: Callable[...,
     stranger = HFLM(pretrained=BASE, dtype="float32", device="cpu", batch_size=48)
     responses, scores = through_lm_eval(stranger, 6, do_sample=False)
     assert responses[::8] == list(found.response or ()) and scores == accuracies(found, 6)
+
+
+def test_a_folder_whose_tokenizer_adds_no_bos_is_read_as_our_evaluation_reads_it(tmp_path: Path) -> None:
+    """Earlier versions saved such."""
+    folder = shutil.copytree(BASE, tmp_path / "model")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**state, "post_processor": None}))
+    assert load_tokenizer(folder)("3 + 4 =\n").input_ids[0] != 1
+    assert ReqatLM(str(folder)).tok_encode("3 + 4 =\n") == encode_prompt(load_tokenizer(BASE), "3 + 4 =\n")
 
 
 def test_sampled_responses_are_those_of_our_evaluation_at_every_seed(ours: Callable[..., Outcomes]) -> None:

@@ -123,7 +123,7 @@ def test_through_lm_eval_scores_are_ours_problem_by_problem_and_the_error_is_ove
             for p in ours}  # fmt: skip
     lm = Scripted(said)
     out: Any = simple_evaluate(
-        lm, tasks=["reqat_gsm_symbolic"], limit=5, task_manager=manager(n_problems=9), bootstrap_iters=0
+        lm, tasks=["reqat_gsm_symbolic"], limit=5, task_manager=manager(n_problems=9), bootstrap_iters=2
     )
     assert len(lm.asked) == 40 and lm.asked[0]["until"] == [] and "seed" not in lm.asked[0]
     assert (lm.asked[0]["temperature"], lm.asked[0]["top_p"]) == (0.6, 0.95)
