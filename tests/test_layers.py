@@ -31,6 +31,7 @@ LAYERS = (
     ("reqat.records",),
     ("analysis",),
     ("reqat.pipeline",),
+    ("reqat.lm_eval",),
     ("reqat.cli",),
 )
 LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}

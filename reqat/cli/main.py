@@ -22,6 +22,7 @@ import reqat.cli.doctor
 import reqat.cli.entropy
 import reqat.cli.inspect
 import reqat.cli.intervene
+import reqat.cli.lm_eval
 import reqat.cli.reset
 import reqat.cli.results
 import reqat.cli.run

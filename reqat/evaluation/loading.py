@@ -25,23 +25,26 @@ def load_at(
     precision: str,
     *,
     override: bool = False,
+    dtype: torch.dtype = torch.float32,
+    gpu: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """The model in ``folder``, prepared at ``precision`` and frozen.
 
-    It lies on the GPU if torch sees one, and is there before its weights are quantized: kernels of the GPU do that,
-    too.
+    It lies on the GPU if torch sees one (and ``gpu`` does not say otherwise), and is there before its weights are
+    quantized: kernels of the GPU do that, too.
 
     Args:
         folder: of the model.
         precision: a name; the options that ``folder`` was saved with count if it was saved at it.
         override: take ``precision`` and ``options`` as they are, as a plan does, which gives all of them.
+        dtype: of the weights before they are quantized, and of what is computed with.
         options: of ``prepare``.
 
     Raises `ReqatError` as ``load_model`` and ``prepare`` do.
     """
-    model = load_model(folder)
+    model = load_model(folder, dtype=dtype)
     prepare(model, precision, override=override, **options)
-    if torch.cuda.is_available():
+    if gpu and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
     return freeze(model)

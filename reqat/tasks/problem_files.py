@@ -73,7 +73,7 @@ def read_problems(path: Path, n: int | None = None) -> list[Given]:
         raise ReqatError(f"{path}: no such file of problems (JSON lines with at least a prompt).")
     rows: list[Given] = []
     seen: dict[tuple[str, int], str] = {}
-    for where, default_id, found in _objects(path):
+    for where, default_id, found in json_objects(path):
         row = _problem(found, where, default_id, path.stem)
         if (row.id, row.seed) in seen:
             raise ReqatError(
@@ -89,8 +89,11 @@ def read_problems(path: Path, n: int | None = None) -> list[Given]:
     return rows
 
 
-def _objects(path: Path) -> Iterator[tuple[str, str, Any]]:
-    """Where each object stands, its default id, and the object."""
+def json_objects(path: Path) -> Iterator[tuple[str, str, Any]]:
+    """The values of a file of JSON lines, or of one JSON array: where each stands, a default id, and the value.
+
+    Raises `ReqatError` naming file and line for what is not JSON in UTF-8, has a key twice, or is too long.
+    """
     with explaining(path), path.open("rb") as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
         file.seek(0)
