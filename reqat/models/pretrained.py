@@ -73,7 +73,7 @@ def write_pretrained(
         with explaining(folder / name):
             (folder / name).unlink(missing_ok=True)
     own(state_dict=state)
-    _fix_config(folder / "config.json", dtype)
+    fix_config(folder / "config.json", dtype)
     if sidecar:
         sidecar.write(folder)
 
@@ -144,7 +144,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _fix_config(file: Path, dtype: torch.dtype | None) -> None:
+def fix_config(file: Path, dtype: torch.dtype | None) -> None:
     """config.json describes the stored weights, and names no attention function or path that others do not have."""
     config = json.loads(file.read_text())
     if dtype is not None:
