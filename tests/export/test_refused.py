@@ -86,7 +86,7 @@ def test_what_a_model_computes_beyond_its_precision(tiny: Tiny, ids: Tensor, tmp
     layer.basis.set(None, torch.eye(64)[torch.randperm(64)])
     refused(model, tmp_path / "out", format, "basis", "rtn", calibration=[ids])
     model, layer = prepared()
-    set_gradient(model, "learned_scale", roles=("inputs",))
+    set_gradient(model, "learned", roles=("inputs",))
     refused(model, tmp_path / "out", format, "learned", "rtn", calibration=[ids])
 
 
