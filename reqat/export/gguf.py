@@ -50,6 +50,12 @@ def check(model: PreTrainedModel, precision: Precision) -> None:
     rope = _rope_type(config)
     if rope not in ("default", "llama3", "linear"):
         raise ReqatError(f"rope_type {rope!r}: {NAME} is written for default, linear and llama3 here; {OURS}.")
+    heads = cached_attentions(model)[0][1].heads
+    if config.model_type == "qwen2" and heads.query_heads * heads.head_dim != config.hidden_size:
+        raise ReqatError(
+            f"hidden_size {config.hidden_size}: llama.cpp takes Qwen2's heads to be as wide together, and these are "
+            f"{heads.query_heads} of {heads.head_dim}; {OURS}."
+        )
     if getattr(config, "use_sliding_window", False):
         raise ReqatError(f"use_sliding_window: llama.cpp attends to everything in {config.model_type} models; {OURS}.")
     if precision.weights is not None and _TYPES[precision.weights.name] == "NVFP4":

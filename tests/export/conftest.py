@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from reqat.models import quant_linears
 from tests.models.conftest import _one_thread, family, ids, tiny  # noqa: F401
 
-#: GGUF's NVFP4 has blocks of 64 columns.
-WIDE = {"intermediate_size": 128}
+#: GGUF's NVFP4 has blocks of 64 columns; llama.cpp's Qwen2 has heads that are as wide together as the model.
+WIDE = {"hidden_size": 128, "intermediate_size": 128}
 
 
 @pytest.fixture

@@ -196,10 +196,10 @@ def test_modelopt_says_nvfp4_keys_and_values_and_no_others(
 
 def test_qfits_scale_is_in_the_weights(tiny: Tiny, ids: Tensor, tmp_path: Path) -> None:
     model = tiny("qwen2")
-    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     precision = Precision.parse("NVFP4-W4A4KV4", kv_element="E1M2", global_scale="dynamic")
     TRANSFORMS["qfit"].apply(model, precision, ids, grid=3, progress=False)
-    fitted = model.model.layers[0].self_attn.q_proj.weight.clone()
+    fitted = model.model.layers[0].self_attn.q_proj.weight.detach().clone()
     with pytest.warns(UserWarning, match="shift"):
         export_model(
             model, None, tmp_path / "out", "compressed-tensors", precision="NVFP4-W4A4KV4", kv_element="E1M2",

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedModel
 import reqat
 from reqat.config.errors import ReqatError
 from reqat.export import EXPORTERS, export_model
-from reqat.models import freeze, load_model, prepare, quant_linears, save_model, set_gradient
+from reqat.models import freeze, load_model, prepare, quant_linears, save_model
 
 Tiny = Callable[..., PreTrainedModel]
 ENGINES = sorted(name for name, exporter in EXPORTERS.items() if exporter.families is not None)
@@ -86,7 +86,7 @@ def test_what_a_model_computes_beyond_its_precision(tiny: Tiny, ids: Tensor, tmp
     layer.basis.set(None, torch.eye(64)[torch.randperm(64)])
     refused(model, tmp_path / "out", format, "basis", "rtn", calibration=[ids])
     model, layer = prepared()
-    set_gradient(model, "learned", roles=("inputs",))
+    layer.input_quantizer.gradient.register_parameter("gamma", torch.nn.Parameter(torch.ones(())))
     refused(model, tmp_path / "out", format, "learned", "rtn", calibration=[ids])
 
 
@@ -114,6 +114,7 @@ def test_blocks_that_do_not_divide(tiny: Tiny, tmp_path: Path) -> None:
     [
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
         ({"family": "olmo2"}, "olmo2"),
+        ({"family": "qwen2"}, "hidden_size 64"),
     ],
 )
 def test_models_that_gguf_is_not_written_for(tiny: Tiny, tmp_path: Path, changes: dict[str, Any], word: str) -> None:
