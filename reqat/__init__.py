@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from reqat.export import export_model
     from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
     from reqat.inference import pack
     from reqat.models import calibrate_static, freeze, load_model, prepare
@@ -24,6 +25,7 @@ __all__ = [
     "QuantizedTensor",
     "__version__",
     "calibrate_static",
+    "export_model",
     "freeze",
     "get_format",
     "load_model",
@@ -41,6 +43,7 @@ _HOMES = {
     "quantize_dequantize": "reqat.formats",
     "Precision": "reqat.quant.precision",
     "calibrate_static": "reqat.models",
+    "export_model": "reqat.export",
     "freeze": "reqat.models",
     "load_model": "reqat.models",
     "pack": "reqat.inference",

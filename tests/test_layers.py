@@ -24,7 +24,7 @@ LAYERS = (
     ("reqat_kernels",),
     ("reqat.quant",),
     ("reqat.models", "reqat.data", "reqat.tasks"),
-    ("reqat.inference", "reqat.hf"),
+    ("reqat.inference", "reqat.hf", "reqat.export"),
     ("reqat.training", "reqat.generation"),
     ("reqat.evaluation",),
     ("reqat.methods",),

@@ -1,4 +1,5 @@
-"""A new method, transform, gradient rule, objective term, task or model adapter is one new file and no other change."""
+"""A new method, transform, gradient rule, objective term, task, model adapter or export format is one new file and no
+other change."""
 
 from __future__ import annotations
 
@@ -251,7 +252,31 @@ for wrong, says in (("NVFP4-W4A4KV4", "take NVFP4-W4A4"), ("NVFP4-KV4", "take BF
     else:
         raise AssertionError("a cache was quantized that is not there")
 """
+EXPORT = """
+from reqat.export._exporter import Exporter
+
+
+def write(frozen, folder):
+    (folder / "codes.txt").write_text("\\n".join(frozen.layers))
+
+
+EXPORTER = Exporter(write, families=("NVFP4",))
+"""
+USE_EXPORT = """
+import tempfile
+from pathlib import Path
+from reqat.config.catalogue import EXPORT_FORMATS
+from reqat.export import export_model
+from tests.methods.conftest import FAMILIES, SHAPE
+
+assert "toy-format" in EXPORT_FORMATS
+with tempfile.TemporaryDirectory() as folder:
+    out = Path(folder) / "out"
+    done = export_model(FAMILIES["llama"](SHAPE), None, out, "toy-format", precision="NVFP4-W4A16")
+    assert len((out / "codes.txt").read_text().splitlines()) == done.layers == 14
+"""
 CASES = {
+    "export/toy_format.py": (EXPORT, USE_EXPORT),
     "models/adapters/stages.py": (ADAPTER, USE_ADAPTER),
     "methods/ptq/toy.py": (PTQ, USE_PTQ),
     "methods/terms/toy.py": (TERM, USE_TERM),

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from reqat.config.catalogue import PTQ_METHODS
+from reqat.config.catalogue import EXPORT_FORMATS, PTQ_METHODS
 from reqat.config.decoding import Threshold
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.policy import Decoding
@@ -143,6 +143,11 @@ def method_options(method: str, options: Sequence[str], **named: Any) -> dict[st
     return settled(method, found)
 
 
+def _check_export_format(name: str, option: str) -> None:
+    if name not in EXPORT_FORMATS:
+        raise unknown("export format", name, EXPORT_FORMATS, where=option)
+
+
 def _check_threads(value: int, option: str) -> None:
     cores = os.cpu_count() or 1
     most = max(256, 4 * cores)
@@ -167,6 +172,7 @@ model = _callback(_check_model)
 families = _callback(_check_families)
 rotation = _callback(_check_rotation)
 ptq_method = _callback(_check_ptq_method)
+export_format = _callback(_check_export_format)
 positive = _between(0, math.inf, "", "it must be a positive finite number")
 unit = _between(0, 1, "h", "it must lie above 0 and at 1 at most")
 share = _between(0, 1, "", "it must lie between 0 and 1")

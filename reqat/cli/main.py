@@ -20,6 +20,7 @@ import typer
 import reqat.cli.bench
 import reqat.cli.doctor
 import reqat.cli.entropy
+import reqat.cli.export
 import reqat.cli.inspect
 import reqat.cli.intervene
 import reqat.cli.lm_eval

@@ -193,6 +193,10 @@ def quantize(
         int | None,
         typer.Option(callback=arguments.rotation, help="Block Hadamard size; 0 for none (default: the format's)."),
     ] = None,
+    share_global_scale: Annotated[
+        bool,
+        typer.Option(help="One global scale for q, k and v, one for gate and up, as engines need (`reqat export`)."),
+    ] = False,
     force: Force = False,
     quiet: Quiet = False,
     threads: Threads = 1,
@@ -220,7 +224,7 @@ def quantize(
         ids = None
         if calibration is not None:
             wanted = Calibration(sequences=sequences, sequence_tokens=sequence_tokens)
-            ids = _calibration(calibration, tokenizer, wanted)
+            ids = read_calibration(calibration, tokenizer, wanted)
         looked_at = (
             f", {sequences} calibration sequences of {sequence_tokens} tokens" if calibration is not None else ""
         )
@@ -229,6 +233,7 @@ def quantize(
             print(f"reqat: note: {method} looks at no data; only static global scales would use it.", file=sys.stderr)
         job.config = {
             "model": model, "precision": str(parsed), "options": options, "method": method, "method_options": asked,
+            "share_global_scale": share_global_scale,
         }  # fmt: skip
         report, job.metrics = ptq.quantize(
             method,
@@ -236,6 +241,7 @@ def quantize(
             precision,
             ids,
             precision_options=options,
+            share_global_scale=share_global_scale,
             progress=not quiet,
             **asked,
         )
@@ -244,8 +250,8 @@ def quantize(
     print(f"written: {out / 'model'}")
 
 
-def _calibration(source: Path, tokenizer: Any, wanted: Calibration) -> Any:
-    """`[sequences, sequence_tokens]` token ids from a text file or a trace store."""
+def read_calibration(source: Path, tokenizer: Any, wanted: Calibration) -> Any:
+    """`[sequences, sequence_tokens]` token ids from a text file or a trace store. Raises `ReqatError` naming it."""
     import torch
 
     from reqat.data.tokenizer import unknown_id

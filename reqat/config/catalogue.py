@@ -31,3 +31,6 @@ TASK_FAMILIES = modules_of("tasks.families")
 
 MODEL_ADAPTERS = modules_of("models.adapters")
 """Adapters of model families, one a file of `reqat/models/adapters/`."""
+
+EXPORT_FORMATS = tuple(name.replace("_", "-") for name in modules_of("export"))
+"""Formats that models are exported in, one a file of `reqat/export/`."""

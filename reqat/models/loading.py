@@ -53,6 +53,7 @@ from reqat.models.folder import (
 )
 from reqat.models.hub import hub_folder
 from reqat.models.pretrained import hook_saving
+from reqat.models.released import is_shift, read_released
 from reqat.models.sidecar import Sidecar
 
 PACKAGE = "package:"
@@ -70,7 +71,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
         dtype: of all parameters.
 
     The sidecar of a folder (Q-FIT shift, static scales, quantized weights) is kept with the model and takes effect in
-    :func:`reqat.models.prepare`.
+    :func:`reqat.models.prepare`; so does what a checkpoint released by ReQAT's authors says
+    (:mod:`reqat.models.released`).
 
     Raises:
         CheckpointNotFoundError: no such folder, package or weights.
@@ -96,7 +98,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     check_generation(folder)
     stored = weight_headers(folder)
     check_layers(folder, described, stored)
-    sidecar = Sidecar.read(folder)
+    released = read_released(folder, described, stored)
+    sidecar = Sidecar.read(folder) or released
+    stored = {name: header for name, header in stored.items() if released is None or not is_shift(name)}
     about = described.get("quantization_config")
     if about is not None:
         check_agrees(folder, about, sidecar)
@@ -117,6 +121,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
             ignore_mismatched_sizes=True,  # reported below, in one line
         )
     model, info = loaded
+    if released is not None:
+        del model.config.fake_quant_config  # it is in the sidecar now, which is saved along
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not is_shift(key)]
     _load_widened_norms(stored, model, info)
     _check_loaded(folder, info)
     check_finite(folder, model.named_parameters())

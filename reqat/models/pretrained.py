@@ -75,7 +75,7 @@ def write_pretrained(
         with explaining(folder / name):
             (folder / name).unlink(missing_ok=True)
     own(state_dict=state)
-    _fix_config(folder / "config.json", dtype, getattr(model, "_reqat_report", None))
+    fix_config(folder / "config.json", dtype, getattr(model, "_reqat_report", None))
     if sidecar:
         sidecar.write(folder)
 
@@ -157,7 +157,7 @@ def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-def _fix_config(file: Path, dtype: torch.dtype | None, report: Report | None) -> None:
+def fix_config(file: Path, dtype: torch.dtype | None, report: Report | None = None) -> None:
     """config.json describes the stored weights and the precision, and names no attention function or path that others
     do not have."""
     config = json.loads(file.read_text())

@@ -6,7 +6,8 @@ kill leaves no half checkpoint under the target's name.
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,26 +54,50 @@ def save_model(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise ReqatError(f"dtype {dtype!r}: weights are stored in torch.float32, torch.bfloat16 or torch.float16")
     check_savable(model, folder)
+    with whole_folder(folder, _KIND, "model", overwrite=overwrite, inputs=source_of(model)) as partial:
+        write_pretrained(model, partial, dtype=dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+    return folder
+
+
+def source_of(model: PreTrainedModel) -> list[Path]:
+    """The folder that ``model`` was loaded from, if it is one."""
     source = str(getattr(model, "name_or_path", "") or "")
-    inputs = [Path(source)] if source and Path(source).is_dir() else []
-    with making(folder, listed(_KIND, "model"), replace=overwrite, inputs=inputs) as partial:
+    return [Path(source)] if source and Path(source).is_dir() else []
+
+
+@contextmanager
+def whole_folder(
+    folder: Path, kind: str, what: str, *, overwrite: bool = False, inputs: Iterable[Path] = ()
+) -> Iterator[Path]:
+    """An empty folder to write a model into; if the body succeeds it is renamed to ``folder``, with a list of its files
+    by which it is known as a ``kind`` of ours (``what`` for people).
+
+    Raises ReqatError if something is there that may not be replaced, or naming ``folder`` where the system refuses to
+    write; nothing is left behind then.
+    """
+    with making(folder, listed(kind, what), replace=overwrite, inputs=inputs) as partial:
         try:
             with quiet():
-                write_pretrained(model, partial, dtype=dtype)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(partial)
-            for file in partial.iterdir():
-                # safetensors writes files that only their owner can read.
-                shutil.copymode(partial / "config.json", file)
-                flush(file)
-            write_list(partial, _KIND)
+                yield partial
+            share_files(partial)
+            write_list(partial, kind)
         except Exception as error:
             about_files = isinstance(error, OSError | SafetensorError) or os_error(error) is not None
             if isinstance(error, ReqatError) or not about_files:
                 raise
             reason = str(explain(error, folder)).replace(str(partial), str(folder))
             raise ReqatError(
-                f"cannot save the model to {folder}: {reason} Free disk space or choose another folder, then run it "
+                f"cannot save the {what} to {folder}: {reason} Free disk space or choose another folder, then run it "
                 "again (nothing was left half-written)."
             ) from error
-    return folder
+
+
+def share_files(folder: Path) -> None:
+    """Let the files of ``folder`` be readable as its mode says: safetensors writes files that only their owner can
+    read. Flushes them to disk."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.iterdir():
+        file.chmod(mode)
+        flush(file)

@@ -8,6 +8,7 @@ from tests.campaign.cases import Case
 
 BASE: dict[str, tuple[str, ...]] = {
     "quantize": ("quantize", "--model", "model", "--precision", "NVFP4-W4A4", "--out", "out"),
+    "export": ("export", "--model", "model", "--format", "modelopt", "--precision", "NVFP4-W4A16", "--out", "out"),
     "entropy": ("entropy", "--reference", "model", "--problems", "problems.jsonl", "--out", "out"),
     "route": ("route", "--reference", "model", "--out", "out", "--tier", "smoke"),
     "noise": ("noise", "--model", "model", "--sigmas", "0.1", "--out", "out", "--tier", "smoke"),
@@ -26,7 +27,9 @@ BASE: dict[str, tuple[str, ...]] = {
     "pin base": ("pin", "--what", "base", "--tier", "smoke"),
     "compare": ("compare",),
 }
-COMPUTING = ("quantize", "entropy", "route", "noise", "fit-reset", "reset", "stage", "evaluate", "study", "bench")
+COMPUTING = (
+    "quantize", "export", "entropy", "route", "noise", "fit-reset", "reset", "stage", "evaluate", "study", "bench",
+)  # fmt: skip
 SAMPLING = ("entropy", "route", "noise", "fit-reset", "reset")
 HUGE = "99999999999999999999"
 PRECISIONS = ("NVFP4-W4A5", "nvfp4", "W4A4", "FP8-W4A4", "NVFP4-W4A4KV4 ", "BF16-W4A4")
@@ -54,7 +57,7 @@ OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("entropy",), "--n", ("0", "-3", HUGE, "nan")),
     (("fit-reset",), "--problems", ("0", "-1", HUGE)),
     (("route", "noise"), "--held-out", ("0", "-1", HUGE)),
-    (("quantize", "noise", "reset"), "--precision", PRECISIONS),
+    (("quantize", "export", "noise", "reset"), "--precision", PRECISIONS),
     (("route", "entropy"), "--candidate-precision", PRECISIONS[:3]),
     (("route", "entropy"), "--reference-precision", PRECISIONS[3:]),
     (("noise",), "--sigmas", ("nan", "inf", "-0.1", "0.1,0.1", "a", "0.1,", "0.1,0.10000001")),
@@ -80,9 +83,14 @@ OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("entropy", "quantize"), "--global-scale", ("rows", "none")),
     (("quantize",), "--rotation", ("-4", "3", "48", HUGE, "x")),
     (("quantize",), "--method", ("gtpq", "awq")),
-    (("quantize",), "--sequences", ("0", "-1", HUGE)),
-    (("quantize",), "--sequence-tokens", ("0", HUGE)),
-    (("quantize", "noise", "reset", "fit-reset"), "--model", ("nowhere", "package:", "package:no-such-package", " ")),
+    (("export",), "--format", ("GGUF", "gptq", "compressed_tensors")),
+    (("quantize", "export"), "--sequences", ("0", "-1", HUGE)),
+    (("quantize", "export"), "--sequence-tokens", ("0", HUGE)),
+    (
+        ("quantize", "export", "noise", "reset", "fit-reset"),
+        "--model",
+        ("nowhere", "package:", "package:no-such-package", " "),
+    ),
     (("entropy", "route"), "--reference", ("nowhere", "package:")),
     (("view",), "--limit", ("0", "-1", HUGE, "all")),
     (("view",), "--floor", ("nan", "-0.1", "1.5", "inf")),
@@ -90,11 +98,12 @@ OPTIONS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("pin base",), "--dtype", ("float8", "int4")),
     (("pin base",), "--model", ("other",)),
     (("pin", "report"), "--what", ("runs", "", "base ")),
-    (tuple(v for v in BASE if v not in ("quantize", "view")), "--tier", ("smokey",)),
+    (tuple(v for v in BASE if v not in ("quantize", "export", "view")), "--tier", ("smokey",)),
     (("plan", "doctor", "data", "route"), "--tier", ("../smoke", "", "laptop.yaml")),
 )
 TEXTS: tuple[tuple[str, ...], ...] = (
     ("quantize", "--out"),
+    ("export", "--out"),
     ("entropy", "--out"),
     ("view", "--title"),
     ("view", "--out"),

@@ -19,7 +19,7 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.config.ptq import settled
 from reqat.methods.layerwise import BATCH_TOKENS, check_input_ids
 from reqat.methods.ptq._method import Method, taken
-from reqat.models import Report, calibrate_static, prepare
+from reqat.models import Report, calibrate_static, prepare, share_global_scales
 from reqat.models.experts import Experts
 from reqat.models.prepare import check_geometry
 from reqat.quant import Precision
@@ -37,6 +37,7 @@ def quantize(
     *,
     precision_options: Mapping[str, Any] | None = None,
     override: bool = False,
+    share_global_scale: bool = False,
     progress: bool = True,
     **options: Any,
 ) -> tuple[Report, dict[str, Any]]:
@@ -48,6 +49,7 @@ def quantize(
         precision, precision_options, override: of :func:`reqat.models.prepare`.
         input_ids: ``[n, T]`` int64 calibration sequences without padding; methods that look at no data do without,
             unless the precision has static scales.
+        share_global_scale: one for q, k and v, and one for gate and up (:func:`reqat.models.share_global_scales`).
         progress: show bars.
         options: of the method (:mod:`reqat.config.ptq`); None stands for the default.
 
@@ -80,6 +82,8 @@ def quantize(
         report = prepare(model, wanted, override=override)
     if input_ids is not None and any(getattr(module, "needs_calibration", False) for module in model.modules()):
         calibrate_static(model, input_ids.split(max(1, BATCH_TOKENS // input_ids.shape[1])))
+    if share_global_scale:
+        share_global_scales(model)
     settings = taken(chosen.solver, options)
     if chosen.solver_needs_data:
         found = chosen.solver(model, input_ids, progress=progress, **settings)
