@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,126 +13,22 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from analysis.report.studies import Study, by_kind, load_studies, pinned_studies
 from analysis.tables import likelihood
-from reqat.cli.main import main
 from reqat.config import Paths, load
 from reqat.config import studies as config
 from reqat.config.paths import made
 from reqat.config.studies import PlannedStudy
-from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation import Outcomes, entropies
 from reqat.evaluation.dynamics import verified_traces
-from reqat.evaluation.held_out import likelihood_sums
 from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
-from reqat.generation import batches
 from reqat.generation.batches import RunningBatch
-from reqat.models import load_tokenizer, save_model
+from reqat.models import load_tokenizer
 from reqat.pipeline.studies import same_stages, stages_there
 from reqat.records import pinned, record
-from reqat.tasks import problems, write_trace
-
-ROOT = Path(__file__).parents[2]
-REPORT = ("report", "--what", "studies", "--tier", "smoke")
-PIN = ("pin", "--what", "studies", "--tier", "smoke", "--allow-dirty")
-BF16, FP4 = {"recipe": "ft", "precision": "BF16"}, {"recipe": "ft-ptq", "precision": "NVFP4-W4A4KV4"}
-BOTH: dict[str, Any] = {"reference": BF16, "candidate": FP4, "n": 4, "seeds": [0, 3]}
-NOISE: dict[str, Any] = {"kind": "noise", "model": BF16, "sigmas": [0.5], "n": 4, "seeds": [0, 3]}
-STUDIES: list[dict[str, Any]] = [
-    {"kind": "pair", "bins": 4, "more_than": 5, **BOTH},
-    {"kind": "routing", "threshold": "p60", "held_out": 3, **BOTH},
-    NOISE,
-    {
-        "kind": "reset", "quantized": FP4, "reference": BF16, "n": 4, "seeds": [0, 3], "t_low": [0.3, 0.1],
-        "held_out": 3, "controls": ["greedy"],
-    },
-    {
-        "kind": "dynamics", "base": {"recipe": "base", "precision": "BF16"}, "bins": 3, "n": 4,
-        "models": {"FT": BF16, "QAT": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}},
-    },
-    {
-        "kind": "likelihood", "n": 4, "against": "QAT",
-        "models": {"QAT": {"recipe": "qat", "precision": "NVFP4-W4A4KV4"}, "FT+PTQ": FP4},
-    },
-]  # fmt: skip
-
-
-def reqat(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(a) for a in arguments])
-    return int(end.value.code or 0)
-
-
-def noted(folder: str | Path, precision: str, **options: Any) -> Any:
-    """`load_at`, which keeps a list."""
-    LOADED.append((Path(folder).parent.name, precision))
-    return load_at(folder, precision, **options)
-
-
-def ask(root: Path, *studies: dict[str, Any]) -> dict[str, PlannedStudy]:
-    """Write the smoke tier's studies; returns them as planned."""
-    (root / "config" / "studies.yaml").write_text(yaml.safe_dump({"tiers": {"smoke": list(studies)}}))
-    return config.load_studies(load("smoke", Paths(root)), root / "config")
-
-
-def train(root: Path, studies: dict[str, PlannedStudy]) -> None:
-    """Put models that answer nonsense where the studies' stages would be."""
-    families = next(study.problems.families for study in studies.values() if study.problems is not None)
-    asked = [
-        p for split, seed in (("train", 0), ("test", 1), ("validation", 1)) for p in problems(families, split, 40, seed)
-    ]
-    tokenizer = build_tokenizer([p.prompt for p in asked] + [write_trace(p, random.Random(0)) or "" for p in asked])
-    for seed, id in enumerate(sorted({id for study in studies.values() for id in study.inputs.values()})):
-        torch.manual_seed(seed)
-        shape = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=256,
-            initializer_range=0.3,
-        )
-        out, partial = root / "build" / "stages" / id, root / "build" / "partial" / id
-        with record.job(id.partition("-")[0], id, {}, root=root, out=out, partial=partial) as job:
-            save_model(LlamaForCausalLM(shape), tokenizer, job.partial / "model")
-
-
-LOADED: list[tuple[str, str]] = []  # (stage, precision) of every model that the studies below were measured on
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, PlannedStudy]]]:
-    """A checkout whose smoke tier's studies have all been run by one command."""
-    root = tmp_path_factory.mktemp("studies") / "checkout"
-    shutil.copytree(ROOT / "config", root / "config")
-    studies = ask(root, *STUDIES)
-    train(root, studies)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        for place in ("loading", "dynamics"):
-            patch.setattr(f"reqat.evaluation.{place}.load_at", noted)
-        assert reqat("study", "--tier", "smoke", "-q") == 0
-        yield root, studies
-
-
-@pytest.fixture
-def checkout(finished: tuple[Path, dict[str, PlannedStudy]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it to spoil."""
-    root = Path(shutil.copytree(finished[0], tmp_path / "checkout"))
-    monkeypatch.chdir(root)
-    return root
-
-
-@pytest.fixture
-def loaded(finished: tuple[Path, dict[str, PlannedStudy]]) -> dict[str, Study]:
-    root, studies = finished
-    return {study.kind: study for study in load_studies(studies, root / "build" / "studies")}
+from tests.cli.smoke_studies import LOADED, NOISE, PIN, REPORT, STUDIES, ask, reqat
 
 
 def test_a_study_says_what_it_stands_on(
@@ -272,88 +166,6 @@ def log_softmax(model: Any, trace: Any) -> torch.Tensor:
     with torch.no_grad():
         logits = model(torch.tensor([[*trace.prompt_ids, *trace.response_ids]])).logits[0]
     return torch.as_tensor(logits[len(trace.prompt_ids) - 1 : -1].double().log_softmax(-1))
-
-
-def test_a_killed_likelihood_study_goes_on_with_the_models_that_it_has_not_read(
-    checkout: Path, loaded: dict[str, Study], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (study,) = ask(checkout, next(s for s in STUDIES if s["kind"] == "likelihood")).values()
-    folder = checkout / "build" / "studies" / study.id
-    whole = (folder / "likelihood.parquet").read_bytes()
-    shutil.rmtree(folder)
-    taken: list[str] = []
-
-    def once(*given: Any, **options: Any) -> Any:
-        taken.append("read")
-        if taken.count("read") == 2:
-            raise KeyboardInterrupt
-        return likelihood_sums(*given, **options)
-
-    monkeypatch.setattr("reqat.evaluation.held_out.likelihood_sums", once)
-    assert reqat("study", study.id, "--tier", "smoke", "-q") != 0
-    assert not folder.exists()
-    monkeypatch.setattr(
-        "reqat.evaluation.held_out.likelihood_sums",
-        lambda *g, **o: (taken.append("again"), likelihood_sums(*g, **o))[1],
-    )
-    assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
-    assert taken.count("again") == 1
-    assert (folder / "likelihood.parquet").read_bytes() == whole
-    assert not (checkout / "build" / "checkpoints" / study.id).exists()
-
-
-def killed(monkeypatch: pytest.MonkeyPatch, at: int, *command: object) -> int:
-    """Run a command that a kill ends before it decodes batch number ``at``, then again to its end; returns how many
-    batches the second attempt decoded."""
-    decode, decoded = batches._decode, []
-
-    def counted(*given: Any) -> Any:
-        decoded.append(0)
-        if len(decoded) == at:
-            raise KeyboardInterrupt
-        return decode(*given)
-
-    monkeypatch.setattr(batches, "_decode", counted)
-    assert reqat(*command) != 0
-    assert len(decoded) == at
-    assert reqat(*command) == 0
-    return len(decoded) - at
-
-
-@pytest.mark.parametrize(("kind", "at"), [("pair", 2), ("routing", 4), ("noise", 3), ("reset", 4)])
-def test_a_killed_study_goes_on_with_what_it_has_not_graded(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch, kind: str, at: int
-) -> None:
-    (study,) = ask(checkout, next(s for s in STUDIES if s["kind"] == kind)).values()
-    folder = checkout / "build" / "studies" / study.id
-    whole = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    shutil.rmtree(folder)
-    again = killed(monkeypatch, at, "study", study.id, "--tier", "smoke", "-q")
-    # A batch a condition; of routing and reset another for the held-out measurement, which is made anew.
-    once = {"pair": 2, "routing": 5, "noise": 3, "reset": 6}[kind]
-    assert again == once - (at - 1) + (kind in ("routing", "reset"))
-    made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    assert made.keys() == whole.keys()
-    assert [name for name in made if name.name != "record.json" and made[name] != whole[name]] == []
-    assert not (checkout / "build" / "checkpoints" / study.id).exists()
-
-
-def test_a_killed_evaluation_goes_on_with_the_batches_that_it_has_not_decoded(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tier = checkout / "config" / "tiers" / "smoke.yaml"
-    given = yaml.safe_load(tier.read_text())
-    given["evaluation"] = {"n": 6, "seeds": [0, 1], "decoding": {"max_new_tokens": 8, "batch_rows": 4}}
-    tier.write_text(yaml.safe_dump(given))
-    plan = load("smoke", Paths(checkout))
-    (cell, *_) = [c for c in plan.cells if (c.recipe, c.precision) == ("ft-ptq", "NVFP4-W4A4KV4")]
-    folder, told = checkout / "build" / "evaluations" / cell.evaluation, ("--tier", "smoke", "-q")
-    assert reqat("evaluate", cell.evaluation, *told) == 0
-    whole = (folder / "outcomes.parquet").read_bytes()
-    shutil.rmtree(folder)
-    assert killed(monkeypatch, 3, "evaluate", cell.evaluation, *told) == 1
-    assert (folder / "outcomes.parquet").read_bytes() == whole
-    assert not (checkout / "build" / "checkpoints" / cell.evaluation).exists()
 
 
 def test_a_footer_says_what_the_tier_is(finished: tuple[Path, dict[str, PlannedStudy]]) -> None:

@@ -502,21 +502,3 @@ def test_layers_left_alone_are_part_of_a_precision_and_none_of_them_renames_noth
 def test_patterns_of_layers_are_checked(skip: list[str], steps: list[dict], named: str):
     with pytest.raises(ReqatError, match=named):
         parse(Recipe, {"method": "m", "steps": steps, "precision": {"MXFP4": {"skip": skip}}}, "test")
-
-
-def test_real_weights_have_the_rows_of_their_protocol():
-    """results/protocols/2026-11-29-claims.md: the same rows as `converged`, two training seeds, 200 problems x 2."""
-    found = load("smollm-claims", Paths(ROOT))
-    tier = found.tier
-    assert (tier.budget.qat_tokens, tier.budget.totals, tier.budget.claim_total) == (30_000, [4], 4)
-    assert {(e.problems.n, e.seeds) for e in found.evaluations.values()} == {(200, (0, 1))}
-
-    def rows(plan: Plan) -> set[tuple[str, str]]:
-        return {(c.recipe, c.precision) for c in plan.cells if c.artifact == "claims-rows"}
-
-    assert rows(found) == rows(load("converged", Paths(ROOT)))
-    for recipe, precision in rows(found):
-        cells = [c for c in found.cells if (c.artifact, c.recipe, c.precision) == ("claims-rows", recipe, precision)]
-        assert {c.training_seed for c in cells} == ({0} if recipe in ("base", "ptq") else {0, 1}), recipe
-    assert {c.evaluation for c in found.cells} == {c.evaluation for c in found.cells if c.artifact == "claims-rows"}
-    assert "once quantized to 4-bit integers" in tier.title, "every caption has the title"
