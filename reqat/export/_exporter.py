@@ -20,6 +20,7 @@ from reqat.formats import QuantizedTensor
 from reqat.models import QuantLinear, kv_quantizers, quant_linears
 from reqat.models.adapters import Block, blocks_of, cached_attentions
 from reqat.models.experts import Experts
+from reqat.models.peft import peft_modules
 from reqat.quant import Precision
 
 OURS = "--format reqat keeps it"
@@ -114,6 +115,10 @@ def check_model(model: PreTrainedModel, name: str) -> None:
         raise ReqatError(
             f"model type {model.config.model_type!r} is no decoder; {name} is written for decoders alone. {OURS}."
         )
+    held = [block.name for block in blocks if peft_modules(block.module)]
+    if held:
+        raise ReqatError(f"{held[0]} holds adapters (LoRA), which {name} has no place for: merge them first "
+                         "(merge_and_unload), then export.")  # fmt: skip
     moe = [experts.name for block in blocks for experts in block.fused()]
     moe += [name for name, module in model.named_modules() if isinstance(module, Experts)]
     if moe:

@@ -15,6 +15,7 @@ import reqat
 from reqat.config.errors import ReqatError
 from reqat.export import EXPORTERS, export_model
 from reqat.models import freeze, load_model, prepare, quant_linears, save_model
+from tests.models.test_peft import LoRA
 
 Tiny = Callable[..., PreTrainedModel]
 ENGINES = sorted(name for name, exporter in EXPORTERS.items() if exporter.families is not None)
@@ -88,6 +89,13 @@ def test_what_a_model_computes_beyond_its_precision(tiny: Tiny, ids: Tensor, tmp
     model, layer = prepared()
     layer.input_quantizer.gradient.register_parameter("gamma", torch.nn.Parameter(torch.ones(())))
     refused(model, tmp_path / "out", format, "learned", "rtn", calibration=[ids])
+
+
+def test_adapters(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny()
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = LoRA(mlp.up_proj)
+    refused(model, tmp_path / "out", "compressed-tensors", "LoRA", "merge", precision="NVFP4-W4A16")
 
 
 def test_layers_that_engines_join(tiny: Tiny, tmp_path: Path) -> None:
