@@ -95,7 +95,7 @@ class ReqatHfQuantizer(HfQuantizer):
         config = read_json(folder / CONFIG, "model configuration", REMEDY) if (folder / CONFIG).is_file() else {}
         check_unquantized(folder, config)
         about = config.get("quantization_config")
-        if is_ours(about):
+        if about is not None and is_ours(about):
             check_agrees(folder, about, self._sidecar)
 
     def _settled(self) -> tuple[Precision, tuple[str, ...]]:
