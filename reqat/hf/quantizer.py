@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
@@ -96,7 +95,7 @@ class ReqatHfQuantizer(HfQuantizer):
         config = read_json(folder / CONFIG, "model configuration", REMEDY) if (folder / CONFIG).is_file() else {}
         check_unquantized(folder, config)
         about = config.get("quantization_config")
-        if is_ours(about):
+        if about is not None and is_ours(about):
             check_agrees(folder, about, self._sidecar)
 
     def _settled(self) -> tuple[Precision, tuple[str, ...]]:
@@ -121,11 +120,11 @@ class ReqatHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Prepare the loaded model, and note in its configuration what for."""
         _check_devices(getattr(model, "hf_device_map", None) or {})
-        away = [name for name, p in model.named_parameters() if p.is_meta or isinstance(p, DTensor)]
+        away = [name for name, p in model.named_parameters() if p.is_meta]
         if away:
             raise ReqatError(
-                f"{away[0]} is not in memory as a whole (offloaded, or split over devices): load the model on one "
-                "device, or with a device_map that leaves nothing on 'disk'"
+                f"{away[0]} is not in memory (offloaded, or missing from the weights): load the model on one device, "
+                "device_map='cpu' or 'cuda:0'"
             )
         if self._sidecar is not None and self._folder is not None:
             self._sidecar.attach(model, self._folder)
