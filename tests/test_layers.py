@@ -48,7 +48,7 @@ ONLY = {"reqat_kernels": {"reqat.formats"}}
 ANALYSIS = ("report", "viewer", "entropy", "tables", "figures")
 MOST_LINES = 500
 #: Slow to import, and of use to few verbs: loaded in the function that needs them.
-LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "snakemake"}
+LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "snakemake", "datasets"}
 
 
 def modules(root: Path) -> dict[str, Path]:
