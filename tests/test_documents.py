@@ -39,7 +39,7 @@ def test_a_snippet_runs(number: int, tiny: Path, tmp_path: Path, monkeypatch: py
     assert written & {"sums.jsonl", "by-hand", "trainer"}
     if "sums.jsonl" in written:
         rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text().splitlines()]
-        assert len(rows) == 120 and all(row["messages"][-1]["role"] == "assistant" for row in rows)
+        assert len(rows) == 120 and all(row["prompt"] and row["response"] for row in rows)
 
 
 def test_what_the_document_names_is_there() -> None:
