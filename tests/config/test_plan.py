@@ -336,13 +336,8 @@ def test_paper_tier_follows_the_paper():
     for stage in made.needed.values():
         if isinstance(stage.settings, TrainSettings):
             training, traces = stage.settings.training, stage.settings.traces
-            assert (training.lr, training.min_lr_ratio, training.warmup, training.weight_decay, training.clip) == (
-                1e-5,
-                0.01,
-                0.03,
-                0,
-                1,
-            )
+            schedule = (training.lr, training.min_lr_ratio, training.warmup, training.weight_decay, training.clip)
+            assert schedule == (1e-5, 0.01, 0.03, 0, 1)
             assert (training.rows_per_batch, training.accumulation, training.row_tokens) == (1, 2, 25_000)
             base = made.stage(list(made.lineage(stage.id))[-1].id).settings
             assert isinstance(base, BaseSettings)
