@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -91,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

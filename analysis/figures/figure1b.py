@@ -95,11 +95,15 @@ def _theirs(ax: Axes, method: str) -> None:
     """The paper's curve of a method: numbers of Table 1 filled, those read off hollow."""
     at = BF16 if method == "FT" else PRECISION
     exact = {t: v for t, v in paper.by_budget("table1", precision=at, method=method).items() if t is not None}
-    read = {r.total_tokens: r.value for r in paper.read_off("figure1b") if (r.precision, r.method) == (at, method)}
+    read = {
+        r.total_tokens: r.value
+        for r in paper.read_off("figure1b")
+        if (r.precision, r.method) == (at, method) and r.total_tokens is not None
+    }
     look: Mapping[str, Any] = style.line(method)
     whole = dict(sorted(({t: v for t, v in read.items() if t is not None} | exact).items()))
     joined = {"color": look["color"], "ls": _dash(method), "lw": 1.0, "alpha": 0.7, "gid": style.JOIN}
-    ax.plot(list(whole), list(whole.values()), **joined)
+    ax.plot([*whole], [*whole.values()], **joined)
     for label, points, hollow in ((f"{method}, Table 1", exact, False), (f"{method}, {paper.READ_OFF}", read, True)):
         marks = {**look, "ls": "none", "label": label}
         if hollow:

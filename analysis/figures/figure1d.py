@@ -47,9 +47,9 @@ def build(results: Results, model: str) -> Figure:
     for method, at in METHODS.items():
         x = read[at, method.removesuffix("-TQS")]
         total = {} if method in ("Baseline", "PTQ") else {"total_tokens": f"{claim * paper.QAT_TOKENS // 10**6}M"}
-        value = paper.value("table1", precision=at, method=method, **total)
-        if value is not None:
-            _point(right, x, method, value, value, value)
+        printed = paper.value("table1", precision=at, method=method, **total)
+        if printed is not None:
+            _point(right, x, method, printed, printed, printed)
     for ax in (left, right):
         ax.set_xlim(0.6, 1.35 * modelled[REFERENCE_PRECISION])
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))

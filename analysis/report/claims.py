@@ -119,8 +119,8 @@ def _table5(name: str, a: str, b: str) -> Claim:
         return REFERENCE_PRECISION, "ReQAT", f"e1m2={e1m2};pre_rope_scale={scale};post_rope_shift={shift}"
 
     at = REFERENCE_PRECISION
-    sides = (Side(recipe, at, "E1M2" if parts[recipe][0] else "E2M1") for recipe in (a, b))
-    return Claim(name, *sides, Printed("table5", row(a), row(b)))
+    first, second = (Side(recipe, at, "E1M2" if parts[recipe][0] else "E2M1") for recipe in (a, b))
+    return Claim(name, first, second, Printed("table5", row(a), row(b)))
 
 
 def _sem(name: str, weight: str) -> Claim:

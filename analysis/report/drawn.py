@@ -98,7 +98,7 @@ def _axes_rows(ax: Axes) -> Iterator[dict[str, Any]]:
             for x, y in np.asarray(cloud.get_offsets(), dtype=float):
                 yield row(cloud, x=float(x), y=float(y))
     for image in ax.images:
-        values = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
+        values: np.ndarray = np.ma.filled(np.ma.asarray(image.get_array(), dtype=float), np.nan)
         if values.ndim != 2 or values.size > MOST_CELLS:
             continue
         left, right, bottom, top = image.get_extent()
@@ -137,11 +137,12 @@ def _intervals(container: ErrorbarContainer) -> Iterator[dict[str, float]]:
     line, _, bars = container.lines
     kinds = [name for name, has in (("x", container.has_xerr), ("y", container.has_yerr)) if has]
     segments = {name: bar.get_segments() for name, bar in zip(kinds, bars, strict=True)}
-    count = len(line.get_xdata()) if line is not None else len(next(iter(segments.values())))
+    points = None if line is None else np.asarray(line.get_xydata(), dtype=float)
+    count = len(points) if points is not None else len(next(iter(segments.values())))
     for i in range(count):
         point: dict[str, float] = {}
-        if line is not None:
-            point |= {"x": float(line.get_xdata()[i]), "y": float(line.get_ydata()[i])}
+        if points is not None:
+            point |= {"x": float(points[i, 0]), "y": float(points[i, 1])}
         for name, ends in segments.items():
             axis = "xy".index(name)
             low, high = (float(end[axis]) for end in ends[i])

@@ -260,7 +260,7 @@ def _encode(
         except ReqatError as error:
             raise ReqatError(f"{where}, row {number + 1}: {error}") from None
         if opens_thought:
-            response = _without_opening(response, tokenizer.decode(ids[-8:]))
+            response = _without_opening(response, str(tokenizer.decode(ids[-8:])))
         prompts.append(ids)
         responses.append(response)
     encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]

@@ -160,9 +160,9 @@ def _wanted(
     """The precision to prepare, and the layers to skip: those asked for, or the model's own."""
     report = getattr(model, "_reqat_report", None)
     sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
-    prepared = report is not None and report.precision != Precision()
-    saved, saved_skip = (report.precision, report.skip) if prepared else (Precision(), None)
-    if not prepared and sidecar is not None:
+    own = report if report is not None and report.precision != Precision() else None
+    saved, saved_skip = (own.precision, own.skip) if own is not None else (Precision(), None)
+    if own is None and sidecar is not None:
         saved, saved_skip = sidecar.precision, sidecar.skip
     if precision is None and saved == Precision():
         raise ReqatError(

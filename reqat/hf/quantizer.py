@@ -90,7 +90,7 @@ class ReqatHfQuantizer(HfQuantizer):
         return model
 
     def _read(self, folder: Path, model: PreTrainedModel) -> None:
-        _fetch_sidecar(folder, model.config.name_or_path)
+        _fetch_sidecar(folder, str(model.config.name_or_path))
         self._sidecar = Sidecar.read(folder)
         config = read_json(folder / CONFIG, "model configuration", REMEDY) if (folder / CONFIG).is_file() else {}
         check_unquantized(folder, config)

@@ -115,7 +115,7 @@ class ReqatLM(HFLM):
         self.seed, self.source = seed, str(pretrained)
         name = _saved_precision(self.source) if precision is None else str(precision)
         family(name)  # an unknown one ends here, in one line
-        options = {"kv_element": kv_element, "global_scale": global_scale, "rotation": rotation}
+        options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale, "rotation": rotation}
         model = load_at(
             self.source,
             name,

@@ -73,7 +73,8 @@ class Step:
 
 def on_device(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """``input_ids`` where the model reads them: on the device of its embeddings."""
-    return input_ids.to(model.get_input_embeddings().weight.device)
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
+    return input_ids.to(device)
 
 
 def check_input_ids(model: PreTrainedModel, input_ids: Tensor) -> None:

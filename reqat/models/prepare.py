@@ -245,7 +245,8 @@ def calibrate_static(model: PreTrainedModel, batches: Iterable[Tensor | Mapping[
         return 0
     if getattr(model, "_reqat_packed", False):
         raise ReqatError("a packed model keeps the scales that it was packed with: calibrate_static before pack()")
-    training, device = model.training, model.get_input_embeddings().weight.device
+    training = model.training
+    device: torch.device = model.get_input_embeddings().weight.device  # type: ignore[assignment]
     model.eval()
     try:
         with calibrating(static):

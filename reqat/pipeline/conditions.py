@@ -37,7 +37,7 @@ class Conditions:
         """
         found = self._restored(name)
         if found is None:
-            made = make()
+            made: Any = make()
             more = {key: getattr(made, key) for key in ("touched", "low") if hasattr(made, key)}
             found = getattr(made, "outcomes", made), more
             self._keep(name, *found)

@@ -215,7 +215,7 @@ def _loss(
 
 def _moved(batch: Batch, device: torch.device, apart: bool) -> Batch:
     fields = ("input_ids", "labels", "position_ids", "segment_ids")
-    return Batch(*(getattr(batch, name).to(device) for name in fields), apart=apart)
+    return Batch(**{name: getattr(batch, name).to(device) for name in fields}, apart=apart)
 
 
 def check_traces(

@@ -288,7 +288,8 @@ class _Layer:
                 )
         assert block.attention is not None
         attention = self.module.get_submodule(block.attention.name.removeprefix(f"{block.name}."))
-        self.shift: Tensor | None = attention.reqat_kv.shift  # of Q-FIT, which the model keeps
+        cache: Any = attention.reqat_kv
+        self.shift: Tensor | None = cache.shift  # of Q-FIT, which the model keeps
         attention.reqat_kv = _Cache(self)
 
     def _parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
