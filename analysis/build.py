@@ -166,32 +166,38 @@ def verdict_runs(paths: Paths) -> list[Tests]:
     from analysis.report import summary
     from reqat.records.pinned import newest, restored
 
-    kept, runs = newest(paths), []
+    kept, columns = newest(paths), []
     for heading, tiers in summary.PLACES.items():
-        tier = next((tier for tier in tiers if (tier, "run") in kept), None)
-        if tier is None:
-            runs.append(summary.not_run(heading))
-            continue
-        folder = kept[tier, "run"]
-        with contextlib.ExitStack() as stack:
-            run = stack.enter_context(restored(folder, "run"))
-            studies = _likelihoods(kept.get((tier, "studies")), stack)
-            results = results_of(run.plan, run.root, pinned=True, paths=paths)
-            runs += summary.tests_of(results, f"results/{folder.name}", heading, studies) or [summary.not_run(heading)]
-    return runs
+        runs = []
+        for tier in tiers:
+            if (tier, "run") not in kept:
+                continue
+            folder = kept[tier, "run"]
+            with contextlib.ExitStack() as stack:
+                run = stack.enter_context(restored(folder, "run"))
+                beside = kept.get((tier, "studies"))
+                studies = [] if beside is None else _likelihoods(beside, run, stack)
+                results = results_of(run.plan, run.root, pinned=True, paths=paths)
+                where = None if beside is None else f"results/{beside.name}"
+                runs.append(summary.tests_of(results, f"results/{folder.name}", heading, studies, where))
+        columns += summary.merged(runs) or [summary.not_run(heading)]
+    return columns
 
 
-def _likelihoods(folder: Path | None, stack: contextlib.ExitStack) -> list[Study]:
-    """The likelihood studies of a pinned folder, if they are of the models of the pinned run."""
+def _likelihoods(folder: Path, run: Restored, stack: contextlib.ExitStack) -> list[Study]:
+    """The likelihood studies of a pinned folder, if they are of the very models of the run, wherever that is pinned."""
     from analysis.report.studies import load_studies, pinned_studies
-    from reqat.records.pinned import manifest, restored
+    from reqat.pipeline.studies import same_stages
+    from reqat.records.pinned import restored
 
-    if folder is None or manifest(folder).get("same_stages_as_pinned_run") is not True:
+    kept = stack.enter_context(restored(folder, "studies"))
+    source = kept.root / "studies"
+    planned = {id: study for id, study in pinned_studies(source).items() if study.kind == "likelihood"}
+    # What each study read is in its record. Its manifest speaks of the run that was the newest when it was pinned.
+    read = {given["id"]: given["sha256"] for id in planned for given in kept.records[id].get("inputs", {}).values()}
+    if not planned or same_stages(kept.plan, planned.values(), read, run.records) is not True:
         return []
-    planned = {id: study for id, study in pinned_studies(folder / "studies").items() if study.kind == "likelihood"}
-    if not planned:
-        return []
-    return load_studies(planned, stack.enter_context(restored(folder, "studies")).root / "studies", pinned=True)
+    return load_studies(planned, source, pinned=True)
 
 
 def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:

@@ -32,7 +32,7 @@ def build(results: Results, model: str) -> Figure:
     """
     entries = results.of("figure1", model=model)
     all_lines, precision = lines(entries), reference_precision(entries)
-    claim = results.plan.tier.budget.claim_total
+    claim = results.plan.tier.claim_total(model)
     pairs = {
         name: (entry_at(all_lines, BF16, plain, claim), entry_at(all_lines, precision, rounded, claim))
         for name, (plain, rounded) in _PAIRS.items()

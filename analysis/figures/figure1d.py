@@ -33,7 +33,7 @@ def build(results: Results, model: str) -> Figure:
     modelled, how high is measured.
     """
     all_lines = lines(results.of(ARTIFACT, model=model))
-    claim = results.plan.tier.models[model].claim_total or results.plan.tier.budget.claim_total
+    claim = results.plan.tier.claim_total(model)
     found = {method: entry_at(all_lines, at, method, claim) for method, at in METHODS.items()}
     used = [e for e in found.values() if e is not None]
     fig = style.figure(3.0)

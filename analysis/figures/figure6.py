@@ -167,8 +167,8 @@ def _memory(ax: Axes, data: pd.DataFrame) -> None:
         start = at
         for r in part.itertuples():
             weights, cache = 100 * r.weight_bytes / total, 100 * r.cache_bytes / total
-            ax.bar(at, weights, 0.92, color=style.SKY, edgecolor="white", lw=0.5)
-            ax.bar(at, cache, 0.92, bottom=weights, color=style.ORANGE, edgecolor="white", lw=0.5)
+            ax.bar(at, weights, 0.92, color=style.SKY, edgecolor="white", lw=0.5, label="weights")
+            ax.bar(at, cache, 0.92, bottom=weights, color=style.ORANGE, edgecolor="white", lw=0.5, label="KV cache")
             for low, height, value in ((0.0, weights, r.weight_bytes), (weights, cache, r.cache_bytes)):
                 if height >= 5:
                     ax.text(at, low + height / 2, size(value), ha="center", va="center", fontsize=5.4)

@@ -39,7 +39,7 @@ def build(results: Results, model: str) -> Figure:
     then averaged over training seeds.
     """
     entries = results.of("table1", model=model)
-    precision, claim = reference_precision(entries), results.plan.tier.budget.claim_total
+    precision, claim = reference_precision(entries), results.plan.tier.claim_total(model)
     all_lines = lines(entries)
     wanted = [(BF16, "FT"), *((precision, m) for m in ("QAT", "ReQAT-T", "ReQAT-TQ", "ReQAT-TQS"))]
     found: dict[str, Curves] = {}

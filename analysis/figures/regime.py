@@ -39,7 +39,7 @@ def trainings(results: Results, model: str) -> tuple[Entry, dict[str, Entry]]:
 
     Raises `ReqatError` if the plan has not both.
     """
-    claim = results.plan.tier.models[model].claim_total or results.plan.tier.budget.claim_total
+    claim = results.plan.tier.claim_total(model)
     best: dict[tuple[str, str], Entry] = {}
     for e in results.entries:
         if (

@@ -34,11 +34,11 @@ def build(results: Results, model: str) -> Figure:
     """What each method reaches at each FP4 precision, at one total budget, beside BF16: Table 1 at a glance.
 
     One group of bars a precision (PTQ, FT+PTQ, QAT, and the stages of ReQAT), a line for BF16 fine-tuning and one for
-    the BF16 base. The budget is the tier's `claim_total`; the paper's panel takes the same multiple of its own QAT
-    budget. PTQ of the base spends no tokens.
+    the BF16 base. The budget is the one that claims on the model rest on; the paper's panel takes the same multiple of
+    its own QAT budget. PTQ of the base spends no tokens.
     """
     entries = results.of("table1", model=model)
-    all_lines, claim = lines(entries), results.plan.tier.budget.claim_total
+    all_lines, claim = lines(entries), results.plan.tier.claim_total(model)
     precisions = list(dict.fromkeys(e.precision for e in entries if e.precision != BF16))
     fig = style.figure(3.3)
     left, right = fig.subplots(1, 2, width_ratios=[1.75, 1])

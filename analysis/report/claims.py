@@ -331,11 +331,6 @@ def has_claims(plan: Plan) -> bool:
     return plan.tier.evaluation.split == "test" and any(found.multiple is not None for found in comparisons(plan))
 
 
-def claim_total(tier: Tier, model: str) -> int:
-    """The total, in QAT budgets, that a model's claims rest on."""
-    return tier.models[model].claim_total or tier.budget.claim_total
-
-
 def primary(claim: Claim, precision: str, multiple: int | None, total: int) -> bool:
     """Whether a comparison is a primary one of the protocol; `total` is the one that claims rest on."""
     return claim.main and precision == REFERENCE_PRECISION and multiple == total
@@ -343,7 +338,7 @@ def primary(claim: Claim, precision: str, multiple: int | None, total: int) -> b
 
 def family_at(precision: str, tier: Tier, model: str) -> Iterator[Claim]:
     """The claims that the protocol has as context at a precision, one a budget: whether the plan has them or not."""
-    total = claim_total(tier, model)
+    total = tier.claim_total(model)
     for claim in CLAIMS:
         a, b = claim.a.precision, claim.b.precision
         if a == BF16:  # a comparison's precision is that of the side that has four bits
@@ -394,7 +389,7 @@ def _problems(cell: Cell, asked: Evaluation, tier: Tier) -> str | None:
 
 
 def _of(claim: Claim, label: str, tier: Tier, groups: dict[_Key, Cells]) -> Iterator[Comparison]:
-    total = claim_total(tier, label)
+    total = tier.claim_total(label)
 
     def keys(side: Side) -> list[_Key]:
         names = {side.recipe, FORMER.get(side.recipe)} if side.kv is not None else {side.recipe}

@@ -65,12 +65,13 @@ def _axes_rows(ax: Axes) -> Iterator[dict[str, Any]]:
         source = whose or ("paper" if _gid(artist) == style.PAPER else "measured")
         return {"source": source, "series": "" if label.startswith("_") else label, **words(values), **values}
 
-    bars = {
-        (round(end["x"], 9), round(end["y"], 9)): row(container, **end)
+    # A list: a bar may end where another one does, such as a stacked one of no height.
+    bars = [
+        row(container, **end)
         for container in ax.containers
         if isinstance(container, BarContainer)
         for end in _ends(container)
-    }
+    ]
     points: list[dict[str, Any]] = []
     inside: set[int] = set()
     for container in ax.containers:
@@ -83,7 +84,7 @@ def _axes_rows(ax: Axes) -> Iterator[dict[str, Any]]:
                 bar |= {name: value for name, value in point.items() if name[2:] in ("lo", "hi")}
             elif "x" in point and "y" in point:
                 points.append(row(container, **point))
-    yield from bars.values()
+    yield from bars
     yield from points
     for line in ax.get_lines():
         if id(line) in inside or line.get_gid() == style.JOIN:
@@ -152,12 +153,12 @@ def _intervals(container: ErrorbarContainer) -> Iterator[dict[str, float]]:
         yield point
 
 
-def _bar_under(bars: dict[tuple[float, float], dict[str, Any]], point: dict[str, float]) -> dict[str, Any] | None:
-    """The bar whose end a point is."""
-    if "x" in point and "y" in point:
-        return bars.get((round(point["x"], 9), round(point["y"], 9)))
-    name = "x" if "x" in point else "y"
-    return next((bar for bar in bars.values() if abs(bar[name] - point[name]) < 1e-9), None)
+def _bar_under(bars: list[dict[str, Any]], point: dict[str, float]) -> dict[str, Any] | None:
+    """The bar whose end a point is; of several, the first that has no interval yet."""
+    names = [name for name in ("x", "y") if name in point]
+    found = [bar for bar in bars if all(abs(bar[name] - point[name]) < 1e-9 for name in names)]
+    free = [bar for bar in found if not any(name[2:] in ("lo", "hi") for name in bar)]
+    return next(iter(free or found), None)
 
 
 def _at(ax: Axes) -> Any:

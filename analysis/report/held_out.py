@@ -31,11 +31,23 @@ def observations(frame: pd.DataFrame, quantity: str) -> NDArray[np.float64]:
     return ratio_observations(np.stack(sums), np.stack(counts))
 
 
-def compared(frame: pd.DataFrame, other: pd.DataFrame, quantity: str) -> Mean | None:
-    """Mean difference of two models over the training seeds that both have; None where they share none."""
+def differences(frame: pd.DataFrame, other: pd.DataFrame, quantity: str) -> NDArray[np.float64] | None:
+    """A quantity (nats per token) of one model minus that of another, as an observation a training seed that both have
+    and a trace: [runs, traces]. None where they share no seed.
+
+    Raises `ReqatError` if the two did not read the same traces.
+    """
     a, b = (set(part["seed"].fillna(-1)) for part in (frame, other))
     shared = a & b
     if not shared:
         return None
     a_RP, b_RP = (observations(part[part["seed"].fillna(-1).isin(shared)], quantity) for part in (frame, other))
-    return mean_over_runs(a_RP - b_RP)
+    if a_RP.shape != b_RP.shape:
+        raise ReqatError("its models read different traces; run the study again (reqat study --force).")
+    return a_RP - b_RP
+
+
+def compared(frame: pd.DataFrame, other: pd.DataFrame, quantity: str) -> Mean | None:
+    """Mean difference of two models over the training seeds that both have; None where they share none."""
+    d_RP = differences(frame, other, quantity)
+    return None if d_RP is None else mean_over_runs(d_RP)

@@ -4,23 +4,26 @@ differences that are larger than the paper's.
 
 Nats per token, a - b, paired trace by trace and training seed by training seed; less is better, so a direction of the
 paper's accuracies is the other one here. As good as BF16 fine-tuning is what lies less than a tenth above it of what
-rounding costs the base, which the study has to have measured.
+rounding costs the base, which the study has to have measured. That cost is estimated on the same traces and is no
+constant: tested is, trace by trace, the difference minus a tenth of the cost, against 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis.report import printed
 from analysis.report.claims import Claim, Side
-from analysis.report.findings import Finding, adjusted, p_of
-from analysis.report.held_out import compared
+from analysis.report.findings import Finding, adjusted
+from analysis.report.held_out import differences
 from analysis.report.names import BF16, REFERENCE_PRECISION
 from analysis.report.studies import Study
 from analysis.report.verdicts import PRIMARY
-from reqat.evaluation.means import Mean
+from reqat.evaluation.means import mean_over_runs
 
 QUANTITY = "low"
 PARITY_SHARE = 0.1  # of the base's own loss by rounding
@@ -29,7 +32,8 @@ BASE, ROUNDED = Side("base", BF16), Side("ptq", REFERENCE_PRECISION)
 
 @dataclass(frozen=True, kw_only=True)
 class TestedLikelihood(Finding):
-    """A primary claim on held-out likelihood; nats per low-entropy token."""
+    """A primary claim on held-out likelihood; nats per low-entropy token. `value` with `lo` and `hi` is the difference
+    a - b; `std_error`, `df` and `p` are of what is tested, `value - margin`, whose margin may be an estimate too."""
 
     claim: Claim
     a: str
@@ -57,44 +61,49 @@ def _tested(study: Study, frame: pd.DataFrame, claim: Claim) -> TestedLikelihood
     a, b = (_label(study, side) for side in (claim.a, claim.b))
     if a is None or b is None:
         lacking = [side.recipe for side, label in ((claim.a, a), (claim.b, b)) if label is None]
-        return f"the study has no {' and no '.join(lacking)}"
-    d = _difference(frame, a, b)
-    if d is None:
+        return f"the study has no {' and no '.join(lacking)} of the first model at the total that claims rest on"
+    d_RP = _differences(frame, a, b)
+    if d_RP is None:
         return f"{a} and {b} share no training seed"
+    shown = against_margin = mean_over_runs(d_RP)
     if claim.kind == "direction":
         margin, sign = 0.0, -printed.direction(claim, REFERENCE_PRECISION)
     else:
         base, rounded = _label(study, BASE), _label(study, ROUNDED)
-        cost = _difference(frame, rounded, base) if base is not None and rounded is not None else None
-        if cost is None:
+        cost_RP = _differences(frame, rounded, base) if base is not None and rounded is not None else None
+        if cost_RP is None:
             return "the study does not have the base, rounded and not, which say how much is as good"
-        if cost.value <= 0:
+        margin_P = PARITY_SHARE * cost_RP.mean(axis=0)
+        margin, sign = float(margin_P.mean()), -1
+        if margin <= 0:
             return "rounding costs the base nothing, which leaves nothing to be as good within"
-        margin, sign = PARITY_SHARE * cost.value, -1
+        against_margin = mean_over_runs(d_RP - margin_P)
     made = TestedLikelihood(
         claim=claim,
         a=a,
         b=b,
-        value=d.value,
-        lo=d.lo,
-        hi=d.hi,
-        std_error=d.std_error,
-        df=d.df,
-        seeds=d.n_training_seeds,
+        value=shown.value,
+        lo=shown.lo,
+        hi=shown.hi,
+        std_error=against_margin.std_error,
+        df=against_margin.df,
+        seeds=shown.n_training_seeds,
         margin=margin,
         sign=sign,
     )
-    return replace(made, p=p_of(made, d.p))
+    return replace(made, p=against_margin.p) if made.testable else made
 
 
 def _label(study: Study, side: Side) -> str | None:
-    """The label of a side at the reference precision."""
-    wanted = side.recipe, side.precision or REFERENCE_PRECISION
-    found = [
-        label for label, model in study.settings["models"].items() if (model["recipe"], model["precision"]) == wanted
-    ]
-    return found[0] if found else None
+    """The label of a side at the reference precision: of the tier's first model, at the total that claims rest on and
+    with all of the study's training seeds, which is what a choice that names none of these means."""
+    wanted = {"recipe": side.recipe, "precision": side.precision or REFERENCE_PRECISION}
+    for label, model in study.settings["models"].items():
+        named = {key: value for key, value in model.items() if value is not None}
+        if named == wanted:
+            return str(label)
+    return None
 
 
-def _difference(frame: pd.DataFrame, a: str, b: str) -> Mean | None:
-    return compared(frame[frame["label"] == a], frame[frame["label"] == b], QUANTITY)
+def _differences(frame: pd.DataFrame, a: str, b: str) -> NDArray[np.float64] | None:
+    return differences(frame[frame["label"] == a], frame[frame["label"] == b], QUANTITY)

@@ -19,7 +19,7 @@ def qfit_cell(plan: Plan, model: str) -> tuple[str, Cell] | None:
     """The Q-FIT stage (scale and shift) whose map stands for the tier, and a cell that it serves: ReQAT at the claim
     budget if there is one.
     """
-    claim = plan.tier.budget.claim_total
+    claim = plan.tier.claim_total(model)
     cells = sorted(
         (c for c in plan.cells if c.model == model and c.multiple is not None),
         key=lambda c: (
@@ -43,8 +43,8 @@ def _qfit(plan: Plan, cells: Sequence[Cell]) -> bool:
 
 def _regime(plan: Plan, cells: Sequence[Cell]) -> bool:
     trained = {(c.model, c.multiple, c.recipe) for c in cells if (c.recipe == "ft") == (c.precision == BF16)}
-    claims = {label: model.claim_total or plan.tier.budget.claim_total for label, model in plan.tier.models.items()}
-    return any({(label, claim, "ft"), (label, claim, "qat")} <= trained for label, claim in claims.items())
+    totals = {label: plan.tier.claim_total(label) for label in plan.tier.models}
+    return any({(label, total, "ft"), (label, total, "qat")} <= trained for label, total in totals.items())
 
 
 # Word -> whether cells of a plan (of one artifact and model, where these are given) hold it. Never asked of no cells.

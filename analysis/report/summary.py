@@ -9,7 +9,7 @@ with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -28,10 +28,10 @@ from reqat.config.errors import ReqatError
 NAME = "verdicts"
 PLACES: dict[str, tuple[str, ...]] = {
     "testbed": ("overnight",),
-    "converged": ("converged",),
+    "converged": ("converged", "converged-more"),
     "real weights": ("smollm-claims",),
 }
-"""Column -> the tiers whose newest pinned run fills it, of the first one that has any."""
+"""Column -> the tiers whose newest pinned runs fill it, claim by claim: the first one that tests it."""
 NOT_RUN = "not run yet"
 SHOWN = (
     "ReQAT-TQ above QAT",
@@ -48,15 +48,24 @@ BEGIN, END = "<!-- verdicts: written by `reqat report --verdicts` -->", "<!-- ve
 
 @dataclass(frozen=True)
 class Tests:
-    """The claims of one model of a run; of a run that is not there, none."""
+    """The claims of one model of a run, or of several (`merged`); of a run that is not there, none."""
 
     heading: str
+    model: str = ""
+    """Its label in the tier."""
+    folders: tuple[str, ...] = ()
+    """Where the runs are kept, and the likelihood studies that stand beside them."""
     notes: tuple[str, ...] = ()
     by_claim: Mapping[str, Tested] = field(default_factory=dict)
     """On accuracy."""
     by_likelihood: Mapping[str, TestedLikelihood] = field(default_factory=dict)
     run: bool = True
     """Whether there is a run."""
+
+    @property
+    def where(self) -> str:
+        """The runs by their folders, as a note."""
+        return f"{self.heading}: {', '.join(self.folders) or 'no pinned run yet'}."
 
 
 @dataclass(frozen=True)
@@ -74,12 +83,35 @@ class _Line:
 
 def not_run(heading: str) -> Tests:
     """The column of a model that no pinned run has tested."""
-    return Tests(heading, (f"{heading}: no pinned run yet.",), run=False)
+    return Tests(heading, run=False)
 
 
-def tests_of(results: Results, folder: str, heading: str, studies: Sequence[Study] = ()) -> list[Tests]:
+def merged(runs: Sequence[Sequence[Tests]]) -> list[Tests]:
+    """The models of several runs of one column: of each claim, the test of the first run that has it."""
+    out: dict[str, Tests] = {}
+    for tests in (tests for run in runs for tests in run):
+        first = out.setdefault(tests.model, tests)
+        by_claim = {**tests.by_claim, **first.by_claim}
+        by_likelihood = {**tests.by_likelihood, **first.by_likelihood}
+        if first is not tests and (len(by_claim), len(by_likelihood)) != (
+            len(first.by_claim),
+            len(first.by_likelihood),
+        ):
+            out[tests.model] = replace(
+                first,
+                folders=tuple(dict.fromkeys((*first.folders, *tests.folders))),
+                notes=tuple(dict.fromkeys((*first.notes, *tests.notes))),
+                by_claim=by_claim,
+                by_likelihood=by_likelihood,
+            )
+    return list(out.values())
+
+
+def tests_of(
+    results: Results, folder: str, heading: str, studies: Sequence[Study] = (), studies_folder: str | None = None
+) -> list[Tests]:
     """The tested claims of each model of a run: `folder` is where it is kept, `studies` are its likelihood studies (of
-    the first model)."""
+    the first model), kept in `studies_folder` (None: beside the run)."""
     found = tested(results)
     out: list[Tests] = []
     for label in results.plan.tier.models:
@@ -89,8 +121,9 @@ def tests_of(results: Results, folder: str, heading: str, studies: Sequence[Stud
         name = f"{heading}, {label}" if out else heading
         made = results.provenance([e for t in mine for e in (*t.a, *t.b)])
         likelihood = {t.claim.name: t for study in studies[:1] for t in likelihood_claims.tested(study)[0] if not out}
-        notes = (f"{name}: {folder}.", *made.notes())
-        out.append(Tests(name, notes, {t.claim.name: t for t in reversed(mine)}, likelihood))
+        folders = dict.fromkeys([folder, *([studies_folder] if likelihood and studies_folder else [])])
+        by_claim = {t.claim.name: t for t in reversed(mine)}
+        out.append(Tests(name, label, tuple(folders), tuple(made.notes()), by_claim, likelihood))
     return out
 
 
@@ -122,7 +155,7 @@ def build(runs: Sequence[Tests]) -> Table:
         "below 0.05); in parentheses, where inconclusive, the smallest difference that would have been found with 80% "
         "probability. Bold: the claims that the paper rests on, adjusted among themselves alone, once on each measure. "
         f"At {REFERENCE_PRECISION} unless a cell says otherwise.",
-        (*(note for run in runs for note in run.notes), f"Numbers of the paper: {paper.CITATION}."),
+        (*(note for run in runs for note in (run.where, *run.notes)), f"Numbers of the paper: {paper.CITATION}."),
         (
             Column("Claim", align="l"),
             Column("Paper"),
@@ -144,7 +177,7 @@ def block(runs: Sequence[Tests]) -> str:
             texts = [f"{cell.text} {cell.detail}".strip() for cell in cells]
             texts[0] = f"**{texts[0]}**" if line.claim.main else texts[0]
             out.append("| " + " | ".join(texts) + " |")
-    return "\n".join(["", *out, "", "Runs: " + " ".join(run.notes[0] for run in runs), ""])
+    return "\n".join(["", *out, "", "Runs: " + " ".join(run.where for run in runs), ""])
 
 
 def filled(text: str, inside: str) -> str | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from analysis.report import pooled, printed
 from analysis.report.cells import Results, entries
-from analysis.report.claims import CLAIMS, Cells, Claim, Comparison, claim_total, comparisons, family_at, primary
+from analysis.report.claims import CLAIMS, Cells, Claim, Comparison, comparisons, family_at, primary
 from analysis.report.findings import Finding, adjusted, p_of
 from analysis.report.names import REFERENCE_PRECISION
 from reqat.evaluation.means import minus
@@ -131,7 +131,7 @@ def _tested(results: Results, c: Comparison) -> Tested:
         model=c.model,
         precision=c.precision,
         multiple=c.multiple,
-        primary=primary(c.claim, c.precision, c.multiple, claim_total(results.plan.tier, c.model)),
+        primary=primary(c.claim, c.precision, c.multiple, results.plan.tier.claim_total(c.model)),
         a=a,
         b=b,
         beyond=beyond,

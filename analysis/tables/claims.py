@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.report import paper
 from analysis.report.cells import Entry, Results
-from analysis.report.claims import claim_total, of_other_elements
+from analysis.report.claims import of_other_elements
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value, tokens
 from analysis.report.findings import AGREES, ALPHA, DISAGREES, POWER
 from analysis.report.names import REFERENCE_PRECISION
@@ -155,7 +155,7 @@ def _notes(results: Results, found: list[Tested]) -> list[str]:
         sizes = ", ".join(f"{block} {family_size(results, model, block)}" for block in blocks)
         out.append(f"{where}Comparisons that Holm's p is adjusted for: {sizes}.")
         if lacking := missing(found, model):
-            budget = tokens(claim_total(results.plan.tier, model) * results.plan.tier.budget.qat_tokens)
+            budget = tokens(results.plan.tier.claim_total(model) * results.plan.tier.budget.qat_tokens)
             out.append(
                 f"{where}Primary claims without both sides at {REFERENCE_PRECISION} and {budget} tokens here: "
                 f"{', '.join(lacking)}; they count among the {len(PRIMARY)}."

@@ -29,11 +29,12 @@ def build(studies: ByKind) -> Table:
         found, missing = tested(study)
         sections.append(tuple(_line(t) for t in found))
         rows += [_row(study, t) for t in found]
-        seeds = sorted({t.seeds for t in found})
+        seeds, reference = sorted({t.seeds for t in found}), study.settings["reference"]
         notes.append(
-            f"Tier {study.settings['tier']}: solutions of {study.metrics['traces']:,} "
+            f"{study.tier}: solutions of {study.metrics['traces']:,} "
             f"{study.record['config']['problems']['split']} problems, training seeds: "
-            f"{', '.join(map(str, seeds)) or 'none'}."
+            f"{', '.join(map(str, seeds)) or 'none'}. Low entropy: below percentile "
+            f"{study.settings['percentile']:g} of recipe {reference['recipe']} at {reference['precision']}."
         )
         notes += [f"Not tested: {name} ({why}); it counts among the {len(PRIMARY)}." for name, why in missing.items()]
         notes += made_notes(study)
@@ -41,12 +42,13 @@ def build(studies: ByKind) -> Table:
         NAME,
         "The primary claims on held-out likelihood",
         "Differences of the mean negative log-likelihood of the same verified solutions, in nats per token, at the "
-        "tokens where the entropy of BF16 fine-tuning is below its 75th percentile; less is better. "
+        "tokens where a reference's entropy is low (whose and below what: in the notes); less is better. "
         f"{REFERENCE_PRECISION}, at the budget that claims rest on; 95% intervals over traces and training seeds. p: "
         f"of no difference, or, for being as good as BF16 fine-tuning, of {PARITY_SHARE:.0%} of what rounding costs "
-        f"the base. Holm: adjusted for all {len(PRIMARY)}, apart from those on accuracy. Detectable: the smallest "
-        f"distance from that value that would have been found with {POWER:.0%} probability at the level of Holm's "
-        f"first step. Verdict: agrees or disagrees with the paper's direction if Holm's p is below {ALPHA}. The paper "
+        "the base on the same traces, whose own spread is in p. Holm: adjusted for all "
+        f"{len(PRIMARY)}, apart from those on accuracy. Detectable: the smallest distance from that value that would "
+        f"have been found with {POWER:.0%} probability at the level of Holm's first step. Verdict: agrees or disagrees "
+        f"with the paper's direction if Holm's p is below {ALPHA}. The paper "
         "reports no likelihoods; its directions are those of its accuracies.",
         tuple(notes),
         (

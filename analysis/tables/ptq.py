@@ -32,9 +32,9 @@ def build(results: Results, artifact: str = NAME) -> Table:
         found = paper.by_budget("table1", precision=li.precision, method=method) if method else {}
         return {paper.multiple(total): value for total, value in found.items()}.get(m)
 
-    claim = results.plan.tier.budget.claim_total
+    claim = {results.plan.tier.claim_total(model) for model in results.models(artifact)}
     heads: list[tuple[int | None, str]] = [(None, "untrained")]
-    heads += [(m, h) for m, h in paper_heads("table1", untrained=False) if m == claim]
+    heads += [(m, h) for m, h in paper_heads("table1", untrained=False) if m in claim]
     return grid(
         results,
         artifact,
@@ -49,7 +49,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
         reported_rows=[
             r
             for r in paper.select("table1")
-            if r.method in ("Baseline", "FT", "PTQ", "FT+PTQ") and paper.multiple(r.total_tokens) in (None, claim)
+            if r.method in ("Baseline", "FT", "PTQ", "FT+PTQ") and paper.multiple(r.total_tokens) in {None, *claim}
         ],
         caption="Quantization without training, of the base model (untrained) and of the fine-tuned one. "
         "RTN rounds to nearest; rotated: a block Hadamard rotation of inputs and weights first. The transcribed "

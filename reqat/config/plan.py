@@ -307,16 +307,13 @@ class _Builder:
         )
         return self.plan.evaluations.setdefault(evaluation.id, evaluation)
 
-    def totals(self, rows: Rows, recipe: Recipe, model: Model) -> list[int | None]:
+    def totals(self, rows: Rows, recipe: Recipe, label: str) -> list[int | None]:
         trains = any(isinstance(step, TrainStep) for step in recipe.steps)
         if not trains:
             return [None]
         if (fixed := self.fixed_multiple(recipe)) is not None:
             return [fixed]
-        return list(self.tier.budget.totals) if rows.totals == "all" else [self.claim_total(model)]
-
-    def claim_total(self, model: Model) -> int:
-        return model.claim_total or self.tier.budget.claim_total
+        return list(self.tier.budget.totals) if rows.totals == "all" else [self.tier.claim_total(label)]
 
     def fixed_multiple(self, recipe: Recipe) -> int | None:
         """The recipe's fixed total in QAT budgets, where it has one."""
@@ -329,10 +326,10 @@ class _Builder:
             )
         return None if total is None else total // qat
 
-    def seeds(self, recipe: str, precision: str, multiple: int | None, model: Model) -> list[int]:
-        claim = self.tier.claim_seeds
+    def seeds(self, recipe: str, precision: str, multiple: int | None, label: str) -> list[int]:
+        claim, total = self.tier.claim_seeds, self.tier.claim_total(label)
         seeds = list(self.tier.training_seeds if multiple is not None else self.tier.training_seeds[:1])
-        at_claim = multiple == self.claim_total(model) or self.fixed_multiple(self.catalogue.recipe(recipe)) is not None
+        at_claim = multiple == total or self.fixed_multiple(self.catalogue.recipe(recipe)) is not None
         if at_claim and recipe in claim.recipes and precision in claim.precisions:
             seeds += [seed for seed in claim.seeds if seed not in seeds]
         return seeds
@@ -346,8 +343,8 @@ class _Builder:
                     only.precisions is not None and precision not in (*only.precisions, "BF16")
                 ):
                     continue
-                for multiple in self.totals(rows, recipe, model):
-                    for seed in self.seeds(name, precision, multiple, model):
+                for multiple in self.totals(rows, recipe, label):
+                    for seed in self.seeds(name, precision, multiple, label):
                         total = None if multiple is None else multiple * self.tier.budget.qat_tokens
                         stage = self.chain(name, precision, total or 0, model, base, store, seed)
                         scale = rows.global_scale or self.tier.evaluation.global_scale

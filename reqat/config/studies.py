@@ -364,7 +364,7 @@ def resolve(plan: Plan, choice: ModelChoice, where: str) -> StudiedModel:
     label = choice.model or next(iter(tier.models))
     if label not in tier.models:
         raise unknown("model", label, tier.models, where=where)
-    total = choice.total or tier.models[label].claim_total or tier.budget.claim_total
+    total = choice.total or tier.claim_total(label)
     seed = tier.training_seeds[0] if choice.seed is None else choice.seed
     of_recipe = [cell for cell in plan.cells if cell.model == label and cell.recipe == choice.recipe]
     if not of_recipe:

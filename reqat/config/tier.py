@@ -250,6 +250,10 @@ class Tier(Strict):
             raise ReqatError("name at least one model.")
         return models
 
+    def claim_total(self, label: str) -> int:
+        """The total, in QAT budgets, that the claims of the model `label` rest on: its own, else the budget's."""
+        return self.models[label].claim_total or self.budget.claim_total
+
     def problem_set(self, name: str = OWN) -> tuple[ProblemSet, list[int]]:
         """The set of problems called `name`, and its sampling seeds. Raises `ReqatError` with the closest name if the
         tier has none of it."""

@@ -30,6 +30,7 @@ from analysis.figures._results import METHODS
 from analysis.registry import discovered, figure_names
 from analysis.report import style
 from analysis.report.cells import Results
+from analysis.report.needs import qfit_cell
 from reqat.config.errors import ReqatError
 
 ROOT = Path(__file__).parents[3]
@@ -315,3 +316,23 @@ def test_all_files_of_a_small_tier(make_results: Callable[..., Results], tmp_pat
     assert pixels[..., :3].std() > 0.05  # not an empty page
     with style.context():
         assert off_the_page(figure1b.build(results, "testbed")) == []
+
+
+def test_a_model_s_own_claim_total_is_that_of_its_figures(make_results: Callable[..., Results], drawing: None) -> None:
+    results = make_results(
+        models={"testbed": {"source": "pinned", "artifacts": ["table1", "figure1"], "claim_total": 2}},
+        budget={"qat_tokens": 1000, "totals": [2, 4], "claim_total": 4},
+        claim_seeds={},
+        only={"recipes": ["base", "ft", "ptq", "ft-ptq", "qat", "reqat-tqs"], "precisions": ["NVFP4-W4A4KV4"]},
+    )
+    found = qfit_cell(results.plan, "testbed")
+    assert found is not None and found[1].multiple == 2
+    by = {(e.recipe, e.multiple): 100 * results.estimate(e).value for e in results.of("table1")}
+    assert by["qat", 2] != by["qat", 4]
+    heights = {round(bar.get_height(), 6) for bar in table1_bars.build(results, "testbed").axes[0].patches}
+    assert round(by["qat", 2], 6) in heights and round(by["qat", 4], 6) not in heights
+    lines = losses.build(results, "testbed").axes[0].get_lines()
+    assert max(max(line.get_xdata()) for line in lines) == 2000
+    rounding = figure1a.build(results, "testbed").axes[0].patches
+    drop = by["ft", 2] - by["ft-ptq", 2]
+    assert any(bar.get_height() == pytest.approx(drop) for bar in rounding)

@@ -38,6 +38,16 @@ def test_bars_have_their_ends_their_words_and_their_intervals(fig: Figure) -> No
     ]
 
 
+def test_bars_that_end_at_one_place_are_all_there(fig: Figure) -> None:
+    ax = fig.subplots()
+    ax.barh([0, 1], [100, 40], label="reference")
+    ax.barh([0, 1], [0, 60], left=[100, 40], label="candidate")
+    found = drawn.rows(fig)
+    assert found[["series", "y", "x"]].to_numpy().tolist() == [
+        ["reference", 0, 100], ["reference", 1, 40], ["candidate", 0, 100], ["candidate", 1, 100],
+    ]  # fmt: skip
+
+
 def test_lying_bars_and_lying_intervals(fig: Figure) -> None:
     left, right = fig.subplots(1, 2)
     left.barh([0, 1], [30, 40], left=[10, 0], label="share")

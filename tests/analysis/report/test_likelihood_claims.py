@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ from scipy import stats
 from analysis.report import likelihood_claims
 from analysis.report.studies import Study
 from analysis.tables.claims_likelihood import build
+from reqat.config.studies import ModelChoice
 from reqat.evaluation.statistics import holm
 from tests.analysis.study_folders import study
 
@@ -40,6 +42,10 @@ LEVEL = {
 }
 
 
+def choice(recipe: str, precision: str, **named: Any) -> dict[str, Any]:
+    return ModelChoice(recipe=recipe, precision=precision, **named).model_dump(mode="json")
+
+
 @pytest.fixture
 def make_study(tmp_path: Path) -> Callable[..., Study]:
     def made(labels: tuple[str, ...] = tuple(MODELS), seeds: int = 3) -> Study:
@@ -56,8 +62,11 @@ def make_study(tmp_path: Path) -> Callable[..., Study]:
         folder = tmp_path / f"likelihood-{len(labels)}-{seeds}"
         folder.mkdir()
         pd.concat(parts).to_parquet(folder / "likelihood.parquet", index=False)
-        models = {label: {"recipe": MODELS[label][0], "precision": MODELS[label][1]} for label in labels}
-        found = study(folder, "likelihood", "likelihood", {}, models=models)
+        models = {label: choice(*MODELS[label]) for label in labels}
+        reference = choice("ft", "BF16")
+        found = study(
+            folder, "likelihood", "likelihood", {}, models=models, percentile=60, reference=reference, title="of x"
+        )
         found.record["metrics"] = {"traces": 40, "tokens": int(low.sum())}
         found.record["config"] = {"problems": {"split": "test"}}
         return found
@@ -104,3 +113,51 @@ def test_one_training_seed_concludes_nothing(make_study: Callable[..., Study]) -
     found, _ = likelihood_claims.tested(make_study(seeds=1))
     assert {t.verdict for t in found} == {"one training seed"} and all(np.isnan([t.p, t.holm]).all() for t in found)
     assert all(t.lo < t.value < t.hi for t in found)
+
+
+def test_the_margin_of_parity_is_an_estimate_of_the_same_traces(make_study: Callable[..., Study]) -> None:
+    a_study = make_study()
+    frame = a_study.parquet("likelihood")
+    # What rounding costs the base differs from trace to trace, far more than trained models differ.
+    noise = np.random.default_rng(5).normal(0, 0.3, 40)
+    rounded = frame["label"] == "PTQ"
+    frame.loc[rounded, "nll_low"] += noise * frame.loc[rounded, "tokens_low"].to_numpy()
+    frame.to_parquet(a_study.path / "likelihood.parquet", index=False)
+    parity = likelihood_claims.tested(a_study)[0][0]
+
+    # Oracle: the jackknife over traces of the tested difference, and the variance over training seeds, by hand.
+    def ratios(label: str, keep: np.ndarray) -> np.ndarray:
+        groups = [group.iloc[keep] for _, group in frame[frame["label"] == label].groupby("seed", dropna=False)]
+        return np.array([group["nll_low"].sum() / group["tokens_low"].sum() for group in groups])
+
+    def runs(keep: np.ndarray) -> np.ndarray:
+        cost = (ratios("PTQ", keep) - ratios("Base", keep)).item()
+        return np.asarray(ratios("ReQAT-TQS", keep) - ratios("FT", keep) - 0.1 * cost)
+
+    left = np.array([runs(np.delete(np.arange(40), i)).mean() for i in range(40)])
+    traces = 39 / 40 * ((left - left.mean()) ** 2).sum()
+    training = runs(np.arange(40)).var(ddof=1) / 3
+    assert parity.value - parity.margin == pytest.approx(runs(np.arange(40)).mean())
+    assert parity.std_error == pytest.approx(np.sqrt(traces + training), rel=0.03)
+    assert parity.p == pytest.approx(2 * stats.t.sf(abs(parity.value - parity.margin) / parity.std_error, parity.df))
+
+
+def test_only_the_models_that_claims_rest_on_stand_for_a_side(make_study: Callable[..., Study]) -> None:
+    a_study = make_study()
+    models = a_study.record["settings"]["models"]
+    models["QAT"] = choice("qat", FP4, total=2)
+    models["ReQAT-TQS"] = choice("reqat-tqs", FP4, seed=1)
+    models["ReQAT-TQ"] = choice("reqat-tq", FP4, model="another")
+    found, missing = likelihood_claims.tested(a_study)
+    assert [(t.a, t.b) for t in found] == [("ReQAT-T", "FT+QAT, different traces")]
+    assert len(missing) == 4
+    # The first that fits, not the first of the recipe.
+    models |= {"QAT at claim total": choice("qat", FP4)}
+    assert likelihood_claims._label(a_study, likelihood_claims.Side("qat")) == "QAT at claim total"
+
+
+def test_the_table_says_what_the_study_was_asked_for(make_study: Callable[..., Study]) -> None:
+    a_study = make_study()
+    table = build({"likelihood": [a_study]})
+    words = " ".join([table.caption, *table.footer])
+    assert "percentile 60" in words and "75" not in words and a_study.tier in words and "(of x)" in words

@@ -61,6 +61,22 @@ def test_a_claim_stands_for_its_primary_test(results: Results) -> None:
     assert traces[4].text == "not run yet" and traces[5].text == "not tested"
 
 
+def test_a_column_has_what_the_first_of_its_runs_tests(results: Results) -> None:
+    (run,) = summary.tests_of(results, "results/x", "converged")
+    names = list(run.by_claim)
+    first = replace(run, by_claim={name: run.by_claim[name] for name in names[:3]})
+    second = replace(
+        run, folders=("results/y",), by_claim={n: replace(t, value=t.value + 1) for n, t in run.by_claim.items()}
+    )
+    (both,) = summary.merged([[first], [second]])
+    assert set(both.by_claim) == set(names)
+    assert [both.by_claim[n].value - run.by_claim[n].value for n in names[:4]] == pytest.approx([0, 0, 0, 1])
+    assert "results/x" in both.where and "results/y" in both.where
+    assert summary.merged([[run], [second]]) == [run], "a run that adds nothing is not named"
+    other = replace(second, model="another", heading="converged, another")
+    assert summary.merged([[first], [other]]) == [first, other] and summary.merged([]) == []
+
+
 def test_readme_has_the_claims_that_matter_most_in_one_table(results: Results) -> None:
     (run,) = summary.tests_of(results, "results/x", "testbed")
     runs = [run, summary.not_run("converged"), summary.not_run("real weights")]
