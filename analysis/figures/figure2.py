@@ -130,9 +130,6 @@ def _percentile_axis(ax: Axes, pair: Study) -> None:
 
 def _examples(left: Axes, right: Axes, pair: Study) -> None:
     frame = optional(pair, "examples")
-    if frame is not None:  # an empty text, such as that before a first token, is no number
-        read = frame[["context", "taken", "token"]]
-        frame = frame.assign(**read.astype(object).where(read.notna(), ""))
     reference, candidate = roles(pair)
     labels = list(dict.fromkeys(frame["label"])) if frame is not None else []
     # One scale for both, so that the difference between them can be seen.

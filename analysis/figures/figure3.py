@@ -29,7 +29,6 @@ def build(studies: ByKind) -> Figure:
     """Figure 3: boxes for the stages of ReQAT-TQS; six tokens with entropy and SEM weight; the digit's probability."""
     study = one(studies, "overview")
     strip, s = study.table("strip"), study.settings
-    strip = strip.assign(token=strip["token"].fillna(""))
     chosen = strip[strip["chosen"].astype(bool)]
     if len(chosen) != 1:
         raise ReqatError(f"{study.path}: strip.csv marks {len(chosen)} tokens as chosen; run the study again.")

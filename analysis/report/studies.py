@@ -24,6 +24,8 @@ from reqat.evaluation.statistics import holm
 from reqat.records import record
 
 STUDIES = "studies.json"
+# Columns that hold texts, whatever they look like.
+TEXTS = {"examples": ("context", "taken", "token"), "entropy-by-token": ("token",), "strip": ("token",)}
 ByKind = Mapping[str, Sequence["Study"]]
 
 
@@ -96,7 +98,9 @@ class Study:
         for path in (self.path / "tables" / f"{name}.csv", self.path / f"{name}.csv"):
             if path.is_file():
                 try:
-                    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+                    texts = dict.fromkeys(TEXTS.get(name, ()), str)  # a token of digits is no number
+                    frame = pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=texts)
+                    return frame.fillna(dict.fromkeys(texts, ""))
                 except OSError as error:
                     raise explain(error, path) from error
                 except ValueError as error:  # empty, no table, not UTF-8
