@@ -70,7 +70,7 @@ def prepare(
     precision = asked.precision
     previous: Report | None = getattr(model, "_reqat_report", None)
     if previous is not None:
-        if previous.precision == precision and (skip is None or previous.skip == asked.skip):
+        if previous.precision == precision and (not asked.skip_given or previous.skip == asked.skip):
             return previous
         if previous.precision != Precision():
             raise ReqatError(
