@@ -100,9 +100,8 @@ def test_a_rotation_that_a_method_adds_is_in_the_precision_of_stage_and_evaluati
 def test_a_rotation_that_the_precision_names_stays():
     recipe = parse(Recipe, {"method": "m", "steps": [{"step": "ptq", "method": "mr_gptq"}]}, "recipes")
     rows = {"recipes": ["mr-gptq"], "precisions": ["MXFP4-W4A4", "MXFP4-W4A4:rotation=16"]}
-    catalogue = parse(
-        Catalogue, {"recipes": {"mr-gptq": recipe}, "artifacts": {"t": {"title": "t", "rows": [rows]}}}, ""
-    )
+    artifacts = {name: {"title": "t", "rows": [rows]} for name in CATALOGUE.artifacts}
+    catalogue = parse(Catalogue, {"recipes": {"mr-gptq": recipe}, "artifacts": artifacts}, "recipes")
     made = plan(load_tier("testbed", ROOT / "config"), catalogue, pinned={"testbed": "0" * 64})
     assert {s.precision.rotation for s in made.stages.values() if s.kind == "ptq"} == {16, 32}
     assert {e.precision.rotation for e in made.evaluations.values()} == {16, 32}
