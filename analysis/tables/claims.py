@@ -87,7 +87,7 @@ def _line(t: Tested) -> tuple[Text, ...]:
     return (
         Text(t.claim.name),
         Text(t.precision),
-        Text(tokens(t.a[0].total_tokens or t.b[0].total_tokens)),
+        Text(tokens(_total(t))),
         Text(str(t.seeds) if t.seeds else EMPTY),
         Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
         Text(p_value(t.p)),
@@ -107,7 +107,7 @@ def _row(results: Results, t: Tested) -> dict[str, Any]:
         "claim": t.claim.name,
         "block": t.block,
         "precision": t.precision,
-        "total_tokens": t.a[0].total_tokens,
+        "total_tokens": _total(t),
         "multiple": t.multiple,
         "a": _name(t.a[0]),
         "b": _name(t.b[0]),
@@ -135,6 +135,11 @@ def _row(results: Results, t: Tested) -> dict[str, Any]:
         "evaluations_beyond": _ids(t.beyond[:1]) if t.beyond else None,
         "evaluations_beyond_b": _ids(t.beyond[1:]) if t.beyond else None,
     }
+
+
+def _total(t: Tested) -> int | None:
+    """Tokens of a comparison: of side a, or of side b where a trains nothing."""
+    return t.a[0].total_tokens or t.b[0].total_tokens
 
 
 def _name(e: Entry) -> str:

@@ -152,12 +152,13 @@ def _grade(
             root = Path(reqat.__file__).parents[1]
             job = stack.enter_context(record.asked_for("evaluate", out, {}, root=root, force=force, inputs=[model]))
             folder = job.partial
-        metrics = grade_model(model, rows, asked, folder, progress=not quiet)
+        done = grade_model(model, rows, asked, folder, progress=not quiet)
         if job is not None:
-            job.config = {"model": model, **about, **asdict(asked), "n": len(rows)}
-            job.seeds, job.metrics = list(asked.seeds), metrics
+            computed = {"precision": done.precision, "skip": done.skip, "seeds": done.seeds}
+            job.config = {"model": model, **about, **asdict(asked), **computed, "n": len(rows)}
+            job.seeds, job.metrics = list(done.seeds), done.metrics
             job.inputs = {"model": {"id": Path(model).name, "weights": weights(model)}}
-    print(said(metrics))
+    print(said(done.metrics))
 
 
 @app.command()

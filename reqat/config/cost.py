@@ -50,7 +50,7 @@ def _stage(stage: Stage, rates: Resources) -> float:
     read = _READ * rates.train_tokens_per_s
     if isinstance(s, QFitSettings):
         tokens = s.calibration.sequences * s.calibration.sequence_tokens
-        points = (s.grid if s.scale else 1) * (s.grid + 1 if s.shift else 1)
+        points = (s.grid if s.scale else 1) * (s.grid if s.shift else 1)
         return tokens * points / _QFIT_POINTS_A_READ / read
     if isinstance(s, PTQSettings):
         return 0.0 if s.method == "rtn" else _PTQ_READS * s.calibration.sequences * s.calibration.sequence_tokens / read

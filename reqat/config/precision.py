@@ -384,10 +384,11 @@ class PrecisionSpec(Strict):
         if not isinstance(data, dict):
             return data
         text, skip = without_skip(data.get("name", "BF16"))
-        if skip is not None:
-            if data.get(SKIP) is not None and tuple(data[SKIP]) != skip:
-                raise ReqatError(f"precision {data['name']!r} says skip, and {list(data[SKIP])} beside it.")
+        beside = data.get(SKIP)
+        if skip is not None and beside is None:
             data = data | {SKIP: skip}
+        elif skip is not None and isinstance(beside, list | tuple) and tuple(beside) != skip:
+            raise ReqatError(f"precision {data['name']!r} says skip, and {list(beside)} beside it.")
         asked = {option: data.get(option) for option in ("kv_element", "global_scale", *BASES)}
         found = resolve(text)
         inline = inline_options(text)

@@ -108,13 +108,26 @@ def has_option(method: str, option: str) -> bool:
     return method in OPTIONS and option in OPTIONS[method].model_fields
 
 
-def settled(method: str, given: Mapping[str, Any], settings: type[Strict] | None = None) -> dict[str, Any]:
-    """What of ``given`` differs from the defaults of ``settings`` (those of the method in `OPTIONS`); null stands for
-    the default.
+def checked(method: str, given: Mapping[str, Any], settings: type[Strict] | None = None) -> dict[str, Any]:
+    """What of ``given`` chooses a value, defaults included, in the types of ``settings`` (those of the method in
+    `OPTIONS`); null chooses none.
 
     Raises `ReqatError` for an option that the method does not have, naming those that it has, and for a value out of
     range; of a method that states its settings elsewhere only for what JSON cannot represent.
     """
+    return _parsed(method, given, settings, defaults=True)
+
+
+def settled(method: str, given: Mapping[str, Any], settings: type[Strict] | None = None) -> dict[str, Any]:
+    """What of ``given`` differs from the defaults of ``settings`` (those of the method in `OPTIONS`); null stands for
+    the default.
+
+    Raises `ReqatError` as `checked` does.
+    """
+    return _parsed(method, given, settings, defaults=False)
+
+
+def _parsed(method: str, given: Mapping[str, Any], settings: type[Strict] | None, *, defaults: bool) -> dict[str, Any]:
     model = settings or OPTIONS.get(method)
     chosen = {key: value for key, value in given.items() if value is not None}
     if model is None:
@@ -122,7 +135,16 @@ def settled(method: str, given: Mapping[str, Any], settings: type[Strict] | None
     for option in given:
         if option not in model.model_fields:
             raise unknown(f"option of {method}", option, model.model_fields)
-    return parse(model, chosen, f"options of {method}").model_dump(mode="json", exclude_defaults=True)
+    return parse(model, chosen, f"options of {method}").model_dump(
+        mode="json", exclude_unset=defaults, exclude_defaults=not defaults
+    )
+
+
+def with_options(rest: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
+    """``rest`` with the options that stand ``beside`` its own ``options``. These are left as they are where they are no
+    mapping, for the validation of their type to say so."""
+    own = rest.get("options", {})
+    return {**rest, "options": {**beside, **own} if isinstance(own, Mapping) else own}
 
 
 def rotation_of(method: str, block: int | None) -> int | None:

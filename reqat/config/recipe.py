@@ -16,8 +16,8 @@ from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_v
 from reqat.config.base import Count, Seed, Strict
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.formats import FAMILIES
-from reqat.config.precision import FORMATS, GlobalScale, Rotation, Skip, family, resolve
-from reqat.config.ptq import OPTIONS, rotation_of, settled
+from reqat.config.precision import FORMATS, GlobalScale, Rotation, Skip, family, resolve, without_skip
+from reqat.config.ptq import OPTIONS, checked, rotation_of, with_options
 from reqat.config.stage import Gradient, PTQMethod, Term
 
 _TERM = re.compile(r"\s*([+-]?)\s*(?:(\d+(?:\.\d+)?)\s*\*?\s*)?([a-z_]+)?\s*")
@@ -136,7 +136,7 @@ class PTQStep(_Step):
     step: Literal["ptq"]
     method: PTQMethod = "gptq"
     options: dict[str, Any] = Field(default_factory=dict)
-    """Of the method, those that are not its defaults."""
+    """Of the method. One that is not given is the tier's, where the tier has it, or else the method's default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -145,12 +145,12 @@ class PTQStep(_Step):
             return data
         options = {key: value for key, value in data.items() if key not in cls.model_fields}
         rest = {key: value for key, value in data.items() if key in cls.model_fields}
-        return {**rest, "options": {**options, **rest.get("options", {})}}
+        return with_options(rest, options)
 
     @field_validator("options")
     @classmethod
-    def _settled(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        return settled(info.data["method"], options) if "method" in info.data else options
+    def _checked(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        return checked(info.data["method"], options) if "method" in info.data else options
 
 
 Step = Annotated[TrainStep | QFitStep | PTQStep, Field(discriminator="step")]
@@ -186,10 +186,11 @@ class Recipe(Strict):
         return sum(amount(step.tokens, {"qat": qat}) * step.epochs for step in trained)
 
     def rotation(self, precision: str) -> int | None:
-        """Size of the block rotation that its methods add to a precision, or None."""
-        found = resolve(precision)
+        """Size of the block rotation that its methods add to a precision, or None. They add none where the precision's
+        name has one."""
+        found = resolve(without_skip(precision)[0])
         of = found.families.get("weights")
-        if of is None:
+        if of is None or found.rotation is not None:
             return None
         methods = [
             step.method

@@ -28,7 +28,7 @@ from reqat.config.base import Count, Families, Seed, Size, Strict, digest, disti
 from reqat.config.catalogue import GRADIENT_RULES, OBJECTIVE_TERMS, PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import ROLES, PrecisionSpec, Role
-from reqat.config.ptq import settled
+from reqat.config.ptq import settled, with_options
 
 Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
 DIGEST_LENGTH = 12
@@ -327,7 +327,7 @@ class PTQSettings(Strict):
             return data
         stated = {key: data[key] for key in _STATED if key in data and data[key] != _STATED[key]}
         rest = {key: value for key, value in data.items() if key not in _STATED}
-        return {**rest, "options": {**stated, **rest.get("options", {})}}
+        return with_options(rest, stated)
 
     @field_validator("options")
     @classmethod

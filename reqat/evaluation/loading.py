@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reqat.models import freeze, load_model, prepare
+from reqat.models.sidecar import Sidecar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,7 +23,7 @@ AUTOCAST: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16}
 
 def load_at(
     folder: str | Path,
-    precision: str,
+    precision: str | None,
     *,
     override: bool = False,
     dtype: torch.dtype = torch.float32,
@@ -36,7 +37,8 @@ def load_at(
 
     Args:
         folder: of the model.
-        precision: a name; the options that ``folder`` was saved with count if it was saved at it.
+        precision: a name; the options that ``folder`` was saved with count if it was saved at it. None: the precision
+            that it was saved at, or, where it says none, BF16.
         override: take ``precision`` and ``options`` as they are, as a plan does, which gives all of them.
         dtype: of the weights before they are quantized, and of what is computed with.
         options: of ``prepare``.
@@ -44,6 +46,8 @@ def load_at(
     Raises `ReqatError` as ``load_model`` and ``prepare`` do.
     """
     model = load_model(folder, dtype=dtype)
+    if precision is None:  # of the loaded model: a folder of the hub, or one released by ReQAT's authors, says it, too
+        precision = Sidecar.of(model).precision.name
     prepare(model, precision, override=override, **options)
     if gpu and torch.cuda.is_available():
         torch.nn.Module.cuda(model)

@@ -33,7 +33,6 @@ from reqat.generation.stops import StopTexts
 from reqat.inference import pack
 from reqat.models import load_tokenizer, precision_of
 from reqat.models.limits import position_limit
-from reqat.models.sidecar import Sidecar
 from reqat.pipeline.resets import read_fit
 
 if TYPE_CHECKING:
@@ -113,8 +112,9 @@ class ReqatLM(HFLM):
         text = read_fit(Path(reset)) if reset is not None else decoding
         self.decoding = None if text is None else Decoding.parse(text)
         self.seed, self.source = seed, str(pretrained)
-        name = _saved_precision(self.source) if precision is None else str(precision)
-        family(name)  # an unknown one ends here, in one line
+        name = None if precision is None else str(precision)
+        if name is not None:
+            family(name)  # an unknown one ends here, in one line
         options: dict[str, Any] = {"kv_element": kv_element, "global_scale": global_scale, "rotation": rotation}
         model = load_at(
             self.source,
@@ -238,12 +238,6 @@ class ReqatLM(HFLM):
 
 _OF_REQAT = ("pretrained", "precision", "kv_element", "global_scale", "rotation", "packed", "decoding", "reset", "seed",
              "dtype", "device", "batch_size", "max_batch_size")  # fmt: skip
-
-
-def _saved_precision(source: str) -> str:
-    """The name of the precision that a folder was saved with; BF16 where it does not say."""
-    sidecar = Sidecar.read(Path(source)) if Path(source).is_dir() else None
-    return "BF16" if sidecar is None else sidecar.precision.name
 
 
 def _key(request: Instance) -> str:

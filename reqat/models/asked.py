@@ -24,6 +24,8 @@ class Asked:
     precision: Precision
     skip: tuple[str, ...]
     differs: tuple[str, ...] = ()
+    skip_given: bool = False
+    """Whether the patterns were asked for, by argument or in the precision's name."""
 
 
 def settle(
@@ -55,7 +57,7 @@ def settle(
     if inline_skip is not None and skip is not None and tuple(skip) != inline_skip:
         raise ReqatError(f"the precision's name says skip {list(inline_skip)}, and skip={skip!r} is given beside it")
     patterns = inline_skip if skip is None else tuple(skip)
-    fresh = Asked(wanted, patterns or ())
+    fresh = Asked(wanted, patterns or (), skip_given=patterns is not None)
     if saved == Precision():
         return fresh
     differs = differences(wanted, saved)
@@ -72,7 +74,7 @@ def settle(
             f"the checkpoint was saved at {saved} with other options: {'; '.join(conflicts)}. Give the name alone to "
             "take the checkpoint's, or override=True to compute with yours"
         )
-    return Asked(saved, patterns if patterns is not None else saved_skip or ())
+    return dataclasses.replace(fresh, precision=saved, skip=patterns if patterns is not None else saved_skip or ())
 
 
 def differences(wanted: Precision, saved: Precision) -> dict[str, str]:

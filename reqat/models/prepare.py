@@ -68,9 +68,9 @@ def prepare(
     sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
     asked = _asked(precision, skip, options, sidecar, override)
     precision = asked.precision
-    previous: Report | None = getattr(model, "_reqat_report", None)
+    previous = report_of(model)
     if previous is not None:
-        if previous.precision == precision and (skip is None or previous.skip == asked.skip):
+        if previous.precision == precision and (not asked.skip_given or previous.skip == asked.skip):
             return previous
         if previous.precision != Precision():
             raise ReqatError(
@@ -173,9 +173,14 @@ def _asked(
     return settle(precision, skip, options, saved, saved_skip, override=override)
 
 
+def report_of(model: PreTrainedModel) -> Report | None:
+    """What ``prepare`` did to ``model``, or None."""
+    return getattr(model, "_reqat_report", None)
+
+
 def precision_of(model: PreTrainedModel) -> Precision | None:
     """The precision that ``model`` was prepared for, or None."""
-    report: Report | None = getattr(model, "_reqat_report", None)
+    report = report_of(model)
     return report.precision if report is not None else None
 
 

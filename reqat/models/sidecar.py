@@ -70,12 +70,34 @@ class Sidecar:
 
     @classmethod
     def collect(cls, model: PreTrainedModel) -> Sidecar:
-        """The sidecar of ``model`` as it stands; of a model that was not prepared, what it was loaded with."""
+        """The sidecar to save ``model`` with, as it stands; of a model that was not prepared, what it was loaded with.
+
+        Raises ReqatError, naming the layer, where its files would lose what the model computes: a weight that changed
+        since it was quantized, scales that were learned or are shared without being frozen.
+        """
+        sidecar = cls.of(model)
+        if getattr(model, "_reqat_report", None) is None:
+            sidecar.check_weights(model)
+            return sidecar
+        for name, module in _by_plain_name(model).items():
+            module.check_unchanged()
+            if any(True for _ in module.weight_quantizer.gradient.parameters()):
+                raise ReqatError(
+                    f"{name}: its scales were learned, and its dense weight would lose them: freeze(model), then save"
+                )
+            if module.weight_quantizer.global_scale is not None:
+                raise ReqatError(
+                    f"{name}: its weight shares a global scale (share_global_scales), and its dense weight would lose "
+                    "that: freeze(model), then save"
+                )
+        return sidecar
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Sidecar:
+        """What ``model`` keeps beside its weights now, whether it could be saved like this or not."""
         report = getattr(model, "_reqat_report", None)
         if report is None:
-            kept: Sidecar = getattr(model, "_reqat_sidecar", None) or cls()
-            kept.check_weights(model)
-            return kept
+            return getattr(model, "_reqat_sidecar", None) or cls()
         sidecar = cls(report.precision, skip=report.skip)
         for index, kv in enumerate(kv_quantizers(model)):
             prefix = f"layers.{index}"
@@ -87,16 +109,6 @@ class Sidecar:
             sidecar._note(name, "input", module.input_quantizer, module.basis)
             if module.weight_quantizer.clip is not None:
                 sidecar.tensors[f"{name}.weight_clip"] = module.weight_quantizer.clip
-            module.check_unchanged()
-            if any(True for _ in module.weight_quantizer.gradient.parameters()):
-                raise ReqatError(
-                    f"{name}: its scales were learned, and its dense weight would lose them: freeze(model), then save"
-                )
-            if module.weight_quantizer.global_scale is not None:
-                raise ReqatError(
-                    f"{name}: its weight shares a global scale (share_global_scales), and its dense weight would lose "
-                    "that: freeze(model), then save"
-                )
             if module.quantized is not None:
                 sidecar.weights[name] = module.quantized
         loaded: Sidecar | None = getattr(model, "_reqat_sidecar", None)
@@ -306,7 +318,7 @@ def leave(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
 
 def carried(model: PreTrainedModel, *kinds: str) -> list[str]:
     """Names of the tensors of these kinds (``bases``, ``clips``, ...) that ``model`` keeps, prepared or not."""
-    return sorted(name for name in Sidecar.collect(model).tensors if _place(name).kind in kinds)
+    return sorted(name for name in Sidecar.of(model).tensors if _place(name).kind in kinds)
 
 
 def _place(name: str) -> Place:

@@ -35,11 +35,15 @@ class Conditions:
 
         The row of an intervention also has the shares of tokens that it touched and that were below the threshold.
         """
+        from reqat.evaluation.intervened import Intervened
+
         found = self._restored(name)
         if found is None:
-            made: Any = make()
-            more = {key: getattr(made, key) for key in ("touched", "low") if hasattr(made, key)}
-            found = getattr(made, "outcomes", made), more
+            made = make()
+            if isinstance(made, Intervened):
+                found = made.outcomes, {"touched": made.touched, "low": made.low}
+            else:
+                found = made, {}
             self._keep(name, *found)
         self._add(name, found[0], **found[1])
 

@@ -27,28 +27,43 @@ class Asked:
     """Of `prepare`."""
 
 
-def grade_model(model: str, problems: Sequence[Given], asked: Asked, out: Path, *, progress: bool) -> dict[str, Any]:
-    """Sample a response to each problem and seed, grade it, write the outcomes into ``out``; returns the record's
-    metrics, with the precision.
+@dataclass(frozen=True)
+class Graded:
+    """What was computed."""
+
+    metrics: dict[str, Any]
+    """The record's."""
+    precision: str
+    """With each option that is not the default."""
+    skip: tuple[str, ...]
+    """Patterns of the layers that were left alone."""
+    seeds: tuple[int, ...]
+    """Those that made different responses."""
+
+
+def grade_model(model: str, problems: Sequence[Given], asked: Asked, out: Path, *, progress: bool) -> Graded:
+    """Sample a response to each problem and seed, grade it, and write the outcomes into ``out``.
 
     Raises `ReqatError` before the model is loaded for a problem without an answer.
     """
     from reqat.evaluation import evaluate
     from reqat.evaluation.loading import load_at
     from reqat.models import load_tokenizer
+    from reqat.models.prepare import report_of
 
     without = [row.id for row in problems if row.problem is None and not row.answer]
     if without:
         raise ReqatError(f"problem {without[0]} has no answer to grade by ({len(without)} such); give each one.")
     policy = Decoding.parse(asked.decoding)
-    precision = asked.precision or _saved(model)
+    seeds = policy.effective_seeds(asked.seeds)
     tokenizer = load_tokenizer(model)
-    loaded = load_at(model, precision, **{name: value for name, value in asked.options.items() if value is not None})
+    given = {name: value for name, value in asked.options.items() if value is not None}
+    loaded = load_at(model, asked.precision, **given)
     outcomes = evaluate(
         loaded,
         tokenizer,
         [row.problem or row for row in problems],
-        seeds=policy.effective_seeds(asked.seeds),
+        seeds=seeds,
         decoding=policy,
         max_new_tokens=asked.max_new_tokens,
         batch_rows=asked.batch_rows,
@@ -62,7 +77,10 @@ def grade_model(model: str, problems: Sequence[Given], asked: Asked, out: Path, 
             f"{asked.max_new_tokens} tokens; raise --max-new-tokens.",
             file=sys.stderr,
         )
-    return {"precision": precision, **metrics}
+    report = report_of(loaded)
+    assert report is not None  # load_at prepares
+    precision = str(report.precision)
+    return Graded({"precision": precision, **metrics}, precision, report.skip, seeds)
 
 
 def said(metrics: Mapping[str, Any]) -> str:
@@ -75,11 +93,3 @@ def said(metrics: Mapping[str, Any]) -> str:
     if len(metrics["accuracy_by_family"]) > 1:
         lines += [f"  {name}: {100 * value:.1f}%" for name, value in metrics["accuracy_by_family"].items()]
     return "\n".join(lines)
-
-
-def _saved(model: str) -> str:
-    """The precision that a model's folder was saved at, without its options, which the folder keeps."""
-    from reqat.models.sidecar import Sidecar
-
-    sidecar = Sidecar.read(Path(model)) if Path(model).is_dir() else None
-    return sidecar.precision.name if sidecar is not None else "BF16"

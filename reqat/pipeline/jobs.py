@@ -57,7 +57,6 @@ def running(
             yield None
             return
         with record.job(kind, id, settings, root=paths.root, out=out, partial=paths.partial(id), tier=tier) as job:
-            job.resumed = checkpoints.exists()
             yield job
         shutil.rmtree(checkpoints, ignore_errors=True)  # only now: the result is there
     print(f"{id}: done, {out}")
@@ -89,6 +88,7 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
         else:
             from reqat.pipeline.stages import carry_out
 
+            job.resumed = trained_before(paths.checkpoints(id))
             job.metrics = carry_out(todo, inputs, job.partial, checkpoints=paths.checkpoints(id), progress=progress)
 
 
@@ -104,7 +104,20 @@ def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, 
         job.seeds = list(todo.seeds)
         # Named by the weights: a stage may be trained again between a kill and the next attempt.
         kept = paths.checkpoints(id) / digest(job.inputs, 16)
+        job.resumed = holds_parts(kept)
         job.metrics = _evaluate(todo, inputs, job.partial, kept, progress)
+
+
+def holds_parts(folder: Path) -> bool:
+    """Whether an earlier attempt left whole parts (batches, conditions) in the folder that it kept them in."""
+    return any(folder.rglob("*.json"))
+
+
+def trained_before(checkpoints: Path) -> bool:
+    """Whether a training goes on from a checkpoint there; it refuses one of other weights or settings."""
+    from reqat.training import checkpoint
+
+    return (checkpoints / checkpoint.FILE).is_file()
 
 
 def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]:

@@ -54,6 +54,12 @@ def model_runs(settings: LikelihoodStudy, roles: Mapping[str, Any]) -> list[Mode
     return sorted(found, key=lambda run: order.index(run.reference))
 
 
+def part_of(run: ModelRun, weights: Mapping[str, str], checkpoints: Path) -> Path:
+    """Where a run's sums are kept until the result is safe: named by the weights of both models that were read. The
+    study's id, and thus the folder, covers all else."""
+    return checkpoints / f"{digest([run.role, weights[run.role], weights[run.reference]], 16)}.parquet"
+
+
 def run_likelihood(
     runs: Sequence[ModelRun],
     load: Callable[[str], tuple[Any, Any]],
@@ -91,8 +97,7 @@ def run_likelihood(
     with bar("likelihood", tokens * len(runs), "tokens", enabled=progress) as shown:
         beside = None
         for run in runs:
-            # The study's id, and thus the folder, covers all else.
-            part = checkpoints / f"{digest([run.role, weights[run.role], weights[run.reference]], 16)}.parquet"
+            part = part_of(run, weights, checkpoints)
             if part.is_file():
                 parts.append(pd.read_parquet(part))
                 shown.update(tokens)

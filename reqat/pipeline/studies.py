@@ -33,7 +33,7 @@ from reqat.config.studies import (
 )
 from reqat.pipeline.conditions import Conditions
 from reqat.pipeline.interventions import grade_noise, grade_routes, nats, noise_ends
-from reqat.pipeline.jobs import finished, input_folders, running
+from reqat.pipeline.jobs import finished, holds_parts, input_folders, running, trained_before
 from reqat.pipeline.pairs import PairSettings, Side, collect
 from reqat.pipeline.resets import fitted_tau0, grade_resets, reset_decodings
 from reqat.pipeline.task import Grading, Task, load, same_tokens
@@ -138,7 +138,19 @@ def run_study(plan: Plan, study: PlannedStudy, paths: Paths, *, progress: bool =
         inputs, job.inputs = input_folders(plan, study.inputs, paths)
         job.seeds = list(getattr(study.settings, "seeds", ()))
         run = Run(study, plan, inputs, job.partial, checkpoints, paths.root.absolute(), not progress)
+        job.resumed = _goes_on(run)
         job.metrics = RUNNERS[study.kind](run)
+
+
+def _goes_on(run: Run) -> bool:
+    """Whether an earlier attempt left parts of this result, measured on the same models."""
+    from reqat.pipeline.likelihoods import model_runs, part_of
+
+    s = run.study.settings
+    if isinstance(s, LikelihoodStudy):
+        runs = model_runs(s, run.study.models)
+        return any(part_of(one, run.weights, run.checkpoints).is_file() for one in runs)
+    return trained_before(run.checkpoints) if isinstance(s, GradientsStudy) else holds_parts(run.kept)
 
 
 def pair(run: Run) -> dict[str, Any]:

@@ -135,6 +135,10 @@ def same_tokens(
     )
 
 
-def weights(folder: str) -> dict[str, str]:
-    """sha256 of a model's weight files, by name; empty for a model out of a package."""
-    return {path.name: record.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))}
+def weights(model: str) -> dict[str, str]:
+    """sha256 of the files that hold a model's weights, by name: those of its folder, of its snapshot of the hub, or of
+    the package that ships it."""
+    from reqat.models.loading import PACKAGE, local_folder, package_gguf
+
+    files = [package_gguf(model)] if model.startswith(PACKAGE) else sorted(local_folder(model).glob("*.safetensors"))
+    return {path.name: record.sha256(path) for path in files}

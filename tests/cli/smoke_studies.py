@@ -64,14 +64,15 @@ def ask(root: Path, *studies: dict[str, Any]) -> dict[str, PlannedStudy]:
     return config.load_studies(load("smoke", Paths(root)), root / "config")
 
 
-def train(root: Path, studies: dict[str, PlannedStudy]) -> None:
-    """Put models that answer nonsense where the studies' stages would be."""
+def train(root: Path, studies: dict[str, PlannedStudy], first_seed: int = 0) -> None:
+    """Put models that answer nonsense where the studies' stages would be, of random weights from `first_seed` on."""
     families = next(study.problems.families for study in studies.values() if study.problems is not None)
     asked = [
         p for split, seed in (("train", 0), ("test", 1), ("validation", 1)) for p in problems(families, split, 40, seed)
     ]
     tokenizer = build_tokenizer([p.prompt for p in asked] + [write_trace(p, random.Random(0)) or "" for p in asked])
-    for seed, id in enumerate(sorted({id for study in studies.values() for id in study.inputs.values()})):
+    stages = sorted({id for study in studies.values() for id in study.inputs.values()})
+    for seed, id in enumerate(stages, first_seed):
         torch.manual_seed(seed)
         shape = LlamaConfig(
             hidden_size=64,

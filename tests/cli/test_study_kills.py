@@ -13,7 +13,8 @@ from analysis.report.studies import Study
 from reqat.config import Paths, load
 from reqat.evaluation.held_out import likelihood_sums
 from reqat.generation import batches
-from tests.cli.smoke_studies import STUDIES, ask, reqat
+from reqat.records import record
+from tests.cli.smoke_studies import ROOT, STUDIES, ask, reqat, train
 
 
 def test_a_killed_likelihood_study_goes_on_with_the_models_that_it_has_not_read(
@@ -41,6 +42,7 @@ def test_a_killed_likelihood_study_goes_on_with_the_models_that_it_has_not_read(
     assert reqat("study", study.id, "--tier", "smoke", "-q") == 0
     assert taken.count("again") == 1
     assert (folder / "likelihood.parquet").read_bytes() == whole
+    assert record.read(folder)["resumed"]
     assert not (checkout / "build" / "checkpoints" / study.id).exists()
 
 
@@ -77,22 +79,67 @@ def test_a_killed_study_goes_on_with_what_it_has_not_graded(
     made = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert made.keys() == whole.keys()
     assert [name for name in made if name.name != "record.json" and made[name] != whole[name]] == []
+    assert record.read(folder)["resumed"]
     assert not (checkout / "build" / "checkpoints" / study.id).exists()
 
 
 def test_a_killed_evaluation_goes_on_with_the_batches_that_it_has_not_decoded(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    id = in_three_batches(checkout)
+    folder, told = checkout / "build" / "evaluations" / id, ("--tier", "smoke", "-q")
+    assert reqat("evaluate", id, *told) == 0
+    whole = (folder / "outcomes.parquet").read_bytes()
+    shutil.rmtree(folder)
+    assert killed(monkeypatch, 3, "evaluate", id, *told) == 1
+    assert (folder / "outcomes.parquet").read_bytes() == whole
+    assert record.read(folder)["resumed"]
+    assert not (checkout / "build" / "checkpoints" / id).exists()
+
+
+def in_three_batches(checkout: Path) -> str:
+    """Let the smoke tier decode an evaluation in three batches; returns the id of one of FT+PTQ."""
     tier = checkout / "config" / "tiers" / "smoke.yaml"
     given = yaml.safe_load(tier.read_text())
     given["evaluation"] = {"n": 6, "seeds": [0, 1], "decoding": {"max_new_tokens": 8, "batch_rows": 4}}
     tier.write_text(yaml.safe_dump(given))
-    plan = load("smoke", Paths(checkout))
-    (cell, *_) = [c for c in plan.cells if (c.recipe, c.precision) == ("ft-ptq", "NVFP4-W4A4KV4")]
-    folder, told = checkout / "build" / "evaluations" / cell.evaluation, ("--tier", "smoke", "-q")
-    assert reqat("evaluate", cell.evaluation, *told) == 0
-    whole = (folder / "outcomes.parquet").read_bytes()
-    shutil.rmtree(folder)
-    assert killed(monkeypatch, 3, "evaluate", cell.evaluation, *told) == 1
-    assert (folder / "outcomes.parquet").read_bytes() == whole
-    assert not (checkout / "build" / "checkpoints" / cell.evaluation).exists()
+    cells = load("smoke", Paths(checkout)).cells
+    return next(c.evaluation for c in cells if (c.recipe, c.precision) == ("ft-ptq", "NVFP4-W4A4KV4"))
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "pair", "noise", "likelihood"])
+def test_what_was_kept_of_weights_that_were_trained_again_since_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    root = tmp_path / "checkout"
+    shutil.copytree(ROOT / "config", root / "config")
+    monkeypatch.chdir(root)
+    studies = ask(root, next(s for s in STUDIES if s["kind"] == ("pair" if kind == "evaluation" else kind)))
+    train(root, studies)
+    id = in_three_batches(root) if kind == "evaluation" else next(iter(studies))
+    verb, place = ("evaluate", "evaluations") if kind == "evaluation" else ("study", "studies")
+    folder, kept = root / "build" / place / id, root / "build" / "checkpoints" / id
+    target = "reqat.evaluation.held_out.likelihood_sums" if kind == "likelihood" else "reqat.generation.batches._decode"
+    work, begun = likelihood_sums if kind == "likelihood" else batches._decode, []
+
+    def once(*given: Any, **options: Any) -> Any:
+        begun.append(0)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return work(*given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(target, once)
+        assert reqat(verb, id, "--tier", "smoke", "-q") != 0
+    assert len(begun) == 2 and any(path.is_file() for path in kept.rglob("*"))
+    shutil.rmtree(root / "build" / "stages")
+    train(root, studies, first_seed=100)
+    found = []
+    for _ in range(2):  # after the kill, then with nothing there
+        assert reqat(verb, id, "--tier", "smoke", "-q") == 0
+        assert record.read(folder)["resumed"] is False
+        files = (path for path in folder.rglob("*") if path.is_file() and path.name != record.FILE)
+        found.append({path.relative_to(folder): path.read_bytes() for path in files})
+        shutil.rmtree(folder)
+        assert not kept.exists()
+    assert found[0] == found[1]

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from reqat.cli.main import main
 from reqat.data import build_tokenizer
 from reqat.evaluation import Outcomes
-from reqat.models import save_model
+from reqat.models import load_model, load_tokenizer, prepare, save_model
+from reqat.quant import Precision
 from reqat.records import record
 from reqat.tasks import problems, write_trace
 
@@ -59,6 +60,28 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert about["inputs"]["model"]["weights"].keys() == {"model.safetensors", "reqat.safetensors"}
     assert reqat("evaluate", *grading, "--problems", "asked.jsonl", "--precision", "BF16") == 0
     assert "of 3 problems" in capsys.readouterr().out
+
+
+def test_a_record_says_what_was_computed(
+    given: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = load_model(given / "model")
+    prepare(model, "NVFP4-W4A4KV4", kv_element="E1M2", skip=["*.down_proj"])
+    save_model(model, load_tokenizer(given / "model"), tmp_path / "saved")
+    hub = f"owner/name@{'0' * 40}"
+    monkeypatch.setattr("reqat.models.loading.hub_folder", lambda _: tmp_path / "saved")
+    grading = ("--problems", str(given / "asked.jsonl"), "--decoding", "greedy", "--seeds", "0,1,2", "--quiet")
+    grading += ("--max-new-tokens", "4", "--out", "graded", "--force")
+    for source in ("saved", hub):
+        assert reqat("evaluate", "--model", source, *grading) == 0
+        about = record.verify(Path("graded"))
+        computed = about["config"]["precision"]
+        assert Precision.parse(computed) == Precision.parse("NVFP4-W4A4KV4", kv_element="E1M2")
+        assert about["metrics"]["precision"] == computed and capsys.readouterr().out.startswith(f"{computed}: ")
+        assert (about["config"]["skip"], about["config"]["seeds"], about["seeds"]) == (["*.down_proj"], [0], [0])
+        files = tmp_path.glob("saved/*.safetensors")
+        assert about["inputs"]["model"]["weights"] == {path.name: record.sha256(path) for path in files}
 
 
 @pytest.mark.parametrize(

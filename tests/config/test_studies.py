@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from reqat.config import Paths, ReqatError, load
 from reqat.config.cost import seconds
 from reqat.config.paths import made
 from reqat.config.plan import Plan
+from reqat.config.stage import QFitSettings
 from reqat.config.studies import KINDS, PlannedStudy, load_studies, sem_term, study_called
 from reqat.pipeline.likelihoods import model_runs
 from reqat.pipeline.studies import RUNNERS
@@ -262,6 +264,21 @@ def test_studies_are_told_apart(tmp_path: Path, plan: Plan) -> None:
     found = load_studies(plan, written(tmp_path, ROUTING))
     with pytest.raises(ReqatError, match="unknown study 'study-routing-0'"):
         study_called(found, "study-routing-0", "smoke")
+
+
+def test_the_cost_of_qfit_is_that_of_the_points_that_it_tries() -> None:
+    """Both axes have the same points."""
+    plan = load("testbed", Paths(ROOT))
+    stage = next(stage for stage in plan.needed.values() if stage.kind == "qfit")
+    assert isinstance(stage.settings, QFitSettings)
+    costs = []
+    for scale, shift, points in ((False, False, 1), (True, False, 7), (False, True, 7), (True, True, 49)):
+        settings = stage.settings.model_copy(update={"grid": 7, "scale": scale, "shift": shift})
+        # A copy keeps the id that was asked for.
+        changed = stage.model_copy(update={"settings": settings})
+        cost = seconds(dataclasses.replace(plan, stages=plan.stages | {stage.id: changed}))[stage.id]
+        costs.append((cost - plan.tier.resources.job_s) / points)
+    assert costs == [pytest.approx(costs[0])] * 4 and costs[0] > 0
 
 
 @pytest.mark.parametrize("tier", ["smoke", "smollm-claims"])

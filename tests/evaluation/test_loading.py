@@ -14,6 +14,8 @@ from reqat.data.tokenizer import build_tokenizer
 from reqat.evaluation.loading import load_at
 from reqat.models import freeze, load_model, prepare, save_model
 from reqat.models.linear import QuantLinear, quant_linears
+from reqat.models.prepare import precision_of, report_of
+from reqat.quant import Precision
 
 Tiny = Callable[..., LlamaForCausalLM]
 
@@ -35,6 +37,20 @@ def test_it_is_the_prepared_and_frozen_model(folder: Path, precision: str) -> No
     assert found.state_dict().keys() == expected.keys()
     for name, value in found.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_without_a_precision_it_is_the_one_that_the_model_was_saved_at(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(folder)
+    prepare(model, "NVFP4-W4A4KV4", kv_element="E1M2", skip=["*.down_proj"])
+    save_model(model, None, tmp_path / "saved")
+    monkeypatch.setattr("reqat.models.loading.hub_folder", lambda _: tmp_path / "saved")
+    for source in (tmp_path / "saved", f"owner/name@{'0' * 40}"):
+        found = report_of(load_at(source, None))
+        assert found is not None and found.skip == ("*.down_proj",)
+        assert found.precision == Precision.parse("NVFP4-W4A4KV4", kv_element="E1M2")
+    assert precision_of(load_at(folder, None)) == Precision()
 
 
 @pytest.mark.parametrize("there", [True, False])

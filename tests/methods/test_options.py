@@ -18,8 +18,21 @@ from reqat.config.ptq import OPTIONS
 from reqat.formats import get_format
 from reqat.methods import ptq
 from reqat.methods.ptq import flatquant
+from reqat.methods.ptq.mr_gptq import mr_gptq
 from reqat.methods.transforms import TRANSFORMS
-from reqat.models import KVQuantizer, carried, freeze, leave, load_model, prepare, quant_linears, save_model
+from reqat.models import (
+    KVQuantizer,
+    carried,
+    freeze,
+    leave,
+    load_model,
+    prepare,
+    quant_linears,
+    save_model,
+    share_global_scales,
+)
+from reqat.models.gradient import set_gradient
+from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision, clipped
 
 Tiny = Callable[..., PreTrainedModel]
@@ -86,6 +99,25 @@ def test_a_search_of_scales_does_not_replace_learned_clips(tiny: Tiny, ids: Tens
     leave(model, {"model.layers.0.mlp.down_proj.weight_clip": torch.full((64, 2), 0.9)})
     with pytest.raises(ReqatError, match="weight_clip"):
         ptq.quantize("mr_gptq", model, "NVFP4-W4A4", ids, progress=False)
+
+
+def test_a_search_of_scales_takes_a_model_that_cannot_be_saved_as_it_stands(tiny: Tiny, ids: Tensor) -> None:
+    """Shared global scales and learned scales have no place beside a dense weight, but codes do."""
+    direct, first, learned = tiny("llama"), tiny("llama"), tiny("llama")
+    ptq.quantize("mr_gptq", direct, "NVFP4-W4A4", ids, share_global_scale=True, progress=False, grid=4)
+    prepare(first, "NVFP4-W4A4", rotation=16)
+    share_global_scales(first)
+    prepare(learned, "INT4-row-W4A4")
+    set_gradient(learned, "learned", roles=("weights",))
+    for model in (first, learned):
+        with pytest.raises(ReqatError, match="freeze"):
+            Sidecar.collect(model)
+        mr_gptq(model, ids, grid=4, progress=False)
+        assert len(Sidecar.collect(model).weights) == len(quant_linears(model))
+    layers = [f"model.layers.0.self_attn.{n}_proj" for n in "qkv"]
+    codes: list[list[Any]] = [[quant_linears(model)[n].quantized for n in layers] for model in (direct, first)]
+    assert len({float(q.global_scale) for q in codes[0]}) == 1
+    assert all(torch.equal(a.dequantize(), b.dequantize()) for a, b in zip(*codes, strict=True))
 
 
 def clips_of(model: PreTrainedModel) -> dict[str, list[float] | None]:

@@ -272,6 +272,20 @@ def test_bad_models_and_precisions_are_refused(tiny: Tiny) -> None:
     assert len(prepare(odd, "NVFP4-W4A4", skip=["*.down_proj"]).quantized) == 12
 
 
+def test_a_second_prepare_skips_what_it_is_asked_to_or_is_refused(tiny: Tiny) -> None:
+    model = tiny("llama")
+    first = prepare(model, "MXFP4-W4A4:skip=*.down_proj")
+    for same in ({"precision": "MXFP4-W4A4"}, {"precision": "MXFP4-W4A4", "skip": ["*.down_proj"]}):
+        assert prepare(model, **same) is first  # type: ignore[arg-type]
+    assert prepare(model, "MXFP4-W4A4:skip=*.down_proj") is first
+    whole = tiny("llama")
+    prepare(whole, "MXFP4-W4A4")
+    for prepared, skip in ((whole, "*.down_proj"), (model, "*.up_proj")):
+        for given in ({"precision": f"MXFP4-W4A4:skip={skip}"}, {"precision": "MXFP4-W4A4", "skip": [skip]}):
+            with pytest.raises(ReqatError, match="load it again"):
+                prepare(prepared, **given)  # type: ignore[arg-type]
+
+
 def test_nan_weights_are_named(tiny: Tiny) -> None:
     model = tiny("llama")
     with torch.no_grad():

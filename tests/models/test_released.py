@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.evaluation.loading import load_at
 from reqat.models import kv_quantizers, load_model, precision_of, prepare, save_model
 from reqat.quant import Precision
 
@@ -55,6 +56,8 @@ def test_a_released_folder_becomes_the_model_that_it_describes(tiny: Tiny, ids: 
         assert torch.equal(parameter, dict(model.named_parameters())[name]), name
     assert torch.equal(model(ids).logits, reference(ids).logits)
     save_model(model, None, tmp_path / "ours")
+    for folder in ("r", "ours"):
+        assert precision_of(load_at(tmp_path / folder, None)) == Precision.parse(E1M2)
     again = load_model(tmp_path / "ours")
     prepare(again, "NVFP4-W4A4KV4")
     assert torch.equal(again(ids).logits, reference(ids).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import pandas as pd
@@ -45,6 +46,14 @@ def test_claims_table(results: Results) -> None:
     traces = data[data["claim"] == "same traces above different"]
     assert set(traces["precision"]) == {"MXFP4-W4A16"} and traces["paper_mean"].notna().all()
     assert (data["paper_mean"].notna() & data["paper_of"].notna()).sum() == 0
+
+
+def test_tokens_are_those_of_the_side_that_trains(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = verdicts.tested(results)[0]
+    idle = dataclasses.replace(found, a=tuple(dataclasses.replace(e, total_tokens=None) for e in found.a))
+    monkeypatch.setattr("analysis.tables.claims.tested", lambda _: [idle])
+    data = pd.read_csv(io.StringIO(build(results).csv()))
+    assert found.b[0].total_tokens and data["total_tokens"].tolist() == [found.b[0].total_tokens]
 
 
 def test_a_number_of_another_precision_is_left_out_and_that_precision_named(results: Results) -> None:
