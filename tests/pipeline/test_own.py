@@ -119,6 +119,34 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
         train(run(given, seed=1), out)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_only_an_unfinished_run_is_taken_up_or_deleted(given: Path, tmp_path: Path, resume: bool) -> None:
+    work = tmp_path / "notes.unfinished"
+
+    def refused(says: str, **changes: Any) -> None:
+        before = record.files(work)
+        with pytest.raises(ReqatError, match=says):
+            train(run(given, **changes), tmp_path / "notes", resume=resume)
+        assert record.files(work) == before and not (tmp_path / "notes").exists()
+
+    work.mkdir()
+    (work / "settings.json").write_text('{"editor.fontSize": 12}')
+    refused("no unfinished run")
+    settings = {"schema": own.SCHEMA, "seed": 3}
+    (work / "settings.json").write_text(json.dumps(settings))
+    (work / "diary.txt").write_text("dear diary")
+    refused("diary.txt")
+    (work / "diary.txt").unlink()
+    shutil.copytree(given / "model", work / "stages" / "finetune-0" / "model")
+    refused("made from", model=str(work / "stages" / "finetune-0" / "model"))
+    (work / ".git").mkdir()
+    refused("checkout")
+    (work / ".git").rmdir()
+    work.rename(tmp_path / "elsewhere")
+    work.symlink_to(tmp_path / "elsewhere")
+    refused("link")
+
+
 def test_data_that_change_between_stages_are_refused(given: Path, tmp_path: Path, monkeypatch: Any) -> None:
     data = tmp_path / "traces.jsonl"
     shutil.copy(given / "traces.jsonl", data)
