@@ -9,6 +9,7 @@ never through the chat template: those of reasoning models delete the reasoning 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -122,7 +123,8 @@ def read_source(source: str, cache: Path, *, progress: bool = True) -> Dataset:
         if path.is_file():
             kind = FORMATS[path.suffix.lower()]
             try:
-                found = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+                # What it takes is a pattern.
+                found = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
             except Exception as error:  # of datasets, pyarrow, pandas
                 if kind == "json":
                     _check_lines(path)

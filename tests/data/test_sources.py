@@ -197,6 +197,17 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(content: str, says: s
         read_source(str(tmp_path / "traces.jsonl"), tmp_path / "cache", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("x[1].jsonl", "x1.jsonl"), ("x?.jsonl", "xy.jsonl"), ("*.json", "a.json")]
+)
+def test_a_name_is_no_pattern(name: str, other: str, tmp_path: Path) -> None:
+    lines(tmp_path, [GOOD, GOOD], other)
+    for folder in (tmp_path, tmp_path / "[a]*"):
+        folder.mkdir(exist_ok=True)
+        rows = read_source(lines(folder, [GOOD], name), tmp_path / "cache", progress=False)
+        assert list(rows) == [GOOD]
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "traces.csv").write_text("a,b\n")
     for source, says in (
