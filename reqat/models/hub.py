@@ -9,10 +9,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from reqat.models.folder import CheckpointNotFoundError
+from reqat.models.folder import READ, CheckpointNotFoundError
 
 ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)@(?P<revision>[\w./-]+)")
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def hub_folder(location: str) -> Path | None:
@@ -27,7 +26,7 @@ def hub_folder(location: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id=match["name"], revision=match["revision"], allow_patterns=list(WANTED)))
+        return Path(snapshot_download(repo_id=match["name"], revision=match["revision"], allow_patterns=list(READ)))
     except Exception as error:  # of requests, of the hub, of its cache: as many kinds as ways to fail
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointNotFoundError(

@@ -92,7 +92,7 @@ class Run:
             "recipe's steps": catalogue.recipe(self.recipe).model_dump(mode="json"),
             "precision": self.precision,
             "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
-            "model's weights (sha256)": _weights(self.model),
+            "model's files (sha256)": _files(self.model),
             "data": Path(self.data).name if Path(self.data).is_file() else self.data,
             "data (sha256)": _digest(self.data),
             "columns": [self.columns.messages, self.columns.prompt, self.columns.response],
@@ -447,7 +447,9 @@ def _digest(source: str) -> str | None:
     return record.sha256(path) if path.is_file() else None
 
 
-def _weights(model: str) -> Any:
+def _files(model: str) -> Any:
+    """Digests of all that is read of a model; of a package's, its version."""
+    from reqat.models.folder import files_read
     from reqat.models.loading import local_folder
 
     if model.startswith("package:"):
@@ -457,4 +459,5 @@ def _weights(model: str) -> Any:
         except importlib.metadata.PackageNotFoundError:
             return None
     folder = local_folder(model)
-    return {path.name: record.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    read = (path for path in files_read(folder) if path.name != record.FILE)  # of how it was made
+    return {path.relative_to(folder).as_posix(): record.sha256(path) for path in read}

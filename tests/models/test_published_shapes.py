@@ -103,4 +103,4 @@ def test_a_model_of_the_hub_needs_a_revision_and_a_network_or_its_cache(
     (folder / "refs" / "main").write_text(commit)
     for revision in (commit, "main"):
         assert torch.equal(load_model(f"owner/tiny@{revision}")(IDS).logits, model(IDS).logits)
-    assert not [pattern for pattern in hub.WANTED if os.path.splitext(pattern)[1] in (".py", ".bin", ".pt", ".pth")]
+    assert not [pattern for pattern in hub.READ if os.path.splitext(pattern)[1] in (".py", ".bin", ".pt", ".pth")]

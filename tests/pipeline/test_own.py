@@ -74,7 +74,8 @@ def test_the_result_loads_here_and_in_plain_transformers(given: Path, undisturbe
     assert bool(torch.isfinite(logits).all()) and not torch.equal(logits, plain(ids).logits)
     assert about["kind"] == "train" and about["config"]["recipe"] == "reqat-ts"
     assert about["config"]["data (sha256)"] == record.sha256(given / "traces.jsonl")
-    assert set(about["config"]["model's weights (sha256)"]) == {"model.safetensors"}
+    read = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(about["config"]["model's files (sha256)"]) >= read
     assert not out.with_name("whole.unfinished").exists()
 
 
@@ -145,6 +146,24 @@ def test_only_an_unfinished_run_is_taken_up_or_deleted(given: Path, tmp_path: Pa
     work.rename(tmp_path / "elsewhere")
     work.symlink_to(tmp_path / "elsewhere")
     refused("link")
+
+
+def test_a_result_is_there_already_only_if_all_that_was_read_of_the_model_is_the_same(
+    given: Path, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(given / "model", model)
+    train(run(given, model=str(model)), undisturbed[0])
+    assert "already there" in capsys.readouterr().out
+    (model / "README.md").write_text("not read")
+    train(run(given, model=str(model)), undisturbed[0])
+    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = model / name
+        before = file.read_text() if file.exists() else None
+        file.write_text((before or "") + " ")
+        with pytest.raises(ReqatError, match="there already"):
+            train(run(given, model=str(model)), undisturbed[0])
+        file.unlink() if before is None else file.write_text(before)
 
 
 def test_data_that_change_between_stages_are_refused(given: Path, tmp_path: Path, monkeypatch: Any) -> None:
