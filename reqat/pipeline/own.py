@@ -62,9 +62,9 @@ class Run:
     recipe: str
     precision: str
     model: str
-    """A folder, package:NAME, or owner/name@revision of the hub."""
+    """A folder, package:NAME, or owner/name@COMMIT of the hub."""
     data: str
-    """A file, or owner/name@revision."""
+    """A file, or owner/name@COMMIT."""
     columns: Columns
     training: Training
     """Of fine-tuning; its `row_tokens` is replaced by what the traces need unless `row_tokens` is given."""

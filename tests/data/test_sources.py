@@ -215,7 +215,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (str(tmp_path / "none.jsonl"), "no such file"),
         (str(tmp_path / "traces.csv"), "not .csv"),
         ("owner/name", "owner/name@COMMIT"),
-        ("owner/name@0123abc", "cannot be loaded.*without a network"),  # tests run offline
+        ("owner/name@main", "owner/name@COMMIT"),
+        ("owner/name@0123abc:train", "owner/name@COMMIT"),
+        (f"owner/name@{'0123abcd' * 5}", "cannot be loaded.*without a network"),  # tests run offline
         ("words", "no such file"),
     ):
         with pytest.raises(ReqatError, match=says):
