@@ -72,7 +72,7 @@ class Run:
     total: int | None = None
     qat_tokens: int | None = None
     epochs: int = 1
-    """Passes over the data that the default `total` stands for."""
+    """The default `total` in sizes of the data: QAT's part revisits the first traces, so fine-tuning reads fewer."""
     row_tokens: int | None = None
     over_long: Literal["drop", "truncate"] = "drop"
     global_scale: Literal["dynamic", "row"] = "row"
