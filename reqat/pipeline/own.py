@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +36,7 @@ from reqat.config.stage import (
     Training,
     TrainSettings,
 )
+from reqat.config.targets import check_folder
 from reqat.config.tier import Budget, EvaluationPlan, Model, PTQPlan, QFitPlan, Shape, Tier, Trainings
 from reqat.pipeline.jobs import run_stage, running
 from reqat.records import record
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 NAME = "own"
 SETTINGS = "settings.json"
+SCHEMA = "reqat.train/1"
+"""In the settings of a run, by which its folder is told from others that hold a file of that name."""
+_WORK = (SETTINGS, "cache", "checkpoints", "data", "locks", "partial", "stages")  # what a run leaves in its folder
 DEFAULT_ROW_TOKENS = 4096
 """Longest row where none is asked for: attention masks take its square."""
 _CALIBRATION_TOKENS = 512  # of a sequence that Q-FIT and PTQ look at, as in the paper
@@ -58,9 +62,9 @@ class Run:
     recipe: str
     precision: str
     model: str
-    """A folder, package:NAME, or owner/name@revision of the hub."""
+    """A folder, package:NAME, or owner/name@COMMIT of the hub."""
     data: str
-    """A file, or owner/name@revision."""
+    """A file, or owner/name@COMMIT."""
     columns: Columns
     training: Training
     """Of fine-tuning; its `row_tokens` is replaced by what the traces need unless `row_tokens` is given."""
@@ -68,7 +72,7 @@ class Run:
     total: int | None = None
     qat_tokens: int | None = None
     epochs: int = 1
-    """Passes over the data that the default `total` stands for."""
+    """The default `total` in sizes of the data: QAT's part revisits the first traces, so fine-tuning reads fewer."""
     row_tokens: int | None = None
     over_long: Literal["drop", "truncate"] = "drop"
     global_scale: Literal["dynamic", "row"] = "row"
@@ -83,11 +87,12 @@ class Run:
         """All that decides the result, with digests of model and data; what a run is resumed by."""
         amounts = {"total": self.total, "qat-tokens": self.qat_tokens, "epochs": self.epochs}
         return {
+            "schema": SCHEMA,
             "recipe": self.recipe,
             "recipe's steps": catalogue.recipe(self.recipe).model_dump(mode="json"),
             "precision": self.precision,
             "model": Path(self.model).name if Path(self.model).is_dir() else self.model,
-            "model's weights (sha256)": _weights(self.model),
+            "model's files (sha256)": _files(self.model),
             "data": Path(self.data).name if Path(self.data).is_file() else self.data,
             "data (sha256)": _digest(self.data),
             "columns": [self.columns.messages, self.columns.prompt, self.columns.response],
@@ -127,7 +132,7 @@ def train_own(
     inputs = [path for path in (run.model, run.data) if Path(path).exists()]
     with record.asked_for("train", out, settings, root=root, force=force, inputs=inputs) as job:
         work = out.with_name(f"{out.name}.unfinished")
-        job.resumed = _claim(work, settings, resume)
+        job.resumed = _claim(work, settings, resume, inputs)
         job.seeds = [run.seed]
         job.metrics = _carry_out(run, catalogue, work, job.partial, root)
     shutil.rmtree(work, ignore_errors=True)
@@ -375,18 +380,19 @@ def _say(
     return entries
 
 
-def _claim(work: Path, settings: Mapping[str, Any], resume: bool) -> bool:
-    """Begin or take up the unfinished run in ``work``; whether there was one."""
+def _claim(work: Path, settings: Mapping[str, Any], resume: bool, inputs: Iterable[str]) -> bool:
+    """Begin or take up the unfinished run in ``work``; whether there was one.
+
+    Raises `ReqatError` for anything else that is there, and where one of ``inputs`` lies in it.
+    """
+    check_folder(work, _of_a_run, replace=True, inputs=map(Path, inputs))
     file = work / SETTINGS
-    if work.exists() and not file.is_file() and (not work.is_dir() or any(work.iterdir())):
-        raise ReqatError(f"{work} is in the way, and it is no unfinished run of `reqat train`; move it elsewhere.")
     there = file.is_file()
     if there and not resume:
         shutil.rmtree(work)
         there = False
     if there:
-        then = read_json(file, "record of an unfinished run", f"delete {work} to begin anew")
-        different = _differences(then, settings)
+        different = _differences(_settings(file), settings)
         if different:
             raise ReqatError(
                 f"{work} holds an unfinished run of other settings: {'; '.join(different)}. Run with those, name "
@@ -395,6 +401,24 @@ def _claim(work: Path, settings: Mapping[str, Any], resume: bool) -> bool:
         return True
     write_file(file, record.text(settings))
     return False
+
+
+def _of_a_run(work: Path) -> list[str]:
+    """The files of an unfinished run. Raises `ReqatError` for a folder that is none."""
+    file = work / SETTINGS
+    if file.is_symlink() or not file.is_file() or _settings(file).get("schema") != SCHEMA:
+        raise ReqatError("no unfinished run of `reqat train`.")
+    # What its stages left, whatever it is called; links to models are not followed.
+    return [
+        Path(where, name).relative_to(work).as_posix()
+        for where, folders, files in os.walk(work)
+        for name in (*folders, *files)
+        if Path(where, name).relative_to(work).parts[0] in _WORK
+    ]
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    return read_json(file, "record of an unfinished run", f"move {file.parent} elsewhere")
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -423,7 +447,9 @@ def _digest(source: str) -> str | None:
     return record.sha256(path) if path.is_file() else None
 
 
-def _weights(model: str) -> Any:
+def _files(model: str) -> Any:
+    """Digests of all that is read of a model; of a package's, its version."""
+    from reqat.models.folder import files_read
     from reqat.models.loading import local_folder
 
     if model.startswith("package:"):
@@ -433,4 +459,5 @@ def _weights(model: str) -> Any:
         except importlib.metadata.PackageNotFoundError:
             return None
     folder = local_folder(model)
-    return {path.name: record.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    read = (path for path in files_read(folder) if path.name != record.FILE)  # of how it was made
+    return {path.relative_to(folder).as_posix(): record.sha256(path) for path in read}

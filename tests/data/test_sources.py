@@ -197,6 +197,17 @@ def test_a_file_that_cannot_be_read_is_named_with_its_line(content: str, says: s
         read_source(str(tmp_path / "traces.jsonl"), tmp_path / "cache", progress=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("x[1].jsonl", "x1.jsonl"), ("x?.jsonl", "xy.jsonl"), ("*.json", "a.json")]
+)
+def test_a_name_is_no_pattern(name: str, other: str, tmp_path: Path) -> None:
+    lines(tmp_path, [GOOD, GOOD], other)
+    for folder in (tmp_path, tmp_path / "[a]*"):
+        folder.mkdir(exist_ok=True)
+        rows = read_source(lines(folder, [GOOD], name), tmp_path / "cache", progress=False)
+        assert list(rows) == [GOOD]
+
+
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "traces.csv").write_text("a,b\n")
     for source, says in (
@@ -204,7 +215,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         (str(tmp_path / "none.jsonl"), "no such file"),
         (str(tmp_path / "traces.csv"), "not .csv"),
         ("owner/name", "owner/name@COMMIT"),
-        ("owner/name@0123abc", "cannot be loaded.*without a network"),  # tests run offline
+        ("owner/name@main", "owner/name@COMMIT"),
+        ("owner/name@0123abc:train", "owner/name@COMMIT"),
+        (f"owner/name@{'0123abcd' * 5}", "cannot be loaded.*without a network"),  # tests run offline
         ("words", "no such file"),
     ):
         with pytest.raises(ReqatError, match=says):
@@ -222,13 +235,13 @@ def test_a_damaged_store_of_arrays_is_refused(tokenizer: Any, tmp_path: Path) ->
             try:
                 assert list(TraceStore.read(store).traces) == expected
             except ReqatError as error:
-                assert str(store) in str(error)
+                assert str(store) in str(error) and "reqat train" in str(error)
         for cut in (whole[:-4], whole + b"0000"):
             (store / name).write_bytes(cut)
-            with pytest.raises(ReqatError, match="store"):
+            with pytest.raises(ReqatError, match="store.*reqat train"):
                 TraceStore.read(store)
         (store / name).unlink()
-        with pytest.raises(ReqatError, match="store"):
+        with pytest.raises(ReqatError, match="store.*reqat train"):
             TraceStore.read(store)
         (store / name).write_bytes(whole)
 

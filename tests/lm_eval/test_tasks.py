@@ -201,6 +201,29 @@ def test_a_missing_file_and_an_unreachable_hub_end_with_the_remedies(
         benchmarks.dataset("aime2")
 
 
+@pytest.mark.filterwarnings("ignore:.*scores are of these")
+def test_rows_say_which_version_they_are_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    import datasets
+
+    file = write(tmp_path / "aime24.jsonl", AIME)
+    (row,) = benchmarks.dataset("aime24", aime24=file)["test"]
+    assert row["source"] == f"aime24.jsonl sha256:{hashlib.sha256(Path(file).read_bytes()).hexdigest()}"
+
+    def load(path: str, config: str | None, *, split: str) -> Any:
+        rows = datasets.Dataset.from_list([AIME])
+        commit = hashlib.sha1(path.encode()).hexdigest()
+        rows.info.download_checksums = {f"hf://datasets/{path}@{commit}/data/{split}.parquet": {"num_bytes": 1}}
+        return rows
+
+    monkeypatch.delenv("REQAT_LM_EVAL_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    names = ["AI-MO/aimo-validation-aime", "math-ai/aime25"]
+    expected = [f"{name}@{hashlib.sha1(name.encode()).hexdigest()}" for name in names]
+    assert [row["source"] for row in benchmarks.dataset("aime120")["test"]] == expected
+
+
 def test_another_number_of_problems_is_said(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="1 problems.*30"):
         benchmarks.dataset("aime24", aime24=write(tmp_path / "a.jsonl", AIME))

@@ -85,22 +85,26 @@ def test_every_rope_scaling_computes_what_transformers_does(rope: str, kind: str
         torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_of_the_hub_needs_a_revision_and_a_network_or_its_cache(
+def test_a_model_of_the_hub_needs_a_commit_and_a_network_or_its_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ReqatError, match="owner/tiny.*@REVISION"):
+    with pytest.raises(ReqatError, match="owner/tiny.*@COMMIT"):
         load_model("owner/tiny")
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(ReqatError, match="owner/tiny@main: no such folder here.*Without a network"):
-        load_model("owner/tiny@main")
+    for moving in ("main", "v1.0", "0123abc"):
+        with pytest.raises(ReqatError, match=f"owner/tiny@{moving}: .*owner/tiny@COMMIT"):
+            load_model(f"owner/tiny@{moving}")
     commit = "0123456789abcdef0123456789abcdef01234567"
+    with pytest.raises(ReqatError, match=f"owner/tiny@{commit}: no such folder here.*Without a network"):
+        load_model(f"owner/tiny@{commit}")
     model = make("llama")
     folder = tmp_path / "cache" / "models--owner--tiny"
     model.save_pretrained(folder / "snapshots" / commit)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(commit)
-    for revision in (commit, "main"):
-        assert torch.equal(load_model(f"owner/tiny@{revision}")(IDS).logits, model(IDS).logits)
-    assert not [pattern for pattern in hub.WANTED if os.path.splitext(pattern)[1] in (".py", ".bin", ".pt", ".pth")]
+    assert torch.equal(load_model(f"owner/tiny@{commit}")(IDS).logits, model(IDS).logits)
+    with pytest.raises(ReqatError, match="owner/tiny@COMMIT"):  # though the cache has it
+        load_model("owner/tiny@main")
+    assert not [pattern for pattern in hub.READ if os.path.splitext(pattern)[1] in (".py", ".bin", ".pt", ".pth")]

@@ -74,7 +74,8 @@ def test_the_result_loads_here_and_in_plain_transformers(given: Path, undisturbe
     assert bool(torch.isfinite(logits).all()) and not torch.equal(logits, plain(ids).logits)
     assert about["kind"] == "train" and about["config"]["recipe"] == "reqat-ts"
     assert about["config"]["data (sha256)"] == record.sha256(given / "traces.jsonl")
-    assert set(about["config"]["model's weights (sha256)"]) == {"model.safetensors"}
+    read = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(about["config"]["model's files (sha256)"]) >= read
     assert not out.with_name("whole.unfinished").exists()
 
 
@@ -117,6 +118,52 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
     assert "already there" in capsys.readouterr().out
     with pytest.raises(ReqatError, match="there already"):
         train(run(given, seed=1), out)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_only_an_unfinished_run_is_taken_up_or_deleted(given: Path, tmp_path: Path, resume: bool) -> None:
+    work = tmp_path / "notes.unfinished"
+
+    def refused(says: str, **changes: Any) -> None:
+        before = record.files(work)
+        with pytest.raises(ReqatError, match=says):
+            train(run(given, **changes), tmp_path / "notes", resume=resume)
+        assert record.files(work) == before and not (tmp_path / "notes").exists()
+
+    work.mkdir()
+    (work / "settings.json").write_text('{"editor.fontSize": 12}')
+    refused("no unfinished run")
+    settings = {"schema": own.SCHEMA, "seed": 3}
+    (work / "settings.json").write_text(json.dumps(settings))
+    (work / "diary.txt").write_text("dear diary")
+    refused("diary.txt")
+    (work / "diary.txt").unlink()
+    shutil.copytree(given / "model", work / "stages" / "finetune-0" / "model")
+    refused("made from", model=str(work / "stages" / "finetune-0" / "model"))
+    (work / ".git").mkdir()
+    refused("checkout")
+    (work / ".git").rmdir()
+    work.rename(tmp_path / "elsewhere")
+    work.symlink_to(tmp_path / "elsewhere")
+    refused("link")
+
+
+def test_a_result_is_there_already_only_if_all_that_was_read_of_the_model_is_the_same(
+    given: Path, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(given / "model", model)
+    train(run(given, model=str(model)), undisturbed[0])
+    assert "already there" in capsys.readouterr().out
+    (model / "README.md").write_text("not read")
+    train(run(given, model=str(model)), undisturbed[0])
+    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+        file = model / name
+        before = file.read_text() if file.exists() else None
+        file.write_text((before or "") + " ")
+        with pytest.raises(ReqatError, match="there already"):
+            train(run(given, model=str(model)), undisturbed[0])
+        file.unlink() if before is None else file.write_text(before)
 
 
 def test_data_that_change_between_stages_are_refused(given: Path, tmp_path: Path, monkeypatch: Any) -> None:
