@@ -189,9 +189,25 @@ def test_modelopt_says_nvfp4_keys_and_values_and_no_others(
     names = [name for name in state if name.endswith(("k_scale", "v_scale"))]
     assert described["kv_cache_quant_algo"] == ("NVFP4" if element == "E2M1" else None)
     assert len(names) == (4 if element == "E2M1" else 0)
-    for index, kv in enumerate(kv_quantizers(model)) if names else ():
-        amax = 448 * 6 / kv.key.global_scale
-        torch.testing.assert_close(state[f"model.layers.{index}.self_attn.k_proj.k_scale"], amax / 448)
+
+
+def test_modelopts_cache_scales_are_the_largest_magnitude_over_6_times_448(
+    tiny: Tiny, ids: Tensor, tmp_path: Path
+) -> None:
+    # ModelOpt's export: amax / maxbound, where the maxbound of KV_CACHE_NVFP4 is 6 * 448 (unified_export_hf).
+    model = tiny()
+    prepare(model, "NVFP4-W4A4KV4", global_scale="static")
+    calibrate_static(model, [ids])
+    for kv in kv_quantizers(model):
+        for quantizer, amax in ((kv.key, 13.44), (kv.value, 2.688)):
+            quantizer.amax = torch.tensor(amax)
+            quantizer.set_from_amax()
+    export_model(model, None, tmp_path / "out", "modelopt")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    for index in range(2):
+        attention = f"model.layers.{index}.self_attn"
+        torch.testing.assert_close(state[f"{attention}.k_proj.k_scale"], torch.tensor(0.005))
+        torch.testing.assert_close(state[f"{attention}.v_proj.v_scale"], torch.tensor(0.001))
 
 
 def test_qfits_scale_is_in_the_weights(tiny: Tiny, ids: Tensor, tmp_path: Path) -> None:
