@@ -25,10 +25,11 @@ from reqat.models import ATTENTION, prepare, quant_linears
 from reqat.models.adapters import cached_attentions
 from reqat.models.asked import settle
 from reqat.models.described import METHOD, check_agrees, is_ours
-from reqat.models.folder import CONFIG, REMEDY, check_unquantized, weight_shapes
+from reqat.models.folder import CONFIG, REMEDY, Header, check_unquantized, weight_shapes
 from reqat.models.loading import is_widened
 from reqat.models.prepare import check_geometry
 from reqat.models.pretrained import plain_state
+from reqat.models.released import KEY, saved_with
 from reqat.models.sidecar import Sidecar
 from reqat.models.stored import JSON, TENSORS
 from reqat.quant import Precision
@@ -71,7 +72,7 @@ class ReqatHfQuantizer(HfQuantizer):
             )
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             self._folder = Path(checkpoint_files[0]).parent
-            self._read(self._folder, model)
+            self._read(self._folder, model, [Path(file) for file in checkpoint_files])
         elif self.pre_quantized or not checkpoint_files:
             raise ReqatError(
                 f"{JSON} and {TENSORS} stand beside the weights, and these weights are in no folder (state_dict), or "
@@ -89,11 +90,12 @@ class ReqatHfQuantizer(HfQuantizer):
         _widen_norms(model, checkpoint_files)
         return model
 
-    def _read(self, folder: Path, model: PreTrainedModel) -> None:
+    def _read(self, folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:
         _fetch_sidecar(folder, str(model.config.name_or_path))
-        self._sidecar = Sidecar.read(folder)
         config = read_json(folder / CONFIG, "model configuration", REMEDY) if (folder / CONFIG).is_file() else {}
         check_unquantized(folder, config)
+        stored = {name: Header(file, shape) for file in files for name, shape in weight_shapes(file).items()}
+        self._sidecar = saved_with(folder, config, stored)
         about = config.get("quantization_config")
         if about is not None and is_ours(about):
             check_agrees(folder, about, self._sidecar)
@@ -128,6 +130,8 @@ class ReqatHfQuantizer(HfQuantizer):
             )
         if self._sidecar is not None and self._folder is not None:
             self._sidecar.attach(model, self._folder)
+        if hasattr(model.config, KEY):  # of a released checkpoint; it is in the sidecar now, which is saved along
+            delattr(model.config, KEY)
         wanted = self.quantization_config
         precision, _ = self._settled() if wanted.precision is None else (wanted.precision, None)
         report = prepare(model, precision, skip=wanted.skip, override=wanted.override, **wanted.options)

@@ -33,7 +33,8 @@ from reqat.generation.stops import StopTexts
 from reqat.inference import pack
 from reqat.models import load_tokenizer, precision_of
 from reqat.models.limits import position_limit
-from reqat.models.sidecar import Sidecar
+from reqat.models.loading import PACKAGE, local_folder
+from reqat.models.released import saved_with
 from reqat.pipeline.resets import read_fit
 
 if TYPE_CHECKING:
@@ -241,9 +242,9 @@ _OF_REQAT = ("pretrained", "precision", "kv_element", "global_scale", "rotation"
 
 
 def _saved_precision(source: str) -> str:
-    """The name of the precision that a folder was saved with; BF16 where it does not say."""
-    sidecar = Sidecar.read(Path(source)) if Path(source).is_dir() else None
-    return "BF16" if sidecar is None else sidecar.precision.name
+    """The name of the precision that a folder, or a model of the hub, was saved with; BF16 where it does not say."""
+    saved = None if source.startswith(PACKAGE) else saved_with(local_folder(source))
+    return "BF16" if saved is None else saved.precision.name
 
 
 def _key(request: Instance) -> str:
