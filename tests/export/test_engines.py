@@ -82,6 +82,33 @@ def test_codes_are_those_of_the_frozen_model(tiny: Tiny, tmp_path: Path, precisi
     ).read_bytes()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_shared_scales_round_again_are_named(tiny: Tiny, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny()
+    prepare(model, "NVFP4-W4A16")
+    save_model(freeze(model), None, tmp_path / "dense", dtype=dtype)
+    for sidecar in (tmp_path / "dense").glob("reqat.*"):  # dense weights on grids of their own, as released ones
+        sidecar.unlink()
+    file = tmp_path / "dense" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "quantization_config"}))
+    before = load_model(tmp_path / "dense").state_dict()
+    with pytest.warns(UserWarning, match="rounded again"):
+        done = export_model(
+            load_model(tmp_path / "dense"), None, tmp_path / "ct", "compressed-tensors", precision="NVFP4-W4A16"
+        )
+    written, changes = load_file(tmp_path / "ct" / "model.safetensors"), {}
+    for name in quant_linears(model):
+        weight = before[f"{name}.weight"]
+        now = from_layout(of_layer(written, name), LAYOUT["NVFP4"]).dequantize(torch.float32)
+        changes[name] = float((now - weight).norm() / weight.norm())
+    most = max(changes, key=lambda name: changes[name])
+    assert changes[most] > 0.02 and f"{most} most, by {changes[most]:.2%}" in done.notes[0]
+    with warnings.catch_warnings():  # each keeps its scale there
+        warnings.simplefilter("error")
+        export_model(load_model(tmp_path / "dense"), None, tmp_path / "ours", "reqat", precision="NVFP4-W4A16")
+
+
 @pytest.mark.parametrize("format", ["compressed-tensors", "modelopt"])
 def test_inputs_share_the_models_static_scale(tiny: Tiny, ids: Tensor, tmp_path: Path, format: str) -> None:
     model = tiny("qwen2")
