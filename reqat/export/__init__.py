@@ -2,7 +2,8 @@
 
 The codes are those of the frozen model (:func:`reqat.models.freeze`), which are those that :func:`reqat.pack` computes
 with: codes are never quantized a second time. Where engines join layers (q, k and v; gate and up), those share one
-global scale; dense weights that were rounded with scales of their own before are rounded again, which a note says. Beside what the engine reads lies our sidecar (``reqat.json``: the precision, and what the format cannot say).
+global scale; dense weights that were rounded with scales of their own before are rounded again, which a note says.
+Beside what the engine reads lies our sidecar (``reqat.json``: the precision, and what the format cannot say).
 """
 
 from __future__ import annotations
