@@ -69,6 +69,9 @@ def train(
     global_scale: Annotated[
         Literal["dynamic", "row"], typer.Option(help="Of NVFP4's inputs, keys and values.")
     ] = "row",
+    share_global_scale: Annotated[
+        bool, typer.Option(help="One for the weights that engines join (q, k, v; gate, up), as `reqat export` needs.")
+    ] = True,
     autocast: Annotated[
         Literal["none", "bf16", "auto"], typer.Option(help="Products in bfloat16: no, yes, or where it is fast.")
     ] = "auto",
@@ -114,6 +117,7 @@ def train(
         row_tokens=row_tokens,
         over_long=long,
         global_scale=global_scale,
+        share_global_scale=share_global_scale,
         calibration=calibration,
         seed=seed,
         processes=processes or min(8, len(os.sched_getaffinity(0))),

@@ -241,7 +241,12 @@ class _Builder:
         if isinstance(step, PTQStep):
             ptq = self.tier.ptq
             of_tier = {"damp": ptq.damp} if has_option(step.method, "damp") else {}
-            return PTQSettings(method=step.method, options={**of_tier, **step.options}, calibration=ptq.calibration)
+            return PTQSettings(
+                method=step.method,
+                options={**of_tier, **step.options},
+                calibration=ptq.calibration,
+                share_global_scale=self.tier.train.share_global_scale,
+            )
         train = self.tier.train
         training = train.finetune if step.step == "finetune" else train.qat
         if step.step == "qat" and not finetuned and train.qat_from_base is not None:
@@ -249,7 +254,12 @@ class _Builder:
         rate = train.rates.get(name) if step.step == "qat" else None
         given = {"objective": step.objective, "gradient": step.gradient, "lr": rate}
         training = training.model_copy(update={name: value for name, value in given.items() if value is not None})
-        return TrainSettings(training=training, traces=self.selection(step, total, model, name), seed=seed)
+        return TrainSettings(
+            training=training,
+            traces=self.selection(step, total, model, name),
+            seed=seed,
+            share_global_scale=train.share_global_scale and step.step == "qat",
+        )
 
     def precision(self, name: str, recipe: Recipe, global_scale: str, model: Model) -> PrecisionSpec:
         options = recipe.precision.get(family(name))

@@ -249,6 +249,8 @@ class TrainSettings(Strict):
     traces: Selection
     seed: Seed = 0
     """Order of the rows (and any other randomness of the loop)."""
+    share_global_scale: bool = False
+    """Of a `qat` stage: weights that engines join (q, k, v; gate, up) have one global scale."""
 
 
 class BaseSettings(Strict):
@@ -318,6 +320,8 @@ class PTQSettings(Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     """Of the method (`reqat.config.ptq`), those that are not its defaults."""
     calibration: Calibration = Calibration()
+    share_global_scale: bool = False
+    """Weights that engines join (q, k, v; gate, up) get one global scale."""
 
     @model_validator(mode="before")
     @classmethod

@@ -113,6 +113,8 @@ class Trainings(Strict):
     """Recipe -> learning rate of its `qat` steps, so that every method can have its own best one; a recipe that is not
     named takes that of `qat` or `qat_from_base`."""
     global_scale: GlobalScale = "row"
+    share_global_scale: bool = False
+    """One global scale for the weights that engines join (q, k, v; gate, up), in QAT and in PTQ."""
 
 
 class ClaimSeeds(Strict):

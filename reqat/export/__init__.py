@@ -1,8 +1,9 @@
 """Quantized models in the layouts that inference engines read. A new format is one file here that defines ``EXPORTER``.
 
 The codes are those of the frozen model (:func:`reqat.models.freeze`), which are those that :func:`reqat.pack` computes
-with: nothing is quantized a second time. Where engines join layers (q, k and v; gate and up), those share one global
-scale. Beside what the engine reads lies our sidecar (``reqat.json``: the precision, and what the format cannot say).
+with: codes are never quantized a second time. Where engines join layers (q, k and v; gate and up), those share one
+global scale; dense weights that were rounded with scales of their own before are rounded again, which a note says.
+Beside what the engine reads lies our sidecar (``reqat.json``: the precision, and what the format cannot say).
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from reqat.export._exporter import (
     check_precision,
     check_prepared,
 )
-from reqat.models import calibrate_static, freeze, precision_of, prepare, quant_linears, share_global_scales
+from reqat.models import (
+    QuantLinear,
+    calibrate_static,
+    freeze,
+    precision_of,
+    prepare,
+    quant_linears,
+    share_global_scales,
+)
 from reqat.models.asked import settle
 from reqat.models.saving import source_of, whole_folder
 from reqat.models.sidecar import Sidecar
@@ -40,6 +49,8 @@ EXPORTERS: dict[str, Exporter] = {
     name: importlib.import_module(f"{__name__}.{name.replace('-', '_')}").EXPORTER for name in EXPORT_FORMATS
 }
 _KIND = "export"
+_STORED = 2**-7
+"""More than storing a rounded weight in bfloat16 changes of it, and far less than rounding to four bits does."""
 
 
 @dataclass(frozen=True)
@@ -132,15 +143,18 @@ def export_into(
     if exporter.families is not None:
         check_prepared(model, wanted, format, exporter)
     _calibrate(model, calibration, format)
+    notes = []
     if exporter.fuses and exporter.families is not None:
+        rounded = _rounded_before(model, wanted)
         share_global_scales(model)
+        notes = _rounded_again(rounded, format)
     freeze(model)
     layers = {
         name: Layer(layer.quantized, layer.input_quantizer.global_scale)
         for name, layer in quant_linears(model).items()
         if layer.quantized is not None
     }
-    frozen = Frozen(model, tokenizer, wanted, layers)
+    frozen = Frozen(model, tokenizer, wanted, layers, notes)
     exporter.write(frozen, folder)
     if exporter.families is not None:
         whole = Sidecar.collect(model)
@@ -177,6 +191,34 @@ def _wanted(
         if fmt is not None and fmt.has_global_scale:
             wanted = wanted.replace(inputs=fmt.replace(global_scale="static"))
     return wanted, list(asked.skip)
+
+
+def _rounded_before(model: PreTrainedModel, precision: Precision) -> dict[str, QuantLinear]:
+    """Layers with dense weights that lie on the grid of a global scale of their own (fake-quantized, as released
+    checkpoints are): rounding leaves them as they are, up to the type that they were stored in."""
+    if precision.weights is None or not precision.weights.has_global_scale:
+        return {}
+    dense = {name: layer for name, layer in quant_linears(model).items() if not layer.frozen}
+    return {name: layer for name, layer in dense.items() if _change(layer) < _STORED}
+
+
+def _rounded_again(layers: Mapping[str, QuantLinear], format: str) -> list[str]:
+    """A note of what shared global scales change in weights that were rounded before."""
+    changes = {name: change for name, layer in layers.items() if (change := _change(layer)) >= _STORED}
+    if not changes:
+        return []
+    most = max(changes, key=lambda name: changes[name])
+    return [
+        f"weights: {len(changes)} layers had been rounded with global scales of their own, and {format} has one for q, "
+        f"k and v and one for gate and up: rounded again, {most} most, by {changes[most]:.2%} of its norm"
+    ]
+
+
+def _change(layer: QuantLinear) -> float:
+    """What rounding to the layer's codes changes in its weight, as a share of the weight's norm."""
+    weight = layer.rotated_weight().float()
+    rounded = layer.quantize_weight().dequantize(torch.float32)
+    return float((rounded - weight).norm() / weight.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _calibrate(model: PreTrainedModel, calibration: Any, format: str) -> None:

@@ -175,8 +175,9 @@ def _check_fused(block: Block, name: str) -> None:
             names = ", ".join(site.name.rpartition(".")[2] for site in here)
             raise ReqatError(
                 f"{block.name}: {names} were frozen with global scales of their own ({min(scales):.6g} to "
-                f"{max(scales):.6g}), and engines that read {name} join them and take one. Export the dense model, or "
-                "quantize it again with `reqat quantize --share-global-scale`."
+                f"{max(scales):.6g}), and engines that read {name} join them and take one. Their codes cannot change: "
+                "begin from the dense model (export it, or `reqat quantize --share-global-scale`), train again without "
+                "--no-share-global-scale, or take --format gguf or reqat, which keep a scale a layer."
             )
 
 

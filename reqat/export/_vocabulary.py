@@ -47,9 +47,13 @@ def _split_name(described: dict[str, Any]) -> tuple[str | None, str]:
         return None, f"llama.cpp reads byte-level BPE tokenizers here, and this one is {model['type']}" + (
             " with byte fallback (SentencePiece)" if model.get("byte_fallback") else ""
         )
+    if (normalizer := described.get("normalizer")) is not None and not _changes_nothing(normalizer):
+        return None, f"it normalizes text first ({normalizer.get('type')}), which llama.cpp does not"
     before = described.get("pre_tokenizer") or {}
     steps = before.get("pretokenizers", [before])
     kinds = [step.get("type") for step in steps]
+    if any(step.get("type") == "ByteLevel" and step.get("add_prefix_space", True) for step in steps):
+        return None, "it puts a space before a text (add_prefix_space), which llama.cpp does not here"
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
         return "gpt-2", ""
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
@@ -61,6 +65,12 @@ def _split_name(described: dict[str, Any]) -> tuple[str | None, str]:
         None,
         f"llama.cpp has no name that is known here for how it splits text ({', '.join(map(str, kinds))} {expression})",
     )
+
+
+def _changes_nothing(normalizer: dict[str, Any]) -> bool:
+    """A sequence of no steps, or NFC: of those that llama.cpp has names for, Qwen2's has it, and llama.cpp does without
+    (text is nearly always composed)."""
+    return normalizer.get("type") == "NFC" or normalizer.get("normalizers") == []
 
 
 def _write(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase, split: str, rows: int) -> None:

@@ -2,8 +2,8 @@
 
 Per linear layer ``weight`` uint8 [N, K/2], ``weight_scale`` float8_e4m3fn [N, K/16], ``weight_scale_2`` float32 scalar
 (1/g) and, with quantized inputs, ``input_scale`` float32 scalar (1/g). ``hf_quant_config.json`` says so, and
-``config.json`` again. Its ``kv_cache_quant_algo`` can say that keys and values are NVFP4 (E2M1), with a scale amax/448
-each; nothing else about them.
+``config.json`` again. Its ``kv_cache_quant_algo`` can say that keys and values are NVFP4 (E2M1), with ``k_scale`` and
+``v_scale`` 1/g = amax/2688 as all other scales here; nothing else about them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from reqat.quant import Precision
 
 NAME = "modelopt"
 QUANT_CONFIG = "hf_quant_config.json"
-_LARGEST_CODE = 6.0  # of E2M1: g = 448 * 6 / amax, and the scale of keys and values is amax / 448
 
 
 def write(frozen: Frozen, folder: Path) -> None:
@@ -75,7 +74,7 @@ def _cache_scales(frozen: Frozen) -> dict[str, Tensor] | None:
         for projection, part, g in zip(attention.projections[1:], ("k_scale", "v_scale"), scales, strict=True):
             if g is None:
                 return None
-            found[f"{attention.name}.{projection}.{part}"] = (_LARGEST_CODE / g).cpu().reshape(())
+            found[f"{attention.name}.{projection}.{part}"] = g.reciprocal().cpu().reshape(())
     return found
 
 

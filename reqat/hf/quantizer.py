@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantizer
-from transformers.utils.hub import cached_file
+from transformers.utils.hub import is_offline_mode
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
@@ -25,10 +27,11 @@ from reqat.models import ATTENTION, prepare, quant_linears
 from reqat.models.adapters import cached_attentions
 from reqat.models.asked import settle
 from reqat.models.described import METHOD, check_agrees, is_ours
-from reqat.models.folder import CONFIG, REMEDY, check_unquantized, weight_shapes
+from reqat.models.folder import CONFIG, REMEDY, Header, check_unquantized, weight_shapes
 from reqat.models.loading import is_widened
 from reqat.models.prepare import check_geometry
 from reqat.models.pretrained import plain_state
+from reqat.models.released import KEY, saved_with
 from reqat.models.sidecar import Sidecar
 from reqat.models.stored import JSON, TENSORS
 from reqat.quant import Precision
@@ -71,7 +74,7 @@ class ReqatHfQuantizer(HfQuantizer):
             )
         if checkpoint_files and all(str(file).endswith(".safetensors") for file in checkpoint_files):
             self._folder = Path(checkpoint_files[0]).parent
-            self._read(self._folder, model)
+            self._read(self._folder, model, [Path(file) for file in checkpoint_files])
         elif self.pre_quantized or not checkpoint_files:
             raise ReqatError(
                 f"{JSON} and {TENSORS} stand beside the weights, and these weights are in no folder (state_dict), or "
@@ -89,11 +92,12 @@ class ReqatHfQuantizer(HfQuantizer):
         _widen_norms(model, checkpoint_files)
         return model
 
-    def _read(self, folder: Path, model: PreTrainedModel) -> None:
+    def _read(self, folder: Path, model: PreTrainedModel, files: Sequence[Path]) -> None:
         _fetch_sidecar(folder, str(model.config.name_or_path))
-        self._sidecar = Sidecar.read(folder)
         config = read_json(folder / CONFIG, "model configuration", REMEDY) if (folder / CONFIG).is_file() else {}
         check_unquantized(folder, config)
+        stored = {name: Header(file, shape) for file in files for name, shape in weight_shapes(file).items()}
+        self._sidecar = saved_with(folder, config, stored)
         about = config.get("quantization_config")
         if about is not None and is_ours(about):
             check_agrees(folder, about, self._sidecar)
@@ -128,6 +132,8 @@ class ReqatHfQuantizer(HfQuantizer):
             )
         if self._sidecar is not None and self._folder is not None:
             self._sidecar.attach(model, self._folder)
+        if hasattr(model.config, KEY):  # of a released checkpoint; it is in the sidecar now, which is saved along
+            delattr(model.config, KEY)
         wanted = self.quantization_config
         precision, _ = self._settled() if wanted.precision is None else (wanted.precision, None)
         report = prepare(model, precision, skip=wanted.skip, override=wanted.override, **wanted.options)
@@ -196,18 +202,35 @@ def _widen_norms(model: nn.Module, files: Sequence[str] | None) -> None:
 
 
 def _fetch_sidecar(folder: Path, source: str) -> None:
-    """Of a model of the Hub, bring the sidecar beside the weights: transformers fetches only what it knows."""
+    """Of a model of the Hub, bring the sidecar beside the weights: transformers fetches only what it knows.
+
+    Raises ReqatError where it cannot be found out whether there is one. Offline the cache is all that there is.
+    """
     parts = folder.parts
-    if Path(source).is_dir() or "snapshots" not in parts[2:-1]:
+    if Path(source).is_dir() or "snapshots" not in parts[2:-1] or is_offline_mode():
         return
     at = len(parts) - 1 - parts[::-1].index("snapshots")  # cache / models--owner--name / snapshots / commit / subfolder
     for name in (JSON, TENSORS):
-        cached_file(
-            source,
-            name,
-            cache_dir=str(Path(*parts[: at - 1])),
-            revision=parts[at + 1],
-            subfolder="/".join(parts[at + 2 :]),
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
+        if (folder / name).is_file():
+            continue
+        place = "/".join((*parts[at + 2 :], name))
+        cache = str(Path(*parts[: at - 1]))
+        if try_to_load_from_cache(source, place, cache_dir=cache, revision=parts[at + 1]) is _CACHED_NO_EXIST:
+            continue
+        try:
+            hf_hub_download(source, place, cache_dir=cache, revision=parts[at + 1])
+        except LocalEntryNotFoundError as error:  # no network: also a kind of the next
+            raise _not_fetched(source, name, error) from error
+        except EntryNotFoundError:
+            continue
+        except Exception as error:  # of the hub, of the network, of the disk: as many kinds as ways to fail
+            raise _not_fetched(source, name, error) from error
+
+
+def _not_fetched(source: str, name: str, error: Exception) -> ReqatError:
+    said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ReqatError(
+        f"{source}: whether it has {name} (scales, shift, codes) cannot be found out ({said}); a private model needs "
+        "`hf auth login` or HF_TOKEN, as transformers does not pass its token= on. Or fetch the model with "
+        "`hf download` and give its folder; if the cache has all of it, set HF_HUB_OFFLINE=1"
+    )

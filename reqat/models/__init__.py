@@ -31,6 +31,7 @@ from reqat.models.prepare import (  # noqa: E402
     precision_of,
     prepare,
     share_global_scales,
+    sharing_global_scales,
 )
 from reqat.models.saving import save_model  # noqa: E402
 from reqat.models.sidecar import carried, leave  # noqa: E402
@@ -63,6 +64,7 @@ __all__ = [
     "save_model",
     "set_gradient",
     "share_global_scales",
+    "sharing_global_scales",
     "softmax_attention",
     "weights_quantized_once",
 ]

@@ -53,8 +53,7 @@ from reqat.models.folder import (
 )
 from reqat.models.hub import hub_folder
 from reqat.models.pretrained import hook_saving
-from reqat.models.released import is_shift, read_released
-from reqat.models.sidecar import Sidecar
+from reqat.models.released import KEY, is_shift, saved_with
 
 PACKAGE = "package:"
 _REASON = 300  # letters of a foreign error's text that are worth showing
@@ -98,9 +97,9 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
     check_generation(folder)
     stored = weight_headers(folder)
     check_layers(folder, described, stored)
-    released = read_released(folder, described, stored)
-    sidecar = Sidecar.read(folder) or released
-    stored = {name: header for name, header in stored.items() if released is None or not is_shift(name)}
+    sidecar = saved_with(folder, described, stored) or None
+    released = KEY in described
+    stored = {name: header for name, header in stored.items() if not is_shift(name)}
     about = described.get("quantization_config")
     if about is not None:
         check_agrees(folder, about, sidecar)
@@ -121,7 +120,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32) -> PreTr
             ignore_mismatched_sizes=True,  # reported below, in one line
         )
     model, info = loaded
-    if released is not None:
+    if released:
         del model.config.fake_quant_config  # it is in the sidecar now, which is saved along
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not is_shift(key)]
     _load_widened_norms(stored, model, info)

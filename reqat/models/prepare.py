@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -204,12 +205,36 @@ def freeze(model: PreTrainedModel, *, share_global_scale: bool = False) -> PreTr
 
 def share_global_scales(model: PreTrainedModel) -> None:
     """Give weights that read the same input (q, k and v; gate and up) of a prepared model one global scale each group,
-    unless they are frozen."""
+    that of the largest weight as it is now.
+
+    Raises ReqatError where such weights were frozen with scales of their own: their codes cannot take another.
+    """
     for group in [group for block in blocks_of(model) for group in block.groups()]:
         _share_global_scale([site.module for site in group.sites if isinstance(site.module, QuantLinear)])
 
 
+@contextmanager
+def sharing_global_scales(model: PreTrainedModel) -> Iterator[None]:
+    """Within this block every forward pass of a prepared ``model`` begins with :func:`share_global_scales`, so that a
+    training computes with the scales that ``freeze(model, share_global_scale=True)`` will give its weights. At the end
+    each unfrozen layer has its own scale again."""
+    handle = adapter_of(model).body(model).register_forward_pre_hook(lambda *_: share_global_scales(model))
+    try:
+        yield
+    finally:
+        handle.remove()
+        for layer in quant_linears(model).values():
+            layer.weight_quantizer.global_scale = None
+
+
 def _share_global_scale(layers: list[QuantLinear]) -> None:
+    own = [q.global_scale for layer in layers if (q := layer.quantized) is not None and q.global_scale is not None]
+    if len({float(scale) for scale in own}) > 1:
+        names = ", ".join(layer.name for layer in layers)
+        raise ReqatError(
+            f"{names} were frozen with global scales of their own, which their codes cannot change: begin from the "
+            "dense model"
+        )
     layers = [layer for layer in layers if not layer.frozen]
     fmt = layers[0].weight_quantizer.format if layers else None
     if fmt is None or not fmt.has_global_scale:
@@ -217,7 +242,9 @@ def _share_global_scale(layers: list[QuantLinear]) -> None:
     scales = [global_scale_for(layer.weight_quantizer.cut(layer.rotated_weight()), fmt) for layer in layers]
     smallest = torch.stack([scale.reshape(()) for scale in scales]).amin()  # the largest weight decides
     for layer in layers:
-        layer.weight_quantizer.global_scale = smallest
+        held = layer.weight_quantizer.global_scale
+        if held is None or not torch.equal(held, smallest):  # a quantized weight is kept for as long as its scale is
+            layer.weight_quantizer.global_scale = smallest
 
 
 @torch.no_grad()

@@ -29,7 +29,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from reqat.config.errors import ReqatError, unknown
-from reqat.models.folder import CONFIG, Header
+from reqat.config.files import read_json
+from reqat.models.folder import CONFIG, REMEDY, Header, weight_headers
 from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision
 
@@ -44,6 +45,21 @@ _KNOWN = ("cfg", "kv_quant", "kv_cfg", "shift_k", "down_cfg", *_DISABLED)
 def is_shift(name: str) -> bool:
     """Whether a tensor of a checkpoint is a layer's key shift."""
     return SHIFT.fullmatch(name) is not None
+
+
+def saved_with(
+    folder: Path, config: Mapping[str, Any] | None = None, stored: Mapping[str, Header] | None = None
+) -> Sidecar | None:
+    """What a model's folder says beyond its weights: its sidecar, else what a released one says, else None.
+
+    ``config`` and ``stored``: its ``config.json`` and its tensors, where they were read before. Raises ReqatError as
+    :meth:`Sidecar.read` and :func:`read_released` do.
+    """
+    if config is None:
+        config = read_json(folder / CONFIG, "model configuration", REMEDY) if (folder / CONFIG).is_file() else {}
+    released = read_released(folder, config, stored if stored is not None else weight_headers(folder))
+    sidecar = Sidecar.read(folder)
+    return released if released is not None and not sidecar else sidecar
 
 
 def read_released(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Header]) -> Sidecar | None:

@@ -76,6 +76,8 @@ class Run:
     row_tokens: int | None = None
     over_long: Literal["drop", "truncate"] = "drop"
     global_scale: Literal["dynamic", "row"] = "row"
+    share_global_scale: bool = True
+    """One for the weights that engines join (q, k, v; gate, up), so that the result can be exported."""
     calibration: int = 64
     """Sequences of 512 tokens that Q-FIT and PTQ look at, at most."""
     seed: int = 0
@@ -101,6 +103,7 @@ class Run:
             "long": self.over_long,
             "qat-lr": self.qat_lr,
             "global-scale": self.global_scale,
+            "share-global-scale": self.share_global_scale,
             "calibration": self.calibration,
             "seed": self.seed,
             **{key.replace("_", "-"): value for key, value in self.training.model_dump(mode="json").items()},
@@ -173,11 +176,11 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path, root: Path
         run_stage(plan, stage.id, paths, progress=run.progress)
     for stage, entry in zip(chain, metrics["stages"], strict=True):
         entry["metrics"] = record.read(paths.stage(stage))["metrics"]
-    _write(paths.model(last), at, out)
+    _write(paths.model(last), at, out, share_global_scale=run.share_global_scale)
     return metrics
 
 
-def _write(folder: Path, at: PrecisionSpec, out: Path) -> None:
+def _write(folder: Path, at: PrecisionSpec, out: Path, *, share_global_scale: bool) -> None:
     """The last stage's model at the precision it is meant for, its weights quantized once."""
     from reqat.data import with_bos
     from reqat.models import freeze, load_model, load_tokenizer, prepare, save_model
@@ -185,7 +188,7 @@ def _write(folder: Path, at: PrecisionSpec, out: Path) -> None:
     model = load_model(folder)
     if at != PrecisionSpec():
         print(prepare(model, at.name, override=True, **at.for_prepare()))
-        freeze(model)
+        freeze(model, share_global_scale=share_global_scale)
     save_model(model, with_bos(load_tokenizer(folder)), out)
 
 
@@ -333,7 +336,12 @@ def _tier(
         title="reqat train",
         models={NAME: Model(source="path", reference=run.model, artifacts=[], shape=shape)},
         data=DataSettings(source=run.data, tokens=tokens, tokenizer="model"),
-        train=Trainings(finetune=training, qat=at_qat, global_scale=run.global_scale),
+        train=Trainings(
+            finetune=training,
+            qat=at_qat,
+            global_scale=run.global_scale,
+            share_global_scale=run.share_global_scale,
+        ),
         budget=Budget(qat_tokens=qat, totals=[2], claim_total=2),
         training_seeds=[run.seed],
         evaluation=EvaluationPlan(n=1, seeds=[0]),

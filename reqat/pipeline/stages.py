@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from reqat.models import (
     prepare,
     save_model,
     set_gradient,
+    sharing_global_scales,
 )
 from reqat.pipeline.task import same_tokens
 from reqat.tasks import Problem, get_family, write_trace
@@ -282,19 +284,20 @@ def train_again(
                 f"{stage.id}: its vocabulary has {sizes[0]} tokens, its teacher's ({stage.teacher}) {sizes[1]}: "
                 "take a teacher whose output head is as wide"
             )
-    result = _train(
-        model,
-        tokenizer,
-        stage,
-        settings.training,
-        settings.traces,
-        settings.seed,
-        inputs,
-        checkpoints,
-        teacher,
-        progress,
-        observer,
-    )
+    with sharing_global_scales(model) if settings.share_global_scale else nullcontext():
+        result = _train(
+            model,
+            tokenizer,
+            stage,
+            settings.training,
+            settings.traces,
+            settings.seed,
+            inputs,
+            checkpoints,
+            teacher,
+            progress,
+            observer,
+        )
     if has_learned_scales(model):
         freeze(model)  # dense weights would lose them
     return model, tokenizer, result
@@ -333,6 +336,7 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
         calibration_ids(inputs["data"], tokenizer, settings.calibration),
         precision_options=stage.precision.options(),
         override=True,
+        share_global_scale=settings.share_global_scale,
         progress=progress,
         **settings.options,
     )

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -117,10 +117,13 @@ def test_llama3s_frequencies_are_written_as_divisors(tiny: Tiny, tmp_path: Path)
     assert ((factors >= 1 - 1e-6) & (factors <= 8 + 1e-5)).all() and (np.diff(factors) >= -1e-5).all()
 
 
-def byte_level(split: str) -> PreTrainedTokenizerFast:
+def byte_level(split: str, normalizer: Any = None) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that splits as a published family does."""
     core = Tokenizer(models.BPE())
+    if normalizer is not None:
+        core.normalizer = normalizer
     steps: dict[str, Any] = {
+        "spaced": pre_tokenizers.ByteLevel(add_prefix_space=True),
         "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
         "smollm": pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -159,7 +162,16 @@ def test_a_byte_level_tokenizer_goes_along(tiny: Tiny, tmp_path: Path, split: st
         assert loaded(TEXT, add_special_tokens=False).input_ids == tokenizer(TEXT, add_special_tokens=False).input_ids
 
 
-@pytest.mark.parametrize("make", [lambda: build_tokenizer([TEXT]), lambda: byte_level("other"), lambda: None])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: build_tokenizer([TEXT]),
+        lambda: byte_level("other"),
+        lambda: byte_level("spaced"),
+        lambda: byte_level("gpt-2", normalizers.Lowercase()),
+        lambda: None,
+    ],
+)
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_left_out_and_named(
     tiny: Tiny, tmp_path: Path, make: Callable[[], Any]
 ) -> None:

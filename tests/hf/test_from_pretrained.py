@@ -7,11 +7,13 @@ import json
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, T5Config, T5ForConditionalGeneration
@@ -437,3 +439,26 @@ def test_a_folder_of_the_hub(folder: Folder, tmp_path: Path, ids: Tensor, monkey
     (repository / "refs/main").write_text(commit)
     again = load("someone/model", cache_dir=tmp_path / "cache")  # type: ignore[arg-type]
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(
+    ("error", "refused"),
+    [
+        (EntryNotFoundError("404"), False),
+        (LocalEntryNotFoundError("no network"), True),
+        (ConnectionError("reset by peer"), True),
+    ],
+)
+def test_only_a_sidecar_that_the_hub_does_not_have_may_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, refused: bool
+) -> None:
+    from reqat.hf import quantizer
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(quantizer, "hf_hub_download", fail)
+    monkeypatch.setattr(quantizer, "is_offline_mode", lambda: False)
+    folder = tmp_path / "cache/models--someone--model/snapshots" / "0123456789abcdef0123456789abcdef01234567"
+    with pytest.raises(ReqatError, match="reqat.json.*HF_TOKEN") if refused else nullcontext():
+        quantizer._fetch_sidecar(folder, "someone/model")

@@ -24,6 +24,7 @@ from reqat.evaluation.loading import load_at
 from reqat.lm_eval import TASKS
 from reqat.lm_eval.model import ReqatLM
 from reqat.models import freeze, load_model, load_tokenizer, prepare, save_model
+from reqat.quant import Precision
 from reqat.tasks import problems
 
 BASE = str(Path(__file__).parents[2] / "results" / "base" / "model")
@@ -165,6 +166,17 @@ def test_a_folder_is_run_at_the_precision_that_it_was_saved_with(tmp_path: Path)
     found = ReqatLM(str(tmp_path / "model")).get_model_info()["reqat_precision"]
     assert found == f"{FP4}:kv_element=E1M2"
     assert ReqatLM(BASE).get_model_info()["reqat_precision"] == "BF16"
+
+
+def test_a_released_checkpoint_is_run_at_what_its_configuration_says(tmp_path: Path) -> None:
+    shutil.copytree(BASE, tmp_path / "model")
+    for sidecar in (tmp_path / "model").glob("reqat.*"):
+        sidecar.unlink()
+    file = tmp_path / "model" / "config.json"
+    given = {"cfg": "nvfp4", "kv_quant": True, "kv_cfg": "nvfp4_e1m2"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "fake_quant_config": given}))
+    expected = Precision.parse(FP4, kv_element="E1M2", global_scale="dynamic")
+    assert ReqatLM(str(tmp_path / "model")).get_model_info()["reqat_precision"] == str(expected)
 
 
 @pytest.mark.parametrize(

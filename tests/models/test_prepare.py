@@ -16,7 +16,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 import reqat.quant.fake
 from reqat.config.errors import ReqatError
 from reqat.formats import get_format, global_scale_for, quantize
-from reqat.models import calibrate_static, freeze, kv_quantizers, prepare, quant_linears
+from reqat.models import (
+    calibrate_static,
+    freeze,
+    kv_quantizers,
+    prepare,
+    quant_linears,
+    share_global_scales,
+    sharing_global_scales,
+)
 from reqat.models.pretrained import plain_state
 from reqat.quant import Precision, Quantizer, block_hadamard
 
@@ -312,6 +320,30 @@ def test_global_scales_shared_as_engines_want(tiny: Tiny) -> None:
             assert {float(layers[n].quantized.global_scale) for n in names} == {smallest}  # type: ignore[union-attr]
         alone = f"model.layers.{i}.mlp.down_proj"
         assert float(layers[alone].quantized.global_scale) == float(expected[alone])  # type: ignore[union-attr]
+
+
+def test_training_computes_with_the_shared_scales_that_freezing_gives(tiny: Tiny, ids: Tensor) -> None:
+    model, apart = tiny("llama"), tiny("llama")
+    for each in (model, apart):
+        prepare(each, "NVFP4-W4A4")
+    with torch.no_grad(), sharing_global_scales(model):
+        first = model(ids).logits
+        for each in (model, apart):  # as an optimizer does: another matrix is the largest now
+            each.model.layers[0].self_attn.v_proj.weight.mul_(1.37)
+        second, own = model(ids).logits, apart(ids).logits
+    assert all(layer.weight_quantizer.global_scale is None for layer in quant_linears(model).values())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, own)  # after the block: scales of their own
+        frozen = freeze(model, share_global_scale=True)(ids).logits
+    assert torch.equal(second, frozen) and not torch.equal(second, first) and not torch.equal(second, own)
+
+
+def test_codes_with_scales_of_their_own_cannot_share_one(tiny: Tiny) -> None:
+    model = tiny("llama")
+    prepare(model, "NVFP4-W4A4")
+    freeze(model)
+    with pytest.raises(ReqatError, match="k_proj.*dense model"):
+        share_global_scales(model)
 
 
 def test_solvers_set_codes(tiny: Tiny, ids: Tensor) -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.evaluation.loading import load_at
+from reqat.hf import ReqatConfig
 from reqat.models import kv_quantizers, load_model, precision_of, prepare, save_model
 from reqat.quant import Precision
 
@@ -61,6 +62,23 @@ def test_a_released_folder_becomes_the_model_that_it_describes(tiny: Tiny, ids: 
     again = load_model(tmp_path / "ours")
     prepare(again, "NVFP4-W4A4KV4")
     assert torch.equal(again(ids).logits, reference(ids).logits)
+
+
+@pytest.mark.parametrize("config", [ReqatConfig(), ReqatConfig("NVFP4-W4A4KV4")])
+def test_transformers_loads_it_at_what_it_describes(
+    tiny: Tiny, ids: Tensor, tmp_path: Path, config: ReqatConfig
+) -> None:
+    shifts = release(tiny("qwen2"), tmp_path / "r", RELEASED)
+    ours = load_model(tmp_path / "r")
+    prepare(ours, "NVFP4-W4A4KV4")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "r", quantization_config=config, dtype=torch.float32)
+    assert precision_of(model) == Precision.parse(E1M2)
+    for index, kv in enumerate(kv_quantizers(model)):
+        assert torch.equal(kv.shift, shifts[index])
+    assert torch.equal(model(ids).logits, ours(ids).logits)
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    assert torch.equal(again(ids).logits, ours(ids).logits)
 
 
 @pytest.mark.parametrize(

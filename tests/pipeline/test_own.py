@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import reqat.pipeline.own as own
@@ -17,6 +18,7 @@ from reqat.config.stage import Training
 from reqat.config.tier import load_catalogue
 from reqat.data import build_tokenizer
 from reqat.data.sources import Columns
+from reqat.export import export_model
 from reqat.models import load_model, load_tokenizer, prepare, save_model
 from reqat.pipeline.own import Run, train_own
 from reqat.records import record
@@ -77,6 +79,25 @@ def test_the_result_loads_here_and_in_plain_transformers(given: Path, undisturbe
     read = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(about["config"]["model's files (sha256)"]) >= read
     assert not out.with_name("whole.unfinished").exists()
+
+
+def test_the_result_can_be_exported_unless_scales_were_not_to_be_shared(
+    given: Path, undisturbed: Any, tmp_path: Path
+) -> None:
+    ids = torch.tensor([load_tokenizer(undisturbed[0])("3 + 4 =\n")["input_ids"]])
+    train(run(given, "gptq", total=400), tmp_path / "gptq")
+    for number, folder in enumerate((undisturbed[0], tmp_path / "gptq")):
+        with pytest.warns(UserWarning, match="KV cache"):
+            export_model(load_model(folder), None, tmp_path / f"{number}", "compressed-tensors", calibration=[ids])
+        codes, written = (
+            load_file(folder / "reqat.safetensors"),
+            load_file(tmp_path / f"{number}" / "model.safetensors"),
+        )
+        names = [name for name in codes if name.endswith("weight_packed")]
+        assert len(names) == 7 and all(torch.equal(codes[name], written[name]) for name in names)
+    train(run(given, "qat", share_global_scale=False), tmp_path / "apart")
+    with pytest.raises(ReqatError, match="--no-share-global-scale"):
+        export_model(load_model(tmp_path / "apart"), None, tmp_path / "no", "compressed-tensors", calibration=[ids])
 
 
 def test_budgets_are_one_pass_over_the_data_a_quarter_of_it_qat(undisturbed: Any) -> None:
