@@ -133,8 +133,8 @@ def _read_arrays(folder: Path, name: str, expected: dict[str, Any]) -> tuple[Tra
     listed = expected["index"]
     if not (isinstance(listed, dict) and isinstance(listed.get("sha256"), str) and type(listed.get("bytes")) is int):
         raise ReqatError(f"{folder / MANIFEST}: index is {listed!r}, where sha256 and bytes are needed; {_REMEDY_OWN}")
-    files = ((path, expected), (index_path, listed))
-    digest = hashlib.sha256("".join(_checked(*file, _REMEDY_OWN) for file in files).encode()).hexdigest()
+    digests = _checked(path, expected, _REMEDY_OWN) + _checked(index_path, listed, _REMEDY_OWN)
+    digest = hashlib.sha256(digests.encode()).hexdigest()
     index = np.fromfile(index_path, dtype="<i8")
     if len(index) % _COLUMNS or not len(index):
         raise ReqatError(f"trace file {index_path} holds {len(index)} numbers, no index of traces; {_REMEDY_OWN}")

@@ -94,9 +94,9 @@ class ReqatLM(HFLM):
         max_batch_size: int | None = None,
         **more: Any,
     ) -> None:
-        for name in more:
-            if name not in _OF_HFLM:
-                raise unknown("argument of model type reqat", name, (*_OF_REQAT, *_OF_HFLM), where="--model_args")
+        for given in more:
+            if given not in _OF_HFLM:
+                raise unknown("argument of model type reqat", given, (*_OF_REQAT, *_OF_HFLM), where="--model_args")
         if type(packed) is not bool:
             raise ReqatError(f"--model_args packed={packed!r}: write True or False")
         if type(seed) is not int or seed < 0:
