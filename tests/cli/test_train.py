@@ -58,7 +58,7 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert about["kind"] == "evaluate" and len(outcomes) == 8
     assert about["metrics"]["accuracy"] == float(outcomes.correct.mean())
     assert about["inputs"]["model"]["weights"].keys() == {"model.safetensors", "reqat.safetensors"}
-    assert reqat("evaluate", *grading, "--problems", "asked.jsonl", "--precision", "BF16") == 0
+    assert reqat("evaluate", *grading, "--problems", "asked.jsonl", "--precision", "NVFP4-W4A16") == 0
     assert "of 3 problems" in capsys.readouterr().out
 
 
