@@ -65,7 +65,7 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "of 103 problems" in capsys.readouterr().out
     asked = record.verify(Path("graded-file"))["inputs"]["problems"]
     assert asked == {"id": "asked.jsonl", "sha256": record.sha256(Path("asked.jsonl"))}
-    assert reqat("evaluate", *grading, *file, "--n", "3") == 0
+    assert reqat("evaluate", *grading, *file, "--n", "3", "--precision", "BF16") == 0
     assert "of 3 problems" in capsys.readouterr().out
 
 
