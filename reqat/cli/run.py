@@ -82,7 +82,10 @@ def evaluate(
     precision: Annotated[
         str | None, typer.Option(callback=arguments.precision, help="Default: as the folder was saved, or else BF16.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, max=arguments.MOST, help="Problems, at most.")] = 100,
+    n: Annotated[
+        int | None,
+        typer.Option("--n", min=1, max=arguments.MOST, help="Problems, at most (default: 100; of a file, all)."),
+    ] = None,
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="Of the task families; no training trace is of either.")
     ] = "test",
@@ -104,16 +107,19 @@ def evaluate(
             raise ReqatError(f"--model {model} and the id {ids[0]}: give one or the other.")
         if (tasks is None) == (problems is None):
             raise ReqatError("--model: give --tasks a,b or --problems FILE, and not both.")
+        # Before they are read: one that changes meanwhile is not taken for what was graded.
+        sha256 = record.sha256(problems) if problems is not None and problems.is_file() else None
         rows = (
             read_problems(problems, n)
             if problems is not None
-            else of_problems(draw([name.strip() for name in str(tasks).split(",")], split, n, problem_seed))
+            else of_problems(draw([name.strip() for name in str(tasks).split(",")], split, n or 100, problem_seed))
         )
         _grade(
             model,
             rows,
             Asked(precision, seed_list(seeds), decoding, max_new_tokens, batch_rows),
             {"tasks": tasks, "problems": problems.name if problems else None, "split": split, "seed": problem_seed},
+            {"problems": {"id": problems.name, "sha256": sha256}} if problems is not None else {},
             out,
             quiet=quiet,
             force=force,
@@ -137,6 +143,7 @@ def _grade(
     rows: list[Given],
     asked: Asked,
     about: dict[str, Any],
+    inputs: dict[str, Any],
     out: Path | None,
     *,
     quiet: bool,
@@ -157,7 +164,7 @@ def _grade(
             computed = {"precision": done.precision, "skip": done.skip, "seeds": done.seeds}
             job.config = {"model": model, **about, **asdict(asked), **computed, "n": len(rows)}
             job.seeds, job.metrics = list(done.seeds), done.metrics
-            job.inputs = {"model": {"id": Path(model).name, "weights": weights(model)}}
+            job.inputs = {"model": {"id": Path(model).name, "weights": weights(model)}, **inputs}
     print(said(done.metrics))
 
 

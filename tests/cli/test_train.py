@@ -58,7 +58,15 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert about["kind"] == "evaluate" and len(outcomes) == 8
     assert about["metrics"]["accuracy"] == float(outcomes.correct.mean())
     assert about["inputs"]["model"]["weights"].keys() == {"model.safetensors", "reqat.safetensors"}
-    assert reqat("evaluate", *grading, "--problems", "asked.jsonl", "--precision", "NVFP4-W4A16") == 0
+    (line, *_) = Path("asked.jsonl").read_text().splitlines()
+    many = f"{line}\n" * 103
+    Path("asked.jsonl").write_text(many)
+    file = ["--problems", "asked.jsonl", "--max-new-tokens", "2"]
+    assert reqat("evaluate", *grading, *file, "--out", "graded-file") == 0
+    assert "of 103 problems" in capsys.readouterr().out
+    asked = record.verify(Path("graded-file"))["inputs"]["problems"]
+    assert asked == {"id": "asked.jsonl", "sha256": record.sha256(Path("asked.jsonl"))}
+    assert reqat("evaluate", *grading, *file, "--n", "3", "--precision", "NVFP4-W4A16") == 0
     assert "of 3 problems" in capsys.readouterr().out
 
 
