@@ -87,7 +87,7 @@ def _line(t: Tested) -> tuple[Text, ...]:
     return (
         Text(t.claim.name),
         Text(t.precision),
-        Text(tokens(t.a[0].total_tokens or t.b[0].total_tokens)),
+        Text(tokens(_total(t))),
         Text(str(t.seeds) if t.seeds else EMPTY),
         Text(number(t.value, sign=True), detail=f"[{number(t.lo, sign=True)}, {number(t.hi, sign=True)}]"),
         Text(p_value(t.p)),
@@ -100,6 +100,11 @@ def _line(t: Tested) -> tuple[Text, ...]:
     )
 
 
+def _total(t: Tested) -> int | None:
+    """Of the first side that trains."""
+    return t.a[0].total_tokens or t.b[0].total_tokens
+
+
 def _row(results: Results, t: Tested) -> dict[str, Any]:
     return {
         "tier": results.plan.tier.name,
@@ -107,7 +112,7 @@ def _row(results: Results, t: Tested) -> dict[str, Any]:
         "claim": t.claim.name,
         "block": t.block,
         "precision": t.precision,
-        "total_tokens": t.a[0].total_tokens,
+        "total_tokens": _total(t),
         "multiple": t.multiple,
         "a": _name(t.a[0]),
         "b": _name(t.b[0]),
