@@ -100,6 +100,11 @@ def _line(t: Tested) -> tuple[Text, ...]:
     )
 
 
+def _total(t: Tested) -> int | None:
+    """Of the first side that trains."""
+    return t.a[0].total_tokens or t.b[0].total_tokens
+
+
 def _row(results: Results, t: Tested) -> dict[str, Any]:
     return {
         "tier": results.plan.tier.name,

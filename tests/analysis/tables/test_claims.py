@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from analysis.report import verdicts
 from analysis.report.cells import Results
 from analysis.report.claims import CLAIMS
+from analysis.tables import claims
 from analysis.tables.claims import build
 from reqat.evaluation.statistics import holm
 
@@ -63,3 +65,10 @@ def test_a_number_of_another_precision_is_left_out_and_that_precision_named(resu
     (far,) = [c for c in cells if c["Claim"].text == "FT+PTQ below BF16 FT" and c["Precision"].text == "NVFP4-W4A16"]
     assert far["mean (points)"].text == "\u2013" and far["Verdict"].text == "no direction"
     assert any("Holm" in note and "primary 5" in note for note in table.footer)
+
+
+def test_the_total_is_that_of_the_side_that_trains(results: Results) -> None:
+    t = next(t for t in verdicts.tested(results) if t.b[0].total_tokens)
+    untrained = next(e for e in results.of("table1") if e.recipe == "ptq")
+    row = claims._row(results, replace(t, a=(untrained,)))
+    assert row["total_tokens"] == t.b[0].total_tokens
