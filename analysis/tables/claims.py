@@ -142,11 +142,6 @@ def _row(results: Results, t: Tested) -> dict[str, Any]:
     }
 
 
-def _total(t: Tested) -> int | None:
-    """Tokens of a comparison: of side a, or of side b where a trains nothing."""
-    return t.a[0].total_tokens or t.b[0].total_tokens
-
-
 def _name(e: Entry) -> str:
     return f"{e.precision} {e.method} {e.condition}".strip()
 
