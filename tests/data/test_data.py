@@ -78,7 +78,8 @@ def test_packing_keeps_every_trace_whole_and_masks_what_is_not_its_own(sizes, ro
     assert batch.n_response_tokens == sum(len(t.response_ids) for t in given_traces)
     mask = batch.attention_mask()
     assert mask.any(-1).all(), "a row of the softmax would be empty"
-    for b, row in enumerate(packed.rows):
+    rows = list(packed.rows)
+    for b, row in enumerate(rows):
         at = 0
         for t in row:
             ids = [1, *t.prompt_ids, *t.response_ids]
@@ -94,9 +95,9 @@ def test_packing_keeps_every_trace_whole_and_masks_what_is_not_its_own(sizes, ro
     for b, segments in enumerate(batch.segments()):
         lengths = [length for length, _ in segments]
         assert sum(lengths) == row_tokens
-        assert lengths[: len(packed.rows[b])] == [t.n_tokens for t in packed.rows[b]]
-        assert [is_trace for _, is_trace in segments] == [True] * len(packed.rows[b]) + [False] * (
-            len(segments) - len(packed.rows[b])
+        assert lengths[: len(rows[b])] == [t.n_tokens for t in rows[b]]
+        assert [is_trace for _, is_trace in segments] == [True] * len(rows[b]) + [False] * (
+            len(segments) - len(rows[b])
         )
         at = 0
         for length, is_trace in segments:

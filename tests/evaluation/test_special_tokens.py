@@ -245,7 +245,7 @@ PAIR = PairSettings(seeds=[0], decoding="greedy", max_new_tokens=8)
 def test_a_sampled_response_keeps_the_end_that_it_took_and_a_given_one_may_have_any(tiny: Tiny) -> None:
     model, tokenizer = chain(tiny, [1, 5]), words(adds_bos=True)
     rows = [Given("a", "f", "hi"), Given("b", "f", "<user>")]
-    found = _sampled_traces(model, tokenizer, rows, "A", [0], GREEDY, PAIR, False)
+    found = _sampled_traces(model, tokenizer, rows, "A", [0], GREEDY, PAIR, False, None)
     assert [trace.response_ids for trace in found] == [(7, 8, 5), (9, 1)]
     assert all(trace.info.finished for trace in found)
     given = [
