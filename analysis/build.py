@@ -187,8 +187,8 @@ def verdict_runs(paths: Paths) -> list[Tests]:
 def _likelihoods(folder: Path, run: Restored, stack: contextlib.ExitStack) -> list[Study]:
     """The likelihood studies of a pinned folder, if they are of the very models of the run, wherever that is pinned."""
     from analysis.report.studies import load_studies, pinned_studies
-    from reqat.pipeline.studies import same_stages
     from reqat.records.pinned import restored
+    from reqat.records.same_stages import same_stages
 
     kept = stack.enter_context(restored(folder, "studies"))
     source = kept.root / "studies"

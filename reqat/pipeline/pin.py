@@ -25,9 +25,10 @@ from reqat.config.studies import PlannedStudy, load_studies
 from reqat.config.targets import making
 from reqat.config.throughput import load_throughput
 from reqat.pipeline.benchmark import benchmark_of
-from reqat.pipeline.studies import require_inputs, same_stages, stages_there, studies_of
+from reqat.pipeline.studies import require_inputs, stages_there, studies_of
 from reqat.records import pinned, record
 from reqat.records.pinned import PARTS, Part
+from reqat.records.same_stages import same_stages
 
 BASE_BYTES = 8 * 2**20
 _LISTED = 8

@@ -6,7 +6,6 @@ What a study of a kind does is one function in `RUNNERS`, made of the same parts
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
-from reqat.config.paths import Paths, made
+from reqat.config.paths import Paths
 from reqat.config.plan import Plan
 from reqat.config.studies import (
     FILE,
@@ -349,25 +348,3 @@ def require_inputs(plan: Plan, study: PlannedStudy, folder: Path, there: Mapping
         record.check_inputs(folder, found, there)
     except ReqatError as error:
         raise ReqatError(f"{error} Run the study again: reqat study {study.id} --tier {plan.tier.name}.") from None
-
-
-def same_stages(
-    plan: Plan, studies: Iterable[PlannedStudy], there: Mapping[str, str], run: Mapping[str, Mapping[str, Any]]
-) -> bool | None:
-    """Whether studies stand on the very weights that a pinned run tabulates (`run`: its records by id); warns where
-    they do not.
-
-    None where one of the stages is missing on either side, so that nothing can be said. A pinned base is not asked
-    about: the sha256 of its weights is part of the ids.
-    """
-    kept = {id: record.outputs_digest(found) for id, found in run.items()}
-    used = sorted({id for study in studies for id in study.inputs.values() if made(plan.stage(id))})
-    other = [id for id in used if id in kept and id in there and kept[id] != there[id]]
-    if other:
-        print(
-            f"reqat: warning: the studies stand on other weights than the pinned run: {', '.join(other)}; "
-            "their numbers and its tables are of different trainings.",
-            file=sys.stderr,
-        )
-        return False
-    return True if set(used) <= kept.keys() & there.keys() else None

@@ -26,8 +26,9 @@ from reqat.evaluation.loading import load_at
 from reqat.evaluation.trace_folder import TraceFolder
 from reqat.generation.batches import RunningBatch
 from reqat.models import load_tokenizer
-from reqat.pipeline.studies import same_stages, stages_there
+from reqat.pipeline.studies import stages_there
 from reqat.records import pinned, record
+from reqat.records.same_stages import same_stages
 from tests.cli.smoke_studies import LOADED, NOISE, PIN, REPORT, STUDIES, ask, reqat
 
 
