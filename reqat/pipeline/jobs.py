@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -84,7 +83,7 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
         _require(plan, todo)
         job.seeds = [todo.seed] if todo.seed is not None else []
         if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
-            job.metrics = link_base(todo.settings, paths, job.partial)
+            link_base(todo.settings, paths, job.partial)
         else:
             from reqat.pipeline.stages import carry_out
 
@@ -120,8 +119,14 @@ def trained_before(checkpoints: Path) -> bool:
     return (checkpoints / checkpoint.FILE).is_file()
 
 
-def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]:
-    """Make `out/model` a link to a local model's folder; returns the sha256 of its weights."""
+def link_base(settings: BaseSettings, paths: Paths, out: Path) -> None:
+    """Fill `out/model` with links to the files of a local model that loading reads.
+
+    The files are outputs of the stage like those of any other: its record has their sha256, and a stage that reads the
+    model finds out when they are others. Raises `ReqatError` if there is no model in the folder.
+    """
+    from reqat.models.folder import files_read
+
     assert settings.reference is not None
     folder = paths.models_folder() / settings.reference
     if not (folder / "config.json").is_file():
@@ -129,8 +134,10 @@ def link_base(settings: BaseSettings, paths: Paths, out: Path) -> dict[str, Any]
             f"{folder}: no model there (config.json, *.safetensors). Put {settings.reference} under "
             f"{paths.models_folder()}, or name another folder with --models or REQAT_MODELS."
         )
-    os.symlink(folder.resolve(), out / "model", target_is_directory=True)
-    return {"weights": {path.name: record.sha256(path) for path in sorted(folder.glob("*.safetensors"))}}
+    for path in files_read(folder.resolve()):
+        link = out / "model" / path.relative_to(folder.resolve())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
 
 
 def finished(out: Path, id: str) -> bool:
