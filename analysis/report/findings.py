@@ -55,6 +55,22 @@ class Finding:
     """Size of the family that `holm` is adjusted over."""
     detectable: float = math.nan
 
+    def columns(self) -> dict[str, float | str]:
+        """As tables of data show it."""
+        return {
+            "difference": self.value,
+            "lo": self.lo,
+            "hi": self.hi,
+            "margin": self.margin,
+            "direction": self.sign,
+            "p": self.p,
+            "p_holm": self.holm,
+            "comparisons": self.comparisons,
+            "std_error": self.std_error,
+            "detectable": self.detectable,
+            "verdict": self.verdict,
+        }
+
     @property
     def testable(self) -> bool:
         """Whether it tests something."""

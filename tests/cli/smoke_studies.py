@@ -64,6 +64,23 @@ def ask(root: Path, *studies: dict[str, Any]) -> dict[str, PlannedStudy]:
     return config.load_studies(load("smoke", Paths(root)), root / "config")
 
 
+def nonsense(vocabulary: int, seed: int) -> LlamaForCausalLM:
+    """One layer of random weights, wide apart, so that its answers are sure and wrong."""
+    torch.manual_seed(seed)
+    shape = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        vocab_size=vocabulary,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(shape)
+
+
 def train(root: Path, studies: dict[str, PlannedStudy], first_seed: int = 0) -> None:
     """Put models that answer nonsense where the studies' stages would be, of random weights from `first_seed` on."""
     families = next(study.problems.families for study in studies.values() if study.problems is not None)
@@ -73,21 +90,9 @@ def train(root: Path, studies: dict[str, PlannedStudy], first_seed: int = 0) -> 
     tokenizer = build_tokenizer([p.prompt for p in asked] + [write_trace(p, random.Random(0)) or "" for p in asked])
     stages = sorted({id for study in studies.values() for id in study.inputs.values()})
     for seed, id in enumerate(stages, first_seed):
-        torch.manual_seed(seed)
-        shape = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=256,
-            initializer_range=0.3,
-        )
         out, partial = root / "build" / "stages" / id, root / "build" / "partial" / id
         with record.job(id.partition("-")[0], id, {}, root=root, out=out, partial=partial) as job:
-            save_model(LlamaForCausalLM(shape), tokenizer, job.partial / "model")
+            save_model(nonsense(len(tokenizer), seed), tokenizer, job.partial / "model")
 
 
 LOADED: list[tuple[str, str]] = []  # (stage, precision) of every model that the studies below were measured on

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from reqat.cli.main import main
 from reqat.data.tokenizer import build_tokenizer
@@ -19,6 +18,7 @@ from reqat.generation import Decoding
 from reqat.models import save_model
 from reqat.records import record
 from reqat.tasks import problems, write_trace
+from tests.cli.smoke_studies import nonsense
 
 ROOT = Path(__file__).parents[2]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -35,20 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     texts = [p.prompt for p in asked] + [write_trace(p, random.Random(0)) or "" for p in asked]
     tokenizer = build_tokenizer(texts)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=256,
-        initializer_range=0.3,
-    )
     folder = tmp_path_factory.mktemp("models") / "nonsense"
-    save_model(LlamaForCausalLM(config), tokenizer, folder)
+    save_model(nonsense(len(tokenizer), 0), tokenizer, folder)
     return str(folder)
 
 
