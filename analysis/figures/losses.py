@@ -54,7 +54,7 @@ def build(results: Results, model: str) -> Figure:
         raise ReqatError(f"tier {results.plan.tier.name} trains nothing at {precision}; there is no loss to draw")
     fig = style.figure(3.1)
     left, right = fig.subplots(1, 2, width_ratios=[1.25, 1])
-    top = 0.0
+    lows, highs = [], []
     for method, curves in found.items():
         look = {"color": style.colour(method), "ls": dash(BF16 if method == "FT" else precision)}
         for k, (x, y) in enumerate(curves):
@@ -63,10 +63,13 @@ def build(results: Results, model: str) -> Figure:
             left.plot(
                 x, moving_average(y, max(1, len(y) // 20)), lw=1.3, alpha=1.0 if k == 0 else 0.6, label=label, **look
             )
-            top = max(top, float(np.quantile(y, 0.995)))
+            lows.append(float(np.quantile(y, 0.005)))
+            highs.append(float(np.quantile(y, 0.995)))
     starts = [x[0] for method, curves in found.items() if method.startswith("ReQAT") for x, _ in curves]
     style.panel(left, "", f"{model}, {precision}")
-    left.set_ylim(0, 1.05 * top)
+    margin = 0.05 * (max(highs) - min(lows)) or 0.05
+    # Not from zero: late in training curves lie close together, far above it.
+    left.set_ylim(min(lows) - margin, max(highs) + margin)
     left.set_xlim(left=0)
     words = ["Left, thin: as recorded; thick: mean over 5% of the stage; paler: further training seeds."]
     if starts:
