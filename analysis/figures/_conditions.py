@@ -76,13 +76,14 @@ def losses_by_condition(
     left.set_xlabel("QAT tokens")
     left.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
     left.set_ylabel("loss (nats / response token)")
-    left.legend(loc="upper right")
     right.axhline(0, color="#333333", lw=0.7)
     right.set_xticks(places, [word.replace(" ", "\n", 1) for word in words.values()], fontsize=7)
     right.set_xlim(-0.9, len(words) - 0.1)
     right.margins(y=0.2)
     right.set_ylabel(f"last third: loss minus {next(iter(words.values()))}")
     right.legend(loc="best", fontsize=6.5)
+    handles, names = left.get_legend_handles_labels()  # above the panels: curves of a few steps fill theirs
+    fig.legend(handles, names, loc="outside upper left", ncols=len(handles), columnspacing=1.4)
     style.panel(left, letter, f"Measured: {model}")
     style.panel(right, "", "Mean of the last third")
     note = (
