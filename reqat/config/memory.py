@@ -9,7 +9,7 @@ What autograd keeps of a token in a layer of a Llama- or Qwen-like decoder (`kep
 input alone, and one layer at a time is computed again.
 
 With several ranks each keeps a share of weights, gradients and moments (FSDP2) and gathers the weights of a layer
-while it computes with them; activations are those of its own rows.
+while it computes with them; activations are those of its own rows. Offloaded, the share is in host memory.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class TrainingMemory:
     products_stay: bool
     """They are kept through the step, not by autograd alone."""
     head_gradient: float
+    host: float
+    """In host memory, beside these."""
 
     @property
     def _always(self) -> float:
@@ -123,11 +125,11 @@ class TrainingMemory:
             "teacher": self.teacher,
             "program": self.process,
         }
-        return {name: size for name, size in named.items() if size}
+        return {name: count for name, count in named.items() if count}
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size(size)}" for name, size in self.parts.items())
-        return f"{size(self.peak)} at the peak of a step: {parts}"
+        parts = ", ".join(f"{name} {shown(count)}" for name, count in self.parts.items())
+        return f"{shown(self.peak)} at the peak of a step: {parts}"
 
 
 def training_memory(
@@ -139,6 +141,7 @@ def training_memory(
     count: int | None = None,
     response_tokens: int | None = None,
     ranks: int = 1,
+    offload: bool = False,
     cpu: bool = False,
 ) -> TrainingMemory:
     """What each process of a training takes at its peak.
@@ -151,6 +154,7 @@ def training_memory(
         count: parameters of the model, where they are not those of `shape` (experts).
         response_tokens: of one batch, at most; by default all of its tokens.
         ranks: processes that share weights, gradients and moments.
+        offload: whether each keeps its share in host memory.
         cpu: whether the program itself is in the same memory.
     """
     s, total = shape, parameters(shape) if count is None else count
@@ -164,13 +168,14 @@ def training_memory(
 
     # Weights for products. One process keeps quantized ones where a step reads them again; of many processes each
     # makes them of what it gathered. Those that autocast casts, checkpointing drops.
-    size = _NARROW if narrow else _WIDE
-    stay = quantized and ranks == 1 and (checkpointing or accumulates)
+    width = _NARROW if narrow else _WIDE
+    sharded = ranks > 1 or offload
+    stay = quantized and not sharded and (checkpointing or accumulates)
     products = 0.0
     if (quantized or narrow) and (stay or not checkpointing):
-        products += size * linear
+        products += width * linear
     elif quantized or narrow:
-        products += size * linear / s.layers
+        products += width * linear / s.layers
     products += _NARROW * head if narrow else 0
 
     fused = all(term.name in ("nll", "sem") for term in training.objective)
@@ -180,12 +185,13 @@ def training_memory(
         held = CHUNK_BYTES + _WIDE * head  # and the head's gradient, which the loss makes
     else:
         held = logits * (_LOGITS_COPIES + _TERM_COPIES * others)
-    gathered = _WIDE * (_GATHERED * linear / s.layers + head) if ranks > 1 else 0.0
+    gathered = _WIDE * (_GATHERED * linear / s.layers + head) if sharded else 0.0
     dense = training.attention == "rows"
+    share = _WIDE * total / ranks
     return TrainingMemory(
-        weights=_WIDE * total / ranks,
-        gradients=_WIDE * total / ranks,
-        moments=2 * _WIDE * total / ranks,
+        weights=0.0 if offload else share,
+        gradients=0.0 if offload else share,
+        moments=0.0 if offload else 2 * share,
         products=products,
         activations=float(tokens * s.hidden_size * s.layers * _WIDE if checkpointing else layer_tokens * s.layers),
         gathered=gathered,
@@ -194,14 +200,15 @@ def training_memory(
         # Booleans, and what is added to the logits of attention.
         mask=float((1 + _WIDE) * training.rows_per_batch * training.row_tokens**2 if dense else 0),
         # All other terms compare with a teacher; thought to be of the student's size.
-        teacher=_WIDE * total / ranks if not fused else 0.0,
+        teacher=share if not fused and not offload else 0.0,
         process=PROCESS_BYTES if cpu else 0.0,
         accumulates=accumulates,
         products_stay=stay,
-        head_gradient=_WIDE * head / ranks,
+        head_gradient=_WIDE * head if offload else _WIDE * head / ranks,
+        host=share * (4 if fused else 5) if offload else 0.0,
     )
 
 
-def size(count: float) -> str:
+def shown(count: float) -> str:
     """Bytes as people read them."""
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"

@@ -84,14 +84,14 @@ class Segments:
     @classmethod
     def of(cls, mask_B11T: Tensor) -> Segments:
         """Read from a :func:`segment_mask`; once, also where it goes through many layers and is on a GPU."""
-        found: Segments | None = getattr(mask_B11T, _SEGMENTS, None)
-        if found is None:
+        version, found = getattr(mask_B11T, _SEGMENTS, (None, None))
+        if found is None or version != _version(mask_B11T):
             rows = []
             for row_T in mask_B11T[:, 0, 0].cpu():
                 ids, lengths = torch.unique_consecutive(row_T, return_counts=True)
                 rows.append(tuple(zip(lengths.tolist(), (ids > 0).tolist(), strict=True)))
             found = cls(tuple(rows))
-            setattr(mask_B11T, _SEGMENTS, found)
+            setattr(mask_B11T, _SEGMENTS, (_version(mask_B11T), found))
         return found
 
     @property
@@ -298,11 +298,16 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
     all; made here it is kept once, with the mask, for all layers. Where nothing is kept, it is torch's own affair."""
     if mask.dtype != torch.bool or not torch.is_grad_enabled():
         return _widened(mask)
-    added: Tensor | None = getattr(mask, _ADDED, None)
-    if added is None or added.dtype != dtype:
+    version, added = getattr(mask, _ADDED, (None, None))
+    if added is None or version != _version(mask) or added.dtype != dtype:
         added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        setattr(mask, _ADDED, added)
+        setattr(mask, _ADDED, (_version(mask), added))
     return added
+
+
+def _version(x: Tensor) -> int:
+    """Counts the writes to a tensor; tensors of inference mode have no count."""
+    return -1 if x.is_inference() else x._version
 
 
 def _attend(
@@ -351,6 +356,11 @@ def reqat_attention(
             raise ReqatError(f"attention {ATTENTION!r} does not support {unsupported}={kwargs[unsupported]!r}")
     segments = None
     if attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        if attention_mask.shape != (query.shape[0], 1, 1, key.shape[2]) or query.shape[2] != key.shape[2]:
+            raise ReqatError(
+                f"an attention mask of integers {tuple(attention_mask.shape)} for {query.shape[2]} queries over "
+                f"{key.shape[2]} keys: give one of booleans or numbers to add, or a segment_mask of whole rows"
+            )
         segments = Segments.of(attention_mask)
     window = kwargs.get("sliding_window")  # of a layer that slides; within it every earlier token is seen
     reach = key.shape[2] if segments is None else segments.longest

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from reqat.config import machine
-from reqat.config.memory import TrainingMemory, size, training_memory
+from reqat.config.memory import TrainingMemory, shown, training_memory
 from reqat.config.plan import Plan
 from reqat.config.precision import PrecisionSpec
 from reqat.config.stage import PTQSettings, QFitSettings, Stage, Training, TrainSettings
@@ -86,7 +86,8 @@ def memory_lines(shape: Shape, count: int, training: Training, quantized: bool, 
     from reqat.quant.autocast import resolve
 
     gpu = torch.cuda.is_available()
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    started = os.environ.get("WORLD_SIZE", "1")
+    ranks = int(started) if started.isdecimal() else 1
     autocast = resolve(training.autocast, "cuda" if gpu else "cpu") == "bf16"
 
     def planned(asked: Training) -> TrainingMemory:
@@ -104,11 +105,11 @@ def memory_lines(shape: Shape, count: int, training: Training, quantized: bool, 
     memory, on = planned(training), training.gradient_checkpointing
     other = planned(training.model_copy(update={"gradient_checkpointing": not on})).peak
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
-    lines = [f"memory: {memory}{each}; {'without' if on else 'with'} gradient checkpointing {size(other)}"]
+    lines = [f"memory: {memory}{each}; {'without' if on else 'with'} gradient checkpointing {shown(other)}"]
     free = torch.cuda.mem_get_info()[0] if gpu else machine.available_bytes()
     if memory.peak > free:
         lines.append(
-            f"warning: {size(free)} are free here; lower --rows-per-batch or --row-tokens, add "
+            f"warning: {shown(free)} are free here; lower --rows-per-batch or --row-tokens, add "
             "--gradient-checkpointing, or take a larger machine"
         )
     return lines

@@ -75,6 +75,10 @@ def test_segments_are_runs_of_one_id() -> None:
     assert Segments.of(segment_mask(torch.zeros(1, 3, dtype=torch.int64))).longest == 1
     mask = segment_mask(IDS)
     assert mask.numel() == IDS.numel() and Segments.of(mask) is Segments.of(mask), "read once for all layers"
+    changed = segment_mask(IDS.clone())
+    assert len(Segments.of(changed).traces) == 4
+    changed[3] = 0
+    assert len(Segments.of(changed).traces) == 3
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3)])
@@ -123,6 +127,11 @@ def test_a_sliding_window_bounds_traces_not_rows() -> None:
         reqat_attention(SimpleNamespace(), *inputs, segment_mask(IDS[:2]), sliding_window=4)  # type: ignore[arg-type]
 
 
+def test_an_integer_mask_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(4, 1, 11, 11\).*booleans"):
+        reqat_attention(SimpleNamespace(), *tensors(), dense_mask(IDS).long())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_boolean_mask_gives_torchs_own_bits(dtype: torch.dtype) -> None:
     """What is added is made once for all layers; torch would make it in each of them, of the same numbers."""
@@ -134,3 +143,6 @@ def test_a_boolean_mask_gives_torchs_own_bits(dtype: torch.dtype) -> None:
         assert torch.equal(ours, theirs)
     kept = [out.grad_fn._saved_attn_mask.data_ptr() for out in again]  # type: ignore[union-attr]
     assert kept[0] == kept[1]
+    mask[3] = dense_mask(IDS)[0]  # written to: what was made of it is made anew
+    changed = softmax_attention(*inputs, mask)
+    assert torch.equal(changed, F.scaled_dot_product_attention(*inputs, mask, enable_gqa=True))

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reqat.config.memory import CHUNK_BYTES, kept_per_token, training_memory
+from reqat.config.memory import CHUNK_BYTES, kept_per_token, parameters, training_memory
 from reqat.config.stage import Training
 from reqat.config.tier import Shape
 from reqat.data import PackedRows, Trace, pack
@@ -142,16 +142,13 @@ def test_a_plan_follows_the_settings() -> None:
 
     assert peak(gradient_checkpointing=True) < 0.5 * peak() < peak(rows_per_batch=2)
     assert peak(row_tokens=2048) > 1.5 * peak()
-    assert peak(accumulation=2) == pytest.approx(peak() + 4 * training_memory_count(shape))
+    assert peak(accumulation=2) == pytest.approx(peak() + 4 * parameters(shape))
     assert peak(autocast="bf16") < peak() < peak(quantized=True)
     assert peak(attention="rows") - peak() == 5 * 4 * 1024**2
     assert peak(ranks=8) < peak() and peak(quantized=True, ranks=8) < peak(quantized=True, ranks=4)
+    offloaded = training_memory(shape, usual, quantized=True, offload=True)
+    assert offloaded.host == 16 * parameters(shape) and offloaded.moments == 0
     memory = training_memory(shape, usual, quantized=True)
+    assert offloaded.peak < memory.peak
     assert memory.moments == 2 * memory.weights == 2 * memory.gradients
     assert memory.peak == max(memory.backward_begins, memory.backward_ends) <= sum(memory.parts.values())
-
-
-def training_memory_count(shape: Shape) -> int:
-    from reqat.config.memory import parameters
-
-    return parameters(shape)
