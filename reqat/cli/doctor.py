@@ -17,7 +17,7 @@ import typer
 
 from reqat.cli.app import app, session
 from reqat.cli.inspect import cost
-from reqat.config import machine, resources, working_folder
+from reqat.config import machine, memory, resources, working_folder
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, pinned_base
 from reqat.config.plan import Plan
@@ -156,7 +156,7 @@ def _largest_job_mb(plan: Plan) -> int:
 def _disk(plan: Plan, paths: Paths) -> list[Check]:
     """Room for results and for temporary files."""
     jobs = len(plan.needed) + len(plan.evaluations)
-    sizes = [4 * resources.parameters(model.shape) if model.shape else 0 for model in plan.tier.models.values()]
+    sizes = [4 * memory.parameters(model.shape) if model.shape else 0 for model in plan.tier.models.values()]
     sizes += [_PACKAGE_BYTES for model in plan.tier.models.values() if model.source == "package"]
     weights = max(sizes, default=0)
     trained = sum(stage.kind in ("base", "finetune", "qat", "ptq", "qfit") for stage in plan.needed.values())

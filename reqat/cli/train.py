@@ -76,6 +76,13 @@ def train(
         Literal["none", "bf16", "auto"], typer.Option(help="Products in bfloat16: no, yes, or where it is fast.")
     ] = "auto",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, a third more time.")] = False,
+    attention: Annotated[
+        Literal["traces", "rows"],
+        typer.Option(help="Of each trace of a row by itself, or of rows under a mask of tokens x tokens."),
+    ] = "traces",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Tokenize the data, say what would be trained and the memory it takes.")
+    ] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="That tokenize (default: one a core, 8 at most).")
     ] = None,
@@ -102,6 +109,7 @@ def train(
         accumulation=accumulation,
         autocast=autocast,
         gradient_checkpointing=gradient_checkpointing,
+        attention=attention,
     )
     run = Run(
         recipe=recipe,
@@ -123,4 +131,4 @@ def train(
         processes=processes or min(8, len(os.sched_getaffinity(0))),
         progress=not quiet,
     )
-    train_own(run, catalogue, out, root, resume=resume, force=force)
+    train_own(run, catalogue, out, root, resume=resume, force=force, plan_only=plan)

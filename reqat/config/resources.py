@@ -1,9 +1,7 @@
 """The accelerator memory that a tier needs, computed from model sizes before anything is downloaded or started.
 
-Training keeps, per parameter, a float32 weight, a float32 gradient, two float32 Adam moments and a bf16 copy under
-autocast: 18 bytes. With gradient checkpointing one hidden state a layer is kept per token; one layer at a time is
-computed again. The logits of the response tokens stand three times in float32 (logits, log-probabilities, gradient).
-A teacher adds its weights. Decoding keeps float32 weights and a KV cache.
+Training: :mod:`reqat.config.memory`, for as many GPUs as it takes to share weights, gradients and moments. Decoding
+keeps float32 weights and a KV cache.
 """
 
 from __future__ import annotations
@@ -13,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reqat.config.errors import ReqatError
+from reqat.config.memory import GIB, parameters, training_memory
 from reqat.config.plan import Plan
 from reqat.config.stage import Decoding, Training
 from reqat.config.tier import Shape
 
-GIB = 2**30
-_TRAIN_BYTES = 4 + 4 + 8 + 2
 # Share of a GPU's memory that weights and activations may fill; the rest goes to the context, workspaces and
 # fragmentation.
 _USABLE = 0.9
+_MOST_GPUS = 1024
 
 
 @dataclass(frozen=True)
@@ -42,27 +40,6 @@ class Need:
         )
 
 
-def parameters(shape: Shape) -> int:
-    """Number of weights of a Llama- or Qwen-like decoder of that shape."""
-    s = shape
-    attention = s.hidden_size * s.head_dim * (2 * s.heads + 2 * s.kv_heads)
-    layer = attention + 3 * s.hidden_size * s.mlp + 2 * s.hidden_size
-    embeddings = s.vocabulary * s.hidden_size * (1 if s.tie_embeddings else 2)
-    return s.layers * layer + embeddings + s.hidden_size
-
-
-def training_bytes(shape: Shape, training: Training) -> float:
-    """Peak accelerator memory of training a model of that shape, in bytes."""
-    s = shape
-    tokens = training.rows_per_batch * training.row_tokens
-    layer = tokens * (6 * s.hidden_size + 2 * (s.heads + s.kv_heads) * s.head_dim + 4 * s.mlp) * 4
-    kept = tokens * s.hidden_size * s.layers * 4 if training.gradient_checkpointing else layer * s.layers
-    logits = 3 * tokens * s.vocabulary * 4
-    # All other terms compare with a teacher; thought to be of the student's size.
-    teacher = 4 * parameters(s) if any(term.name not in ("nll", "sem") for term in training.objective) else 0
-    return _TRAIN_BYTES * parameters(s) + kept + layer + logits + teacher
-
-
 def decoding_bytes(shape: Shape, decoding: Decoding) -> float:
     """Peak accelerator memory of batched decoding with a model of that shape, in bytes."""
     s = shape
@@ -79,15 +56,28 @@ def need(plan: Plan) -> Need | None:
     for label, model in tier.models.items():
         if model.shape is None:
             raise ReqatError(f"tier {tier.name}: models.{label} needs a `shape` to compute the memory of device cuda.")
-        jobs = [
-            (f"training {label}", training_bytes(model.shape, tier.train.finetune)),
-            (f"training {label}", training_bytes(model.shape, tier.train.qat)),
-            (f"evaluating {label}", decoding_bytes(model.shape, tier.evaluation.decoding)),
-        ]
-        for what, device in jobs:
-            gpus = math.ceil(device / (_USABLE * tier.resources.gpu_memory_gib * GIB))
-            needs.append(Need(what, device, gpus, tier.resources.gpu_memory_gib, 4.0 * parameters(model.shape)))
+        usable, shape = _USABLE * tier.resources.gpu_memory_gib * GIB, model.shape
+        host = 4.0 * parameters(shape)
+        for training, quantized in ((tier.train.finetune, False), (tier.train.qat, True)):
+            gpus, each = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable)
+            needs.append(Need(f"training {label}", gpus * each, gpus, tier.resources.gpu_memory_gib, host))
+        device = decoding_bytes(shape, tier.evaluation.decoding)
+        needs.append(
+            Need(f"evaluating {label}", device, math.ceil(device / usable), tier.resources.gpu_memory_gib, host)
+        )
     return max(needs, key=lambda n: n.device_bytes)
+
+
+def _shared(what: str, shape: Shape, training: Training, quantized: bool, usable: float) -> tuple[int, float]:
+    """The fewest GPUs that hold a training together, and the bytes on each of them."""
+    for gpus in range(1, _MOST_GPUS + 1):
+        each = training_memory(shape, training, quantized=quantized, ranks=gpus).peak
+        if each <= usable:
+            return gpus, each
+    raise ReqatError(
+        f"{what}: a batch takes {each / GIB:.0f} GiB on each of {_MOST_GPUS} GPUs, and {usable / GIB:.0f} are usable: "
+        "lower rows_per_batch or row_tokens, or set gradient_checkpointing."
+    )
 
 
 def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float) -> None:

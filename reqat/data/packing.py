@@ -37,7 +37,7 @@ class Batch:
     position_ids: Tensor
     segment_ids: Tensor
     apart: bool = False
-    """Whether attention is to be computed trace by trace (``segments``), not under the mask of whole rows."""
+    """Whether attention is to be computed trace by trace, not under the mask of whole rows."""
 
     @property
     def n_tokens(self) -> int:
@@ -54,28 +54,6 @@ class Batch:
         # Traces of a row are numbered from 1 (0 is padding); rows of a batch have traces of their own.
         row = torch.arange(len(keep), device=keep.device)[:, None] * (int(self.segment_ids.max()) + 1)
         return torch.unique((row + self.segment_ids)[keep], return_inverse=True)[1]
-
-    def attention_mask(self) -> Tensor:
-        """Bool ``[B, 1, T, T]``: causal within a segment. Padding attends to itself alone, so no row of the softmax
-        is empty.
-        """
-        t = self.segment_ids.shape[1]
-        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
-        causal = torch.ones(t, t, dtype=torch.bool).tril()
-        mask = same & causal
-        pad = self.segment_ids == 0
-        mask[pad] = torch.eye(t, dtype=torch.bool).expand(len(pad), t, t)[pad]
-        return mask[:, None]
-
-    def segments(self) -> tuple[tuple[tuple[int, bool], ...], ...]:
-        """Row by row, what it is made of in its order: the length of each trace, or run of padding, and whether it is a
-        trace. :meth:`attention_mask` is causal within each trace, and lets padding see itself alone.
-        """
-        found = []
-        for row in self.segment_ids:
-            ids, lengths = torch.unique_consecutive(row, return_counts=True)
-            found.append(tuple(zip(lengths.tolist(), (ids > 0).tolist(), strict=True)))
-        return tuple(found)
 
 
 @dataclass(frozen=True)

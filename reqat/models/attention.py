@@ -11,12 +11,17 @@ included, so that fine-tuning, QAT and evaluation share one code path; it differ
 2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
    times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
 
+Packed rows need no mask of T x T elements (625 MB at 25k tokens). Where an attention mask is expected they give
+:func:`segment_mask`: integers [B, 1, 1, T] that say which trace a token is of. Attention is then computed trace by
+trace (:func:`segment_attention`). :func:`dense_mask` is the same as a boolean mask, for other attention functions and
+as a reference.
+
 Shapes: B batch, H query heads, G key/value heads, T query tokens, S key tokens, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -32,8 +37,7 @@ ATTENTION = "reqat"
 _MARK = "_reqat_quantized"
 _PACKED = "_reqat_packed"
 _SEGMENTS = "_reqat_segments"
-Segments = Sequence[Sequence[tuple[int, bool]]]
-"""Row by row: the length of each trace, or run of padding, and whether it is a trace."""
+_ADDED = "_reqat_added"
 
 
 def mark_quantized(tensor_BGSD: Tensor) -> Tensor:
@@ -47,11 +51,58 @@ def is_quantized(tensor_BGSD: Tensor) -> bool:
     return getattr(tensor_BGSD, _MARK, False)
 
 
-def mark_segments(mask_B1TT: Tensor, segments: Segments) -> Tensor:
-    """Tell the attention function what a boolean mask of packed rows says: causal attention within each trace, padding
-    that sees itself alone. It then computes trace by trace (:func:`segment_attention`) and does not read the mask."""
-    setattr(mask_B1TT, _SEGMENTS, segments)
-    return mask_B1TT
+def segment_mask(segment_ids_BT: Tensor) -> Tensor:
+    """What a decoder is given as ``attention_mask`` for packed rows: integers [B, 1, 1, T].
+
+    ``segment_ids_BT``: 0 on padding, and on each trace of a row a number of its own. A token attends to the earlier
+    tokens of its trace and to itself, a token of padding to itself alone. For the attention function of this module
+    only; any other takes :func:`dense_mask`. transformers hands a 4D mask on as it is.
+    """
+    return segment_ids_BT[:, None, None]
+
+
+def dense_mask(segment_ids_BT: Tensor) -> Tensor:
+    """:func:`segment_mask` as a boolean mask [B, 1, T, T], True = attend; no row of it is empty."""
+    T = segment_ids_BT.shape[1]
+    mask_BTT = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
+    mask_BTT &= torch.ones(T, T, dtype=torch.bool, device=segment_ids_BT.device).tril()
+    pad_BT = segment_ids_BT == 0
+    own = torch.eye(T, dtype=torch.bool, device=segment_ids_BT.device)
+    mask_BTT[pad_BT] = own[pad_BT.nonzero()[:, 1]]
+    return mask_BTT[:, None]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What packed rows are made of: row by row, the length of each trace, or run of padding, and whether it is a trace.
+
+    Row by row and in its order, so that lengths are known to the host and tensors can be split.
+    """
+
+    rows: tuple[tuple[tuple[int, bool], ...], ...]
+
+    @classmethod
+    def of(cls, mask_B11T: Tensor) -> Segments:
+        """Read from a :func:`segment_mask`; once, also where it goes through many layers and is on a GPU."""
+        version, found = getattr(mask_B11T, _SEGMENTS, (None, None))
+        if found is None or version != _version(mask_B11T):
+            rows = []
+            for row_T in mask_B11T[:, 0, 0].cpu():
+                ids, lengths = torch.unique_consecutive(row_T, return_counts=True)
+                rows.append(tuple(zip(lengths.tolist(), (ids > 0).tolist(), strict=True)))
+            found = cls(tuple(rows))
+            setattr(mask_B11T, _SEGMENTS, (_version(mask_B11T), found))
+        return found
+
+    @property
+    def traces(self) -> list[int]:
+        """Lengths of all traces, row after row."""
+        return [length for row in self.rows for length, is_trace in row if is_trace]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest trace; 1 where there is only padding."""
+        return max(self.traces, default=1)
 
 
 class PackedLayer(Protocol):
@@ -94,11 +145,12 @@ def softmax_attention(
     if query_BHTD.device.type == "cpu":
         # The inner autocast region keeps torch from casting the arguments of SDPA back to bf16.
         with torch.autocast("cpu", enabled=False):
+            query_BHTD = _widened(query_BHTD)
             return _attend(
-                _widened(query_BHTD),
+                query_BHTD,
                 _widened(key_BGSD),
                 _widened(value_BGSD),
-                _widened(attention_mask) if attention_mask is not None else None,
+                _added(attention_mask, query_BHTD.dtype) if attention_mask is not None else None,
                 scaling,
                 dropout,
                 is_causal,
@@ -124,11 +176,18 @@ def segment_attention(
     What the mask of a row throws away is never computed: of a row of 512 tokens with three traces, two thirds, and of
     what is left the half above the diagonal. Same numbers up to rounding. Padding gives its own value, as a softmax
     over one key does. Returns [B, H, T, D].
+
+    On a GPU one call of torch's variable-length flash attention does all traces, where it can: 16-bit numbers (also by
+    autocast), no dropout, head_dim up to 256 in eights, compute capability 8.0. Elsewhere there is one call a trace.
     """
+    if (dtype := _flash_dtype(query_BHTD, dropout)) is not None:
+        return varlen_attention(
+            query_BHTD.to(dtype), key_BGTD.to(dtype), value_BGTD.to(dtype), segments, scaling=scaling
+        )
     H, G = query_BHTD.shape[1], key_BGTD.shape[1]
     rows = []
     # Split, not sliced: the gradient of a slice is a tensor of zeros as large as the whole.
-    for row, *qkv_1TD in zip(segments, *(x.split(1) for x in (query_BHTD, key_BGTD, value_BGTD)), strict=True):
+    for row, *qkv_1TD in zip(segments.rows, *(x.split(1) for x in (query_BHTD, key_BGTD, value_BGTD)), strict=True):
         lengths = [length for length, _ in row]
         parts = []
         for (_, is_trace), q, k, v in zip(row, *(x.split(lengths, 2) for x in qkv_1TD), strict=True):
@@ -139,6 +198,48 @@ def segment_attention(
         dtype = parts[0].dtype  # a run of padding is as wide as values are
         rows.append(torch.cat([part.to(dtype) for part in parts], 2))
     return torch.cat(rows)
+
+
+def varlen_attention(
+    query_BHTD: Tensor, key_BGTD: Tensor, value_BGTD: Tensor, segments: Segments, *, scaling: float | None = None
+) -> Tensor:
+    """:func:`segment_attention` by one call of ``torch.nn.attention.varlen.varlen_attn``, whose limits it has.
+
+    The tokens of all traces become one sequence [N, heads, D], cut at the traces' cumulative lengths.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    (B, H, T, D), G, device = query_BHTD.shape, key_BGTD.shape[1], query_BHTD.device
+    # [B, heads, T, D] -> [B T, heads, D]
+    q, k, v = (x.transpose(1, 2).reshape(B * T, x.shape[1], D) for x in (query_BHTD, key_BGTD, value_BGTD))
+    real = [is_trace for row in segments.rows for _, is_trace in row]
+    runs = [length for row in segments.rows for length, _ in row]
+    real_N = torch.repeat_interleave(torch.tensor(real), torch.tensor(runs)).nonzero()[:, 0].to(device)
+    ends = torch.tensor([0, *segments.traces], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    longest = segments.longest
+    out = varlen_attn(
+        q[real_N],
+        k[real_N],
+        v[real_N],
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=H != G,
+    )
+    whole = (v.repeat_interleave(H // G, 1) if H != G else v).to(out.dtype)
+    return whole.index_copy(0, real_N, out).reshape(B, T, H, D).transpose(1, 2)
+
+
+def _flash_dtype(query_BHTD: Tensor, dropout: float) -> torch.dtype | None:
+    """What variable-length flash attention would compute in here; None where it cannot."""
+    if not query_BHTD.is_cuda or dropout or query_BHTD.shape[-1] > 256 or query_BHTD.shape[-1] % 8:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query_BHTD.dtype
+    capable = torch.version.cuda is not None and torch.cuda.get_device_capability(query_BHTD.device) >= (8, 0)
+    return dtype if capable and dtype in (torch.bfloat16, torch.float16) else None
 
 
 def attention_maps(
@@ -192,6 +293,23 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as torch adds it to the logits. torch makes that of a boolean one in each layer, and autograd keeps them
+    all; made here it is kept once, with the mask, for all layers. Where nothing is kept, it is torch's own affair."""
+    if mask.dtype != torch.bool or not torch.is_grad_enabled():
+        return _widened(mask)
+    version, added = getattr(mask, _ADDED, (None, None))
+    if added is None or version != _version(mask) or added.dtype != dtype:
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        setattr(mask, _ADDED, (_version(mask), added))
+    return added
+
+
+def _version(x: Tensor) -> int:
+    """Counts the writes to a tensor; tensors of inference mode have no count."""
+    return -1 if x.is_inference() else x._version
+
+
 def _attend(
     query_BHTD: Tensor,
     key_BGSD: Tensor,
@@ -231,29 +349,32 @@ def reqat_attention(
     """Attention function in transformers' calling convention: query [B, H, T, D], key and value [B, G, S, D].
 
     Returns [B, T, H, D] in the query's dtype, and with ``output_attentions=True`` the attention maps [B, H, T, S]
-    before dropout, else None. ``attention_mask``: see :func:`softmax_attention`.
+    before dropout, else None. ``attention_mask``: see :func:`softmax_attention`, or a :func:`segment_mask`.
     """
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
             raise ReqatError(f"attention {ATTENTION!r} does not support {unsupported}={kwargs[unsupported]!r}")
+    segments = None
+    if attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        if attention_mask.shape != (query.shape[0], 1, 1, key.shape[2]) or query.shape[2] != key.shape[2]:
+            raise ReqatError(
+                f"an attention mask of integers {tuple(attention_mask.shape)} for {query.shape[2]} queries over "
+                f"{key.shape[2]} keys: give one of booleans or numbers to add, or a segment_mask of whole rows"
+            )
+        segments = Segments.of(attention_mask)
     window = kwargs.get("sliding_window")  # of a layer that slides; within it every earlier token is seen
-    if window is not None and key.shape[2] > window:
+    reach = key.shape[2] if segments is None else segments.longest
+    if window is not None and reach > window:
         raise ReqatError(
-            f"attention {ATTENTION!r} over {key.shape[2]} tokens in a layer with a sliding window of {window}: only "
+            f"attention {ATTENTION!r} over {reach} tokens in a layer with a sliding window of {window}: only "
             f"full attention is supported; keep prompt and response within {window} tokens"
         )
     kv = getattr(module, "reqat_kv", None)
     dtype = query.dtype
-    segments: Segments | None = getattr(attention_mask, _SEGMENTS, None)
     if kv is not None:
         query = kv.query(query)
         if not is_quantized(key):
-            if (
-                segments is None
-                and kv.scales_over_tokens
-                and attention_mask is not None
-                and attention_mask.dtype == torch.bool
-            ):
+            if kv.scales_over_tokens and attention_mask is not None and attention_mask.dtype == torch.bool:
                 length = _attended(attention_mask)
                 key, value, attention_mask = key[:, :, :length], value[:, :, :length], attention_mask[..., :length]
             key, value = kv(key, value)
@@ -267,6 +388,8 @@ def reqat_attention(
                 "output_attentions: a packed cache keeps codes alone and gives no attention maps; run the prepared "
                 "model before pack(), or without a cache"
             )
+        if segments is not None and attention_mask is not None:
+            attention_mask = dense_mask(attention_mask[:, 0, 0])  # maps are as large as it is
         maps_BHTS = attention_maps(query, key, attention_mask, scaling=scaling, is_causal=is_causal)
         out_BHTD = _weighted(maps_BHTS, value, dropout)
     elif packed is not None:

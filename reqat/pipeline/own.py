@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,21 +28,18 @@ from reqat.config.stage import (
     DataSettings,
     DataStageSettings,
     Gradient,
-    PTQSettings,
-    QFitSettings,
     Stage,
     TraceSource,
     Training,
-    TrainSettings,
 )
 from reqat.config.targets import check_folder
 from reqat.config.tier import Budget, EvaluationPlan, Model, PTQPlan, QFitPlan, Shape, Tier, Trainings
+from reqat.pipeline.announced import announce
 from reqat.pipeline.jobs import run_stage, running
 from reqat.records import record
 
 if TYPE_CHECKING:
     from reqat.data.sources import Columns
-    from reqat.data.traces import Traces
 
 NAME = "own"
 SETTINGS = "settings.json"
@@ -51,7 +47,7 @@ SCHEMA = "reqat.train/1"
 """In the settings of a run, by which its folder is told from others that hold a file of that name."""
 _WORK = (SETTINGS, "cache", "checkpoints", "data", "locks", "partial", "stages")  # what a run leaves in its folder
 DEFAULT_ROW_TOKENS = 4096
-"""Longest row where none is asked for: attention masks take its square."""
+"""Longest row where none is asked for: what autograd keeps grows with it (`reqat train --plan`)."""
 _CALIBRATION_TOKENS = 512  # of a sequence that Q-FIT and PTQ look at, as in the paper
 
 
@@ -111,9 +107,19 @@ class Run:
 
 
 def train_own(
-    run: Run, catalogue: Catalogue, out: Path, root: Path, *, resume: bool = True, force: bool = False
+    run: Run,
+    catalogue: Catalogue,
+    out: Path,
+    root: Path,
+    *,
+    resume: bool = True,
+    force: bool = False,
+    plan_only: bool = False,
 ) -> None:
     """Run a recipe on a model and traces of one's own, and write the model to ``out``.
+
+    With ``plan_only`` traces are tokenized, and what would be trained is printed, with the memory that it takes; the
+    unfinished run then goes on from there.
 
     What ``out`` cannot be, a model that no adapter knows, and a source that cannot be read are refused first. An
     unfinished run of the same settings goes on; one of others is refused, naming them, or dropped without ``resume``.
@@ -133,6 +139,13 @@ def train_own(
         print(f"{out}: already there, by the same settings")
         return
     inputs = [path for path in (run.model, run.data) if Path(path).exists()]
+    if plan_only:
+        check_folder(out, record.belongs("train"), replace=force, inputs=map(Path, inputs))
+        work = out.with_name(f"{out.name}.unfinished")
+        _claim(work, settings, resume, inputs)
+        _carry_out(run, catalogue, work, None, root)
+        print("nothing was trained: the same command without --plan goes on")
+        return
     with record.asked_for("train", out, settings, root=root, force=force, inputs=inputs) as job:
         work = out.with_name(f"{out.name}.unfinished")
         job.resumed = _claim(work, settings, resume, inputs)
@@ -142,7 +155,8 @@ def train_own(
     print(f"written: {out}")
 
 
-def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path, root: Path) -> dict[str, Any]:
+def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path | None, root: Path) -> dict[str, Any]:
+    """Do the stages of a run and write the model to ``out``; None: say what they are. Returns metrics."""
     from reqat.data.store import TraceStore
 
     paths = Paths(root, work)
@@ -151,7 +165,8 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path, root: Path
     _check_model(run, None)
     run_stage(run_base, base.id, paths, progress=run.progress)
     model = paths.model(base)
-    shape, positions = _check_model(run, model), _positions(model)
+    sizes, positions = _check_model(run, model), _positions(model)
+    assert sizes is not None
     store = _store(run, base)
     imported = _import(run, run_base.tier.name, store, paths, model)
     traces = TraceStore.read(paths.stage(store)).traces
@@ -163,12 +178,14 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path, root: Path
         total=total,
         qat=qat,
         row_tokens=run.row_tokens or longest,
-        shape=shape,
+        shape=sizes[0],
         positions=positions,
     )
     plan, last, at = own_plan(tier, catalogue, run.recipe, run.precision, total, base, store, longest)
     metrics: dict[str, Any] = {"traces": imported, "total_tokens": total, "qat_tokens": qat, "precision": str(at.name)}
-    metrics["stages"] = _say(run, plan, last, at, traces, imported)
+    metrics["stages"] = announce(Path(run.data).name, plan, last, at, traces, imported, sizes)
+    if out is None:
+        return metrics
     chain = [stage for stage in reversed(list(plan.lineage(last.id))) if stage.id != base.id]
     for stage in chain:
         if _digest(run.data) != store.settings.own.sha256:  # type: ignore[union-attr]
@@ -279,8 +296,11 @@ def _check_ids(folder: Path, name: str, vocabulary: int | None, tokenizer: Any) 
     )
 
 
-def _check_model(run: Run, folder: Path | None) -> Shape | None:
-    """Refuse a model that no adapter knows. ``folder`` holds a package's model once it was unpacked."""
+def _check_model(run: Run, folder: Path | None) -> tuple[Shape, int] | None:
+    """Refuse a model that no adapter knows. ``folder`` holds a package's model once it was unpacked.
+
+    Returns its shape and the number of its parameters; None for a package's model that was not unpacked.
+    """
     from reqat.models import load_tokenizer
     from reqat.models.adapters import cached_attentions
     from reqat.models.loading import local_folder, package_gguf
@@ -295,7 +315,7 @@ def _check_model(run: Run, folder: Path | None) -> Shape | None:
     model = outline(folder, PrecisionSpec(name=run.precision).name)
     config: Any = model.config
     heads = cached_attentions(model)[0][1].heads
-    return Shape(
+    shape = Shape(
         hidden_size=config.hidden_size,
         layers=config.num_hidden_layers,
         heads=heads.query_heads,
@@ -303,7 +323,9 @@ def _check_model(run: Run, folder: Path | None) -> Shape | None:
         head_dim=heads.head_dim,
         mlp=getattr(config, "intermediate_size", None) or config.hidden_size,
         vocabulary=config.vocab_size,
+        tie_embeddings=bool(config.tie_word_embeddings),
     )
+    return shape, sum(parameter.numel() for parameter in model.parameters())
 
 
 def _budget(run: Run, catalogue: Catalogue, tokens: int, longest: int) -> tuple[int, int]:
@@ -348,44 +370,6 @@ def _tier(
         qfit=QFitPlan(calibration=calibration),
         ptq=PTQPlan(calibration=calibration),
     )
-
-
-def _say(
-    run: Run, plan: Plan, last: Stage, at: PrecisionSpec, traces: Traces, imported: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Print what is going to be done; returns a line of it for each stage."""
-    from reqat.data import Traces as All
-    from reqat.data import pack, select
-
-    left_out = f"; {imported['left_out']} longer than {imported['row_tokens']} left out" if imported["left_out"] else ""
-    cut = f"; {imported['cut']} cut to {imported['row_tokens']}" if imported["cut"] else ""
-    print(f"traces: {len(traces)} of {Path(run.data).name}, {traces.n_tokens} tokens{left_out}{cut}")
-    entries = []
-    for stage in reversed(list(plan.lineage(last.id))):
-        if stage.kind == "base":
-            continue
-        entry: dict[str, Any] = {"stage": stage.id, "kind": stage.kind, "precision": stage.precision.name}
-        what = ""
-        if isinstance(stage.settings, TrainSettings):
-            training, selection = stage.settings.training, stage.settings.traces
-            chosen = All.of(select(traces, selection.tokens, skip_tokens=selection.skip_tokens))
-            rows = pack(chosen, training.row_tokens, bos_id=0, pad_id=0)  # the ids only fill in
-            micro = -(-len(rows) * selection.epochs // training.rows_per_batch)
-            steps = -(-micro // training.accumulation)
-            entry |= {"traces": len(chosen), "tokens": chosen.n_tokens * selection.epochs, "steps": steps}
-            passes = f", {selection.epochs} times" if selection.epochs > 1 else ""
-            what = (
-                f"{chosen.n_tokens} tokens of {len(chosen)} traces{passes}: {steps} steps of "
-                f"{training.rows_per_batch * training.accumulation} rows of {training.row_tokens}, lr {training.lr:g}"
-            )
-        elif isinstance(stage.settings, QFitSettings | PTQSettings):
-            looked = stage.settings.calibration
-            what = f"looks at {looked.sequences} sequences of {looked.sequence_tokens} tokens"
-        entries.append(entry)
-        print(f"{len(entries)}. {stage.kind:9}{stage.precision.name:15}{what}")
-    print(f"then: {at.name}, weights quantized once" if at != PrecisionSpec() else "then: BF16")
-    sys.stdout.flush()
-    return entries
 
 
 def _claim(work: Path, settings: Mapping[str, Any], resume: bool, inputs: Iterable[str]) -> bool:

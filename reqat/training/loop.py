@@ -31,7 +31,7 @@ from reqat.config.stage import Optimization
 from reqat.data import Batch, PackedRows, Traces, batches
 from reqat.data.packing import IGNORE
 from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
-from reqat.models.attention import mark_segments
+from reqat.models.attention import ATTENTION, dense_mask, segment_mask
 from reqat.models.digests import tensors_digest
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
@@ -121,9 +121,9 @@ def run_decoder(
     ``wanted``: of ``hidden_states`` and ``attentions``. Raises ReqatError where the model does not give them.
     """
     more = sorted(wanted - {"logits"})
-    mask = batch.attention_mask()
-    if batch.apart:
-        mark_segments(mask, batch.segments())
+    # Another attention function, of a model that was not prepared, knows dense masks alone.
+    by_trace = batch.apart and model.config._attn_implementation == ATTENTION
+    mask = (segment_mask if by_trace else dense_mask)(batch.segment_ids)
     found = model.get_decoder()(
         input_ids=batch.input_ids,
         attention_mask=mask,

@@ -47,8 +47,15 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(given)
     common = ["--model", "model", "--data", "traces.jsonl", "--precision", "NVFP4-W4A4KV4", "--out", "out", "--quiet"]
-    assert reqat("train", "--recipe", "reqat-ts", *common, "--lr", "1e-3", "--accumulation", "2", "--threads", "1") == 0
+    asked = ["train", "--recipe", "reqat-ts", *common, "--lr", "1e-3", "--accumulation", "2", "--threads", "1"]
+    asked += ["--autocast", "none"]
+    assert reqat(*asked, "--plan") == 0
+    planned = capsys.readouterr().out
+    assert planned.count("weights for products") == 1 and planned.count("with gradient checkpointing") == 2
+    assert "attention mask" not in planned and not Path("out").exists()
+    assert reqat(*asked) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith(planned[: planned.index("then:")]) and record.verify(Path("out"))["resumed"] is True
     assert "1. finetune" in printed and "2. qat" in printed and "30 of traces.jsonl" in printed
     grading = ["--model", "out", "--max-new-tokens", "6", "--quiet"]
     assert reqat("evaluate", *grading, "--tasks", "chain_sum", "--n", "4", "--seeds", "0,1", "--out", "graded") == 0

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from reqat.config import Paths, ReqatError, load
-from reqat.config.resources import GIB, need, parameters, require, training_bytes
+from reqat.config.memory import parameters, training_memory
+from reqat.config.resources import GIB, need, require
 
 ROOT = Path(__file__).parents[2]
 PAPER = load("paper", Paths(root=ROOT))
@@ -45,7 +46,10 @@ def test_paper_tier_is_refused_without_its_gpus_and_starts_with_them():
     assert wanted is not None and wanted.gpus > 1
     shape = PAPER.tier.models["R1-Qwen-14B"].shape
     assert shape is not None
-    assert wanted.device_bytes >= training_bytes(shape, PAPER.tier.train.qat) > 16 * parameters(shape)
+    each = training_memory(shape, PAPER.tier.train.qat, quantized=True, ranks=wanted.gpus).peak
+    fewer = training_memory(shape, PAPER.tier.train.qat, quantized=True, ranks=wanted.gpus - 1).peak
+    assert wanted.device_bytes >= each * wanted.gpus > 16 * parameters(shape)
+    assert each <= 0.9 * 80 * GIB < fewer, "no more GPUs than it takes"
     gpu, host = 80 * GIB, 2 * wanted.host_bytes
     with pytest.raises(ReqatError, match=rf"paper.*{wanted.gpus} GPUs of 80 GiB.*0 GPUs.*--dry-run"):
         require(PAPER, [], host)

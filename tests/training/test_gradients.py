@@ -14,6 +14,7 @@ from reqat.data.packing import IGNORE
 from reqat.evaluation.entropies import token_statistics
 from reqat.methods.terms.sem import SEM
 from reqat.models import prepare
+from reqat.models.attention import dense_mask
 from reqat.training import NLL, Objective, RunSettings, train
 from reqat.training.gradients import GradientProbe, TokenGradients, token_gradients
 from reqat.training.loop import batch_loss
@@ -113,7 +114,7 @@ def test_entropies_agree_with_those_of_traces() -> None:
     model = tiny_model().eval()
     batch = rows().batch([0, 1])
     keep = batch.labels != IGNORE
-    mask = batch.attention_mask()
+    mask = dense_mask(batch.segment_ids)
     logits = model(input_ids=batch.input_ids, attention_mask=mask, position_ids=batch.position_ids).logits[keep]
     expected = token_statistics(logits.detach()).entropy_N
     torch.testing.assert_close(found_in(model, batch).entropy_N.float(), expected, rtol=1e-5, atol=1e-6)

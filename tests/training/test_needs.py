@@ -15,6 +15,7 @@ from reqat.config.errors import ReqatError
 from reqat.data.packing import IGNORE
 from reqat.methods.terms import TERMS
 from reqat.models import prepare, set_gradient
+from reqat.models.attention import dense_mask
 from reqat.training import NLL, Objective, RunSettings, TermContext, loop, train
 from tests.training.test_loop import rows, tiny_model, weights
 
@@ -63,7 +64,7 @@ def test_attention_maps_are_transformers_own(monkeypatch: pytest.MonkeyPatch) ->
     ctx = shown({"attentions"}, student=model)
     model.set_attn_implementation("eager")
     model.get_decoder()._forward_pre_hooks.clear()  # which refuses another attention in a prepared model
-    mask = torch.where(batch.attention_mask(), 0.0, -1e30).double()
+    mask = torch.where(dense_mask(batch.segment_ids), 0.0, -1e30).double()
     out = model.get_decoder()(
         batch.input_ids, attention_mask=mask, position_ids=batch.position_ids, output_attentions=True, use_cache=False
     )
