@@ -129,7 +129,6 @@ def test_what_the_code_imports_is_asked_for_by_name() -> None:
     inside = {"reqat", "analysis", "tests", "reqat_kernels", *sys.stdlib_module_names}
     inside |= {path.stem for path in ROOT.glob("*/*.py")}
     inside |= {"llama_cpp"}  # a peer of the benchmark, measured where somebody installed it
-    inside |= {"peft"}  # of those who train with LoRA: its absence is an error that names it
     inside |= {"vllm"}  # in an environment of its own
     used: dict[str, str] = {}
     for folder in ("reqat", "analysis", "kernels", "tests", "tools"):

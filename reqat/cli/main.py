@@ -27,7 +27,9 @@ import reqat.cli.lm_eval
 import reqat.cli.reset
 import reqat.cli.results
 import reqat.cli.run
+import reqat.cli.serve
 import reqat.cli.study
+import reqat.cli.traces
 import reqat.cli.train
 import reqat.cli.view  # noqa: F401
 from reqat.cli.app import INTERRUPTED, app, session

@@ -87,9 +87,12 @@ def evaluate(
         typer.Option("--n", min=1, max=arguments.MOST, help="Problems, at most (default: 100; of a file, all)."),
     ] = None,
     split: Annotated[
-        Literal["validation", "test"], typer.Option(help="Of the task families; no training trace is of either.")
-    ] = "test",
-    problem_seed: Annotated[int, typer.Option(min=0, max=arguments.MOST, help="That problems are drawn with.")] = 1,
+        Literal["validation", "test"] | None,
+        typer.Option(help="Of the task families; no training trace is of either (default: test)."),
+    ] = None,
+    problem_seed: Annotated[
+        int | None, typer.Option(min=0, max=arguments.MOST, help="That problems of families are drawn with (1).")
+    ] = None,
     seeds: Seeds = "0",
     decoding: Annotated[str, typer.Option(callback=arguments.policy, help=f"greedy, or {SAMPLE}.")] = SAMPLE,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=arguments.LONGEST, help="Longest response.")] = 512,
@@ -107,26 +110,21 @@ def evaluate(
             raise ReqatError(f"--model {model} and the id {ids[0]}: give one or the other.")
         if (tasks is None) == (problems is None):
             raise ReqatError("--model: give --tasks a,b or --problems FILE, and not both.")
-        # Before they are read: one that changes meanwhile is not taken for what was graded.
-        sha256 = record.sha256(problems) if problems is not None and problems.is_file() else None
-        rows = (
-            read_problems(problems, n)
-            if problems is not None
-            else of_problems(draw([name.strip() for name in str(tasks).split(",")], split, n or 100, problem_seed))
-        )
+        rows, about, inputs = _problems(tasks, problems, n, split, problem_seed)
         _grade(
             model,
             rows,
             Asked(precision, seed_list(seeds), decoding, max_new_tokens, batch_rows),
-            {"tasks": tasks, "problems": problems.name if problems else None, "split": split, "seed": problem_seed},
-            {"problems": {"id": problems.name, "sha256": sha256}} if problems is not None else {},
+            about,
+            inputs,
             out,
             quiet=quiet,
             force=force,
             threads=threads,
         )
         return
-    given = {"--tasks": tasks, "--problems": problems, "--out": out, "--precision": precision}
+    given = {"--tasks": tasks, "--problems": problems, "--out": out, "--precision": precision, "--n": n}
+    given |= {"--split": split, "--problem-seed": problem_seed}
     for option, value in given.items():
         if value is not None:
             raise ReqatError(f"{option} {value}: an option of --model; ids are graded as their tier says.")
@@ -136,6 +134,22 @@ def evaluate(
     start_computing(threads)
     for id in ids:
         run_evaluation(plan, id, session.paths, progress=not quiet, force=force)
+
+
+def _problems(
+    tasks: str | None, file: Path | None, n: int | None, split: Literal["validation", "test"] | None, seed: int | None
+) -> tuple[list[Given], dict[str, Any], dict[str, Any]]:
+    """Problems of task families, or of a file; what the record says of them, and the inputs among them."""
+    if file is None:
+        split, seed = split or "test", 1 if seed is None else seed
+        drawn = draw([name.strip() for name in str(tasks).split(",")], split, n or 100, seed)
+        return of_problems(drawn), {"tasks": tasks, "split": split, "problem_seed": seed}, {}
+    for option, value in {"--split": split, "--problem-seed": seed}.items():
+        if value is not None:
+            raise ReqatError(f"{option} {value}: of --tasks; --problems {file} are taken as they stand there.")
+    # Before they are read: a file that changes meanwhile is not taken for what was graded.
+    sha256 = record.sha256(file) if file.is_file() else None
+    return read_problems(file, n), {"problems": file.name}, {"problems": {"id": file.name, "sha256": sha256}}
 
 
 def _grade(

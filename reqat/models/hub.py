@@ -1,7 +1,8 @@
 """Models of the Hugging Face hub: ``owner/name@COMMIT``, fetched into the hub's cache on this machine.
 
 Only an id with a commit is ever fetched, so that the same words mean the same weights tomorrow (a branch or tag moves);
-only configuration, tokenizer and safetensors come along, neither pickled weights nor code.
+only configuration, tokenizer and safetensors come along, neither pickled weights nor code. A private model needs the
+user's token, in HF_TOKEN or by `hf auth login`.
 """
 
 from __future__ import annotations
@@ -39,5 +40,5 @@ def hub_folder(location: str) -> Path | None:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointNotFoundError(
             f"{location}: no such folder here, and the model cannot be fetched from the hub ({said}). Without a "
-            "network, fetch it elsewhere (`hf download`) and give its folder"
+            "network, fetch it elsewhere (`hf download`) and give its folder; of a private model, set HF_TOKEN"
         ) from error

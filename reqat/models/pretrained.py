@@ -23,6 +23,7 @@ from reqat.config.files import explaining, write_file
 from reqat.models.adapters import blocks_of
 from reqat.models.described import described, is_ours
 from reqat.models.experts import Experts
+from reqat.models.folder import INDEX, WEIGHTS, weight_shapes
 from reqat.models.linear import CODES, QuantLinear, stands_for
 from reqat.models.peft import peft_modules
 from reqat.models.report import Report
@@ -48,7 +49,7 @@ def write_pretrained(
 
     Args:
         model: plain or prepared, frozen or not.
-        save_directory: the folder, written in place; a sidecar in it is replaced or removed.
+        save_directory: the folder, written in place; a sidecar and an index in it are replaced or removed.
         state_dict: of this model, gathered by the caller (accelerate); what plain transformers does not know is left
             out of the checkpoint.
         dtype: of the stored weights; those of the model if None.
@@ -71,13 +72,27 @@ def write_pretrained(
     if not is_main_process:
         own(state_dict=state)
         return
-    for name in (JSON, TENSORS):  # never one of other weights beside these, wherever this is interrupted
+    for name in (JSON, TENSORS, INDEX):  # never one of other weights beside these, wherever this is interrupted
         with explaining(folder / name):
             (folder / name).unlink(missing_ok=True)
     own(state_dict=state)
     fix_config(folder / "config.json", dtype, getattr(model, "_reqat_report", None))
     if sidecar:
+        _list_weights(folder)
         sidecar.write(folder)
+
+
+def _list_weights(folder: Path) -> None:
+    """An index of the only file of weights, as there is one of several: without it vLLM and SGLang take every
+    safetensors file of a folder for weights, and the sidecar is one."""
+    file = folder / WEIGHTS
+    if file.is_file():
+        header = 8 + int.from_bytes(file.open("rb").read(8), "little")  # its length, and what says what lies where
+        index = {
+            "metadata": {"total_size": file.stat().st_size - header},
+            "weight_map": dict.fromkeys(sorted(weight_shapes(file)), WEIGHTS),
+        }
+        write_file(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _save(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:

@@ -16,7 +16,7 @@ from reqat.evaluation import Outcomes
 from reqat.models import load_model, load_tokenizer, prepare, save_model
 from reqat.quant import Precision
 from reqat.records import record
-from reqat.tasks import problems, write_trace
+from reqat.tasks import problems, verify, write_trace
 
 
 def reqat(*arguments: str) -> int:
@@ -64,6 +64,8 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     outcomes = Outcomes.from_parquet("graded/outcomes.parquet")
     assert about["kind"] == "evaluate" and len(outcomes) == 8
     assert about["metrics"]["accuracy"] == float(outcomes.correct.mean())
+    drawn = {key: about["config"].get(key) for key in ("tasks", "split", "problem_seed", "problems")}
+    assert drawn == {"tasks": "chain_sum", "split": "test", "problem_seed": 1, "problems": None}
     assert about["inputs"]["model"]["weights"].keys() == {"model.safetensors", "reqat.safetensors"}
     (line, *_) = Path("asked.jsonl").read_text().splitlines()
     many = f"{line}\n" * 103
@@ -71,8 +73,10 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     file = ["--problems", "asked.jsonl", "--max-new-tokens", "2"]
     assert reqat("evaluate", *grading, *file, "--out", "graded-file") == 0
     assert "of 103 problems" in capsys.readouterr().out
-    asked = record.verify(Path("graded-file"))["inputs"]["problems"]
-    assert asked == {"id": "asked.jsonl", "sha256": record.sha256(Path("asked.jsonl"))}
+    about = record.verify(Path("graded-file"))
+    assert about["inputs"]["problems"] == {"id": "asked.jsonl", "sha256": record.sha256(Path("asked.jsonl"))}
+    assert about["config"]["problems"] == "asked.jsonl"
+    assert not {"tasks", "split", "problem_seed"} & about["config"].keys()  # problems of a file were not drawn
     assert reqat("evaluate", *grading, *file, "--n", "3", "--precision", "NVFP4-W4A16") == 0
     assert "of 3 problems" in capsys.readouterr().out
 
@@ -99,6 +103,24 @@ def test_a_record_says_what_was_computed(
         assert about["inputs"]["model"]["weights"] == {path.name: record.sha256(path) for path in files}
 
 
+def test_traces_to_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ("traces", "--tasks", "chain_sum,gsm_symbolic", "--n", "12", "--seed", "3")
+    assert reqat(*given, "--out", "a.jsonl") == 0 and reqat(*given, "--out", "b.jsonl") == 0
+    written = Path("a.jsonl").read_bytes()
+    assert Path("b.jsonl").read_bytes() == written
+    rows = [json.loads(line) for line in written.decode().splitlines()]
+    drawn = {problem.prompt: problem for problem in problems(["chain_sum", "gsm_symbolic"], "train", 12, 3)}
+    assert 6 < len(rows) <= 12 and all(verify(drawn[row["prompt"]], row["response"]) for row in rows)
+    assert f"{len(rows)} traces" in capsys.readouterr().out
+    for out, says in (("a.jsonl", "a.jsonl"), ("c.json", "c.json")):
+        assert reqat(*given, "--out", out) == 2 and says in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
+    assert Path("a.jsonl").read_bytes() == written
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -107,6 +129,9 @@ def test_a_record_says_what_was_computed(
         (["evaluate", "--model", "model", "--tasks", "chain_some"], "unknown task family 'chain_some'"),
         (["evaluate", "--model", "model", "--problems", "traces.jsonl"], "unknown key 'response'|no answer to grade"),
         (["evaluate", "evaluation-0", "--tasks", "chain_sum"], "an option of --model"),
+        (["evaluate", "evaluation-0", "--split", "test"], "an option of --model"),
+        (["evaluate", "--model", "model", "--problems", "asked.jsonl", "--split", "test"], "--split test"),
+        (["evaluate", "--model", "model", "--problems", "asked.jsonl", "--problem-seed", "0"], "--problem-seed 0"),
         (["evaluate", "evaluation-0", "--model", "model", "--tasks", "chain_sum"], "one or the other"),
         (["train", "--recipe", "ft", "--model", "model", "--data", "traces.jsonl", "--out", "model"], "model"),
         (

@@ -107,11 +107,32 @@ def test_save_pretrained_and_save_model_write_the_same_files(tiny: Tiny, tmp_pat
     # Not prepared in between: the sidecar is passed on.
     load_model(tmp_path / "a").save_pretrained(tmp_path / "c")
     assert (tmp_path / "c/reqat.safetensors").read_bytes() == (tmp_path / "a/reqat.safetensors").read_bytes()
-    # A folder that held another model keeps none of its sidecar.
+    # A folder that held another model keeps none of its sidecar, nor the list of its weights.
     other = tiny("llama")
     prepare(other, "BF16")
     other.save_pretrained(tmp_path / "a")
-    assert not (tmp_path / "a/reqat.json").exists() and not (tmp_path / "a/reqat.safetensors").exists()
+    for name in ("reqat.json", "reqat.safetensors", "model.safetensors.index.json"):
+        assert (tmp_path / "b" / name).exists() and not (tmp_path / "a" / name).exists()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_engine_reads_the_weights_and_not_the_sidecar(tiny: Tiny, tmp_path: Path, ids: Tensor, shards: int) -> None:
+    """vLLM and SGLang take every safetensors file of a folder, or of those the ones that its index names."""
+    model, plain = freeze(calibrated(tiny, ids)), tiny("llama")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in plain.state_dict().values())
+    model.save_pretrained(tmp_path, max_shard_size=size * 2 // 5 if shards > 1 else "1GB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    listed = set(index["weight_map"].values())
+    assert len(listed) == shards and (tmp_path / "reqat.safetensors").is_file()
+    read: dict[str, Tensor] = {}
+    for file in tmp_path.glob("*.safetensors"):
+        if file.name in listed:
+            found = load_file(file)
+            assert all(index["weight_map"][name] == file.name for name in found)
+            read |= found
+    plain.load_state_dict(read)  # strict
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in read.values())
+    assert torch.equal(plain(ids).logits, type(plain).from_pretrained(tmp_path)(ids).logits)
 
 
 def test_a_packed_model_is_refused_and_leaves_no_folder(tiny: Tiny, tmp_path: Path) -> None:

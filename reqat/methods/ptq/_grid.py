@@ -16,8 +16,6 @@ from torch import Tensor
 from reqat.formats import Format, QuantizedTensor, global_scale_for, quantize, quantize_dequantize
 from reqat.quant import clipped
 
-NORM = 2.4
-
 
 def searchable(fmt: Format) -> bool:
     """Whether a finer choice of scales helps: powers of two only halve, and ternary scales are no maxima."""
@@ -30,7 +28,7 @@ def searched(
     fmt: Format,
     shares: Sequence[float],
     *,
-    norm: float = NORM,
+    norm: float,
     global_scale: Tensor | None = None,
     name: str | None = None,
 ) -> QuantizedTensor:

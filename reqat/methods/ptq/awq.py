@@ -41,7 +41,7 @@ from reqat.models import precision_of
 from reqat.models.adapters import KEY, QUERY, blocks_of
 from reqat.quant import Precision, block_hadamard, dynamic, fake_quantize
 
-GRID = 20
+DEFAULTS = AWQOptions()
 _FLOOR = 1e-4
 _BOUNDS = 10
 _UNCLIPPED = (QUERY, KEY)
@@ -49,7 +49,12 @@ _UNCLIPPED = (QUERY, KEY)
 
 @torch.no_grad()
 def scale(
-    model: PreTrainedModel, precision: Precision, input_ids: Tensor, *, grid: int = GRID, progress: bool = True
+    model: PreTrainedModel,
+    precision: Precision,
+    input_ids: Tensor,
+    *,
+    grid: int = DEFAULTS.grid,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Search and fold the scales of every group of a full-precision ``model``, in place.
 
@@ -160,7 +165,7 @@ def _candidate(group: FoldableGroup, s_K: Tensor, precision: Precision) -> Itera
 
 
 def solve(
-    model: PreTrainedModel, input_ids: Tensor, *, clip: bool | None = None, progress: bool = True
+    model: PreTrainedModel, input_ids: Tensor, *, clip: bool | None = DEFAULTS.clip, progress: bool = True
 ) -> dict[str, Any]:
     """Round the weights of a prepared ``model``, in place; clipped first if ``clip`` says so (None: where they
     are integers, which is what the method does unless it is told otherwise)."""

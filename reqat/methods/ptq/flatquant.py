@@ -56,8 +56,7 @@ from reqat.quant import (
     with_signs,
 )
 
-EPOCHS = 15
-BATCH = 4
+DEFAULTS = FlatQuantOptions()
 _LR, _CLIP_LR, _DECAYED = 5e-3, 5e-2, 1e-3
 # The reference names no weight decay, so it trains with AdamW's own (ruikangliu/FlatQuant, flatquant/train_utils.py:
 # `torch.optim.AdamW(trained_params)`; 0.01 since torch 1.2). It shrinks clips before the sigmoid towards one half, and
@@ -85,9 +84,9 @@ def train(
     precision: Precision,
     input_ids: Tensor,
     *,
-    epochs: int = EPOCHS,
-    batch: int = BATCH,
-    seed: int = 0,
+    epochs: int = DEFAULTS.epochs,
+    batch: int = DEFAULTS.batch,
+    seed: int = DEFAULTS.seed,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Learn and fold the transforms of a full-precision ``model``, in place; bases and clips take effect when it is

@@ -24,14 +24,16 @@ from reqat.methods.layerwise import solve_weights
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.gptq import gptq_codes, summary
 
+DEFAULTS = GPTAQOptions()
+
 
 def gptaq(
     model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    act_order: bool = True,
-    damp: float = 0.01,
-    alpha: float = 0.25,
+    act_order: bool = DEFAULTS.act_order,
+    damp: float = DEFAULTS.damp,
+    alpha: float = DEFAULTS.alpha,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Quantize the weights of a prepared ``model`` by GPTAQ, in place; it is frozen then.

@@ -32,12 +32,18 @@ from reqat.formats import QuantizedTensor, clamp_affine_
 from reqat.methods.layerwise import WeightProblem, few_tokens, solve_weights
 from reqat.methods.ptq._method import Method
 
+DEFAULTS = GPTQOptions()
 # Columns between two updates of the whole matrix.
 _BATCH = 128
 
 
 def gptq(
-    model: PreTrainedModel, input_ids: Tensor, *, act_order: bool = True, damp: float = 0.01, progress: bool = True
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    act_order: bool = DEFAULTS.act_order,
+    damp: float = DEFAULTS.damp,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Quantize the weights of a prepared ``model`` by GPTQ, in place; it is frozen then.
 
@@ -75,7 +81,7 @@ def summary(solved: list[dict[str, Any]], input_ids: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def gptq_codes(
-    problem: WeightProblem, *, act_order: bool = True, damp: float = 0.01, drift: float = 0.0
+    problem: WeightProblem, *, act_order: bool = DEFAULTS.act_order, damp: float = DEFAULTS.damp, drift: float = 0.0
 ) -> QuantizedTensor:
     """The codes that GPTQ chooses for one weight, with the scales of ``problem.nearest``.
 

@@ -20,7 +20,7 @@ from reqat.config.errors import ReqatError
 from reqat.config.ptq import MRGPTQOptions, rotation_of
 from reqat.formats import QuantizedTensor
 from reqat.methods.layerwise import WeightProblem, solve_weights
-from reqat.methods.ptq._grid import NORM, searched
+from reqat.methods.ptq._grid import searched
 from reqat.methods.ptq._method import Method
 from reqat.methods.ptq.gptq import gptq_codes, summary
 from reqat.methods.scaling import check_unmeasured
@@ -28,7 +28,7 @@ from reqat.methods.transform import Transform
 from reqat.models import share_global_scales
 from reqat.quant import Precision
 
-_GRID = 100
+DEFAULTS = MRGPTQOptions()
 _SHRINK = 0.8
 
 
@@ -43,9 +43,9 @@ def mr_gptq(
     model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    damp: float = 0.01,
-    grid: int = _GRID,
-    norm: float = NORM,
+    damp: float = DEFAULTS.damp,
+    grid: int = DEFAULTS.grid,
+    norm: float = DEFAULTS.norm,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Quantize the weights of a prepared ``model``, in place; it is frozen then.

@@ -38,8 +38,8 @@ from reqat.methods.transform import Transform
 from reqat.models import kv_quantizers, leave, quant_linears
 from reqat.quant import Precision, hadamard_factors, kronecker
 
-_SEED = 0
-_SHARES = tuple(1 - i / 100 for i in range(80))
+DEFAULTS = QuaRotOptions()
+_SHARES, _NORM = tuple(1 - i / 100 for i in range(80)), 2.4  # of its search of the weights' scales
 _INPUT_CLIP, _CACHE_CLIP = 0.9, 0.95
 # Relative change of the logits of a float32 model that rotations may cause by rounding; a wrong one changes all.
 _TOLERANCE = 1e-2
@@ -47,7 +47,12 @@ _TOLERANCE = 1e-2
 
 @torch.no_grad()
 def rotate(
-    model: PreTrainedModel, precision: Precision, input_ids: Tensor, *, seed: int = _SEED, progress: bool = True
+    model: PreTrainedModel,
+    precision: Precision,
+    input_ids: Tensor,
+    *,
+    seed: int = DEFAULTS.seed,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Rotate a full-precision ``model``, in place; what is online takes effect when it is prepared.
 
@@ -134,9 +139,9 @@ def solve(
     model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    damp: float = 0.01,
-    input_clip: float | None = None,
-    cache_clip: float | None = None,
+    damp: float = DEFAULTS.damp,
+    input_clip: float | None = DEFAULTS.input_clip,
+    cache_clip: float | None = DEFAULTS.cache_clip,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Clip the quantizers of a prepared ``model`` and choose the codes of its weights by GPTQ, in place.
@@ -152,7 +157,14 @@ def solve(
 
     def solver(problem: WeightProblem) -> QuantizedTensor:
         nearest = problem.nearest
-        scaled = searched(problem.weight, nearest.format, _SHARES, global_scale=nearest.global_scale, name=problem.name)
+        scaled = searched(
+            problem.weight,
+            nearest.format,
+            _SHARES,
+            norm=_NORM,
+            global_scale=nearest.global_scale,
+            name=problem.name,
+        )
         return gptq_codes(problem.with_scales(scaled), act_order=False, damp=damp)
 
     solved = solve_weights(model, input_ids, solver, label="QuaRot", progress=progress)

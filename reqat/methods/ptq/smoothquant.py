@@ -29,12 +29,18 @@ from reqat.methods.transform import Transform
 from reqat.models.adapters import blocks_of
 from reqat.quant import Precision
 
+DEFAULTS = SmoothQuantOptions()
 _FLOOR = 1e-5
 
 
 @torch.no_grad()
 def smooth(
-    model: PreTrainedModel, precision: Precision, input_ids: Tensor, *, alpha: float = 0.6, progress: bool = True
+    model: PreTrainedModel,
+    precision: Precision,
+    input_ids: Tensor,
+    *,
+    alpha: float = DEFAULTS.alpha,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Smooth the inputs of attention and MLP of every block of a full-precision ``model``, in place.
 
