@@ -34,7 +34,9 @@ def launcher(nodes: int, processes: int, command: list[str], environment: Mappin
         asked = subprocess.run(["scontrol", "show", "hostnames", named], capture_output=True, text=True, check=True)
         first = asked.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise ReqatError(f"scontrol does not say which machines {named!r} are ({error}); is Slurm whole here?") from error
+        raise ReqatError(
+            f"scontrol does not say which machines {named!r} are ({error}); is Slurm whole here?"
+        ) from error
     return [
         "srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
         *torchrun, f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-id={job}", f"--rdzv-endpoint={first}:{PORT}",

@@ -215,7 +215,9 @@ def _within_minibatch(
     device = group[0][0].labels.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         found = [
-            distributed.within(model, partial(batch_entropies, model, batch, autocast=autocast))[: None if counts else 0]
+            distributed.within(model, partial(batch_entropies, model, batch, autocast=autocast))[
+                : None if counts else 0
+            ]
             for batch, counts in group
         ]
     return objective.within(ranks.gathered(torch.cat(found)))

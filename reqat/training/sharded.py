@@ -22,8 +22,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
@@ -71,6 +69,8 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
     Raises `ReqatError`, on every process, where the disk of one is full or refuses; the previous checkpoint then still
     stands.
     """
+    from torch.distributed import checkpoint as dcp
+
     ranks = distributed.current()
     target = folder / f"sharded-{position['result']['steps']:08d}"
     partial = target.with_name(f"{target.name}.tmp")
@@ -108,10 +108,12 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
 @contextlib.contextmanager
 def _explained(folder: Path) -> Any:
     """What the system refuses, of this process or another (torch's CheckpointException), as a ReqatError."""
+    from torch.distributed.checkpoint.api import CheckpointException  # of dcp.save: what failed in which process
+
     try:
         yield
-    except (OSError, SafetensorError, dcp.api.CheckpointException) as error:
-        failures = list(error.failures.values()) if isinstance(error, dcp.api.CheckpointException) else []
+    except (OSError, SafetensorError, CheckpointException) as error:
+        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         causes = [cause for failure in failures if (cause := os_error(failure[0])) is not None]
         cause = causes[0] if causes else error
         text = explain(cause, folder) if isinstance(cause, Exception) else " ".join(str(cause).split())[:300]
@@ -132,6 +134,9 @@ def describe(path: Path) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], dic
 
     Raises ReqatError for a checkpoint that is damaged or of another format.
     """
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     ranks = distributed.current()
     said = read_json(path / FILE, "position of a checkpoint", _REMEDY)
     if said.get("format") != FORMAT:
@@ -144,7 +149,9 @@ def describe(path: Path) -> tuple[dict[str, tuple[torch.Size, torch.dtype]], dic
         raise ReqatError(f"checkpoint {path} is damaged: {FILE} is not what was written; {_REMEDY}")
     there = {file.name for file in path.glob("*.safetensors")}
     for name in sorted(said["files"].keys() ^ there):
-        raise ReqatError(f"checkpoint {path} is damaged: {name} is {'extra' if name in there else 'missing'}; {_REMEDY}")
+        raise ReqatError(
+            f"checkpoint {path} is damaged: {name} is {'extra' if name in there else 'missing'}; {_REMEDY}"
+        )
     for name in sorted(there)[ranks.rank :: ranks.size]:
         if _sha256(path / name) != said["files"][name]:
             raise ReqatError(f"checkpoint {path} is damaged: {name} is not what was written; {_REMEDY}")
@@ -163,6 +170,8 @@ def read(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The stored tensors that belong to ``parameters``, each divided as its parameter is (or whole, where that is),
     under the names that the single file has."""
+    from torch.distributed import checkpoint as dcp
+
     ranks = distributed.current()
     tensors = {
         name: torch.empty_like(parameters[parameter_of(name)], dtype=dtype, requires_grad=False)

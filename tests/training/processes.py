@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from reqat.config.errors import ReqatError
@@ -27,6 +28,8 @@ def together(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """What each of ``size`` processes came to: ``code`` (exit code; negative: a signal), and ``result`` (a JSON value
     that ``function`` returned) or ``error`` (of the ReqatError that it raised). All have ended then."""
+    if torch.cuda.is_available():
+        pytest.skip("autograd has threads for GPUs, which a forked process would lack")
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
