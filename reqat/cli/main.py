@@ -131,6 +131,9 @@ def _restart_in_utf8() -> None:
 
 
 def _exit(code: int, message: str) -> None:
-    rank, size, _ = launched()
-    print(f"reqat: error{f' (process {rank} of {size})' if size > 1 else ''}: {message}", file=sys.stderr)
+    which = ""
+    with contextlib.suppress(ReqatError):  # which is what is being said
+        rank, size, _ = launched()
+        which = f" (process {rank} of {size})" if size > 1 else ""
+    print(f"reqat: error{which}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import reqat
 from reqat.config.stage import Stage
-from reqat.pipeline.stages import train_with
 from reqat.training import distributed
 
 
@@ -28,6 +27,8 @@ def together(device: distributed.Device, *, offload: bool = False) -> Iterator[b
         if ranks.size > 1:
             ranks.agree(_alike())
         if not ranks.first:
+            from reqat.pipeline.stages import train_with
+
             while (asked := ranks.asked()) is not None:
                 train_with(
                     Stage.model_validate(asked["stage"]),

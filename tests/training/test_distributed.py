@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from processes import together
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reqat.config.errors import ReqatError
@@ -24,6 +23,7 @@ from reqat.models import prepare, sharing_global_scales
 from reqat.quant import Precision
 from reqat.training import NLL, Objective, RunSettings, TrainResult, checkpoint, distributed, train
 from reqat.training.distributed import Ranks
+from tests.training.processes import together
 
 VOCABULARY = 40
 QAT = {"precision": "NVFP4-W4A4KV4", "global_scale": "row"}
