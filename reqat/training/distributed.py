@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.launch import launched
-from reqat.models import blocks_of
+from reqat.models.adapters import blocks_of
 
 Device = Literal["auto", "cpu", "cuda"]
 #: Longest time that processes wait for each other within a step. NCCL does not notice a dead process sooner.

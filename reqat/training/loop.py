@@ -209,7 +209,7 @@ def _within_minibatch(
 ) -> Objective:
     """The objective for the micro-batches of a step, of which ``group`` are this process's; a sweep over them, without
     gradients, where a term asks."""
-    if (len(group) == 1 and ranks.size == 1) or not objective.needs_minibatch:
+    if not objective.needs_minibatch:
         return objective
     # The losses are to see the random numbers (dropout) that the entropies saw.
     device = group[0][0].labels.device
@@ -405,15 +405,17 @@ def train(
             share = ranks.share(steps[step], settings.accumulation)
             group_batches = [(_moved(rows.batch(indices), device, apart), counts) for indices, counts in share]
             counted = [batch for batch, counts in group_batches if counts]
-            own = (sum(b.n_response_tokens for b in counted), sum(b.n_tokens for b in counted))
-            divisor, tokens = (int(n) for n in ranks.totals(own))
+            own = (sum(b.n_response_tokens for b in counted), sum(b.n_tokens for b in counted), len(counted))
+            divisor, tokens, parts_of_step = (int(n) for n in ranks.totals(own))
             sums = dict.fromkeys((term.name for term in objective.terms), 0.0)
             total = 0.0
             # A divided model's weights come anew with each gathering: keeping what was made of them would keep them.
             reused = not ranks.sharded and (len(group_batches) > 1 or settings.gradient_checkpointing)
             with weights_quantized_once(model, enabled=reused):
                 try:
-                    within = _within_minibatch(model, objective, group_batches, autocast, ranks)
+                    within = objective
+                    if parts_of_step > 1:
+                        within = _within_minibatch(model, objective, group_batches, autocast, ranks)
                     for batch, counts in group_batches:
                         if observer is not None:
                             observer(model, batch, step, partial(_loss, model, teacher, within, batch, autocast))
