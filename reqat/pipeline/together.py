@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import reqat
 from reqat.config.stage import Stage
 from reqat.training import distributed
 
@@ -45,7 +44,7 @@ def together(device: distributed.Device, *, offload: bool = False) -> Iterator[b
 
 def _alike() -> Mapping[str, str]:
     code = hashlib.sha256()
-    for file in sorted(Path(reqat.__file__).parent.rglob("*.py")):
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(file.read_bytes())
     return {
         "command line": " ".join(sys.argv[1:]),
