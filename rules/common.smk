@@ -80,6 +80,13 @@ except ValueError as error:
 COMMAND += ["--build", BUILD, "--models", PATHS.models.as_posix(), "--plan", FROZEN.as_posix()]
 # Shell text, quoted here once; so `{params.reqat}` is the one thing in a rule's `shell:` that is not written `{...:q}`.
 REQAT = shlex.join(COMMAND)
+# Of a training: in several processes where the tier says so (docs/distributed.md).
+PROCESSES = RESOURCES.processes * RESOURCES.nodes
+LAUNCH = [PYTHON, "-m", "reqat.cli.launch", "--nodes", str(RESOURCES.nodes), "--processes", str(RESOURCES.processes), "--"]
+TRAIN = shlex.join([*LAUNCH, *COMMAND] if PROCESSES > 1 else COMMAND)
+TRAIN_GPUS = PROCESSES if ON_GPU and PROCESSES > 1 else GPUS
+# Of a training on several machines, what profiles/slurm asks for; other executors take no notice.
+TRAIN_NODES = {"nodes": RESOURCES.nodes, "tasks": RESOURCES.nodes} if RESOURCES.nodes > 1 else {}
 
 
 def stamp(name, files):
@@ -209,6 +216,11 @@ def all_cores():
 def reqat(wildcards):
     """The command that a rule's `shell:` begins with. A function, because Snakemake would read braces in a text as wildcards."""
     return REQAT
+
+
+def train(wildcards):
+    """The same of a training."""
+    return TRAIN
 
 
 def freeze_plan():

@@ -19,15 +19,17 @@ rule train:
     wildcard_constraints:
         id="(finetune|qat)-[0-9a-f]+",
     params:
-        reqat=reqat,
+        reqat=train,
         tier=TIER,
-    threads: RESOURCES.threads
+        threads=RESOURCES.threads,
+    threads: RESOURCES.threads * RESOURCES.processes
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=RESOURCES.runtime_minutes,
-        gpu=GPUS,
+        gpu=TRAIN_GPUS,
+        **TRAIN_NODES,
     shell:
-        "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"
+        "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {params.threads:q} > {log:q} 2>&1"
 
 
 rule qfit:

@@ -33,6 +33,7 @@ LAYERS = (
     ("reqat.pipeline",),
     ("reqat.lm_eval",),
     ("reqat.cli",),
+    ("reqat.__main__",),
 )
 LAYER = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 #: Folders of modules, by the folder that their dotted names start from.

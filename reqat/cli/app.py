@@ -13,6 +13,7 @@ import typer
 
 from reqat.config.base import canonical
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.launch import launched
 from reqat.config.paths import Paths, load, read_plan
 from reqat.config.plan import Plan
 from reqat.config.stage import DataSettings
@@ -87,8 +88,13 @@ def find_root(start: Path) -> Path:
     raise ReqatError(f"{start}: no config/recipes.yaml here or above; run in the repository, or name it with --root.")
 
 
+#: Verbs that several processes can share.
+SHARED = ("train", "stage")
+
+
 @app.callback()
 def options(
+    context: typer.Context,
     root: Annotated[Path | None, typer.Option(help="The repository's root (default: found from here upwards).")] = None,
     build: Annotated[Path, typer.Option(help="Where work goes, relative to the root.")] = Path("build"),
     models: Annotated[Path, typer.Option(help="Folder of local models (or REQAT_MODELS).")] = Path("models"),
@@ -98,6 +104,12 @@ def options(
     debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False,
 ) -> None:
     """Options of every verb."""
+    rank, size, _ = launched()
+    if size > 1 and context.invoked_subcommand not in SHARED:
+        raise ReqatError(
+            f"{context.invoked_subcommand} runs in one process, and this is number {rank} of {size}: start "
+            f"{' and '.join(SHARED)} alone by torchrun, or unset WORLD_SIZE and RANK"
+        )
     vars(session).pop("paths", None)
     session.root, session.build, session.models, session.frozen, session.debug = root, build, models, plan, debug
 

@@ -36,6 +36,7 @@ from reqat.cli.app import INTERRUPTED, app, session
 from reqat.cli.arguments import check_environment, check_text
 from reqat.config.errors import ReqatError
 from reqat.config.files import explain, os_error
+from reqat.config.launch import launched
 
 READER_GONE = 141
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")  # as torch and CUDA say it
@@ -132,5 +133,9 @@ def _restart_in_utf8() -> None:
 
 
 def _exit(code: int, message: str) -> None:
-    print(f"reqat: error: {message}", file=sys.stderr)
+    which = ""
+    with contextlib.suppress(ReqatError):  # which is what is being said
+        rank, size, _ = launched()
+        which = f" (process {rank} of {size})" if size > 1 else ""
+    print(f"reqat: error{which}: {message}", file=sys.stderr)
     sys.exit(code)

@@ -57,11 +57,15 @@ def stage(
     force: Force = False,
     threads: Threads = 1,
 ) -> None:
-    """Run stages: train a base, fine-tune, calibrate, QAT, quantize. An interrupted training goes on."""
+    """Run stages: train a base, fine-tune, calibrate, QAT, quantize. An interrupted training goes on. By torchrun, in
+    several processes (docs/distributed.md)."""
     plan = session.plan(tier)
     start_computing(threads)
-    for id in ids:
-        run_stage(plan, id, session.paths, progress=not quiet, force=force)
+    from reqat.pipeline.together import together
+
+    with together(plan.tier.resources.device, offload=plan.tier.resources.offload) as first:
+        for id in ids if first else ():
+            run_stage(plan, id, session.paths, progress=not quiet, force=force)
 
 
 @app.command()

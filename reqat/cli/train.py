@@ -86,12 +86,19 @@ def train(
     processes: Annotated[
         int | None, typer.Option(min=1, max=1024, help="That tokenize (default: one a core, 8 at most).")
     ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where training computes; auto: on a GPU, if there is one.")
+    ] = "auto",
+    offload: Annotated[
+        bool, typer.Option(help="Keep weights, gradients and moments in host memory: a larger model fits, slowly.")
+    ] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run; else begin anew, deleting it.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace the result of `train` that is there.")] = False,
     quiet: Quiet = False,
     threads: Threads = 0,
 ) -> None:
-    """Train your model on your traces by any recipe, and write it at a precision, with a record.
+    """Train your model on your traces by any recipe, and write it at a precision, with a record. By torchrun, in
+    several processes that divide the model (docs/distributed.md).
 
     A row of the data has messages (the loss is on the last, the assistant's), or a prompt and a response.
     """
@@ -131,4 +138,8 @@ def train(
         processes=processes or min(8, len(os.sched_getaffinity(0))),
         progress=not quiet,
     )
-    train_own(run, catalogue, out, root, resume=resume, force=force, plan_only=plan)
+    from reqat.pipeline.together import together
+
+    with together(device, offload=offload) as first:
+        if first:
+            train_own(run, catalogue, out, root, resume=resume, force=force, plan_only=plan)

@@ -47,7 +47,7 @@ def handed_over(arguments: list[str]) -> int | None:
     """Exit code of the job that ``arguments`` (of `reqat`) ask for, run by the server that the environment names; None
     if there is none, if it does not take the job, or if the verb is not one of :data:`VERBS`."""
     path = os.environ.get(VARIABLE)
-    if not path or not _may_be_handed_over(arguments):
+    if not path or "WORLD_SIZE" in os.environ or not _may_be_handed_over(arguments):  # torchrun watches its processes
         return None
     request = {
         "arguments": arguments,

@@ -220,6 +220,13 @@ class Resources(Strict):
     evaluate_memory_mb: Count = 2500
     runtime_minutes: Count = 600
     threads: int = Field(default=1, gt=0, le=4096)
+    """Of a process."""
+    processes: Annotated[int, Field(gt=0, le=1024)] = 1
+    """Of a training, on each machine: they divide the model and its steps. On device `cuda`, one a GPU."""
+    nodes: Annotated[int, Field(gt=0, le=1024)] = 1
+    """Machines of a training, in a Slurm job."""
+    offload: bool = False
+    """Whether trainings keep weights, gradients and moments in host memory."""
     train_tokens_per_s: float = Field(default=8000, gt=0)
     qat_tokens_per_s: float = Field(default=5000, gt=0)
     responses_per_s: float = Field(default=15, gt=0)

@@ -209,20 +209,29 @@ def share_global_scales(model: PreTrainedModel) -> None:
 
     Raises ReqatError where such weights were frozen with scales of their own: their codes cannot take another.
     """
-    for group in [group for block in blocks_of(model) for group in block.groups()]:
+    for block in blocks_of(model):
+        _share_in(block)
+
+
+@torch.no_grad()
+def _share_in(block: Block) -> None:
+    for group in block.groups():
         _share_global_scale([site.module for site in group.sites if isinstance(site.module, QuantLinear)])
 
 
 @contextmanager
 def sharing_global_scales(model: PreTrainedModel) -> Iterator[None]:
-    """Within this block every forward pass of a prepared ``model`` begins with :func:`share_global_scales`, so that a
-    training computes with the scales that ``freeze(model, share_global_scale=True)`` will give its weights. At the end
-    each unfrozen layer has its own scale again."""
-    handle = adapter_of(model).body(model).register_forward_pre_hook(lambda *_: share_global_scales(model))
+    """Within this block the forward pass of every block of a prepared ``model`` begins with what
+    :func:`share_global_scales` does to it, so that a training computes with the scales that
+    ``freeze(model, share_global_scale=True)`` will give its weights. At the end each unfrozen layer has its own scale
+    again. Block by block, because a model that is divided among processes has the weights of one at a time."""
+    blocks = blocks_of(model)
+    handles = [block.module.register_forward_pre_hook(lambda *_, b=block: _share_in(b)) for block in blocks]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for layer in quant_linears(model).values():
             layer.weight_quantizer.global_scale = None
 

@@ -116,7 +116,7 @@ def trained_before(checkpoints: Path) -> bool:
     """Whether a training goes on from a checkpoint there; it refuses one of other weights or settings."""
     from reqat.training import checkpoint
 
-    return (checkpoints / checkpoint.FILE).is_file()
+    return checkpoint.newest(checkpoints) is not None
 
 
 def link_base(settings: BaseSettings, paths: Paths, out: Path) -> None:

@@ -61,7 +61,7 @@ from reqat.models import (
 from reqat.pipeline.task import same_tokens
 from reqat.tasks import Problem, get_family, write_trace
 from reqat.tasks.family import stream
-from reqat.training import Objective, Observer, RunSettings, TrainResult, check_traces, train
+from reqat.training import Objective, Observer, RunSettings, TrainResult, check_traces, distributed, train
 
 MODEL, TOKENIZER, STORE = "model", "tokenizer", "train"
 # Problems of each family whose words make the vocabulary; the families' phrase books are small, so this covers them
@@ -89,8 +89,36 @@ def carry_out(
             )
     checkpoints = checkpoints or out.parent / f".{out.name}.checkpoints"
     out.mkdir(parents=True, exist_ok=True)
+    if trains(stage):
+        with distributed.current().work(
+            {
+                "stage": stage.model_dump(mode="json"),
+                "inputs": {role: str(Path(inputs[role]).absolute()) for role in stage.inputs},
+                "checkpoints": str(checkpoints.absolute()),
+            }
+        ):
+            model, tokenizer, result = train_with(stage, inputs, checkpoints, progress=progress)
+        save_model(model, tokenizer, out / MODEL)
+        parameters = {"parameters": sum(p.numel() for p in model.parameters())} if stage.kind == "base" else {}
+        return parameters | _training_metrics(result)
     run: Callable[..., dict[str, Any]] = _RUN[stage.kind]
     return run(stage, inputs, out, checkpoints, progress)
+
+
+def trains(stage: Stage) -> bool:
+    """Whether a stage runs the training loop."""
+    return stage.kind in ("finetune", "qat") or (
+        isinstance(stage.settings, BaseSettings) and stage.settings.source == "scratch"
+    )
+
+
+def train_with(
+    stage: Stage, inputs: Mapping[str, Path], checkpoints: Path, *, progress: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainResult]:
+    """The training of a stage, in which every process takes part; the first gets the trained model as a plain one."""
+    if isinstance(stage.settings, BaseSettings):
+        return _train_scratch(stage, inputs, checkpoints, progress)
+    return train_again(stage, inputs, checkpoints, progress=progress)
 
 
 def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
@@ -193,26 +221,35 @@ def traces(settings: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Iterat
 def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
     settings = stage.settings
     assert isinstance(settings, BaseSettings)
-    if settings.source != "scratch":
-        location = {
-            "pinned": "results/base/" + settings.name,
-            "package": f"package:{settings.reference}",
-            "path": str(settings.reference),
-        }[settings.source]
-        model = load_model(location)
-        save_model(model, with_bos(load_tokenizer(location)), out / MODEL)
-        return {"parameters": sum(p.numel() for p in model.parameters())}
-    assert settings.architecture and settings.training and settings.traces
+    location = {
+        "pinned": "results/base/" + settings.name,
+        "package": f"package:{settings.reference}",
+        "path": str(settings.reference),
+    }[settings.source]
+    model = load_model(location)
+    save_model(model, with_bos(load_tokenizer(location)), out / MODEL)
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def _train_scratch(
+    stage: Stage, inputs: Mapping[str, Path], checkpoints: Path, progress: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainResult]:
+    settings = stage.settings
+    assert isinstance(settings, BaseSettings) and settings.architecture and settings.training and settings.traces
     shape = settings.architecture
     tokenizer = with_bos(load_tokenizer(inputs["data"] / TOKENIZER))
-    torch.manual_seed(settings.seed)
-    model = from_scratch(shape, tokenizer)
-    prepare(model, "BF16")
+
+    def begin() -> PreTrainedModel:
+        torch.manual_seed(settings.seed)
+        model = from_scratch(shape, tokenizer)
+        prepare(model, "BF16")
+        return model
+
+    model = begin()
     result = _train(
         model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress
     )
-    save_model(model, tokenizer, out / MODEL)
-    return {"parameters": sum(p.numel() for p in model.parameters()), **_training_metrics(result)}
+    return _whole(model, begin), tokenizer, result
 
 
 def from_scratch(shape: Architecture, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -244,12 +281,15 @@ def from_scratch(shape: Architecture, tokenizer: PreTrainedTokenizerBase) -> Pre
     return model
 
 
-def _finetune_or_qat(
-    stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool
-) -> dict[str, Any]:
-    model, tokenizer, result = train_again(stage, inputs, checkpoints, progress=progress)
-    save_model(model, tokenizer, out / MODEL)
-    return _training_metrics(result)
+def _whole(model: PreTrainedModel, begin: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The trained model, on the first of several processes as a plain one: what the training began with, with the
+    weights that it ended with."""
+    ranks = distributed.current()
+    if not ranks.sharded:
+        return model
+    plain = begin().eval() if ranks.first else None
+    ranks.fill(plain, model)
+    return model if plain is None else plain
 
 
 def train_again(
@@ -267,11 +307,16 @@ def train_again(
     """
     settings = stage.settings
     assert isinstance(settings, TrainSettings)
-    model, tokenizer = _parent(inputs)
-    prepare(model, stage.precision.name, override=True, **stage.precision.for_prepare())
-    gradient = settings.training.gradient
-    if gradient != Gradient():
-        set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))
+
+    def begin() -> PreTrainedModel:
+        model = load_model(inputs["parent"] / MODEL)
+        prepare(model, stage.precision.name, override=True, **stage.precision.for_prepare())
+        gradient = settings.training.gradient
+        if gradient != Gradient():
+            set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))
+        return model
+
+    model, tokenizer = begin(), with_bos(load_tokenizer(inputs["parent"] / MODEL))
     teacher = None
     if objective(settings.training).needs_teacher:
         teacher, of_teacher = _model(inputs, "teacher" if "teacher" in inputs else "parent")
@@ -298,7 +343,8 @@ def train_again(
             progress,
             observer,
         )
-    if has_learned_scales(model):
+    model = _whole(model, begin)
+    if has_learned_scales(model) and distributed.current().first:
         freeze(model)  # dense weights would lose them
     return model, tokenizer, result
 
@@ -347,8 +393,6 @@ def _ptq(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path,
 _RUN: dict[str, Callable[..., dict[str, Any]]] = {
     "data": _data,
     "base": _base,
-    "finetune": _finetune_or_qat,
-    "qat": _finetune_or_qat,
     "qfit": _qfit,
     "ptq": _ptq,
 }

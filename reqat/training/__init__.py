@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reqat.training.distributed import joined
 from reqat.training.loop import (
     Observer,
     RunSettings,
@@ -22,6 +23,7 @@ __all__ = [
     "TrainResult",
     "RunSettings",
     "check_traces",
+    "joined",
     "learning_rate",
     "response_logits",
     "train",

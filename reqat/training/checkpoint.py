@@ -5,6 +5,9 @@ what run it is of, the position in the data and the metrics so far, and a digest
 old one and renamed over it, so at any moment there is one whole checkpoint. It is read whole and checked before
 anything is changed, and taken up only by the run that wrote it: same traces, same weights at the start, same
 precision, objective and settings.
+
+Several processes write a folder instead, each its own part (:mod:`reqat.training.sharded`). Any number of processes
+goes on from either.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from reqat.config.errors import ReqatError
 from reqat.config.files import explain, flush, parse_json
 from reqat.models.digests import tensors_digest
+from reqat.training import distributed, sharded
 
 FILE = "checkpoint.safetensors"
 FORMAT = "2"
@@ -38,6 +42,10 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
 
     Raises `ReqatError` naming the folder where the disk is full or refuses; the previous checkpoint then still stands.
     """
+    if distributed.current().sharded:
+        sharded.save(folder, model, optimizer, position)
+        (folder / FILE).unlink(missing_ok=True)
+        return
     tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -55,6 +63,7 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
             os.fsync(f.fileno())
         os.replace(temporary, folder / FILE)
         flush(folder)
+        sharded.remove(folder)
     except (OSError, SafetensorError) as e:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -68,6 +77,29 @@ def _digest(position: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{FORMAT} {position} {tensors_digest(tensors)}".encode()).hexdigest()
 
 
+def newest(folder: Path) -> Path | None:
+    """The file or folder of the last whole checkpoint; None where there is none.
+
+    There are two after a run that went on with another number of processes was killed between writing one and removing
+    the other.
+    """
+    file, parts = folder / FILE, sharded.newest(folder)
+    if not file.is_file():
+        return parts
+    if parts is None or _steps(file) >= sharded.steps(parts):
+        return file
+    return parts
+
+
+def _steps(file: Path) -> int:
+    """The steps that the checkpoint in ``file`` had done; 0 for a damaged one, about which reading it will speak."""
+    try:
+        with safe_open(file, "pt") as f:
+            return int(json.loads((f.metadata() or {})["position"])["result"]["steps"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return 0
+
+
 def load(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, str]
 ) -> dict[str, Any] | None:
@@ -76,21 +108,60 @@ def load(
     Raises ``ReqatError`` for a damaged checkpoint, one of another model, and one whose ``run`` differs, naming in what;
     model, optimizer and random state are then as they were.
     """
-    path = folder / FILE
-    if not path.is_file():
+    path = newest(folder)
+    ranks = distributed.current()
+    ranks.agree({"checkpoint": path.name if path is not None else "none"})
+    if path is None:
         return None
-    tensors, position = _read(path)
     parameters = dict(model.named_parameters())
-    stored = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    if path.name == FILE:
+        with ranks.alike():
+            tensors, position = _read(path)
+            _check_model(path, {n: (t.shape, t.dtype) for n, t in tensors.items()}, parameters)
+            _check_run(path, position, run)
+        tensors = {name: _divided(name, tensor, parameters) for name, tensor in tensors.items()}
+    else:
+        with ranks.alike():
+            described, position = sharded.describe(path)
+            _check_model(path, described, parameters)
+            _check_run(path, position, run)
+        tensors = sharded.read(path, described, position, parameters)
+    with ranks.alike():
+        states = {name: _moments(path, name, parameters[name], tensors) for name in parameters}
+        for name in parameters:
+            if not bool(torch.isfinite(distributed.local(tensors[f"model.{name}"])).all()):
+                raise ReqatError(f"checkpoint {path}: {name} holds NaN or infinity; {_REMEDY}")
+        random = tensors.get("random.cpu")
+        now = torch.get_rng_state()
+        if path.name == FILE and (random is None or (random.dtype, random.shape) != (now.dtype, now.shape)):
+            raise ReqatError(f"checkpoint {path} is damaged: it has no valid random state; {_REMEDY}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"model.{name}"])
+    for name, parameter in parameters.items():
+        if states[name]:
+            optimizer.state[parameter] = states[name]
+    if random is not None and not ranks.sharded:  # several processes draw theirs anew at each step
+        torch.set_rng_state(random)
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+    return position
+
+
+def _check_model(
+    path: Path, stored: Mapping[str, tuple[torch.Size, torch.dtype]], parameters: Mapping[str, Tensor]
+) -> None:
+    there = {n.removeprefix("model."): about for n, about in stored.items() if n.startswith("model.")}
     wrong = [
         n
-        for n in parameters.keys() | stored.keys()
-        if n not in stored
-        or n not in parameters
-        or (stored[n].shape, stored[n].dtype) != (parameters[n].shape, parameters[n].dtype)
+        for n in parameters.keys() | there.keys()
+        if n not in there or n not in parameters or there[n] != (parameters[n].shape, parameters[n].dtype)
     ]
     if wrong:
         raise ReqatError(f"checkpoint {path} is of another model: {sorted(wrong)[:3]} differ; {_REMEDY}")
+
+
+def _check_run(path: Path, position: Mapping[str, Any], run: Mapping[str, str]) -> None:
     then = position.get("run")
     if not isinstance(then, dict):
         raise ReqatError(f"checkpoint {path} is damaged: it does not say of which run it is; {_REMEDY}")
@@ -100,24 +171,12 @@ def load(
         raise ReqatError(
             f"checkpoint {path} belongs to another run: {what}. Run with what it was begun with, or {_REMEDY}"
         )
-    states = {name: _moments(path, name, parameters[name], tensors) for name in parameters}
-    for name, tensor in stored.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise ReqatError(f"checkpoint {path}: {name} holds NaN or infinity; {_REMEDY}")
-    random = tensors.get("random.cpu")
-    now = torch.get_rng_state()
-    if random is None or (random.dtype, random.shape) != (now.dtype, now.shape):
-        raise ReqatError(f"checkpoint {path} is damaged: it has no valid random state; {_REMEDY}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
-    for name, parameter in parameters.items():
-        if states[name]:
-            optimizer.state[parameter] = states[name]
-    torch.set_rng_state(random)
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-    return position
+
+
+def _divided(key: str, tensor: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    """A tensor of the file as this process holds it: divided as the parameter is that it belongs to."""
+    parameter = parameters.get(sharded.parameter_of(key))
+    return tensor if parameter is None or tensor.ndim == 0 else distributed.divided_like(tensor, parameter)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,6 +220,7 @@ def _moments(path: Path, name: str, parameter: Tensor, tensors: Mapping[str, Ten
     for key, value in found.items():
         if value.shape != (torch.Size([]) if key == "step" else parameter.shape) or not value.is_floating_point():
             raise ReqatError(f"checkpoint {path} is damaged: {key} of {name} has shape {tuple(value.shape)}; {_REMEDY}")
-        if not bool(torch.isfinite(value).all()) or (key != "exp_avg" and bool((value < 0).any())):
+        held = distributed.local(value)
+        if not bool(torch.isfinite(held).all()) or (key != "exp_avg" and bool((held < 0).any())):
             raise ReqatError(f"checkpoint {path}: {key} of {name} is not finite, or negative; {_REMEDY}")
-    return {key: value if key == "step" else value.to(parameter.device) for key, value in found.items()}
+    return {key: value.to(parameter.device) for key, value in found.items()}

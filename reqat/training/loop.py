@@ -4,7 +4,8 @@ What differs between methods is the model that comes in (plain or prepared for a
 objective's terms. AdamW, without decay of gradient rules' parameters, with a linear warm-up and a cosine down to a
 floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, float32 master weights,
 products in bf16 or float32. The run is a pure function of its arguments: same seed, same weights, bit for bit, also
-across a kill at any moment (:mod:`reqat.training.checkpoint`).
+across a kill at any moment (:mod:`reqat.training.checkpoint`). Several processes share the micro-batches of a step and
+divide the model among them (:mod:`reqat.training.distributed`); the result is then that of one, up to rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from reqat.models.digests import tensors_digest
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
 from reqat.quant.autocast import resolve as resolve_autocast
-from reqat.training import checkpoint
+from reqat.training import checkpoint, distributed
+from reqat.training.distributed import Ranks
 from reqat.training.objective import OUTPUTS, Objective, TermContext
 from reqat_kernels.sem_loss import CHUNK_BYTES, entropies_from_hidden, row_statistics
 
@@ -167,10 +169,8 @@ def batch_loss(
         logits = head(outputs.hidden)
         teacher_outputs = teacher_logits = None
         if teacher is not None and theirs:
-            with torch.no_grad():
-                teacher_outputs = run_decoder(teacher, batch, keep, theirs, "teacher")
-                if "logits" in theirs:
-                    teacher_logits = teacher.get_output_embeddings()(teacher_outputs.hidden)
+            teach = partial(_teacher_outputs, teacher, batch, keep, theirs)
+            teacher_outputs, teacher_logits = distributed.within(teacher, teach)
     context = TermContext(
         logits,
         labels,
@@ -186,6 +186,14 @@ def batch_loss(
 
 
 @torch.no_grad()
+def _teacher_outputs(
+    teacher: PreTrainedModel, batch: Batch, keep: Tensor, wanted: frozenset[str]
+) -> tuple[Outputs, Tensor | None]:
+    outputs = run_decoder(teacher, batch, keep, wanted, "teacher")
+    return outputs, teacher.get_output_embeddings()(outputs.hidden) if "logits" in wanted else None
+
+
+@torch.no_grad()
 def batch_entropies(model: PreTrainedModel, batch: Batch, *, autocast: bool) -> Tensor:
     """Entropy in nats of the model's distribution at each of the N response positions, ``[N]`` float32."""
     keep = batch.labels != IGNORE
@@ -196,21 +204,37 @@ def batch_entropies(model: PreTrainedModel, batch: Batch, *, autocast: bool) -> 
         return row_statistics(head(hidden))[1]
 
 
-def _within_minibatch(model: PreTrainedModel, objective: Objective, group: list[Batch], autocast: bool) -> Objective:
-    """The objective for the micro-batches of ``group``; a sweep over them, without gradients, where a term asks."""
-    if len(group) == 1 or not objective.needs_minibatch:
+def _within_minibatch(
+    model: PreTrainedModel, objective: Objective, group: list[tuple[Batch, bool]], autocast: bool, ranks: Ranks
+) -> Objective:
+    """The objective for the micro-batches of a step, of which ``group`` are this process's; a sweep over them, without
+    gradients, where a term asks."""
+    if not objective.needs_minibatch:
         return objective
     # The losses are to see the random numbers (dropout) that the entropies saw.
-    device = group[0].labels.device
+    device = group[0][0].labels.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        found = [batch_entropies(model, batch, autocast=autocast) for batch in group]
-    return objective.within(torch.cat(found))
+        found = [
+            distributed.within(model, partial(batch_entropies, model, batch, autocast=autocast))[
+                : None if counts else 0
+            ]
+            for batch, counts in group
+        ]
+    return objective.within(ranks.gathered(torch.cat(found)))
 
 
 def _loss(
     model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, autocast: bool
 ) -> Tensor:
-    return batch_loss(model, teacher, objective, batch, autocast=autocast)[0]
+    return _batch_loss(model, teacher, objective, batch, autocast)[0]
+
+
+def _batch_loss(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, autocast: bool
+) -> tuple[Tensor, dict[str, float]]:
+    compute = partial(batch_loss, model, teacher, objective, batch, autocast=autocast)
+    found: tuple[Tensor, dict[str, float]] = distributed.within(model, compute)
+    return found
 
 
 def _moved(batch: Batch, device: torch.device, apart: bool) -> Batch:
@@ -314,19 +338,32 @@ def train(
     the steps since the last checkpoint. Raises ``ReqatError`` where the objective wants a teacher and has none, a trace
     holds a token id without an embedding row (naming both), a checkpoint is damaged or of another run (naming in what
     they differ) or cannot be written, or the loss is not finite (naming the step).
+
+    Within :func:`reqat.training.distributed.joined` every process calls it with the same arguments. Several divide the
+    model, whose parameters are DTensors afterwards (:meth:`~reqat.training.distributed.Ranks.fill` copies them into a
+    plain one); they raise ``ReqatError`` where they differ in model, rows or settings, where one of them is gone, for
+    an ``observer``, and for steps that cannot be divided (:func:`~reqat.training.distributed.check_division`).
     """
+    ranks = distributed.current()
     if objective.needs_teacher and teacher is None:
         raise ReqatError("the objective has a term that needs a teacher; give the stage one")
     if teacher is not None:
         teacher.eval()
     torch.manual_seed(settings.seed)
-    device = next(model.parameters()).device
+    device = ranks.device or next(model.parameters()).device
     # Resolved once, and part of what a checkpoint belongs to: a run never goes on in other numbers.
     settings = settings.model_copy(update={"autocast": resolve_autocast(settings.autocast, device.type)})
     autocast, apart = settings.autocast == "bf16", settings.attention == "traces"
     micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
+    if ranks.size > 1 and observer is not None:
+        raise ReqatError(f"{label}: an observer looks at a training of one process, not of {ranks.size}")
+    distributed.check_division(ranks, settings, precision_of(model), objective.needs_micro_batch, model)
     run = _description(model, rows, objective, settings, teacher)
+    ranks.agree(run)
+    for one in (model, teacher):
+        if one is not None:
+            ranks.place(one, trained=one is model)
 
     model.train()
     if settings.gradient_checkpointing:
@@ -356,32 +393,46 @@ def train(
 
     total_tokens = rows.n_tokens * settings.epochs
     saved = time.monotonic()
-    with bar(label, total_tokens, "tokens", done=result.tokens, enabled=progress) as shown:
+    lost = ranks.contact(f"in {label}", "the same command goes on from the last checkpoint")
+    with lost, bar(label, total_tokens, "tokens", done=result.tokens, enabled=progress and ranks.first) as shown:
         first = result.steps
         for step in range(first, len(steps)):
             began = time.monotonic()
             lr = learning_rate(step, len(steps), settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            group_batches = [_moved(rows.batch(indices), device, apart) for indices in steps[step]]
-            divisor = sum(b.n_response_tokens for b in group_batches)
-            sums: dict[str, float] = {}
+            ranks.seed(settings.seed, step)
+            share = ranks.share(steps[step], settings.accumulation)
+            group_batches = [(_moved(rows.batch(indices), device, apart), counts) for indices, counts in share]
+            counted = [batch for batch, counts in group_batches if counts]
+            own = (sum(b.n_response_tokens for b in counted), sum(b.n_tokens for b in counted), len(counted))
+            divisor, tokens, parts_of_step = (int(n) for n in ranks.totals(own))
+            sums = dict.fromkeys((term.name for term in objective.terms), 0.0)
             total = 0.0
-            reused = len(group_batches) > 1 or settings.gradient_checkpointing
+            # A divided model's weights come anew with each gathering: keeping what was made of them would keep them.
+            reused = not ranks.sharded and (len(group_batches) > 1 or settings.gradient_checkpointing)
             with weights_quantized_once(model, enabled=reused):
                 try:
-                    within = _within_minibatch(model, objective, group_batches, autocast)
-                    for batch in group_batches:
+                    within = objective
+                    if parts_of_step > 1:
+                        within = _within_minibatch(model, objective, group_batches, autocast, ranks)
+                    for batch, counts in group_batches:
                         if observer is not None:
                             observer(model, batch, step, partial(_loss, model, teacher, within, batch, autocast))
-                        loss, parts = batch_loss(model, teacher, within, batch, autocast=autocast)
+                        loss, parts = _batch_loss(model, teacher, within, batch, autocast)
+                        if not counts:
+                            (loss * 0).backward()
+                            continue
                         (loss / divisor).backward()
                         total += float(loss.detach()) / divisor
                         for name, value in parts.items():
-                            sums[name] = sums.get(name, 0.0) + value / divisor
+                            sums[name] += value / divisor
                 except ValueError as error:
                     raise ReqatError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
-            norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if settings.clip is None else settings.clip)
+            due = ranks.first and time.monotonic() - saved > settings.checkpoint_seconds
+            total, due, *parts_all = ranks.totals((total, due, *sums.values()))
+            sums = dict(zip(sums, parts_all, strict=True))
+            norm = ranks.clip(parameters, math.inf if settings.clip is None else settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):
                 raise ReqatError(
                     f"{label}: loss {total} with gradient norm {float(norm)} at step {step + 1} of {len(steps)}; "
@@ -389,7 +440,6 @@ def train(
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            tokens = sum(b.n_tokens for b in group_batches)
             result.steps, result.tokens = step + 1, result.tokens + tokens
             result.response_tokens += divisor
             result.seconds += time.monotonic() - began
@@ -400,9 +450,9 @@ def train(
             shown.update(tokens)
             if step == first + FIRST_ESTIMATE - 1:
                 shown.refresh()
-            if time.monotonic() - saved > settings.checkpoint_seconds:
+            if due:
                 checkpoint.save(checkpoints, model, optimizer, state())
                 saved = time.monotonic()
-    checkpoint.save(checkpoints, model, optimizer, state())
+        checkpoint.save(checkpoints, model, optimizer, state())
     model.eval()
     return result

@@ -168,6 +168,11 @@ class Objective:
         """Whether some term of a weight wants the entropies of the whole minibatch before the first loss."""
         return any(isinstance(t, OverMinibatch) and t.needs_minibatch and t.weight for t in self.terms)
 
+    @property
+    def needs_micro_batch(self) -> bool:
+        """Whether some term of a weight takes its constants from the micro-batch at hand."""
+        return any(isinstance(t, OverMinibatch) and not t.needs_minibatch and t.weight for t in self.terms)
+
     def within(self, entropies_N: Tensor) -> Objective:
         """The objective for the micro-batches of a minibatch whose response tokens have these entropies (nats)."""
         return Objective(

@@ -221,6 +221,18 @@ def test_paper_tier_resolves_here_and_refuses_to_start(checkout: Path):
     assert "tier paper cannot start here: " in run.stdout and "GiB of accelerator memory" in run.stdout
 
 
+def test_trainings_alone_start_in_the_processes_that_a_tier_asks_for(checkout: Path):
+    resources = {"processes": 2, "threads": 3}
+    (checkout / "config" / "tiers" / "tiny.yaml").write_text(yaml.safe_dump({**TINY, "resources": resources}))
+    run = snakemake(checkout, "--dry-run", "--printshellcmds", "figures/")
+    commands = [line for line in run.stdout.splitlines() if str(STUB) in line]
+    trainings = [line for line in commands if re.search(r" stage '?(base|finetune|qat)-", line)]
+    assert len(trainings) >= 2 and len(commands) > len(trainings), run.stdout
+    for line in commands:
+        assert ("-m reqat.cli.launch --nodes 1 --processes 2 -- " in line) == (line in trainings), line
+    assert all("--threads 3 " in line for line in trainings)
+
+
 def test_what_is_misspelt_on_the_command_line_is_named(checkout: Path):
     tier = snakemake(checkout, "--dry-run", tier="tinny")
     assert tier.returncode != 0 and "unknown tier 'tinny'. Did you mean 'tiny'?" in tier.stdout

@@ -46,6 +46,9 @@ def test_the_check_sees_what_is_not_quoted() -> None:
 def test_commands_are_joined_by_shlex_alone() -> None:
     common = (ROOT / "rules" / "common.smk").read_text()
     assert re.findall(r"^REQAT = (.*)$", common, re.MULTILINE) == ["shlex.join(COMMAND)"]
+    assert re.findall(r"^TRAIN = (.*)$", common, re.MULTILINE) == [
+        "shlex.join([*LAUNCH, *COMMAND] if PROCESSES > 1 else COMMAND)"
+    ]
 
 
 def test_recipes_quote_what_they_read_from_the_environment() -> None:
