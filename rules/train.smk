@@ -25,7 +25,7 @@ rule train:
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=RESOURCES.runtime_minutes,
-        gpu=GPUS,
+        gpu=GPUS["training"],
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"
 
@@ -50,6 +50,6 @@ rule qfit:
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=240,
-        gpu=min(GPUS, 1),
+        gpu=GPUS["calibrating"],
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

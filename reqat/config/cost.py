@@ -40,8 +40,11 @@ def seconds(plan: Plan, studies: Iterable[PlannedStudy] = ()) -> dict[str, float
     rates = plan.tier.resources
     out = {stage.id: _stage(stage, rates) + rates.job_s for stage in plan.needed.values() if made(stage)}
     for evaluation in plan.evaluations.values():
-        responses = evaluation.problems.n * len(evaluation.seeds)
-        out[evaluation.id] = responses / rates.responses_per_s + rates.job_s
+        parts = plan.shards(evaluation.id)
+        for id, part in (parts or {evaluation.id: evaluation}).items():
+            out[id] = part.problems.n * len(part.seeds) / rates.responses_per_s + rates.job_s
+        if parts:
+            out[evaluation.id] = rates.job_s
     return out | {study.id: _study(plan, study) + rates.job_s for study in studies}
 
 

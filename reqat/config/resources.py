@@ -3,7 +3,8 @@
 Training keeps, per parameter, a float32 weight, a float32 gradient, two float32 Adam moments and a bf16 copy under
 autocast: 18 bytes. With gradient checkpointing one hidden state a layer is kept per token; one layer at a time is
 computed again. The logits of the response tokens stand three times in float32 (logits, log-probabilities, gradient).
-A teacher adds its weights. Decoding keeps float32 weights and a KV cache.
+A teacher adds its weights. Decoding keeps float32 weights and a KV cache, of a whole response for each row. Q-FIT and
+PTQ keep float32 weights and what one layer computes.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from reqat.config.errors import ReqatError
 from reqat.config.plan import Plan
-from reqat.config.stage import Decoding, Training
+from reqat.config.stage import Calibration, Decoding, Training
 from reqat.config.tier import Shape
 
 GIB = 2**30
+Job = Literal["training", "calibrating", "evaluating"]
+"""Kinds of jobs that need memory of a GPU: stages that train, Q-FIT and PTQ, evaluations."""
 _TRAIN_BYTES = 4 + 4 + 8 + 2
 # Share of a GPU's memory that weights and activations may fill; the rest goes to the context, workspaces and
 # fragmentation.
@@ -70,8 +74,15 @@ def decoding_bytes(shape: Shape, decoding: Decoding) -> float:
     return 4 * parameters(s) + cache + 3 * decoding.batch_rows * s.vocabulary * 4
 
 
-def need(plan: Plan) -> Need | None:
-    """What the tier's largest job needs; None for tiers that run on a CPU."""
+def calibrating_bytes(shape: Shape, calibration: Calibration) -> float:
+    """Peak accelerator memory of Q-FIT or PTQ of a model of that shape, in bytes: inputs and outputs of one layer."""
+    s = shape
+    tokens = calibration.sequences * calibration.sequence_tokens
+    return 4 * parameters(s) + 4 * tokens * (2 * s.hidden_size + s.mlp)
+
+
+def need(plan: Plan, job: Job | None = None) -> Need | None:
+    """What the tier's largest job needs, or the largest of a kind; None for tiers that run on a CPU."""
     tier = plan.tier
     if tier.resources.device == "cpu":
         return None
@@ -79,20 +90,25 @@ def need(plan: Plan) -> Need | None:
     for label, model in tier.models.items():
         if model.shape is None:
             raise ReqatError(f"tier {tier.name}: models.{label} needs a `shape` to compute the memory of device cuda.")
-        jobs = [
-            (f"training {label}", training_bytes(model.shape, tier.train.finetune)),
-            (f"training {label}", training_bytes(model.shape, tier.train.qat)),
-            (f"evaluating {label}", decoding_bytes(model.shape, tier.evaluation.decoding)),
+        jobs: list[tuple[Job, float]] = [
+            ("training", training_bytes(model.shape, tier.train.finetune)),
+            ("training", training_bytes(model.shape, tier.train.qat)),
+            ("calibrating", calibrating_bytes(model.shape, tier.qfit.calibration)),
+            ("calibrating", calibrating_bytes(model.shape, tier.ptq.calibration)),
+            ("evaluating", decoding_bytes(model.shape, tier.evaluation.decoding)),
         ]
-        for what, device in jobs:
+        for kind, device in jobs:
             gpus = math.ceil(device / (_USABLE * tier.resources.gpu_memory_gib * GIB))
-            needs.append(Need(what, device, gpus, tier.resources.gpu_memory_gib, 4.0 * parameters(model.shape)))
+            what, host = f"{kind} {label}", 4.0 * parameters(model.shape)
+            if job in (None, kind):
+                needs.append(Need(what, device, gpus, tier.resources.gpu_memory_gib, host))
     return max(needs, key=lambda n: n.device_bytes)
 
 
-def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float) -> None:
-    """Raise `ReqatError` unless GPUs of `gpu_bytes` memory each and `host_bytes` of host memory do for the tier."""
-    wanted = need(plan)
+def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float, job: Job | None = None) -> None:
+    """Raise `ReqatError` unless GPUs of `gpu_bytes` memory each and `host_bytes` of host memory do for the tier, or for
+    its jobs of a kind: on a cluster a job sees the GPUs that it was given."""
+    wanted = need(plan, job)
     if wanted is None:
         return
     enough = [size for size in gpu_bytes if size >= 0.97 * wanted.gpu_memory_gib * GIB]
