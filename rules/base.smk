@@ -29,6 +29,6 @@ rule base_model:
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=RESOURCES.runtime_minutes,
-        gpu=GPUS["training"],
+        gpu=base_gpus,
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

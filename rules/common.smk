@@ -69,6 +69,8 @@ TIER = PLAN.tier.name
 BUILD = PATHS.build.as_posix()
 RESOURCES = PLAN.tier.resources
 ON_GPU = RESOURCES.device == "cuda"
+# A file of traces is tokenized for hours where it is large; what the families generate takes minutes.
+TOKENIZED = PLAN.tier.data.source != "generated"
 # Of a training, of Q-FIT or PTQ, of an evaluation.
 GPUS = {job: need(PLAN, job).gpus if ON_GPU else 0 for job in get_args(Job)}
 # The command that the rules call; `--config reqat=...` replaces it (words, quoted as for a shell, which sees them quoted anew). Under
@@ -182,6 +184,11 @@ def evaluation_inputs(wildcards):
     except ReqatError as error:
         raise WorkflowError(str(error)) from None
     return stages + [EVALUATION.format(id=id) for id in PLAN.shards(wildcards.id)]
+
+
+def base_gpus(wildcards):
+    """GPUs of a base's job: none for weights that are only linked or unpacked."""
+    return GPUS["training"] if PLAN.stage(wildcards.id).settings.source == "scratch" else 0
 
 
 def evaluation_gpus(wildcards):

@@ -19,8 +19,9 @@ rule data:
     params:
         reqat=reqat,
         tier=TIER,
+    threads: RESOURCES.threads if TOKENIZED else 1
     resources:
-        mem_mb=2000,
-        runtime=60,
+        mem_mb=RESOURCES.evaluate_memory_mb if TOKENIZED else 2000,
+        runtime=RESOURCES.runtime_minutes if TOKENIZED else 60,
     shell:
         "{params.reqat} data {wildcards.id:q} --tier {params.tier:q} > {log:q} 2>&1"

@@ -93,7 +93,9 @@ def options(
     root: Annotated[Path | None, typer.Option(help="The repository's root (default: found from here upwards).")] = None,
     build: Annotated[Path, typer.Option(help="Where work goes, relative to the root.")] = Path("build"),
     models: Annotated[Path, typer.Option(help="Folder of local models (or REQAT_MODELS).")] = Path("models"),
-    data: Annotated[Path, typer.Option(help="Folder of files of traces and benchmarks (or REQAT_DATA).")] = Path("data"),
+    data: Annotated[Path, typer.Option(help="Folder of files of traces and benchmarks (or REQAT_DATA).")] = Path(
+        "data"
+    ),
     plan: Annotated[
         Path | None, typer.Option(help="A plan as `reqat plan --json` prints it, in place of config/.")
     ] = None,

@@ -114,15 +114,18 @@ class Plan:
     def needed(self) -> dict[str, Stage]:
         """Stages that some evaluation stands on, parents first: those that `figures/` runs (the rest serve target
         `base`)."""
-        wanted: set[str] = set()
-        for evaluation in self.evaluations.values():
-            wanted |= set(evaluation.inputs.values())
-            open_ids = [evaluation.stage]
-            while open_ids:  # a teacher has a lineage of its own
-                for stage in self.lineage(open_ids.pop()):
-                    wanted |= {stage.id, *stage.inputs.values()}
-                    open_ids += [stage.teacher] if stage.teacher is not None else []
+        wanted = {id for evaluation in self.evaluations for id in self.behind(evaluation)}
         return {id: stage for id, stage in self.stages.items() if id in wanted}
+
+    def behind(self, evaluation: str) -> set[str]:
+        """Ids of the stages that an evaluation stands on."""
+        asked = self.evaluation(evaluation)
+        wanted, open_ids = set(asked.inputs.values()), [asked.stage]
+        while open_ids:  # a teacher has a lineage of its own
+            for stage in self.lineage(open_ids.pop()):
+                wanted |= {stage.id, *stage.inputs.values()}
+                open_ids += [stage.teacher] if stage.teacher is not None else []
+        return wanted
 
     def dump(self) -> dict[str, Any]:
         """The plan as JSON values; `Plan.restore` reads it back."""

@@ -162,7 +162,9 @@ class DataSettings(Strict):
         if self.source == "generated" and not self.families:
             raise ReqatError("families: name at least one task family, or a `source` file of traces.")
         if self.source == "generated" and self.own is not None:
-            raise ReqatError("own: it describes a `source` that is a file, and these traces are generated; leave it out.")
+            raise ReqatError(
+                "own: it describes a `source` that is a file, and these traces are generated; leave it out."
+            )
         for name in self.shares:
             if name not in self.families:
                 raise unknown("task family", name, self.families, where="shares")
@@ -467,5 +469,7 @@ class Evaluation(Strict):
         number, which is therefore in no id but theirs.
         """
         n = min(most, len(self.seeds))
-        parts = [Evaluation(**{**dict(self), "seeds": self.seeds[i::n]}) for i in range(n)] if n > 1 else []
-        return {f"{self.id}-{i + 1}of{n}": part for i, part in enumerate(parts)}
+        if n == 1:
+            return {}
+        fields = {name: getattr(self, name) for name in Evaluation.model_fields}
+        return {f"{self.id}-{i + 1}of{n}": Evaluation(**fields | {"seeds": self.seeds[i::n]}) for i in range(n)}

@@ -87,7 +87,8 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
         if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
             link_base(todo.settings, paths, job.partial)
         elif isinstance(todo.settings, DataSettings) and todo.settings.own is not None:
-            job.metrics = _import_traces(todo, inputs["parent"], paths, job.partial, progress)
+            processes = plan.tier.resources.threads
+            job.metrics = _import_traces(todo, inputs["parent"], paths, job.partial, processes, progress)
             job.inputs["traces"] = {"id": todo.settings.source, "sha256": todo.settings.own.sha256}
         else:
             from reqat.pipeline.stages import carry_out
@@ -194,7 +195,7 @@ def _require(plan: Plan, job: resources.Job) -> None:
         resources.require(plan, sizes, provenance.memory_bytes(), job)
 
 
-def _import_traces(stage: Stage, base: Path, paths: Paths, out: Path, progress: bool) -> dict[str, Any]:
+def _import_traces(stage: Stage, base: Path, paths: Paths, out: Path, processes: int, progress: bool) -> dict[str, Any]:
     """Make the trace store of a tier's file of traces. Raises `ReqatError` for one of fewer tokens than are asked for."""
     from reqat.pipeline.imported import import_store
     from reqat.pipeline.stages import MODEL
@@ -203,7 +204,7 @@ def _import_traces(stage: Stage, base: Path, paths: Paths, out: Path, progress: 
     assert isinstance(settings, DataSettings) and settings.own is not None
     file = paths.data_folder() / settings.source
     cache = paths.partial(f"{stage.id}-cache")
-    found = import_store(str(file), settings.own, base / MODEL, out, cache, progress=progress)
+    found = import_store(str(file), settings.own, base / MODEL, out, cache, processes=processes, progress=progress)
     if found["tokens"] < settings.tokens:
         raise ReqatError(
             f"{file}: {found['traces']} traces of {found['tokens']:,} tokens ({found['left_out']} longer than "

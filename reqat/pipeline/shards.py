@@ -50,7 +50,9 @@ def put_together(
         read.append(Outcomes.from_parquet(folder / OUTCOMES))
     devices = {id: found["hardware"].get("device") for id, found in records.items()}
     if len(set(devices.values())) > 1:
-        raise ReqatError(f"{whole.id}: its parts ran on different devices ({devices}); delete those of one and run again.")
+        raise ReqatError(
+            f"{whole.id}: its parts ran on different devices ({devices}); delete those of one and run again."
+        )
     outcomes = Outcomes.joined(read, [problem.id for problem in asked], whole.seeds)
     outcomes.to_parquet(job.partial / OUTCOMES)
     first = next(iter(records.values()))
