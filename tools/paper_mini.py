@@ -4,8 +4,8 @@ r"""Make what tier `paper-mini` needs: a tiny Qwen2, traces, and problems with a
     python tools/paper_mini.py --models M --data D  elsewhere
 
 The model has two layers, random weights (seed 0), a byte-level tokenizer of its own and a chat template that opens
-``<think>``, as R1-Distill-Qwen's does. Traces (``paper-mini-traces.jsonl``) and problems (``paper-mini.jsonl``) are sums;
-a trace ends with its answer in ``\boxed{}``. Nothing that is there already is replaced.
+``<think>``, as R1-Distill-Qwen's does. Traces (``paper-mini-traces.jsonl``) and problems (``paper-mini.jsonl``) are
+sums; a trace ends with its answer in ``\boxed{}``. Nothing that is there already is replaced.
 """
 
 from __future__ import annotations

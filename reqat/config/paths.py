@@ -156,8 +156,8 @@ def require_given(plan: Plan, paths: Paths) -> None:
     missing += [f"{data / name} ({_what(name, tier)})" for name in tier.files if not (data / name).is_file()]
     if missing:
         raise ReqatError(
-            f"tier {tier.name} cannot start: {'; '.join(missing)} missing. Put them there (docs/paper-tier.md), or name "
-            "other folders: --models or REQAT_MODELS, --data or REQAT_DATA; of snakemake, --config models=... data=..."
+            f"tier {tier.name} cannot start: {'; '.join(missing)} missing. Put them there (docs/paper-tier.md), or "
+            "name other folders: --models or REQAT_MODELS, --data or REQAT_DATA; of snakemake, --config models=... data=..."
         )
 
 

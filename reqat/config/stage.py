@@ -462,8 +462,8 @@ class Evaluation(Strict):
         return f"evaluation-{digest(self, DIGEST_LENGTH)}"
 
     def shards(self, most: int) -> dict[str, Evaluation]:
-        """The evaluation in at most `most` parts, each of some of its sampling seeds: id (`evaluation-...-1of4`) -> part.
-        None at all where that is one part.
+        """The evaluation in at most `most` parts, each of some of its sampling seeds: id (`evaluation-...-1of4`) ->
+        part. None at all where that is one part.
 
         A response depends on its problem and its seed alone, so the parts together are the whole, whatever their
         number, which is therefore in no id but theirs.

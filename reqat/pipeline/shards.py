@@ -1,7 +1,7 @@
 """An evaluation in parts: jobs that each sample some of its seeds, and the one that puts them together.
 
-A part is an evaluation of fewer seeds under an id of its own (`Evaluation.shards`), a job like any other: with a lock, a
-record, and batches that outlive a kill. A response depends on its problem and its seed, so the whole has the outcomes
+A part is an evaluation of fewer seeds under an id of its own (`Evaluation.shards`), a job like any other: with a lock,
+a record, and batches that outlive a kill. A response depends on its problem and its seed, so the whole has the outcomes
 that one job would have had, in the same order; its record has the arithmetic of the parts, not that of the machine that
 put them together.
 """

@@ -180,7 +180,7 @@ def test_a_response_without_a_box_is_wrong_and_counted(
         model: object, tokenizer_: object, prompts: list, *, row_keys: list[str], **_: object
     ) -> list[Generation]:
         ids = [tokenizer(said[key], add_special_tokens=False)["input_ids"] for key in row_keys]
-        return [Generation(tuple(one), len(one), True) for one in ids]
+        return [Generation(tuple(one), True) for one in ids]
 
     monkeypatch.setattr(grading, "generate", write)
     shutil.rmtree(paths.work / "evaluations")
