@@ -157,7 +157,8 @@ def require_given(plan: Plan, paths: Paths) -> None:
     if missing:
         raise ReqatError(
             f"tier {tier.name} cannot start: {'; '.join(missing)} missing. Put them there (docs/paper-tier.md), or "
-            "name other folders: --models or REQAT_MODELS, --data or REQAT_DATA; of snakemake, --config models=... data=..."
+            "name other folders: --models or REQAT_MODELS, --data or REQAT_DATA; of snakemake, --config models=... and "
+            "data=..."
         )
 
 
