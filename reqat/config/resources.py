@@ -75,8 +75,8 @@ def decoding_bytes(shape: Shape, decoding: Decoding) -> float:
 
 
 def calibrating_bytes(shape: Shape, calibration: Calibration) -> float:
-    """Peak accelerator memory of Q-FIT or PTQ of a model of that shape, in bytes: beside the weights, inputs and outputs
-    of one layer."""
+    """Peak accelerator memory of Q-FIT or PTQ of a model of that shape, in bytes: weights, inputs and outputs of one
+    layer."""
     s = shape
     tokens = calibration.sequences * calibration.sequence_tokens
     return 4 * parameters(s) + 4 * tokens * 2 * s.hidden_size

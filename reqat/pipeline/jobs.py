@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,14 +110,11 @@ def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, 
         inputs, job.inputs = input_folders(plan, todo.inputs, paths)
         if (of := todo.problems.benchmark) is not None:
             job.inputs["problems"] = {"id": f"{of.name}.jsonl", "sha256": of.sha256}
+        job.seeds = list(todo.seeds)
         if parts:
-            from reqat.pipeline.shards import put_together
-
-            job.seeds = list(todo.seeds)
-            put_together(todo, parts, asked_problems(todo.problems, paths), paths, job)
+            job.metrics = _put_together(todo, parts, paths, job)
             return
         _require(plan, "evaluating")
-        job.seeds = list(todo.seeds)
         # Named by the weights: a stage may be trained again between a kill and the next attempt.
         kept = paths.checkpoints(id) / digest(job.inputs, 16)
         job.resumed = holds_parts(kept)
@@ -211,6 +208,17 @@ def _import_traces(stage: Stage, base: Path, paths: Paths, out: Path, processes:
             f"{found['row_tokens']} left out), and {settings.tokens:,} are asked for; add traces, or lower data.tokens."
         )
     return found
+
+
+def _put_together(todo: Evaluation, parts: Iterable[str], paths: Paths, job: record.Job) -> dict[str, Any]:
+    from reqat.evaluation import Outcomes
+    from reqat.pipeline.shards import finished_parts
+
+    read, about = finished_parts(parts, paths, job)
+    asked = asked_problems(todo.problems, paths)
+    outcomes = Outcomes.joined(read, [problem.id for problem in asked], todo.seeds)
+    outcomes.to_parquet(job.partial / OUTCOMES)
+    return graded(outcomes, {problem.id: problem for problem in asked}) | {"parts": about}
 
 
 def asked_problems(asked: ProblemSet, paths: Paths) -> list[Problem] | list[Given]:

@@ -8,36 +8,29 @@ put them together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths
-from reqat.config.stage import Evaluation
 from reqat.records import record
+from reqat.records.pinned import OUTCOMES
 
 if TYPE_CHECKING:
-    from reqat.tasks import Problem
-    from reqat.tasks.problem_files import Given
+    from reqat.evaluation import Outcomes
 
 # What a record says of how numbers came about.
 _COMPUTED = ("hardware", "native", "threads", "versions")
 
 
-def put_together(
-    whole: Evaluation,
-    parts: Iterable[str],
-    asked: Sequence[Problem | Given],
-    paths: Paths,
-    job: record.Job,
-) -> None:
-    """Write the outcomes of the whole from those of its finished ``parts`` (ids), and say so in the job's record.
+def finished_parts(parts: Iterable[str], paths: Paths, job: record.Job) -> tuple[list[Outcomes], dict[str, Any]]:
+    """The outcomes of the parts (ids) of an evaluation, each checked, and what its record says of them. The record of
+    ``job``, which puts them together, gets the machine that computed them.
 
     Raises `ReqatError` for a part that is missing, damaged, of another model than the one that is there now, or made on
     another kind of device than the others.
     """
     from reqat.evaluation.outcomes import Outcomes
-    from reqat.pipeline.jobs import OUTCOMES, graded
 
     records, read = {}, []
     for id in parts:
@@ -51,13 +44,11 @@ def put_together(
     devices = {id: found["hardware"].get("device") for id, found in records.items()}
     if len(set(devices.values())) > 1:
         raise ReqatError(
-            f"{whole.id}: its parts ran on different devices ({devices}); delete those of one and run again."
+            f"{job.id}: its parts ran on different devices ({devices}); delete those of one and run again."
         )
-    outcomes = Outcomes.joined(read, [problem.id for problem in asked], whole.seeds)
-    outcomes.to_parquet(job.partial / OUTCOMES)
     first = next(iter(records.values()))
     job.computed = {key: first[key] for key in _COMPUTED if key in first}
-    job.metrics = graded(outcomes, {problem.id: problem for problem in asked}) | {"parts": _about(records)}
+    return read, _about(records)
 
 
 def _about(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def test_without_asking_for_a_box_an_announced_answer_counts() -> None:
         ([ROWS[0], {"problem": "x"}], "line 2: no 'answer'"),
         ([{"answer": 2}], "line 1: no 'problem' or 'question'"),
         ([{**ROWS[0], "id": 7}, {**ROWS[0], "id": 7}], "line 2: id '7'"),
-        ([[1]], "line 1.*object"),
+        ([5], "line 1.*object"),
         ([], "no problem"),
     ],
 )
