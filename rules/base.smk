@@ -30,7 +30,7 @@ rule base_model:
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=RESOURCES.runtime_minutes,
-        gpu=TRAIN_GPUS,
+        gpu=base_gpus,
         **TRAIN_NODES,
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {params.threads:q} > {log:q} 2>&1"

@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import get_args
 
 from snakemake.exceptions import WorkflowError
 
@@ -16,14 +17,14 @@ from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
 from reqat.cli import warm
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
 from reqat.config.files import explaining, write_file
-from reqat.config.paths import made
+from reqat.config.paths import made, require_given
 from reqat.config.progress import Progress
-from reqat.config.resources import need, require
+from reqat.config.resources import Job, need, require
 from reqat.config.studies import load_studies, study_called
 from reqat.config.throughput import load_throughput, sources
 from reqat.records.pinned import MANIFEST, newest
 
-KEYS = ("tier", "build", "models", "reqat", "bench")
+KEYS = ("tier", "build", "models", "data", "reqat", "bench")
 # What Snakemake itself reads in a path: wildcards, and the end of a line in its lock files.
 NOT_IN_PATHS = "{}\n"
 
@@ -33,7 +34,8 @@ def read_plan():
     for key in config:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where="--config")
-    build, models, tier = (str(config.get(key, default)) for key, default in (("build", "build"), ("models", "models"), ("tier", "laptop")))
+    defaults = (("build", "build"), ("models", "models"), ("data", "data"), ("tier", "laptop"))
+    build, models, data, tier = (str(config.get(key, default)) for key, default in defaults)
     if not build.strip() or build.startswith("-") or any(sign in build for sign in NOT_IN_PATHS):
         raise ReqatError(
             f"--config build={build!r}: name a folder without braces and line breaks, which Snakemake takes for its own, and "
@@ -44,7 +46,7 @@ def read_plan():
             raise ReqatError(f"{folder}: Snakemake takes braces and line breaks in a path for its own; move the clone to another folder.")
     if any(sign in tier for sign in f"{NOT_IN_PATHS}/"):
         raise ReqatError(f"--config tier={tier!r}: a tier is a file in config/tiers/, named without folder and suffix.")
-    paths = Paths(build=Path(build), models=Path(models))
+    paths = Paths(build=Path(build), models=Path(models), data=Path(data))
     plan = load(tier, paths)
     bench = load_throughput(tier, paths.config) if wants_bench() else None
     return plan, paths, load_studies(plan, paths.config), bench, newest(paths)
@@ -67,7 +69,10 @@ TIER = PLAN.tier.name
 BUILD = PATHS.build.as_posix()
 RESOURCES = PLAN.tier.resources
 ON_GPU = RESOURCES.device == "cuda"
-GPUS = need(PLAN).gpus if ON_GPU else 0
+# A file of traces is tokenized for hours where it is large; what the families generate takes minutes.
+TOKENIZED = PLAN.tier.data.source != "generated"
+# Of a training, of Q-FIT or PTQ, of an evaluation.
+GPUS = {job: need(PLAN, job).gpus if ON_GPU else 0 for job in get_args(Job)}
 # The command that the rules call; `--config reqat=...` replaces it (words, quoted as for a shell, which sees them quoted anew). Under
 # --software-deployment-method conda, the environment's own Python.
 PYTHON = "python" if workflow.deployment_settings.deployment_method else sys.executable
@@ -77,14 +82,14 @@ try:
     COMMAND = shlex.split(str(config["reqat"])) if "reqat" in config else [PYTHON, "-m", "reqat.cli"]
 except ValueError as error:
     raise WorkflowError(f"configuration: --config reqat={config['reqat']!r}: {error}.") from None
-COMMAND += ["--build", BUILD, "--models", PATHS.models.as_posix(), "--plan", FROZEN.as_posix()]
+COMMAND += ["--build", BUILD, "--models", PATHS.models.as_posix(), "--data", PATHS.data.as_posix(), "--plan", FROZEN.as_posix()]
 # Shell text, quoted here once; so `{params.reqat}` is the one thing in a rule's `shell:` that is not written `{...:q}`.
 REQAT = shlex.join(COMMAND)
 # Of a training: in several processes where the tier says so (docs/distributed.md).
 PROCESSES = RESOURCES.processes * RESOURCES.nodes
 LAUNCH = [PYTHON, "-m", "reqat.cli.launch", "--nodes", str(RESOURCES.nodes), "--processes", str(RESOURCES.processes), "--"]
 TRAIN = shlex.join([*LAUNCH, *COMMAND] if PROCESSES > 1 else COMMAND)
-TRAIN_GPUS = PROCESSES if ON_GPU and PROCESSES > 1 else GPUS
+TRAIN_GPUS = PROCESSES if ON_GPU and PROCESSES > 1 else GPUS["training"]
 # Of a training on several machines, what profiles/slurm asks for; other executors take no notice.
 TRAIN_NODES = {"nodes": RESOURCES.nodes, "tasks": RESOURCES.nodes} if RESOURCES.nodes > 1 else {}
 
@@ -180,11 +185,27 @@ def stage_inputs(wildcards):
 
 
 def evaluation_inputs(wildcards):
-    """Records of the stages that an evaluation reads."""
+    """Records of the stages that an evaluation reads, and of its parts, where jobs share its sampling seeds."""
     try:
-        return [record_of(id) for id in PLAN.evaluation(wildcards.id).inputs.values()]
+        stages = [record_of(id) for id in PLAN.evaluation(wildcards.id).inputs.values()]
     except ReqatError as error:
         raise WorkflowError(str(error)) from None
+    return stages + [EVALUATION.format(id=id) for id in PLAN.shards(wildcards.id)]
+
+
+def base_gpus(wildcards):
+    """GPUs of a base's job: none for weights that are only linked or unpacked."""
+    return TRAIN_GPUS if PLAN.stage(wildcards.id).settings.source == "scratch" else 0
+
+
+def evaluation_gpus(wildcards):
+    """GPUs of an evaluation: none for the job that puts parts together."""
+    return 0 if PLAN.shards(wildcards.id) else GPUS["evaluating"]
+
+
+def evaluation_mb(wildcards):
+    """Memory of an evaluation, in MB."""
+    return 2000 if PLAN.shards(wildcards.id) else RESOURCES.evaluate_memory_mb
 
 
 def study_inputs(wildcards):
@@ -240,22 +261,21 @@ def bench_state():
 
 
 def check_resources():
-    """Refuse to start a tier for which this machine has too little. On a cluster each job checks its own node."""
-    if workflow.non_local_exec:
-        return
-    if not ON_GPU:
-        most, free = max(RESOURCES.train_memory_mb, RESOURCES.evaluate_memory_mb), machine.usable_mb()
-        if free < most:
-            logger.warning(f"Only {free} MB of memory are free, and a job may take {most}: close other programs if one is killed.")
-        return
-    import torch
-
-    from reqat.records import provenance
-
+    """Refuse to start a tier whose models or data are missing, or for which this machine has too little. On a cluster
+    each job checks its own node."""
     try:
-        require(PLAN, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
+        if ON_GPU and not workflow.non_local_exec:
+            import torch
+
+            from reqat.records import provenance
+
+            require(PLAN, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
+        require_given(PLAN, PATHS)
     except ReqatError as error:
         raise WorkflowError(str(error)) from None
+    most, free = max(RESOURCES.train_memory_mb, RESOURCES.evaluate_memory_mb), machine.usable_mb()
+    if free < most and not ON_GPU and not workflow.non_local_exec:
+        logger.warning(f"Only {free} MB of memory are free, and a job may take {most}: close other programs if one is killed.")
 
 
 def share_memory():

@@ -24,6 +24,6 @@ rule ptq:
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=240,
-        gpu=min(GPUS, 1),
+        gpu=GPUS["calibrating"],
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"

@@ -25,7 +25,7 @@ if STUDIES:
         resources:
             mem_mb=RESOURCES.train_memory_mb,
             runtime=RESOURCES.runtime_minutes,
-            gpu=min(GPUS, 1),
+            gpu=GPUS["evaluating"],
         shell:
             "{params.reqat} study {wildcards.id:q} --tier {params.tier:q} --threads {threads} > {log:q} 2>&1"
 

@@ -383,9 +383,9 @@ def _problems(cell: Cell, asked: Evaluation, tier: Tier) -> str | None:
         return None
     if cell.problems != OWN:
         return cell.problems
-    p, families = asked.problems, how.families if how.families is not None else tier.data.families
-    whole = (p.families, p.split, p.n, p.seed) == (dict(sorted(families.items())), how.split, how.n, how.problem_seed)
-    return OWN if whole else None
+    of = asked.problems.benchmark  # its digest is of when the plan was made
+    wanted, _ = tier.problem_set(digests={f"{of.name}.jsonl": of.sha256} if of is not None else {})
+    return OWN if asked.problems == wanted else None
 
 
 def _of(claim: Claim, label: str, tier: Tier, groups: dict[_Key, Cells]) -> Iterator[Comparison]:

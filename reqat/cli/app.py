@@ -39,6 +39,7 @@ class Session:
     root: Path | None = None
     build: Path = Path("build")
     models: Path = Path("models")
+    data: Path = Path("data")
     frozen: Path | None = None
     debug: bool = False
 
@@ -49,7 +50,7 @@ class Session:
         if not (root / "config" / "recipes.yaml").is_file():
             raise ReqatError(f"{root}: no config/recipes.yaml in it, so it is no root of this repository.")
         os.chdir(root)
-        return Paths(Path(), self.build, self.models)
+        return Paths(Path(), self.build, self.models, self.data)
 
     def plan(self, tier: str) -> Plan:
         """The plan of a tier: what config/ says now, or what it said when `--plan` was written."""
@@ -62,15 +63,15 @@ class Session:
 
 
 def check_families(plan: Plan, *, options: bool = False) -> None:
-    """Raise `ReqatError` for a task family that there is none of, or (``options``: takes a second) that has no problems
-    yet or refuses its options: before a base is trained, not when it is graded."""
-    from reqat.tasks import FAMILIES, PLANNED, get_family
+    """Raise `ReqatError` for a task family that there is none of, or (``options``: takes a second) that refuses its
+    options: before a base is trained, not when it is graded."""
+    from reqat.tasks import FAMILIES, get_family
 
     asked = [evaluation.problems.families for evaluation in plan.evaluations.values()]
     asked += [stage.settings.families for stage in plan.stages.values() if isinstance(stage.settings, DataSettings)]
     for families in {canonical(families): families for families in asked}.values():
         for name, given in families.items():
-            if name not in (*FAMILIES, *PLANNED):
+            if name not in FAMILIES:
                 raise unknown("task family", name, FAMILIES, where=f"tier {plan.tier.name}")
             if options:
                 get_family(name).dataset(seed=0, size=1, options=given)
@@ -98,6 +99,9 @@ def options(
     root: Annotated[Path | None, typer.Option(help="The repository's root (default: found from here upwards).")] = None,
     build: Annotated[Path, typer.Option(help="Where work goes, relative to the root.")] = Path("build"),
     models: Annotated[Path, typer.Option(help="Folder of local models (or REQAT_MODELS).")] = Path("models"),
+    data: Annotated[Path, typer.Option(help="Folder of files of traces and benchmarks (or REQAT_DATA).")] = Path(
+        "data"
+    ),
     plan: Annotated[
         Path | None, typer.Option(help="A plan as `reqat plan --json` prints it, in place of config/.")
     ] = None,
@@ -111,7 +115,8 @@ def options(
             f"{' and '.join(SHARED)} alone by torchrun, or unset WORLD_SIZE and RANK"
         )
     vars(session).pop("paths", None)
-    session.root, session.build, session.models, session.frozen, session.debug = root, build, models, plan, debug
+    session.root, session.build, session.models, session.data = root, build, models, data
+    session.frozen, session.debug = plan, debug
 
 
 def start_computing(threads: int) -> None:

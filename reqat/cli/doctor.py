@@ -23,7 +23,6 @@ from reqat.config.paths import Paths, pinned_base
 from reqat.config.plan import Plan
 from reqat.config.throughput import LEAST_MEMORY_MB, load_throughput
 from reqat.config.tier import tier_names
-from reqat.tasks import FAMILIES, PLANNED
 
 OLDEST_PYTHON = (3, 11)
 GB = 10**9
@@ -141,10 +140,11 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
             found.append(Check("base model", "fail", f"no model in {folder}", model.reference or "", how))
     if given.device == "cuda":
         found.append(_gpus(plan, torch))
-    asked = {name for evaluation in plan.evaluations.values() for name in evaluation.problems.families}
-    if planned := sorted(asked & set(PLANNED)):
-        how = f"name others in config/tiers/{plan.tier.name}.yaml: {', '.join(FAMILIES)}"
-        found.append(Check("task families", "fail", f"no problems of {', '.join(planned)} yet", "problems", how))
+    for name in plan.tier.files:
+        file = paths.data_folder() / name
+        if not file.is_file():
+            how = "put it there (docs/paper-tier.md), or name another folder in REQAT_DATA"
+            found.append(Check("data", "fail", f"no file {file}", name, how))
     return found
 
 

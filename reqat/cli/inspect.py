@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config import machine, schema
-from reqat.config.cost import seconds
+from reqat.config.cost import hours, seconds
 from reqat.config.errors import ReqatError
 from reqat.config.paths import made
 from reqat.config.plan import Plan
+from reqat.config.resources import Job, need
 from reqat.config.stage import TrainSettings
 from reqat.config.studies import PlannedStudy, load_studies
 from reqat.records import record
@@ -56,6 +57,8 @@ def show_plan(
         of = ", ".join(dict.fromkeys(study.inputs.values()))
         print(f"{study.id:<28}  {done:<5} {study.settings.label:<22} of {of}")
     print("\n" + cost(plan, list(studies.values())))
+    if plan.tier.resources.device == "cuda":
+        print("\n" + gpu_hours(plan))
 
 
 def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
@@ -68,10 +71,25 @@ def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
     total = sum(seconds(plan, studies).values())
     measured = f" and {len(studies)} studies" if studies else ""
     side_by_side = max(1, machine.cores() // given.threads) if given.device == "cpu" else 1
+    words = f"{side_by_side} jobs side by side" if given.device == "cpu" else "one job after the other"
     return (
         f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses{measured}; "
-        f"about {total / 60 / side_by_side:.0f} minutes with {side_by_side} jobs side by side, at the tier's rates"
+        f"about {total / 60 / side_by_side:.0f} minutes with {words}, at the tier's rates"
     )
+
+
+def gpu_hours(plan: Plan) -> str:
+    """What each table and figure costs, and how many GPUs a job asks for, from the rates that the tier states."""
+    gpus = ", ".join(f"{n.gpus} {what}" for what in get_args(Job) if (n := need(plan, what)) is not None)
+    size = plan.tier.resources.gpu_memory_gib
+    lines = [
+        f"GPU-hours, computed from the tier's rates and not measured (GPUs of {size:g} GiB a job: {gpus}); what tables "
+        "share is in each",
+        f"{'':12} {'training':>10} {'evaluating':>10} {'total':>10}",
+    ]
+    for name, found in hours(plan).items():
+        lines.append(f"{name:12} {found.training:>10,.0f} {found.evaluating:>10,.0f} {found.total:>10,.0f}")
+    return "\n".join(lines)
 
 
 @app.command("schema")

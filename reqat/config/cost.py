@@ -1,16 +1,20 @@
-"""Estimated time of each job of a plan on one core, from the rates stated in its tier. A rough estimate.
+"""Estimated time of each job of a plan, from the rates stated in its tier. A rough estimate.
 
-Three rates describe a tier: tokens that BF16 training and QAT see a second, and responses graded a second. What is read
+Three rates describe a tier, each of a job on the cores or GPUs that it gets: tokens that BF16 training and QAT see a
+second, and responses graded a second. What is read
 without training (a forward pass alone) goes at twice training's rate, and a trace is taken to be half a packed row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import get_args
 
 from reqat.config.paths import made
 from reqat.config.plan import Plan
-from reqat.config.stage import PTQSettings, QFitSettings, Stage
+from reqat.config.resources import Job, need
+from reqat.config.stage import PTQSettings, QFitSettings, Stage, TrainSettings
 from reqat.config.studies import (
     DynamicsStudy,
     GradientsStudy,
@@ -40,9 +44,49 @@ def seconds(plan: Plan, studies: Iterable[PlannedStudy] = ()) -> dict[str, float
     rates = plan.tier.resources
     out = {stage.id: _stage(stage, rates) + rates.job_s for stage in plan.needed.values() if made(stage)}
     for evaluation in plan.evaluations.values():
-        responses = evaluation.problems.n * len(evaluation.seeds)
-        out[evaluation.id] = responses / rates.responses_per_s + rates.job_s
+        parts = plan.shards(evaluation.id)
+        for id, part in (parts or {evaluation.id: evaluation}).items():
+            out[id] = part.problems.n * len(part.seeds) / rates.responses_per_s + rates.job_s
+        if parts:
+            out[evaluation.id] = rates.job_s
     return out | {study.id: _study(plan, study) + rates.job_s for study in studies}
+
+
+@dataclass(frozen=True)
+class Hours:
+    """Hours of GPUs (of cores on a tier for CPUs) of an artifact's jobs, by kind of job."""
+
+    training: float
+    """Of every stage that computes: trainings, Q-FIT, PTQ."""
+    evaluating: float
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.training + self.evaluating
+
+
+def hours(plan: Plan) -> dict[str, Hours]:
+    """Artifact -> its hours, computed from the tier's rates and from the GPUs that its jobs ask for (`need`); work that
+    artifacts share is in each of them. Under "all", every job once."""
+    each, tier = seconds(plan), plan.tier
+    of_kind: dict[Job, float] = {}
+    for job in get_args(Job):
+        wanted = need(plan, job)
+        of_kind[job] = (tier.resources.threads if wanted is None else wanted.gpus) / 3600
+
+    def of(evaluations: set[str]) -> Hours:
+        stages = {s for id in evaluations for s in plan.behind(id)}
+        training = sum(
+            each[id] * of_kind["training" if isinstance(plan.stage(id).settings, TrainSettings) else "calibrating"]
+            for id in stages
+            if id in each and plan.stage(id).kind not in ("data", "base")
+        )
+        graded = {part for id in evaluations for part in plan.shards(id) or (id,)}
+        return Hours(training, sum(each[id] for id in graded) * of_kind["evaluating"])
+
+    found = {name: of({c.evaluation for c in plan.cells if c.artifact == name}) for name in plan.artifacts}
+    return found | {"all": of(set(plan.evaluations))}
 
 
 def _stage(stage: Stage, rates: Resources) -> float:

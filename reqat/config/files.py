@@ -133,6 +133,12 @@ def read_text(path: Path, what: str = "text file", remedy: str = "check the path
         raise explain(error, path) from error
 
 
+def sha256(path: Path) -> str:
+    """sha256 of a file, in hex. Raises `ReqatError` if it cannot be read."""
+    with explaining(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_json(path: Path, what: str, remedy: str) -> dict[str, Any]:
     """The object in a JSON file. Raises `ReqatError` if it is absent, unreadable, not JSON or not an object."""
     data = parse_json(read_text(path, what, remedy), str(path), what, remedy)

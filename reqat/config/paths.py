@@ -1,5 +1,7 @@
 """All paths of a checkout, relative to the repository's root.
 
+models/, data/                             given: local models; files of traces and of problems with answers
+
 build/data/<data id>/                      tokenizer/, train.jsonl, manifest.json, record.json
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
@@ -19,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reqat.config.errors import ReqatError
-from reqat.config.files import read_json
+from reqat.config.files import read_json, sha256
 from reqat.config.plan import Plan, plan
 from reqat.config.stage import BaseSettings, Evaluation, Stage
-from reqat.config.tier import load_catalogue, load_tier
+from reqat.config.tier import Tier, load_catalogue, load_tier
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Paths:
     build: Path = Path("build")
     models: Path = Path("models")
     """Folder of local models (`source: path`); environment variable REQAT_MODELS overrides it."""
+
+    data: Path = Path("data")
+    """Folder of files of traces and benchmarks; environment variable REQAT_DATA overrides it."""
 
     @property
     def config(self) -> Path:
@@ -63,6 +68,10 @@ class Paths:
         """Folder of local models."""
         return Path(os.environ.get("REQAT_MODELS") or self.root / self.models)
 
+    def data_folder(self) -> Path:
+        """Folder of files of traces and benchmarks."""
+        return Path(os.environ.get("REQAT_DATA") or self.root / self.data)
+
     def stage(self, stage: Stage) -> Path:
         """Directory of a stage: made by a job, or given (the pinned base)."""
         if isinstance(stage.settings, BaseSettings) and not made(stage):
@@ -73,9 +82,9 @@ class Paths:
         """Model folder of a stage (Hugging Face layout)."""
         return self.stage(stage) / "model"
 
-    def evaluation(self, evaluation: Evaluation) -> Path:
-        """Directory of an evaluation."""
-        return self.work / "evaluations" / evaluation.id
+    def evaluation(self, evaluation: Evaluation | str) -> Path:
+        """Directory of an evaluation, or of one called so: a part has an id of its own (`Evaluation.shards`)."""
+        return self.work / "evaluations" / (evaluation if isinstance(evaluation, str) else evaluation.id)
 
     @property
     def studies(self) -> Path:
@@ -132,4 +141,31 @@ def load(tier: str, paths: Paths | None = None) -> Plan:
     paths = paths or Paths()
     wanted = load_tier(tier, paths.config)
     found = {label: pinned_base(paths, label) for label, model in wanted.models.items() if model.source == "pinned"}
-    return plan(wanted, load_catalogue(paths.config), pinned={label: sha for label, sha in found.items() if sha})
+    pinned = {label: sha for label, sha in found.items() if sha}
+    there = {name: paths.data_folder() / name for name in wanted.files}
+    files = {name: sha256(path) for name, path in there.items() if path.is_file()}
+    return plan(wanted, load_catalogue(paths.config), pinned=pinned, files=files)
+
+
+def require_given(plan: Plan, paths: Paths) -> None:
+    """Raise `ReqatError` unless the local models, traces and benchmarks of a plan are there: before a training of days
+    ends at a file of problems that is missing."""
+    tier, models, data = plan.tier, paths.models_folder(), paths.data_folder()
+    folders = [models / (m.reference or "") for m in tier.models.values() if m.source == "path"]
+    missing = [f"{folder} (a model: config.json, *.safetensors)" for folder in folders if not has_config(folder)]
+    missing += [f"{data / name} ({_what(name, tier)})" for name in tier.files if not (data / name).is_file()]
+    if missing:
+        raise ReqatError(
+            f"tier {tier.name} cannot start: {'; '.join(missing)} missing. Put them there (docs/paper-tier.md), or "
+            "name other folders: --models or REQAT_MODELS, --data or REQAT_DATA; of snakemake, --config models=... and "
+            "data=..."
+        )
+
+
+def has_config(folder: Path) -> bool:
+    """Whether a folder looks like one of a model."""
+    return (folder / "config.json").is_file()
+
+
+def _what(name: str, tier: Tier) -> str:
+    return "traces" if name == tier.data.source else "problems with answers"

@@ -38,9 +38,10 @@ from reqat.config.stage import (
     Selection,
     Settings,
     Stage,
+    TraceSource,
     TrainSettings,
 )
-from reqat.config.tier import Model, Tier
+from reqat.config.tier import ABSENT, Model, Tier
 
 BF16 = PrecisionSpec()
 UNPINNED = "not pinned yet"
@@ -87,10 +88,19 @@ class Plan:
         return self.stages[id]
 
     def evaluation(self, id: str) -> Evaluation:
-        """The evaluation called `id`; `ReqatError` with the closest match if the plan has none."""
-        if id not in self.evaluations:
-            raise unknown("evaluation", id, self.evaluations, where=f"tier {self.tier.name}")
-        return self.evaluations[id]
+        """The evaluation called `id`, or the part of one; `ReqatError` with the closest match if the plan has none."""
+        if (whole := self.evaluations.get(id)) is not None:
+            return whole
+        name = id.rpartition("-")[0]
+        if name in self.evaluations and id in (parts := self.shards(name)):
+            return parts[id]
+        raise unknown("evaluation", id, self.evaluations, where=f"tier {self.tier.name}")
+
+    def shards(self, id: str) -> dict[str, Evaluation]:
+        """The parts that the tier's jobs split an evaluation into, by id; none where one job does all of it, or `id`
+        is a part itself."""
+        whole = self.evaluations.get(id)
+        return {} if whole is None else whole.shards(self.tier.resources.evaluation_shards)
 
     def lineage(self, id: str) -> Iterator[Stage]:
         """The stage `id` and the stages whose models it stands on, the newest first."""
@@ -104,15 +114,18 @@ class Plan:
     def needed(self) -> dict[str, Stage]:
         """Stages that some evaluation stands on, parents first: those that `figures/` runs (the rest serve target
         `base`)."""
-        wanted: set[str] = set()
-        for evaluation in self.evaluations.values():
-            wanted |= set(evaluation.inputs.values())
-            open_ids = [evaluation.stage]
-            while open_ids:  # a teacher has a lineage of its own
-                for stage in self.lineage(open_ids.pop()):
-                    wanted |= {stage.id, *stage.inputs.values()}
-                    open_ids += [stage.teacher] if stage.teacher is not None else []
+        wanted = {id for evaluation in self.evaluations for id in self.behind(evaluation)}
         return {id: stage for id, stage in self.stages.items() if id in wanted}
+
+    def behind(self, evaluation: str) -> set[str]:
+        """Ids of the stages that an evaluation stands on."""
+        asked = self.evaluation(evaluation)
+        wanted, open_ids = set(asked.inputs.values()), [asked.stage]
+        while open_ids:  # a teacher has a lineage of its own
+            for stage in self.lineage(open_ids.pop()):
+                wanted |= {stage.id, *stage.inputs.values()}
+                open_ids += [stage.teacher] if stage.teacher is not None else []
+        return wanted
 
     def dump(self) -> dict[str, Any]:
         """The plan as JSON values; `Plan.restore` reads it back."""
@@ -168,10 +181,13 @@ class Plan:
 
 
 class _Builder:
-    def __init__(self, tier: Tier, catalogue: Catalogue, pinned: Mapping[str, str]) -> None:
+    def __init__(
+        self, tier: Tier, catalogue: Catalogue, pinned: Mapping[str, str], files: Mapping[str, str] | None = None
+    ) -> None:
         self.tier, self.catalogue = tier, catalogue
         self.plan = Plan(tier)
         self.pinned = pinned
+        self.files = files or {}
 
     def add(
         self,
@@ -203,9 +219,21 @@ class _Builder:
         return self.add("base", BaseSettings(source=model.source, name=label, reference=reference))
 
     def store(self, base: Stage) -> Stage:
-        """The store that fine-tuning and QAT read, counted with the base model's own tokenizer."""
-        settings = self.tier.data.model_copy(update={"tokenizer": "model"})
-        return self.add("data", DataStageSettings(**settings.model_dump()), parent=base.id)
+        """The store that fine-tuning and QAT read, counted with the base model's own tokenizer; of a file of traces,
+        those that fit into a row of every training, unless the tier says another length."""
+        settings = self.tier.data.model_dump() | {"tokenizer": "model"}
+        name = self.tier.data.source
+        if name != "generated":
+            own = self.tier.data.own or TraceSource()
+            shortest = min(training.row_tokens for training in self.tier.train.all)
+            settings["own"] = own.model_copy(
+                update={
+                    "name": name,
+                    "sha256": self.files.get(name, ABSENT),
+                    "row_tokens": own.row_tokens or shortest,
+                }
+            )
+        return self.add("data", DataStageSettings(**settings), parent=base.id)
 
     def selection(self, step: TrainStep, total: int, model: Model, recipe: str) -> Selection:
         values = self.amounts(total)
@@ -307,7 +335,7 @@ class _Builder:
         self, stage: Stage, precision: PrecisionSpec, store: Stage, options: DecodingOptions, asked: str
     ) -> Evaluation:
         decoding = self.tier.evaluation.decoding.model_copy(update=options.model_dump(exclude_none=True))
-        problems, seeds = self.tier.problem_set(asked)
+        problems, seeds = self.tier.problem_set(asked, self.files)
         seeds = seeds[:1] if decoding.greedy else seeds
         static: dict[str, Any] = {}
         if precision.global_scale == "static":
@@ -388,13 +416,20 @@ class _Builder:
         return self.plan
 
 
-def plan(tier: Tier, catalogue: Catalogue, *, pinned: Mapping[str, str] | None = None) -> Plan:
+def plan(
+    tier: Tier,
+    catalogue: Catalogue,
+    *,
+    pinned: Mapping[str, str] | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Plan:
     """The plan of a tier. `pinned` has the sha256 of the weights of pinned bases by model label (`pinned_base` reads
-    one); a model that is not in it has none yet.
+    one); a model that is not in it has none yet. `files` has the sha256 of files of the data folder by name, those of
+    `tier.files` that are there.
 
     Raises `ReqatError` if a recipe's amounts do not fit the tier's budgets and trace store.
     """
-    return _Builder(tier, catalogue, pinned or {}).build()
+    return _Builder(tier, catalogue, pinned or {}, files).build()
 
 
 class _OwnBuilder(_Builder):

@@ -1,7 +1,8 @@
 """The accelerator memory that a tier needs, computed from model sizes before anything is downloaded or started.
 
 Training: :mod:`reqat.config.memory`, for as many GPUs as it takes to share weights, gradients and moments. Decoding
-keeps float32 weights and a KV cache.
+keeps float32 weights and a KV cache, of a whole response for each row. Q-FIT and PTQ keep float32 weights and what one
+layer computes.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from reqat.config.errors import ReqatError
 from reqat.config.memory import GIB, parameters, training_memory
 from reqat.config.plan import Plan
-from reqat.config.stage import Decoding, Training
+from reqat.config.stage import Calibration, Decoding, Training
 from reqat.config.tier import Shape
 
+Job = Literal["training", "calibrating", "evaluating"]
+"""Kinds of jobs that need memory of a GPU: stages that train, Q-FIT and PTQ, evaluations."""
 # Share of a GPU's memory that weights and activations may fill; the rest goes to the context, workspaces and
 # fragmentation.
 _USABLE = 0.9
@@ -47,8 +51,16 @@ def decoding_bytes(shape: Shape, decoding: Decoding) -> float:
     return 4 * parameters(s) + cache + 3 * decoding.batch_rows * s.vocabulary * 4
 
 
-def need(plan: Plan) -> Need | None:
-    """What the tier's largest job needs; None for tiers that run on a CPU."""
+def calibrating_bytes(shape: Shape, calibration: Calibration) -> float:
+    """Peak accelerator memory of Q-FIT or PTQ of a model of that shape, in bytes: weights, inputs and outputs of one
+    layer."""
+    s = shape
+    tokens = calibration.sequences * calibration.sequence_tokens
+    return 4 * parameters(s) + 4 * tokens * 2 * s.hidden_size
+
+
+def need(plan: Plan, job: Job | None = None) -> Need | None:
+    """What the tier's largest job needs, or the largest of a kind; None for tiers that run on a CPU."""
     tier = plan.tier
     if tier.resources.device == "cpu":
         return None
@@ -58,13 +70,18 @@ def need(plan: Plan) -> Need | None:
             raise ReqatError(f"tier {tier.name}: models.{label} needs a `shape` to compute the memory of device cuda.")
         usable, shape = _USABLE * tier.resources.gpu_memory_gib * GIB, model.shape
         host = 4.0 * parameters(shape)
+        jobs: list[tuple[Job, float, int]] = []
         for training, quantized in ((tier.train.finetune, False), (tier.train.qat, True)):
             gpus, each = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable)
-            needs.append(Need(f"training {label}", gpus * each, gpus, tier.resources.gpu_memory_gib, host))
+            jobs.append(("training", gpus * each, gpus))
+        for calibration in (tier.qfit.calibration, tier.ptq.calibration):
+            device = calibrating_bytes(shape, calibration)
+            jobs.append(("calibrating", device, math.ceil(device / usable)))
         device = decoding_bytes(shape, tier.evaluation.decoding)
-        needs.append(
-            Need(f"evaluating {label}", device, math.ceil(device / usable), tier.resources.gpu_memory_gib, host)
-        )
+        jobs.append(("evaluating", device, math.ceil(device / usable)))
+        for kind, device, gpus in jobs:
+            if job in (None, kind):
+                needs.append(Need(f"{kind} {label}", device, gpus, tier.resources.gpu_memory_gib, host))
     return max(needs, key=lambda n: n.device_bytes)
 
 
@@ -80,9 +97,10 @@ def _shared(what: str, shape: Shape, training: Training, quantized: bool, usable
     )
 
 
-def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float) -> None:
-    """Raise `ReqatError` unless GPUs of `gpu_bytes` memory each and `host_bytes` of host memory do for the tier."""
-    wanted = need(plan)
+def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float, job: Job | None = None) -> None:
+    """Raise `ReqatError` unless GPUs of `gpu_bytes` memory each and `host_bytes` of host memory do for the tier, or for
+    its jobs of a kind: on a cluster a job sees the GPUs that it was given."""
+    wanted = need(plan, job)
     if wanted is None:
         return
     enough = [size for size in gpu_bytes if size >= 0.97 * wanted.gpu_memory_gib * GIB]

@@ -118,10 +118,10 @@ class Gradient(_Open):
 class TraceSource(Strict):
     """What a trace store of somebody's own traces is made of (`reqat.data.sources`)."""
 
-    name: str
-    """Of the file, or `owner/name@COMMIT` of a data set of the hub."""
+    name: str = ""
+    """Of the file, or `owner/name@COMMIT` of a data set of the hub. A tier leaves it out: it is its `source`."""
     sha256: str | None = None
-    """Of the file."""
+    """Of the file. Of a tier's it is taken when the plan is made."""
     messages: str | None = None
     prompt: str | None = None
     response: str | None = None
@@ -147,10 +147,10 @@ class DataSettings(Strict):
     tokenizer: Literal["build", "model"] = "build"
     """`build`: the words of the families, one token a digit; `model`: the tokenizer of the parent stage's model."""
     source: str = "generated"
-    """`generated` by the families, or the name of a JSONL file of traces under the traces folder (fields id, prompt,
-    response)."""
+    """`generated` by the families, or the name of a file of traces in the data folder (JSONL or Parquet: prompt and
+    response, or messages)."""
     own: TraceSource | None = None
-    """Of `reqat train`: which traces of somebody's own `source` stands for."""
+    """Of a `source` that is a file: its digest, its columns, and what becomes of rows that are too long."""
 
     @field_validator("families")
     @classmethod
@@ -161,6 +161,10 @@ class DataSettings(Strict):
     def _has_source(self) -> DataSettings:
         if self.source == "generated" and not self.families:
             raise ReqatError("families: name at least one task family, or a `source` file of traces.")
+        if self.source == "generated" and self.own is not None:
+            raise ReqatError(
+                "own: it describes a `source` that is a file, and these traces are generated; leave it out."
+            )
         for name in self.shares:
             if name not in self.families:
                 raise unknown("task family", name, self.families, where="shares")
@@ -399,10 +403,24 @@ class Decoding(Strict):
     autocast: Literal["none", "bf16"] = "none"
 
 
-class ProblemSet(Strict):
-    """The problems of an evaluation: the first `n` distinct ones of a split, in equal shares of the families."""
+BenchmarkName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
-    families: Families
+
+class Benchmark(Strict):
+    """A file of problems with answers, `name`.jsonl in the data folder (`reqat.tasks.benchmarks`)."""
+
+    name: BenchmarkName
+    sha256: str
+    """Of the file: other problems are another evaluation."""
+
+
+class ProblemSet(Strict):
+    """The problems of an evaluation: the first `n` distinct ones of a split, in equal shares of the families; or the
+    first `n` of a benchmark."""
+
+    families: Families = Field(default_factory=dict)
+    benchmark: Benchmark | None = None
+    """In place of families; split and seed then say nothing."""
     split: Literal["validation", "test"] = "test"
     n: Count
     seed: Seed = 1
@@ -410,9 +428,13 @@ class ProblemSet(Strict):
     @field_validator("families")
     @classmethod
     def _ordered(cls, families: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if not families:
-            raise ReqatError("families: name at least one task family.")
         return dict(sorted(families.items()))
+
+    @model_validator(mode="after")
+    def _some(self) -> ProblemSet:
+        if bool(self.families) == (self.benchmark is not None):
+            raise ReqatError("families: name at least one task family, or a benchmark, and not both.")
+        return self
 
 
 class Evaluation(Strict):
@@ -438,3 +460,16 @@ class Evaluation(Strict):
     def id(self) -> str:
         """`evaluation-` and twelve hex digits of the sha256 over everything above."""
         return f"evaluation-{digest(self, DIGEST_LENGTH)}"
+
+    def shards(self, most: int) -> dict[str, Evaluation]:
+        """The evaluation in at most `most` parts, each of some of its sampling seeds: id (`evaluation-...-1of4`) ->
+        part. None at all where that is one part.
+
+        A response depends on its problem and its seed alone, so the parts together are the whole, whatever their
+        number, which is therefore in no id but theirs.
+        """
+        n = min(most, len(self.seeds))
+        if n == 1:
+            return {}
+        fields = {name: getattr(self, name) for name in Evaluation.model_fields}
+        return {f"{self.id}-{i + 1}of{n}": Evaluation(**fields | {"seeds": self.seeds[i::n]}) for i in range(n)}

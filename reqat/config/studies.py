@@ -438,6 +438,8 @@ def plan_study(plan: Plan, settings: Any) -> PlannedStudy:
         return PlannedStudy(settings=settings, models=models, given=given)
     how = plan.tier.evaluation
     families = how.families if how.families is not None else plan.tier.data.families
+    if not families:
+        raise ReqatError(f"{where}: it asks task families, and the tier has a benchmark alone; leave the study out.")
     split = how.split if settings.asks == "tier" else "validation"
     problems = ProblemSet(families=families, split=split, n=settings.n, seed=how.problem_seed)
     return PlannedStudy(settings=settings, models=models, given=given, problems=problems, decoding=how.decoding)

@@ -8,8 +8,9 @@ replaced whole, and a model that is null is left out.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -21,6 +22,8 @@ from reqat.config.recipe import OWN, Catalogue
 from reqat.config.stage import (
     Architecture,
     BaseSettings,
+    Benchmark,
+    BenchmarkName,
     Calibration,
     DataSettings,
     Decoding,
@@ -116,6 +119,11 @@ class Trainings(Strict):
     share_global_scale: bool = False
     """One global scale for the weights that engines join (q, k, v; gate, up), in QAT and in PTQ."""
 
+    @property
+    def all(self) -> list[Training]:
+        """Those that a stage can have."""
+        return [self.finetune, self.qat, *([self.qat_from_base] if self.qat_from_base is not None else [])]
+
 
 class ClaimSeeds(Strict):
     """The cells that claims rest on are trained with these seeds too, at the tier's `claim_total`."""
@@ -147,35 +155,46 @@ class Budget(Strict):
         return self
 
 
-class NamedProblems(Strict):
+ABSENT = "not there yet"
+"""In place of the digest of a file that is not in the data folder yet."""
+
+
+class _Asked(Strict):
+    families: Families | None = None
+    """Null: the families of the traces."""
+    benchmark: BenchmarkName | None = None
+    """In place of families: a file of problems, `<benchmark>.jsonl` in the data folder."""
+
+    _families = field_validator("families")(_some_family)
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if self.families is not None and self.benchmark is not None:
+            raise ReqatError(f"families and benchmark {self.benchmark}: give one or the other (null: not).")
+        return self
+
+
+class NamedProblems(_Asked):
     """A set of problems beside the tier's own; what it leaves out is as in the tier's own."""
 
-    families: Families | None = None
     n: Count | None = None
     split: Literal["validation", "test"] | None = None
     problem_seed: Seed | None = None
     seeds: Seeds | None = Field(default=None, min_length=1)
     """Sampling seeds."""
 
-    _families = field_validator("families")(_some_family)
 
-
-class EvaluationPlan(Strict):
+class EvaluationPlan(_Asked):
     """How every model of the tier is graded."""
 
     split: Literal["validation", "test"] = "test"
     n: Count
     problem_seed: Seed = 1
-    families: Families | None = None
-    """Null: the families of the traces."""
-
     seeds: Seeds = Field(min_length=1)
     decoding: Decoding = Decoding()
     global_scale: GlobalScale = "row"
     sets: dict[str, NamedProblems] = Field(default_factory=dict)
     """Further sets of problems by name. A tier that lists an artifact has every set that its rows name."""
-
-    _families = field_validator("families")(_some_family)
 
     @field_validator("sets")
     @classmethod
@@ -230,6 +249,8 @@ class Resources(Strict):
     train_tokens_per_s: float = Field(default=8000, gt=0)
     qat_tokens_per_s: float = Field(default=5000, gt=0)
     responses_per_s: float = Field(default=15, gt=0)
+    evaluation_shards: int = Field(default=1, gt=0, le=1024)
+    """Jobs that share the sampling seeds of an evaluation; on a cluster they run side by side."""
     job_s: float = Field(default=8, ge=0)
     """Start-up and saving of a job, in seconds."""
 
@@ -259,21 +280,39 @@ class Tier(Strict):
             raise ReqatError("name at least one model.")
         return models
 
+    @model_validator(mode="after")
+    def _graded(self) -> Tier:
+        how = self.evaluation
+        if how.families is None and how.benchmark is None and not self.data.families:
+            raise ReqatError("evaluation: traces of a file have no families; name a benchmark, or families.")
+        return self
+
     def claim_total(self, label: str) -> int:
         """The total, in QAT budgets, that the claims of the model `label` rest on: its own, else the budget's."""
         return self.models[label].claim_total or self.budget.claim_total
 
-    def problem_set(self, name: str = OWN) -> tuple[ProblemSet, list[int]]:
-        """The set of problems called `name`, and its sampling seeds. Raises `ReqatError` with the closest name if the
-        tier has none of it."""
+    @property
+    def files(self) -> list[str]:
+        """Names of the files in the data folder that the tier reads: traces, then benchmarks."""
+        sets = [self.evaluation, *self.evaluation.sets.values()]
+        traces = [] if self.data.source == "generated" else [self.data.source]
+        return list(dict.fromkeys([*traces, *(f"{s.benchmark}.jsonl" for s in sets if s.benchmark is not None)]))
+
+    def problem_set(self, name: str = OWN, digests: Mapping[str, str] = {}) -> tuple[ProblemSet, list[int]]:
+        """The set of problems called `name`, and its sampling seeds. `digests` has the sha256 of the files of
+        benchmarks that are there. Raises `ReqatError` with the closest name if the tier has no such set."""
         own = self.evaluation
         if name != OWN and name not in own.sets:
             remedy = f"Add it under evaluation.sets in config/tiers/{self.name}.yaml, or leave out the artifact."
             raise unknown("set of problems", name, [OWN, *own.sets], where=f"tier {self.name}", remedy=remedy)
         given = (own.sets[name] if name != OWN else NamedProblems()).model_dump(exclude_none=True)
-        families = own.families if own.families is not None else self.data.families
+        of = given if given.keys() & {"families", "benchmark"} else own.model_dump(include={"families", "benchmark"})
+        benchmark, families = of.get("benchmark"), of.get("families")
+        if benchmark is None and families is None:
+            families = self.data.families
         problems = ProblemSet(
-            families=given.get("families", families),
+            families=families or {},
+            benchmark=benchmark and Benchmark(name=benchmark, sha256=digests.get(f"{benchmark}.jsonl", ABSENT)),
             split=given.get("split", own.split),
             n=given.get("n", own.n),
             seed=given.get("problem_seed", own.problem_seed),

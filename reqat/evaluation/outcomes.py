@@ -133,6 +133,28 @@ class Outcomes:
             metadata=self.metadata,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Outcomes], problems: Sequence[str], seeds: Sequence[int]) -> Outcomes:
+        """The outcomes of parts as one evaluation gives them: rows ordered by problem, then seed, both as listed.
+
+        Raises `ReqatError` naming what is missing or not asked for, or that was run with other settings in one part.
+        """
+        if any(part.metadata != parts[0].metadata for part in parts):
+            raise ReqatError(f"parts were run with different settings: {[dict(part.metadata) for part in parts]}")
+        columns: dict[str, list[Any]] = {}
+        for part in parts:
+            for name, values in part._python_columns().items():
+                columns.setdefault(name, []).extend(values)
+        whole = cls(**columns, metadata=parts[0].metadata)  # type: ignore[arg-type]
+        place = {pair: i for i, pair in enumerate(zip(whole.problem_id, whole.seed.tolist(), strict=True))}
+        wanted = [(id, seed) for id in problems for seed in seeds]
+        if different := sorted(place.keys() ^ set(wanted)):
+            missing = different[0] in wanted
+            what = "missing from" if missing else "in"
+            raise ReqatError(f"problem {different[0][0]!r} with seed {different[0][1]} is {what} the parts"
+                             f"{'' if missing else ', and not asked for'}; run them again.")  # fmt: skip
+        return whole.select(np.array([place[pair] for pair in wanted]))
+
     def to_table(self) -> pa.Table:
         """The table of the Parquet file, with the seal and the rest of its metadata."""
         import pyarrow as pa

@@ -1,17 +1,15 @@
-r"""Published benchmarks as data sets of lm-eval: from a JSONL file of yours, else from the hub.
+"""Published benchmarks as data sets of lm-eval: from a JSONL file of yours, else from the hub.
 
 A file is named by the benchmark, ``aime24.jsonl``, in a folder that ``--metadata data=FOLDER`` or the environment
 variable ``REQAT_LM_EVAL_DATA`` names; or ``--metadata aime24=FILE`` names it. Its columns are those of the hub's data
-sets, so that a copy of one can be used as it is: ``problem`` or ``question``, ``answer``, optionally ``id``; others are
-passed over. Where a file is named, the hub is not asked. Of the hub, the newest version is read; column ``source`` of
-every row says which, by its commit (of a file: by its sha256).
+sets, so that a copy of one can be used as it is. Where a file is named, the hub is not asked. Of the hub, the newest
+version is read; column ``source`` of every row says which, by its commit (of a file: by its sha256).
 
-Problems are asked zero-shot, for an answer in ``\boxed{}`` (ReQAT, section 8; the wording is DeepSeek-R1's).
+:mod:`reqat.tasks.benchmarks` reads the rows, and says how they are asked and graded.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -21,15 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.errors import MissingFileError, ReqatError, unknown
-from reqat.config.files import explaining
-from reqat.tasks.problem_files import json_objects
+from reqat.tasks.benchmarks import Row, given, lacks, question, rows_of, with_ids
 
 FOLDER = "REQAT_LM_EVAL_DATA"
-BOXED = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-_QUESTION = ("problem", "question", "prompt")
 _LETTERS = "ABCD"
-Row = tuple[str, str, Any, str]
-"""Where a row stands, a default id, the row, and which version of which data it is of."""
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -63,7 +56,8 @@ BENCHMARKS = {
 
 
 def dataset(benchmark: str, **metadata: Any) -> dict[str, Any]:
-    """The problems of a benchmark, as ``custom_dataset`` of a task: columns ``id``, ``prompt``, ``answer``, ``source``.
+    """The problems of a benchmark, as ``custom_dataset`` of a task: columns ``id``, ``prompt``, ``answer``,
+    ``boxed`` (true), ``source``.
 
     Args:
         benchmark: of :data:`BENCHMARKS`, but for MMLU's.
@@ -75,8 +69,9 @@ def dataset(benchmark: str, **metadata: Any) -> dict[str, Any]:
     from datasets import Dataset
 
     docs = [
-        {"id": id, "prompt": _question(row, where) + BOXED, "answer": _answer(row, where), "source": source}
+        {"id": p.id, "prompt": p.prompt, "answer": p.answer, "boxed": p.boxed, "source": source}
         for where, id, row, source in _rows(benchmark, metadata)
+        for p in [given(row, where, id, benchmark)]
     ]
     return {"test": Dataset.from_list(docs)}
 
@@ -116,21 +111,13 @@ def _rows(name: str, metadata: Mapping[str, Any]) -> Iterator[Row]:
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)
     file = _file(name, metadata)
-    seen: dict[str, str] = {}
-    for where, default, row, source in _of_hub(name) if file is None else _of_file(file):
-        if not isinstance(row, dict):
-            raise ReqatError(f"{where}: a row is an object with a question and an answer, not {row!r:.60}")
-        row = {str(key).lower(): value for key, value in row.items()}
-        id = str(next((row[key] for key in ("unique_id", "id") if row.get(key) not in (None, "")), default))
-        if id in seen:
-            raise ReqatError(f"{where}: id {id!r} was there before ({seen[id]}); give each problem an id of its own")
-        seen[id] = where
-        yield where, id, row, source
-    if not seen:
-        raise ReqatError(f"{file or name}: it holds no problem; write at least one line with a question and an answer")
-    if len(seen) != BENCHMARKS[name].problems:
+    seen = 0
+    for row in with_ids(_of_hub(name) if file is None else rows_of(file), file or name):
+        seen += 1
+        yield row
+    if seen != BENCHMARKS[name].problems:
         warnings.warn(
-            f"{file or name}: {len(seen)} problems, where {name} has {BENCHMARKS[name].problems}; scores are of these",
+            f"{file or name}: {seen} problems, where {name} has {BENCHMARKS[name].problems}; scores are of these",
             stacklevel=2,
         )
 
@@ -151,12 +138,6 @@ def _file(name: str, metadata: Mapping[str, Any]) -> Path | None:
             f"answer; or leave the option out, and {name} is read from the hub."
         )
     return file
-
-
-def _of_file(file: Path) -> Iterator[Row]:
-    with explaining(file), file.open("rb") as opened:
-        version = f"{file.name} sha256:{hashlib.file_digest(opened, 'sha256').hexdigest()}"
-    yield from ((*row, version) for row in json_objects(file))
 
 
 def _of_hub(name: str) -> Iterator[Row]:
@@ -187,39 +168,16 @@ def _version(path: str, files: Iterable[str]) -> str:
     return f"{path}@{','.join(commits) or 'unknown'}"
 
 
-def _question(row: Mapping[str, Any], where: str) -> str:
-    text = next((row[key] for key in _QUESTION if row.get(key) is not None), None)
-    if not isinstance(text, str) or not text.strip():
-        raise _lacks(row, where, " or ".join(repr(key) for key in _QUESTION[:2]), text)
-    return text.strip()
-
-
-def _answer(row: Mapping[str, Any], where: str) -> str:
-    """The reference answer; of GSM8K's, which are solutions, what stands behind ``####``."""
-    answer = row.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise _lacks(row, where, "'answer'", answer)
-    text = str(answer).rpartition("####")[2].strip()
-    if not text:
-        raise _lacks(row, where, "'answer'", answer)
-    return text
-
-
 def _choice(row: Mapping[str, Any], where: str) -> tuple[str, int, str]:
     """Question with its choices and "Answer:", the right one (0 to 3), and the subject, of a row of MMLU."""
     choices, answer, subject = row.get("choices"), row.get("answer"), row.get("subject")
     if not isinstance(choices, Iterable) or isinstance(choices, str) or len(list(choices)) != len(_LETTERS):
-        raise _lacks(row, where, "'choices' (four)", choices)
+        raise lacks(row, where, "'choices' (four)", choices)
     if isinstance(answer, str) and len(answer) == 1 and answer in _LETTERS:
         answer = _LETTERS.index(answer)
     if type(answer) is not int or not 0 <= answer < len(_LETTERS):
-        raise _lacks(row, where, "'answer' (0 to 3, or A to D)", answer)
+        raise lacks(row, where, "'answer' (0 to 3, or A to D)", answer)
     if not isinstance(subject, str) or not subject:
-        raise _lacks(row, where, "'subject'", subject)
+        raise lacks(row, where, "'subject'", subject)
     lines = [f"{letter}. {choice}" for letter, choice in zip(_LETTERS, choices, strict=True)]
-    return "\n".join([_question(row, where), *lines, "Answer:"]), answer, subject
-
-
-def _lacks(row: Mapping[str, Any], where: str, column: str, value: object) -> ReqatError:
-    found = "" if value is None else f" ({value!r:.60} is none)"
-    return ReqatError(f"{where}: no {column}{found}; its columns are {', '.join(row) or 'none'}")
+    return "\n".join([question(row, where), *lines, "Answer:"]), answer, subject

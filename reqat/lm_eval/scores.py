@@ -22,10 +22,12 @@ def keep_all(responses: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any
 def graded(doc: Mapping[str, Any], response: str) -> tuple[str | None, bool]:
     """The answer that a response to a row of a task gives, if any, and whether it is right.
 
-    Rows of our generators are graded by their family's verifier, others by :mod:`reqat.tasks.answers`.
+    Rows of our generators are graded by their family's verifier, others by :mod:`reqat.tasks.answers`, those that are
+    ``boxed`` by what is in the last box.
     """
     if "entry" not in doc:
-        return announced(response), grade(response, doc["answer"])
+        boxed = bool(doc.get("boxed"))
+        return announced(response, boxed=boxed), grade(response, doc["answer"], boxed=boxed)
     return get_family(doc["family"]).extract(response), verify(problem_of(doc), response)
 
 

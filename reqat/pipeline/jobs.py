@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ from reqat.config.files import exclusive
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
 from reqat.config.policy import Decoding
-from reqat.config.stage import BaseSettings, Evaluation, Stage
+from reqat.config.stage import BaseSettings, DataSettings, Evaluation, ProblemSet, Stage, TrainSettings
 from reqat.records import provenance, record
 
 if TYPE_CHECKING:
     from reqat.evaluation import Outcomes
     from reqat.tasks import Problem
+    from reqat.tasks.problem_files import Given
 
 OUTCOMES = "outcomes.parquet"
 # Inputs up to this size are hashed before they are used; larger ones are checked by size.
@@ -80,10 +81,15 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
         if job is None:
             return
         inputs, job.inputs = input_folders(plan, todo.inputs, paths)
-        _require(plan, todo)
+        if todo.kind not in ("data", "base"):
+            _require(plan, "training" if isinstance(todo.settings, TrainSettings) else "calibrating")
         job.seeds = [todo.seed] if todo.seed is not None else []
         if isinstance(todo.settings, BaseSettings) and todo.settings.source == "path":
             link_base(todo.settings, paths, job.partial)
+        elif isinstance(todo.settings, DataSettings) and todo.settings.own is not None:
+            processes = plan.tier.resources.threads
+            job.metrics = _import_traces(todo, inputs["parent"], paths, job.partial, processes, progress)
+            job.inputs["traces"] = {"id": todo.settings.source, "sha256": todo.settings.own.sha256}
         else:
             from reqat.pipeline.stages import carry_out
 
@@ -92,19 +98,28 @@ def run_stage(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force
 
 
 def run_evaluation(plan: Plan, id: str, paths: Paths, *, progress: bool = True, force: bool = False) -> None:
-    """Run one evaluation of a plan, unless its result is there; killed, the next attempt goes on with the batches that
-    were not decoded. Raises like `run_stage`."""
-    todo = plan.evaluation(id)
-    with running("evaluation", id, todo, paths.evaluation(todo), paths, tier=plan.tier.name, force=force) as job:
+    """Run one evaluation of a plan, or the part of one, unless its result is there; killed, the next attempt goes on
+    with the batches that were not decoded. An evaluation in parts is put together from them; those that are not there
+    are run first. Raises like `run_stage`."""
+    todo, parts = plan.evaluation(id), plan.shards(id)
+    for part in parts:
+        run_evaluation(plan, part, paths, progress=progress, force=force)
+    with running("evaluation", id, todo, paths.evaluation(id), paths, tier=plan.tier.name, force=force) as job:
         if job is None:
             return
         inputs, job.inputs = input_folders(plan, todo.inputs, paths)
-        _require(plan, plan.stage(todo.stage))
+        if (of := todo.problems.benchmark) is not None:
+            job.inputs["problems"] = {"id": f"{of.name}.jsonl", "sha256": of.sha256}
         job.seeds = list(todo.seeds)
+        if parts:
+            job.metrics = _put_together(todo, parts, paths, job)
+            return
+        _require(plan, "evaluating")
         # Named by the weights: a stage may be trained again between a kill and the next attempt.
         kept = paths.checkpoints(id) / digest(job.inputs, 16)
         job.resumed = holds_parts(kept)
-        job.metrics = _evaluate(todo, inputs, job.partial, kept, progress)
+        asked = asked_problems(todo.problems, paths)
+        job.metrics = _evaluate(todo, id, asked, inputs, job.partial, kept, progress)
 
 
 def holds_parts(folder: Path) -> bool:
@@ -168,20 +183,70 @@ def input_folders(plan: Plan, roles: dict[str, str], paths: Paths) -> tuple[dict
     return folders, digests
 
 
-def _require(plan: Plan, stage: Stage) -> None:
-    """Raise ReqatError for a job that needs more memory than the machine has, before anything is loaded."""
-    if plan.tier.resources.device == "cuda" and stage.kind not in ("data", "base"):
+def _require(plan: Plan, job: resources.Job) -> None:
+    """Raise ReqatError for a job that needs more memory than it was given, before anything is loaded."""
+    if plan.tier.resources.device == "cuda":
         import torch  # noqa: F401  (provenance.gpus looks at it)
 
-        resources.require(plan, [gpu["memory_bytes"] for gpu in provenance.gpus()], provenance.memory_bytes())
+        sizes = [gpu["memory_bytes"] for gpu in provenance.gpus()]
+        resources.require(plan, sizes, provenance.memory_bytes(), job)
 
 
-def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, kept: Path, progress: bool) -> dict[str, Any]:
+def _import_traces(stage: Stage, base: Path, paths: Paths, out: Path, processes: int, progress: bool) -> dict[str, Any]:
+    """Make the trace store of a tier's file of traces. Raises `ReqatError` for one of fewer tokens than are asked."""
+    from reqat.pipeline.imported import import_store
+    from reqat.pipeline.stages import MODEL
+
+    settings = stage.settings
+    assert isinstance(settings, DataSettings) and settings.own is not None
+    file = paths.data_folder() / settings.source
+    cache = paths.partial(f"{stage.id}-cache")
+    found = import_store(str(file), settings.own, base / MODEL, out, cache, processes=processes, progress=progress)
+    if found["tokens"] < settings.tokens:
+        raise ReqatError(
+            f"{file}: {found['traces']} traces of {found['tokens']:,} tokens ({found['left_out']} longer than "
+            f"{found['row_tokens']} left out), and {settings.tokens:,} are asked for; add traces, or lower data.tokens."
+        )
+    return found
+
+
+def _put_together(todo: Evaluation, parts: Iterable[str], paths: Paths, job: record.Job) -> dict[str, Any]:
+    from reqat.evaluation import Outcomes
+    from reqat.pipeline.shards import finished_parts
+
+    read, about = finished_parts(parts, paths, job)
+    asked = asked_problems(todo.problems, paths)
+    outcomes = Outcomes.joined(read, [problem.id for problem in asked], todo.seeds)
+    outcomes.to_parquet(job.partial / OUTCOMES)
+    return graded(outcomes, {problem.id: problem for problem in asked}) | {"parts": about}
+
+
+def asked_problems(asked: ProblemSet, paths: Paths) -> list[Problem] | list[Given]:
+    """The problems of an evaluation. Raises `ReqatError` for a benchmark's file that is missing, damaged, or not the
+    one that the plan was made with."""
+    if asked.benchmark is not None:
+        from reqat.tasks.benchmarks import read_benchmark
+
+        file = paths.data_folder() / f"{asked.benchmark.name}.jsonl"
+        return read_benchmark(file, asked.n, sha256=asked.benchmark.sha256)
+    from reqat.tasks import problems
+
+    return problems(asked.families, asked.split, asked.n, asked.seed)
+
+
+def _evaluate(
+    todo: Evaluation,
+    id: str,
+    asked: Sequence[Problem | Given],
+    inputs: dict[str, Path],
+    out: Path,
+    kept: Path,
+    progress: bool,
+) -> dict[str, Any]:
     from reqat import evaluation
     from reqat.evaluation.loading import AUTOCAST, load_at
     from reqat.models import load_tokenizer
     from reqat.models.prepare import calibrate_static
-    from reqat.tasks import problems
 
     folder = inputs["parent"] / "model"
     model = load_at(folder, todo.precision.name, override=True, **todo.precision.for_prepare())
@@ -191,7 +256,6 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, kept: Path, 
 
         calibrate_static(model, calibration_ids(inputs["data"], tokenizer, todo.calibration).split(8))
     how = todo.decoding
-    asked = problems(todo.problems.families, todo.problems.split, todo.problems.n, todo.problems.seed)
     decoding = Decoding.greedy() if how.greedy else Decoding.sample(how.temperature, how.top_p)
     outcomes = evaluation.evaluate(
         model,
@@ -203,17 +267,16 @@ def _evaluate(todo: Evaluation, inputs: dict[str, Path], out: Path, kept: Path, 
         batch_rows=how.batch_rows,
         autocast=AUTOCAST[how.autocast],
         kept=kept,
-        progress=todo.id if progress else False,
+        progress=id if progress else False,
     )
     outcomes.to_parquet(out / OUTCOMES)
     return graded(outcomes, {problem.id: problem for problem in asked})
 
 
-def graded(outcomes: Outcomes, asked: Mapping[str, Problem]) -> dict[str, Any]:
-    """What a record says of outcomes; ``asked`` are the problems by id, those whose family tells answers from others
-    (of a file's problems: none)."""
+def graded(outcomes: Outcomes, asked: Mapping[str, Problem | Given]) -> dict[str, Any]:
+    """What a record says of outcomes; ``asked`` are the problems by id, those whose responses can be malformed."""
     from reqat import evaluation
-    from reqat.tasks import malformed
+    from reqat.tasks.problem_files import malformed
 
     estimate = evaluation.accuracy(outcomes)
     assert outcomes.response is not None

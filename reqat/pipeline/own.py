@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +35,7 @@ from reqat.config.stage import (
 from reqat.config.targets import check_folder
 from reqat.config.tier import Budget, EvaluationPlan, Model, PTQPlan, QFitPlan, Shape, Tier, Trainings
 from reqat.pipeline.announced import announce
+from reqat.pipeline.imported import check_file, import_store, positions
 from reqat.pipeline.jobs import run_stage, running
 from reqat.records import record
 
@@ -46,8 +47,6 @@ SETTINGS = "settings.json"
 SCHEMA = "reqat.train/1"
 """In the settings of a run, by which its folder is told from others that hold a file of that name."""
 _WORK = (SETTINGS, "cache", "checkpoints", "data", "locks", "partial", "stages")  # what a run leaves in its folder
-DEFAULT_ROW_TOKENS = 4096
-"""Longest row where none is asked for: what autograd keeps grows with it (`reqat train --plan`)."""
 _CALIBRATION_TOKENS = 512  # of a sequence that Q-FIT and PTQ look at, as in the paper
 
 
@@ -165,7 +164,7 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path | None, roo
     _check_model(run, None)
     run_stage(run_base, base.id, paths, progress=run.progress)
     model = paths.model(base)
-    sizes, positions = _check_model(run, model), _positions(model)
+    sizes = _check_model(run, model)
     assert sizes is not None
     store = _store(run, base)
     imported = _import(run, run_base.tier.name, store, paths, model)
@@ -179,7 +178,7 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path | None, roo
         qat=qat,
         row_tokens=run.row_tokens or longest,
         shape=sizes[0],
-        positions=positions,
+        positions=positions(model),
     )
     plan, last, at = own_plan(tier, catalogue, run.recipe, run.precision, total, base, store, longest)
     metrics: dict[str, Any] = {"traces": imported, "total_tokens": total, "qat_tokens": qat, "precision": str(at.name)}
@@ -188,8 +187,7 @@ def _carry_out(run: Run, catalogue: Catalogue, work: Path, out: Path | None, roo
         return metrics
     chain = [stage for stage in reversed(list(plan.lineage(last.id))) if stage.id != base.id]
     for stage in chain:
-        if _digest(run.data) != store.settings.own.sha256:  # type: ignore[union-attr]
-            raise ReqatError(f"{run.data} changed since the run began; restore it, or begin anew (--no-resume).")
+        check_file(run.data, store.settings.own)  # type: ignore[union-attr, arg-type]
         run_stage(plan, stage.id, paths, progress=run.progress)
     for stage, entry in zip(chain, metrics["stages"], strict=True):
         entry["metrics"] = record.read(paths.stage(stage))["metrics"]
@@ -236,64 +234,21 @@ def _store(run: Run, base: Stage) -> Stage:
 
 def _import(run: Run, tier: str, store: Stage, paths: Paths, model: Path) -> dict[str, Any]:
     """The trace store of the run's data, made unless it is there; what became of the rows."""
-    from reqat.data.sources import import_traces, read_source
-    from reqat.models import load_tokenizer
-    from reqat.models.folder import check_config
-    from reqat.pipeline.stages import STORE, TOKENIZER
-
     with running("data", store.id, store, paths.stage(store), paths, tier=tier, force=False) as job:
         if job is None:
             return dict(record.read(paths.stage(store))["metrics"])
-        limit = _positions(model)
-        if run.row_tokens is not None and limit is not None and run.row_tokens > limit:
-            raise ReqatError(f"--row-tokens {run.row_tokens}: the model has {limit} positions; lower it.")
-        tokenizer = load_tokenizer(model)
-        cache = paths.work / "cache"
-        rows = read_source(run.data, cache, progress=run.progress)
-        found = import_traces(
-            rows,
-            tokenizer,
+        asked = store.settings.own  # type: ignore[union-attr]
+        assert asked is not None
+        job.metrics = import_store(
+            run.data,
+            asked,
+            model,
             job.partial,
-            STORE,
-            columns=run.columns,
-            where=Path(run.data).name if Path(run.data).is_file() else run.data,
-            row_tokens=run.row_tokens,
-            most_row_tokens=min(DEFAULT_ROW_TOKENS, limit or DEFAULT_ROW_TOKENS),
-            over_long=run.over_long,
+            paths.work / "cache",
             processes=run.processes,
             progress=run.progress,
         )
-        if _digest(run.data) != store.settings.own.sha256:  # type: ignore[union-attr]
-            raise ReqatError(f"{run.data} changed while it was read; run again when it is whole.")
-        _check_ids(job.partial, STORE, check_config(model).get("vocab_size"), tokenizer)
-        tokenizer.save_pretrained(job.partial / TOKENIZER)
-        del rows
-        shutil.rmtree(cache, ignore_errors=True)
-        job.metrics = asdict(found)
         return dict(job.metrics)
-
-
-def _positions(model: Path) -> int | None:
-    from transformers import AutoConfig
-
-    from reqat.models import position_limit
-
-    return position_limit(AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False))
-
-
-def _check_ids(folder: Path, name: str, vocabulary: int | None, tokenizer: Any) -> None:
-    from reqat.data.store import TraceStore
-
-    traces = TraceStore.read(folder, name).traces
-    high = traces.extremes()[1]
-    if vocabulary is None or high < vocabulary:
-        return
-    number = next(i for i in range(len(traces)) if int(traces.tokens(i).max()) >= vocabulary)
-    raise ReqatError(
-        f"{traces.id(number)} of the traces: token id {high} ({tokenizer.convert_ids_to_tokens(high)!r}) is unknown to "
-        f"the model, whose vocabulary has {vocabulary} tokens; take the tokenizer that belongs to it, or resize its "
-        "embeddings."
-    )
 
 
 def _check_model(run: Run, folder: Path | None) -> tuple[Shape, int] | None:

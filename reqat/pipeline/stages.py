@@ -124,10 +124,7 @@ def train_with(
 def _data(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
     settings = stage.settings
     assert isinstance(settings, DataSettings)
-    if settings.source != "generated":
-        raise ReqatError(
-            f"traces from a file ({settings.source!r}) are read where the model is; place them as a trace store folder."
-        )
+    assert settings.source == "generated"  # a file's are imported: reqat.pipeline.imported
     if settings.tokenizer == "model":
         tokenizer = with_bos(load_tokenizer(inputs["parent"] / MODEL))
     else:

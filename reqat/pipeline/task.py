@@ -36,6 +36,10 @@ class Task:
         """Those that the tier grades its own models on."""
         how = given.evaluation
         families = how.families if how.families is not None else given.data.families
+        if not families:
+            raise ReqatError(
+                f"tier {given.name} is graded on a benchmark, and this asks task families: take another tier."
+            )
         return cls(
             dict(sorted(families.items())),
             how.split,

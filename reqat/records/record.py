@@ -225,6 +225,8 @@ class Job:
         self.inputs: dict[str, Any] = {}
         self.seeds: list[int] = []
         self.metrics: dict[str, Any] = {}
+        self.computed: dict[str, Any] = {}
+        """In place of what the record says of this machine: of a result that others computed."""
         self.resumed = False
         self._clock, self._started = time.monotonic(), datetime.now(UTC)
         self._source = provenance.commit(root)
@@ -254,6 +256,7 @@ class Job:
             "resumed": self.resumed,
             "command": provenance.command(self.root),
             "metrics": self.metrics,
+            **self.computed,
         }
         record = provenance.scrub(_finite(json.loads(json.dumps(record, default=_plain))), self.root)
         for name in record["outputs"]:

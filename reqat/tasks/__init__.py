@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from reqat.tasks.family import (
     FAMILIES,
-    PLANNED,
     SPLITS,
     Family,
     Problem,
@@ -25,7 +24,6 @@ from reqat.tasks.family import (
 
 __all__ = [
     "FAMILIES",
-    "PLANNED",
     "SPLITS",
     "Family",
     "Problem",

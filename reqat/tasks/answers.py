@@ -80,23 +80,24 @@ _UNITS = {
 _SYMBOLS = {"m", "g", "s", "h", "l", "L", "W", "V", "A", "J", "N", "K", "C", "F"}  # units of one letter
 
 
-def grade(response: str, answer: str) -> bool:
-    """Whether the answer that ``response`` announces is ``answer``. False where it announces none."""
-    said = announced(response)
+def grade(response: str, answer: str, *, boxed: bool = False) -> bool:
+    """Whether the answer that ``response`` announces (``boxed``: in a box) is ``answer``. False where it announces
+    none."""
+    said = announced(response, boxed=boxed)
     return said is not None and same_answer(said, answer)
 
 
-def announced(response: str) -> str | None:
+def announced(response: str, *, boxed: bool = False) -> str | None:
     r"""The whole answer that a response commits itself to, as it is written there; None for a response without one.
 
     The content of the last ``\boxed{...}`` that is closed; else the sentence behind the last "answer is", "answer:"
     or "####"; else the last expression with a number in it; else the last line. Where a reasoning block is closed by
-    ``</think>``, only what follows it counts, if anything does.
+    ``</think>``, only what follows it counts, if anything does. With ``boxed``, None for a response without a box.
     """
     _, closed, after = response.rpartition("</think>")
     text = after if closed and after.strip() else response
     box = _last_box(text)
-    if box is not None:
+    if box is not None or boxed:
         return box
     found = [match for match in _ANNOUNCED.finditer(text) if text[match.end() :].strip(" \t\n:*_.=")]
     if found:

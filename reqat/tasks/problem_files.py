@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import explaining
+from reqat.tasks.answers import announced
 from reqat.tasks.answers import grade as grade_answer
 from reqat.tasks.family import Problem, verify
+from reqat.tasks.family import malformed as malformed_by_family
 
 KEYS = ("prompt", "response", "response_ids", "answer", "id", "family", "seed", "finished")
 # Longest text of a problem, in characters, some 500,000 tokens: more than any model here reads, and what a tokenizer
@@ -43,6 +45,8 @@ class Given:
     seed: int = 0
     finished: bool = True
     problem: Problem | None = field(default=None, repr=False)
+    boxed: bool = False
+    """Whether the prompt asks for an answer in a box: nothing else then counts as one."""
 
     @property
     def has_response(self) -> bool:
@@ -55,7 +59,16 @@ def grade(row: Given, response: str) -> bool | None:
     reference answer."""
     if row.problem is not None:
         return verify(row.problem, response)
-    return grade_answer(response, row.answer) if row.answer else None
+    return grade_answer(response, row.answer, boxed=row.boxed) if row.answer else None
+
+
+def malformed(row: Given | Problem, response: str) -> bool:
+    """Whether a response has no answer that a grader can read; of a problem that asks for a box, none in a box."""
+    problem = row if isinstance(row, Problem) else row.problem
+    if problem is not None:
+        return malformed_by_family(problem, response)
+    assert isinstance(row, Given)
+    return announced(response, boxed=row.boxed) is None
 
 
 def of_problems(asked: Sequence[Problem]) -> list[Given]:

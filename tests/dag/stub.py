@@ -24,7 +24,7 @@ def main() -> None:
     """Do what the arguments say."""
     arguments = sys.argv[1:]
     options = dict(zip(arguments, [*arguments[1:], ""], strict=True))
-    verb, *rest = arguments[6:]  # after --build B --models M --plan P
+    verb, *rest = arguments[8:]  # after --build B --models M --data D --plan P
     build, tier = Path(options["--build"]), options.get("--tier", "")
     part = options.get("--what", "")
     subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else f"{verb}-{part}" if part else verb

@@ -6,41 +6,18 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from reqat.config import Paths, load, working_folder
 from reqat.config.paths import made
 from reqat.config.studies import load_studies
 from reqat.config.throughput import Throughput
-
-ROOT = Path(__file__).parents[2]
-STUB = Path(__file__).parent / "stub.py"
-TINY = {
-    "extends": "smoke",
-    "title": "a plan of a few jobs",
-    "only": {"recipes": ["base", "reqat-tq"], "precisions": ["NVFP4-W4A4KV4"]},
-    "models": {"testbed": {"artifacts": ["table1", "figure1"]}},
-}
-STUDIES = [
-    {
-        "kind": "noise", "model": {"recipe": "reqat-tq", "precision": "NVFP4-W4A4KV4"},
-        "sigmas": [0.1], "n": 2, "seeds": [0],
-    },
-    {
-        "kind": "noise", "name": "base", "model": {"recipe": "base", "precision": "BF16"},
-        "sigmas": [0.1], "n": 2, "seeds": [0],
-    },
-]  # fmt: skip
-BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": [{"model": "pinned", "batches": [1], "output_tokens": [2]}]}
-
+from tests.dag.checkout import BENCH, calls, command, snakemake, workflow_in
 
 ODD = "sp ace ü $(touch F) `touch G` 'q\" &;|*#[x]"
 
@@ -49,44 +26,6 @@ ODD = "sp ace ü $(touch F) `touch G` 'q\" &;|*#[x]"
 def checkout(tmp_path: Path) -> Path:
     """The workflow's files, without results, with a tiny tier."""
     return workflow_in(tmp_path)
-
-
-def workflow_in(tmp_path: Path) -> Path:
-    """The same in a folder of one's own choice."""
-    tmp_path.mkdir(exist_ok=True)
-    for name in ("rules", "profiles", "report", "config"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("reqat", "analysis", "environment.yml"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "Snakefile", tmp_path)
-    (tmp_path / "config" / "tiers" / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-    (tmp_path / "config" / "studies.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": STUDIES}}))
-    (tmp_path / "config" / "throughput.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": BENCH}}))
-    return tmp_path
-
-
-def command(*arguments: str, tier: str = "tiny", more: tuple[str, ...] = ()) -> list[str]:
-    # Backslashes, not quotes: Snakemake takes quotes at both ends of a value for its own.
-    stub = "reqat=" + " ".join(re.sub(r"([^\w/.-])", r"\\\1", word) for word in (sys.executable, str(STUB)))
-    options = ["--cores", "2", *arguments, "--config", *f"tier={tier}".split(), stub, *more]
-    return [sys.executable, "-m", "snakemake", *options]
-
-
-def snakemake(
-    folder: Path, *arguments: str, tier: str = "tiny", more: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    words = command(*arguments, tier=tier, more=more)
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
-    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout + done.stderr)
-
-
-def calls(folder: Path) -> list[str]:
-    """What the stub was asked for since the last look."""
-    log = folder / "calls"
-    lines = log.read_text().split() if log.exists() else []
-    log.unlink(missing_ok=True)
-    return lines
 
 
 def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(checkout: Path):
@@ -215,7 +154,8 @@ def test_after_a_kill_the_next_run_just_goes_on(checkout: Path):
 
 def test_paper_tier_resolves_here_and_refuses_to_start(checkout: Path):
     run = snakemake(checkout, "figures/", tier="paper")
-    jobs = len(load("paper", Paths(root=checkout)).evaluations)
+    plan = load("paper", Paths(root=checkout))
+    jobs = sum(1 + len(plan.shards(id)) for id in plan.evaluations)
     assert re.search(rf"^evaluate +{jobs}$", run.stdout, re.MULTILINE), run.stdout  # the whole DAG is there
     assert run.returncode != 0 and not calls(checkout)
     assert "tier paper cannot start here: " in run.stdout and "GiB of accelerator memory" in run.stdout

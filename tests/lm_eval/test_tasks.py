@@ -18,10 +18,12 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from reqat.config.errors import MissingFileError, ReqatError
+from reqat.evaluation.grading import verified
 from reqat.lm_eval import TASKS, benchmarks, generated
 from reqat.lm_eval.scores import graded, keep_all, score
 from reqat.tasks import problems, verify, write_trace
 from reqat.tasks.answers import grade
+from reqat.tasks.benchmarks import read_benchmark
 
 NAMES = {"aime24", "aime25", "aime120", "math500", "gsm8k", "mmlu", "gsm_symbolic", "chain_sum"}
 
@@ -199,6 +201,18 @@ def test_a_missing_file_and_an_unreachable_hub_end_with_the_remedies(
         benchmarks.dataset("aime25")  # tests have no network
     with pytest.raises(ReqatError, match="'aime2'.*aime24"):
         benchmarks.dataset("aime2")
+
+
+@pytest.mark.filterwarnings("ignore:.*scores are of these")
+def test_a_file_is_asked_and_graded_as_a_tier_asks_and_grades_it(tmp_path: Path) -> None:
+    rows = [{**AIME, "id": "a"}, {"question": "x?", "answer": r"\frac{3}{4}"}, {"problem": "y", "answer": "#### 1,004"}]
+    file = Path(write(tmp_path / "aime24.jsonl", *rows))
+    docs, ours = benchmarks.dataset("aime24", aime24=str(file))["test"], read_benchmark(file)
+    assert [(row["id"], row["prompt"], row["answer"]) for row in docs] == [(p.id, p.prompt, p.answer) for p in ours]
+    responses = [r"\boxed{2}", r"\boxed{0.75}", r"is \boxed{1004}.", "The answer is 2.", "2", r"\boxed{2", "", "3/4"]
+    verdicts = [[graded(row, response)[1] for response in responses] for row in docs]
+    assert verdicts == [[verified(problem, response) for response in responses] for problem in ours]
+    assert [row.index(True) for row in verdicts] == [0, 1, 2] and sum(map(sum, verdicts)) == 3, "only what is in a box"
 
 
 @pytest.mark.filterwarnings("ignore:.*scores are of these")
