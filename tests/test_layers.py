@@ -40,7 +40,7 @@ FOLDERS = (("reqat", Path()), ("analysis", Path()), ("reqat_kernels", Path("kern
 #: Of packages that are kept narrow on purpose: what they may import from outside the project.
 THIRD_PARTY = {
     "reqat.config": {"pydantic", "yaml", "filelock", "tqdm"},
-    "reqat.formats": {"torch"},
+    "reqat.formats": {"torch", "safetensors"},
     "reqat.decoding": {"torch"},
     "reqat.vllm": {"torch", "vllm", "safetensors"},
     "reqat_kernels": {"torch", "triton", "numpy"},

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -22,6 +23,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
 
+from reqat.config.base import digest
 from reqat.config.errors import ReqatError
 from reqat.formats.described import METHOD, check_agrees, is_ours
 from reqat.formats.precision import Precision
@@ -124,6 +126,8 @@ class ReqatQuantization(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer; None for what is no business of a quantization method."""
+        if self.folder is not None:
+            _mark(get_current_vllm_config_or_none(), self.folder.about)
         if isinstance(layer, LinearBase):
             return self._of_linear(prefix)
         if self.folder is None:
@@ -163,6 +167,14 @@ class ReqatQuantization(QuantizationConfig):
                 "its layers have other names here, or reqat does not quantize this one"
             )
         return ReqatLinearMethod(folder, names)
+
+
+def _mark(config: VllmConfig | None, about: About) -> None:
+    """Let compiled graphs be kept under the precision, too: vLLM finds them by the model's path and the method's name,
+    and would take those of what lay there before. What it calls additional configuration goes into that name."""
+    if config is not None and isinstance(config.additional_config, dict):
+        shape = {key: about.values.get(key) for key in ("precision", "skip", "kv_shift", "static_scales")}
+        config.additional_config[METHOD] = digest(shape)
 
 
 def _check(about: About) -> None:
