@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import CUDAGraphMode, VllmConfig, get_current_vllm_config_or_none
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 from reqat.config.base import digest
 from reqat.config.errors import ReqatError
@@ -126,8 +127,10 @@ class ReqatQuantization(QuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer; None for what is no business of a quantization method."""
-        if self.folder is not None:
-            _mark(get_current_vllm_config_or_none(), self.folder.about)
+        config = get_current_vllm_config_or_none()
+        if self.folder is not None and config is not None:
+            _check_engine(config)
+            _mark(config, self.folder.about)
         if isinstance(layer, LinearBase):
             return self._of_linear(prefix)
         if self.folder is None:
@@ -169,10 +172,19 @@ class ReqatQuantization(QuantizationConfig):
         return ReqatLinearMethod(folder, names)
 
 
-def _mark(config: VllmConfig | None, about: About) -> None:
+def _check_engine(config: VllmConfig) -> None:
+    """Raise ReqatError for CUDA graphs: formats look at values (they refuse NaN), for which a capture cannot wait."""
+    if current_platform.is_cuda_alike() and config.compilation_config.cudagraph_mode != CUDAGraphMode.NONE:
+        raise ReqatError(
+            "quantization='reqat' cannot be captured in CUDA graphs: add --enforce-eager, or compile without them, "
+            """--compilation-config '{"cudagraph_mode": "NONE"}'"""
+        )
+
+
+def _mark(config: VllmConfig, about: About) -> None:
     """Let compiled graphs be kept under the precision, too: vLLM finds them by the model's path and the method's name,
     and would take those of what lay there before. What it calls additional configuration goes into that name."""
-    if config is not None and isinstance(config.additional_config, dict):
+    if isinstance(config.additional_config, dict):
         shape = {key: about.values.get(key) for key in ("precision", "skip", "kv_shift", "static_scales")}
         config.additional_config[METHOD] = digest(shape)
 
