@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from reqat.export import export_model
     from reqat.formats import Format, QuantizedTensor, get_format, quantize, quantize_dequantize
+    from reqat.formats.precision import Precision
     from reqat.inference import pack
     from reqat.models import calibrate_static, freeze, load_model, prepare
-    from reqat.quant.precision import Precision
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _HOMES = {
     "get_format": "reqat.formats",
     "quantize": "reqat.formats",
     "quantize_dequantize": "reqat.formats",
-    "Precision": "reqat.quant.precision",
+    "Precision": "reqat.formats.precision",
     "calibrate_static": "reqat.models",
     "export_model": "reqat.export",
     "freeze": "reqat.models",

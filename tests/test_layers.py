@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: From the bottom; packages of one line do not know each other.
 LAYERS = (
     ("reqat.config",),
-    ("reqat.formats",),
-    ("reqat_kernels",),
+    ("reqat.formats", "reqat.decoding"),
+    ("reqat_kernels", "reqat.vllm"),
     ("reqat.quant",),
     ("reqat.models", "reqat.data", "reqat.tasks"),
     ("reqat.inference", "reqat.hf", "reqat.export"),
@@ -41,11 +41,14 @@ FOLDERS = (("reqat", Path()), ("analysis", Path()), ("reqat_kernels", Path("kern
 #: Of packages that are kept narrow on purpose: what they may import from outside the project.
 THIRD_PARTY = {
     "reqat.config": {"pydantic", "yaml", "filelock", "tqdm"},
-    "reqat.formats": {"torch"},
+    "reqat.formats": {"torch", "safetensors"},
+    "reqat.decoding": {"torch"},
+    "reqat.vllm": {"torch", "vllm", "safetensors"},
     "reqat_kernels": {"torch", "triton", "numpy"},
 }
-#: Of one package, no other one: kernels are used by projects that have no use for the rest.
-ONLY = {"reqat_kernels": {"reqat.formats"}}
+#: Of these packages, no other ones: kernels are used by projects that have no use for the rest, and the plugin runs
+#: beside another transformers than ours.
+ONLY = {"reqat_kernels": {"reqat.formats"}, "reqat.vllm": {"reqat.config", "reqat.formats", "reqat.decoding"}}
 #: Within analysis/ a folder builds on those before it; the modules beside the folders on all.
 ANALYSIS = ("report", "viewer", "entropy", "tables", "figures")
 MOST_LINES = 500
@@ -259,7 +262,8 @@ def test_slow_packages_load_where_they_are_used() -> None:
     [
         ("import reqat", ["torch", "transformers", "pandas", "matplotlib", "datasets"]),
         ("import reqat.config", ["torch", "transformers", "pandas", "matplotlib", "datasets"]),
-        ("import reqat.formats", ["transformers", "pandas", "matplotlib", "datasets"]),
+        ("import reqat.formats, reqat.decoding", ["transformers", "pandas", "matplotlib", "datasets"]),
+        ("import reqat.vllm", ["torch", "transformers", "vllm"]),  # vLLM imports it in every process, used or not
     ],
 )
 def test_imports_are_light(statement: str, absent: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 The policy is one frozen value with one spelling: ``greedy``, ``sample(temperature=0.6, top_p=0.95)``, or
 ``reset(t_low=0.1, tau0=0.55, ...)``, where the temperature follows the entropy of reasoning steps
-(:mod:`reqat.generation.reset`). Configuration, records and captions all hold that string, and :meth:`Decoding.parse`
+(:mod:`reqat.decoding.reset`). Configuration, records and captions all hold that string, and :meth:`Decoding.parse`
 reads it back. The default is the paper's (ReQAT, section 8). Everything that bends the distribution in other ways
 (noise, routing) is a logits processor of :func:`reqat.generation.batches.generate`, applied before this policy.
 """
@@ -35,7 +35,7 @@ class ReSETRule:
     """The numbers of ReSET: two temperatures, the threshold ``tau0`` (nats), and what a step is.
 
     ``window`` is how many entropies stand for the current step while that is shorter; ``step`` names what ends a step
-    (:data:`reqat.generation.reset.STEP_ENDS`). Raises ``ReqatError`` naming the value at fault.
+    (:data:`reqat.decoding.STEP_ENDS`). Raises ``ReqatError`` naming the value at fault.
     """
 
     t_low: float

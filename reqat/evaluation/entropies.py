@@ -1,6 +1,6 @@
 """Token entropies of a model, collected during generation or by teacher forcing on given responses.
 
-Everything is of the raw logits at temperature 1 (:mod:`reqat.generation.distributions`): the entropy in nats, the most
+Everything is of the raw logits at temperature 1 (:mod:`reqat.decoding.distributions`): the entropy in nats, the most
 likely tokens, the probability of the token taken, and the tail mass ``1 - p(top1)``.
 
 * :class:`EntropyRecorder` rides along in :func:`reqat.generation.batches.generate` as a logits processor. It looks
@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.decoding.distributions import Statistics, token_statistics
 from reqat.evaluation.forcing import batches_by_length, forced_logits
 from reqat.evaluation.trace_files import TokenColumns, TraceInfo, TraceWriter
-from reqat.generation.distributions import Statistics, token_statistics
 from reqat.generation.processors import BatchStart
 from reqat.models import ATTENTION, attention_window, check_length, check_token_ids
 from reqat.models.modes import evaluating

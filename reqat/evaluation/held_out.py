@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
+from reqat.decoding.distributions import entropy_nats
 from reqat.evaluation.entropies import ForcedTrace
 from reqat.evaluation.forcing import batches_by_length, forced_logits
-from reqat.generation.distributions import entropy_nats
 from reqat.models import check_length, check_token_ids
 from reqat.models.modes import evaluating
 

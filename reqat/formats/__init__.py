@@ -1,4 +1,8 @@
-"""4-bit number formats (need torch alone): elements, block scales, quantization, packing, checkpoint layouts."""
+"""4-bit number formats (need torch alone): elements, block scales, quantization, packing, checkpoint layouts.
+
+Beside them, for every program that reads a folder of ours without transformers: rotations (``hadamard``), precisions
+(``precision``), and what the folder says (``described``, ``stored``, which needs safetensors).
+"""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from reqat.config.errors import ReqatError
+from reqat.decoding.distributions import entropy_nats
 from reqat.generation.batches import RunningBatch
-from reqat.generation.distributions import entropy_nats
 from reqat.generation.processors import BatchStart
 from reqat.generation.reset import collect_rows
 from reqat.generation.sampling import random_bits

@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from reqat.config.errors import ReqatError
-from reqat.models.described import METHOD, described, read_described
+from reqat.formats.described import METHOD, described, read_described
 from reqat.quant import Precision
 
 

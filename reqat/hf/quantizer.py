@@ -22,18 +22,18 @@ from transformers.utils.hub import is_offline_mode
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
+from reqat.formats.described import METHOD, check_agrees, is_ours
+from reqat.formats.stored import JSON, TENSORS
 from reqat.hf.config import ReqatConfig
 from reqat.models import ATTENTION, prepare, quant_linears
 from reqat.models.adapters import cached_attentions
 from reqat.models.asked import settle
-from reqat.models.described import METHOD, check_agrees, is_ours
 from reqat.models.folder import CONFIG, REMEDY, Header, check_unquantized, weight_shapes
 from reqat.models.loading import is_widened
 from reqat.models.prepare import check_geometry
 from reqat.models.pretrained import plain_state
 from reqat.models.released import KEY, saved_with
 from reqat.models.sidecar import Sidecar
-from reqat.models.stored import JSON, TENSORS
 from reqat.quant import Precision
 
 _PLAIN_ATTENTION = (None, ATTENTION, "sdpa")

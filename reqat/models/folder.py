@@ -20,7 +20,7 @@ from transformers.activations import ACT2CLS
 
 from reqat.config.errors import MissingFileError, ReqatError, unknown
 from reqat.config.files import explain, read_json
-from reqat.models.described import is_ours
+from reqat.formats.described import is_ours
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -129,7 +129,7 @@ def _check_type(file: Path, config: dict[str, Any]) -> None:
 
 def check_unquantized(folder: Path, config: dict[str, Any]) -> None:
     """Raise ReqatError, naming the method, for a checkpoint that another tool has quantized. Ours are dense beside
-    their codes (:mod:`reqat.models.described`)."""
+    their codes (:mod:`reqat.formats.described`)."""
     inner = config.get("text_config")
     for place in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config"):

@@ -34,11 +34,10 @@ from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
 from reqat.formats import PackedTensor, QuantizedTensor
+from reqat.formats.stored import CODES
 from reqat.quant import Basis, Precision, Quantizer, block_hadamard, straight_through
 from reqat.quant.gradients import STE
 
-#: What a frozen layer's state dict has beyond an ordinary linear layer's.
-CODES = ("weight_packed", "weight_scale", "weight_global_scale")
 _WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SAMPLE = 64  # elements of a frozen weight that each prompt compares
 

@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_json
-from reqat.models.described import check_agrees
+from reqat.formats.described import check_agrees
 from reqat.models.folder import (
     CONFIG,
     REMEDY,

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import explaining, write_file
+from reqat.formats.described import described, is_ours
+from reqat.formats.stored import CODES
 from reqat.models.adapters import blocks_of
-from reqat.models.described import described, is_ours
 from reqat.models.experts import Experts
 from reqat.models.folder import INDEX, WEIGHTS, weight_shapes
-from reqat.models.linear import CODES, QuantLinear, stands_for
+from reqat.models.linear import QuantLinear, stands_for
 from reqat.models.peft import peft_modules
 from reqat.models.report import Report
 from reqat.models.sidecar import JSON, TENSORS, Sidecar

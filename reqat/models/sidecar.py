@@ -13,7 +13,7 @@
 | ``{linear}.weight_clip`` [N, 2] | the same of a weight that was not quantized yet |
 | ``{linear}.weight_packed``, ``.weight_scale``, ``.weight_global_scale`` | codes and scales of a frozen model |
 
-:mod:`reqat.models.stored` says what is checked when they are read.
+:mod:`reqat.formats.stored` says what is checked when they are read.
 
 The weights in ``model.safetensors`` stay ordinary and loadable by anyone; of a frozen model they are the dequantized
 ones (in the basis of an ordinary layer, not rotated). Codes are restored from here, never by quantizing a second time.
@@ -35,11 +35,7 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.formats import Format, QuantizedTensor
-from reqat.models.adapters import blocks_of, cached_attentions
-from reqat.models.kv import kv_quantizers
-from reqat.models.linear import QuantLinear, quant_linears, stands_for
-from reqat.models.peft import plain_name
-from reqat.models.stored import (
+from reqat.formats.stored import (
     JSON,
     SCHEMA,
     TENSORS,
@@ -50,6 +46,10 @@ from reqat.models.stored import (
     read_stored,
     sealed,
 )
+from reqat.models.adapters import blocks_of, cached_attentions
+from reqat.models.kv import kv_quantizers
+from reqat.models.linear import QuantLinear, quant_linears, stands_for
+from reqat.models.peft import plain_name
 from reqat.quant import FACTORS, Basis, Precision, Quantizer
 
 
@@ -159,7 +159,7 @@ class Sidecar:
     @classmethod
     def read(cls, folder: Path) -> Sidecar | None:
         """The sidecar of a model folder, or None where there is none. Raises ReqatError if it is damaged
-        (:func:`reqat.models.stored.read_stored`)."""
+        (:func:`reqat.formats.stored.read_stored`)."""
         stored = read_stored(folder)
         if stored is None:
             return None

@@ -10,7 +10,7 @@ parts, of which either may be missing:
 - *signs*, named by a seed, so that the precision keeps them (``kv_signs``): each channel times +1 or -1, which comes
   after the factors. Exact, and its own inverse transposed.
 
-Block Hadamard rotations (:mod:`reqat.quant.hadamard`) come last. They belong to the quantizer, which makes one
+Block Hadamard rotations (:mod:`reqat.formats.hadamard`) come last. They belong to the quantizer, which makes one
 operation of rotating and rounding.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reqat.config.errors import ReqatError
-from reqat.quant.hadamard import with_signs
+from reqat.formats.hadamard import with_signs
 from reqat.quant.state import MeasuredState
 
 FACTORS = ("left", "right")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, get_format, quantize_dequantize
-from reqat.quant.hadamard import block_hadamard
+from reqat.formats.hadamard import block_hadamard
 from reqat_kernels.native import quantize as native
 
 

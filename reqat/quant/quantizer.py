@@ -11,8 +11,8 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.formats import Format, QuantizedTensor, global_scale_for
+from reqat.formats.hadamard import block_hadamard
 from reqat.quant.gradients import STE, GradientRule, Rounding
-from reqat.quant.hadamard import block_hadamard
 from reqat.quant.state import MeasuredState
 
 

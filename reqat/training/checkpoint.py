@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import explain, flush, parse_json
-from reqat.models.digests import tensors_digest
+from reqat.formats.digests import tensors_digest
 from reqat.training import distributed, sharded
 
 FILE = "checkpoint.safetensors"

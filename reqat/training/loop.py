@@ -31,9 +31,9 @@ from reqat.config.progress import bar
 from reqat.config.stage import Optimization
 from reqat.data import Batch, PackedRows, Traces, batches
 from reqat.data.packing import IGNORE
+from reqat.formats.digests import tensors_digest
 from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
 from reqat.models.attention import ATTENTION, dense_mask, segment_mask
-from reqat.models.digests import tensors_digest
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
 from reqat.quant.autocast import resolve as resolve_autocast

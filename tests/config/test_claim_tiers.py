@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_real_weights_have_the_rows_of_their_protocol():
-    """results/protocols/2026-11-29-claims.md, deviation 14: the same rows as `converged`, smaller, one training seed."""
+    """results/protocols/2026-11-29-claims.md, deviation 14: the rows of `converged`, smaller, one training seed."""
     found = load("smollm-claims", Paths(ROOT))
     tier = found.tier
     assert (tier.budget.qat_tokens, tier.budget.totals, tier.budget.claim_total) == (8_192, [4], 4)

@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from reqat.config import Paths, load, working_folder
 from reqat.config.paths import made
 from reqat.config.studies import load_studies
 from reqat.config.throughput import Throughput
-from tests.dag.checkout import BENCH, calls, command, snakemake, workflow_in
+from tests.dag.checkout import BENCH, STUB, TINY, calls, command, snakemake, workflow_in
 
 ODD = "sp ace ü $(touch F) `touch G` 'q\" &;|*#[x]"
 

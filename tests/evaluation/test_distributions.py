@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reqat.generation.distributions import entropy_nats, token_statistics
+from reqat.decoding.distributions import entropy_nats, token_statistics
 
 
 def reference(logits_NV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, LogitsProcessorList, PreTrainedTokenizerFast
 
 from reqat.data.tokenizer import build_tokenizer
+from reqat.decoding.distributions import entropy_nats
 from reqat.evaluation import evaluate
 from reqat.evaluation.intervened import evaluate_noisy, evaluate_routed
 from reqat.generation import BatchStart, Decoding, Generation, generate
-from reqat.generation.distributions import entropy_nats
 from reqat.generation.interventions import LogitNoise, Noise, Router, Routing, normals, policies
 from reqat.generation.sampling import row_state, sample_tokens, uniforms
 from reqat.models import freeze, prepare

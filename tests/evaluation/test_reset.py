@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM, LogitsProcessorList
 
 from reqat.config.policy import ReSETRule
 from reqat.data.tokenizer import build_tokenizer
+from reqat.decoding import STEP_ENDS, StepEnds, entropy_nats
 from reqat.evaluation.tau0 import fit_tau0
 from reqat.generation import Decoding, generate
-from reqat.generation.distributions import entropy_nats
-from reqat.generation.reset import STEP_ENDS, EntropyLog, ReSET, StepEnds, collect_rows
+from reqat.generation.reset import EntropyLog, ReSET, collect_rows
 from reqat.tasks import problems, write_trace
 
 Tiny = Callable[..., LlamaForCausalLM]

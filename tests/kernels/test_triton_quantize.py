@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import reqat  # noqa: E402
 from reqat.formats import get_format  # noqa: E402
-from reqat.quant.hadamard import block_hadamard  # noqa: E402
+from reqat.formats.hadamard import block_hadamard  # noqa: E402
 from reqat_kernels.triton import naive  # noqa: E402
 from reqat_kernels.triton.quantize import fake_quantize, quantize  # noqa: E402
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reqat.config.errors import ReqatError
+from reqat.formats.stored import JSON, TENSORS, place_of
 from reqat.models import (
     calibrate_static,
     carried,
@@ -32,7 +33,6 @@ from reqat.models import (
     save_model,
 )
 from reqat.models.sidecar import Sidecar
-from reqat.models.stored import JSON, TENSORS, place_of
 
 LAYER = "model.layers.0.mlp.up_proj"
 

@@ -1,7 +1,7 @@
 """Block Hadamard rotation of every quantized linear layer (ReQAT section 1; MXFP4 gains most).
 
 ``(x H)(w H)^T = x w^T``: weights are rotated when they are quantized, inputs at run time
-(:mod:`reqat.quant.hadamard`). A rotation that the precision names already stays; otherwise blocks are of 32.
+(:mod:`reqat.formats.hadamard`). A rotation that the precision names already stays; otherwise blocks are of 32.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from reqat.formats import Format, QuantizedTensor
 from reqat.formats import quantize as quantize_codes
-from reqat.quant.hadamard import block_hadamard
+from reqat.formats.hadamard import block_hadamard
 
 
 @dataclass(frozen=True)

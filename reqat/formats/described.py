@@ -10,14 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from reqat.config.errors import ReqatError
-from reqat.models.stored import JSON, stored_precision
-from reqat.quant import Precision
-
-if TYPE_CHECKING:
-    from reqat.models.sidecar import Sidecar
+from reqat.formats.precision import Precision
+from reqat.formats.stored import JSON, stored_precision
 
 METHOD = "reqat"
 """``quant_method`` of such a folder."""
@@ -25,6 +22,18 @@ SCHEMA = 1
 
 _KEYS = ("quant_method", "schema", "precision", "skip")
 _PLACE = "config.json (quantization_config)"
+
+
+class Says(Protocol):
+    """A sidecar, as far as it repeats what config.json says."""
+
+    @property
+    def precision(self) -> Precision:
+        """What the model was prepared for."""
+
+    @property
+    def skip(self) -> tuple[str, ...] | None:
+        """Patterns of layers that were left alone."""
 
 
 def is_ours(about: object) -> bool:
@@ -56,7 +65,7 @@ def read_described(about: Mapping[str, Any], where: Path | str = _PLACE) -> tupl
     return stored_precision(where, about["precision"]), tuple(skip)
 
 
-def check_agrees(folder: Path | str, about: Mapping[str, Any], sidecar: Sidecar | None) -> None:
+def check_agrees(folder: Path | str, about: Mapping[str, Any], sidecar: Says | None) -> None:
     """Raise ReqatError if the sidecar of ``folder`` (None where there is none) is not that of its ``config.json``.
 
     Without the sidecar, static scales, shift and codes would be missing without a word.

@@ -1,10 +1,7 @@
-"""vLLM's own arithmetic on what was exported, where ``tools/vllm_cpu.py create DIR`` made an environment for it."""
+"""vLLM's own arithmetic on what was exported, against ours."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +12,7 @@ from transformers import PreTrainedModel
 
 from reqat.export import export_model
 from reqat.models import calibrate_static, prepare, quant_linears
-
-ROOT = Path(__file__).parents[2]
-VLLM = os.environ.get("REQAT_VLLM")
+from tests.vllm.conftest import VLLM, Answer
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,16 +23,13 @@ pytestmark = [
 @pytest.mark.parametrize("format", ["compressed-tensors", "modelopt"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_vllm_computes_the_same(
-    tiny: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, family: str, format: str
+    tiny: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, family: str, format: str, answer: Answer
 ) -> None:
     model = tiny(family, head_dim=32, hidden_size=128, intermediate_size=128)
     prepare(model, "NVFP4-W4A4", global_scale="static")
     calibrate_static(model, [ids])
     export_model(model, None, tmp_path / "out", format)
-    rows, found = tmp_path / "ids.json", tmp_path / "found.json"
-    rows.write_text(json.dumps(ids.tolist()))
-    command = [f"{VLLM}/bin/python", ROOT / "tools" / "vllm_cpu.py", "logprobs", tmp_path / "out", rows, found]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    (found,) = answer(tmp_path / "out", [{"rows": ids.tolist(), "params": {"temperature": 0, "max_tokens": 1}}])
     inside = {id(layer.weight) for layer in quant_linears(model).values()}
     with torch.no_grad():
         for parameter in model.parameters():  # what is not quantized is stored in bfloat16
@@ -45,4 +37,4 @@ def test_vllm_computes_the_same(
                 parameter.copy_(parameter.bfloat16().float())
         logits = model(ids).logits.log_softmax(-1)
     expected = logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0]
-    torch.testing.assert_close(torch.tensor(json.loads(found.read_text())), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.tensor([row["prompt"] for row in found]), expected, rtol=0, atol=1e-5)

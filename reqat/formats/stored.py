@@ -4,20 +4,23 @@
 that its codes stand for: weights that were edited since would be replaced by the codes without a word. Folders of
 earlier versions have no digests; everything else is checked of them too. (The digests tell damage and files that were
 mixed up; they are no signature.)
+
+:func:`read_stored` reads everything. A program that takes one layer after the other, and holds no second copy of a
+large model's codes, takes :func:`read_about`, :func:`read_measured` and :func:`read_weight`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from reqat.config.base import digest
@@ -25,8 +28,8 @@ from reqat.config.errors import ReqatError
 from reqat.config.files import explain, read_json
 from reqat.formats import Format, PackedTensor, QuantizedTensor
 from reqat.formats.checks import SMALLEST_GLOBAL_SCALE
-from reqat.models.digests import tensor_digest
-from reqat.quant import Precision
+from reqat.formats.digests import tensor_digest
+from reqat.formats.precision import Precision
 
 JSON = "reqat.json"
 TENSORS = "reqat.safetensors"
@@ -59,6 +62,8 @@ _KINDS = {
     "clips": ("keys_clip", "values_clip", "input_clip", "weight_clip"),
 }
 _CACHED = ("kv", "keys", "values")
+#: What is stored of a quantized weight, and what a frozen layer's state dict has beyond an ordinary linear layer's.
+CODES = ("weight_packed", "weight_scale", "weight_global_scale")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -140,6 +145,46 @@ def dense_digests(folder: Path, layers: Iterable[str]) -> dict[str, str]:
 def read_stored(folder: Path) -> Stored | None:
     """The sidecar of a model folder, or None where there is none. Raises ReqatError, naming file and remedy, for one
     that is damaged or of another version."""
+    about = read_about(folder)
+    if about is None:
+        return None
+    stored = about.stored()
+    tensors = _tensors(folder, about.values)
+    for name in about.layers:
+        stored.weights[name] = _quantized(folder / TENSORS, name, tensors, about)
+    _check_rest(folder / TENSORS, about.values, tensors)
+    stored.tensors |= tensors
+    return stored
+
+
+@dataclass(frozen=True)
+class About:
+    """What ``reqat.json`` says, checked: its ``values``, the precision of the weights in ``folder`` and the patterns of
+    layers that were skipped (None where it does not say)."""
+
+    folder: Path
+    values: Mapping[str, Any]
+    precision: Precision
+    skip: tuple[str, ...] | None
+
+    @property
+    def layers(self) -> Mapping[str, Any]:
+        """Name -> shape, dtype and digest of each layer that has codes."""
+        layers: Mapping[str, Any] = self.values["quantized"]
+        return layers
+
+    @property
+    def dense(self) -> dict[str, str]:
+        """Name -> digest of the dense weight that a layer's codes stand for, where it is stated."""
+        return {name: info["dense_sha256"] for name, info in self.layers.items() if "dense_sha256" in info}
+
+    def stored(self) -> Stored:
+        """The content as far as this file has it."""
+        return Stored(self.precision, dense=self.dense, skip=self.skip)
+
+
+def read_about(folder: Path) -> About | None:
+    """What ``reqat.json`` in ``folder`` says, or None where there is none. Raises ReqatError as :func:`read_stored`."""
     file = folder / JSON
     if not file.is_file():
         if (folder / TENSORS).is_file():
@@ -148,17 +193,53 @@ def read_stored(folder: Path) -> Stored | None:
                 f"checkpoint again, or delete {TENSORS} to take the dense weights as they are."
             )
         return None
-    about = read_json(file, "sidecar", _REMEDY)
-    _check_about(file, about)
-    precision = stored_precision(file, about["precision"])
-    tensors = _tensors(folder, about)
-    weights = {
-        name: _quantized(folder / TENSORS, name, tensors, precision, info) for name, info in about["quantized"].items()
-    }
-    _check_rest(folder / TENSORS, about, tensors)
-    dense = {name: info["dense_sha256"] for name, info in about["quantized"].items() if "dense_sha256" in info}
-    skip = about.get("skip")
-    return Stored(precision, tensors, weights, dense, None if skip is None else tuple(skip))
+    values = read_json(file, "sidecar", _REMEDY)
+    _check_about(file, values)
+    skip = values.get("skip")
+    return About(folder, values, stored_precision(file, values["precision"]), None if skip is None else tuple(skip))
+
+
+def check_files(about: About) -> None:
+    """Raise ReqatError unless ``reqat.safetensors`` and the dense weights are those that ``about`` was written for.
+    Reads both from end to end."""
+    path = _tensors_file(about.folder, about.values)
+    if path is not None:
+        _check_digest(path, about.values)
+    check_dense(about.folder, about.dense)
+
+
+def read_measured(about: About) -> dict[str, Tensor]:
+    """The tensors that are not of quantized weights: shifts, static scales, bases, clips. Raises ReqatError as
+    :func:`read_stored`, but for digests."""
+    path = _tensors_file(about.folder, about.values)
+    if path is None:
+        return {}
+    of_weights = {f"{name}.{part}" for name in about.layers for part in CODES}
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key not in of_weights}  # noqa: SIM118
+    _check_rest(path, about.values, tensors)
+    return tensors
+
+
+def read_weight(about: About, name: str) -> QuantizedTensor:
+    """Codes and scales of the layer ``name`` of ``about.layers``. Raises ReqatError as :func:`read_stored`, but for
+    digests."""
+    path = about.folder / TENSORS
+    wanted = {f"{name}.{part}" for part in CODES}
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in wanted & set(file.keys())}
+    return _quantized(path, name, tensors, about)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ReqatError(f"the sidecar {path} is damaged ({error}); {_REMEDY}.") from error
+    except OSError as error:
+        raise explain(error, path) from error
 
 
 def stored_precision(where: Path | str, values: Any) -> Precision:
@@ -218,30 +299,41 @@ def _words(types: tuple[type, ...]) -> str:
     return " or ".join(names.get(kind, "nothing") for kind in types)
 
 
-def _tensors(folder: Path, about: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the file beside ``about``; none where it says that there is none."""
+def _tensors_file(folder: Path, about: Mapping[str, Any]) -> Path | None:
+    """The file of tensors beside ``about``, or None where it says that there is none."""
     path = folder / TENSORS
     needed = about["weights"] == "quantized" or any(about.get(kind, False) for kind in _KINDS)
     if not path.is_file():
         if needed or about.get("tensors_sha256") is not None:
             raise ReqatError(f"{folder / JSON} needs {TENSORS} beside it, which is missing; copy the checkpoint again.")
-        return {}
+        return None
     if not needed:
         raise ReqatError(
             f"{folder / JSON} knows nothing of {TENSORS} beside it, so the two are of different models; {_REMEDY}."
         )
+    return path
+
+
+def _check_digest(path: Path, about: Mapping[str, Any]) -> None:
+    stated = about.get("tensors_sha256")
     try:
-        stated = about.get("tensors_sha256")
         if stated is not None and stated != _file_digest(path):
             raise ReqatError(
                 f"the sidecar {path} is damaged: it is not the file that {JSON} was written for (changed or "
                 f"truncated); {_REMEDY}."
             )
-        return load_file(path)
-    except SafetensorError as error:
-        raise ReqatError(f"the sidecar {path} is damaged ({error}); {_REMEDY}.") from error
     except OSError as error:
         raise explain(error, path) from error
+
+
+def _tensors(folder: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file beside ``about``; none where it says that there is none."""
+    path = _tensors_file(folder, about)
+    if path is None:
+        return {}
+    _check_digest(path, about)
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
 def _file_digest(path: Path) -> str:
@@ -249,14 +341,13 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _quantized(
-    path: Path, name: str, stored: dict[str, Tensor], precision: Precision, info: Any
-) -> QuantizedTensor:  # fmt: skip
+def _quantized(path: Path, name: str, stored: dict[str, Tensor], about: About) -> QuantizedTensor:
     """Take a layer's codes and scales out of ``stored``, checked."""
+    precision, info = about.precision, about.layers[name]
     if precision.weights is None:
         raise ReqatError(f"{path}: codes of {name}, where {JSON} says that weights are not quantized; {_REMEDY}.")
     shape, dtype = _shape(path, name, info)
-    wanted = ["weight_packed", "weight_scale"] + (["weight_global_scale"] if precision.weights.has_global_scale else [])
+    wanted = CODES if precision.weights.has_global_scale else CODES[:2]
     if missing := [key for key in wanted if f"{name}.{key}" not in stored]:
         raise ReqatError(f"{path}: no {name}.{missing[0]}; {_REMEDY}.")
     parts = [stored.pop(f"{name}.{key}") for key in wanted]
