@@ -41,13 +41,20 @@ def values(kind: str, hidden: int, inner: int, heads: tuple[int, int], **more: A
 
 
 TIED, WIDE = {"tie_word_embeddings": True}, {"head_dim": 128}
+
+
+def window(size: int) -> dict[str, Any]:
+    """Of a sliding window that is named and not used."""
+    return {"sliding_window": size, "use_sliding_window": False}
+
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": values("llama", 576, 1536, (9, 3), **TIED, rope_theta=1e5),
     "SmolLM2-1.7B": values("llama", 2048, 8192, (32, 32), **TIED, rope_theta=1.3e5),
-    "Qwen2.5-0.5B": values("qwen2", 896, 4864, (14, 2), **TIED),
-    "Qwen2.5-7B": values("qwen2", 3584, 18944, (28, 4)),
-    "R1-Distill-Qwen-1.5B": values("qwen2", 1536, 8960, (12, 2), rope_theta=1e4),
-    "R1-Distill-Qwen-14B": values("qwen2", 5120, 13824, (40, 8)),
+    "Qwen2.5-0.5B": values("qwen2", 896, 4864, (14, 2), **TIED, **window(32768)),
+    "Qwen2.5-7B": values("qwen2", 3584, 18944, (28, 4), **window(131072)),
+    "R1-Distill-Qwen-1.5B": values("qwen2", 1536, 8960, (12, 2), **window(4096), rope_theta=1e4),
+    "R1-Distill-Qwen-14B": values("qwen2", 5120, 13824, (40, 8), **window(131072)),
     "Qwen3-0.6B": values("qwen3", 1024, 3072, (16, 8), **TIED, **WIDE),
     "Qwen3-4B": values("qwen3", 2560, 9728, (32, 8), **TIED, **WIDE),
     "Qwen3-8B": values("qwen3", 4096, 12288, (32, 8), **WIDE),
@@ -106,7 +113,9 @@ def built(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def make(kind: str, **changes: Any) -> PreTrainedModel:
-    return built(in_small(values(kind, 64, 96, (4, 2))) | {"max_position_embeddings": 64} | changes)
+    small = in_small(values(kind, 64, 96, (4, 2)))
+    plain = {key: value for key, value in small.items() if key not in ("rope_theta", "rope_scaling")}
+    return built(plain | {"max_position_embeddings": 64} | changes)
 
 
 def particular(published: dict[str, Any], attentions: list[Attention], model: PreTrainedModel) -> str:
@@ -159,8 +168,9 @@ def test_a_checkpoint_of_several_files_is_trained_saved_and_read_again(name: str
     built(in_small(published)).to(torch.bfloat16).save_pretrained(given, max_shard_size="40KB")
     assert len(list(given.glob("*.safetensors"))) > 2
     config = json.loads((given / CONFIG).read_text())  # in the spelling that published files have
-    del config["rope_parameters"]
-    config |= {"torch_dtype": config.pop("dtype"), **{key: published[key] for key in ("rope_theta", "rope_scaling")}}
+    config = {key: value for key, value in config.items() if key not in ("rope_parameters", "layer_types")}
+    spelt = {key: published[key] for key in ("rope_theta", "rope_scaling", "sliding_window") if key in published}
+    config |= {"torch_dtype": config.pop("dtype"), **spelt}
     (given / CONFIG).write_text(json.dumps(config))
     assert outline(given, "NVFP4-W4A4KV4").config.model_type == published["model_type"]
     model = load_model(given)
