@@ -33,11 +33,12 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def values(kind: str, hidden: int, inner: int, heads: tuple[int, int], **more: Any) -> dict[str, Any]:
+def values(kind: str, hidden: int, inner: int, heads: tuple[int, int], positions: int, **more: Any) -> dict[str, Any]:
     """What we take of a published ``config.json``, in its spelling."""
     return {
         "model_type": kind, "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1], "tie_word_embeddings": False, "rope_theta": 1e6, "rope_scaling": None, **more,
+        "num_key_value_heads": heads[1], "max_position_embeddings": positions, "tie_word_embeddings": False,
+        "rope_theta": 1e6, "rope_scaling": None, **more,
     }  # fmt: skip
 
 
@@ -50,26 +51,26 @@ def window(size: int) -> dict[str, Any]:
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": values("llama", 576, 1536, (9, 3), **TIED, rope_theta=1e5),
-    "SmolLM2-1.7B": values("llama", 2048, 8192, (32, 32), **TIED, rope_theta=1.3e5),
-    "Qwen2.5-0.5B": values("qwen2", 896, 4864, (14, 2), **TIED, **window(32768)),
-    "Qwen2.5-7B": values("qwen2", 3584, 18944, (28, 4), **window(131072)),
-    "R1-Distill-Qwen-1.5B": values("qwen2", 1536, 8960, (12, 2), **window(4096), rope_theta=1e4),
-    "R1-Distill-Qwen-14B": values("qwen2", 5120, 13824, (40, 8), **window(131072)),
-    "Qwen3-0.6B": values("qwen3", 1024, 3072, (16, 8), **TIED, **WIDE),
-    "Qwen3-4B": values("qwen3", 2560, 9728, (32, 8), **TIED, **WIDE),
-    "Qwen3-8B": values("qwen3", 4096, 12288, (32, 8), **WIDE),
-    "Llama-3-8B": values("llama", 4096, 14336, (32, 8), rope_theta=5e5),
-    "Llama-3.1-8B": values("llama", 4096, 14336, (32, 8), rope_theta=5e5, rope_scaling=LLAMA3),
-    "Llama-3.2-1B": values("llama", 2048, 8192, (32, 8), **TIED, head_dim=64, rope_theta=5e5,
+    "SmolLM2-135M": values("llama", 576, 1536, (9, 3), 8192, **TIED, rope_theta=1e5),
+    "SmolLM2-1.7B": values("llama", 2048, 8192, (32, 32), 8192, **TIED, rope_theta=1.3e5),
+    "Qwen2.5-0.5B": values("qwen2", 896, 4864, (14, 2), 32768, **TIED, **window(32768)),
+    "Qwen2.5-7B": values("qwen2", 3584, 18944, (28, 4), 131072, **window(131072)),
+    "R1-Distill-Qwen-1.5B": values("qwen2", 1536, 8960, (12, 2), 131072, **window(4096), rope_theta=1e4),
+    "R1-Distill-Qwen-14B": values("qwen2", 5120, 13824, (40, 8), 131072, **window(131072)),
+    "Qwen3-0.6B": values("qwen3", 1024, 3072, (16, 8), 40960, **TIED, **WIDE),
+    "Qwen3-4B": values("qwen3", 2560, 9728, (32, 8), 40960, **TIED, **WIDE),
+    "Qwen3-8B": values("qwen3", 4096, 12288, (32, 8), 40960, **WIDE),
+    "Llama-3-8B": values("llama", 4096, 14336, (32, 8), 8192, rope_theta=5e5),
+    "Llama-3.1-8B": values("llama", 4096, 14336, (32, 8), 131072, rope_theta=5e5, rope_scaling=LLAMA3),
+    "Llama-3.2-1B": values("llama", 2048, 8192, (32, 8), 131072, **TIED, head_dim=64, rope_theta=5e5,
                            rope_scaling=LLAMA3 | {"factor": 32.0}),
-    "R1-Distill-Llama-8B": values("llama", 4096, 14336, (32, 8), rope_theta=5e5, rope_scaling=LLAMA3),
-    "Mixtral-8x7B": values("mixtral", 4096, 14336, (32, 8), num_local_experts=8, num_experts_per_tok=2,
+    "R1-Distill-Llama-8B": values("llama", 4096, 14336, (32, 8), 131072, rope_theta=5e5, rope_scaling=LLAMA3),
+    "Mixtral-8x7B": values("mixtral", 4096, 14336, (32, 8), 32768, num_local_experts=8, num_experts_per_tok=2,
                            sliding_window=None),
-    "Qwen1.5-MoE-A2.7B": values("qwen2_moe", 2048, 5632, (16, 16), num_experts=60, num_experts_per_tok=4,
+    "Qwen1.5-MoE-A2.7B": values("qwen2_moe", 2048, 5632, (16, 16), 8192, num_experts=60, num_experts_per_tok=4,
                                 moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
                                 norm_topk_prob=False, decoder_sparse_step=1),
-    "Qwen3-30B-A3B": values("qwen3_moe", 2048, 6144, (32, 4), **WIDE, num_experts=128, num_experts_per_tok=8,
+    "Qwen3-30B-A3B": values("qwen3_moe", 2048, 6144, (32, 4), 40960, **WIDE, num_experts=128, num_experts_per_tok=8,
                             moe_intermediate_size=768, norm_topk_prob=True, decoder_sparse_step=1),
 }  # fmt: skip
 ROPES: dict[str, dict[str, Any]] = {
@@ -114,9 +115,9 @@ def built(config: dict[str, Any]) -> PreTrainedModel:
 
 
 def make(kind: str, **changes: Any) -> PreTrainedModel:
-    small = in_small(values(kind, 64, 96, (4, 2)))
+    small = in_small(values(kind, 64, 96, (4, 2), 64))
     plain = {key: value for key, value in small.items() if key not in ("rope_theta", "rope_scaling")}
-    return built(plain | {"max_position_embeddings": 64} | changes)
+    return built(plain | changes)
 
 
 def particular(published: dict[str, Any], attentions: list[Attention], model: PreTrainedModel) -> str:
