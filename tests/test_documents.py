@@ -51,7 +51,10 @@ def test_what_the_document_names_is_there() -> None:
         assert (ROOT / path).exists(), path
     verbs = _verbs()
     known = {
-        option for name in ("train", "evaluate") for p in verbs[name].params for option in (*p.opts, *p.secondary_opts)
+        option
+        for name in ("train", "evaluate", "export")
+        for p in verbs[name].params
+        for option in (*p.opts, *p.secondary_opts)
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
 
