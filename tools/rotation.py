@@ -39,7 +39,7 @@ from reqat.formats import get_format, quantize_dequantize
 from reqat.methods.ptq import quantize
 from reqat.models import load_model, load_tokenizer, prepare
 from reqat.models.adapters import blocks_of
-from reqat.pipeline.stages import traces
+from reqat.pipeline.generated import traces
 from reqat.quant import block_hadamard
 
 _SPAN = 2048  # tokens of a batch

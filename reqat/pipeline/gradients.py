@@ -29,7 +29,8 @@ from reqat.evaluation.low_entropy import low_thresholds
 from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.models import load_model
 from reqat.models.pretrained import plain_state
-from reqat.pipeline.stages import MODEL, train_again
+from reqat.pipeline.generated import MODEL
+from reqat.pipeline.stages import train_again
 from reqat.training.gradients import GradientProbe, TokenGradients
 
 GRADIENTS = "gradients.csv"

@@ -45,7 +45,7 @@ def import_store(
     from reqat.data.store import TraceStore
     from reqat.models import load_tokenizer
     from reqat.models.folder import check_config
-    from reqat.pipeline.stages import STORE, TOKENIZER
+    from reqat.pipeline.generated import STORE, TOKENIZER
 
     check_file(source, asked)
     limit = positions(model)

@@ -194,8 +194,8 @@ def _require(plan: Plan, job: resources.Job) -> None:
 
 def _import_traces(stage: Stage, base: Path, paths: Paths, out: Path, processes: int, progress: bool) -> dict[str, Any]:
     """Make the trace store of a tier's file of traces. Raises `ReqatError` for one of fewer tokens than are asked."""
+    from reqat.pipeline.generated import MODEL
     from reqat.pipeline.imported import import_store
-    from reqat.pipeline.stages import MODEL
 
     settings = stage.settings
     assert isinstance(settings, DataSettings) and settings.own is not None

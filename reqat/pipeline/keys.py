@@ -22,7 +22,8 @@ from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
 from reqat.config.stage import Calibration, QFitSettings, Stage
 from reqat.models.adapters import DOWN, blocks_of
-from reqat.pipeline.stages import MODEL, calibration_ids
+from reqat.pipeline.generated import MODEL
+from reqat.pipeline.stages import calibration_ids
 from reqat.quant import block_hadamard
 
 if TYPE_CHECKING:

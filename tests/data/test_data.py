@@ -15,7 +15,7 @@ from reqat.config.stage import DataSettings
 from reqat.data import Trace, TraceStore, batches, build_tokenizer, encode_prompt, pack, select, write_store
 from reqat.data.packing import IGNORE
 from reqat.models.attention import dense_mask
-from reqat.pipeline.stages import traces as generate
+from reqat.pipeline.generated import traces as generate
 from reqat.tasks import problems, write_trace
 
 
