@@ -26,7 +26,7 @@ _VOCABULARY_SEED = 0
 
 
 def generated(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:
-    """Carry out a `data` stage of generated traces: the store and its tokenizer, into the folder ``out``; returns metrics."""
+    """Carry out a `data` stage of generated traces: its store and tokenizer go into ``out``; returns metrics."""
     settings = stage.settings
     assert isinstance(settings, DataSettings)
     assert settings.source == "generated"  # a file's are imported: reqat.pipeline.imported

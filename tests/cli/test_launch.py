@@ -78,8 +78,8 @@ def reqat(folder: Path, *arguments: str, processes: int) -> subprocess.Completed
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_does(given: Path) -> None:
     """A whole recipe: Q-FIT by the first process alone, two trainings by both, one folder, one record, one voice."""
-    arguments = ["train", "--recipe", "reqat-tqs", "--model", "model", "--data", "traces.jsonl", "--lr", "1e-3",
-                 "--precision", "NVFP4-W4A4KV4", "--accumulation", "2", "--device", "cpu", "--autocast", "none"]  # fmt: skip
+    arguments = "train --recipe reqat-tqs --model model --data traces.jsonl --precision NVFP4-W4A4KV4 --lr 1e-3".split()
+    arguments += "--accumulation 2 --device cpu --autocast none".split()
     for processes, out in ((1, "one"), (2, "two")):
         ran = reqat(given, *arguments, "--out", out, processes=processes)
         assert ran.returncode == 0, ran.stderr
