@@ -114,7 +114,7 @@ def _explained(folder: Path) -> Any:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-        causes = [cause for failure in failures if (cause := os_error(failure[0])) is not None]
+        causes: list[BaseException] = [cause for failure in failures if (cause := os_error(failure[0])) is not None]
         cause = causes[0] if causes else error
         text = explain(cause, folder) if isinstance(cause, Exception) else " ".join(str(cause).split())[:300]
         raise ReqatError(
