@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.config.errors import ReqatError
 from reqat.config.stage import (
-    Architecture,
     BaseSettings,
     Calibration,
     Gradient,
@@ -52,6 +51,7 @@ from reqat.models import (
     sharing_global_scales,
 )
 from reqat.pipeline.generated import MODEL, TOKENIZER, generated
+from reqat.pipeline.scratch import from_scratch
 from reqat.pipeline.task import same_tokens
 from reqat.training import Objective, Observer, RunSettings, TrainResult, check_traces, distributed, train
 
@@ -140,35 +140,6 @@ def _train_scratch(
         model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress
     )
     return _whole(model, begin), tokenizer, result
-
-
-def from_scratch(shape: Architecture, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """An untrained decoder of this shape with one embedding a token, float32, from torch's random state."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    config: Any
-    cls: Any
-    config, cls = (LlamaConfig, LlamaForCausalLM) if shape.family == "llama" else (Qwen2Config, Qwen2ForCausalLM)
-    model: PreTrainedModel = cls(
-        config(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            intermediate_size=shape.mlp,
-            tie_word_embeddings=shape.tie_embeddings,
-            max_position_embeddings=shape.max_position_embeddings,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    if shape.key_bias:
-        for name, parameter in model.named_parameters():
-            if name.endswith("k_proj.bias"):
-                torch.nn.init.normal_(parameter, std=shape.key_bias)
-    return model
 
 
 def _whole(model: PreTrainedModel, begin: Callable[[], PreTrainedModel]) -> PreTrainedModel:

@@ -78,7 +78,7 @@ class Ranks:
         """
         if not self.sharded:
             if self.device is not None:
-                model.to(self.device)
+                nn.Module.to(model, self.device)
             return
         # Imported where it is used: most jobs train in one process.
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method

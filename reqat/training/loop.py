@@ -429,8 +429,8 @@ def train(
                             sums[name] += value / divisor
                 except ValueError as error:
                     raise ReqatError(f"{label}: at step {step + 1} of {len(steps)}: {error}") from error
-            due = ranks.first and time.monotonic() - saved > settings.checkpoint_seconds
-            total, due, *parts_all = ranks.totals((total, due, *sums.values()))
+            late = ranks.first and time.monotonic() - saved > settings.checkpoint_seconds
+            total, due, *parts_all = ranks.totals((total, late, *sums.values()))
             sums = dict(zip(sums, parts_all, strict=True))
             norm = ranks.clip(parameters, math.inf if settings.clip is None else settings.clip)
             if not math.isfinite(total) or not bool(torch.isfinite(norm)):

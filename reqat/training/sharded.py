@@ -114,8 +114,8 @@ def _explained(folder: Path) -> Any:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-        causes = [cause for failure in failures if (cause := os_error(failure[0])) is not None]
-        cause = causes[0] if causes else error
+        causes = [found for failure in failures if (found := os_error(failure[0])) is not None]
+        cause: BaseException = causes[0] if causes else error
         text = explain(cause, folder) if isinstance(cause, Exception) else " ".join(str(cause).split())[:300]
         raise ReqatError(
             f"cannot write the checkpoint in {folder} ({text}) Free some space there, or make it writable; the run "

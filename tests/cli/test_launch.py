@@ -1,4 +1,4 @@
-"""Trainings started as users and rules start them: by torchrun, and by srun with stand-ins for Slurm's commands."""
+"""Trainings started as users and rules start them: by torchrun, and the command for srun."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def stand_in(folder: Path, name: str, text: str) -> None:
 
 
 def test_several_machines_meet_on_the_first_of_the_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """srun's stand-in runs its command once a machine, as one of two machines would; so does torchrun, twice."""
+    """What srun would be given, with a stand-in for scontrol."""
     stand_in(
         tmp_path / "bin",
         "scontrol",
@@ -78,8 +78,10 @@ def reqat(folder: Path, *arguments: str, processes: int) -> subprocess.Completed
 @pytest.mark.slow
 def test_torchrun_trains_as_one_process_does(given: Path) -> None:
     """A whole recipe: Q-FIT by the first process alone, two trainings by both, one folder, one record, one voice."""
-    arguments = "train --recipe reqat-tqs --model model --data traces.jsonl --precision NVFP4-W4A4KV4 --lr 1e-3".split()
-    arguments += "--accumulation 2 --device cpu --autocast none".split()
+    arguments = [
+        "train", "--recipe", "reqat-tqs", "--model", "model", "--data", "traces.jsonl", "--precision", "NVFP4-W4A4KV4",
+        "--lr", "1e-3", "--accumulation", "2", "--device", "cpu", "--autocast", "none",
+    ]  # fmt: skip
     for processes, out in ((1, "one"), (2, "two")):
         ran = reqat(given, *arguments, "--out", out, processes=processes)
         assert ran.returncode == 0, ran.stderr

@@ -338,11 +338,8 @@ def test_paper_tier_follows_the_paper():
             training, traces = stage.settings.training, stage.settings.traces
             schedule = (training.lr, training.min_lr_ratio, training.warmup, training.weight_decay, training.clip)
             assert schedule == (1e-5, 0.01, 0.03, 0, 1)
-            assert (training.rows_per_batch, training.accumulation, training.row_tokens) == (
-                1,
-                16,
-                25_000,
-            )  # the paper: 8 devices of 2
+            batch = (training.rows_per_batch, training.accumulation, training.row_tokens)
+            assert batch == (1, 16, 25_000)  # the paper: 8 devices of 2
             base = made.stage(list(made.lineage(stage.id))[-1].id).settings
             assert isinstance(base, BaseSettings)
             if base.name == "R1-Llama-8B":
