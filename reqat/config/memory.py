@@ -32,8 +32,8 @@ _LOGITS_COPIES = 3
 _TERM_COPIES = 3
 #: Resident before a model is loaded: Python, torch, transformers and what they bring.
 PROCESS_BYTES = 480 * MIB
-# Share of the memory of activations that gradients take over in the C library's heap: blocks that are aligned do not fit
-# where a block of their size was freed. Measured on SmolLM2-135M (docs/memory.md).
+# Share of the memory of activations that gradients take over in the C library's heap: blocks that are aligned do not
+# fit where a block of their size was freed. Measured on SmolLM2-135M (docs/memory.md).
 _REUSED = 0.5
 # Layers whose weights are gathered at the same time: the one at work and the next.
 _GATHERED = 2
