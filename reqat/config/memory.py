@@ -32,9 +32,9 @@ _LOGITS_COPIES = 3
 _TERM_COPIES = 3
 #: Resident before a model is loaded: Python, torch, transformers and what they bring.
 PROCESS_BYTES = 480 * MIB
-# Share of the gradients that find no place where activations were, in the C library's heap: blocks that are aligned do
-# not fit where a block of their size was freed. Measured on SmolLM2-135M (docs/memory.md).
-_MISFITS = 0.5
+# Share of the memory of activations that gradients take over in the C library's heap: blocks that are aligned do not
+# fit where a block of their size was freed. Measured on SmolLM2-135M (docs/memory.md).
+_REUSED = 0.5
 # Layers whose weights are gathered at the same time: the one at work and the next.
 _GATHERED = 2
 
@@ -111,7 +111,9 @@ class TrainingMemory:
     @property
     def peak(self) -> float:
         """Bytes of the larger of the two, and on a CPU what does not fit into memory that was freed between them."""
-        misfits = 0.0 if self.accumulates or not self.process else _MISFITS * self.gradients
+        misfits = 0.0
+        if self.process and not self.accumulates:
+            misfits = self.gradients - _REUSED * min(self.gradients, self.activations)
         return max(self.backward_begins + misfits, self.backward_ends)
 
     @property

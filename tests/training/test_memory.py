@@ -151,5 +151,6 @@ def test_a_plan_follows_the_settings() -> None:
     assert offloaded.host == 16 * parameters(shape) and offloaded.moments == 0
     memory = training_memory(shape, usual, quantized=True)
     assert offloaded.peak < memory.peak and memory.mask == 0
+    assert training_memory(shape, usual, quantized=True, cpu=True).peak > memory.peak
     assert memory.moments == 2 * memory.weights == 2 * memory.gradients
     assert memory.peak == max(memory.backward_begins, memory.backward_ends) <= sum(memory.parts.values())
