@@ -37,7 +37,7 @@ def run(folder: Path, *words: str) -> str:
 
 def snakemake(folder: Path, *words: str) -> str:
     """The same of the workflow."""
-    return run(folder, "-m", "snakemake", "--cores", "2", "--config", "tier=paper-mini", "--", *words)
+    return run(folder, "-m", "snakemake", "--cores", "2", *words, "--config", "tier=paper-mini", "--", "figures/")
 
 
 def jobs(said: str) -> dict[str, int]:
@@ -48,7 +48,7 @@ def jobs(said: str) -> dict[str, int]:
 def test_the_papers_pipeline_runs_in_small(tmp_path: Path) -> None:
     folder = workflow_in(tmp_path / "clone")
     run(folder, str(ROOT / "tools" / "paper_mini.py"), "--models", "models", "--data", "data")
-    snakemake(folder, "figures/")
+    snakemake(folder)
 
     plan = load("paper-mini", Paths(root=folder))
     paths = Paths(root=folder)
@@ -66,10 +66,10 @@ def test_the_papers_pipeline_runs_in_small(tmp_path: Path) -> None:
     assert set(measured["n_problems"]) == {4} and set(measured["n_sampling_seeds"]) == {2}
 
     # Other problems: graded anew, by the same models.
-    assert "Nothing to be done" in snakemake(folder, "figures/")
+    assert "Nothing to be done" in snakemake(folder)
     problems = folder / "data" / "paper-mini.jsonl"
     problems.write_text("".join(reversed(problems.read_text().splitlines(keepends=True))))
-    again = jobs(snakemake(folder, "--dry-run", "figures/"))
+    again = jobs(snakemake(folder, "--dry-run"))
     assert again["evaluate"] == 3 * len(plan.evaluations) and not {"train", "qfit", "data", "base_model"} & set(again)
 
     (last,) = (paths.model(stage) for stage in plan.needed.values() if stage.kind == "qat")
