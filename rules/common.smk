@@ -141,7 +141,7 @@ CAPTION = {
     "tier": TIER,
     "title": PLAN.tier.title.replace("{", "{{").replace("}", "}}"),
     "problems": PLAN.tier.evaluation.n,
-    "split": PLAN.tier.evaluation.split,
+    "split": PLAN.tier.evaluation.benchmark or PLAN.tier.evaluation.split,
     "sampling_seeds": len(PLAN.tier.evaluation.seeds),
     "training_seeds": len(PLAN.tier.training_seeds),
     "claim_seeds": len({*PLAN.tier.training_seeds, *PLAN.tier.claim_seeds.seeds}),

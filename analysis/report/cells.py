@@ -99,7 +99,7 @@ class Provenance:
     n_problems: tuple[int, ...]
     sampling_seeds: tuple[int, ...]  # numbers of seeds an evaluation used
     training_seeds: tuple[int, ...]  # numbers of seeds an entry was trained with
-    splits: tuple[str, ...]  # "test", or "validation" for a sweep
+    splits: tuple[str, ...]  # "test", or "validation" for a sweep; the name of a benchmark
     decoding: tuple[str, ...]
     arithmetic: tuple[str, ...]
     options: tuple[str, ...]  # precisions with options that are not their names' defaults, and who has them
@@ -343,7 +343,9 @@ class Results:
             n_problems=_ends(e.problems.n for e in evaluations),
             sampling_seeds=_ends(len(e.seeds) for e in evaluations),
             training_seeds=_ends(trained),
-            splits=_unique(e.problems.split for e in evaluations),
+            splits=_unique(
+                e.problems.benchmark.name if e.problems.benchmark else e.problems.split for e in evaluations
+            ),
             decoding=_unique(_decoding(e.decoding) for e in evaluations),
             arithmetic=_unique(arithmetic_of(r) for r in records),
             options=self._options(chosen),

@@ -280,13 +280,6 @@ class Tier(Strict):
             raise ReqatError("name at least one model.")
         return models
 
-    @model_validator(mode="after")
-    def _graded(self) -> Tier:
-        how = self.evaluation
-        if how.families is None and how.benchmark is None and not self.data.families:
-            raise ReqatError("evaluation: traces of a file have no families; name a benchmark, or families.")
-        return self
-
     def claim_total(self, label: str) -> int:
         """The total, in QAT budgets, that the claims of the model `label` rest on: its own, else the budget's."""
         return self.models[label].claim_total or self.budget.claim_total
@@ -322,6 +315,9 @@ class Tier(Strict):
     def check(self, catalogue: Catalogue) -> Tier:
         """The tier itself; raises `ReqatError` if it names a recipe, precision or artifact that `catalogue` lacks."""
         where = f"tier {self.name}"
+        how = self.evaluation
+        if how.families is None and how.benchmark is None and not self.data.families:
+            raise ReqatError(f"{where}: evaluation: traces of a file have no families; name a benchmark, or families.")
         for label, model in self.models.items():
             for artifact in model.artifacts:
                 if artifact not in catalogue.artifacts:

@@ -50,7 +50,9 @@ def import_store(
     check_file(source, asked)
     limit = positions(model)
     if asked.row_tokens is not None and limit is not None and asked.row_tokens > limit:
-        raise ReqatError(f"rows of {asked.row_tokens} tokens: the model has {limit} positions; lower row_tokens.")
+        raise ReqatError(
+            f"--row-tokens {asked.row_tokens}: the model has {limit} positions; lower it (of a tier, row_tokens)."
+        )
     tokenizer = load_tokenizer(model)
     rows = read_source(source, cache, progress=progress)
     found = import_traces(

@@ -1,6 +1,6 @@
 """Stands in for Slurm's commands: `sbatch` notes its options and runs the job here, `sacct` says how jobs ended.
 
-Called as `slurm.py COMMAND ARGUMENTS...`; jobs are files in the folder that SLURM_STAND_IN names.
+Called as `slurm.py COMMAND ARGUMENTS...`; jobs are files in the folder that JOBS_OF_STAND_IN names.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def sacct(arguments: list[str], jobs: Path) -> None:
 def main() -> None:
     """Do what the command of this name does."""
     name, *arguments = sys.argv[1:]
-    jobs = Path(os.environ["SLURM_STAND_IN"])
+    jobs = Path(os.environ["JOBS_OF_STAND_IN"])
     if name in ("sbatch", "srun", "sacct"):
         {"sbatch": sbatch, "srun": srun, "sacct": sacct}[name](arguments, jobs)
     print({"sacctmgr": ACCOUNT, "sinfo": "gpus", "scontrol": "MinJobAge = 300 sec"}.get(name, ""), end="")

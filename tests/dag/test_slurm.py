@@ -62,7 +62,7 @@ def test_time_memory_and_gpus_of_each_job_reach_sbatch(tmp_path: Path) -> None:
         f"build/evaluations/{trained.id}/record.json",
         tier="cluster",
     )
-    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_STAND_IN": str(jobs)}
+    environment = os.environ | {"PATH": f"{commands}:{os.environ['PATH']}", "JOBS_OF_STAND_IN": str(jobs)}
     done = subprocess.run(
         words,
         cwd=folder,
