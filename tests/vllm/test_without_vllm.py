@@ -243,5 +243,6 @@ def test_the_operator_is_our_arithmetic(plugin: SimpleNamespace) -> None:
         ),
     ):
         assert torch.equal(found, expected)
-    traced = torch.compile(lambda x: op.fake_quantize(2 * x, op.spelled(row)), fullgraph=True, backend="eager")
+    text = op.spelled(row)
+    traced = torch.compile(lambda x: op.fake_quantize(2 * x, text), fullgraph=True, backend="eager")
     assert torch.equal(traced(x), quantize_dequantize(2 * x, row))
