@@ -89,7 +89,6 @@ REQAT = shlex.join(COMMAND)
 PROCESSES = RESOURCES.processes * RESOURCES.nodes
 LAUNCH = [PYTHON, "-m", "reqat.cli.launch", "--nodes", str(RESOURCES.nodes), "--processes", str(RESOURCES.processes), "--"]
 TRAIN = shlex.join([*LAUNCH, *COMMAND] if PROCESSES > 1 else COMMAND)
-TRAIN_GPUS = PROCESSES if ON_GPU and PROCESSES > 1 else GPUS["training"]
 # Of a training on several machines, what profiles/slurm asks for; other executors take no notice.
 TRAIN_NODES = {"nodes": RESOURCES.nodes, "tasks": RESOURCES.nodes} if RESOURCES.nodes > 1 else {}
 
@@ -195,7 +194,7 @@ def evaluation_inputs(wildcards):
 
 def base_gpus(wildcards):
     """GPUs of a base's job: none for weights that are only linked or unpacked."""
-    return TRAIN_GPUS if PLAN.stage(wildcards.id).settings.source == "scratch" else 0
+    return GPUS["training"] if PLAN.stage(wildcards.id).settings.source == "scratch" else 0
 
 
 def evaluation_gpus(wildcards):

@@ -26,7 +26,7 @@ rule train:
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=RESOURCES.runtime_minutes,
-        gpu=TRAIN_GPUS,
+        gpu=GPUS["training"],
         **TRAIN_NODES,
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {params.threads:q} > {log:q} 2>&1"

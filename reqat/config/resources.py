@@ -69,10 +69,11 @@ def need(plan: Plan, job: Job | None = None) -> Need | None:
         if model.shape is None:
             raise ReqatError(f"tier {tier.name}: models.{label} needs a `shape` to compute the memory of device cuda.")
         usable, shape = _USABLE * tier.resources.gpu_memory_gib * GIB, model.shape
+        processes = tier.resources.processes * tier.resources.nodes
         host = 4.0 * parameters(shape)
         jobs: list[tuple[Job, float, int]] = []
         for training, quantized in ((tier.train.finetune, False), (tier.train.qat, True)):
-            gpus, each = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable)
+            gpus, each = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable, processes)
             jobs.append(("training", gpus * each, gpus))
         for calibration in (tier.qfit.calibration, tier.ptq.calibration):
             device = calibrating_bytes(shape, calibration)
@@ -85,11 +86,18 @@ def need(plan: Plan, job: Job | None = None) -> Need | None:
     return max(needs, key=lambda n: n.device_bytes)
 
 
-def _shared(what: str, shape: Shape, training: Training, quantized: bool, usable: float) -> tuple[int, float]:
-    """The fewest GPUs that hold a training together, and the bytes on each of them."""
-    for gpus in range(1, _MOST_GPUS + 1):
+def _shared(
+    what: str, shape: Shape, training: Training, quantized: bool, usable: float, processes: int
+) -> tuple[int, float]:
+    """GPUs that hold a training together, and the bytes on each of them: one a process, or the fewest where the tier
+    asks for one process."""
+    for gpus in range(processes, _MOST_GPUS + 1):
         each = training_memory(shape, training, quantized=quantized, ranks=gpus).peak
         if each <= usable:
+            if processes not in (1, gpus):
+                raise ReqatError(
+                    f"{what}: {processes} processes are too few, {gpus} hold it: raise resources.processes."
+                )
             return gpus, each
     raise ReqatError(
         f"{what}: a batch takes {each / GIB:.0f} GiB on each of {_MOST_GPUS} GPUs, and {usable / GIB:.0f} are usable: "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from reqat.config import Paths, ReqatError, load
+from reqat.config import Paths, Plan, ReqatError, load
 from reqat.config.memory import parameters, training_memory
 from reqat.config.resources import GIB, need, require
 
@@ -37,6 +38,25 @@ def test_parameters_are_counted_as_transformers_counts_them(label: str):
     assert parameters(shape) == sum(p.numel() for p in model.parameters())
 
 
+def paper_in(processes: int) -> Plan:
+    """Tier paper with trainings in so many processes."""
+    resources = PAPER.tier.resources.model_copy(update={"processes": processes})
+    return dataclasses.replace(PAPER, tier=PAPER.tier.model_copy(update={"resources": resources}))
+
+
+def test_a_training_has_a_gpu_a_process_or_the_fewest_that_hold_it():
+    fewest = need(paper_in(1), "training")
+    assert fewest is not None
+    shape = PAPER.tier.models["R1-Qwen-14B"].shape
+    assert shape is not None
+    less = training_memory(shape, PAPER.tier.train.qat, quantized=True, ranks=fewest.gpus - 1).peak
+    assert less > 0.9 * 80 * GIB, "no more GPUs than it takes"
+    more = need(paper_in(fewest.gpus + 3), "training")
+    assert more is not None and more.gpus == fewest.gpus + 3
+    with pytest.raises(ReqatError, match=f"{fewest.gpus - 1} processes.*resources.processes"):
+        need(paper_in(fewest.gpus - 1), "training")
+
+
 def test_cpu_tiers_need_no_gpu():
     assert need(load("laptop", Paths(root=ROOT))) is None
 
@@ -47,9 +67,8 @@ def test_paper_tier_is_refused_without_its_gpus_and_starts_with_them():
     shape = PAPER.tier.models["R1-Qwen-14B"].shape
     assert shape is not None
     each = training_memory(shape, PAPER.tier.train.qat, quantized=True, ranks=wanted.gpus).peak
-    fewer = training_memory(shape, PAPER.tier.train.qat, quantized=True, ranks=wanted.gpus - 1).peak
     assert wanted.device_bytes >= each * wanted.gpus > 16 * parameters(shape)
-    assert each <= 0.9 * 80 * GIB < fewer, "no more GPUs than it takes"
+    assert each <= 0.9 * 80 * GIB
     gpu, host = 80 * GIB, 2 * wanted.host_bytes
     with pytest.raises(ReqatError, match=rf"paper.*{wanted.gpus} GPUs of 80 GiB.*0 GPUs.*--dry-run"):
         require(PAPER, [], host)
