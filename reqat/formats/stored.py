@@ -292,6 +292,9 @@ def _check_about(file: Path, about: dict[str, Any]) -> None:
         )
     if not all(isinstance(pattern, str) for pattern in about.get("skip") or ()):
         raise ReqatError(f"{file}: skip is {about['skip']!r}, where a list of patterns is needed; {_REMEDY}.")
+    for name, info in about["quantized"].items():
+        if not isinstance(info, dict):
+            raise ReqatError(f"{file}: {name} is {info!r}, where an object is needed; {_REMEDY}.")
 
 
 def _words(types: tuple[type, ...]) -> str:

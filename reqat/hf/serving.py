@@ -32,7 +32,8 @@ def check_server(host: str, port: int) -> None:
 
 
 def serve(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, host: str, port: int) -> None:
-    """Serve ``model`` as ``name`` at ``http://host:port/v1`` until interrupted; requests for other models are refused.
+    """Serve ``model`` as ``name`` under ``/v1`` of ``host`` and ``port`` until interrupted; requests for
+    other models are refused.
 
     Raises ReqatError as :func:`check_server` does.
     """
