@@ -17,8 +17,8 @@ from tests.dag.checkout import command, workflow_in
 
 pytestmark = pytest.mark.slow
 
-# As `paper-mini`, on GPUs so small that a training needs several and an evaluation one.
-GPU_MEMORY_GIB = 0.02
+# As `paper-mini`, with a model and GPUs of such sizes that a training needs several GPUs and an evaluation one.
+GPU_MEMORY_GIB = 0.12
 TIER = {
     "extends": "paper-mini",
     "title": "a tier for a cluster",
@@ -28,9 +28,10 @@ TIER = {
         "train_memory_mb": 4100,
         "evaluate_memory_mb": 2300,
         "runtime_minutes": 77,
+        "processes": 1,  # the stand-in for reqat is no program for torchrun
         "threads": 2,
     },
-    "train": {name: {"row_tokens": 4096} for name in ("finetune", "qat")},
+    "models": {"mini-Qwen2": {"shape": {"hidden_size": 256, "layers": 8, "mlp": 1024}}},
     "evaluation": {"decoding": {"batch_rows": 1}},
 }
 
