@@ -45,10 +45,10 @@ def create(folder: Path) -> None:
         print(f"{folder}: {VLLM} is there")
         return
     venv.create(folder, with_pip=True)
-    install = [folder / "bin" / "python", "-m", "pip", "install", "--no-cache-dir"]
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--no-cache-dir"]
     subprocess.run([*install, VLLM], check=True)
     # The plugin needs nothing that vLLM does not bring; reqat's own requirements name another transformers.
-    subprocess.run([*install, "--no-deps", ROOT], check=True)
+    subprocess.run([*install, "--no-deps", str(ROOT)], check=True)
     (folder / _STAMP).touch()
 
 

@@ -386,7 +386,7 @@ def _global(path: Path, name: str, stored: Tensor, fmt: Format, shape: torch.Siz
                      f"{_REMEDY}.")  # fmt: skip
 
 
-def _check_rest(path: Path, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _check_rest(path: Path, about: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
     """Shifts, static scales, bases, clips: whether each is one, and whether ``about`` says that there are some."""
     kinds = check_tensors(tensors, str(path))
     for kind in _KINDS:

@@ -75,7 +75,7 @@ def _layer() -> type:
                 return super().forward(x, *args, **kwargs)
             if kwargs.get("adapter_names") is not None:
                 raise ReqatError("adapter_names: a weight that is quantized has one update for all rows of a batch")
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             _check_trainable(base)
             weight = base.weight
             for name in inside:
@@ -88,7 +88,7 @@ def _layer() -> type:
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             """As PEFT's, with the very weight that was trained; refused before anything is changed if it is frozen."""
-            base = self.get_base_layer()
+            base: Any = self.get_base_layer()
             _check_trainable(base)
             for name in check_adapters_to_merge(self, adapter_names):
                 if name not in self.lora_A:

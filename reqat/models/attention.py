@@ -217,7 +217,7 @@ def varlen_attention(
     real_N = torch.repeat_interleave(torch.tensor(real), torch.tensor(runs)).nonzero()[:, 0].to(device)
     ends = torch.tensor([0, *segments.traces], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     longest = segments.longest
-    out = varlen_attn(
+    out: Any = varlen_attn(
         q[real_N],
         k[real_N],
         v[real_N],

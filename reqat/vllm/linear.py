@@ -98,14 +98,17 @@ class ReqatLinearMethod(UnquantizedLinearMethod):
     @torch.no_grad()
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Put the weight into four bits."""
-        parts = layer.weight.data.split(self.widths)
+        tp_size: Any = layer.tp_size
+        shared = bool(tp_size > 1)
+        weight: Any = layer.weight  # a parameter of vLLM's, which knows how to load its shards
+        parts = weight.data.split(self.widths)
         for name, shard, part in zip(self.names, self.shards, parts, strict=True):
             if name in self.folder.about.layers:
                 dense = read_weight(self.folder.about, name).dequantize(torch.float32).to(part.dtype)
                 given = () if shard is None else (shard,)
-                layer.weight.weight_loader(layer.weight, dense.to(part.device), *given)
+                weight.weight_loader(weight, dense.to(part.device), *given)
             else:
-                part.copy_(self._quantized(part.contiguous(), name, layer.tp_size > 1))
+                part.copy_(self._quantized(part.contiguous(), name, shared))
         super().process_weights_after_loading(layer)
 
     def _quantized(self, weight: Tensor, name: str, shared: bool) -> Tensor:
@@ -128,7 +131,7 @@ class ReqatLinearMethod(UnquantizedLinearMethod):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``Q(x) Q(W)^T + b``, x [T, K]."""
         if self.inputs or self.rotation:
-            scale = layer.reqat_input_scale
+            scale: Any = layer.reqat_input_scale
             x = fake_quantize(x, self.inputs, rotation=self.rotation, global_scale=scale, split=self.split)
         return super().apply(layer, x, bias)
 
