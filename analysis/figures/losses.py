@@ -74,6 +74,8 @@ def build(results: Results, model: str) -> Figure:
     words = ["Left, thin: as recorded; thick: mean over 5% of the stage; paler: further training seeds."]
     if starts:
         left.axvline(min(starts), color="#999999", lw=0.7, ls=":")
+    # A stage of one step has a point and no course.
+    if starts and max(x[-1] for curves in found.values() for x, _ in curves) > min(starts):
         width = _last_stage(right, found, precision, float(min(starts)))
         several = any(len(curves) > 1 for curves in found.values())
         bands = "; bands: lowest to highest training seed" if several else ""

@@ -196,6 +196,15 @@ def test_losses_of_the_last_stage_are_means_over_seeds_and_the_same_tokens(resul
     assert len(right.collections) == 5  # three seeds each: a band
 
 
+def test_trainings_of_one_step_have_no_last_stage_to_draw(
+    results: Results, drawing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curve = losses.curve
+    monkeypatch.setattr(losses, "curve", lambda *asked: tuple(values[-1:] for values in curve(*asked)))
+    left, right = losses.build(results, "testbed").axes
+    assert not right.get_visible() and len(left.get_lines()) > 5
+
+
 def test_smoothing_is_over_tokens_however_far_apart_the_points_are() -> None:
     fine, coarse = np.arange(0, 1000, 1.0), np.arange(0, 1000, 10.0)
     a, b = (losses.smoothed(x, x, 100) for x in (fine, coarse))
