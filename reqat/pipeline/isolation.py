@@ -11,13 +11,14 @@ import ctypes
 import mmap
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from reqat.records.provenance import own_peak_bytes
 
 _MARK_BYTES = 512
 _PR_SET_PDEATHSIG = 1
@@ -92,7 +93,7 @@ def _work(function: Callable[[], Any], sender: Any) -> None:
     except BaseException as caught:
         caught.add_note("".join(traceback.format_exception(caught)))  # a traceback does not travel
         error = caught
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = own_peak_bytes()
     try:
         sender.send((value, error, peak))
     except Exception as unsent:  # e.g. an exception that cannot be pickled

@@ -48,6 +48,15 @@ def test_a_finished_job_leaves_its_files_and_a_record_of_them(tmp_path: Path):
     assert not list((tmp_path / "partial").iterdir())
 
 
+def test_a_peak_leaves_out_the_memory_of_whoever_started_the_process():
+    held = 400 * 2**20
+    ask = "from reqat.records import provenance; print(provenance.peak_memory_bytes(), provenance.own_peak_bytes())"
+    start = "import subprocess, sys; x = bytearray(b'1') * int(sys.argv[1]); subprocess.run(sys.argv[2:], check=True)"
+    command = [sys.executable, "-c", start, str(held), sys.executable, "-c", ask]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], check=True, capture_output=True, text=True)
+    assert all(2**20 < int(peak) < held for peak in done.stdout.split())
+
+
 def test_commit_and_dirtiness_come_from_git(tmp_path: Path):
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
