@@ -50,7 +50,7 @@ IN_ENV = export PATH="$$(cd -- "$$VENV/bin" && pwd):$$PATH"; python="$$(cd -- "$
 help:
 	@echo "make figures [TIER=laptop]   run what is missing and draw figures/"
 	@echo "make figures BENCH=no      the same without the benchmark, so without Figure 6 and its tables"
-	@echo "make test                  the tests"
+	@echo "make test                  the tests (ARGS=\"-m long\": those that take half a minute or more each)"
 	@echo "make lint                  ruff, mypy, snakemake --lint"
 	@echo "make env                   only the environment, in .venv (VENV=...)"
 	@echo "make lock                  resolve requirements.in anew: requirements.lock, environment.yml"
@@ -63,9 +63,11 @@ figures: env
 	if [ "$$CORES" = all ]; then CORES="$$("$$python" -m reqat.config.machine cores)"; fi; \
 	"$$python" -m snakemake --cores "$$CORES" --config tier="$$TIER" bench="$$BENCH" $(CONFIG) $(ARGS) -- figures/
 
-# tests/conftest.py gives each process one thread; the workers share the cores between them.
+# tests/conftest.py gives each process one thread, and puts files of slow tests first; the workers share the cores.
+# Tests marked `long` run on demand: make test ARGS="-m long", or ARGS="-m ''" for all.
 test: env
-	@$(IN_ENV) "$$python" -m pytest -n logical --maxprocesses 8 --dist loadfile $(ARGS)
+	@$(IN_ENV) "$$python" -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+	-m "not long" $(ARGS)
 
 lint: env
 	@$(IN_ENV) "$$python" -m ruff check

@@ -17,7 +17,7 @@ from reqat.config.paths import made
 from reqat.records import record
 from tests.dag.checkout import ROOT, workflow_in
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def run(folder: Path, *words: str) -> str:

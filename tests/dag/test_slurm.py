@@ -15,7 +15,7 @@ from reqat.config.resources import need
 from tests.dag import slurm
 from tests.dag.checkout import command, workflow_in
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 # As `paper-mini`, with a model and GPUs of such sizes that a training needs several GPUs and an evaluation one.
 GPU_MEMORY_GIB = 0.12

@@ -63,7 +63,7 @@ def digests(mode: str, isa: str, threads: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ["best", "portable", "torch"])
+@pytest.mark.parametrize("isa", ["best", *(pytest.param(isa, marks=pytest.mark.long) for isa in ("portable", "torch"))])
 def test_no_result_depends_on_the_mode(isa: str, flushing: None) -> None:
     if isa == "portable" and instruction_set() == "torch":
         pytest.skip("needs the native library")

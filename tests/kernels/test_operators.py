@@ -43,6 +43,7 @@ def test_random_calls_compute_what_pytorch_does_or_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs g++ on Linux")
 def test_random_calls_touch_no_foreign_memory() -> None:
     last = campaign("--calls", "1000", "--seed", "8", "--sanitizer", "address")

@@ -12,6 +12,8 @@ import pytest
 
 from reqat_kernels.native.fingerprint import fingerprint, sources
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = shutil.which("g++")
 # What checks are for: with undefined behaviour the process ends, as it does with a wrong address.
@@ -45,7 +47,6 @@ def checked_environment(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 def test_native_code_is_clean_under_sanitizers(tmp_path: Path) -> None:
     environment = checked_environment(tmp_path)
@@ -59,7 +60,6 @@ def test_native_code_is_clean_under_sanitizers(tmp_path: Path) -> None:
     assert " passed" in done.stdout and "no native library" not in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None or sys.platform != "linux", reason="needs g++ on Linux")
 def test_threads_that_share_a_packed_model_are_clean_under_sanitizers(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -55,6 +55,7 @@ def test_core_kernels_compile_within_their_budgets(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_kernel_compiles_for_every_generation_within_its_budget(tmp_path: Path) -> None:
     rows = compile_in_a_process(tmp_path, seconds=3600)
     assert len(rows) == len(cases()) * len(CAPABILITIES)

@@ -59,6 +59,8 @@ def test_functions_live_in_the_library(name: str) -> None:
             assert not any(line.lstrip().startswith(("def ", "class ")) for line in cell.source.splitlines())
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_entropy_walkthrough_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REQAT_TRACES", str(tmp_path / "pair"))
     monkeypatch.setenv("REQAT_NOTEBOOK_PROBLEMS", "6")
@@ -69,6 +71,8 @@ def test_the_entropy_walkthrough_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "pair" / "record.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_q_fit_notebook_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SEQUENCES", "2"), ("TOKENS", "64"), ("GRID", "4"), ("SMALL", "1")):
         monkeypatch.setenv(f"REQAT_NOTEBOOK_{name}", value)
