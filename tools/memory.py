@@ -96,7 +96,11 @@ def child(asked: dict[str, Any]) -> None:
 
 def measured(model: str, row_tokens: int, setting: str, checkpoint: bool) -> dict[str, Any]:
     """The setting as the loop takes it, and what it took."""
-    precision, rows, *more = setting.split(",")
+    precision, _, rest = setting.partition(",")
+    rows, *more = rest.split(",")
+    unknown = [word for word in more if word not in ("rows", "checkpointing") and not re.fullmatch(r"x\d+", word)]
+    if unknown or not rows.isdecimal():
+        sys.exit(f"error: --settings {setting}: PRECISION,ROWS[,xACCUMULATION][,checkpointing][,rows]")
     accumulation = next((int(word[1:]) for word in more if re.fullmatch(r"x\d+", word)), 1)
     training = {
         "rows_per_batch": int(rows),

@@ -49,17 +49,35 @@ def main() -> None:
 def make(models: Path, data: Path) -> list[Path]:
     """Write the model's folder and the two files; returns their paths. Raises `ReqatError` for one that is there and
     is another."""
+    from reqat.config.errors import ReqatError
     from reqat.models import save_model
 
     sums = list(_sums(TRACES + PROBLEMS))
     traces = [trace(a, b) for a, b in sums[:TRACES]]
     problems = [{"id": f"{a}+{b}", "problem": question(a, b), "answer": a + b} for a, b in sums[TRACES:]]
     made = [_write(data / f"{NAME}-traces.jsonl", traces), _write(data / f"{NAME}.jsonl", problems)]
-    folder = models / NAME
-    if not (folder / "config.json").is_file():
-        tokenizer = build_tokenizer(text for row in traces for text in row.values())
-        save_model(build_model(tokenizer), tokenizer, folder)
+    folder, tokenizer = models / NAME, build_tokenizer(text for row in traces for text in row.values())
+    model = build_model(tokenizer)
+    if not folder.exists():
+        save_model(model, tokenizer, folder)
+    elif not _is(folder, model):
+        raise ReqatError(f"{folder} is there and is another model: remove it, or give another folder (--models).")
     return [*made, folder]
+
+
+def _is(folder: Path, model: Any) -> bool:
+    """Whether a folder holds the weights of ``model``."""
+    import torch
+
+    from reqat.config.errors import ReqatError
+    from reqat.models import load_model
+
+    try:
+        kept = load_model(folder).state_dict()
+    except (OSError, ReqatError, ValueError):
+        return False
+    wanted = model.state_dict()
+    return kept.keys() == wanted.keys() and all(torch.equal(kept[name], wanted[name]) for name in wanted)
 
 
 def question(a: int, b: int) -> str:

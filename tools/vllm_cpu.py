@@ -40,16 +40,17 @@ _ENVIRONMENT = {
 
 
 def create(folder: Path) -> None:
-    """Make a virtual environment with vLLM and reqat's plugin in ``folder``, unless it is there."""
+    """Make a virtual environment with vLLM in ``folder``, unless it is there, and put reqat's plugin as it is now into
+    it."""
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--no-cache-dir"]
     if (folder / _STAMP).is_file():
         print(f"{folder}: {VLLM} is there")
-        return
-    venv.create(folder, with_pip=True)
-    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--no-cache-dir"]
-    subprocess.run([*install, VLLM], check=True)
+    else:
+        venv.create(folder, with_pip=True)
+        subprocess.run([*install, VLLM], check=True)
+        (folder / _STAMP).touch()
     # The plugin needs nothing that vLLM does not bring; reqat's own requirements name another transformers.
-    subprocess.run([*install, "--no-deps", str(ROOT)], check=True)
-    (folder / _STAMP).touch()
+    subprocess.run([*install, "--no-deps", "--force-reinstall", str(ROOT)], check=True)
 
 
 def answer(folder: Path, asked: Path, out: Path) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 
 from reqat.config.errors import ReqatError
 
-PORT = 29400  # torchrun's own default
+PORT = 29400  # torchrun's own default, of the first of as many as there are jobs that may share a machine
+PORTS = 1000
 
 
 def launcher(nodes: int, processes: int, command: list[str], environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -37,9 +39,13 @@ def launcher(nodes: int, processes: int, command: list[str], environment: Mappin
         raise ReqatError(
             f"scontrol does not say which machines {named!r} are ({error}); is Slurm whole here?"
         ) from error
+    # Trainings of two jobs may share their first machine.
+    port = PORT + (int(job) if job.isdecimal() else zlib.crc32(job.encode())) % PORTS
+    cores = environment.get("SLURM_CPUS_PER_TASK")  # which srun no longer takes from the job by itself
     return [
         "srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1",
-        *torchrun, f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-id={job}", f"--rdzv-endpoint={first}:{PORT}",
+        *([f"--cpus-per-task={cores}"] if cores else []),
+        *torchrun, f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-id={job}", f"--rdzv-endpoint={first}:{port}",
         *command,
     ]  # fmt: skip
 

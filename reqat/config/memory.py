@@ -28,7 +28,7 @@ _WIDE, _NARROW = 4, 2  # bytes of float32, and of bfloat16 under autocast
 CHUNK_BYTES = 320 * MIB
 # Copies of a batch's logits where the backward pass begins: log-probabilities, their gradient, the logits' gradient.
 _LOGITS_COPIES = 3
-# Of each further term, for example distillation: the teacher's log-probabilities, the product, its gradient.
+# Of each further term: of distillation the teacher's log-probabilities, the product, its gradient; as many of SEM.
 _TERM_COPIES = 3
 #: Resident before a model is loaded: Python, torch, transformers and what they bring.
 PROCESS_BYTES = 480 * MIB
@@ -211,9 +211,15 @@ def training_memory(
         process=PROCESS_BYTES if cpu else 0.0,
         accumulates=accumulates,
         products_stay=stay,
-        head_gradient=_WIDE * head if offload else _WIDE * head / ranks,
+        head_gradient=_head_gradient(s, ranks, offload),
         host=share * (4 if fused else 5) if offload else 0.0,
     )
+
+
+def _head_gradient(shape: Shape, ranks: int, offload: bool) -> float:
+    """Bytes of the gradient that a head hands to the embedding that it is tied to."""
+    whole = _WIDE * shape.vocabulary * shape.hidden_size
+    return 0.0 if not shape.tie_embeddings else whole if offload else whole / ranks
 
 
 def shown(count: float) -> str:

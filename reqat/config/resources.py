@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from reqat.config.errors import ReqatError
-from reqat.config.memory import GIB, parameters, training_memory
+from reqat.config.memory import GIB, TrainingMemory, parameters, training_memory
 from reqat.config.plan import Plan
 from reqat.config.stage import Calibration, Decoding, Training
-from reqat.config.tier import Shape
+from reqat.config.tier import Resources, Shape
 
 Job = Literal["training", "calibrating", "evaluating"]
 """Kinds of jobs that need memory of a GPU: stages that train, Q-FIT and PTQ, evaluations."""
@@ -29,18 +29,20 @@ _MOST_GPUS = 1024
 @dataclass(frozen=True)
 class Need:
     """What the largest job of a tier needs: bytes on accelerators in all, GPUs of the tier's size, bytes of host
-    memory."""
+    memory of each of the machines that share it."""
 
     what: str
     device_bytes: float
     gpus: int
     gpu_memory_gib: float
     host_bytes: float
+    machines: int = 1
 
     def __str__(self) -> str:
+        each = f", on each of {self.machines} machines" if self.machines > 1 else ""
         return (
             f"{self.what} needs {self.device_bytes / GIB:.0f} GiB of accelerator memory ({self.gpus} GPUs of "
-            f"{self.gpu_memory_gib:g} GiB) and {self.host_bytes / GIB:.0f} GiB of host memory"
+            f"{self.gpu_memory_gib:g} GiB) and {self.host_bytes / GIB:.0f} GiB of host memory{each}"
         )
 
 
@@ -69,36 +71,41 @@ def need(plan: Plan, job: Job | None = None) -> Need | None:
         if model.shape is None:
             raise ReqatError(f"tier {tier.name}: models.{label} needs a `shape` to compute the memory of device cuda.")
         usable, shape = _USABLE * tier.resources.gpu_memory_gib * GIB, model.shape
-        processes = tier.resources.processes * tier.resources.nodes
-        host = 4.0 * parameters(shape)
-        jobs: list[tuple[Job, float, int]] = []
+        plain = 4.0 * parameters(shape)
+        jobs: list[tuple[Job, float, int, float]] = []
         for training, quantized in ((tier.train.finetune, False), (tier.train.qat, True)):
-            gpus, each = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable, processes)
-            jobs.append(("training", gpus * each, gpus))
+            gpus, memory = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable, tier.resources)
+            # Each process reads the whole model, and a teacher beside it, before it keeps its part.
+            models = 2 if memory.teacher else 1
+            host = tier.resources.processes * max(models * plain, memory.host)
+            jobs.append(("training", gpus * memory.peak, gpus, host))
         for calibration in (tier.qfit.calibration, tier.ptq.calibration):
             device = calibrating_bytes(shape, calibration)
-            jobs.append(("calibrating", device, math.ceil(device / usable)))
+            jobs.append(("calibrating", device, math.ceil(device / usable), plain))
         device = decoding_bytes(shape, tier.evaluation.decoding)
-        jobs.append(("evaluating", device, math.ceil(device / usable)))
-        for kind, device, gpus in jobs:
+        jobs.append(("evaluating", device, math.ceil(device / usable), plain))
+        for kind, device, gpus, host in jobs:
             if job in (None, kind):
-                needs.append(Need(f"{kind} {label}", device, gpus, tier.resources.gpu_memory_gib, host))
+                machines = tier.resources.nodes if kind == "training" else 1
+                needs.append(Need(f"{kind} {label}", device, gpus, tier.resources.gpu_memory_gib, host, machines))
     return max(needs, key=lambda n: n.device_bytes)
 
 
 def _shared(
-    what: str, shape: Shape, training: Training, quantized: bool, usable: float, processes: int
-) -> tuple[int, float]:
-    """GPUs that hold a training together, and the bytes on each of them: one a process, or the fewest where the tier
+    what: str, shape: Shape, training: Training, quantized: bool, usable: float, resources: Resources
+) -> tuple[int, TrainingMemory]:
+    """GPUs that hold a training together, and the memory of each process: a GPU a process, or the fewest where the tier
     asks for one process."""
+    processes = resources.processes * resources.nodes
     for gpus in range(processes, _MOST_GPUS + 1):
-        each = training_memory(shape, training, quantized=quantized, ranks=gpus).peak
+        memory = training_memory(shape, training, quantized=quantized, ranks=gpus, offload=resources.offload)
+        each = memory.peak
         if each <= usable:
             if processes not in (1, gpus):
                 raise ReqatError(
                     f"{what}: {processes} processes are too few, {gpus} hold it: raise resources.processes."
                 )
-            return gpus, each
+            return gpus, memory
     raise ReqatError(
         f"{what}: a batch takes {each / GIB:.0f} GiB on each of {_MOST_GPUS} GPUs, and {usable / GIB:.0f} are usable: "
         "lower rows_per_batch or row_tokens, or set gradient_checkpointing."
@@ -111,11 +118,17 @@ def require(plan: Plan, gpu_bytes: Sequence[float], host_bytes: float, job: Job 
     wanted = need(plan, job)
     if wanted is None:
         return
+    settings = plan.tier.resources
+    if wanted.what.startswith("training") and settings.processes * settings.nodes == 1 and wanted.gpus > 1:
+        raise ReqatError(
+            f"tier {plan.tier.name} cannot start here: {wanted}, and resources.processes 1 computes on one GPU: set "
+            f"resources.processes to {wanted.gpus}, or resources.offload."
+        )
     enough = [size for size in gpu_bytes if size >= 0.97 * wanted.gpu_memory_gib * GIB]
     have = f"this machine has {len(gpu_bytes)} GPUs" + (
         f" of {', '.join(f'{size / GIB:.0f}' for size in gpu_bytes)} GiB" if gpu_bytes else ""
     )
-    if len(enough) < wanted.gpus or host_bytes < wanted.host_bytes:
+    if len(enough) < math.ceil(wanted.gpus / wanted.machines) or host_bytes < wanted.host_bytes:
         raise ReqatError(
             f"tier {plan.tier.name} cannot start here: {wanted}; {have} and {host_bytes / GIB:.0f} GiB of host memory. "
             f"Run it on such a machine (profiles/gpu, profiles/slurm), look at it with --dry-run, or pick another tier."

@@ -90,6 +90,11 @@ def check_precision(precision: Precision, name: str, exporter: Exporter) -> None
     for role, fmt in (("weights", weights), ("inputs", inputs)):
         if fmt is not None and fmt.element != "E2M1":
             raise ReqatError(f"{precision}: the elements of {name}'s {role} are E2M1, not {fmt.element}; {OURS}.")
+    if weights.global_scale not in ("none", "dynamic"):
+        raise ReqatError(
+            f"{precision}: {name} holds one global scale of a whole weight, and weights.global_scale is "
+            f"{weights.global_scale}: leave it out."
+        )
     if inputs is not None and _base(inputs.name) != _base(weights.name):
         raise ReqatError(
             f"{precision}: {name} has one format for weights and inputs, these are {weights.name} and {inputs.name}; "
@@ -132,7 +137,7 @@ def check_model(model: PreTrainedModel, name: str) -> None:
         if norm is not None and norm.weight.ndim > 1:
             raise ReqatError(
                 f"{block.name}: Q-FIT widened its QK norm to one row a head, which no engine loads; fit with "
-                f"variant='shared', or {OURS}."
+                f"qk_norm='shared', or {OURS}."
             )
 
 

@@ -41,7 +41,8 @@ def settle(
 
     Args:
         precision, options: of :meth:`Precision.parse`; a Precision is taken as giving every option.
-        skip: patterns, or None for the name's (``skip=*.down_proj|*.o_proj``), or else the folder's.
+        skip: patterns, or None for the name's (``skip=*.down_proj|*.o_proj``), or else the folder's, under another name
+            too: those layers were never quantized.
         saved: of the folder; BF16 if it was never quantized, which says nothing of options.
         saved_skip: patterns of the folder, or None where it does not know.
         override: take what is asked for as it is.
@@ -64,7 +65,8 @@ def settle(
     if patterns is not None and saved_skip is not None and patterns != saved_skip:
         differs["skip"] = f"skip: saved with {list(saved_skip)}, asked for {list(patterns)}"
     if override or wanted.name != saved.name:
-        return dataclasses.replace(fresh, differs=tuple(differs.values()))
+        kept = saved_skip if patterns is None and not override and wanted.quantizes_linear else None
+        return dataclasses.replace(fresh, skip=fresh.skip or kept or (), differs=tuple(differs.values()))
     given = {"skip"} | (
         set(differs) if isinstance(precision, Precision) else _places({**inline_options(precision), **options})
     )

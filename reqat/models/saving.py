@@ -98,6 +98,7 @@ def share_files(folder: Path) -> None:
     """Let the files of ``folder`` be readable as its mode says: safetensors writes files that only their owner can
     read. Flushes them to disk."""
     mode = folder.stat().st_mode & 0o666
-    for file in folder.iterdir():
-        file.chmod(mode)
-        flush(file)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+            flush(file)

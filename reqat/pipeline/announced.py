@@ -78,16 +78,17 @@ def most_responses(rows: PackedRows, together: int) -> int:
 def memory_lines(shape: Shape, count: int, training: Training, quantized: bool, response_tokens: int) -> list[str]:
     """What a training of a model of ``shape`` and ``count`` parameters takes, in lines to print before it starts.
 
-    On a GPU where there is one, with as many ranks as torchrun started. Says what gradient checkpointing changes, and
-    warns where less is free.
+    Where :func:`reqat.training.distributed.joined` put it, with the processes that torchrun started. Says what gradient
+    checkpointing changes, and warns where less is free.
     """
     import torch
 
     from reqat.quant.autocast import resolve
+    from reqat.training import distributed
 
-    gpu = torch.cuda.is_available()
-    started = os.environ.get("WORLD_SIZE", "1")
-    ranks = int(started) if started.isdecimal() else 1
+    shared = distributed.current()
+    gpu = shared.device is not None and shared.device.type == "cuda"
+    ranks, here = shared.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if shared.size > 1 else 1
     autocast = resolve(training.autocast, "cuda" if gpu else "cpu") == "bf16"
 
     def planned(asked: Training) -> TrainingMemory:
@@ -99,6 +100,7 @@ def memory_lines(shape: Shape, count: int, training: Training, quantized: bool, 
             count=count,
             response_tokens=response_tokens,
             ranks=ranks,
+            offload=shared.offload,
             cpu=not gpu,
         )
 
@@ -106,10 +108,16 @@ def memory_lines(shape: Shape, count: int, training: Training, quantized: bool, 
     other = planned(training.model_copy(update={"gradient_checkpointing": not on})).peak
     each = f" on each of {ranks} ranks" if ranks > 1 else ""
     lines = [f"memory: {memory}{each}; {'without' if on else 'with'} gradient checkpointing {shown(other)}"]
-    free = torch.cuda.mem_get_info()[0] if gpu else machine.available_bytes()
-    if memory.peak > free:
-        lines.append(
-            f"warning: {shown(free)} are free here; lower --rows-per-batch or --row-tokens, add "
-            "--gradient-checkpointing, or take a larger machine"
-        )
+    if memory.host:
+        lines[0] += f"; {shown(memory.host)} of host memory{each}"
+    host = here * (memory.host + (0.0 if gpu else memory.peak))  # one memory for all ranks of this machine
+    wanted = [(host, machine.available_bytes(), "")]
+    if gpu:
+        wanted.append((memory.peak, torch.cuda.mem_get_info()[0], " on the GPU"))
+    for needed, free, where in wanted:
+        if needed > free:
+            lines.append(
+                f"warning: {shown(needed)} are needed{where}, and {shown(free)} are free here; lower --rows-per-batch "
+                "or --row-tokens, add --gradient-checkpointing, or take a larger machine"
+            )
     return lines

@@ -103,9 +103,10 @@ def train_with(
     stage: Stage, inputs: Mapping[str, Path], checkpoints: Path, *, progress: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, TrainResult]:
     """The training of a stage, in which every process takes part; the first gets the trained model as a plain one."""
-    if isinstance(stage.settings, BaseSettings):
-        return _train_scratch(stage, inputs, checkpoints, progress)
-    return train_again(stage, inputs, checkpoints, progress=progress)
+    with distributed.current().contact(f"at {stage.id}", "the same command goes on from the last checkpoint"):
+        if isinstance(stage.settings, BaseSettings):
+            return _train_scratch(stage, inputs, checkpoints, progress)
+        return train_again(stage, inputs, checkpoints, progress=progress)
 
 
 def _base(stage: Stage, inputs: Mapping[str, Path], out: Path, checkpoints: Path, progress: bool) -> dict[str, Any]:

@@ -12,8 +12,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import reqat
+import reqat_kernels
 from reqat.config.stage import Stage
 from reqat.training import distributed
+from reqat_kernels.native import instruction_set
 
 
 @contextlib.contextmanager
@@ -24,16 +27,15 @@ def together(device: distributed.Device, *, offload: bool = False) -> Iterator[b
     """
     with distributed.joined(device, offload=offload) as ranks:
         if ranks.size > 1:
-            ranks.agree(_alike())
+            with ranks.contact("at the start"):
+                ranks.agree(_alike())
         if not ranks.first:
             from reqat.pipeline.stages import train_with
 
             while (asked := ranks.asked()) is not None:
-                train_with(
-                    Stage.model_validate(asked["stage"]),
-                    {role: Path(folder) for role, folder in asked["inputs"].items()},
-                    Path(asked["checkpoints"]),
-                )
+                stage = Stage.model_validate(asked["stage"])
+                inputs = {role: Path(folder) for role, folder in asked["inputs"].items()}
+                train_with(stage, inputs, Path(asked["checkpoints"]))
             yield False
             return
         try:
@@ -44,10 +46,12 @@ def together(device: distributed.Device, *, offload: bool = False) -> Iterator[b
 
 def _alike() -> Mapping[str, str]:
     code = hashlib.sha256()
-    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
-        code.update(file.read_bytes())
+    for package in (reqat, reqat_kernels):
+        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
+            code.update(file.read_bytes())
     return {
         "command line": " ".join(sys.argv[1:]),
         "version of reqat's code": code.hexdigest(),
+        "native library": "none" if instruction_set() == "torch" else "there",
         **distributed.environment(),
     }

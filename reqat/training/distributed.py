@@ -200,12 +200,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def alike(self) -> Iterator[None]:
-        """A ReqatError that one process meets in this block is raised on all of them at its end. No process may wait
-        for another within the block."""
-        error: ReqatError | None = None
+        """A ReqatError that one process meets in this block, or a refusal of its system, is raised on all of them at
+        its end. No process may wait for another within the block."""
+        error: ReqatError | OSError | None = None
         try:
             yield
-        except ReqatError as own:
+        except (ReqatError, OSError) as own:
             error = own
         found = self.everyone(None if error is None else str(error))
         if error is not None:

@@ -1,7 +1,8 @@
 """Keys and values: quantized on their way into vLLM's cache, which holds numbers of the model's type.
 
 They arrive after RoPE, where reqat quantizes them. Q-FIT's shift is subtracted and never added back; where keys are
-rotated, so are queries. What is computed is float32, whatever the model's type; the cache then rounds to that.
+rotated, so are queries. Keys and values are computed in float32, whatever the model's type; the cache then rounds to
+that, as rotated queries are at once.
 
 Shapes: T tokens, G key/value heads of this rank, H query heads, D head_dim.
 """

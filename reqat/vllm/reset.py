@@ -38,6 +38,7 @@ ARGUMENT = "reqat_decoding"
 """Key of ``SamplingParams.extra_args`` whose value is a policy."""
 
 _GREEDY = 1e-5  # the temperature below which vLLM takes the likeliest token
+_NOTHING_ELSE = {"top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0}
 _KEPT = 1024  # requests that left the batch and may come back
 _logger = init_logger(f"vllm.{__name__}")  # vLLM shows its own loggers
 
@@ -78,11 +79,14 @@ class ReSET(LogitsProcessor):
         policy = asked(sampling_params)
         if policy is None or sampling_params.temperature < _GREEDY:
             return
-        wanted = {"temperature": 1.0, "top_p": policy.top_p}
+        wanted = {"temperature": 1.0, "top_p": policy.top_p, **_NOTHING_ELSE}
         for name, value in wanted.items():
             given = getattr(sampling_params, name)
-            if not math.isclose(given, value, rel_tol=1e-6):
-                raise ReqatError(f"{name}={given} beside {ARGUMENT}={str(policy)!r}: give {name}={value}")
+            if not math.isclose(given, value, rel_tol=1e-6) and not (name == "top_k" and given == -1):
+                raise ReqatError(
+                    f"{name}={given} beside {ARGUMENT}={str(policy)!r}: give {name}={value} (where the request does "
+                    "not, vLLM takes it from the model's generation_config.json; --generation-config vllm ends that)"
+                )
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
         if vllm_config.model_config.skip_tokenizer_init:
@@ -125,6 +129,7 @@ class ReSET(LogitsProcessor):
             place = getattr(request, name)
             if place is not None:
                 setattr(request, name, (place[0].rows(torch.tensor([place[1]], device=place[0].sum_B.device)), 0))
+        request.output = []  # it is given anew with a request that comes back
         self._away[id(request.params)] = request  # which holds the parameters, so their id is no other's
         while len(self._away) > _KEPT:
             self._away.popitem(last=False)

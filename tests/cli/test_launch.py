@@ -35,7 +35,7 @@ def test_several_machines_meet_on_the_first_of_the_slurm_job(tmp_path: Path, mon
         "import sys\nassert sys.argv[1:] == ['show', 'hostnames', 'n[1-2]']\nprint('n1\\nn2')",
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_CPUS_PER_TASK": "16"}
     words = launcher(2, 8, ["reqat", "stage", "a b"], environment)
     assert words[0] == "srun" and "--ntasks=2" in words and "--ntasks-per-node=1" in words
     torchrun = words[words.index("-m") + 1 :]
@@ -43,6 +43,9 @@ def test_several_machines_meet_on_the_first_of_the_slurm_job(tmp_path: Path, mon
     assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-id=7", "--no-python"} <= set(torchrun)
     (endpoint,) = [word for word in torchrun if word.startswith("--rdzv-endpoint=")]
     assert endpoint.startswith("--rdzv-endpoint=n1:")
+    assert "--cpus-per-task=16" in words[: words.index("-m")]
+    other = launcher(2, 8, ["reqat"], environment | {"SLURM_JOB_ID": "8"})
+    assert endpoint not in other, "jobs that share a machine do not meet"
     with pytest.raises(ReqatError, match="no Slurm job"):
         launcher(2, 8, ["reqat"], {})
     stand_in(tmp_path / "bin", "scontrol", "raise SystemExit(1)")

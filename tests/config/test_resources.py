@@ -57,6 +57,39 @@ def test_a_training_has_a_gpu_a_process_or_the_fewest_that_hold_it():
         need(paper_in(fewest.gpus - 1), "training")
 
 
+def paper_with(**resources: object) -> Plan:
+    """Tier paper with other resources."""
+    changed = PAPER.tier.resources.model_copy(update=resources)
+    return dataclasses.replace(PAPER, tier=PAPER.tier.model_copy(update={"resources": changed}))
+
+
+def test_machines_share_a_training_and_each_needs_its_own_part():
+    plan = paper_with(processes=8, nodes=2)
+    wanted = need(plan, "training")
+    assert wanted is not None and wanted.gpus == 16 and wanted.machines == 2
+    require(plan, [80 * GIB] * 8, wanted.host_bytes, "training")
+    with pytest.raises(ReqatError, match="7 GPUs"):
+        require(plan, [80 * GIB] * 7, wanted.host_bytes, "training")
+
+
+def test_each_process_of_a_machine_reads_the_whole_model():
+    one, eight = need(paper_with(processes=1), "training"), need(paper_with(processes=8), "training")
+    assert one is not None and eight is not None and eight.host_bytes == 8 * one.host_bytes
+    assert PAPER.tier.resources.train_memory_mb * 1e6 >= need(PAPER, "training").host_bytes, "what Slurm is asked for"
+
+
+def test_one_process_computes_on_one_gpu():
+    plan = paper_with(processes=1)
+    wanted = need(plan, "training")
+    assert wanted is not None and wanted.gpus > 1
+    with pytest.raises(ReqatError, match=f"resources.processes to {wanted.gpus}"):
+        require(plan, [80 * GIB] * wanted.gpus, 10 * wanted.host_bytes, "training")
+    offloaded = paper_with(processes=1, offload=True)
+    less = need(offloaded, "training")
+    assert less is not None and less.gpus == 1 and less.host_bytes > wanted.host_bytes, "weights, moments, gradients"
+    require(offloaded, [80 * GIB], less.host_bytes, "training")
+
+
 def test_cpu_tiers_need_no_gpu():
     assert need(load("laptop", Paths(root=ROOT))) is None
 

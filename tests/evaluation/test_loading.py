@@ -50,6 +50,9 @@ def test_without_a_precision_it_is_the_one_that_the_model_was_saved_at(
         found = report_of(load_at(source, None))
         assert found is not None and found.skip == ("*.down_proj",)
         assert found.precision == Precision.parse("NVFP4-W4A4KV4", kv_element="E1M2")
+    with pytest.warns(UserWarning, match="W4A16"):
+        other = report_of(load_at(tmp_path / "saved", "NVFP4-W4A16"))
+    assert other is not None and other.skip == ("*.down_proj",), "these layers were never quantized"
     assert precision_of(load_at(folder, None)) == Precision()
 
 

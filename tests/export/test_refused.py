@@ -117,6 +117,13 @@ def test_blocks_that_do_not_divide(tiny: Tiny, tmp_path: Path) -> None:
     assert skipped.layers == 12
 
 
+def test_a_global_scale_of_weights_that_no_engine_has(tiny: Tiny, tmp_path: Path) -> None:
+    for name in ("compressed-tensors", "modelopt", "gguf"):
+        refused(
+            tiny(), tmp_path / "out", name, "weights.global_scale", precision="NVFP4-W4A16:weights.global_scale=row"
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [

@@ -326,3 +326,13 @@ def test_loading_draws_no_random_numbers(folder: Path) -> None:
     before = torch.get_rng_state()
     load_model(folder)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_folders_within_a_saved_model_stay_open(dense: Path, tmp_path: Path) -> None:
+    """A tokenizer of several chat templates writes a folder of them."""
+    tokenizer = load_tokenizer(dense)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    folder = save_model(load_model(dense), tokenizer, tmp_path / "saved")
+    inner = [path for path in folder.rglob("*") if path.is_dir()]
+    assert inner and all(path.stat().st_mode & 0o700 == 0o700 for path in inner)
+    assert all(path.stat().st_mode & 0o111 == 0 for path in folder.rglob("*") if path.is_file())
