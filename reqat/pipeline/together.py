@@ -47,7 +47,7 @@ def together(device: distributed.Device, *, offload: bool = False) -> Iterator[b
 def _alike() -> Mapping[str, str]:
     code = hashlib.sha256()
     for package in (reqat, reqat_kernels):
-        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
+        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
             code.update(file.read_bytes())
     return {
         "command line": " ".join(sys.argv[1:]),
