@@ -20,10 +20,13 @@ from reqat.records.pinned import PARTS, Part
 def report(
     tier: Tier = "laptop",
     what: Annotated[
-        list[str] | None, typer.Option(help="run, studies or benchmark (again for another; default: all of the tier).")
+        list[str] | None, typer.Option(help="run, studies, benchmark or companions (again for another; default: all of the tier).")
     ] = None,
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown, LaTeX).")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG, PDF).")] = None,
+    companion: Annotated[
+        list[str] | None, typer.Option(help="Of the companions, this kind alone (again for another).")
+    ] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")] = False,
     verdicts: Annotated[
         bool,
@@ -35,7 +38,7 @@ def report(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")] = False,
 ) -> None:
-    """Write the tables and figures of a tier's run, studies and benchmark."""
+    """Write the tables and figures of a tier's run, studies, benchmark and companions."""
     from analysis.build import build_pinned, verdict_runs, write_verdicts
     from analysis.report import summary
     from reqat.records.pinned import find, parts_pinned, restored
@@ -58,7 +61,7 @@ def report(
         _rendering(plots or top / "plots" / tier, force=force) as plot_draft,
     ):
         if not pinned:
-            _report_fresh(tier, chosen, table_draft, plot_draft)
+            _report_fresh(tier, chosen, table_draft, plot_draft, companion or [])
             return
         for part in chosen or parts_pinned(tier, paths):
             with restored(find(tier, part, paths), part) as kept:
@@ -73,9 +76,11 @@ def _chosen(what: list[str] | None) -> list[Part]:
     return [part for part in PARTS if part in (what or ())]
 
 
-def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> None:
+def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, companions: list[str]) -> None:
     from analysis import build
     from reqat.pipeline.benchmark import benchmark_of, failure_of
+    from reqat.config.companions import note_of
+    from reqat.pipeline.companions import companions_of
     from reqat.pipeline.pin import begun, parts_of
     from reqat.pipeline.studies import stages_there, studies_of
 
@@ -83,7 +88,7 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> Non
     has = parts_of(plan, paths)
     there = [part for part in has if begun(plan, part, paths)]
     if not what and there:  # what was never begun (a benchmark left out, say) does not keep the rest from being drawn
-        for part in [part for part in has if part not in there]:
+        for part in [part for part in has if part not in there and part != "companions"]:
             print(f"reqat: warning: tier {tier} has no results of its {part}; left out.", file=sys.stderr)
     for part in what or there or has:
         if part == "run":
@@ -93,6 +98,15 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> Non
             planned = studies_of(plan, paths)
             stages = stages_there(plan, planned.values(), paths)
             build.build_studies(planned, paths.studies, tables, plots, stages=stages, title=plan.tier.title)
+        elif part == "companions":
+            planned = companions_of(tier, paths).values()
+            for kind in companions:
+                if kind not in (there := {one.kind for one in planned}):
+                    raise unknown("companion", kind, there, where=f"tier {tier}")
+            parts = [one for one in planned if one.kind in (companions or [one.kind])]
+            noted = {one.id: reason for one in parts if (reason := note_of(paths.companion(one.id))) is not None}
+            folder, title = paths.work / "companions", plan.tier.title
+            build.build_companions(parts, folder, tables, plots, missing=noted, tier=tier, title=title)
         else:
             settings = benchmark_of(tier, paths)
             if (reason := failure_of(settings.id, paths)) is not None:
@@ -117,7 +131,7 @@ def pin(
     tier: Tier = "overnight",
     what: Annotated[
         list[str] | None,
-        typer.Option(help="run, studies or benchmark (again for another; default: all of the tier), or base."),
+        typer.Option(help="run, studies, benchmark or companions (again for another; default: all begun), or base."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Folder in results/ (default: <today>-<tier>).")] = None,
     figure: Annotated[list[str] | None, typer.Option(help="Keep this figure as PNG, too.")] = None,
@@ -140,7 +154,9 @@ def pin(
             raise ReqatError("--name and --figure: leave them out, a base has a place of its own in results/.")
         print(f"pinned: {pinning.pin_base(plan, model, paths, allow_dirty=allow_dirty, dtype=dtype)}")
         return
-    parts = _chosen(what) or pinning.parts_of(plan, paths)
+    # Companions have a target of their own, so a run without them is no run that lacks something.
+    has = [p for p in pinning.parts_of(plan, paths) if p != "companions" or pinning.begun(plan, p, paths)]
+    parts = _chosen(what) or has
     folder = pinning.pin(plan, paths, parts, name=name, figures=figure or (), allow_dirty=allow_dirty)
     for part, stated in manifest(folder)["parts"].items():
         if len(stated["sources"]) > 1:
