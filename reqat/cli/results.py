@@ -20,7 +20,8 @@ from reqat.records.pinned import PARTS, Part
 def report(
     tier: Tier = "laptop",
     what: Annotated[
-        list[str] | None, typer.Option(help="run, studies, benchmark or companions (again for another; default: all of the tier).")
+        list[str] | None,
+        typer.Option(help="run, studies, benchmark or companions (again for another; default: all of the tier)."),
     ] = None,
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown, LaTeX).")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG, PDF).")] = None,
@@ -78,8 +79,8 @@ def _chosen(what: list[str] | None) -> list[Part]:
 
 def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, companions: list[str]) -> None:
     from analysis import build
-    from reqat.pipeline.benchmark import benchmark_of, failure_of
     from reqat.config.companions import note_of
+    from reqat.pipeline.benchmark import benchmark_of, failure_of
     from reqat.pipeline.companions import companions_of
     from reqat.pipeline.pin import begun, parts_of
     from reqat.pipeline.studies import stages_there, studies_of
@@ -88,8 +89,8 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, compan
     has = parts_of(plan, paths)
     there = [part for part in has if begun(plan, part, paths)]
     if not what and there:  # what was never begun (a benchmark left out, say) does not keep the rest from being drawn
-        for part in [part for part in has if part not in there and part != "companions"]:
-            print(f"reqat: warning: tier {tier} has no results of its {part}; left out.", file=sys.stderr)
+        for absent in {*has} - {*there, "companions"}:  # these have a target of their own
+            print(f"reqat: warning: tier {tier} has no results of its {absent}; left out.", file=sys.stderr)
     for part in what or there or has:
         if part == "run":
             build.build_tables(plan, paths.work, tables, paths=paths)

@@ -6,7 +6,7 @@ build/data/<data id>/                      tokenizer/, train.jsonl, manifest.jso
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
 build/studies/<study id>/                  what a study measured, record.json
-build/companions/<id>/                      rows.csv of a companion's part, record.json; <id>.json: how the last attempt ended
+build/companions/<id>/                     rows.csv of a companion's part, record.json; <id>.json: how it ended
 build/packaged/<source>/                   data or a model that companions read, record.json; <source>.json likewise
 build/throughput/<id>/                     a benchmark's rows, record.json; <id>.json: how the last attempt at it ended
 build/partial/<id>/                        where a job works until its output is whole
