@@ -12,6 +12,7 @@ import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.plan import Plan
 from reqat.config.targets import making_files
 from reqat.records.pinned import PARTS, Part
 
@@ -44,7 +45,7 @@ def report(
     from analysis.report import summary
     from reqat.records.pinned import find, parts_pinned, restored
 
-    chosen, paths = _chosen(what), session.paths
+    chosen, paths = _chosen(["companions"] if companion and not what else what), session.paths
     if verdicts:
         if chosen or plots:
             raise ReqatError("--verdicts makes one table: leave out --what and --plots.")
@@ -79,9 +80,7 @@ def _chosen(what: list[str] | None) -> list[Part]:
 
 def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, companions: list[str]) -> None:
     from analysis import build
-    from reqat.config.companions import note_of
     from reqat.pipeline.benchmark import benchmark_of, failure_of
-    from reqat.pipeline.companions import companions_of
     from reqat.pipeline.pin import begun, parts_of
     from reqat.pipeline.studies import stages_there, studies_of
 
@@ -89,7 +88,7 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, compan
     has = parts_of(plan, paths)
     there = [part for part in has if begun(plan, part, paths)]
     if not what and there:  # what was never begun (a benchmark left out, say) does not keep the rest from being drawn
-        for absent in {*has} - {*there, "companions"}:  # these have a target of their own
+        for absent in [p for p in has if p not in (*there, "companions")]:  # these have a target of their own
             print(f"reqat: warning: tier {tier} has no results of its {absent}; left out.", file=sys.stderr)
     for part in what or there or has:
         if part == "run":
@@ -100,20 +99,31 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, compan
             stages = stages_there(plan, planned.values(), paths)
             build.build_studies(planned, paths.studies, tables, plots, stages=stages, title=plan.tier.title)
         elif part == "companions":
-            planned = companions_of(tier, paths).values()
-            for kind in companions:
-                if kind not in (there := {one.kind for one in planned}):
-                    raise unknown("companion", kind, there, where=f"tier {tier}")
-            parts = [one for one in planned if one.kind in (companions or [one.kind])]
-            noted = {one.id: reason for one in parts if (reason := note_of(paths.companion(one.id))) is not None}
-            folder, title = paths.work / "companions", plan.tier.title
-            build.build_companions(parts, folder, tables, plots, missing=noted, tier=tier, title=title)
+            _report_companions(plan, companions, tables, plots)
         else:
             settings = benchmark_of(tier, paths)
             if (reason := failure_of(settings.id, paths)) is not None:
                 build.build_missing(settings, reason, tables, plots)
             else:
                 build.build_throughput(paths.throughput(settings.id), tables, plots)
+
+
+def _report_companions(plan: Plan, kinds: list[str], tables: Path, plots: Path) -> None:
+    """Of companions of these kinds, or of all. Raises `ReqatError` for a kind that the tier does not have."""
+    from analysis.build import build_companions
+    from reqat.config.companions import note_of
+    from reqat.pipeline.companions import companions_of
+
+    paths, tier = session.paths, plan.tier
+    planned = companions_of(tier.name, paths).values()
+    there = {part.kind for part in planned}
+    for kind in kinds:
+        if kind not in there:
+            raise unknown("companion", kind, there, where=f"tier {tier.name}")
+    parts = [part for part in planned if part.kind in (kinds or there)]
+    noted = {part.id: reason for part in parts if (reason := note_of(paths.companion(part.id))) is not None}
+    source = paths.work / "companions"
+    build_companions(parts, source, tables, plots, missing=noted, tier=tier.name, title=tier.title)
 
 
 @contextlib.contextmanager
