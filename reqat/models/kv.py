@@ -1,8 +1,9 @@
-"""The key/value quantizer of one attention layer.
+"""The quantizer of one attention layer: keys and values, and where asked the other operands of both products.
 
 Keys come after RoPE. The Q-FIT shift (ReQAT section 4) is subtracted from them before quantizing and never added back:
 it moves every logit of a query by the same amount, which softmax does not see. Both keys and values are quantized in
-blocks along head_dim; queries are not quantized (only rotated, if keys are). The basis of the keys
+blocks along head_dim. Queries are rotated as keys are, and quantized where the precision says so; so are probabilities,
+in blocks along the keys that they weigh, after dropout. The basis of the keys
 (:mod:`reqat.quant.basis`: measured factors, then the precision's ``kv_signs``) comes after the shift and before the
 rotation.
 """
@@ -10,6 +11,7 @@ rotation.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,8 +29,11 @@ class KVQuantizer(MeasuredState):
     def __init__(self, precision: Precision, kv_heads: int, head_dim: int, name: str) -> None:
         super().__init__()
         rotation = precision.kv_rotation if precision.keys is not None else None
-        self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys")
-        self.value = Quantizer(precision.values, name=f"{name} values")
+        clamp = precision.clamp
+        self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys", clamp=clamp)
+        self.value = Quantizer(precision.values, name=f"{name} values", clamp=clamp)
+        self.queries = Quantizer(precision.queries, name=f"{name} queries", clamp=clamp)
+        self.probabilities = Quantizer(precision.probabilities, name=f"{name} probabilities", clamp=clamp)
         self.name = name
         self.shape = (kv_heads, head_dim)
         signs = precision.kv_signs if precision.keys is not None else None
@@ -60,11 +65,20 @@ class KVQuantizer(MeasuredState):
         return value
 
     def query(self, query_BHTD: Tensor) -> Tensor:
-        """The query in the basis of the quantized keys."""
-        if self.key.format is None:
-            return query_BHTD
-        query_BHTD, rotation = self.basis.of_weight(query_BHTD), self.key.rotation
-        return query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
+        """The query in the basis of the quantized keys, quantized itself if the precision says so."""
+        if self.key.format is not None:
+            query_BHTD, rotation = self.basis.of_weight(query_BHTD), self.key.rotation
+            query_BHTD = query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
+        return query_BHTD if self.queries.format is None else self.queries(_widened(query_BHTD))
+
+    def weights(self, probabilities_BHTS: Tensor) -> Tensor:
+        """The probabilities, quantized if the precision says so; a block may reach beyond the last key, into zeros."""
+        fmt, S = self.probabilities.format, probabilities_BHTS.shape[-1]
+        if fmt is None:
+            return probabilities_BHTS
+        missing = -S % (fmt.block or 1)
+        padded = F.pad(probabilities_BHTS, (0, missing)) if missing else probabilities_BHTS
+        return self.probabilities(padded)[..., :S]
 
     def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized keys and values; straight-through gradients."""
