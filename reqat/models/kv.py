@@ -34,6 +34,7 @@ class KVQuantizer(MeasuredState):
         self.value = Quantizer(precision.values, name=f"{name} values", clamp=clamp)
         self.queries = Quantizer(precision.queries, name=f"{name} queries", clamp=clamp)
         self.probabilities = Quantizer(precision.probabilities, name=f"{name} probabilities", clamp=clamp)
+        self.along_tokens = False
         self.name = name
         self.shape = (kv_heads, head_dim)
         signs = precision.kv_signs if precision.keys is not None else None
@@ -73,12 +74,8 @@ class KVQuantizer(MeasuredState):
 
     def weights(self, probabilities_BHTS: Tensor) -> Tensor:
         """The probabilities, quantized if the precision says so; a block may reach beyond the last key, into zeros."""
-        fmt, S = self.probabilities.format, probabilities_BHTS.shape[-1]
-        if fmt is None:
-            return probabilities_BHTS
-        missing = -S % (fmt.block or 1)
-        padded = F.pad(probabilities_BHTS, (0, missing)) if missing else probabilities_BHTS
-        return self.probabilities(padded)[..., :S]
+        quantizer = self.probabilities
+        return probabilities_BHTS if quantizer.format is None else _padded(quantizer, probabilities_BHTS)
 
     def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized keys and values; straight-through gradients."""
@@ -89,7 +86,11 @@ class KVQuantizer(MeasuredState):
                     key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
             key_BGSD = self.key(self.basis(key_BGSD))
         if self.value.format is not None:
-            value_BGSD = self.value(_widened(value_BGSD))
+            value_BGSD = _widened(value_BGSD)
+            if self.along_tokens:
+                value_BGSD = _padded(self.value, value_BGSD.transpose(-1, -2)).transpose(-1, -2)
+            else:
+                value_BGSD = self.value(value_BGSD)
         return key_BGSD, value_BGSD
 
 
@@ -103,6 +104,23 @@ def kv_quantizers(model: PreTrainedModel) -> list[KVQuantizer]:
     if len(quantizers) != len(found):
         raise ReqatError("the model was not prepared: call prepare(model, precision) first")
     return quantizers
+
+
+def quantize_values_along_tokens(model: PreTrainedModel) -> None:
+    """Let a prepared model quantize values in blocks along the tokens that the product with probabilities sums over,
+    as MX's matrix product would, and not along head_dim, as a cache keeps them. For whole sequences without a cache.
+
+    Raises ReqatError as :func:`kv_quantizers`.
+    """
+    for kv in kv_quantizers(model):
+        kv.along_tokens = True
+
+
+def _padded(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """``x`` quantized along its last axis, whose last block may reach beyond its end, into zeros."""
+    length, fmt = x.shape[-1], quantizer.format
+    missing = -length % ((fmt.block if fmt is not None else None) or 1)
+    return quantizer(F.pad(x, (0, missing)) if missing else x)[..., :length]
 
 
 def _widened(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from reqat.config.base import Count, Seed, Size, distinct
+from reqat.config.base import Families, Seed, Size, distinct
 from reqat.config.companions import SMOLLM2, TESTBED, Companion
 
 Family = Literal["INT4", "AINT4", "MXFP4", "AMXFP4", "NVFP4", "NVFP4-4/6"]
@@ -28,9 +28,16 @@ class Settings(Companion):
     """`smollm2` on a text; `testbed`, the pinned base, on verified traces; `tiny`, random weights, to check."""
     text: Literal["austen", "brown"] = "austen"
     """That SmolLM2 reads. Brown's licence is commonly read as non-commercial, so it is never the default."""
-    windows: Count = 8
-    """Windows of text, without overlap; of the testbed, traces in place of each."""
-    window_tokens: Size = 256
+    windows: Annotated[int, Field(ge=2, le=10**6)] = 8
+    """Windows of text, without overlap."""
+    window_tokens: Size = 128
+    traces: Annotated[int, Field(ge=2, le=10**6)] = 128
+    """Of the testbed."""
+    problems: Families = {
+        "chain_sum": {"min_terms": 3, "max_terms": 7, "min_digits": 1, "max_digits": 1},
+        "leg_counting": {"min_animals": 2, "max_animals": 4},
+    }
+    """Of the testbed, by default of the kind that its pinned base has learned."""
     families: Annotated[tuple[Family, ...], AfterValidator(distinct)] = Field(
         default=("INT4", "AINT4", "MXFP4", "AMXFP4", "NVFP4", "NVFP4-4/6"), min_length=1
     )
