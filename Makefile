@@ -1,4 +1,4 @@
-# Two commands: `make figures` and `make test`. Each makes the environment it needs first (once: `make env` is a no-op
+# Commands: `make figures`, `make companions` and `make test`. Each makes the environment it needs first (once: `make env` is a no-op
 # as long as the pins stay the same).
 #
 #   TIER=smoke|laptop|overnight|converged|smollm-claims|paper   how much to run (default laptop; see README.md)
@@ -12,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help figures test lint env lock clean distclean
+.PHONY: help figures companions test lint env lock clean distclean
 
 ifdef tier
 $(error write TIER=$(tier), in capitals)
@@ -50,6 +50,7 @@ IN_ENV = export PATH="$$(cd -- "$$VENV/bin" && pwd):$$PATH"; python="$$(cd -- "$
 help:
 	@echo "make figures [TIER=laptop]   run what is missing and draw figures/"
 	@echo "make figures BENCH=no      the same without the benchmark, so without Figure 6 and its tables"
+	@echo "make companions [TIER=laptop]   sister systems beside ReQAT: their tables and figures in build/"
 	@echo "make test                  the tests (ARGS=\"-m long\": those that take half a minute or more each)"
 	@echo "make lint                  ruff, mypy, snakemake --lint"
 	@echo "make env                   only the environment, in .venv (VENV=...)"
@@ -62,6 +63,11 @@ figures: env
 	"$$python" -m reqat.cli doctor --quick --tier "$$TIER" "$$without"; \
 	if [ "$$CORES" = all ]; then CORES="$$("$$python" -m reqat.config.machine cores)"; fi; \
 	"$$python" -m snakemake --cores "$$CORES" --config tier="$$TIER" bench="$$BENCH" $(CONFIG) $(ARGS) -- figures/
+
+# A companion that fails keeps no other from being made.
+companions: env
+	@$(IN_ENV) if [ "$$CORES" = all ]; then CORES="$$("$$python" -m reqat.config.machine cores)"; fi; \
+	"$$python" -m snakemake --keep-going --cores "$$CORES" --config tier="$$TIER" bench=no $(CONFIG) $(ARGS) -- companions
 
 # tests/conftest.py gives each process one thread, and puts files of slow tests first; the workers share the cores.
 # Tests marked `long` run on demand: make test ARGS="-m long", or ARGS="-m ''" for all.

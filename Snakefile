@@ -8,6 +8,7 @@
 #   snakemake --cores all compare                         a fresh run against the pinned one
 #   snakemake --cores all studies                         only the studies of the models: entropies, interventions, ReSET
 #   snakemake --cores all throughput                      only the benchmark: its tables and Figure 6
+#   snakemake --cores all companions                      sister systems beside ReQAT (config/companions.yaml)
 #   snakemake --cores all base                            train the base model anew (then `reqat pin --what base`)
 #   ... --config bench=no                                 without the benchmark: no Figure 6 and none of its tables
 #
@@ -39,6 +40,7 @@ include: "rules/evaluate.smk"
 include: "rules/tables.smk"
 include: "rules/studies.smk"
 include: "rules/throughput.smk"
+include: "rules/companions.smk"
 include: "rules/figures.smk"
 include: "rules/pinned.smk"
 

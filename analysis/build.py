@@ -8,12 +8,12 @@ result. A tier without an artifact has no file for it; a tier with the artifact 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.registry import discovered, figure_names, study_names, table_names, throughput_names
+from analysis.registry import companion_names, discovered, figure_names, study_names, table_names, throughput_names
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, load
 from reqat.config.plan import Plan
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from analysis.report.document import Table
     from analysis.report.studies import Study
     from analysis.report.summary import Tests
+    from reqat.config.companions import Part as CompanionPart
     from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
     from reqat.records.pinned import Part, Restored
@@ -120,6 +121,38 @@ def build_studies(
     return written
 
 
+def build_companions(
+    planned: Iterable[CompanionPart],
+    source: Path,
+    table_folder: Path,
+    plot_folder: Path,
+    *,
+    missing: Mapping[str, str] | None = None,
+    tier: str = "",
+    title: str = "",
+) -> list[Path]:
+    """Write every table and figure of these parts of companions; returns the files.
+
+    Options and errors: `analysis.report.companions.load_companions`.
+    """
+    from analysis.figures._missing_companion import missing_figure
+    from analysis.report import companions, drawn, style
+
+    parts = list(planned)
+    names, written = companion_names(parts), []
+    for found in companions.load_companions(parts, source, missing or {}, tier=tier, title=title):
+        tables, figures = names[found.kind]
+        for name in tables:
+            there = len(found.rows) > 0
+            table = maker("tables", name)(found) if there else companions.missing_table(name, found)
+            written += companions.with_absences(table, found).write(Path(table_folder))
+        for name in figures:
+            with style.context():
+                figure = maker("figures", name)(found) if len(found.rows) else missing_figure(found)
+                written += drawn.save(figure, Path(plot_folder), name)
+    return written
+
+
 def throughput_tables(measured: Measured) -> list[Table]:
     """Every table of a benchmark."""
     names, _ = throughput_names(measured.record["config"])
@@ -153,6 +186,12 @@ def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Pa
         source = kept.root / "studies"
         title = kept.plan.tier.title
         return build_studies(pinned_studies(source), source, table_folder, plot_folder, pinned=True, title=title)
+    if part == "companions":
+        from analysis.report.companions import pinned_parts
+
+        planned, tier = pinned_parts(kept.records), kept.plan.tier
+        source = kept.root / "companions"
+        return build_companions(planned, source, table_folder, plot_folder, tier=tier.name, title=tier.title)
     return [
         path
         for id in kept.records

@@ -8,6 +8,7 @@ what it is made of:
     NEEDS      what these cells must hold, one of `analysis.report.needs.NEEDS`
     STUDIES    made of a tier's studies: the kinds that it needs, all of them
     BENCHMARK  made of a tier's benchmark: the parts of config/throughput.yaml that it needs, all of them
+    COMPANION  made of a tier's companion: its kind
 
 A table with a NAME alone is that of the artifact of this name. Figures of ARTIFACT or NEEDS are drawn once a model. A
 new module is found without being listed anywhere; `analysis.build` calls its function `build`.
@@ -29,13 +30,14 @@ from typing import TYPE_CHECKING, Any
 from analysis.report.needs import NEEDS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
+    from reqat.config.companions import Part
     from reqat.config.plan import Plan
     from reqat.config.studies import PlannedStudy
     from reqat.config.throughput import Throughput
 
-DECLARED = ("NAME", "ARTIFACT", "NEEDS", "STUDIES", "BENCHMARK")
+DECLARED = ("NAME", "ARTIFACT", "NEEDS", "STUDIES", "BENCHMARK", "COMPANION")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Made:
     needs: str | None = None
     studies: tuple[str, ...] | None = None
     benchmark: tuple[str, ...] | None = None
+    companion: str | None = None
 
     @property
     def of_cells(self) -> bool:
@@ -97,8 +100,9 @@ def _read(file: Path, module: str) -> Made:
     made = Made(module, **constants)
     if not isinstance(made.studies, tuple | None) or not isinstance(made.benchmark, tuple | None):
         raise ValueError(f"{file}: STUDIES and BENCHMARK are tuples of words")
-    if made.of_cells + (made.studies is not None) + (made.benchmark is not None) > 1:
-        raise ValueError(f"{file}: made of cells, of studies or of the benchmark, not of several")
+    others = (made.studies, made.benchmark, made.companion)
+    if made.of_cells + sum(other is not None for other in others) > 1:
+        raise ValueError(f"{file}: made of cells, of studies, of the benchmark or of a companion, not of several")
     if made.needs is not None and made.needs not in NEEDS:
         raise ValueError(f"{file}: NEEDS is {made.needs!r}, not one of {', '.join(NEEDS)}")
     return made
@@ -157,3 +161,14 @@ def study_names(studies: Mapping[str, PlannedStudy]) -> tuple[list[str], list[st
         for package in ("tables", "figures")
     )
     return tables, figures
+
+
+def companion_names(parts: Iterable[Part]) -> dict[str, tuple[list[str], list[str]]]:
+    """Kind of a tier's companions -> file stems of its tables and of its figures."""
+    return {
+        kind: tuple(  # type: ignore[misc]
+            [name for name, made in discovered(package).items() if made.companion == kind]
+            for package in ("tables", "figures")
+        )
+        for kind in dict.fromkeys(part.kind for part in parts)
+    }

@@ -12,10 +12,11 @@ from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(workflow.basedir))
 
-from analysis.registry import figure_names, study_names, table_names, throughput_names
+from analysis.registry import companion_names, figure_names, study_names, table_names, throughput_names
 from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
 from reqat.cli import warm
 from reqat.config import Paths, ReqatError, cost, digest, load, machine, unknown, working_folder
+from reqat.config.companions import load_companions, note_of, part_called
 from reqat.config.files import explaining, write_file
 from reqat.config.paths import made, require_given
 from reqat.config.progress import Progress
@@ -30,7 +31,8 @@ NOT_IN_PATHS = "{}\n"
 
 
 def read_plan():
-    """The configuration that --config gives, checked, as (plan, paths, studies by id, benchmark or None, what is pinned)."""
+    """The configuration that --config gives, checked, as (plan, paths, studies by id, parts of companions by id, benchmark or
+    None, what is pinned)."""
     for key in config:
         if key not in KEYS:
             raise unknown("key", key, KEYS, where="--config")
@@ -49,7 +51,7 @@ def read_plan():
     paths = Paths(build=Path(build), models=Path(models), data=Path(data))
     plan = load(tier, paths)
     bench = load_throughput(tier, paths.config) if wants_bench() else None
-    return plan, paths, load_studies(plan, paths.config), bench, newest(paths)
+    return plan, paths, load_studies(plan, paths.config), load_companions(tier, paths.config), bench, newest(paths)
 
 
 def wants_bench():
@@ -61,7 +63,7 @@ def wants_bench():
 
 
 try:
-    PLAN, PATHS, STUDIES, BENCH, KEPT = read_plan()
+    PLAN, PATHS, STUDIES, COMPANIONS, BENCH, KEPT = read_plan()
 except ReqatError as error:
     raise WorkflowError(f"configuration: {error}") from None
 
@@ -123,6 +125,12 @@ STUDY_RECORDS = [(PATHS.study(id) / "record.json").as_posix() for id in STUDIES]
 STUDY_TABLES, STUDY_PLOTS = (
     [f"{BUILD}/{kind}/{TIER}/{name}" for name in names] for kind, names in zip(("tables", "plots"), study_names(STUDIES))
 )
+# Parts of companions, each by the note on how it ended; kind -> tables and figures.
+COMPANION = f"{BUILD}/companions/{{id}}.json"
+COMPANION_FILES = {
+    kind: tuple([f"{BUILD}/{what}/{TIER}/{name}" for name in names] for what, names in zip(("tables", "plots"), made))
+    for kind, made in companion_names(COMPANIONS.values()).items()
+}
 # The benchmark of kernels and decoding, on tiers that have one; it measures this code, so it follows its sources.
 BENCH_STATE = PATHS.throughput_state(BENCH.id).as_posix() if BENCH else ""
 BENCH_AGAIN = f"{BUILD}/throughput/{BENCH.id}.again" if BENCH else ""  # there once an attempt failed, and newer than it
@@ -215,6 +223,33 @@ def study_inputs(wildcards):
         raise WorkflowError(str(error)) from None
 
 
+def companion_inputs(wildcards):
+    """Notes on the sources that a part of a companion reads."""
+    try:
+        part = part_called(COMPANIONS, wildcards.id, TIER)
+    except ReqatError as error:
+        raise WorkflowError(str(error)) from None
+    return [f"{BUILD}/packaged/{name}.json" for name in part.sources]
+
+
+def companion_mb(wildcards):
+    """Memory of a part of a companion, in MB."""
+    return COMPANIONS[wildcards.id].settings.memory_mb if wildcards.id in COMPANIONS else 0
+
+
+def source_again(wildcards):
+    """A file that is newer than the last attempt at a source that was missing then; nothing otherwise."""
+    again = PATHS.packaged(wildcards.source).with_suffix(".again")
+    return [again.as_posix()] if again.exists() else []
+
+
+def look_again():
+    """Let sources that were missing at the last attempt be looked for again."""
+    for name in {name for part in COMPANIONS.values() for name in part.sources}:
+        if note_of(PATHS.packaged(name)) is not None:
+            PATHS.packaged(name).with_suffix(".again").touch()
+
+
 def table_folder(wildcards):
     """Folder of the tier's tables. A function, as `snakemake --lint` asks of what is no file."""
     return f"{BUILD}/tables/{TIER}"
@@ -286,6 +321,7 @@ def share_memory():
 def expected_jobs():
     """Id (or rule) -> seconds that each job of this run is thought to take, on one core."""
     known = cost.seconds(PLAN, STUDIES.values()) | {"bench": cost.BENCH_S * all_cores()}
+    known |= {id: part.settings.part_s for id, part in COMPANIONS.items()}
     jobs = [job.wildcards.get("id", job.rule.name) for job in workflow.dag.needrun_jobs()]
     return {str(id): known.get(str(id), cost.DRAWING_S) for id in jobs}
 
@@ -326,12 +362,16 @@ def say_what_is_missing():
             f"Figure 6 is missing, all other figures and tables are there. The benchmark failed: {state.get('reason')} "
             f"(log: {BUILD}/logs/{BENCH.id}.log). The next run tries again; bench=no leaves it out."
         )
+    for reason in dict.fromkeys(filter(None, (note_of(PATHS.companion(id)) for id in COMPANIONS))):
+        logger.warning(f"Parts of companions are missing: {reason} The next run looks for it again.")
 
 
 # Of this machine and this run; not of jobs that Snakemake starts elsewhere, which read these files too.
 if workflow.is_main_process:
-    if working_folder.hold() and "--report" not in sys.argv and bench_state().get("state") == "failed":
-        # Its results are there, a note of the failure and placeholders; what makes Snakemake try again is a newer input.
-        Path(BENCH_AGAIN).touch()
+    if working_folder.hold() and "--report" not in sys.argv:
+        # A note of the failure is there, and placeholders; what makes Snakemake try again is a newer input.
+        if bench_state().get("state") == "failed":
+            Path(BENCH_AGAIN).touch()
+        look_again()
     if workflow.local_exec:
         share_memory()

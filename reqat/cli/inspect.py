@@ -11,6 +11,7 @@ import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config import machine, schema
+from reqat.config.companions import load_companions
 from reqat.config.cost import hours, seconds
 from reqat.config.errors import ReqatError
 from reqat.config.paths import made
@@ -26,7 +27,7 @@ def show_plan(
     tier: Tier = "laptop",
     as_json: Annotated[bool, typer.Option("--json", help="The whole plan as JSON.")] = False,
 ) -> None:
-    """Print a tier's stages, evaluations, studies and cost, with what is done already."""
+    """Print a tier's stages, evaluations, studies, companions and cost, with what is done already."""
     plan = session.plan(tier)
     if as_json:
         print(json.dumps(plan.dump(), indent=1))
@@ -56,6 +57,9 @@ def show_plan(
         done = "done" if (session.paths.study(study.id) / record.FILE).exists() else ""
         of = ", ".join(dict.fromkeys(study.inputs.values()))
         print(f"{study.id:<28}  {done:<5} {study.settings.label:<22} of {of}")
+    for part in load_companions(tier, session.paths.config).values():
+        done = "done" if (session.paths.companion(part.id) / record.FILE).exists() else ""
+        print(f"{part.id:<56}  {done:<5} {', '.join(part.sources)}".rstrip())
     print("\n" + cost(plan, list(studies.values())))
     if plan.tier.resources.device == "cuda":
         print("\n" + gpu_hours(plan))

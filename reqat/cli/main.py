@@ -18,6 +18,7 @@ import typer
 
 # Importing a module of verbs registers them.
 import reqat.cli.bench
+import reqat.cli.companion
 import reqat.cli.doctor
 import reqat.cli.entropy
 import reqat.cli.export

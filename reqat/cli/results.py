@@ -12,6 +12,7 @@ import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.plan import Plan
 from reqat.config.targets import making_files
 from reqat.records.pinned import PARTS, Part
 
@@ -20,10 +21,14 @@ from reqat.records.pinned import PARTS, Part
 def report(
     tier: Tier = "laptop",
     what: Annotated[
-        list[str] | None, typer.Option(help="run, studies or benchmark (again for another; default: all of the tier).")
+        list[str] | None,
+        typer.Option(help="run, studies, benchmark or companions (again for another; default: all of the tier)."),
     ] = None,
     tables: Annotated[Path | None, typer.Option(help="Folder for the tables (CSV, Markdown, LaTeX).")] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for the figures (PNG, PDF).")] = None,
+    companion: Annotated[
+        list[str] | None, typer.Option(help="Of the companions, this kind alone (again for another).")
+    ] = None,
     pinned: Annotated[bool, typer.Option("--pinned", help="From results/ instead of build/.")] = False,
     verdicts: Annotated[
         bool,
@@ -35,12 +40,12 @@ def report(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace files of ours that were changed since, too.")] = False,
 ) -> None:
-    """Write the tables and figures of a tier's run, studies and benchmark."""
+    """Write the tables and figures of a tier's run, studies, benchmark and companions."""
     from analysis.build import build_pinned, verdict_runs, write_verdicts
     from analysis.report import summary
     from reqat.records.pinned import find, parts_pinned, restored
 
-    chosen, paths = _chosen(what), session.paths
+    chosen, paths = _chosen(["companions"] if companion and not what else what), session.paths
     if verdicts:
         if chosen or plots:
             raise ReqatError("--verdicts makes one table: leave out --what and --plots.")
@@ -58,7 +63,7 @@ def report(
         _rendering(plots or top / "plots" / tier, force=force) as plot_draft,
     ):
         if not pinned:
-            _report_fresh(tier, chosen, table_draft, plot_draft)
+            _report_fresh(tier, chosen, table_draft, plot_draft, companion or [])
             return
         for part in chosen or parts_pinned(tier, paths):
             with restored(find(tier, part, paths), part) as kept:
@@ -73,7 +78,7 @@ def _chosen(what: list[str] | None) -> list[Part]:
     return [part for part in PARTS if part in (what or ())]
 
 
-def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> None:
+def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path, companions: list[str]) -> None:
     from analysis import build
     from reqat.pipeline.benchmark import benchmark_of, failure_of
     from reqat.pipeline.pin import begun, parts_of
@@ -83,8 +88,8 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> Non
     has = parts_of(plan, paths)
     there = [part for part in has if begun(plan, part, paths)]
     if not what and there:  # what was never begun (a benchmark left out, say) does not keep the rest from being drawn
-        for part in [part for part in has if part not in there]:
-            print(f"reqat: warning: tier {tier} has no results of its {part}; left out.", file=sys.stderr)
+        for absent in [p for p in has if p not in (*there, "companions")]:  # these have a target of their own
+            print(f"reqat: warning: tier {tier} has no results of its {absent}; left out.", file=sys.stderr)
     for part in what or there or has:
         if part == "run":
             build.build_tables(plan, paths.work, tables, paths=paths)
@@ -93,12 +98,32 @@ def _report_fresh(tier: str, what: list[Part], tables: Path, plots: Path) -> Non
             planned = studies_of(plan, paths)
             stages = stages_there(plan, planned.values(), paths)
             build.build_studies(planned, paths.studies, tables, plots, stages=stages, title=plan.tier.title)
+        elif part == "companions":
+            _report_companions(plan, companions, tables, plots)
         else:
             settings = benchmark_of(tier, paths)
             if (reason := failure_of(settings.id, paths)) is not None:
                 build.build_missing(settings, reason, tables, plots)
             else:
                 build.build_throughput(paths.throughput(settings.id), tables, plots)
+
+
+def _report_companions(plan: Plan, kinds: list[str], tables: Path, plots: Path) -> None:
+    """Of companions of these kinds, or of all. Raises `ReqatError` for a kind that the tier does not have."""
+    from analysis.build import build_companions
+    from reqat.config.companions import note_of
+    from reqat.pipeline.companions import companions_of
+
+    paths, tier = session.paths, plan.tier
+    planned = companions_of(tier.name, paths).values()
+    there = {part.kind for part in planned}
+    for kind in kinds:
+        if kind not in there:
+            raise unknown("companion", kind, there, where=f"tier {tier.name}")
+    parts = [part for part in planned if part.kind in (kinds or there)]
+    noted = {part.id: reason for part in parts if (reason := note_of(paths.companion(part.id))) is not None}
+    source = paths.work / "companions"
+    build_companions(parts, source, tables, plots, missing=noted, tier=tier.name, title=tier.title)
 
 
 @contextlib.contextmanager
@@ -117,7 +142,7 @@ def pin(
     tier: Tier = "overnight",
     what: Annotated[
         list[str] | None,
-        typer.Option(help="run, studies or benchmark (again for another; default: all of the tier), or base."),
+        typer.Option(help="run, studies, benchmark or companions (again for another; default: all begun), or base."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Folder in results/ (default: <today>-<tier>).")] = None,
     figure: Annotated[list[str] | None, typer.Option(help="Keep this figure as PNG, too.")] = None,
@@ -140,7 +165,9 @@ def pin(
             raise ReqatError("--name and --figure: leave them out, a base has a place of its own in results/.")
         print(f"pinned: {pinning.pin_base(plan, model, paths, allow_dirty=allow_dirty, dtype=dtype)}")
         return
-    parts = _chosen(what) or pinning.parts_of(plan, paths)
+    # Companions have a target of their own, so a run without them is no run that lacks something.
+    has = [p for p in pinning.parts_of(plan, paths) if p != "companions" or pinning.begun(plan, p, paths)]
+    parts = _chosen(what) or has
     folder = pinning.pin(plan, paths, parts, name=name, figures=figure or (), allow_dirty=allow_dirty)
     for part, stated in manifest(folder)["parts"].items():
         if len(stated["sources"]) > 1:

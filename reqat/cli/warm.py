@@ -33,7 +33,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 VARIABLE = "REQAT_WARM"
-VERBS = ("data", "stage", "evaluate", "study", "report")
+VERBS = ("data", "stage", "evaluate", "study", "source", "companion", "report")
 _PACKAGES = ("reqat", "reqat_kernels", "analysis")
 _HEADER = struct.Struct("!I")
 _STREAMS = 3

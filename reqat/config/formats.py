@@ -13,8 +13,14 @@ its default.
 | | | | E8M0 ("PO2") | floor, even | away, even | none |
 | INT2-g128, INT3-g128, INT4-g128, INT8-g128 | INT2 ... INT8 | 128 | FP32, FP16 | nearest | even, away | none |
 | INT2-row, INT3-row, INT4-row, INT8-row | INT2 ... INT8 | the whole row | FP32, FP16 | nearest | even, away | none |
-| INT4-g32 | INT4 | 32 | FP32, FP16 | nearest | even, away | none |
-| AINT4-g32, -g128, -row | UINT4 | 32, 128, the row | FP32, FP16; zero points | minmax | even, away | none |
+| INT4-g32 | INT4 | 32 | FP32, FP16, E5M2, E4M3 | nearest | even, away | none |
+| | | | E8M0 | floor, even | even, away | none |
+| AINT4-g32 | UINT4 | 32 | FP32, FP16, E5M2, E4M3; zero points | minmax | even, away | none |
+| | | | E8M0; zero points | floor, even | even, away | none |
+| AINT4-g128, AINT4-row | UINT4 | 128, the row | FP32, FP16; zero points | minmax | even, away | none |
+| FP4-g32 | E2M1 | 32 | FP16, E5M2, E4M3 | nearest | even, away | none |
+| FP4-g16 | E2M1 | 16 | FP16, E5M2, E4M3 | nearest | even, away | none |
+| | | | E8M0 | floor, even | even, away | none |
 | INT2-tensor ... INT8-tensor | INT2 ... INT8 | the whole tensor | FP32, FP16 | nearest | even, away | none |
 | TERNARY-row, TERNARY-tensor | TERNARY | the whole row or tensor | FP32, FP16 | twn | even | none |
 | FP8-row, FP8-tensor | E4M3 | the whole row or tensor | FP32, FP16 | nearest | even, away | none |
@@ -25,6 +31,9 @@ and values then depend on what else is in the batch, as under ``dynamic``.
 AINT4 is affine: codes 0 to 15 reach from the least to the largest number of a block (and to zero), as AWQ quantizes
 weights and QuaRot and FlatQuant quantize activations. MXFP4-4/3 is MR-GPTQ's: the power of two of ``floor`` times 4/3,
 which puts the top of the binade, 8, at 6, so that nothing saturates.
+
+FP4-g32 and FP4-g16 are MXFP4 and NVFP4 with other scales, none of them above a whole tensor: what AMXFP4 is compared
+with. They and INT4-g32, AINT4-g32 with such scales exist for that comparison; nobody packs or exports them.
 
 MXFP4's default is ``rceil`` (also called ``ceil``) because ReQAT uses it; OCP's specification says ``floor``,
 compressed-tensors exports ``even``. What each rule computes is in :mod:`reqat.formats.scales`.
@@ -43,6 +52,16 @@ _ALIASES = {"scale": {"PO2": "E8M0"}, "scale_rule": {"ceil": "rceil"}}
 def standard(field: str, value: Any) -> Any:
     """The standard name of a value of a format's field: ``rceil`` of ``ceil``, ``E8M0`` of ``PO2``."""
     return _ALIASES.get(field, {}).get(value, value) if isinstance(value, str) else value
+
+
+POWER_RULES = ("rceil", "floor", "even", "four_thirds")
+"""Rules whose scales are powers of two (E8M0); the others are of scales that are stored as small floats."""
+
+
+def rule_for(family: str, scale: str, rule: str) -> str:
+    """`rule`, if scales of this type follow from it, or else the family's first rule that they follow from."""
+    fits = [one for one in FAMILIES[family]["scale_rule"] if (scale == "E8M0") == (one in POWER_RULES)]
+    return rule if rule in fits or not fits else str(fits[0])
 
 
 def _family(
@@ -89,11 +108,14 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         for bits in (2, 3, 4, 8)
         for sharing in ("g128", "row", "tensor")
     },
-    "INT4-g32": _family(32, element="INT4", scale="FP32 FP16", scale_rule="nearest"),
+    "INT4-g32": _family(32, element="INT4", scale="FP32 FP16 E5M2 E4M3 E8M0", scale_rule="nearest floor even"),
+    "AINT4-g32": _family(32, element="UINT4", scale="FP32 FP16 E5M2 E4M3 E8M0", scale_rule="minmax floor even"),
     **{
         f"AINT4-{sharing}": _family(block, element="UINT4", scale="FP32 FP16", scale_rule="minmax")
-        for sharing, block in (("g32", 32), ("g128", 128), ("row", None))
+        for sharing, block in (("g128", 128), ("row", None))
     },
+    "FP4-g32": _family(32, scale="FP16 E5M2 E4M3", scale_rule="nearest"),
+    "FP4-g16": _family(16, scale="FP16 E5M2 E4M3 E8M0", scale_rule="nearest floor even"),
     **{
         f"{name}-{sharing}": _family(
             None, per_tensor=sharing == "tensor", element=element, scale="FP32 FP16", scale_rule=rule, rounding=rounding

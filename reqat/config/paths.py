@@ -6,6 +6,8 @@ build/data/<data id>/                      tokenizer/, train.jsonl, manifest.jso
 build/stages/<stage id>/                   model/, record.json
 build/evaluations/<evaluation id>/         outcomes.parquet, record.json
 build/studies/<study id>/                  what a study measured, record.json
+build/companions/<id>/                     rows.csv of a companion's part, record.json; <id>.json: how it ended
+build/packaged/<source>/                   data or a model that companions read, record.json; <source>.json likewise
 build/throughput/<id>/                     a benchmark's rows, record.json; <id>.json: how the last attempt at it ended
 build/partial/<id>/                        where a job works until its output is whole
 build/checkpoints/<id>/                    from where a killed job goes on
@@ -94,6 +96,14 @@ class Paths:
     def study(self, id: str) -> Path:
         """Directory of a study."""
         return self.studies / id
+
+    def companion(self, id: str) -> Path:
+        """Directory of a companion's part."""
+        return self.work / "companions" / id
+
+    def packaged(self, source: str) -> Path:
+        """Directory of data or a model that companions read, prepared from a package."""
+        return self.work / "packaged" / source
 
     def throughput(self, id: str) -> Path:
         """Directory of a benchmark."""

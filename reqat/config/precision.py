@@ -17,6 +17,7 @@ the same choice as formats of tensors.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,10 +29,12 @@ from reqat.config.base import Seed, Strict, distinct
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, standard
 
-Role = Literal["weights", "inputs", "keys", "values"]
-ROLES: tuple[Role, ...] = ("weights", "inputs", "keys", "values")
+Role = Literal["weights", "inputs", "keys", "values", "queries", "probabilities", "embeddings"]
+ROLES: tuple[Role, ...] = ("weights", "inputs", "keys", "values", "queries", "probabilities", "embeddings")
 LINEAR, CACHE = ("weights", "inputs"), ("keys", "values")
-SCALED = ("inputs", "keys", "values")
+ATTENTION = ("queries", "keys", "values", "probabilities")
+"""The operands of both products of attention."""
+SCALED = ("inputs", "keys", "values", "queries", "probabilities", "embeddings")
 """Roles whose global scale is a choice. That of weights always follows from the whole weight."""
 
 ACTS_ON: dict[str, tuple[tuple[str, ...], str]] = {
@@ -46,7 +49,11 @@ ACTS_ON: dict[str, tuple[tuple[str, ...], str]] = {
 ROTATIONS = ("rotation", "kv_rotation")
 BASES = (*ROTATIONS, "kv_signs")
 """Options that say in which basis values are quantized; None stands for their own."""
-OPTIONS = (*ACTS_ON, *BASES)
+CLAMP = "clamp"
+"""Option: every number is held within plus and minus this before it is rounded, with no gradient outside."""
+NUMBERS = (*BASES, CLAMP)
+"""Options that are a number, or None."""
+OPTIONS = (*ACTS_ON, *NUMBERS)
 _FIELDS = ("element", "scale", "scale_rule", "rounding", "global_scale")
 _ROLE_OPTIONS = tuple(f"{role}.{field}" for role in ROLES for field in _FIELDS)
 
@@ -73,8 +80,11 @@ LARGEST_ROTATION = 2**15
 
 SKIP = "skip"
 _BETWEEN_PATTERNS = "|"
-_TOKENS = {"W": ("weights",), "A": ("inputs",), "KV": CACHE, "K": ("keys",), "V": ("values",)}
-_ROLE_BITS = r"(KV|W|A|K|V)(2|3|4|8|16)"
+_TOKENS = {
+    "W": ("weights",), "A": ("inputs",), "KV": CACHE, "K": ("keys",), "V": ("values",), "Q": ("queries",),
+    "P": ("probabilities",), "E": ("embeddings",),
+}  # fmt: skip
+_ROLE_BITS = r"(KV|W|A|K|V|Q|P|E)(2|3|4|8|16)"
 _TERM = re.compile(rf"(?P<family>.+)-(?P<spec>(?:{_ROLE_BITS})+)", re.IGNORECASE)
 
 
@@ -90,6 +100,7 @@ class Resolved:
     kv_rotation: int | None = None
     kv_signs: int | None = None
     """Seed of the signs that queries and keys are multiplied with before their rotation."""
+    clamp: float | None = None
 
     @property
     def name(self) -> str:
@@ -142,6 +153,7 @@ def resolve(name: str, options: Mapping[str, Any] | None = None) -> Resolved:
         rotation=sizes["rotation"] if any(role in families for role in LINEAR) else None,
         kv_rotation=sizes["kv_rotation"] if cached else None,
         kv_signs=check_signs(_number(chosen.get("kv_signs")), sizes["kv_rotation"]) if cached else None,
+        clamp=check_clamp(_number(chosen.get(CLAMP))) if families else None,
     )
 
 
@@ -172,8 +184,10 @@ def name_of(families: Mapping[str, str]) -> str:
     """The name of a precision whose roles have these families, in its usual spelling."""
     parts: list[tuple[str, str]] = []  # (family, tokens), neighbours of one family merged
     keys, values = families.get("keys"), families.get("values")
-    entries = [("W", families.get("weights")), ("A", families.get("inputs"))]
+    entries = [("W", families.get("weights")), ("E", families.get("embeddings")), ("A", families.get("inputs"))]
+    entries += [("Q", families.get("queries"))]
     entries += [("KV", keys)] if keys == values else [("K", keys), ("V", values)]
+    entries += [("P", families.get("probabilities"))]
     linear = {families[role] for role in LINEAR if role in families}
     for token, name in entries:
         if name is not None:
@@ -243,6 +257,15 @@ def check_signs(seed: Any, rotation: int | None) -> Any:
     return seed
 
 
+def check_clamp(bound: Any) -> Any:
+    """`bound` itself, if numbers can be held within it (or None). Raises `ReqatError` unless it is positive."""
+    if bound is None:
+        return None
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < math.inf:
+        raise ReqatError(f"clamp {bound!r}: the bound of numbers before they are rounded is positive, or none at all.")
+    return float(bound)
+
+
 def _families(name: str, bare: str) -> dict[str, str]:
     """Role -> family, from the name without options."""
     if bare.upper() == "BF16":
@@ -286,6 +309,8 @@ def _acts(option: str, families: Mapping[str, str]) -> bool:
         return any(role in families for role in LINEAR)
     if option in ("kv_rotation", "kv_signs"):
         return any(role in families for role in CACHE)
+    if option == CLAMP:
+        return bool(families)
     if option == "global_scale":
         return any(role in families and has_global_scale(families[role]) for role in SCALED)
     if option in ACTS_ON:
@@ -326,7 +351,12 @@ def _size(value: Any, option: str) -> int | None:
 
 def _number(value: Any) -> Any:
     """A number that stands behind a colon, where everything is text."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return int(value) if value.isdecimal() else float(value)
+    except ValueError:
+        return value
 
 
 Rotation = Annotated[int, AfterValidator(check_rotation)]
@@ -367,6 +397,8 @@ class PrecisionSpec(Strict):
     """Seed of random signs of queries and keys before that rotation; null for none."""
     global_scale: GlobalScale | None = None
     """Where the global scale of inputs, keys and values comes from; NVFP4 formats only, `row` unless told otherwise."""
+    clamp: float | None = Field(default=None, gt=0)
+    """Bound of numbers before they are rounded; null for none."""
     skip: Skip | None = None
     """Patterns (`*.down_proj`) of linear layers that stay as they are; null for none."""
 
@@ -389,13 +421,13 @@ class PrecisionSpec(Strict):
             data = data | {SKIP: skip}
         elif skip is not None and isinstance(beside, list | tuple) and tuple(beside) != skip:
             raise ReqatError(f"precision {data['name']!r} says skip, and {list(beside)} beside it.")
-        asked = {option: data.get(option) for option in ("kv_element", "global_scale", *BASES)}
+        asked = {option: data.get(option) for option in ("kv_element", "global_scale", *NUMBERS)}
         found = resolve(text)
         inline = inline_options(text)
         for option, value in inline.items():  # they become fields
             if option not in asked:
                 raise unknown("option of a precision in configuration", option, asked, where=text)
-            number = _number(value) if option in BASES else value
+            number = _number(value) if option in NUMBERS else value
             if asked[option] not in (None, value, number):
                 raise ReqatError(f"precision {text!r} says {option}={value}, and {asked[option]!r} beside it.")
             asked[option] = number
@@ -411,13 +443,15 @@ class PrecisionSpec(Strict):
             "kv_signs": check_signs(asked["kv_signs"], asked["kv_rotation"]) if cache else None,
             "global_scale": (asked["global_scale"] or DEFAULT_GLOBAL_SCALE) if scaled else None,
             "rotation": asked["rotation"] if any(role in found.families for role in LINEAR) else None,
+            "clamp": check_clamp(asked[CLAMP]) if found.families else None,
             "skip": data.get("skip") if any(role in found.families for role in LINEAR) else None,
         }
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `reqat.Precision.parse`, those that this name uses. `rotation` is always given, None
         included."""
-        named = {option: getattr(self, option) for option in ("kv_element", "global_scale", "kv_rotation", "kv_signs")}
+        options = ("kv_element", "global_scale", "kv_rotation", "kv_signs", CLAMP)
+        named = {option: getattr(self, option) for option in options}
         return {key: value for key, value in named.items() if value is not None} | {"rotation": self.rotation}
 
     def for_prepare(self) -> dict[str, Any]:
@@ -433,6 +467,6 @@ class PrecisionSpec(Strict):
         """The name with each option that is not the default, and what is skipped; `PrecisionSpec` reads it back.
         (`resolve` does where nothing is skipped.)"""
         found = resolve(self.name, self.options())
-        sizes = {option: size for option in BASES if (size := getattr(found, option)) is not None}
+        sizes = {option: size for option in NUMBERS if (size := getattr(found, option)) is not None}
         skip = {SKIP: _BETWEEN_PATTERNS.join(self.skip)} if self.skip else {}
         return written(found.name, {**options_of(found.families, found.fields), **sizes, **skip})

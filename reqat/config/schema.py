@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from reqat.config.companions import file_model, kinds
 from reqat.config.files import write_file
 from reqat.config.recipe import Catalogue
 from reqat.config.studies import StudiesFile
@@ -19,12 +20,14 @@ FILE = "schema.json"
 
 def schema() -> dict[str, Any]:
     """Schemas of a tier file (`tier`, all keys optional where the file extends another), of `recipes.yaml`
-    (`recipes`), of `throughput.yaml` (`throughput`) and of `studies.yaml` (`studies`)."""
+    (`recipes`), of `throughput.yaml` (`throughput`), of `studies.yaml` (`studies`) and of `companions.yaml`
+    (`companions`)."""
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "reqat configuration",
         "tier": Tier.model_json_schema(),
         "recipes": Catalogue.model_json_schema(),
+        "companions": file_model(kinds()).model_json_schema(),
         "studies": StudiesFile.model_json_schema(),
         "throughput": ThroughputFile.model_json_schema(),
     }

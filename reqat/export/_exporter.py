@@ -83,6 +83,7 @@ def check_precision(precision: Precision, name: str, exporter: Exporter) -> None
         )
     if exporter.families is None:
         return
+    precision.check_packable(f"an engine that reads {name}")
     if weights.name not in exporter.families:
         raise ReqatError(
             f"{precision}: {name} holds weights in {' or '.join(exporter.families)}, not in {weights.name}; {OURS}."

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from reqat.config.errors import unknown_text
-from reqat.config.formats import FAMILIES, standard
+from reqat.config.formats import FAMILIES, POWER_RULES, rule_for, standard
 from reqat.formats.elements import ELEMENTS, Element
 from reqat.formats.scales import E4M3_MAX
 
@@ -48,9 +48,15 @@ class Format:
         for field, allowed in FAMILIES[self.name].items():
             if getattr(self, field) not in allowed:
                 raise ValueError(unknown_text(f"{field} of {self.name}", getattr(self, field), allowed))
-        if self.asymmetric and (self.scale == "E8M0") == (self.scale_rule == "nearest"):
-            rules = "'floor' or 'even'" if self.scale == "E8M0" else "'nearest'"
-            raise ValueError(f"{self.name} with scale {self.scale!r} takes scale_rule {rules}, not {self.scale_rule!r}")
+        if (self.scale == "E8M0") != (self.scale_rule in POWER_RULES):
+            rules = [
+                repr(rule)
+                for rule in FAMILIES[self.name]["scale_rule"]
+                if rule_for(self.name, self.scale, rule) == rule
+            ]
+            raise ValueError(
+                f"{self.name} with scale {self.scale!r} takes scale_rule {' or '.join(rules)}, not {self.scale_rule!r}"
+            )
 
     @property
     def element_type(self) -> Element:
@@ -121,6 +127,6 @@ def get_format(name: str | Format, **options: str | None) -> Format:
             raise ValueError(unknown_text("format", name, FAMILIES))
         fields = {"name": known, **{field: values[0] for field, values in FAMILIES[known].items()}}
     chosen = {option: standard(option, value) for option, value in chosen.items()}
-    if fields["asymmetric"] and "scale" in chosen and "scale_rule" not in chosen:
-        chosen["scale_rule"] = "floor" if chosen["scale"] == "E8M0" else "nearest"
+    if "scale" in chosen and "scale_rule" not in chosen:
+        chosen["scale_rule"] = rule_for(fields["name"], chosen["scale"], fields["scale_rule"])
     return Format(**{**fields, **chosen})

@@ -47,6 +47,8 @@ from reqat.formats.subnormals import keeps_subnormals
 from reqat.formats.tensors import QuantizedTensor, largest
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Added to a float32's bits, carries into the exponent where the mantissa is above the square root of 2 (bits 0x3504F3).
+_ABOVE_ROOT_2 = 0x800000 - 0x3504F4
 # Elements handled at a time on a CPU: three float32 buffers of this size (768 KiB) stay in a core's cache.
 _PIECE = 65536
 
@@ -332,14 +334,21 @@ def _affine_scales(x: Tensor, fmt: Format, top: float) -> _Scales:
     """Scales and zero points of affine formats, for each block of [N, B]: with lo and hi its least and largest number,
     zero included, ``s = (hi - lo) / 15`` and ``z = round(-lo / s)``; stored side by side. Zero keeps a code of its own.
     A block of zeros gets the scale 1.
+
+    Of E8M0 the scale is a power of two: the one below s (``floor``), whose top saturates, or the nearest to s on a
+    logarithmic scale (``even``).
     """
     extremes = _signed_amax(x)  # hi and -lo
     hi, minus_lo = extremes[:, 0], extremes[:, 1]
     # Halves first: the sum of two large float32 is none.
-    s = round_to_float(divide(hi / 2 + minus_lo / 2, 7.5), SCALE_TYPES[fmt.scale])
-    s = replace_zero_(s, 1.0)
+    exact = divide(hi / 2 + minus_lo / 2, 7.5)
+    if fmt.scale == "E8M0":
+        kept = (exact.view(torch.int32) + (_ABOVE_ROOT_2 if fmt.scale_rule == "even" else 0)) >> 23
+        s = e8m0_to_float(kept)
+    else:
+        kept = s = replace_zero_(round_to_float(exact, SCALE_TYPES[fmt.scale]), 1.0)
     z = torch.round(minus_lo / s).clamp_(max=15)
-    stored = torch.stack([s, z], -1)
+    stored = torch.stack([kept, z.to(kept.dtype)], -1)
     return _Scales(stored, s[:, None], s[:, None], False, None, False, top, (z[:, None].contiguous(),))
 
 

@@ -55,9 +55,10 @@ class QuantizedTensor:
     def block_scales(self) -> Tensor:
         """What codes (affine formats: less their zero points) are multiplied by, float32: ``s / g``, or ``s``. In the
         shape of ``scales``, of affine formats without its last axis."""
+        s = self.scales[..., 0] if self.format.zero_point else self.scales
+        s = e8m0_to_float(s) if self.format.scale == "E8M0" else s.float()
         if self.format.zero_point:
-            return self.scales[..., 0].float()
-        s = e8m0_to_float(self.scales) if self.format.scale == "E8M0" else self.scales.float()
+            return s
         with subnormals_kept(s):
             return effective_scale(s, self.global_scale, self.format.scale_rule)
 

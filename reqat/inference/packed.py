@@ -63,6 +63,7 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     precision = precision_of(model)
     if precision is None:
         raise ReqatError("pack needs a prepared model: call prepare(model, precision) first")
+    precision.check_packable("a packed model")
     if is_packed(model):
         return model
     devices = {parameter.device for parameter in model.parameters()}

@@ -12,7 +12,7 @@ for _noisy in ("torchao", "torch.utils._pytree"):
 from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
 from reqat.models.cache import Fp4Cache  # noqa: E402
 from reqat.models.gradient import gradient_rules, has_learned_scales, set_gradient  # noqa: E402
-from reqat.models.kv import KVQuantizer, kv_quantizers  # noqa: E402
+from reqat.models.kv import KVQuantizer, kv_quantizers, quantize_values_along_tokens  # noqa: E402
 from reqat.models.limits import (  # noqa: E402
     attention_window,
     check_length,
@@ -61,6 +61,7 @@ __all__ = [
     "precision_of",
     "prepare",
     "quant_linears",
+    "quantize_values_along_tokens",
     "save_model",
     "set_gradient",
     "share_global_scales",

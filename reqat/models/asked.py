@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reqat.config.errors import ReqatError
-from reqat.config.precision import ACTS_ON, BASES, ROLES, inline_options, without_skip
+from reqat.config.precision import ACTS_ON, NUMBERS, ROLES, inline_options, without_skip
 from reqat.quant import Precision
 
 
@@ -89,7 +89,7 @@ def differences(wanted: Precision, saved: Precision) -> dict[str, str]:
             continue
         for part in dataclasses.fields(now):
             found[f"{role}.{part.name}"] = getattr(then, part.name), getattr(now, part.name)
-    for place in BASES:
+    for place in NUMBERS:
         found[place] = getattr(saved, place), getattr(wanted, place)
     return {
         place: f"{place}: saved with {then}, asked for {now}" for place, (then, now) in found.items() if then != now
@@ -100,7 +100,7 @@ def _places(options: Mapping[str, Any]) -> set[str]:
     """The places on which the options given act. None given for a rotation means none, elsewhere the default."""
     places = set()
     for option, value in options.items():
-        if option in BASES:
+        if option in NUMBERS:
             places.add(option)
         elif option in ACTS_ON and value is not None:
             roles, part = ACTS_ON[option]

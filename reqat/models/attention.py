@@ -4,10 +4,12 @@ transformers lets a model name its attention function (``AttentionInterface``). 
 included, so that fine-tuning, QAT and evaluation share one code path; it differs from ``"sdpa"`` in two ways only.
 
 1. Keys and values pass through the layer's :class:`~reqat.models.kv.KVQuantizer` (``module.reqat_kv``), if it has one.
-   Keys arrive here after RoPE, which is where the paper quantizes them (ReQAT, section 1); queries are left alone.
+   Keys arrive here after RoPE, which is where the paper quantizes them (ReQAT, section 1); queries and probabilities
+   are quantized only where a precision says so.
    Tensors that come from :class:`~reqat.models.cache.Fp4Cache` were quantized when they were appended and are marked.
    Those of :class:`~reqat.inference.packed_cache.PackedCache` hold no numbers; the cache layer behind them attends.
-   Asked for attention maps (``output_attentions=True``) it computes them, and the output from them.
+   Asked for attention maps (``output_attentions=True``) it computes them, and the output from them; with
+   ``attention_scores=True`` beside it, it hands over what the softmax is taken of.
 2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
    times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
 
@@ -242,7 +244,7 @@ def _flash_dtype(query_BHTD: Tensor, dropout: float) -> torch.dtype | None:
     return dtype if capable and dtype in (torch.bfloat16, torch.float16) else None
 
 
-def attention_maps(
+def attention_scores(
     query_BHTD: Tensor,
     key_BGSD: Tensor,
     attention_mask: Tensor | None,
@@ -250,10 +252,8 @@ def attention_maps(
     scaling: float | None = None,
     is_causal: bool = True,
 ) -> Tensor:
-    """The probabilities [B, H, T, S] of :func:`softmax_attention`, float32 (float64 stays float64); 0 where masked.
-
-    Shapes and mask as there; a row that may attend to nothing is 0.
-    """
+    """What :func:`softmax_attention` takes the softmax of, [B, H, T, S], float32 (float64 stays float64); minus
+    infinity where a mask of booleans, or the causal one, hides a key. Shapes and mask as there."""
     with torch.autocast(query_BHTD.device.type, enabled=False):
         query_BHTD, key_BGSD = _widened(query_BHTD), _widened(key_BGSD).to(_widened(query_BHTD).dtype)
         B, H, T, D = query_BHTD.shape
@@ -267,16 +267,23 @@ def attention_maps(
             logits_BHTS = logits_BHTS.masked_fill(~attention_mask, -torch.inf)
         elif attention_mask is not None:
             logits_BHTS = logits_BHTS + attention_mask.to(logits_BHTS.dtype)
-        empty = logits_BHTS.amax(-1, keepdim=True) == -torch.inf
-        return torch.softmax(logits_BHTS.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+        return logits_BHTS
 
 
-def _weighted(maps_BHTS: Tensor, value_BGSD: Tensor, dropout: float) -> Tensor:
-    """Values weighted by attention maps, [B, H, T, D]."""
+def probabilities(scores_BHTS: Tensor) -> Tensor:
+    """Attention maps: the softmax of :func:`attention_scores` over keys, 0 where they are minus infinity; a row that
+    may attend to nothing is 0."""
+    empty = scores_BHTS.amax(-1, keepdim=True) == -torch.inf
+    return torch.softmax(scores_BHTS.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+
+
+def _weighted(maps_BHTS: Tensor, value_BGSD: Tensor, dropout: float, kv: Any = None) -> Tensor:
+    """Values weighted by attention maps, which ``kv``, if there is one, quantizes first; [B, H, T, D]."""
     B, H, T, S = maps_BHTS.shape
     G = value_BGSD.shape[1]
     with torch.autocast(maps_BHTS.device.type, enabled=False):
         dropped = F.dropout(maps_BHTS, dropout) if dropout else maps_BHTS
+        dropped = dropped if kv is None else kv.weights(dropped)
         grouped = dropped.reshape(B, G, H // G, T, S) @ _widened(value_BGSD)[:, :, None].to(maps_BHTS.dtype)
     return grouped.reshape(B, H, T, value_BGSD.shape[-1])
 
@@ -349,7 +356,8 @@ def reqat_attention(
     """Attention function in transformers' calling convention: query [B, H, T, D], key and value [B, G, S, D].
 
     Returns [B, T, H, D] in the query's dtype, and with ``output_attentions=True`` the attention maps [B, H, T, S]
-    before dropout, else None. ``attention_mask``: see :func:`softmax_attention`, or a :func:`segment_mask`.
+    before dropout and rounding (with ``attention_scores=True`` the :func:`attention_scores`), else None.
+    ``attention_mask``: see :func:`softmax_attention`, or a :func:`segment_mask`.
     """
     for unsupported in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(unsupported) is not None:
@@ -381,8 +389,9 @@ def reqat_attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     packed: PackedLayer | None = getattr(key, _PACKED, None)
-    maps_BHTS = None
-    if kwargs.get("output_attentions"):
+    shown_BHTS = None
+    rounds = kv is not None and kv.probabilities.format is not None
+    if kwargs.get("output_attentions") or rounds:
         if packed is not None:
             raise ReqatError(
                 "output_attentions: a packed cache keeps codes alone and gives no attention maps; run the prepared "
@@ -390,8 +399,11 @@ def reqat_attention(
             )
         if segments is not None and attention_mask is not None:
             attention_mask = dense_mask(attention_mask[:, 0, 0])  # maps are as large as it is
-        maps_BHTS = attention_maps(query, key, attention_mask, scaling=scaling, is_causal=is_causal)
-        out_BHTD = _weighted(maps_BHTS, value, dropout)
+        scores_BHTS = attention_scores(query, key, attention_mask, scaling=scaling, is_causal=is_causal)
+        maps_BHTS = probabilities(scores_BHTS)
+        out_BHTD = _weighted(maps_BHTS, value, dropout, kv)
+        if kwargs.get("output_attentions"):
+            shown_BHTS = scores_BHTS if kwargs.get("attention_scores") else maps_BHTS
     elif packed is not None:
         out_BHTD = packed.attend(
             query, key.shape[2], attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
@@ -402,7 +414,7 @@ def reqat_attention(
         out_BHTD = softmax_attention(
             query, key, value, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
         )
-    return out_BHTD.transpose(1, 2).to(dtype), maps_BHTS
+    return out_BHTD.transpose(1, 2).to(dtype), shown_BHTS
 
 
 def reqat_mask(*, q_length: int, kv_length: int, allow_is_causal_skip: bool = True, **kwargs: Any) -> Tensor | None:

@@ -9,13 +9,14 @@ from torch import nn
 
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.precision import ROLES
+from reqat.models.embedding import QuantEmbedding
 from reqat.models.kv import KVQuantizer
 from reqat.models.linear import QuantLinear
 from reqat.quant import RULES, GradientRule, Quantizer
 
 
 def set_gradient(model: nn.Module, rule: str, *, roles: Sequence[str] = ROLES, **settings: Any) -> int:
-    """Let gradients pass through the rounding of ``roles`` (weights, inputs, keys, values) by ``rule`` from now on.
+    """Let gradients pass through the rounding of ``roles`` (weights, inputs, keys, ...) by ``rule`` from now on.
 
     Args:
         model: prepared, not frozen; its quantizers are changed in place. Move it to its device first: a rule's
@@ -40,6 +41,9 @@ def set_gradient(model: nn.Module, rule: str, *, roles: Sequence[str] = ROLES, *
             found[module.input_quantizer] = ("inputs", None)
         elif isinstance(module, KVQuantizer):
             found |= {module.key: ("keys", None), module.value: ("values", None)}
+            found |= {module.queries: ("queries", None), module.probabilities: ("probabilities", None)}
+        elif isinstance(module, QuantEmbedding):
+            found[module.quantizer] = ("embeddings", module.num_embeddings)
     chosen = [(q, q.format, *at) for q, at in found.items() if q.format is not None and at[0] in roles]
     if not chosen:
         what = ", ".join(roles)

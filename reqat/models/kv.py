@@ -1,8 +1,9 @@
-"""The key/value quantizer of one attention layer.
+"""The quantizer of one attention layer: keys and values, and where asked the other operands of both products.
 
 Keys come after RoPE. The Q-FIT shift (ReQAT section 4) is subtracted from them before quantizing and never added back:
 it moves every logit of a query by the same amount, which softmax does not see. Both keys and values are quantized in
-blocks along head_dim; queries are not quantized (only rotated, if keys are). The basis of the keys
+blocks along head_dim. Queries are rotated as keys are, and quantized where the precision says so; so are probabilities,
+in blocks along the keys that they weigh, after dropout. The basis of the keys
 (:mod:`reqat.quant.basis`: measured factors, then the precision's ``kv_signs``) comes after the shift and before the
 rotation.
 """
@@ -10,6 +11,7 @@ rotation.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,8 +29,12 @@ class KVQuantizer(MeasuredState):
     def __init__(self, precision: Precision, kv_heads: int, head_dim: int, name: str) -> None:
         super().__init__()
         rotation = precision.kv_rotation if precision.keys is not None else None
-        self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys")
-        self.value = Quantizer(precision.values, name=f"{name} values")
+        clamp = precision.clamp
+        self.key = Quantizer(precision.keys, rotation=rotation, name=f"{name} keys", clamp=clamp)
+        self.value = Quantizer(precision.values, name=f"{name} values", clamp=clamp)
+        self.queries = Quantizer(precision.queries, name=f"{name} queries", clamp=clamp)
+        self.probabilities = Quantizer(precision.probabilities, name=f"{name} probabilities", clamp=clamp)
+        self.along_tokens = False
         self.name = name
         self.shape = (kv_heads, head_dim)
         signs = precision.kv_signs if precision.keys is not None else None
@@ -60,11 +66,16 @@ class KVQuantizer(MeasuredState):
         return value
 
     def query(self, query_BHTD: Tensor) -> Tensor:
-        """The query in the basis of the quantized keys."""
-        if self.key.format is None:
-            return query_BHTD
-        query_BHTD, rotation = self.basis.of_weight(query_BHTD), self.key.rotation
-        return query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
+        """The query in the basis of the quantized keys, quantized itself if the precision says so."""
+        if self.key.format is not None:
+            query_BHTD, rotation = self.basis.of_weight(query_BHTD), self.key.rotation
+            query_BHTD = query_BHTD if rotation is None else block_hadamard(query_BHTD, rotation)
+        return query_BHTD if self.queries.format is None else self.queries(_widened(query_BHTD))
+
+    def weights(self, probabilities_BHTS: Tensor) -> Tensor:
+        """The probabilities, quantized if the precision says so; a block may reach beyond the last key, into zeros."""
+        quantizer = self.probabilities
+        return probabilities_BHTS if quantizer.format is None else _padded(quantizer, probabilities_BHTS)
 
     def forward(self, key_BGSD: Tensor, value_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantized keys and values; straight-through gradients."""
@@ -75,7 +86,11 @@ class KVQuantizer(MeasuredState):
                     key_BGSD = key_BGSD - self.shift[:, None, :].to(key_BGSD)
             key_BGSD = self.key(self.basis(key_BGSD))
         if self.value.format is not None:
-            value_BGSD = self.value(_widened(value_BGSD))
+            value_BGSD = _widened(value_BGSD)
+            if self.along_tokens:
+                value_BGSD = _padded(self.value, value_BGSD.transpose(-1, -2)).transpose(-1, -2)
+            else:
+                value_BGSD = self.value(value_BGSD)
         return key_BGSD, value_BGSD
 
 
@@ -89,6 +104,23 @@ def kv_quantizers(model: PreTrainedModel) -> list[KVQuantizer]:
     if len(quantizers) != len(found):
         raise ReqatError("the model was not prepared: call prepare(model, precision) first")
     return quantizers
+
+
+def quantize_values_along_tokens(model: PreTrainedModel) -> None:
+    """Let a prepared model quantize values in blocks along the tokens that the product with probabilities sums over,
+    as MX's matrix product would, and not along head_dim, as a cache keeps them. For whole sequences without a cache.
+
+    Raises ReqatError as :func:`kv_quantizers`.
+    """
+    for kv in kv_quantizers(model):
+        kv.along_tokens = True
+
+
+def _padded(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """``x`` quantized along its last axis, whose last block may reach beyond its end, into zeros."""
+    length, fmt = x.shape[-1], quantizer.format
+    missing = -length % ((fmt.block if fmt is not None else None) or 1)
+    return quantizer(F.pad(x, (0, missing)) if missing else x)[..., :length]
 
 
 def _widened(x: Tensor) -> Tensor:

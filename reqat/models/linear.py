@@ -120,7 +120,7 @@ class InputQuantizer(Quantizer):
     """
 
     def __init__(self, precision: Precision, consumers: int, size: int, name: str) -> None:
-        super().__init__(precision.inputs, rotation=precision.rotation, name=name)
+        super().__init__(precision.inputs, rotation=precision.rotation, name=name, clamp=precision.clamp)
         self.basis = Basis(size, name)
         self.consumers = consumers
         self._memo = _Memo()
@@ -165,7 +165,9 @@ class QuantLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.name = name
         self.rotation = precision.rotation
-        self.weight_quantizer = Quantizer(precision.weights, rotation=precision.rotation, name=f"{name}.weight")
+        self.weight_quantizer = Quantizer(
+            precision.weights, rotation=precision.rotation, name=f"{name}.weight", clamp=precision.clamp
+        )
         self.input_quantizer = input_quantizer
         self.quantized: QuantizedTensor | None = None
         self.frozen = False
@@ -197,7 +199,7 @@ class QuantLinear(nn.Linear):
         # Inference tensors have no version, and must not get into a graph.
         if self.basis.changes:
             return quantizer(self.basis.of_weight(weight))
-        kept_for = self.keeping and quantizer.gradient.straight and quantizer.rounds and not quantizer.calibrating
+        kept_for = self.keeping and quantizer.straight and quantizer.rounds and not quantizer.calibrating
         if not kept_for or torch.is_inference_mode_enabled() or weight.is_inference():
             return quantizer(weight)
         g = quantizer.global_scale

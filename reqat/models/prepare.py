@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError, unknown
 from reqat.formats import global_scale_for
-from reqat.models.adapters import PEFT_ADDED, Block, ModelAdapter, adapter_of, blocks_of, cached_attentions
+from reqat.models.adapters import PEFT_ADDED, Block, Group, ModelAdapter, Site, adapter_of, blocks_of
 from reqat.models.asked import Asked, settle
 from reqat.models.attention import ATTENTION, check_call
+from reqat.models.embedding import QuantEmbedding
 from reqat.models.kv import KVQuantizer
 from reqat.models.limits import check_token_ids, forget_lengths
 from reqat.models.linear import InputQuantizer, QuantLinear, quant_linears
@@ -44,11 +45,12 @@ def prepare(
 ) -> Report:
     """Put ``model`` into ``precision``, in place, and say what was done.
 
-    Every linear layer of the model's blocks is quantized, experts too; ``lm_head``, embeddings, routers and adapters
-    (LoRA) never (ReQAT section 1). More than 1% of the blocks' weights left as they are is a warning. ``BF16`` installs
-    the attention function alone. What the model's checkpoint keeps in its sidecar takes effect here: Q-FIT shift,
-    static global scales, and quantized weights, which come back exactly as they were stored; and, asked for by the name
-    that the checkpoint was saved with, its options (:mod:`reqat.models.asked`).
+    Every linear layer of the model's blocks is quantized, experts too, and an encoder's pooler; ``lm_head``, routers
+    and adapters (LoRA) never (ReQAT section 1), embeddings where the precision names them. More than 1% of the blocks'
+    weights left as they are is a warning. ``BF16`` installs the attention function alone. What the model's checkpoint
+    keeps in its sidecar takes effect here: Q-FIT shift, static global scales, and quantized weights, which come back
+    exactly as they were stored; and, asked for by the name that the checkpoint was saved with, its options
+    (:mod:`reqat.models.asked`).
 
     From here on ``model.save_pretrained`` writes what :func:`reqat.models.save_model` does, and the state dict has the
     calibrated scales, the shift, and a frozen model's codes beside the plain model's tensors.
@@ -62,9 +64,9 @@ def prepare(
 
     Raises:
         ReqatError: unknown precision or option, one that differs from the checkpoint's, a model that no adapter knows,
-            KV4 for one without a cache, a block that does not divide a head or a layer, NaN or infinite weights,
-            weights that are not those of the stored codes, or a model that was prepared for another precision or
-            packed. The model is then unchanged.
+            an attention whose operands cannot be quantized, a block that does not divide a head or a layer, NaN or
+            infinite weights, weights that are not those of the stored codes, or a model that was prepared for another
+            precision or packed. The model is then unchanged.
     """
     sidecar: Sidecar | None = getattr(model, "_reqat_sidecar", None)
     asked = _asked(precision, skip, options, sidecar, override)
@@ -81,7 +83,7 @@ def prepare(
         if getattr(model, "_reqat_packed", False):
             raise ReqatError(f"the model was packed at {previous.precision}: load it again to prepare for {precision}")
     adapter = adapter_of(model)
-    blocks = adapter.blocks(model)
+    blocks, outside = adapter.blocks(model), adapter.outside(model)
     _check_finite(model)
     patterns = list(asked.skip)
     check_geometry(model, precision, patterns)
@@ -94,22 +96,27 @@ def prepare(
             f"{'; '.join(asked.differs)} (override=True says that this is meant)",
             stacklevel=2,
         )
-    cached = [attention for block in blocks if (attention := block.attention) is not None and attention.cached]
-    shifts = [kv.shift if (kv := getattr(attention.module, "reqat_kv", None)) else None for attention in cached]
+    rounded = precision.quantizes_cache or precision.quantizes_attention
+    attentions = [attention for block in blocks if (attention := block.attention) is not None]
+    cached = [attention for attention in attentions if attention.cached]
+    ours = attentions if rounded else cached
+    shifts = [kv.shift if (kv := getattr(attention.module, "reqat_kv", None)) else None for attention in ours]
 
     if precision.quantizes_linear:
         for experts in [experts for block in blocks for experts in block.fused()]:
             experts.open()
-    quantized, skipped = _swap(blocks, precision, patterns)
-    for attention, shift in zip(cached, shifts, strict=True):
+    quantized, skipped = _swap([*(block.groups() for block in blocks), _alone(outside)], precision, patterns)
+    if precision.embeddings is not None:
+        quantized.append(_swap_embedding(model, precision))
+    for attention, shift in zip(ours, shifts, strict=True):
         kv = KVQuantizer(precision, attention.heads.kv_heads, attention.heads.head_dim, attention.name)
         kv.to(attention.key.weight.device)
         kv.set_shift(shift)
         attention.module.reqat_kv = kv
     kept = _never_quantized(model, adapter, blocks, precision)
-    if cached:
+    if ours:
         model.set_attn_implementation(ATTENTION)
-        if previous is None:
+        if previous is None or not cached:
             adapter.body(model).register_forward_pre_hook(check_call, with_kwargs=True)
     hook_saving(model)
     restored, dropped = sidecar.restore(model, precision) if sidecar is not None else ([], [])
@@ -118,7 +125,7 @@ def prepare(
         precision,
         quantized,
         skipped + kept,
-        kv_layers=len(cached) if precision.quantizes_cache else 0,
+        kv_layers=len(ours) if rounded else 0,
         restored=restored,
         dropped=dropped,
         skip=asked.skip,
@@ -132,13 +139,28 @@ def prepare(
     return report
 
 
-def _swap(blocks: list[Block], precision: Precision, patterns: list[str]) -> tuple[list[Entry], list[Entry]]:
-    """Put a quantized layer into every site that is not skipped; returns the sites that are quantized, and others."""
+def _alone(sites: list[Site]) -> list[Group]:
+    return [Group((site,), site.name) for site in sites]
+
+
+def _swap_embedding(model: PreTrainedModel, precision: Precision) -> Entry:
+    """Put a quantized embedding of tokens into the model's place for it."""
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        raise ReqatError(f"{name} is no plain nn.Embedding, and {precision} quantizes embeddings: leave them out of it")
+    model.set_input_embeddings(QuantEmbedding(embedding, precision, name))
+    return Entry(name, tuple(embedding.weight.shape))
+
+
+def _swap(parts: list[list[Group]], precision: Precision, patterns: list[str]) -> tuple[list[Entry], list[Entry]]:
+    """Put a quantized layer into every site that is not skipped; returns the sites that are quantized, and others.
+    ``parts``: the groups of each block, and of what is outside."""
     quantized: list[Entry] = []
     skipped: list[Entry] = []
-    for block in blocks:
+    for groups in parts:
         inputs: dict[str, InputQuantizer] = {}
-        for group in block.groups():
+        for group in groups:
             wanted = [site for site in group.sites if not _skipped(site.names, precision, patterns)]
             for site in group.sites:
                 if site not in wanted:
@@ -331,8 +353,8 @@ def _check_finite(model: nn.Module) -> None:
 def check_geometry(model: PreTrainedModel, precision: Precision, patterns: list[str]) -> None:
     """Raise ReqatError, naming layer and remedy, where the model has no cache that ``precision`` could quantize, or a
     block or a rotation of it does not divide a head or the inputs of a layer that none of ``patterns`` leaves alone."""
-    if precision.quantizes_cache:
-        _check_cache(model, precision)
+    if precision.quantizes_cache or precision.quantizes_attention:
+        _check_attention(model, precision)
     if precision.quantizes_linear:
         _check_patterns(model, patterns)
     blocks = [
@@ -340,7 +362,7 @@ def check_geometry(model: PreTrainedModel, precision: Precision, patterns: list[
     ]
     if precision.rotation:
         blocks.append((f"the rotation block {precision.rotation}", precision.rotation))
-    for names, size in ((n, size) for part in blocks_of(model) for n, size in _inputs_of(part)):
+    for names, size in _inputs_of(model):
         for what, block in blocks:
             if size % block and not _skipped(names, precision, patterns):
                 raise ReqatError(
@@ -351,33 +373,41 @@ def check_geometry(model: PreTrainedModel, precision: Precision, patterns: list[
 
 def _check_patterns(model: PreTrainedModel, patterns: list[str]) -> None:
     """Raise ReqatError for a pattern that no layer's name matches: it would quantize what was to be left alone."""
-    names = [name for part in blocks_of(model) for names, _ in _inputs_of(part) for name in names]
+    names = [name for names, _ in _inputs_of(model) for name in names]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise unknown("layer", pattern, names, where="skip", remedy=f"Layers have names such as {names[-1]!r}.")
 
 
-def _inputs_of(block: Block) -> Iterable[tuple[tuple[str, ...], int]]:
-    """Names and input size of each linear layer of a block, experts that are fused still included."""
-    yield from ((site.names, site.module.in_features) for site in block.sites())
-    for experts in block.fused():
+def _inputs_of(model: PreTrainedModel) -> Iterable[tuple[tuple[str, ...], int]]:
+    """Names and input size of each linear layer that a precision may quantize, fused experts included."""
+    adapter = adapter_of(model)
+    blocks = adapter.blocks(model)
+    for site in [*(site for block in blocks for site in block.sites()), *adapter.outside(model)]:
+        yield site.names, site.module.in_features
+    for experts in [experts for block in blocks for experts in block.fused()]:
         yield from (((name,), weight.shape[1]) for name, weight in experts.weights().items())
 
 
-def _check_cache(model: PreTrainedModel, precision: Precision) -> None:
-    heads = {attention.heads for _, attention in cached_attentions(model)}
-    if not heads:
-        rest = precision.replace(keys=None, values=None, kv_rotation=None, kv_signs=None)
+def _check_attention(model: PreTrainedModel, precision: Precision) -> None:
+    found = [attention for block in blocks_of(model) if (attention := block.attention) is not None]
+    if not found or not getattr(type(model), "_supports_attention_backend", False):
         raise ReqatError(
-            f"model type {model.config.model_type!r} keeps no keys and values for later tokens, so there is no cache "
-            f"for {precision} to quantize: take {rest}"
+            f"model type {model.config.model_type!r} has no attention whose operands {precision} could quantize: leave "
+            "keys, values, queries and probabilities out of it"
         )
-    for head_dim in {head.head_dim for head in heads}:
-        for role, fmt in (("keys", precision.keys), ("values", precision.values)):
+    static = next((f for f in (precision.keys, precision.values) if f is not None and f.global_scale == "static"), None)
+    if static is not None and not all(attention.cached for attention in found):
+        raise ReqatError(
+            f"model type {model.config.model_type!r} keeps no keys and values, and a checkpoint has no place for their "
+            "calibrated scales: say global_scale=row"
+        )
+    for head_dim in {attention.heads.head_dim for attention in found}:
+        for role, fmt in (("keys", precision.keys), ("values", precision.values), ("queries", precision.queries)):
             if fmt is not None and fmt.block is not None and head_dim % fmt.block:
                 raise ReqatError(
-                    f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave the KV "
-                    "cache unquantized, or take a format with another block"
+                    f"head_dim {head_dim} is not divisible by the block {fmt.block} of {fmt.name} {role}; leave them "
+                    "unquantized, or take a format with another block"
                 )
         if precision.keys is not None and precision.kv_rotation and head_dim % precision.kv_rotation:
             raise ReqatError(f"head_dim {head_dim} is not divisible by kv_rotation {precision.kv_rotation}")
@@ -390,14 +420,16 @@ def _never_quantized(
     entries = []
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     sites = {id(site.module.weight) for block in blocks for site in block.sites()}
+    sites |= {id(site.module.weight) for site in adapter.outside(model)}
     reasons = {parameter: reason for block in blocks for parameter, reason in block.kept().items()}
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    sites |= {id(module.weight) for module in model.modules() if isinstance(module, QuantEmbedding)}
     head = model.get_output_embeddings()
     head_name = next((f"{name}.weight" for name, module in model.named_modules() if module is head), "")
     counted: set[int] = set()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         this = id(parameter)
-        if parameter.ndim < 2 or this in sites:
+        if parameter.ndim < 2 or (this in sites and name != head_name):
             continue
         if name == head_name:
             reason = "the output head is never quantized"

@@ -46,7 +46,7 @@ from reqat.formats.stored import (
     read_stored,
     sealed,
 )
-from reqat.models.adapters import blocks_of, cached_attentions
+from reqat.models.adapters import adapter_of, cached_attentions
 from reqat.models.kv import kv_quantizers
 from reqat.models.linear import QuantLinear, quant_linears, stands_for
 from reqat.models.peft import plain_name
@@ -338,8 +338,10 @@ def _quantizers(model: PreTrainedModel) -> dict[str, Quantizer]:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Plain name -> weight of each linear layer in the model's blocks, experts that are fused included."""
-    return {name: weight for block in blocks_of(model) for name, weight in block.weights().items()}
+    """Plain name -> weight of each linear layer that a precision may quantize, experts that are fused included."""
+    adapter = adapter_of(model)
+    found = {name: weight for block in adapter.blocks(model) for name, weight in block.weights().items()}
+    return found | {site.plain_name: site.module.weight for site in adapter.outside(model)}
 
 
 def _same_blocks(now: Format | None, then: Format | None) -> bool:

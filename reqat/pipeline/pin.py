@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.base import digest
+from reqat.config.companions import Part as CompanionPart
+from reqat.config.companions import load_companions, restored
 from reqat.config.errors import ReqatError
 from reqat.config.files import write_file
 from reqat.config.paths import Paths, made
@@ -25,6 +27,7 @@ from reqat.config.studies import PlannedStudy, load_studies
 from reqat.config.targets import making
 from reqat.config.throughput import load_throughput
 from reqat.pipeline.benchmark import benchmark_of
+from reqat.pipeline.companions import companions_of
 from reqat.pipeline.studies import require_inputs, stages_there, studies_of
 from reqat.records import pinned, record
 from reqat.records.pinned import PARTS, Part
@@ -41,6 +44,7 @@ def parts_of(plan: Plan, paths: Paths) -> list[Part]:
         "run": True,
         "studies": bool(load_studies(plan, paths.config)),
         "benchmark": load_throughput(plan.tier.name, paths.config) is not None,
+        "companions": bool(load_companions(plan.tier.name, paths.config)),
     }
     return [part for part in PARTS if has[part]]
 
@@ -51,6 +55,8 @@ def begun(plan: Plan, part: Part, paths: Paths) -> bool:
         folders = [paths.evaluation(evaluation) for evaluation in plan.evaluations.values()]
     elif part == "studies":
         folders = [paths.study(id) for id in load_studies(plan, paths.config)]
+    elif part == "companions":
+        folders = [paths.companion(id) for id in load_companions(plan.tier.name, paths.config)]
     else:
         settings = benchmark_of(plan.tier.name, paths)
         if paths.throughput_state(settings.id).is_file():
@@ -89,6 +95,12 @@ def check(plan: Plan, paths: Paths, parts: Sequence[Part], *, allow_dirty: bool 
         require_inputs(plan, node, folder, there)
         return record.verify(folder, id=node.id)
 
+    def companion(folder: Path, node: CompanionPart) -> dict[str, Any]:
+        entry = record.verify(folder, id=node.id)
+        if entry["config_sha256"] != digest(entry["config"]) or restored(entry["config"], str(folder)).id != node.id:
+            raise ReqatError(f"{folder}: its record states other settings; delete the folder and run the part again.")
+        return entry
+
     if "run" in parts:
         for stage in filter(made, plan.needed.values()):
             take(paths.stage(stage), job, stage)
@@ -102,6 +114,9 @@ def check(plan: Plan, paths: Paths, parts: Sequence[Part], *, allow_dirty: bool 
     if "benchmark" in parts:
         bench = benchmark_of(plan.tier.name, paths)
         take(paths.throughput(bench.id), lambda folder, node: record.verify(folder, id=node.id), bench)
+    if "companions" in parts:
+        for id, one in companions_of(plan.tier.name, paths).items():
+            take(paths.companion(id), companion, one)
     dirty = [job for job, entry in found.items() if entry["dirty"] is not False]
     if dirty and not allow_dirty:
         troubles.append(

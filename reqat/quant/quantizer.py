@@ -27,15 +27,19 @@ class Quantizer(MeasuredState):
     so there the sidecar holds it. Within :func:`calibrating` the largest magnitude seen is kept in ``amax``, and static
     formats scale dynamically.
     ``clip`` (float32 buffer [2], or [rows, 2]; or None) cuts the tensor off at these shares of the least and of the
-    largest number of each block, before it is scaled (QuaRot, FlatQuant).
+    largest number of each block, before it is scaled (QuaRot, FlatQuant). ``clamp`` cuts it off at plus and minus
+    itself before that, with no gradient outside (ternary BERT).
     """
 
     global_scale: Tensor | None
     clip: Tensor | None
 
-    def __init__(self, fmt: Format | None, *, rotation: int | None = None, name: str | None = None) -> None:
+    def __init__(
+        self, fmt: Format | None, *, rotation: int | None = None, name: str | None = None, clamp: float | None = None
+    ) -> None:
         super().__init__()
         self.format = fmt
+        self.clamp = clamp
         self.rotation = rotation
         self.name = name
         self.calibrating = False
@@ -100,7 +104,7 @@ class Quantizer(MeasuredState):
         if self.format is None or not self.rounds:
             return x if self.rotation is None else block_hadamard(x, self.rotation)
         fmt, global_scale, rotation = self.format, self.global_scale, self.rotation
-        if self.clip is not None:
+        if self.clip is not None or self.clamp is not None:
             x = self.cut(x if rotation is None else Rounding(fmt, None, rotation).rotate(x))
             rotation = None
         if self.calibrating:
@@ -121,10 +125,17 @@ class Quantizer(MeasuredState):
         return self.gradient.codes(self.cut(rotated), Rounding(self.format, self.global_scale, None, self.name))
 
     def cut(self, rotated: Tensor) -> Tensor:
-        """A tensor that has been rotated already, cut off as ``clip`` says."""
-        if self.clip is None or self.format is None:
+        """A tensor that has been rotated already, cut off as ``clamp`` and ``clip`` say."""
+        if self.format is None:
             return rotated
-        return clipped(rotated, self.clip, self.format)
+        if self.clamp is not None:
+            rotated = rotated.clamp(-self.clamp, self.clamp)
+        return rotated if self.clip is None else clipped(rotated, self.clip, self.format)
+
+    @property
+    def straight(self) -> bool:
+        """Whether the gradient is the identity's."""
+        return self.gradient.straight and self.clamp is None
 
     @torch.no_grad()
     def _observe(self, x: Tensor, rotation: int | None) -> None:
@@ -149,6 +160,8 @@ class Quantizer(MeasuredState):
             parts.append(f"global_scale={float(self.global_scale):.4g}")
         if self.clip is not None:
             parts.append(f"clip={float(self.clip.mean()):.3g}")
+        if self.clamp is not None:
+            parts.append(f"clamp={self.clamp:g}")
         return ", ".join(parts)
 
 

@@ -4,8 +4,8 @@
     plan.json         the tier's plan when it was pinned
     records.parquet   one row a job: folder, id, kind, commit, finished, and the whole text of its record.json
     outcomes.parquet  one row a graded response: file, id, then the columns of `reqat.evaluation.Outcomes`
-    studies/, throughput/   what else studies and the benchmark measured, as they wrote it, one folder an id;
-                      studies.json has the studies as planned, in the order of config/
+    studies/, throughput/, companions/   what else studies, the benchmark and companions measured, as they wrote it, one
+                      folder an id; studies.json has the studies as planned, in the order of config/
     tables/<table>.csv               drawn when it was pinned
 
 `restored` unfolds it into the layout of `build/`, from which tables and figures are drawn as from a fresh run. Records
@@ -33,7 +33,7 @@ from reqat.config.paths import Paths, read_plan
 from reqat.config.plan import Plan
 from reqat.records import record
 
-Part = Literal["run", "studies", "benchmark"]
+Part = Literal["run", "studies", "benchmark", "companions"]
 PARTS: tuple[Part, ...] = get_args(Part)
 MANIFEST, PLAN, RECORDS, OUTCOMES = "manifest.json", "plan.json", "records.parquet", "outcomes.parquet"
 SCHEMA = "reqat.manifest/1"
@@ -45,7 +45,10 @@ _PART: dict[str, Part] = {
     "evaluations": "run",
     "studies": "studies",
     "throughput": "benchmark",
+    "companions": "companions",
 }
+# Of companions: rows and what else is small; a part may leave weights, too.
+_KEPT_OF_COMPANIONS = (".csv", ".json")
 _RESTORE = "restore it from git"
 
 
@@ -80,7 +83,8 @@ def fold(source: Path, jobs: Sequence[str], folder: Path) -> dict[str, dict[str,
         kept = [OUTCOMES] if evaluation else found["outputs"] if part_of(job) != "run" else []
         for name in kept:
             path = source / job / name
-            if name == TRACES:
+            large = part_of(job) == "companions" and path.suffix not in _KEPT_OF_COMPANIONS
+            if name == TRACES or large:
                 continue
             if not _holds_outcomes(path):
                 (folder / job / name).parent.mkdir(parents=True, exist_ok=True)

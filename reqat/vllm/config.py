@@ -191,6 +191,7 @@ def _mark(config: VllmConfig, about: About) -> None:
 
 def _check(about: About) -> None:
     """Raise ReqatError for what a folder asks for and this plugin does not do."""
+    about.precision.check_packable("vLLM")
     folder, precision = about.folder, about.precision
     for role in ("inputs", "keys", "values"):
         fmt = getattr(precision, role)

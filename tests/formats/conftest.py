@@ -42,7 +42,14 @@ FORMATS: dict[str, Format] = {
         "INT4-row": ("INT4-row", {}),
         "INT4-row FP16 away": ("INT4-row", {"scale": "FP16", "rounding": "away"}),
         "INT4-g32": ("INT4-g32", {}),
+        "INT4-g32 E5M2": ("INT4-g32", {"scale": "E5M2"}),
+        "INT4-g32 PO2 even": ("INT4-g32", {"scale": "PO2", "scale_rule": "even"}),
+        "FP4-g32 E4M3": ("FP4-g32", {"scale": "E4M3"}),
+        "FP4-g16 PO2": ("FP4-g16", {"scale": "PO2"}),
         "AINT4-g32": ("AINT4-g32", {}),
+        "AINT4-g32 E4M3": ("AINT4-g32", {"scale": "E4M3"}),
+        "AINT4-g32 PO2": ("AINT4-g32", {"scale": "PO2"}),
+        "AINT4-g32 PO2 even": ("AINT4-g32", {"scale": "PO2", "scale_rule": "even"}),
         "AINT4-row FP16 away": ("AINT4-row", {"scale": "FP16", "rounding": "away"}),
         "INT2-g128": ("INT2-g128", {}),
         "INT3-row": ("INT3-row", {}),
@@ -163,7 +170,7 @@ def _power_of_two(amax: np.ndarray, fmt: Format) -> np.ndarray:
             k = exponent - 1 if mantissa == 0.5 else exponent
         else:
             mantissa, exponent = np.frexp(a)  # mantissa in [0.5, 1)
-            carry = {"E2M1": 1.75, "E1M2": 1.875}[fmt.element] if fmt.scale_rule == "even" else 2.0
+            carry = {"E2M1": 1.75, "E1M2": 1.875, "INT4": 1.875}[fmt.element] if fmt.scale_rule == "even" else 2.0
             k = exponent - 1 + (2 * mantissa >= carry) - int(np.floor(np.log2(emax)))
         scales.append(2.0 ** max(-127, int(k)))
     more = 4 / 3 if fmt.scale_rule == "four_thirds" else 1
@@ -194,6 +201,12 @@ def _affine(x: np.ndarray, fmt: Format) -> np.ndarray:
     s = (hi / _f32(2) - lo / _f32(2)) / _f32(7.5)
     if fmt.scale == "FP16":
         s = np.minimum(s, _f32(65504)).astype(np.float16).astype(_f32)
+    if fmt.scale in ("E4M3", "E5M2"):
+        values = _SCALE_VALUES[fmt.scale]
+        s = values[nearest(values, s, "even")].astype(_f32)
+    if fmt.scale == "E8M0":
+        exponents = np.log2(np.maximum(s.astype(np.float64), 2.0**-127))
+        s = (2.0 ** (np.rint(exponents) if fmt.scale_rule == "even" else np.floor(exponents))).astype(_f32)
     s = np.where(s == 0, _f32(1), s)[:, None]
     z = np.minimum(np.rint(-lo[:, None] / s), 15)
     y = np.clip((x / s).astype(np.float64), -1000, 1000)  # far outside, where distances are still told apart
@@ -210,7 +223,7 @@ def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
     """``x^`` of float32 blocks ``x`` [N, B] for the global scale ``g`` ([N] or None), rule by rule."""
     if fmt.scale_rule == "twn":
         return _ternary(x, fmt)
-    if fmt.scale_rule == "minmax":
+    if fmt.element == "UINT4":
         return _affine(x, fmt)
     magnitudes = _MAGNITUDES[fmt.element]
     emax = _f32(magnitudes[-1])

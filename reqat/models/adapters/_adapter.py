@@ -53,7 +53,8 @@ class Attention:
 
     ``projections`` are the attributes of ``module`` that make queries, keys and values; ``norms`` those that normalize
     queries and keys, if it has them. ``cached``: keys and values are kept for later tokens, so they can be quantized as
-    a cache; else they live within one call.
+    a cache; else they live within one call. ``output``: the module that gives the output of the whole self-attention
+    block after the residual and its norm, where the architecture has one (BERT).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Attention:
     projections: tuple[str, str, str]
     norms: tuple[str, str] | None = None
     cached: bool = False
+    output: nn.Module | None = None
 
     @property
     def query(self) -> Any:
@@ -248,6 +250,13 @@ class ModelAdapter(Protocol):
 
     def body(self, model: PreTrainedModel) -> nn.Module:
         """The module that, called with ``input_ids`` [B, T], embeds them and runs the blocks."""
+
+    def head(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+        """What makes logits [N, classes] of the body's last hidden states [N, D]. Raises UnsupportedModelError where
+        the model has no head of a kind that the adapter knows."""
+
+    def outside(self, model: PreTrainedModel) -> list[Site]:
+        """Linear layers outside the blocks that a precision quantizes as well."""
 
     def gated(self, model: PreTrainedModel) -> GatedDecoder | None:
         """The parts of a decoder that a fused kernel may take over, or None where it is none, or has other parts."""

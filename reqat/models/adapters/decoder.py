@@ -8,12 +8,12 @@ layers or experts of transformers' experts interface.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.models.adapters._adapter import (
@@ -21,6 +21,7 @@ from reqat.models.adapters._adapter import (
     Block,
     GatedBlock,
     GatedDecoder,
+    Site,
     UnsupportedModelError,
     head_shape,
 )
@@ -77,6 +78,17 @@ class DecoderAdapter:
         """The decoder without its head."""
         decoder: nn.Module = model.get_decoder()
         return decoder
+
+    def head(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+        """``lm_head``."""
+        head: Any = model.get_output_embeddings()
+        if head is None:
+            raise UnsupportedModelError(f"{type(model).__name__} has no language-model head")
+        return head
+
+    def outside(self, model: PreTrainedModel) -> list[Site]:
+        """None."""
+        return []
 
     def gated(self, model: PreTrainedModel) -> GatedDecoder | None:
         """Its parts if it is built like Llama, Qwen2 or Qwen3."""

@@ -1,18 +1,24 @@
 """Encoders of transformers: BERT, MiniLM, RoBERTa, ELECTRA, DistilBERT and vision transformers.
 
 A block is supported if one module in it has three linear layers of equal inputs whose names begin with q, k and v, and
-attends in both directions. Attention itself is left as it is: an encoder keeps no keys and values for later tokens, so
-there is no cache to quantize.
+attends in both directions. An encoder keeps no keys and values for later tokens, so there is no cache; a precision that
+names them quantizes them as operands of attention, within the call. BERT's pooler is quantized as its blocks are.
+
+Its head here is BERT's: logits are ``classifier(dropout(h))`` of the last hidden state h of a token, or of
+``tanh(pooler(h))`` where the model has a pooler, which reads the first token. A token with a label has logits, be it
+one of many (token classification) or the first one (classification of sequences).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reqat.models.adapters._adapter import Attention, Block, UnsupportedModelError, head_shape
+from reqat.models.adapters._adapter import Attention, Block, Site, UnsupportedModelError, head_shape
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,8 @@ class EncoderAdapter:
             name = f"{prefix}.{index}"
             if getattr(module, "is_causal", None) is not False:
                 raise UnsupportedModelError(f"{name} does not say that it attends in both directions")
-            attention = Attention(f"{name}.{at}", module, heads, names)
+            output = _block_output(layer, at)
+            attention = Attention(f"{name}.{at}", module, heads, names, output=output)
             blocks.append(Block(index, name, layer, attention, (names,)))
         return blocks
 
@@ -47,8 +54,47 @@ class EncoderAdapter:
         """The encoder without its head."""
         return model.base_model
 
+    def head(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+        """BERT's classifier; see above."""
+        head: Any = getattr(model, "classifier", None)
+        if not isinstance(head, nn.Linear):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no classifier that is one linear layer; take a token or sequence "
+                "classification model of BERT's kind"
+            )
+        dropout: Any = getattr(model, "dropout", nn.Identity())
+        pooler: Any = _pooler(model)
+
+        def logits(hidden_ND: Tensor) -> Tensor:
+            if pooler is not None:
+                hidden_ND = pooler.activation(pooler.dense(hidden_ND))
+            out: Tensor = head(dropout(hidden_ND))
+            return out
+
+        return logits
+
+    def outside(self, model: PreTrainedModel) -> list[Site]:
+        """The pooler's layer, if there is one."""
+        pooler = _pooler(model)
+        if pooler is None:
+            return []
+        name = next(name for name, module in model.named_modules() if module is pooler)
+        return [Site(f"{name}.dense", pooler, "dense")]
+
     def gated(self, model: PreTrainedModel) -> None:
         """An encoder is no decoder."""
+
+
+def _pooler(model: PreTrainedModel) -> nn.Module | None:
+    pooler = getattr(model.base_model, "pooler", None)
+    return pooler if isinstance(getattr(pooler, "dense", None), nn.Linear) else None
+
+
+def _block_output(layer: nn.Module, at: str) -> nn.Module | None:
+    """What adds the residual to the output of the attention ``at`` and norms the sum, beside it in BERT's layers."""
+    beside = layer.get_submodule(at.rpartition(".")[0])
+    output = getattr(beside, "output", None) if beside is not layer else None
+    return output if isinstance(output, nn.Module) and hasattr(output, "LayerNorm") else None
 
 
 def _attentions(layer: nn.Module) -> list[tuple[str, nn.Module, tuple[str, str, str]]]:
