@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import reqat
 import reqat_kernels
 from reqat.config.stage import Stage
 from reqat.training import distributed
@@ -46,8 +45,8 @@ def together(device: distributed.Device, *, offload: bool = False) -> Iterator[b
 
 def _alike() -> Mapping[str, str]:
     code = hashlib.sha256()
-    for package in (reqat, reqat_kernels):
-        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in (Path(__file__).parents[1], Path(str(reqat_kernels.__file__)).parent):
+        for file in sorted(package.rglob("*.py")):
             code.update(file.read_bytes())
     return {
         "command line": " ".join(sys.argv[1:]),
