@@ -27,7 +27,7 @@ from pydantic import (
 from reqat.config.base import Count, Families, Seed, Size, Strict, digest, distinct, plain
 from reqat.config.catalogue import GRADIENT_RULES, OBJECTIVE_TERMS, PTQ_METHODS
 from reqat.config.errors import ReqatError, unknown
-from reqat.config.precision import ROLES, PrecisionSpec, Role
+from reqat.config.precision import CACHE, LINEAR, PrecisionSpec, Role
 from reqat.config.ptq import settled, with_options
 
 Kind = Literal["data", "base", "finetune", "qfit", "qat", "ptq"]
@@ -111,7 +111,7 @@ class Gradient(_Open):
 
     rule: Annotated[str, AfterValidator(_gradient_rule)] = "ste"
     """A rule of `reqat.quant.gradients`."""
-    roles: tuple[Role, ...] = ROLES
+    roles: tuple[Role, ...] = (*LINEAR, *CACHE)
     """Which tensors have it; the others go straight through."""
 
 
