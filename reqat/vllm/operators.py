@@ -46,7 +46,8 @@ def _fake_quantize(
     split: bool,
 ) -> torch.Tensor:
     """``x`` [..., K] less ``shift`` (broadcast), in the signs of that seed (-1: none), rotated in Hadamard blocks (0:
-    not), rounded to ``fmt`` (empty: not) with a given global scale, or the format's own. ``split`` says that the ranks
+    not), rounded to ``fmt`` (empty: not) with a given global scale, or the format's own; what is not finite stays as it
+    is. ``split`` says that the ranks
     of a tensor-parallel group hold a share of each row: a row's scale is then that of the whole row."""
     if shift is not None:
         x = x - shift.to(x.dtype)
@@ -56,10 +57,13 @@ def _fake_quantize(
         x = block_hadamard(x, rotation)
     if not fmt:
         return x.clone()  # an operator returns no argument of its own
+    # Where vLLM warms up, its compiled graph computes with memory that attention left as it was.
+    undefined = ~torch.isfinite(x)
+    given, x = x, x.masked_fill(undefined, 0.0)
     format = _format(fmt)
     if split and format.global_scale == "row" and x.numel():
         global_scale = global_scale_for(largest_of_ranks(x.abs().amax(-1, keepdim=True).float()), format)
-    return quantize_dequantize(x, format, global_scale=global_scale)
+    return torch.where(undefined, given, quantize_dequantize(x, format, global_scale=global_scale))
 
 
 def _shape_of(

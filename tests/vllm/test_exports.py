@@ -20,15 +20,15 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("format", ["compressed-tensors", "modelopt"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_vllm_computes_the_same(
-    tiny: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, family: str, format: str, answer: Answer
+    tiny: Callable[..., PreTrainedModel], ids: Tensor, tmp_path: Path, family: str, answer: Answer
 ) -> None:
+    # Not modelopt: vLLM computes it in 16-bit types alone, where nothing is told apart at 1e-5.
     model = tiny(family, head_dim=32, hidden_size=128, intermediate_size=128)
     prepare(model, "NVFP4-W4A4", global_scale="static")
     calibrate_static(model, [ids])
-    export_model(model, None, tmp_path / "out", format)
+    export_model(model, None, tmp_path / "out", "compressed-tensors")
     (found,) = answer(tmp_path / "out", [{"rows": ids.tolist(), "params": {"temperature": 0, "max_tokens": 1}}])
     inside = {id(layer.weight) for layer in quant_linears(model).values()}
     with torch.no_grad():

@@ -45,6 +45,11 @@ class Params:
     extra_args: dict[str, str] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def register(op_name: str, op_func: Any, mutates_args: list[str], fake_impl: Any) -> None:
@@ -200,6 +205,9 @@ def test_each_request_gets_the_temperatures_that_it_has_alone(plugin: SimpleName
         (Params(None, temperature=0.6), None),
         (Params({"reqat_decoding": POLICIES[0]}, temperature=0.6, top_p=0.95), "temperature=0.6"),
         (Params({"reqat_decoding": POLICIES[0]}, top_p=0.9), "top_p=0.9"),
+        (Params({"reqat_decoding": POLICIES[0]}, top_p=0.95, top_k=-1), None),
+        (Params({"reqat_decoding": POLICIES[0]}, top_p=0.95, top_k=20), "top_k=20.*generation-config"),
+        (Params({"reqat_decoding": POLICIES[0]}, top_p=0.95, repetition_penalty=1.05), "repetition_penalty"),
         (Params({"reqat_decoding": "greedy"}), "reset"),
         (Params({"reqat_decoding": "reset(t_low=-1, tau0=1)"}), "t_low"),
     ],
