@@ -25,16 +25,19 @@ LOOKS = {False: (style.VERMILION, "o", "as it is"), True: (style.BLUE, "s", "rot
 def build(found: Found) -> Figure:
     """A row a model: costs with 95% intervals over windows; shares of one-sided blocks."""
     rows, blocks = measured(found), shares(found)
-    models = list(dict.fromkeys([*rows["model"], *(blocks["model"] if len(blocks) else [])]))
+    models = list(dict.fromkeys([*rows["model"], *blocks["model"]]))
     fig = style.figure(0.9 + 2.3 * len(models))
     axes = fig.subplots(len(models), 2, squeeze=False)
     letters = iter("abcdefgh")
     for line, model in zip(axes, models, strict=True):
         _costs(line[0], rows[rows["model"] == model])
         style.panel(line[0], next(letters), f"{model}: cost of rounding")
-        _shares(line[1], blocks[blocks["model"] == model] if len(blocks) else blocks)
+        _shares(line[1], blocks[blocks["model"] == model])
         style.panel(line[1], next(letters), f"{model}: one-sided blocks")
-    axes[0][0].legend()
+    for ax in axes.flat:
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend()
+            break
     style.footer(fig, ["Bars: 95% intervals over windows. Scales behind the names of formats.", *found.notes])
     return fig
 

@@ -24,6 +24,7 @@ UNQUANTIZED = "BF16"
 Cell = tuple[bool, str, str]
 """(rotated, family, type of scale)."""
 MX, AMX, FP16 = ("MXFP4", "PoT"), ("AMXFP4", "E5M2"), ("AMXFP4", "FP16")
+_COLUMNS = ("model", "rotated", "family", "scale", "precision", "window", "tokens", "nats")
 _DIGITS = 3
 _HUGE = 1e5  # a perplexity that says only that the model is destroyed
 
@@ -90,8 +91,9 @@ def build(found: Found) -> Table:
 
 def measured(found: Found) -> pd.DataFrame:
     """The rows of perplexity parts; empty texts in `scale` for the unquantized model."""
-    rows = found.rows[found.rows["nats"].notna()] if "nats" in found.rows else found.rows.iloc[:0]
-    return rows.assign(scale=rows.get("scale", pd.Series(dtype=str)).fillna(""), rotated=rows["rotated"].astype(bool))
+    rows = found.rows.reindex(columns=list(_COLUMNS))
+    rows = rows[rows["nats"].notna()]
+    return rows.assign(scale=rows["scale"].fillna("").astype(str), rotated=rows["rotated"].astype(bool))
 
 
 def observations(rows: pd.DataFrame) -> dict[Cell, np.ndarray]:

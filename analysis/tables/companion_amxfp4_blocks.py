@@ -45,6 +45,7 @@ def build(found: Found) -> Table:
     )
 
 
+_COLUMNS = ("model", "rotated", "role", "tensors", "blocks", "share")
 _ERRORS = ("error_mxfp4", "error_amxfp4")
 
 
@@ -59,5 +60,5 @@ def shares(found: Found) -> pd.DataFrame:
                 share = of_role["one_sided"].sum() / of_role["blocks"].sum()
                 about = {"model": model, "rotated": bool(rotated), "role": role, "tensors": len(of_role)}
                 errors = {name: of_role[name].mean() for name in _ERRORS}
-                out.append(about | {"blocks": of_role["blocks"].sum(), "share": share} | errors)
-    return pd.DataFrame(out)
+                out.append(about | {"blocks": int(of_role["blocks"].sum()), "share": share} | errors)
+    return pd.DataFrame(out, columns=[*_COLUMNS, *_ERRORS])
