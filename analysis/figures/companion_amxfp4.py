@@ -38,7 +38,7 @@ def build(found: Found) -> Figure:
         if ax.get_legend_handles_labels()[0]:
             ax.legend()
             break
-    style.footer(fig, ["Bars: 95% intervals over windows. Scales behind the names of formats.", *found.notes])
+    style.footer(fig, ["Bars: 95% intervals over windows.", *found.notes])
     return fig
 
 
@@ -56,7 +56,7 @@ def _costs(ax: Axes, rows: pd.DataFrame) -> None:
                 error = np.array([[row.above - row.above_lo], [row.above_hi - row.above]])
                 at_x, name = i + (0.12 if rotated else -0.12), label if i == 0 else None
                 ax.errorbar([at_x], [row.above], yerr=error, color=colour, marker=marker, ls="none", label=name)
-    ax.set_xticks(range(len(shown)), [f"{family}\n{scale}" for family, scale in shown], fontsize=5.5)
+    ax.set_xticks(range(len(shown)), [" ".join(cell) for cell in shown], fontsize=6, rotation=35, ha="right")
     ax.axhline(0, color=style.GREY, lw=0.7)
 
 

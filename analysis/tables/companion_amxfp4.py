@@ -26,6 +26,7 @@ Cell = tuple[bool, str, str]
 MX, AMX, FP16 = ("MXFP4", "PoT"), ("AMXFP4", "E5M2"), ("AMXFP4", "FP16")
 _COLUMNS = ("model", "rotated", "family", "scale", "precision", "window", "tokens", "nats")
 _DIGITS = 3
+_LARGE = 10.0  # from where two digits of a perplexity tell formats apart
 _HUGE = 1e5  # a perplexity that says only that the model is destroyed
 
 
@@ -68,9 +69,11 @@ def build(found: Found) -> Table:
         data += [{"kind": "perplexity", "model": model} | row for row in table.to_dict("records")]
         families = [name for name in dict.fromkeys(part["family"]) if name != UNQUANTIZED]
         base = table[table["family"] == UNQUANTIZED]["perplexity"].iloc[0]
-        lines = [(Text(str(model)), Text(f"unquantized: {number(base, 2)}"), *(Text() for _ in range(2 * len(scales))))]
+        digits = 2 if base >= _LARGE else 4
+        plain = Text(f"unquantized: {number(base, digits)}")
+        lines = [(Text(str(model)), plain, *(Text() for _ in range(2 * len(scales))))]
         for family in families:
-            cells = [_cell(table, rotated, family, scale) for rotated in (False, True) for scale in scales]
+            cells = [_cell(table, (rotated, family, scale), digits) for rotated in (False, True) for scale in scales]
             lines.append((Text(str(model)), Text(family), *cells))
         sections.append(tuple(lines))
     tested = claims(rows)
@@ -141,13 +144,14 @@ def _tested(seen: dict[Cell, np.ndarray]) -> Iterator[tuple[Claim, Mean]]:
             yield claim, mean_over_runs(np.asarray(values)[None])
 
 
-def _cell(table: pd.DataFrame, rotated: bool, family: str, scale: str) -> Text:
+def _cell(table: pd.DataFrame, cell: Cell, digits: int) -> Text:
+    rotated, family, scale = cell
     at = table[(table["rotated"] == rotated) & (table["family"] == family) & (table["scale"] == scale)]
     if at.empty:
         return Text(EMPTY)
     value = at["perplexity"].iloc[0]
     best = table[table["family"] != UNQUANTIZED]["perplexity"].min()
-    return Text(number(value, 2) if value < _HUGE else f">{number(_HUGE, 0)}", bold=bool(value == best))
+    return Text(number(value, digits) if value < _HUGE else f">{number(_HUGE, 0)}", bold=bool(value == best))
 
 
 def _verdicts(tested: list[dict[str, object]]) -> list[str]:
@@ -166,7 +170,7 @@ def _notes(found: Found, rows: pd.DataFrame) -> list[str]:
     settings = next(iter(found.settings.values()))
     read = []
     for model, part in rows.groupby("model", sort=False):
-        tokens = part.drop_duplicates("window")["tokens"].sum()
+        tokens = int(part.drop_duplicates("window")["tokens"].sum())
         what = {"smollm2": f"windows of {settings['text'].capitalize()}", "testbed": "verified traces"}
         read.append(f"{model} reads {part['window'].nunique()} {what.get(str(model), 'windows')}, {tokens:,} tokens.")
     notes = [
