@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from analysis.registry import figure_names, study_names, table_names, throughput_names
+from analysis.registry import companion_names, figure_names, study_names, table_names, throughput_names
 from reqat.config import Paths, load
+from reqat.config.companions import load_companions
 from reqat.config.studies import load_studies
 from reqat.config.throughput import load_throughput
 
@@ -34,9 +35,10 @@ def made_by(tier: str) -> dict[str, set[str]]:
     plan = load(tier, Paths(ROOT))
     tables, figures = throughput_names(load_throughput(tier, Paths(ROOT).config))
     more_tables, more_figures = study_names(load_studies(plan, Paths(ROOT).config))
+    companions = companion_names(load_companions(tier, Paths(ROOT).config).values()).values()
     return {
-        "tables": {*table_names(plan), *tables, *more_tables},
-        "plots": {*figure_names(plan), *figures, *more_figures},
+        "tables": {*table_names(plan), *tables, *more_tables, *(name for made, _ in companions for name in made)},
+        "plots": {*figure_names(plan), *figures, *more_figures, *(name for _, made in companions for name in made)},
     }
 
 

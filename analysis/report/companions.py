@@ -15,13 +15,15 @@ from typing import Any
 import pandas as pd
 
 from analysis.report.cells import arithmetic_of, commit_of
-from analysis.report.document import Column, Table, Text
+from analysis.report.document import Column, Table, Text, number
 from reqat.config.companions import Part
 from reqat.config.companions import restored as restored_part
 from reqat.config.errors import ReqatError
+from reqat.evaluation.means import Mean, detectable
 from reqat.records import record
 
 ROWS = "rows.csv"
+_ALPHA = 0.05
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,18 @@ def read_rows(folder: Path, part: Part) -> pd.DataFrame:
         return pd.read_csv(folder / ROWS, keep_default_na=False, na_values=[""])
     except (OSError, ValueError) as error:
         raise ReqatError(f"{folder / ROWS}: not a table ({error}); {remedy}.") from None
+
+
+def verdict(found: Mean, sign: int, *, p: float | None = None, comparisons: int = 1, digits: int = 3) -> str:
+    """What a mean difference says of a claim that it has this `sign` (-1, 1).
+
+    `p`: the p-value that counts, adjusted for the claims beside it (:func:`reqat.evaluation.statistics.holm`); by
+    default the mean's own. Where it decides nothing, the difference that 80% power would have found among as many
+    `comparisons` stands in parentheses."""
+    if (found.p if p is None else p) < _ALPHA:
+        return "agrees" if found.value * sign > 0 else "disagrees"
+    smallest = detectable(found.std_error, found.df, alpha=_ALPHA / comparisons)
+    return f"cannot tell at this scale ({number(smallest, digits)})"
 
 
 def pinned_parts(records: Mapping[str, Mapping[str, Any]]) -> list[Part]:

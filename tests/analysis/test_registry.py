@@ -12,6 +12,7 @@ import pytest
 from analysis.build import maker
 from analysis.registry import Made, declared_in, discovered, figure_names, study_names, table_names, throughput_names
 from analysis.report.cells import Results
+from reqat.config.companions import kinds
 from reqat.config.paths import Paths, load
 from reqat.config.tier import load_catalogue
 
@@ -24,10 +25,12 @@ MODULES = [(package, made) for package in ("tables", "figures") for made in disc
 def test_a_module_is_named_after_what_it_makes_and_makes_it(package: str, made: Made) -> None:
     assert made.module == f"analysis.{package}.{made.name.replace('-', '_')}"
     assert maker(package, made.name).__module__ == made.module
+    others = (made.studies, made.benchmark, made.companion)
     if package == "figures":  # a table with a name alone is that of an artifact
-        assert made.of_cells or made.studies is not None or made.benchmark is not None
-    elif not made.of_cells and made.studies is None and made.benchmark is None:
+        assert made.of_cells or any(other is not None for other in others)
+    elif not made.of_cells and all(other is None for other in others):
         assert made.name in ARTIFACTS
+    assert made.companion is None or made.companion in kinds()
     assert made.artifact is None or made.artifact in ARTIFACTS
 
 

@@ -29,6 +29,7 @@ STUDIES = [
         "sigmas": [0.1], "n": 2, "seeds": [0],
     },
 ]  # fmt: skip
+COMPANIONS = [{"kind": "amxfp4", "models": ["tiny", "testbed", "smollm2"], "scales": ["PoT"]}]
 BENCH = {"linear": {"m": [1], "nk": [16]}, "decode": [{"model": "pinned", "batches": [1], "output_tokens": [2]}]}
 
 
@@ -43,6 +44,7 @@ def workflow_in(tmp_path: Path) -> Path:
     (tmp_path / "config" / "tiers" / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     (tmp_path / "config" / "studies.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": STUDIES}}))
     (tmp_path / "config" / "throughput.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": BENCH}}))
+    (tmp_path / "config" / "companions.yaml").write_text(yaml.safe_dump({"tiers": {"tiny": COMPANIONS}}))
     return tmp_path
 
 

@@ -2,7 +2,7 @@
 its results.
 
 `fail` in the working directory holds a prefix of ids that fail; `crash` one of ids whose process is killed; `hang` one
-of ids that never finish.
+of ids that never finish; `absent` the name of a source of companions that is not installed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+#: Verbs that are given an id.
+NAMED = ("data", "stage", "evaluate", "bench", "study", "source", "companion")
 
 
 def state_of(build: Path, id: str) -> Path:
@@ -27,7 +30,7 @@ def main() -> None:
     verb, *rest = arguments[8:]  # after --build B --models M --data D --plan P
     build, tier = Path(options["--build"]), options.get("--tier", "")
     part = options.get("--what", "")
-    subject = rest[0] if verb in ("data", "stage", "evaluate", "bench", "study") else f"{verb}-{part}" if part else verb
+    subject = rest[0] if verb in NAMED else f"{verb}-{part}" if part else verb
     with Path("calls").open("a") as log:
         log.write(f"{subject}\n")
     for trap in ("fail", "crash", "hang"):
@@ -49,6 +52,14 @@ def main() -> None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "record.json").write_text(subject)
         return
+    if verb in ("source", "companion"):
+        folder = build / {"source": "packaged", "companion": "companions"}[verb]
+        folder.mkdir(parents=True, exist_ok=True)
+        absent = Path("absent").read_text() if Path("absent").exists() else "nothing"
+        missing = absent in subject
+        state = {"state": "missing", "reason": f"install {absent}"} if missing else {"state": "there"}
+        (folder / f"{subject}.json").write_text(json.dumps(state))
+        return
     if verb == "bench":
         out = build / "throughput" / subject
         out.mkdir(parents=True, exist_ok=True)
@@ -65,9 +76,10 @@ def main() -> None:
         state_of(build, rest[0]).parent.mkdir(parents=True, exist_ok=True)
         state_of(build, rest[0]).write_text(json.dumps({"state": "failed", "reason": reason}))
         return
-    from analysis.registry import figure_names, study_names, table_names, throughput_names
+    from analysis.registry import companion_names, figure_names, study_names, table_names, throughput_names
     from analysis.report.names import FIGURE_SUFFIXES, TABLE_SUFFIXES
     from reqat.config import Paths, load
+    from reqat.config.companions import load_companions
     from reqat.config.studies import load_studies
     from reqat.config.throughput import load_throughput
 
@@ -81,6 +93,9 @@ def main() -> None:
         tier = f"{tier} {state.get('reason', '')}"
     elif part == "studies":
         tables, figures = study_names(load_studies(plan, Paths().config))
+    elif part == "companions":
+        made = companion_names(load_companions(tier, Paths().config).values())
+        tables, figures = made[options["--companion"]]
     for folder, stems, suffixes in (
         (options["--tables"], tables, TABLE_SUFFIXES),
         (options["--plots"], figures, FIGURE_SUFFIXES),

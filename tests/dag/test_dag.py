@@ -103,17 +103,21 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
     assert (checkout / "figures" / "table1.md").exists()
 
 
-def test_a_benchmark_that_dies_costs_figure_6_alone_in_whatever_folder(tmp_path: Path):
-    """Also: no part of a path reaches a shell, and the next run puts the figure in place of its placeholder."""
+def test_what_fails_or_is_not_installed_costs_its_own_alone_in_whatever_folder(tmp_path: Path):
+    """A benchmark that dies costs Figure 6, a source that is missing the parts of companions that read it. Also: no
+    part of a path reaches a shell, and the next run puts what is there now in place of its placeholder."""
     checkout = workflow_in(tmp_path / ODD)
     build = f"build=b {ODD}"
     (checkout / "crash").write_text("throughput-")
-    first = snakemake(checkout, "figures/", more=(build,))
+    (checkout / "absent").write_text("smollm2")
+    first = snakemake(checkout, "figures/", "companions", more=(build,))
     assert first.returncode == 0, first.stdout
     figures = checkout / "figures"
     assert "Figure 6 is missing" in first.stdout and "code 137" in first.stdout and "bench=no" in first.stdout
     assert "code 137" in (figures / "figure6.png").read_text() and (figures / "table1.md").exists()
     assert not [path for path in tmp_path.rglob("*") if path.name in ("F", "G")], "a path was run as a command"
+    assert "install smollm2" in first.stdout
+    assert (checkout / build.removeprefix("build=") / "tables" / "tiny" / "companion-amxfp4.md").exists()
 
     (checkout / "crash").unlink()
     calls(checkout)
@@ -122,8 +126,11 @@ def test_a_benchmark_that_dies_costs_figure_6_alone_in_whatever_folder(tmp_path:
     assert second.returncode == 0 and calls(checkout) == [bench, f"{bench}-ends", "report-benchmark"], second.stdout
     assert "code 137" not in (figures / "figure6.png").read_text() and "Figure 6 is missing" not in second.stdout
 
-    third = snakemake(checkout, "figures/", more=(build, "bench=no"))
-    assert third.returncode == 0 and calls(checkout) == [], third.stdout
+    (checkout / "absent").unlink()
+    third = snakemake(checkout, "figures/", "companions", more=(build, "bench=no"))
+    again = [re.sub("-[0-9a-f]{12}$", "", call) for call in calls(checkout)]
+    read = [f"companion-amxfp4-smollm2-{what}" for what in ("blocks", "plain", "rotated")]
+    assert third.returncode == 0 and sorted(again) == [*read, "report-companions", "smollm2"], third.stdout
     assert (figures / "table1.md").exists() and not (figures / "figure6.png").exists()
 
 
