@@ -34,3 +34,6 @@ MODEL_ADAPTERS = modules_of("models.adapters")
 
 EXPORT_FORMATS = tuple(name.replace("_", "-") for name in modules_of("export"))
 """Formats that models are exported in, one a file of `reqat/export/`."""
+
+LABELLED_TASKS = modules_of("tasks.labelled")
+"""Tasks of encoders, one a file of `reqat/tasks/labelled/`."""

@@ -204,6 +204,8 @@ class Optimization(Strict):
 
     lr: float = Field(default=1e-3, gt=0, le=1e3)
     min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls after warming up."""
     warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps spent warming up."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from reqat.data.labelled import LabelledRows, classified_rows, tagged_rows
 from reqat.data.packing import Batch, PackedRows, batches, pack
 from reqat.data.store import TraceStore, write_arrays, write_store
 from reqat.data.tokenizer import build_tokenizer, encode_prompt, unknown_id, with_bos, without_bos
@@ -9,15 +10,18 @@ from reqat.data.traces import Trace, Traces, select
 
 __all__ = [
     "Batch",
+    "LabelledRows",
     "PackedRows",
     "Trace",
     "TraceStore",
     "Traces",
     "batches",
     "build_tokenizer",
+    "classified_rows",
     "encode_prompt",
     "pack",
     "select",
+    "tagged_rows",
     "unknown_id",
     "with_bos",
     "without_bos",

@@ -29,7 +29,8 @@ _SWEEP = 2**24
 @dataclass(frozen=True)
 class Batch:
     """``[B, T]`` int64 tensors. ``segment_ids`` is 0 on padding and 1, 2, … on the traces of a row; ``labels[b, t]``
-    is the token to predict *at* position t (already shifted: the token at t + 1), or -100.
+    is the token to predict *at* position t (already shifted: the token at t + 1), or -100; for an encoder the class of
+    the token at t.
     """
 
     input_ids: Tensor
@@ -38,6 +39,8 @@ class Batch:
     segment_ids: Tensor
     apart: bool = False
     """Whether attention is to be computed trace by trace, not under the mask of whole rows."""
+    token_types: Tensor | None = None
+    """Of an encoder's pairs of texts: 0 on the first, 1 on the second."""
 
     @property
     def n_tokens(self) -> int:
@@ -104,6 +107,10 @@ class PackedRows:
                 self.traces.forget()
                 swept = 0
         return hasher.hexdigest()
+
+    def batches(self, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
+        """Row indices batch by batch, as :func:`batches` gives them."""
+        return batches(len(self), rows_per_batch, epochs, seed)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The rows at ``indices`` as one batch."""

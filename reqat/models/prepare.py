@@ -99,7 +99,7 @@ def prepare(
     rounded = precision.quantizes_cache or precision.quantizes_attention
     attentions = [attention for block in blocks if (attention := block.attention) is not None]
     cached = [attention for attention in attentions if attention.cached]
-    ours = attentions if rounded else cached
+    ours = attentions if getattr(type(model), "_supports_attention_backend", False) else cached
     shifts = [kv.shift if (kv := getattr(attention.module, "reqat_kv", None)) else None for attention in ours]
 
     if precision.quantizes_linear:
@@ -116,7 +116,7 @@ def prepare(
     kept = _never_quantized(model, adapter, blocks, precision)
     if ours:
         model.set_attn_implementation(ATTENTION)
-        if previous is None or not cached:
+        if previous is None:
             adapter.body(model).register_forward_pre_hook(check_call, with_kwargs=True)
     hook_saving(model)
     restored, dropped = sidecar.restore(model, precision) if sidecar is not None else ([], [])

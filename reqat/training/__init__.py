@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from reqat.training.distributed import joined
+from reqat.training.forward import response_logits
 from reqat.training.loop import (
     Observer,
     RunSettings,
     TrainResult,
     check_traces,
     learning_rate,
-    response_logits,
     train,
 )
 from reqat.training.objective import NLL, Objective, Term, TermContext

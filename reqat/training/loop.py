@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -29,17 +29,17 @@ from reqat.config.base import Count, Seed, digest
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
 from reqat.config.stage import Optimization
-from reqat.data import Batch, PackedRows, Traces, batches
+from reqat.data import Batch
 from reqat.data.packing import IGNORE
 from reqat.formats.digests import tensors_digest
 from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
-from reqat.models.attention import ATTENTION, dense_mask, segment_mask
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
 from reqat.quant.autocast import resolve as resolve_autocast
 from reqat.training import checkpoint, distributed
 from reqat.training.distributed import Ranks
-from reqat.training.objective import OUTPUTS, Objective, TermContext
+from reqat.training.forward import Outputs, head_of, run_model
+from reqat.training.objective import LAYERWISE, OUTPUTS, Objective, TermContext
 from reqat_kernels.sem_loss import CHUNK_BYTES, entropies_from_hidden, row_statistics
 
 # A micro-batch whose logits take more than this in float32 has its loss computed from hidden states, where the
@@ -84,6 +84,51 @@ class TrainResult:
         return sum(h["loss"] for h in tail) / len(tail)
 
 
+class Sequences(Protocol):
+    """The token ids that rows are made of, sequence by sequence."""
+
+    def __len__(self) -> int: ...
+    def extremes(self) -> tuple[int, int]:
+        """The smallest and the largest token id."""
+
+    def tokens(self, number: int) -> Any:
+        """Token ids of a sequence, integers [T]."""
+
+    def id(self, number: int) -> str:
+        """What to call a sequence in an error."""
+
+
+class Rows(Protocol):
+    """What the loop trains on: :class:`~reqat.data.packing.PackedRows` of a decoder's traces, or
+    :class:`~reqat.data.labelled.LabelledRows` of an encoder's sequences."""
+
+    @property
+    def traces(self) -> Sequences:
+        """All sequences."""
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+
+    @property
+    def bos_id(self) -> int | None:
+        """Token id that rows put before sequences, if any."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens without padding."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of all that the batches are made of."""
+
+    def batches(self, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
+        """Row indices batch by batch."""
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The rows at ``indices`` as one batch."""
+
+
 class Observer(Protocol):
     """Looks at a training from inside, and must leave model, gradients and random state as it found them."""
 
@@ -94,60 +139,16 @@ class Observer(Protocol):
 
 
 def learning_rate(step: int, total: int, settings: RunSettings) -> float:
-    """Linear warm-up over ``warmup`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps
+    """Linear warm-up over ``warmup`` of the steps, then by ``schedule`` from ``lr`` to ``min_lr_ratio * lr``. Steps
     count from 0.
     """
     warmup = round(settings.warmup * total)
     if step < warmup:
         return settings.lr * (step + 1) / warmup
     floor = settings.min_lr_ratio
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    return settings.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What one forward pass of a decoder gave: ``hidden`` [N, D], which the head sees at the response positions, and of
-    ``hidden_states`` and ``attentions`` (:class:`TermContext`) what was asked for."""
-
-    hidden: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-
-def run_decoder(
-    model: PreTrainedModel, batch: Batch, keep: Tensor, wanted: frozenset[str] = frozenset(), who: str = "model"
-) -> Outputs:
-    """Run the decoder of ``model`` on ``batch``; the N positions are those where ``keep`` ``[B, T]`` holds.
-
-    ``wanted``: of ``hidden_states`` and ``attentions``. Raises ReqatError where the model does not give them.
-    """
-    more = sorted(wanted - {"logits"})
-    # Another attention function, of a model that was not prepared, knows dense masks alone.
-    by_trace = batch.apart and model.config._attn_implementation == ATTENTION
-    mask = (segment_mask if by_trace else dense_mask)(batch.segment_ids)
-    found = model.get_decoder()(
-        input_ids=batch.input_ids,
-        attention_mask=mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        **{f"output_{name}": True for name in more},
-    )
-    given = {name: getattr(found, name, None) for name in more}
-    layers = int(model.config.num_hidden_layers)
-    for name, tensors in given.items():
-        if not tensors or len(tensors) != layers + (name == "hidden_states") or any(t is None for t in tensors):
-            remedy = f"; its attention {model.config._attn_implementation!r} may not: call prepare(model, 'BF16')"
-            raise ReqatError(
-                f"a term of the objective needs {name}, and the {who} ({type(model).__name__}) does not give one a "
-                f"layer{remedy if name == 'attentions' else ''}"
-            )
-    return Outputs(found.last_hidden_state[keep], **given)
-
-
-def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
-    """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; lm_head runs on those alone."""
-    return model.get_output_embeddings()(run_decoder(model, batch, keep).hidden)
+    progress = min(1.0, (step - warmup) / max(1, total - 1 - warmup))
+    left = 1 - progress if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * (floor + (1 - floor) * left)
 
 
 def batch_loss(
@@ -162,8 +163,8 @@ def batch_loss(
     own = objective.needs & set(OUTPUTS)
     theirs = frozenset(need.removeprefix("teacher.") for need in objective.needs - own)
     with autocast_region(batch.labels.device.type, torch.bfloat16, enabled=autocast):
-        outputs = run_decoder(model, batch, keep, own, "student")
-        head = model.get_output_embeddings()
+        outputs = run_model(model, batch, keep, own, "student")
+        head = head_of(model)
         if objective.fusable and _is_plain(head) and 4 * len(labels) * len(head.weight) > FUSE_ABOVE_BYTES:
             return objective.from_hidden(outputs.hidden, head.weight, labels)
         logits = head(outputs.hidden)
@@ -171,16 +172,17 @@ def batch_loss(
         if teacher is not None and theirs:
             teach = partial(_teacher_outputs, teacher, batch, keep, theirs)
             teacher_outputs, teacher_logits = distributed.within(teacher, teach)
+    layerwise = {name: getattr(outputs, name) for name in LAYERWISE}
+    if teacher_outputs is not None:
+        layerwise |= {f"teacher_{name}": getattr(teacher_outputs, name) for name in LAYERWISE}
     context = TermContext(
         logits,
         labels,
         teacher_logits,
         traces=batch.traces(keep),
         responses=keep,
-        hidden_states=outputs.hidden_states,
-        attentions=outputs.attentions,
-        teacher_hidden_states=teacher_outputs.hidden_states if teacher_outputs else None,
-        teacher_attentions=teacher_outputs.attentions if teacher_outputs else None,
+        tokens=batch.segment_ids > 0,
+        **layerwise,
     )
     return objective(context)
 
@@ -189,8 +191,8 @@ def batch_loss(
 def _teacher_outputs(
     teacher: PreTrainedModel, batch: Batch, keep: Tensor, wanted: frozenset[str]
 ) -> tuple[Outputs, Tensor | None]:
-    outputs = run_decoder(teacher, batch, keep, wanted, "teacher")
-    return outputs, teacher.get_output_embeddings()(outputs.hidden) if "logits" in wanted else None
+    outputs = run_model(teacher, batch, keep, wanted, "teacher")
+    return outputs, head_of(teacher)(outputs.hidden) if "logits" in wanted else None
 
 
 @torch.no_grad()
@@ -198,7 +200,7 @@ def batch_entropies(model: PreTrainedModel, batch: Batch, *, autocast: bool) -> 
     """Entropy in nats of the model's distribution at each of the N response positions, ``[N]`` float32."""
     keep = batch.labels != IGNORE
     with autocast_region(batch.labels.device.type, torch.bfloat16, enabled=autocast):
-        hidden, head = run_decoder(model, batch, keep).hidden, model.get_output_embeddings()
+        hidden, head = run_model(model, batch, keep).hidden, head_of(model)
         if _is_plain(head):
             return entropies_from_hidden(hidden, head.weight)
         return row_statistics(head(hidden))[1]
@@ -238,12 +240,15 @@ def _batch_loss(
 
 
 def _moved(batch: Batch, device: torch.device, apart: bool) -> Batch:
-    fields = ("input_ids", "labels", "position_ids", "segment_ids")
-    return Batch(**{name: getattr(batch, name).to(device) for name in fields}, apart=apart)
+    fields = ("input_ids", "labels", "position_ids", "segment_ids", "token_types")
+    moved: dict[str, Any] = {
+        name: None if (given := getattr(batch, name)) is None else given.to(device) for name in fields
+    }
+    return Batch(**moved, apart=apart)
 
 
 def check_traces(
-    model: PreTrainedModel, traces: Traces, label: str, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, traces: Sequences, label: str, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
     """Raise ``ReqatError`` naming the first trace with a token id that ``model`` has no embedding row for."""
     low, high = traces.extremes()
@@ -254,7 +259,7 @@ def check_traces(
         check_token_ids(model, ids, f"{label}, trace {traces.id(number)}", tokenizer=tokenizer)
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
     """Whether the head is ``hidden @ weight.T`` and nothing else: no bias, no hook, no other class."""
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
@@ -270,7 +275,7 @@ def _groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, 
 
 def _description(
     model: PreTrainedModel,
-    rows: PackedRows,
+    rows: Rows,
     objective: Objective,
     settings: RunSettings,
     teacher: PreTrainedModel | None,
@@ -281,7 +286,8 @@ def _description(
     """
     precision = precision_of(model)
     # Left out at its default, as in ids: a training that was begun before there was a choice goes on.
-    unsaid = {"attention"} if settings.attention == "rows" else set()
+    defaults = {"attention": "rows", "schedule": "cosine"}
+    unsaid = {name for name, value in defaults.items() if getattr(settings, name) == value}
     hyper = settings.model_dump(exclude={"checkpoint_seconds", *unsaid})
     run = {
         "set of traces (digest)": rows.digest,
@@ -321,7 +327,7 @@ def _result(file: Path, stored: Any, total: int) -> TrainResult:
 @freed_memory_kept()
 def train(
     model: PreTrainedModel,
-    rows: PackedRows,
+    rows: Rows,
     objective: Objective,
     settings: RunSettings,
     checkpoints: Path,
@@ -354,7 +360,7 @@ def train(
     # Resolved once, and part of what a checkpoint belongs to: a run never goes on in other numbers.
     settings = settings.model_copy(update={"autocast": resolve_autocast(settings.autocast, device.type)})
     autocast, apart = settings.autocast == "bf16", settings.attention == "traces"
-    micro = list(batches(len(rows), settings.rows_per_batch, settings.epochs, settings.seed))
+    micro = list(rows.batches(settings.rows_per_batch, settings.epochs, settings.seed))
     steps = [micro[i : i + settings.accumulation] for i in range(0, len(micro), settings.accumulation)]
     if ranks.size > 1 and observer is not None:
         raise ReqatError(f"{label}: an observer looks at a training of one process, not of {ranks.size}")

@@ -24,7 +24,9 @@ from torch import Tensor
 from reqat.config.errors import ReqatError, unknown
 from reqat_kernels.sem_loss import fused_sem_loss
 
-OUTPUTS = ("logits", "hidden_states", "attentions")
+#: What a forward pass gives layer by layer.
+LAYERWISE = ("hidden_states", "attentions", "attention_scores", "attention_outputs")
+OUTPUTS = ("logits", *LAYERWISE)
 #: What a term may need: an output of the student, or of the teacher (``teacher.logits``).
 NEEDS = frozenset(OUTPUTS) | {f"teacher.{output}" for output in OUTPUTS}
 
@@ -37,8 +39,10 @@ class TermContext:
     positions; ``labels`` is ``[N]`` int64; position ``n`` of ``logits`` predicts ``labels[n]``. ``traces`` ``[N]``
     int64: which trace each position belongs to, numbered from 0. ``hidden_states``: the embeddings, then the output of
     each layer, the last one after the final norm, L + 1 of ``[B, T, D]``. ``attentions``: each layer's attention
-    probabilities, L of ``[B, H, T, S]`` float32, 0 where masked. ``responses`` ``[B, T]`` bool: ``hidden[responses]``
-    are the N positions.
+    probabilities, L of ``[B, H, T, S]`` float32, 0 where masked; ``attention_scores``: what they are the softmax of,
+    minus infinity where masked. ``attention_outputs``: the output of each self-attention block after residual and norm,
+    L of ``[B, T, D]``. ``responses`` ``[B, T]`` bool: ``hidden[responses]`` are the N positions; ``tokens`` ``[B, T]``
+    bool: not padding. For an encoder a response position is one that has a label.
     """
 
     logits: Tensor
@@ -46,10 +50,15 @@ class TermContext:
     teacher_logits: Tensor | None = None
     traces: Tensor | None = None
     responses: Tensor | None = None
+    tokens: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
+    attention_scores: tuple[Tensor, ...] | None = None
+    attention_outputs: tuple[Tensor, ...] | None = None
     teacher_hidden_states: tuple[Tensor, ...] | None = None
     teacher_attentions: tuple[Tensor, ...] | None = None
+    teacher_attention_scores: tuple[Tensor, ...] | None = None
+    teacher_attention_outputs: tuple[Tensor, ...] | None = None
     _log_probs: Tensor | None = field(default=None, repr=False)
 
     def log_probs(self) -> Tensor:
@@ -58,8 +67,17 @@ class TermContext:
             self._log_probs = torch.log_softmax(self.logits.float(), dim=-1)
         return self._log_probs
 
+    def positions(self, over: str) -> Tensor:
+        """[B, T] bool: the ``responses``, the ``tokens`` (all but padding), or ``all``. Raises ReqatError for what is
+        none of these."""
+        assert self.responses is not None and self.tokens is not None
+        found = {"responses": self.responses, "tokens": self.tokens, "all": torch.ones_like(self.responses)}
+        if over not in found:
+            raise unknown("positions", over, found)
+        return found[over]
+
     def pairs(self, output: str) -> list[tuple[Tensor, Tensor]]:
-        """(student's, teacher's) ``hidden_states`` or ``attentions``, layer by layer. Raises ReqatError where they do
+        """(student's, teacher's) of one of :data:`LAYERWISE`, layer by layer. Raises ReqatError where they do
         not match in number or shape."""
         student, teacher = getattr(self, output), getattr(self, f"teacher_{output}")
         shapes = [[tuple(t.shape) for t in side or ()] for side in (student, teacher)]

@@ -104,6 +104,29 @@ def test_learned_scale_has_the_gradient_of_its_formula_in_float64() -> None:
         torch.testing.assert_close(rule.gamma.grad.double(), difference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("fmt", ["TERNARY-row", "TERNARY-tensor"])
+def test_a_learned_factor_of_the_mean_is_tslds_option(fmt: str) -> None:
+    """Clip at a = gamma mean|w|, round w / a straight through, times a: by autograd in float64."""
+    torch.manual_seed(0)
+    w, dy = torch.randn(5, 64), torch.randn(5, 64)
+    quantizer = ruled(fmt, "learned", rows=5, base="mean")
+    rule: Any = quantizer.gradient
+    with torch.no_grad():
+        rule.gamma.mul_(torch.linspace(0.7, 1.3, rule.gamma.numel()).view_as(rule.gamma))
+    y, dw = gradient(quantizer, w, dy)
+    x, gamma = w.double().requires_grad_(), rule.gamma.detach().double().requires_grad_()
+    a = gamma * (x.abs().mean(1, keepdim=True) if fmt == "TERNARY-row" else x.abs().mean())
+    u = torch.where(x > a, a, torch.where(x < -a, -a, x)) / a
+    out = (u + (u.round() - u).detach()) * a
+    (out * dy.double()).sum().backward()
+    torch.testing.assert_close(y.double(), out.detach(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(dw.double(), x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rule.gamma.grad.double(), gamma.grad, rtol=1e-4, atol=1e-5)
+    assert torch.equal(quantizer.codes(w).dequantize(), y)
+    with pytest.raises(ReqatError, match="base 'mean'.*TERNARY-row"):
+        ruled("INT4-g128", "learned", rows=5, base="mean")
+
+
 def test_a_learned_scale_starts_as_the_formats_and_its_codes_are_what_training_saw() -> None:
     torch.manual_seed(0)
     w = torch.randn(5, 64)

@@ -386,7 +386,7 @@ def test_sem_takes_tau_from_the_accumulated_batch_or_as_released_from_each_micro
     if fused:
         monkeypatch.setattr(loop, "FUSE_ABOVE_BYTES", 0)
     model, packed = unevenly_sure_model(), rows(30)
-    groups = list(loop.batches(len(packed), 3, 1, 0))[:3]
+    groups = list(packed.batches(3, 1, 0))[:3]
     entropies = []
     for indices in groups:
         batch = packed.batch(indices)

@@ -115,7 +115,7 @@ def kept(model: LlamaForCausalLM, batch: Any) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loop.run_decoder(model, batch, batch.labels >= 0)
+        loop.run_model(model, batch, batch.labels >= 0)
     shapes = {tuple(parameter.shape) for parameter in model.parameters()}
     return sum(x.untyped_storage().nbytes() for x in held.values() if tuple(x.shape) not in shapes)
 

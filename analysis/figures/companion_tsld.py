@@ -1,0 +1,54 @@
+"""Companion TSLD: evaluation perplexity of the ternary students over their training, a panel a setting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.report import style
+from analysis.report.companions import Found
+from analysis.tables.companion_tsld import NAMES
+
+NAME = "companion-tsld"
+COMPANION = "tsld"
+
+LOOKS = {
+    "gt": (style.GREY, "x"),
+    "logit": (style.BLUE, "s"),
+    "logit+gt": (style.VERMILION, "D"),
+    "tsld": (style.GREEN, "o"),
+    "l2l": (style.PURPLE, "^"),
+}
+
+
+def build(found: Found) -> Figure:
+    """Evaluation perplexity over the steps of a training, mean over training seeds, the teacher as a line."""
+    groups = list(found.rows.groupby("companion", sort=False))
+    fig = style.figure(2.6, min(style.WIDTH_IN, 1.2 + 3.0 * len(groups)))
+    axes = fig.subplots(1, len(groups), squeeze=False)[0]
+    for ax, letter, (label, rows) in zip(axes, "abcdefgh", groups, strict=False):
+        _curves(ax, rows)
+        style.panel(ax, letter if len(groups) > 1 else "", f"{label}: {rows['numbers'].iloc[0]}")
+    axes[0].set_ylabel("evaluation perplexity")
+    axes[0].legend(fontsize=6)
+    style.footer(fig, ["Means over training seeds (of nats per token). Dashed: the teacher.", *found.notes])
+    return fig
+
+
+def _curves(ax: Axes, rows: pd.DataFrame) -> None:
+    for method, (colour, marker) in LOOKS.items():
+        at = perplexities(rows[rows["method"] == method])
+        if len(at):
+            ax.plot(at.index, at.to_numpy(), color=colour, marker=marker, ms=3.5, lw=1, label=NAMES[method])
+    teacher = perplexities(rows[rows["method"] == "teacher"])
+    if len(teacher):
+        ax.axhline(teacher.iloc[0], color=style.BLACK, lw=0.8, ls="--")
+    ax.set_xlabel("step")
+
+
+def perplexities(rows: pd.DataFrame) -> pd.Series:
+    """Step -> exponential of the nats per token, summed over groups, meaned over seeds."""
+    sums = rows.groupby(["seed", "step"])[["nats", "tokens"]].sum()
+    return np.exp((sums["nats"] / sums["tokens"]).groupby("step").mean())

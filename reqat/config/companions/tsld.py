@@ -1,0 +1,73 @@
+"""TSLD (NeurIPS 2023, arXiv 2308.06744): token-scaled logit distillation for ternary language models.
+
+A language model teaches its own ternary copy. Ground truth beside the teacher's logits makes the copy overfit; TSLD
+scales the distillation of each token by the teacher's own loss there instead of treating tokens alike. The companion
+trains a small decoder on a text, then its ternary copies by each loss, and reports the best evaluation perplexity, as
+the paper does.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from reqat.config.base import Count, Seeds, Size, distinct
+from reqat.config.companions import Companion
+from reqat.config.precision import resolve
+from reqat.config.stage import Architecture
+
+Loss = Literal["gt", "logit", "logit+gt", "tsld", "l2l"]
+LOGIT, LOGIT_GT, TSLD = "logit", "logit+gt", "tsld"
+
+
+class Settings(Companion):
+    """Training of a teacher on a text, then QAT of its copy by each loss."""
+
+    kind: Literal["tsld"] = "tsld"
+    text: Literal["austen", "brown", "generated"] = "austen"
+    """Brown's licence is commonly read as non-commercial, so it is never the default; `generated` is to check."""
+    vocabulary: Size = 1024
+    """Byte pairs, learned from the training text."""
+    architecture: Architecture = Architecture(
+        hidden_size=128, layers=4, heads=4, kv_heads=4, mlp=384, max_position_embeddings=256
+    )
+    seeds: Seeds = Field(default=[42, 52, 62], min_length=1)
+    losses: Annotated[tuple[Loss, ...], AfterValidator(distinct)] = Field(
+        default=(LOGIT, LOGIT_GT, TSLD, "l2l"), min_length=1
+    )
+    """`gt`: likelihood of the text alone; `l2l`: logits, hidden states and attention scores."""
+    precision: str = "TERNARY-row-W2A16"
+    """Of the students: TWN with a scale an output channel."""
+    learned_scale: bool = False
+    """Scales gamma mean|w| with learned gamma, in place of TWN's."""
+    numbers: Literal["float32", "bfloat16"] = "float32"
+    """Of the students' weights, optimizer and products; the teacher's training is float32."""
+    block_tokens: Size = 128
+    teacher_blocks: Count = 4000
+    """Blocks of text that the teacher reads, `teacher_epochs` times."""
+    student_blocks: Count = 400
+    """Those of them that the students read, `epochs` times: few, so that they can overfit."""
+    test_blocks: Count = 100
+    teacher_epochs: Count = 1
+    epochs: Count = 10
+    evaluations: Size = 10
+    """Of a student over its training; the best one counts."""
+    teacher_rows: Size = 16
+    rows_per_batch: Size = 4
+    """Blocks in a step of a student; the weight of TSLD, a sum over them, grows with it."""
+    teacher_lr: float = Field(default=2e-3, gt=0, le=1)
+    lr: float = Field(default=1e-3, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Settings:
+        resolve(self.precision)
+        return self
+
+    def parts(self) -> tuple[str, ...]:
+        """A seed each: its teacher, and all students of it."""
+        return tuple(f"seed{seed}" for seed in self.seeds)
+
+    def sources(self) -> tuple[str, ...]:
+        """The text."""
+        return () if self.text == "generated" else (self.text,)

@@ -1,0 +1,175 @@
+"""TSLD: a small decoder trained on a text, its ternary copies trained by each loss, best evaluation perplexity.
+
+As in the paper: students begin at their teacher, which was trained on the same text; every linear layer but the head is
+ternary, with plain straight-through gradients; the token-scaled term is a sum over the sequences of a step. Different:
+the teacher is trained from scratch and not a published model, students read a part of its text many times, and sizes,
+rates and the text are those of a CPU.
+
+`numbers: bfloat16` holds weights and moments of the students in bfloat16, as Hugging Face's trainer does with
+``--bf16 --torch_dtype bfloat16``; small updates are then lost.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from reqat.config.companions.tsld import Settings
+from reqat.config.errors import ReqatError
+from reqat.pipeline.companions import Given
+
+TEACHER, PTQ = "teacher", "ptq"
+GROUPS = 20
+_AUSTEN_TEST = "persuasion"
+
+
+def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
+    """A row a method, evaluation and group of held-out blocks: `step`, `nats` summed over `tokens`, and `train_loss`,
+    the mean of the last epoch. `ptq` is the student before training."""
+    import torch
+
+    from reqat.data.text import block_rows
+    from reqat.evaluation.likelihood import log_likelihoods
+    from reqat.evaluation.watched import Watched
+    from reqat.models import prepare, set_gradient
+    from reqat.training import RunSettings, train
+
+    seed = int(part.removeprefix("seed"))
+    reading, test, tokenizer = _blocks(settings, seed, given)
+    pad, half = int(tokenizer.pad_token_id or 0), settings.numbers == "bfloat16"
+
+    def nats(model: Any) -> list[float]:
+        scored = [(block[:1], block[1:]) for block in test]
+        autocast = torch.bfloat16 if model.dtype == torch.bfloat16 else None
+        return (-log_likelihoods(model, scored, autocast=autocast)).tolist()  # type: ignore[no-any-return]
+
+    teacher = _teacher(settings, part, reading, tokenizer, given)
+    measured: dict[tuple[str, int], tuple[list[float], float]] = {(TEACHER, 0): (nats(teacher), float("nan"))}
+    rows = block_rows(reading[: settings.student_blocks], pad)
+    steps = -(-len(rows) * settings.epochs // settings.rows_per_batch)
+    for method in (PTQ, *settings.losses):
+        student = copy.deepcopy(teacher)
+        prepare(student, settings.precision, override=True)
+        if method == PTQ:
+            measured[PTQ, 0] = nats(student), float("nan")
+            continue
+        if half:
+            student.to(torch.bfloat16)
+        if settings.learned_scale:
+            set_gradient(student, "learned", roles=("weights",), base="mean")
+        qat = RunSettings(
+            lr=settings.lr,
+            rows_per_batch=settings.rows_per_batch,
+            epochs=settings.epochs,
+            autocast="bf16" if half else "none",
+            seed=seed,
+        )
+        folder, label = given.checkpoints / method.replace("+", "-"), f"{part} {method}"
+        watched = Watched(nats, max(1, steps // settings.evaluations), folder / "nats.json")
+        objective = objective_of(method, settings)
+        result = train(student, rows, objective, qat, folder, teacher=teacher, observer=watched, label=label)
+        watched.at(student, steps)
+        last = [entry["loss"] for entry in result.history[-max(1, steps // settings.epochs) :]]
+        best = math.exp(sum(watched.values[watched.lowest]) / (len(test) * (settings.block_tokens - 1)))
+        given.say(f"{label}: best perplexity {best:.3f} after {watched.lowest} of {steps} steps")
+        measured |= {(method, step): (values, sum(last) / len(last)) for step, values in sorted(watched.values.items())}
+    about = {"seed": seed, "numbers": settings.numbers, "precision": settings.precision, "steps": steps}
+    frame = pd.DataFrame(list(_grouped(measured, settings.block_tokens - 1)))
+    return frame.assign(**about, learned_scale=settings.learned_scale)
+
+
+def _grouped(measured: dict[tuple[str, int], tuple[list[float], float]], tokens: int) -> Iterator[dict[str, Any]]:
+    """Blocks in groups of every twentieth: enough of them to see how much blocks differ."""
+    for (method, step), (nats, loss) in measured.items():
+        for group in range(min(GROUPS, len(nats))):
+            values = nats[group::GROUPS]
+            about = {"method": method, "step": step, "group": group, "train_loss": loss}
+            yield about | {"nats": sum(values), "tokens": tokens * len(values)}
+
+
+def _blocks(settings: Settings, seed: int, given: Given) -> tuple[list[list[int]], list[list[int]], Any]:
+    """Blocks that the teacher reads, those to test on, and the tokenizer."""
+    from reqat.data.text import blocks, text_tokenizer
+
+    reading, unseen = texts(settings, given)
+    tokenizer = text_tokenizer(reading, settings.vocabulary)
+    found = blocks(_ids(tokenizer, reading), settings.block_tokens)
+    test = blocks(_ids(tokenizer, unseen), settings.block_tokens)
+    there = {"teacher_blocks": len(found), "student_blocks": settings.teacher_blocks, "test_blocks": len(test)}
+    for name, most in there.items():
+        if getattr(settings, name) > most:
+            raise ReqatError(f"{name} {getattr(settings, name)}: there are {most}; lower it")
+    step = len(test) // settings.test_blocks
+    drawn = random.Random(seed).sample(found, settings.teacher_blocks)
+    return drawn, test[::step][: settings.test_blocks], tokenizer
+
+
+def _teacher(settings: Settings, part: str, reading: list[list[int]], tokenizer: Any, given: Given) -> Any:
+    import torch
+
+    from reqat.data.text import block_rows
+    from reqat.models import prepare
+    from reqat.pipeline.scratch import from_scratch
+    from reqat.training import NLL, Objective, RunSettings, train
+
+    seed = int(part.removeprefix("seed"))
+    torch.manual_seed(seed)
+    teacher = from_scratch(settings.architecture, tokenizer)
+    prepare(teacher, "BF16")
+    run = RunSettings(
+        lr=settings.teacher_lr,
+        rows_per_batch=settings.teacher_rows,
+        epochs=settings.teacher_epochs,
+        autocast="none",
+        seed=seed,
+    )
+    rows = block_rows(reading, int(tokenizer.pad_token_id or 0))
+    train(teacher, rows, Objective((NLL(),)), run, given.checkpoints / TEACHER, label=f"{part} {TEACHER}")
+    return teacher
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Line by line: the tokenizer would warn of a text longer than any model reads."""
+    return [id for line in text.splitlines() for id in tokenizer(line + "\n")["input_ids"]]
+
+
+def objective_of(loss: str, settings: Settings) -> Any:
+    """The objective of a loss by its name."""
+    from reqat.methods.terms import TERMS
+    from reqat.training import NLL, Objective
+
+    terms: dict[str, tuple[Any, ...]] = {
+        "gt": (NLL(),),
+        "logit": (TERMS["qad"](),),
+        "logit+gt": (TERMS["qad"](), NLL()),
+        # A mean over sequences of one length here; the paper's is a sum over those of a step.
+        "tsld": (NLL(), TERMS["tsld"](weight=float(settings.rows_per_batch))),
+        "l2l": (TERMS["qad"](), TERMS["hidden_mse"](over="tokens"), TERMS["attention_score_mse"]()),  # type: ignore[call-arg]
+    }
+    return Objective(terms[loss])
+
+
+def texts(settings: Settings, given: Given) -> tuple[str, str]:
+    """The text to read, and the text to test on, which has other words in other sentences."""
+    if settings.text == "generated":
+        rng = random.Random(0)
+        words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+        lines = [" ".join(rng.choices(words, weights=range(200, 0, -1), k=12)) + "." for _ in range(1200)]
+        return "\n".join(lines[:1000]), "\n".join(lines[1000:])
+    if settings.text == "austen":
+        from reqat.data.packaged import austen
+
+        folder = given.source("austen")
+        others = [title for title in austen.TITLES if title != _AUSTEN_TEST]
+        return "\n".join(austen.load(folder, title) for title in others), austen.load(folder, _AUSTEN_TEST)
+    from reqat.data.packaged import brown
+
+    parts: dict[bool, list[str]] = {False: [], True: []}
+    for text in brown.load(given.source("brown")):
+        parts[text["id"].endswith("0")] += [brown.written(sentence) for sentence in text["sentences"]]
+    return "\n".join(parts[False]), "\n".join(parts[True])

@@ -1,0 +1,150 @@
+"""Companions tsld and encoders: their settings, a run of each at the smallest size, and their tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.figures import companion_encoders as encoders_figure
+from analysis.figures import companion_tsld as tsld_figure
+from analysis.report import style
+from analysis.report.companions import Found
+from analysis.tables import companion_encoders, companion_tsld
+from reqat.config.base import parse
+from reqat.config.catalogue import LABELLED_TASKS
+from reqat.config.companions import encoders as encoders_settings
+from reqat.config.companions import tsld as tsld_settings
+from reqat.config.errors import ReqatError
+from reqat.pipeline.companions import Given, encoders, tsld
+
+
+def encoder_settings(**changes: Any) -> encoders_settings.Settings:
+    tiny = {
+        "model": "tiny", "tasks": ["generated"], "seeds": [42], "train_sequences": 32, "test_sequences": 20,
+        "layers": 1, "max_tokens": 10, "teacher_epochs": 1, "epochs": 1, "rows_per_batch": 16, "baselines": ["score"],
+        "mixes": [[1, 0.5]],
+    }  # fmt: skip
+    return parse(encoders_settings.Settings, tiny | changes, "test")
+
+
+def tsld_tiny(**changes: Any) -> tsld_settings.Settings:
+    shape = {"hidden_size": 16, "layers": 1, "heads": 1, "kv_heads": 1, "mlp": 16, "max_position_embeddings": 32}
+    tiny = {
+        "text": "generated", "vocabulary": 280, "architecture": shape, "seeds": [42], "block_tokens": 16,
+        "teacher_blocks": 16, "student_blocks": 8, "test_blocks": 4, "epochs": 2, "evaluations": 2,
+    }  # fmt: skip
+    return parse(tsld_settings.Settings, tiny | changes, "test")
+
+
+def found(kind: str, settings: Any, rows: pd.DataFrame) -> Found:
+    rows = rows.assign(companion=kind, part="seed42")
+    return Found(kind, rows, {kind: settings.model_dump(mode="json")}, tier="smoke", title="a check")
+
+
+def drawn(build: Any, given: Found, folder: Path) -> None:
+    with style.context():
+        style.save(build(given), folder, "figure")
+    assert (folder / "figure.png").stat().st_size > 1000
+
+
+def test_encoders_run_and_are_tabled(tmp_path: Path) -> None:
+    settings = encoder_settings()
+    assert settings.parts() == ("generated-seed42",) and settings.sources() == ()
+    rows = encoders.run(settings, settings.parts()[0], Given({}, tmp_path, tmp_path / "kept", lambda _: None))
+    methods = ["teacher", "ptq", "score", "map+0.5 output"]
+    assert list(dict.fromkeys(rows["method"])) == methods and set(rows["seed"]) == {42}
+    assert (rows.groupby("method")["count"].sum() == rows["count"].sum() / 4).all()
+    assert rows["map_kl_nats"].notna().sum() == 3  # one layer; the teacher has nothing to recover
+    given = found("encoders", settings, rows)
+    table = companion_encoders.build(given)
+    assert len(table.sections[0]) == 4 and any("one training seed" in note for note in table.footer)
+    drawn(encoders_figure.build, given, tmp_path)
+
+
+def test_tsld_runs_in_both_kinds_of_numbers_and_is_tabled(tmp_path: Path) -> None:
+    frames = []
+    for numbers, losses in (("float32", ["tsld", "l2l"]), ("bfloat16", ["logit", "tsld"])):
+        settings = tsld_tiny(numbers=numbers, losses=losses, learned_scale=numbers == "bfloat16")
+        folder = tmp_path / numbers
+        rows = tsld.run(settings, "seed42", Given({}, folder, folder / "kept", lambda _: None))
+        steps = rows.groupby("method")["step"].unique()
+        assert set(steps.index) == {"teacher", "ptq", *losses} and list(steps["tsld"]) == [2, 4]
+        frames.append(rows)
+    same = [frame[frame["method"] == "teacher"]["nats"].to_numpy() for frame in frames]
+    assert np.array_equal(*same)
+    given = found("tsld", tsld_tiny(), frames[0])
+    table = companion_tsld.build(given)
+    assert [row[-1].text for row in table.sections[0]] == ["12.34", "–", "13.24", "–"]
+    drawn(tsld_figure.build, given, tmp_path)
+
+
+def measured(gap: float, seeds: int) -> pd.DataFrame:
+    """Losses whose nats per token differ by ``gap`` each, over groups and seeds with noise; the 2nd step is best."""
+    rng, out = np.random.default_rng(0), []
+    for seed in range(seeds):
+        level = rng.normal(3, 0.1, 20)
+        for i, method in enumerate(("tsld", "logit", "logit+gt")):
+            for step, more in ((1, 0.5), (2, 0.0), (3, 0.2)):
+                nats = 100 * (level + gap * i + more + rng.normal(0, 0.002, 20))
+                about = {"method": method, "step": step, "seed": seed, "numbers": "float32", "train_loss": 1.0}
+                about |= {"precision": "TERNARY-row-W2A16", "learned_scale": False}
+                out += [about | {"group": g, "nats": n, "tokens": 100} for g, n in enumerate(nats)]
+    return pd.DataFrame(out)
+
+
+@pytest.mark.parametrize(("gap", "says"), [(0.05, "agrees"), (-0.05, "disagrees"), (0.0, "cannot tell")])
+def test_verdicts_on_tsld_follow_the_best_steps(gap: float, says: str) -> None:
+    table = companion_tsld.build(found("tsld", tsld_tiny(seeds=[0, 1, 2]), measured(gap, 3)))
+    claims = table.data[table.data["kind"] == "claim"]
+    assert len(claims) == 3 and all(text.startswith(says) for text in claims["verdict"])
+    assert claims["difference"].iloc[0] == pytest.approx(-gap, abs=0.002)
+    best = table.data[table.data["method"] == "tsld"]["perplexity"].iloc[0]
+    assert best == pytest.approx(np.exp(3), rel=0.1)
+
+
+@pytest.mark.parametrize(("gain", "says"), [(0.1, "agrees"), (0.0, "cannot tell")])
+def test_verdicts_on_encoders_are_paired_with_the_loss_on_scores(gain: float, says: str) -> None:
+    rng, out = np.random.default_rng(0), []
+    for seed in (1, 2, 3):
+        base = rng.integers(40, 90, 50)
+        for method in ("teacher", "score", "map", "output"):
+            more = 100 * gain * (method in ("map", "output")) + rng.integers(-1, 2, 50)
+            out += [
+                {"task": "brown_tagging", "method": method, "seed": seed, "group": g, "right": r, "count": 100}
+                for g, r in enumerate(base + more)
+            ]
+            out.append({"task": "brown_tagging", "method": method, "seed": seed, "layer": 0, "map_kl_nats": 0.1})
+    rows = pd.DataFrame(out).assign(output_error=0.01)
+    table = companion_encoders.build(found("encoders", encoder_settings(), rows))
+    claims = table.data[table.data["kind"] == "claim"]
+    assert len(claims) == 2 and all(text.startswith(says) for text in claims["verdict"])
+    assert claims["difference"].to_numpy() == pytest.approx(gain, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tasks": ["brown_tagging"]}, "generated"),
+        ({"tasks": ["generated", "brown_tagging"]}, "generated"),
+        ({"baselines": ["hidden"]}, "score"),
+        ({"mixes": [[0, 0]]}, "hidden"),
+        ({"precision": "TERNARY-tensor-W3"}, "2 bits"),
+        ({"tasks": ["brown_taging"]}, "Did you mean 'brown_tagging'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ReqatError, match=says):
+        encoder_settings(**changes)
+
+
+def test_every_labelled_task_has_a_corpus() -> None:
+    assert {*LABELLED_TASKS, encoders_settings.GENERATED} == set(encoders_settings.CORPORA)
+
+
+def test_a_text_that_is_too_short_is_said_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(ReqatError, match="test_blocks 100000"):
+        tsld.run(tsld_tiny(test_blocks=100_000), "seed42", Given({}, tmp_path, tmp_path, lambda _: None))
