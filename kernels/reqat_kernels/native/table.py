@@ -63,8 +63,6 @@ def _check(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -
 
 def _by_torch(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
     at = torch.bucketize(x.detach(), breakpoints, right=True)
-    if x.isnan().any():  # NaN sorts behind every number; any entry makes NaN of it
-        at = at.clamp(max=len(slopes) - 1)
     return slopes[at] * x + intercepts[at]
 
 

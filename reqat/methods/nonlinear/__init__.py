@@ -6,6 +6,8 @@ The nonlinear operations of a Transformer are functions of one number and sums: 
 
     nn_lut, nli, linear     how a table is made
     VERSIONS                how hardware computes with it: float32, FP16, 32-bit integers
+    replace, observe        tables in a model; what its functions read
+    calibrated              tables that learned from that
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import importlib
 from collections.abc import Callable
 
 from reqat.config.catalogue import NONLINEAR_METHODS
+from reqat.methods.nonlinear._calibrate import calibrated
 from reqat.methods.nonlinear._function import FUNCTIONS, Evaluate, Function, function_named
+from reqat.methods.nonlinear._replace import Replacement, Seen, observe, replace
 from reqat.methods.nonlinear._table import Table, merged, through
 from reqat.methods.nonlinear._versions import VERSIONS
 from reqat.methods.nonlinear.nn_lut import Network
@@ -26,9 +30,14 @@ __all__ = [
     "Evaluate",
     "Function",
     "Network",
+    "Replacement",
+    "Seen",
     "Table",
+    "calibrated",
     "function_named",
     "merged",
+    "observe",
+    "replace",
     "through",
 ]
 
