@@ -103,7 +103,7 @@ def _normalized(x: Tensor, centred: bool, eps: float, rsqrt: Evaluate) -> Tensor
 def _form(norm: Any) -> tuple[bool, float, float]:
     """Whether a norm subtracts the mean, what it adds to its weight, and its epsilon; found by comparing what it
     computes with each possibility. Raises UnsupportedModelError if it is none of them."""
-    eps = next((float(getattr(norm, name)) for name in ("eps", "variance_epsilon") if hasattr(norm, name)), None)
+    eps = next((e for name in ("eps", "variance_epsilon") if (e := getattr(norm, name, None)) is not None), None)
     weight, bias = norm.weight, getattr(norm, "bias", None)
     if eps is not None and weight.ndim == 1:
         g = torch.Generator().manual_seed(0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,14 +143,14 @@ class Seen:
 def observe(
     model: PreTrainedModel,
     replacement: Replacement,
-    batches: Iterable[Mapping[str, Tensor]],
+    run: Callable[[], Any],
     *,
     samples: int = 2048,
     seed: int = 0,
 ) -> dict[str, Seen]:
-    """What each lookup reads on ``batches`` (the model's arguments), by its name, with exact functions in all of them.
+    """What each lookup reads while ``run()`` calls the model, by its name, with exact functions in all of them.
 
-    Raises ReqatError if there is no batch.
+    Raises ReqatError if ``run`` called none of them.
     """
     generator = torch.Generator().manual_seed(seed)
     seen = {name: Seen(FUNCTIONS[it.function], torch.empty(0)) for name, it in replacement.lookups.items()}
@@ -161,16 +161,13 @@ def observe(
 
     handles = [it.register_forward_pre_hook(watch(seen[name])) for name, it in replacement.lookups.items()]
     replacement.set({name: function.exact for name, function in FUNCTIONS.items()})
-    ran = False
     try:
         with evaluating(model):
-            for batch in batches:
-                ran = True
-                model(**batch)
+            run()
     finally:
         for handle in handles:
             handle.remove()
         replacement.set(before)
-    if not ran:
-        raise ReqatError("calibration looks at what flows through the model: give it a batch at least")
+    if not any(at.count for at in seen.values()):
+        raise ReqatError("calibration looks at what flows through the model, and nothing did: give it data")
     return seen
