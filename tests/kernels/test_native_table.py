@@ -83,6 +83,17 @@ def test_pytorch_computes_the_same_with_and_without_gradients(
     same_bits(native.piecewise_linear(x.detach(), *table), expected)
 
 
+def test_values_are_written_where_they_are_asked_for() -> None:
+    table, x = parts(16), torch.linspace(-3, 3, 50)
+    expected = native.piecewise_linear(x, *table)
+    out = torch.empty(50)
+    assert native.piecewise_linear(x, *table, out=out) is out and torch.equal(out, expected)
+    assert native.piecewise_linear(x, *table, out=x) is x and torch.equal(x, expected)
+    for wrong in (torch.empty(49), torch.empty(50).double(), torch.empty(100)[::2]):
+        with pytest.raises(ValueError, match="out"):
+            native.piecewise_linear(x, *table, out=wrong)
+
+
 @pytest.mark.parametrize(
     ("changed", "error"),
     [

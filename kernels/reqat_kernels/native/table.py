@@ -22,18 +22,26 @@ _WORK_PER_THREAD = 1 << 16
 OPERATORS.define("piecewise_linear(Tensor x, Tensor breakpoints, Tensor slopes, Tensor intercepts) -> Tensor")
 
 
-def piecewise_linear(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
+def piecewise_linear(
+    x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor, *, out: Tensor | None = None
+) -> Tensor:
     """Values of a table at ``x``, in its shape and dtype; computed in float32.
 
     ``breakpoints`` float32 [E - 1], never falling, ``slopes`` and ``intercepts`` float32 [E], E from 1 to 256. NaN
     gives NaN; so does infinity where the outermost slope is 0. Where ``x`` takes gradients PyTorch computes, with the
     segment's slope as derivative.
 
+    ``out``: where to write, without gradients; both float32, contiguous, on a CPU, of one shape. It may be ``x``.
+
     Raises ValueError for other shapes, types or devices, TypeError for what is no tensor.
     """
     parts = (breakpoints, slopes, intercepts)
     for name, t in (("x", x), ("breakpoints", breakpoints), ("slopes", slopes), ("intercepts", intercepts)):
         check.tensor(name, t)
+    if out is not None:
+        _check(check.exactly("x", x, torch.float32, x.shape, torch.device("cpu")), *parts)
+        check.exactly("out", out, torch.float32, x.shape, x.device)
+        return _write(x, out, *parts)
     if torch.is_grad_enabled() and x.requires_grad:
         _check(x, *parts)
         return _by_torch(x.float(), *parts).to(x.dtype)
@@ -66,19 +74,23 @@ def _by_torch(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor
     return slopes[at] * x + intercepts[at]
 
 
-def _piecewise_linear(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
-    _check(x, breakpoints, slopes, intercepts)
-    wide, lib = x.float(), _library()
+def _write(x: Tensor, out: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
+    lib = _library()
     if lib is None:
         with subnormals_kept(x):
-            return _by_torch(wide, breakpoints, slopes, intercepts).to(x.dtype)
-    wide = wide.contiguous()
-    y = torch.empty(wide.shape, dtype=torch.float32, device="cpu")
-    if y.numel():
-        where = (check.address(wide), y.data_ptr(), y.numel())
+            return out.copy_(_by_torch(x.detach(), breakpoints, slopes, intercepts))
+    if n := x.numel():
         parts = (check.address(breakpoints), check.address(slopes), check.address(intercepts))
-        lib.reqat_table(*where, *parts, len(slopes), threads(y.numel(), _WORK_PER_THREAD))
-    return y.to(x.dtype)
+        where = (check.address(x), check.address(out), n)
+        lib.reqat_table(*where, *parts, len(slopes), threads(n, _WORK_PER_THREAD))
+    return out
+
+
+def _piecewise_linear(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
+    _check(x, breakpoints, slopes, intercepts)
+    wide = x.float().contiguous()
+    y = torch.empty(wide.shape, dtype=torch.float32, device="cpu")
+    return _write(wide, y, breakpoints, slopes, intercepts).to(x.dtype)
 
 
 def _elsewhere(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> Tensor:
