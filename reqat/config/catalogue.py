@@ -23,6 +23,9 @@ OBJECTIVE_TERMS = modules_of("methods.terms")
 TRANSFORM_NAMES = modules_of("methods.transforms")
 """Transforms that stand by themselves, one a file of `reqat/methods/transforms/`."""
 
+NONLINEAR_METHODS = modules_of("methods.nonlinear")
+"""Ways to make a table of a nonlinear function, one a file of `reqat/methods/nonlinear/`."""
+
 GRADIENT_RULES = modules_of("quant.gradients")
 """Gradient rules of quantizers, one a file of `reqat/quant/gradients/`."""
 

@@ -58,6 +58,14 @@ class FakeQuantizeBench(Strict):
     rounds: Size = 9
 
 
+class TableBench(Strict):
+    """Piecewise-linear tables of nonlinear functions, and the functions."""
+
+    sizes: list[Annotated[Size, Field(multiple_of=16)]] = Field(min_length=1)
+    """Numbers."""
+    rounds: Size = 15
+
+
 class SEMLossBench(Strict):
     """The fused SEM loss with its gradients."""
 
@@ -121,6 +129,7 @@ class Throughput(Strict):
     linear: LinearBench | None = None
     attention: AttentionBench | None = None
     fake_quantize: FakeQuantizeBench | None = None
+    table: TableBench | None = None
     sem_loss: SEMLossBench | None = None
     decode: list[DecodeBench] = []
     train_step: list[TrainStepBench] = []

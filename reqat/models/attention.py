@@ -9,7 +9,8 @@ included, so that fine-tuning, QAT and evaluation share one code path; it differ
    Tensors that come from :class:`~reqat.models.cache.Fp4Cache` were quantized when they were appended and are marked.
    Those of :class:`~reqat.inference.packed_cache.PackedCache` hold no numbers; the cache layer behind them attends.
    Asked for attention maps (``output_attentions=True``) it computes them, and the output from them; with
-   ``attention_scores=True`` beside it, it hands over what the softmax is taken of.
+   ``attention_scores=True`` beside it, it hands over what the softmax is taken of. A layer may have a softmax of its
+   own (:data:`SOFTMAX`).
 2. On a CPU the attention itself always runs in float32, also under bf16 autocast: torch's bf16 CPU backward is several
    times slower than the float32 one, and at head_dim 32 hand-written bf16 matmuls gain nothing over it.
 
@@ -36,6 +37,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from reqat.config.errors import ReqatError
 
 ATTENTION = "reqat"
+#: Attribute of an attention module that, where it has one, computes probabilities in place of :func:`probabilities`.
+SOFTMAX = "reqat_softmax"
 _MARK = "_reqat_quantized"
 _PACKED = "_reqat_packed"
 _SEGMENTS = "_reqat_segments"
@@ -391,16 +394,17 @@ def reqat_attention(
     packed: PackedLayer | None = getattr(key, _PACKED, None)
     shown_BHTS = None
     rounds = kv is not None and kv.probabilities.format is not None
-    if kwargs.get("output_attentions") or rounds:
+    softmax = getattr(module, SOFTMAX, None)
+    if kwargs.get("output_attentions") or rounds or softmax is not None:
         if packed is not None:
             raise ReqatError(
-                "output_attentions: a packed cache keeps codes alone and gives no attention maps; run the prepared "
-                "model before pack(), or without a cache"
+                "attention maps: a packed cache keeps codes alone and gives none, so nothing can be shown of them or "
+                "computed instead; run the prepared model before pack(), or without a cache"
             )
         if segments is not None and attention_mask is not None:
             attention_mask = dense_mask(attention_mask[:, 0, 0])  # maps are as large as it is
         scores_BHTS = attention_scores(query, key, attention_mask, scaling=scaling, is_causal=is_causal)
-        maps_BHTS = probabilities(scores_BHTS)
+        maps_BHTS = (probabilities if softmax is None else softmax)(scores_BHTS)
         out_BHTD = _weighted(maps_BHTS, value, dropout, kv)
         if kwargs.get("output_attentions"):
             shown_BHTS = scores_BHTS if kwargs.get("attention_scores") else maps_BHTS

@@ -232,7 +232,7 @@ def sections(settings: Throughput) -> dict[str, Callable[[Bench], tuple[Any, lis
     What takes microseconds comes first; what takes seconds a call can bear a neighbour.
     """
     asked: dict[str, Callable[[Bench], tuple[Any, list[Any]]]] = {}
-    for name in ("linear", "attention", "fake_quantize"):
+    for name in ("linear", "attention", "fake_quantize", "table"):
         if getattr(settings, name) is not None:
             asked[name] = partial(timed, name)
     for i, wanted in enumerate(settings.decode):
@@ -251,7 +251,7 @@ def sections(settings: Throughput) -> dict[str, Callable[[Bench], tuple[Any, lis
 
 def timed(name: str, bench: Bench) -> tuple[Any, list[Any]]:
     """The rows of a kernel's cases."""
-    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure
+    from reqat_kernels.bench import attention, fake_quantize, kernels, linear, loss, measure, table
     from reqat_kernels.bench.measure import Result
 
     settings, ring = bench.settings, bench.settings.ring_bytes
@@ -263,6 +263,8 @@ def timed(name: str, bench: Bench) -> tuple[Any, list[Any]]:
     elif name == "fake_quantize" and settings.fake_quantize is not None:
         rounds = settings.fake_quantize.rounds
         cases = fake_quantize.cases(settings.fake_quantize.sizes, ring_bytes=ring)
+    elif name == "table" and settings.table is not None:
+        rounds, cases = settings.table.rounds, table.cases(settings.table.sizes)
     else:
         assert settings.sem_loss is not None
         rounds, cases = settings.sem_loss.rounds, loss.cases(name.removeprefix("sem_loss-"))

@@ -174,6 +174,14 @@ def dense_arguments(r: random.Random) -> dict[str, Any]:
     return {"x": numbers(r, M, K, dtype=float_type(r)), "weight": numbers(r, N, K, dtype=torch.bfloat16)}
 
 
+def table_arguments(r: random.Random) -> dict[str, Any]:
+    """Of piecewise_linear."""
+    E = r.choice((1, 2, 15, 16, 17, 40, 256))
+    parts = {"slopes": numbers(r, E), "intercepts": numbers(r, E)}
+    x = numbers(r, r.choice((0, 1, 33)), r.choice((1, 16, 70)), dtype=float_type(r))
+    return {"x": x, "breakpoints": numbers(r, E - 1).sort()[0], **parts}
+
+
 def parts_arguments(r: random.Random) -> dict[str, Any]:
     """Of a quantized tensor's construction."""
     a = tensor_arguments(r)

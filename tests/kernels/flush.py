@@ -15,7 +15,7 @@ from torch import Tensor
 
 import reqat
 from reqat.quant import block_hadamard
-from reqat_kernels.native import attention, dense, gemm
+from reqat_kernels.native import attention, dense, gemm, table
 from reqat_kernels.native import quantize as native
 
 MODE, THREADS = sys.argv[1], int(sys.argv[2])
@@ -92,6 +92,8 @@ def products(what: str, x: Tensor) -> Iterator[Case]:
     yield f"rotation {what}", lambda: (block_hadamard(x, 32),)
     weight = x[:40].bfloat16()
     yield f"dense {what}", lambda: (dense.dense_bf16(x[:3], weight),)
+    tables = torch.tensor([2e-38]), torch.tensor([1e-3, 1.0]), torch.tensor([0.0, -1e-38])
+    yield f"table {what}", lambda: (table.piecewise_linear(x * 1e-38, *tables),)
 
 
 def cache(what: str, x: Tensor) -> Iterator[Case]:

@@ -12,7 +12,20 @@ import pytest
 import torch
 
 from reqat.formats import quantize
-from reqat_kernels.bench import Absent, Case, Kernel, Work, Wrong, attention, kernels, linear, loss, machine, measure
+from reqat_kernels.bench import (
+    Absent,
+    Case,
+    Kernel,
+    Work,
+    Wrong,
+    attention,
+    kernels,
+    linear,
+    loss,
+    machine,
+    measure,
+    table,
+)
 from reqat_kernels.bench import measure as measure_function
 from reqat_kernels.bench.measure import against_roofline, chunks, percentile, undisturbed
 
@@ -170,6 +183,20 @@ def test_attention_and_loss_agree_with_their_references() -> None:
         ] <= found
     with pytest.raises(ValueError, match="'huge'.*a, b"):
         loss.cases("huge")
+
+
+def test_tables_and_functions_compute_what_they_say() -> None:
+    (case,), found = table.cases([32]), set()
+    for provider in kernels()["table"].providers:
+        try:
+            work = provider.make(case)
+        except Absent as reason:
+            assert str(reason).endswith(".")
+            continue
+        work.check()
+        work.burst(range(2))()
+        found.add(provider.label)
+    assert {"reqat table of 16", "torch exp", "torch GELU"} <= found
 
 
 def test_the_check_of_attention_sees_a_wrong_output(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@
     bench.measure   cases, providers, the round-robin clock, rows
     bench.linear    the matrix product of a linear layer: torch, oneDNN, aten, ours
     bench.ggml      the same by llama.cpp's ggml, where llama-cpp-python is installed
-    bench.attention, bench.fake_quantize, bench.loss (on the providers of bench.sem_loss)
+    bench.attention, bench.fake_quantize, bench.table, bench.loss (on the providers of bench.sem_loss)
 
 A kernel that is to be timed is a :class:`~reqat_kernels.bench.measure.Kernel`: a name, its cases, and providers. A
 provider is one function from a case to a :class:`~reqat_kernels.bench.measure.Work`, registered with
@@ -22,7 +22,7 @@ __all__ = ["Absent", "Case", "Kernel", "Row", "Work", "Wrong", "kernels", "measu
 def kernels() -> dict[str, Kernel]:
     """Name -> kernel, with all of its providers registered."""
     # ggml registers its providers with linear's kernel.
-    from reqat_kernels.bench import attention, fake_quantize, ggml, linear, loss  # noqa: F401
+    from reqat_kernels.bench import attention, fake_quantize, ggml, linear, loss, table  # noqa: F401
 
-    found = [linear.LINEAR, attention.ATTENTION, fake_quantize.FAKE_QUANTIZE, loss.SEM_LOSS]
+    found = [linear.LINEAR, attention.ATTENTION, fake_quantize.FAKE_QUANTIZE, table.TABLE, loss.SEM_LOSS]
     return {kernel.name: kernel for kernel in found}

@@ -8,8 +8,9 @@ the samples' median, minimum and percentiles. Samples during which the scheduler
 and counted (``set_aside``): that clock ran for somebody else.
 
 Data is cold: between two uses of a copy lie the rest of its ring and the whole probe, the working set that each row
-states, and a row is ``cold`` where this exceeds the last-level cache. Rings and probe are bounded by the memory that
-the benchmark may take, whatever size the system gives its caches.
+states, and a row is ``cold`` where this exceeds the last-level cache (never where ``Work.warm`` reuses its data on
+purpose). Rings and probe are bounded by the memory that the benchmark may take, whatever size the system gives its
+caches.
 
 Why bursts: a call of 90 microseconds is as short as what Python spends around it. A provider that can string several
 calls together (ggml: one graph) may, through ``Work.chain``; that can only flatter the peer.
@@ -97,6 +98,8 @@ class Work:
     ring_bytes: int = 0
     """Bytes of the whole ring (0: ``copies * bytes_moved``)."""
     chain: Callable[[Sequence[int]], Callable[[], Any]] | None = None
+    warm: bool = False
+    """Whether all calls read the same numbers on purpose, which then stay in a cache."""
     peak_bytes: Callable[[], float] | None = None
     """Makes a call and says what it needed beyond inputs and results; called before the clock starts, as warm-up."""
 
@@ -427,7 +430,7 @@ def _row(case: Case, clock: Clock, load: Load, probe_rate: float, probe_bytes: i
         roofline_gb_per_s=math.nan,
         roofline_fraction=math.nan,
         probe_gb_per_s=probe_rate / 1e9,
-        cold=working_set > cache_bytes,
+        cold=working_set > cache_bytes and not work.warm,
         neighbour_cores=load.neighbour_cores,
         steal=load.steal,
         waited=clock.waited_ns / clock.total_ns if clock.total_ns else math.nan,

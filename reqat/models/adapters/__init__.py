@@ -52,6 +52,7 @@ from reqat.models.adapters._adapter import (
     Nonlinearity,
     Site,
     UnsupportedModelError,
+    nonlinearities_in,
 )
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "adapter_of",
     "blocks_of",
     "cached_attentions",
+    "nonlinearities_of",
 ]
 
 ADAPTERS: dict[str, ModelAdapter] = {
@@ -98,6 +100,15 @@ def blocks_of(model: nn.Module) -> list[Block]:
 def cached_attentions(model: nn.Module) -> list[tuple[Block, Attention]]:
     """The blocks of ``model`` that keep keys and values for later tokens, with their attention; none of an encoder."""
     return [(b, b.attention) for b in blocks_of(model) if b.attention is not None and b.attention.cached]
+
+
+def nonlinearities_of(model: nn.Module) -> list[Nonlinearity]:
+    """Those of each block of ``model``, in order, then those outside of its blocks (the last norm of a decoder; the
+    norm of an encoder's embeddings, activations of its pooler and head). Raises UnsupportedModelError as
+    :func:`blocks_of`."""
+    blocks = blocks_of(model)
+    inside = [entry for block in blocks for entry in block.nonlinearities()]
+    return inside + nonlinearities_in(model, beside=[block.module for block in blocks])
 
 
 def _found(model: nn.Module) -> tuple[ModelAdapter, list[Block]]:

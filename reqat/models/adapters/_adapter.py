@@ -12,7 +12,7 @@ that unfolds (weight [N, C kh kw]); its blocks have no attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -218,18 +218,30 @@ class Block:
 
     def nonlinearities(self) -> list[Nonlinearity]:
         """Its activations, norms and the softmax of its attention, in the order of the module tree."""
-        found = []
-        for name, module in self.module.named_modules():
-            where = ".".join(filter(None, (self.name, name)))
-            weight = getattr(module, "weight", None)
-            vector = isinstance(weight, nn.Parameter) and (weight.ndim == 1 or where.endswith("norm"))
-            if self.attention is not None and module is self.attention.module:
-                found.append(Nonlinearity(where, "softmax", module))
-            elif isinstance(module, _ACTIVATIONS):
-                found.append(Nonlinearity(where, "activation", module))
-            elif vector and not list(module.children()):
-                found.append(Nonlinearity(where, "norm", module))
-        return found
+        attention = None if self.attention is None else self.attention.module
+        return nonlinearities_in(self.module, self.name, attention)
+
+
+def nonlinearities_in(
+    root: nn.Module, prefix: str = "", attention: nn.Module | None = None, beside: Collection[nn.Module] = ()
+) -> list[Nonlinearity]:
+    """Activations, norms and the softmax of ``attention`` in a module called ``prefix`` in the model, in the order of
+    the module tree; what lies in modules of ``beside`` is left out."""
+    left_out = {id(inner) for module in beside for inner in module.modules()}
+    found = []
+    for name, module in root.named_modules():
+        where = ".".join(filter(None, (prefix, name)))
+        weight = getattr(module, "weight", None)
+        vector = isinstance(weight, nn.Parameter) and (weight.ndim == 1 or where.endswith("norm"))
+        if id(module) in left_out:
+            continue
+        if module is attention:
+            found.append(Nonlinearity(where, "softmax", module))
+        elif isinstance(module, _ACTIVATIONS):
+            found.append(Nonlinearity(where, "activation", module))
+        elif vector and not list(module.children()):
+            found.append(Nonlinearity(where, "norm", module))
+    return found
 
 
 def _pool(parent: str, pools: set[str]) -> str:

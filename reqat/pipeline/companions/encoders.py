@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -21,6 +21,27 @@ from reqat.pipeline.companions import Given
 
 if TYPE_CHECKING:
     from reqat.data import LabelledRows
+
+
+class Sizes(Protocol):
+    """How much of a task there is to be."""
+
+    @property
+    def train_sequences(self) -> int:
+        """To train on."""
+
+    @property
+    def test_sequences(self) -> int:
+        """To test on."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a sequence."""
+
+    @property
+    def layers(self) -> int | None:
+        """Of the encoder, from below; None: all."""
+
 
 TEACHER, PTQ = "teacher", "ptq"
 GROUPS = 50
@@ -38,7 +59,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
     from reqat.training import NLL, Objective, RunSettings, train
 
     task, seed = task_and_seed(part)
-    train_rows, test_rows, teacher = _material(settings, task, seed, given)
+    train_rows, test_rows, teacher = material(settings, task, seed, given)
     shared: dict[str, Any] = {
         "rows_per_batch": settings.rows_per_batch,
         "warmup": settings.warmup,
@@ -93,8 +114,9 @@ def objectives(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def _material(settings: Settings, task: str, seed: int, given: Given) -> tuple[LabelledRows, LabelledRows, Any]:
-    """Rows to train on and to test on, and the model that will be the teacher, with a fresh classifier."""
+def material(settings: Sizes, task: str, seed: int, given: Given) -> tuple[LabelledRows, LabelledRows, Any]:
+    """Rows to train on and to test on, and the model that will be fine-tuned, with a fresh classifier. Other companions
+    that need an encoder begin from the same."""
     import torch
 
     torch.manual_seed(seed)
@@ -132,7 +154,7 @@ def _minilm(folder: Path, classes: int, per_word: bool, layers: int | None) -> A
     return kind.from_pretrained(folder, config=config, use_safetensors=True)
 
 
-def _generated(settings: Settings, seed: int) -> tuple[LabelledRows, LabelledRows, Any]:
+def _generated(settings: Sizes, seed: int) -> tuple[LabelledRows, LabelledRows, Any]:
     """Random words whose class is that of their left neighbour, so that attention is needed, and a random encoder."""
     from transformers import BertConfig, BertForTokenClassification
 
