@@ -260,8 +260,8 @@ def _is_plain(head: nn.Module) -> bool:
 
 
 def _groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Of the optimizer: the parameters of gradient rules are factors around 1, which decay would pull to 0."""
-    rules = {id(p) for m in model.modules() if isinstance(m, GradientRule) for p in m.parameters()}
+    """Of the optimizer: the parameters of most gradient rules are factors around 1, which decay would pull to 0."""
+    rules = {id(p) for m in model.modules() if isinstance(m, GradientRule) and not m.decayed for p in m.parameters()}
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in rules]}]
     if rules:
         groups.append({"params": [p for p in parameters if id(p) in rules], "weight_decay": 0.0})
