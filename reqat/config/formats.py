@@ -23,7 +23,7 @@ its default.
 | FP4-g16 | E2M1 | 16 | FP16, E5M2, E4M3 | nearest | even, away | none |
 | | | | E8M0 | floor, even | even, away | none |
 | INT2-tensor ... INT8-tensor | INT2 ... INT8 | the whole tensor | FP32, FP16 | nearest | even, away | none |
-| SAWB2-tensor, SAWB3-tensor, SAWB4-tensor | MID2, INT2 ... MID4, INT4 | the whole tensor | FP32, FP16 | sawb | even | none |
+| SAWB2-tensor ... SAWB4-tensor | MID2, INT2 ... MID4, INT4 | the whole tensor | FP32, FP16 | sawb | even | none |
 | TERNARY-row, TERNARY-tensor | TERNARY | the whole row or tensor | FP32, FP16 | twn | even | none |
 | FP8-row, FP8-tensor | E4M3 | the whole row or tensor | FP32, FP16 | nearest | even, away | none |
 
@@ -34,8 +34,8 @@ AINT4 is affine: codes 0 to 15 reach from the least to the largest number of a b
 weights and QuaRot and FlatQuant quantize activations. Of numbers that are not negative its zero point is 0, and what is
 left are the levels of PACT (arXiv 1805.06085), whose learned range is a gradient rule (:mod:`reqat.quant.gradients`).
 SAWB (arXiv 1807.06964) takes the range of a whole tensor from its first two moments; MID2 puts its levels at both sides
-of zero, INT2 instead leaves one out for the sake of a zero. MXFP4-4/3 is MR-GPTQ's: the power of two of ``floor`` times 4/3,
-which puts the top of the binade, 8, at 6, so that nothing saturates.
+of zero, INT2 instead leaves one out for the sake of a zero. MXFP4-4/3 is MR-GPTQ's: the power of two of ``floor`` times
+4/3, which puts the top of the binade, 8, at 6, so that nothing saturates.
 
 FP4-g32 and FP4-g16 are MXFP4 and NVFP4 with other scales, none of them above a whole tensor: what AMXFP4 is compared
 with. They and INT4-g32, AINT4-g32 with such scales exist for that comparison; nobody packs or exports them.

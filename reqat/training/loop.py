@@ -93,7 +93,15 @@ class Observer(Protocol):
         """
 
 
-def learning_rate(step: int, total: int, settings: RunSettings) -> float:
+class Schedule(Protocol):
+    """What decides the learning rate."""
+
+    lr: float
+    warmup: float
+    min_lr_ratio: float
+
+
+def learning_rate(step: int, total: int, settings: Schedule) -> float:
     """Linear warm-up over ``warmup`` of the steps, then cosine from ``lr`` to ``min_lr_ratio * lr``. Steps
     count from 0.
     """
@@ -259,7 +267,7 @@ def _is_plain(head: nn.Module) -> bool:
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
 
-def _groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
     """Of the optimizer: the parameters of most gradient rules are factors around 1, which decay would pull to 0."""
     rules = {id(p) for m in model.modules() if isinstance(m, GradientRule) and not m.decayed for p in m.parameters()}
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in rules]}]
@@ -375,7 +383,11 @@ def train(
             "it without freezing"
         )
     optimizer = torch.optim.AdamW(
-        _groups(model, parameters), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        parameter_groups(model, parameters),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     result = TrainResult(0, 0, 0, 0.0)
     position = checkpoint.load(checkpoints, model, optimizer, run)

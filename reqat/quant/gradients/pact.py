@@ -108,8 +108,8 @@ class Pact(GradientRule):
 
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
-    """Within this block each forward pass of ``model`` sets the levels of its PACT rules from what they are given, layer
-    by layer: each sees what the quantized layers before it made."""
+    """Within this block each forward pass of ``model`` sets the levels of its PACT rules from what they are given,
+    layer by layer: each sees what the quantized layers before it made."""
     rules = [module for module in model.modules() if isinstance(module, Pact)]
     for rule in rules:
         rule.measuring = True
