@@ -18,10 +18,12 @@ its default.
 | AINT4-g32 | UINT4 | 32 | FP32, FP16, E5M2, E4M3; zero points | minmax | even, away | none |
 | | | | E8M0; zero points | floor, even | even, away | none |
 | AINT4-g128, AINT4-row | UINT4 | 128, the row | FP32, FP16; zero points | minmax | even, away | none |
+| AINT2-tensor ... AINT4-tensor | UINT2 ... UINT4 | the tensor | FP32, FP16; zero points | minmax | even, away | none |
 | FP4-g32 | E2M1 | 32 | FP16, E5M2, E4M3 | nearest | even, away | none |
 | FP4-g16 | E2M1 | 16 | FP16, E5M2, E4M3 | nearest | even, away | none |
 | | | | E8M0 | floor, even | even, away | none |
 | INT2-tensor ... INT8-tensor | INT2 ... INT8 | the whole tensor | FP32, FP16 | nearest | even, away | none |
+| SAWB2-tensor ... SAWB4-tensor | MID2, INT2 ... MID4, INT4 | the whole tensor | FP32, FP16 | sawb | even | none |
 | TERNARY-row, TERNARY-tensor | TERNARY | the whole row or tensor | FP32, FP16 | twn | even | none |
 | FP8-row, FP8-tensor | E4M3 | the whole row or tensor | FP32, FP16 | nearest | even, away | none |
 
@@ -29,8 +31,11 @@ A row is a weight's output channel, or a token. The scale of a whole tensor is t
 and values then depend on what else is in the batch, as under ``dynamic``.
 
 AINT4 is affine: codes 0 to 15 reach from the least to the largest number of a block (and to zero), as AWQ quantizes
-weights and QuaRot and FlatQuant quantize activations. MXFP4-4/3 is MR-GPTQ's: the power of two of ``floor`` times 4/3,
-which puts the top of the binade, 8, at 6, so that nothing saturates.
+weights and QuaRot and FlatQuant quantize activations. Of numbers that are not negative its zero point is 0, and what is
+left are the levels of PACT (arXiv 1805.06085), whose learned range is a gradient rule (:mod:`reqat.quant.gradients`).
+SAWB (arXiv 1807.06964) takes the range of a whole tensor from its first two moments; MID2 puts its levels at both sides
+of zero, INT2 instead leaves one out for the sake of a zero. MXFP4-4/3 is MR-GPTQ's: the power of two of ``floor`` times
+4/3, which puts the top of the binade, 8, at 6, so that nothing saturates.
 
 FP4-g32 and FP4-g16 are MXFP4 and NVFP4 with other scales, none of them above a whole tensor: what AMXFP4 is compared
 with. They and INT4-g32, AINT4-g32 with such scales exist for that comparison; nobody packs or exports them.
@@ -43,7 +48,10 @@ from __future__ import annotations
 
 from typing import Any
 
-ELEMENT_BITS = {"E2M1": 4, "E1M2": 4, "INT2": 2, "INT3": 3, "INT4": 4, "INT8": 8, "UINT4": 4, "TERNARY": 2, "E4M3": 8}
+ELEMENT_BITS = {
+    **{"E2M1": 4, "E1M2": 4, "INT2": 2, "INT3": 3, "INT4": 4, "INT8": 8, "TERNARY": 2, "E4M3": 8},
+    **{f"{kind}{bits}": bits for kind in ("UINT", "MID") for bits in (2, 3, 4)},
+}
 """Bits of a code of each element type."""
 
 _ALIASES = {"scale": {"PO2": "E8M0"}, "scale_rule": {"ceil": "rceil"}}
@@ -111,8 +119,26 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "INT4-g32": _family(32, element="INT4", scale="FP32 FP16 E5M2 E4M3 E8M0", scale_rule="nearest floor even"),
     "AINT4-g32": _family(32, element="UINT4", scale="FP32 FP16 E5M2 E4M3 E8M0", scale_rule="minmax floor even"),
     **{
-        f"AINT4-{sharing}": _family(block, element="UINT4", scale="FP32 FP16", scale_rule="minmax")
-        for sharing, block in (("g128", 128), ("row", None))
+        f"AINT{bits}-{sharing}": _family(
+            block,
+            per_tensor=sharing == "tensor",
+            element=f"UINT{bits}",
+            scale="FP32 FP16",
+            scale_rule="minmax",
+        )
+        for sharing, block, some in (("g128", 128, (4,)), ("row", None, (4,)), ("tensor", None, (2, 3, 4)))
+        for bits in some
+    },
+    **{
+        f"SAWB{bits}-tensor": _family(
+            None,
+            per_tensor=True,
+            element=f"MID{bits} INT{bits}",
+            scale="FP32 FP16",
+            scale_rule="sawb",
+            rounding="even",
+        )
+        for bits in (2, 3, 4)
     },
     "FP4-g32": _family(32, scale="FP16 E5M2 E4M3", scale_rule="nearest"),
     "FP4-g16": _family(16, scale="FP16 E5M2 E4M3 E8M0", scale_rule="nearest floor even"),

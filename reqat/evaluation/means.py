@@ -106,3 +106,19 @@ def detectable(std_error: float, df: float, *, alpha: float = 0.05, power: float
     while lacking(above) < 0:
         above *= 2
     return float(brentq(lacking, 0.0, above, xtol=1e-9)) * std_error
+
+
+def mean_of_seeds(values_R: NDArray[Any], *, level: float = 0.95) -> Mean:
+    """The mean of one number a training seed, with Student's interval over seeds; of one seed interval and p-value are
+    NaN. Raises ``ReqatError`` for none."""
+    check_level(level)
+    values = np.asarray(values_R, dtype=np.float64)
+    if not len(values):
+        raise ReqatError("no seeds: there is no mean of nothing")
+    value, df = float(values.mean()), len(values) - 1
+    if not df:
+        return Mean(value, math.nan, math.nan, math.nan, math.nan, 0, 1, math.nan, level)
+    std_error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    half = t_quantile(level, df) * std_error
+    p = student_p(value, std_error, df)
+    return Mean(value, value - half, value + half, p, std_error, 0, len(values), df, level)

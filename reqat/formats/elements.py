@@ -14,9 +14,10 @@ nearest, ties to even)::
 (The factor 1.5 keeps y + M in M's own binade for both signs of y.) "Even code" and "even multiple of the spacing" are
 the same thing in all of them. Half-away rounding, which AMXFP4 uses, is ``floor(|y| / spacing + 1/2)``.
 
-Signed integers are symmetric: quantization never produces the lowest one (-8 of INT4). UINT4, 0 to 15, belongs to
-affine formats, which add a block's zero point to what was rounded (quantize.py). TERNARY is -1, 0, 1, as INT2; where
-its threshold lies is a matter of the scale rule (``twn`` in quantize.py).
+Signed integers are symmetric: quantization never produces the lowest one (-8 of INT4). Unsigned ones (UINT4, 0 to 15)
+belong to affine formats, which add a block's zero point to what was rounded (quantize.py). TERNARY is -1, 0, 1, as
+INT2; where its threshold lies is a matter of the scale rule (``twn`` in quantize.py). MID2 is -1.5, -0.5, 0.5, 1.5, an
+integer plus one half: with few bits a code spent on zero is missed elsewhere. Nothing in it stands for zero.
 
 Zeros: a negative number that rounds to zero keeps its sign in the code of a float element (8 of four bits, as in every
 FP4 library), but both zero codes decode to +0.0, so that the codes and the arithmetic shortcut agree bit for bit.
@@ -58,7 +59,8 @@ class Element:
     """A number type of few bits, by the magnitudes that it has, in order.
 
     ``clip_above``: up to this ``|y|``, rounding alone stays within the magnitudes; above, the result must be clipped.
-    ``integer``: codes are two's complement, or without ``signed`` the numbers themselves.
+    ``integer``: codes are two's complement, or without ``signed`` the numbers themselves; the value of a code is its
+    number plus ``offset``.
     ``binades``: exponents of the lowest and the highest binade with a spacing
     of its own; alike where the spacing is the same everywhere.
     """
@@ -69,6 +71,7 @@ class Element:
     clip_above: float
     integer: bool = False
     signed: bool = True
+    offset: float = 0.0
     binades: tuple[int, int] = (0, 0)
 
     @property
@@ -92,6 +95,8 @@ class Element:
         ``scratch`` is float32 of the same shape and is overwritten. ``clip=False`` is for callers who know that no
         ``|y|`` exceeds ``clip_above``. Zeros come out as +0.0.
         """
+        if self.offset:
+            return self._round_between_(y, scratch, rounding)
         if rounding == "away":
             return self._round_away_(y, scratch, clip)
         low, high = self.binades
@@ -107,7 +112,7 @@ class Element:
     @property
     def _spacing(self) -> float:
         """Between neighbouring magnitudes, at the lower end."""
-        return self.magnitudes[1]
+        return self.magnitudes[1] - self.magnitudes[0]
 
     def _round_away_(self, y: Tensor, scratch: Tensor, clip: bool) -> Tensor:
         if clip:
@@ -121,10 +126,19 @@ class Element:
         # "+ 0.0" turns the -0.0 that copysign makes of a small negative number into +0.0.
         return torch.copysign(magnitude, y, out=y).add_(0.0)
 
+    def _round_between_(self, y: Tensor, scratch: Tensor, rounding: str) -> Tensor:
+        """To half-integers: the middle of the integers that y lies between. Whole numbers are the ties."""
+        y.clamp_(-self.emax, self.emax)
+        if rounding == "away":
+            return torch.copysign(torch.abs(y, out=scratch).floor_().add_(self.offset), y, out=y)
+        torch.floor(y, out=scratch)
+        odd = scratch.remainder(2).mul_(y == scratch)  # an odd whole number goes down, to the even code
+        return y.copy_(scratch).sub_(odd).add_(self.offset)
+
     def encode(self, values: Tensor, negative: Tensor) -> Tensor:
         """Codes (uint8) of float32 ``values`` that are element values already; ``negative``: the sign of the input."""
         if self.integer:
-            return values.to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
+            return (values - self.offset).to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
         if self.name == "E4M3":
             index = values.abs().to(torch.float8_e4m3fn).view(torch.uint8)
         else:
@@ -144,8 +158,8 @@ class Element:
         half = 2 ** (self.bits - 1)
         if not self.signed:
             return tuple(float(code) for code in range(2 * half))
-        if self.integer:  # the lowest decodes, but symmetric quantization never produces it
-            return tuple(float(code if code < half else code - 2 * half) for code in range(2 * half))
+        if self.integer:  # the lowest decodes, but symmetric quantization never produces it, unless there is an offset
+            return tuple(self.offset + (code if code < half else code - 2 * half) for code in range(2 * half))
         upper = (math.nan,) * (half - len(self.magnitudes))
         return self.magnitudes + upper + (0.0,) + tuple(-m for m in self.magnitudes[1:]) + upper
 
@@ -161,8 +175,31 @@ def _integer(name: str) -> Element:
     return Element(name, magnitudes, mantissa_bits=ELEMENT_BITS[name] - 2, clip_above=largest + 0.49, integer=True)
 
 
-# Rounding alone may leave 0 to 15: what is rounded has no zero point yet.
-UINT4 = Element("UINT4", tuple(map(float, range(16))), mantissa_bits=3, clip_above=15.49, integer=True, signed=False)
+def _unsigned(name: str) -> Element:
+    """0 to ``2**bits - 1``. Rounding alone may leave that range: what is rounded has no zero point yet."""
+    largest = 2 ** ELEMENT_BITS[name] - 1
+    return Element(
+        name,
+        tuple(map(float, range(largest + 1))),
+        mantissa_bits=ELEMENT_BITS[name] - 1,
+        clip_above=largest + 0.49,
+        integer=True,
+        signed=False,
+    )
+
+
+def _between(name: str) -> Element:
+    """The numbers in the middle between integers, as many on each side of zero."""
+    magnitudes = tuple(i + 0.5 for i in range(2 ** (ELEMENT_BITS[name] - 1)))
+    return Element(
+        name,
+        magnitudes,
+        mantissa_bits=ELEMENT_BITS[name] - 1,
+        clip_above=magnitudes[-1] + 0.49,
+        integer=True,
+        offset=0.5,
+    )
+
 
 # OCP's 8-bit float as NVIDIA's GPUs have it: exponent bias 7, no infinity, up to 448.
 E4M3 = Element(
@@ -177,5 +214,12 @@ E4M3 = Element(
 #: The elements by name.
 ELEMENTS: dict[str, Element] = {
     element.name: element
-    for element in (E2M1, E1M2, *map(_integer, ("INT4", "INT2", "INT3", "INT8", "TERNARY")), UINT4, E4M3)
+    for element in (
+        E2M1,
+        E1M2,
+        *map(_integer, ("INT4", "INT2", "INT3", "INT8", "TERNARY")),
+        *map(_unsigned, ("UINT2", "UINT3", "UINT4")),
+        *map(_between, ("MID2", "MID3", "MID4")),
+        E4M3,
+    )
 }

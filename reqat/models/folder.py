@@ -230,7 +230,8 @@ def weight_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         ) from error
     except OSError as error:
         raise explain(error, file) from error
-    wrong = [name for name, kind in types.items() if kind not in _FLOATS]
+    # An integer without axes counts something (the batches that a batch norm saw), and is no weight.
+    wrong = [name for name, kind in types.items() if kind not in _FLOATS and (kind != "I64" or shapes[name])]
     if wrong:
         name = wrong[0]
         kind = types[name]

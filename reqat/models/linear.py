@@ -186,12 +186,16 @@ class QuantLinear(nn.Linear):
         if self.frozen and x.ndim > 1 and x.shape[-2] > 1:  # a prompt: single tokens would wait for the comparison
             self._check_sample()
         x = self.input_quantizer(x, self)
-        return F.linear(x, self.weight if self.frozen else self._quantized_weight(), self.bias)
+        return self.multiply(x, self.weight if self.frozen else self._quantized_weight())
 
     def with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer, not frozen, would compute of x with another ``weight`` [N, K] in place of its own."""
         x = self.input_quantizer(x, self)
-        return F.linear(x, self.weight_quantizer(self.basis.of_weight(weight)), self.bias)
+        return self.multiply(x, self.weight_quantizer(self.basis.of_weight(weight)))
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The product of an input and a weight that were quantized already, and the bias."""
+        return F.linear(x, weight, self.bias)
 
     def _quantized_weight(self) -> Tensor:
         """Q(W) with W's gradient, kept if :func:`weights_quantized_once` says so."""
@@ -302,6 +306,10 @@ class QuantLinear(nn.Linear):
         g = global_scale.to(device).reshape(()) if global_scale is not None else None
         axis = len(shape) - 1
         return PackedTensor(packed.to(device), scales.to(device), g, fmt, axis, shape, self.weight.dtype).unpack()
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """A weight as the layer's state dict has it, as the matrix [N, K]."""
+        return weight
 
     @torch.no_grad()
     def rotated_weight(self) -> Tensor:

@@ -169,8 +169,8 @@ def _swap(parts: list[list[Group]], precision: Precision, patterns: list[str]) -
             if not wanted:
                 continue
             if group.scale not in inputs:
-                inputs[group.scale] = InputQuantizer(
-                    precision, len(wanted), wanted[0].module.in_features, f"{wanted[0].name} input"
+                inputs[group.scale] = wanted[0].reader(
+                    precision, len(wanted), wanted[0].size, f"{wanted[0].name} input"
                 )
                 inputs[group.scale].to(wanted[0].module.weight.device)
             shared = inputs[group.scale]
@@ -384,7 +384,7 @@ def _inputs_of(model: PreTrainedModel) -> Iterable[tuple[tuple[str, ...], int]]:
     adapter = adapter_of(model)
     blocks = adapter.blocks(model)
     for site in [*(site for block in blocks for site in block.sites()), *adapter.outside(model)]:
-        yield site.names, site.module.in_features
+        yield site.names, site.size
     for experts in [experts for block in blocks for experts in block.fused()]:
         yield from (((name,), weight.shape[1]) for name, weight in experts.weights().items())
 

@@ -125,7 +125,8 @@ def plain_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
             given = state.get(f"{prefix}weight") if state is not None else None
             if given is None or module.quantized is None:
                 continue
-            if not stands_for(given.to(module.weight.device), module.quantized, module.rotation, module.basis):
+            given = module.as_rows(given.to(module.weight.device))
+            if not stands_for(given, module.quantized, module.rotation, module.basis):
                 raise ReqatError(
                     f"{prefix}weight: the layer is frozen, and the state_dict to save has another weight than its "
                     "codes stand for: save the model with its own state_dict, or before freeze()"

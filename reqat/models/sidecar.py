@@ -85,6 +85,11 @@ class Sidecar:
                 raise ReqatError(
                     f"{name}: its scales were learned, and its dense weight would lose them: freeze(model), then save"
                 )
+            if any(True for _ in module.input_quantizer.gradient.parameters()):
+                raise ReqatError(
+                    f"{name}: the range of its inputs was learned, and a checkpoint does not keep that: save "
+                    "model.state_dict() instead, and load it into a model prepared with the same gradient rule"
+                )
             if module.weight_quantizer.global_scale is not None:
                 raise ReqatError(
                     f"{name}: its weight shares a global scale (share_global_scales), and its dense weight would lose "

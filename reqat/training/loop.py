@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Literal, Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -138,7 +138,16 @@ class Observer(Protocol):
         """
 
 
-def learning_rate(step: int, total: int, settings: RunSettings) -> float:
+class Schedule(Protocol):
+    """What decides the learning rate."""
+
+    lr: float
+    warmup: float
+    min_lr_ratio: float
+    schedule: Literal["cosine", "linear"]
+
+
+def learning_rate(step: int, total: int, settings: Schedule) -> float:
     """Linear warm-up over ``warmup`` of the steps, then by ``schedule`` from ``lr`` to ``min_lr_ratio * lr``. Steps
     count from 0.
     """
@@ -264,9 +273,9 @@ def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
     return type(head) is nn.Linear and head.bias is None and not (head._forward_hooks or head._forward_pre_hooks)
 
 
-def _groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Of the optimizer: the parameters of gradient rules are factors around 1, which decay would pull to 0."""
-    rules = {id(p) for m in model.modules() if isinstance(m, GradientRule) for p in m.parameters()}
+def parameter_groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Of the optimizer: the parameters of most gradient rules are factors around 1, which decay would pull to 0."""
+    rules = {id(p) for m in model.modules() if isinstance(m, GradientRule) and not m.decayed for p in m.parameters()}
     groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in rules]}]
     if rules:
         groups.append({"params": [p for p in parameters if id(p) in rules], "weight_decay": 0.0})
@@ -381,7 +390,11 @@ def train(
             "it without freezing"
         )
     optimizer = torch.optim.AdamW(
-        _groups(model, parameters), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        parameter_groups(model, parameters),
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
     result = TrainResult(0, 0, 0, 0.0)
     position = checkpoint.load(checkpoints, model, optimizer, run)

@@ -57,6 +57,10 @@ FORMATS: dict[str, Format] = {
         "INT8-tensor": ("INT8-tensor", {}),
         "FP8-row": ("FP8-row", {}),
         "FP8-tensor FP16": ("FP8-tensor", {"scale": "FP16"}),
+        "AINT2-tensor": ("AINT2-tensor", {}),
+        "SAWB2-tensor": ("SAWB2-tensor", {}),
+        "SAWB3-tensor INT3": ("SAWB3-tensor", {"element": "INT3"}),
+        "SAWB4-tensor FP16": ("SAWB4-tensor", {"scale": "FP16"}),
         "TERNARY-row": ("TERNARY-row", {}),
         "TERNARY-tensor FP16": ("TERNARY-tensor", {"scale": "FP16"}),
     }.items()
@@ -194,11 +198,42 @@ def _ternary(x: np.ndarray, fmt: Format) -> np.ndarray:
     return np.concatenate(out).reshape(x.shape).astype(_f32)
 
 
+def _sawb(x: np.ndarray, fmt: Format) -> np.ndarray:
+    """SAWB by its definition: the range [-a, a] cut into equal steps, the nearest of their ends, a tie to the even."""
+    bits = fmt.bits
+    c1, c2 = {2: (3.12, -2.064), 3: (7.509, -6.892), 4: (12.68, -12.80)}[bits]
+    w = x.astype(np.float64)
+    absolute = np.abs(w).mean()
+    a = max(c1 * np.sqrt((w**2).mean()) + c2 * absolute, absolute)
+    steps = 2**bits - 1 if fmt.element.startswith("MID") else 2**bits - 2
+    emax = _f32(steps / 2)
+    s = _f32(min(a / float(emax), float(np.finfo(_f32).max)))
+    if fmt.scale == "FP16":
+        s = _f32(min(s, _f32(65504)).astype(np.float16))
+    s = _f32(2**-24) if s == 0 else s
+    levels = np.arange(steps + 1) - steps / 2
+    thresholds = np.append((levels[1:] + levels[:-1]) / 2, np.inf)
+    y = (x / s).astype(np.float64)
+    below = np.searchsorted(thresholds[:-1], y)
+    even = np.floor(levels) % 2 == 0
+    up = (y == thresholds[below]) & ~even[below]
+    return _times(levels[below + up], s)
+
+
+def _times(values: np.ndarray, s: np.ndarray) -> np.ndarray:
+    """Saturating, without a negative zero."""
+    with np.errstate(over="ignore"):
+        return (values.astype(_f32) * s + _f32(0)).clip(-np.finfo(_f32).max, np.finfo(_f32).max)
+
+
 def _affine(x: np.ndarray, fmt: Format) -> np.ndarray:
-    """Affine integers by their definition: of the sixteen whole numbers -z to 15 - z the one nearest to x / s."""
+    """Affine integers by their definition: of the whole numbers -z to emax - z the one nearest to x / s."""
     zero = np.zeros((len(x), 1), dtype=_f32)
     lo, hi = (extreme(np.concatenate([x, zero], 1), 1) for extreme in (np.min, np.max))
-    s = (hi / _f32(2) - lo / _f32(2)) / _f32(7.5)
+    if fmt.per_tensor:
+        lo, hi = np.full_like(lo, lo.min()), np.full_like(hi, hi.max())
+    emax = 2**fmt.bits - 1
+    s = (hi / _f32(2) - lo / _f32(2)) / _f32(emax / 2)
     if fmt.scale == "FP16":
         s = np.minimum(s, _f32(65504)).astype(np.float16).astype(_f32)
     if fmt.scale in ("E4M3", "E5M2"):
@@ -208,15 +243,15 @@ def _affine(x: np.ndarray, fmt: Format) -> np.ndarray:
         exponents = np.log2(np.maximum(s.astype(np.float64), 2.0**-127))
         s = (2.0 ** (np.rint(exponents) if fmt.scale_rule == "even" else np.floor(exponents))).astype(_f32)
     s = np.where(s == 0, _f32(1), s)[:, None]
-    z = np.minimum(np.rint(-lo[:, None] / s), 15)
+    z = np.minimum(np.rint(-lo[:, None] / s), emax)
     y = np.clip((x / s).astype(np.float64), -1000, 1000)  # far outside, where distances are still told apart
     best, chosen = np.full(x.shape, np.inf), np.zeros(x.shape)
-    for v in range(-15, 16):
-        distance = np.where((v >= -z) & (v <= 15 - z), np.abs(y - v), np.inf)
+    for v in range(-emax, emax + 1):
+        distance = np.where((v >= -z) & (v <= emax - z), np.abs(y - v), np.inf)
         wins_tie = v % 2 == 0 if fmt.rounding == "even" else abs(v) > np.abs(chosen)
         better = (distance < best) | ((distance == best) & np.isfinite(distance) & wins_tie)
         best, chosen = np.where(better, distance, best), np.where(better, v, chosen)
-    return chosen.astype(_f32) * s + _f32(0)
+    return _times(chosen, s)
 
 
 def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
@@ -225,6 +260,8 @@ def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
         return _ternary(x, fmt)
     if fmt.element == "UINT4":
         return _affine(x, fmt)
+    if fmt.scale_rule == "sawb":
+        return _sawb(x, fmt)
     magnitudes = _MAGNITUDES[fmt.element]
     emax = _f32(magnitudes[-1])
 

@@ -115,7 +115,7 @@ def test_a_given_scale_wins_and_takes_many_shapes():
         (
             "fp4",
             {},
-            "Known: AINT4-g128.*AMXFP4.*INT4-g128, INT4-g32, INT4-row.*MXFP4, MXFP4-4/3, NVFP4, NVFP4-4/6.*TERNARY-row",
+            "Known: AINT2-tensor.*AMXFP4.*INT4-g128, INT4-g32.*MXFP4, MXFP4-4/3, NVFP4, NVFP4-4/6.*TERNARY-row",
         ),
         ("NVFP4", {"element": "E3M0"}, "element of NVFP4 'E3M0'.*Known: E1M2, E2M1"),
         ("NVFP4-4/6", {"element": "E1M2"}, "Known: E2M1"),

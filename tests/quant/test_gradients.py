@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -164,6 +165,35 @@ def test_what_rounds_to_zero_is_within_the_scale_of_its_own_sign() -> None:
     assert y[0, 1] == 0 and torch.equal(dx, dy)
 
 
+def test_pact_is_its_formula_and_its_gradients_are_those_of_clipping() -> None:
+    """Against numpy for the values, and autograd of clip(x, 0, a) for both gradients: rounding counts as identity."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(3, 4, 7), torch.randn(3, 4, 7)
+    for bits, start in ((2, 0.9), (3, 1.4), (4, 0.31)):
+        quantizer = Quantizer(get_format(f"AINT{bits}-tensor"), name="q")
+        quantizer.gradient = RULES["pact"](start=start)
+        quantizer.gradient.prepare(quantizer.format, "inputs", None, "q")
+        y, dx = gradient(quantizer, x, dy)
+        steps = 2**bits - 1
+        expected = np.rint(np.clip(x.double().numpy(), 0, start) * steps / start) * start / steps
+        np.testing.assert_allclose(y.numpy(), expected, rtol=1e-6, atol=1e-7)
+        assert len(y.unique()) <= steps + 1
+        leaf, a = x.double().requires_grad_(), torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        torch.minimum(leaf.clamp(min=0), a).backward(dy.double())
+        assert torch.equal(dx, leaf.grad.float())
+        torch.testing.assert_close(quantizer.gradient.level.grad.double(), a.grad, rtol=1e-5, atol=1e-6)
+        assert torch.equal(quantizer.codes(x).dequantize(), y)
+
+
+def test_sawb_passes_no_gradient_beyond_its_range() -> None:
+    torch.manual_seed(0)
+    w, dy = torch.randn(6, 64) * 0.02, torch.randn(6, 64)
+    a = 3.12 * w.double().square().mean().sqrt() - 2.064 * w.double().abs().mean()
+    y, dw = gradient(ruled("SAWB2-tensor", "clipped"), w, dy)
+    torch.testing.assert_close(y.double().unique(), a * torch.tensor([-1, -1 / 3, 1 / 3, 1], dtype=torch.float64))
+    assert torch.equal(dw, torch.where(w.abs() <= a, dy, 0.0)) and (dw == 0).any()
+
+
 def tiny() -> LlamaForCausalLM:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -220,6 +250,9 @@ def test_what_a_rule_does_not_do_is_said_before_anything_changes() -> None:
         ("clipped", {"roles": ("keys",)}, "keys"),
         ("learned", {"roles": ("weights",)}, "NVFP4.*INT"),
         ("learned", {"roles": ("inputs",)}, "inputs"),
+        ("pact", {"roles": ("weights",)}, "weights"),
+        ("pact", {"roles": ("inputs",)}, "AINT2-tensor, not NVFP4"),
+        ("pact", {"roles": ("inputs",), "start": 0.0}, "0.0"),
     ):
         with pytest.raises(ReqatError, match=says):
             set_gradient(model, rule, **options)

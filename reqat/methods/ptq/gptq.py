@@ -156,7 +156,7 @@ def _column_rounding(quantized: QuantizedTensor) -> Callable[[Tensor, int], tupl
         if zero_points is None:
             return values, values * s
         z = zero_points[:, column // width]
-        clamp_affine_(values, z)
+        clamp_affine_(values, z, fmt.element_type.emax)
         return values + z, values * s
 
     return rounding

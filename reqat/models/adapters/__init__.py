@@ -22,6 +22,7 @@ forward, backward, save and reload; for decoders generation with and without a c
 | RoBERTa | `roberta` | encoder | biases |
 | DistilBERT | `distilbert` | encoder | biases |
 | ViT | `vit` | encoder | biases |
+| ResNet | `resnet`, `reqat_resnet` | cnn | convolutions; no decoder |
 
 Refused are fused projections (`gpt2`, `phi3`), attention sinks (`gpt_oss`), soft caps on attention logits (`gemma2` as
 published), latent attention (`deepseek_v3`), and encoders with a decoder (`bart`).

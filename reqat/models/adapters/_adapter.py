@@ -5,9 +5,8 @@ rest: its sites (linear layers), which sites read the same tensor, its attention
 ``prepare``, checkpoints, freezing, post-training methods, Q-FIT and packing use blocks only, so a model whose sites are
 ``nn.Linear`` needs an adapter and nothing else.
 
-Nothing here is about transformers' decoders. A convolution is a linear layer over its unfolded input: an adapter for
-convolutional networks makes sites of its ``nn.Conv2d`` layers whose :attr:`Site.twin` is a subclass of ``QuantLinear``
-that unfolds (weight [N, C kh kw]); its blocks have no attention.
+Nothing here is about transformers' decoders: the adapter for convolutional networks makes sites of its ``nn.Conv2d``
+layers, whose :attr:`Site.twin` convolves, and its blocks have no attention.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from transformers.activations import ACT2CLS
 
 from reqat.config.errors import ReqatError
 from reqat.models.experts import Experts, FusedExperts, fused_experts, routers
-from reqat.models.linear import QuantLinear
+from reqat.models.linear import InputQuantizer, QuantLinear
 from reqat.models.peft import peft_modules, plain_name
 
 _ACTIVATIONS: Any = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
@@ -101,13 +100,15 @@ class Attention:
 class Site:
     """Where a linear layer sits: ``getattr(parent, attribute)``, called ``name`` in the model.
 
-    ``twin(layer, precision, input_quantizer, name)`` makes the quantized layer that takes its place.
+    ``twin(layer, precision, input_quantizer, name)`` makes the quantized layer that takes its place, and
+    ``reader(precision, consumers, size, name)`` the quantizer of its input.
     """
 
     name: str
     parent: nn.Module
     attribute: str
     twin: Callable[..., QuantLinear] = QuantLinear
+    reader: Callable[..., InputQuantizer] = InputQuantizer
 
     @property
     def plain_name(self) -> str:
@@ -125,6 +126,16 @@ class Site:
         layer = getattr(self.parent, self.attribute)
         assert isinstance(layer, nn.Linear)
         return layer
+
+    @property
+    def size(self) -> int:
+        """Channels of its input, along which blocks run."""
+        return self.module.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Its weight [N, K]."""
+        return self.module.weight
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,7 @@ class Block:
 
     def weights(self) -> dict[str, Tensor]:
         """Weight [N, K] of each of its sites, and of those that :meth:`fused` experts will be, by plain name."""
-        found = {site.plain_name: site.module.weight for site in self.sites()}
+        found = {site.plain_name: site.weight for site in self.sites()}
         for experts in self.fused():
             found |= experts.weights()
         return found

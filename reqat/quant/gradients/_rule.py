@@ -65,6 +65,8 @@ class GradientRule(nn.Module):
     #: Whether the result is that of :func:`reqat.quant.fake_quantize` and the gradient the identity's: a quantized
     #: weight may then be kept for further micro-batches.
     straight: ClassVar[bool] = False
+    #: Whether weight decay acts on its parameters. Factors around 1 it would pull to 0.
+    decayed: ClassVar[bool] = False
 
     def prepare(self, fmt: Format, role: str, rows: int | None, where: str) -> None:
         """Called once with what the quantizer rounds: its format, the tensor's role (weights, inputs, keys, values),

@@ -1,0 +1,102 @@
+"""Labelled images: arrays that were checked once, and batches of them as a network reads them.
+
+Pixels are normalized with one mean and one standard deviation, those of the training images. Augmentation is what is
+usual for small pictures: pad by two pixels, cut out at random, mirror at random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reqat.config.errors import ReqatError
+
+_PAD = 2
+
+
+@dataclass(frozen=True)
+class Images:
+    """``pixels`` uint8 [N, H, W], ``labels`` int64 [N] in 0 to ``classes`` - 1; ``mean`` and ``deviation`` of the
+    pixels that a network was or is trained on. Make it with :func:`images_of`."""
+
+    pixels: Tensor
+    labels: Tensor
+    classes: int
+    mean: float
+    deviation: float
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def side(self) -> int:
+        """Height and width."""
+        return self.pixels.shape[-1]
+
+    def take(self, indices: Tensor) -> Images:
+        """Some of them."""
+        return dataclasses.replace(self, pixels=self.pixels[indices], labels=self.labels[indices])
+
+    def like(self, other: Images) -> Images:
+        """The same, normalized as ``other`` is."""
+        return dataclasses.replace(self, mean=other.mean, deviation=other.deviation)
+
+    def batch(self, indices: Tensor, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Normalized pixels [B, 1, H, W], float32, and labels [B]; cut out and mirrored at random with a generator."""
+        x = (self.pixels[indices, None].float() - self.mean) / self.deviation
+        if augment is not None:
+            x = _augmented(x, augment)
+        return x, self.labels[indices]
+
+
+def images_of(pixels: np.ndarray, labels: np.ndarray, classes: int, what: str) -> Images:
+    """Images from arrays [N, H, W] and [N]. Raises ReqatError, naming ``what``, for none, for other shapes or types,
+    for images that are not square, and for a label outside the classes."""
+    if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[1] != pixels.shape[2] or not len(pixels):
+        raise ReqatError(f"{what}: images are uint8 of shape [N, side, side], not {pixels.dtype} {list(pixels.shape)}.")
+    if labels.shape != pixels.shape[:1] or labels.dtype.kind not in "iu":
+        raise ReqatError(f"{what}: {len(pixels)} images need as many whole labels, not {labels.dtype} {labels.shape}.")
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise ReqatError(
+            f"{what}: image {wrong[0]} has the label {labels[wrong[0]]}, and there are {classes} classes (0 to "
+            f"{classes - 1}); correct or remove {len(wrong)} such images."
+        )
+    x = torch.from_numpy(np.ascontiguousarray(pixels))
+    deviation = float(x.double().std())
+    return Images(x, torch.from_numpy(labels.astype(np.int64)), classes, float(x.double().mean()), deviation or 1.0)
+
+
+def halved(images: Images) -> Images:
+    """Half as high and wide: each pixel the rounded mean of four. Raises ReqatError for an odd side."""
+    if images.side % 2:
+        raise ReqatError(f"images of side {images.side} cannot be halved; take an even side.")
+    small = F.avg_pool2d(images.pixels[:, None].float(), 2)[:, 0].round().to(torch.uint8)
+    mean, deviation = float(small.double().mean()), float(small.double().std()) or 1.0
+    return dataclasses.replace(images, pixels=small, mean=mean, deviation=deviation)
+
+
+def digits() -> Images:
+    """1,797 handwritten digits, 8 x 8, that scikit-learn ships (UCI); in place of a data set where none is
+    installed."""
+    from sklearn.datasets import load_digits  # slow to import, and of use to tests and smoke runs alone
+
+    found = load_digits()
+    return images_of((found.images * 15).astype(np.uint8), found.target, 10, "digits of scikit-learn")
+
+
+def _augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Padded with the edge's numbers, cut out and mirrored, each image for itself."""
+    n, _, side, _ = x.shape
+    padded = F.pad(x, (_PAD, _PAD, _PAD, _PAD), mode="replicate")
+    top, left = (torch.randint(0, 2 * _PAD + 1, (n,), generator=generator) for _ in range(2))
+    mirrored = torch.rand(n, generator=generator) < 0.5
+    steps = torch.arange(side)
+    rows = top[:, None] + steps
+    columns = left[:, None] + torch.where(mirrored[:, None], steps.flip(0), steps)
+    return padded[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None, :]][:, None]
