@@ -23,6 +23,9 @@ OBJECTIVE_TERMS = modules_of("methods.terms")
 TRANSFORM_NAMES = modules_of("methods.transforms")
 """Transforms that stand by themselves, one a file of `reqat/methods/transforms/`."""
 
+SEARCH_METHODS = modules_of("methods.search")
+"""Methods of search over schedules, one a file of `reqat/methods/search/`."""
+
 GRADIENT_RULES = modules_of("quant.gradients")
 """Gradient rules of quantizers, one a file of `reqat/quant/gradients/`."""
 
