@@ -52,7 +52,12 @@ def _draw(ax: Any, rows: pd.DataFrame) -> None:
     for method in searches.methods_in(rows):
         means = [searches.mean_of(searches.by_seed(rows, "best", method, n)) for n in counts]
         look = LOOKS.get(method, {})
-        ax.plot(counts, [100 * (m.value if isinstance(m, Mean) else m) for m in means], label=searches.title_of(method), **look)
+        ax.plot(
+            counts,
+            [100 * (m.value if isinstance(m, Mean) else m) for m in means],
+            label=searches.title_of(method),
+            **look,
+        )
         known = [m for m in means if isinstance(m, Mean)]
         if len(known) == len(counts):
             lo, hi = [100 * m.lo for m in known], [100 * m.hi for m in known]

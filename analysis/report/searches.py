@@ -72,7 +72,14 @@ def findings(rows: pd.DataFrame) -> dict[str, Finding]:
             mean = mean_over_runs((ours - to_target(rows, rival)).mean(axis=0)[None])
             # seeds=0: nothing is trained here; the seeds are the unit that the interval is over.
             found[rival] = Finding(
-                value=mean.value, lo=mean.lo, hi=mean.hi, std_error=mean.std_error, df=mean.df, seeds=0, sign=-1, p=mean.p
+                value=mean.value,
+                lo=mean.lo,
+                hi=mean.hi,
+                std_error=mean.std_error,
+                df=mean.df,
+                seeds=0,
+                sign=-1,
+                p=mean.p,
             )
     return dict(zip(found, adjusted(list(found.values()), len(RIVALS)), strict=True))
 

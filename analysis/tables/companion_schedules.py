@@ -22,7 +22,8 @@ CLAIM = "shortened search time at equal or better schedules (its abstract; its n
 
 def build(found: Found) -> Table:
     """A block for each table, and one for the mean over the tables of a unit; a row a method."""
-    rows, sections, data, verdicts = found.rows, [], [], []
+    rows, sections, verdicts = found.rows, [], []
+    data: list[dict[str, object]] = []
     for unit, of_unit in searches.groups(rows).items():
         parts = list(of_unit.groupby(["companion", "part"], sort=False))
         for (companion, part), of_part in parts:
@@ -59,7 +60,8 @@ def build(found: Found) -> Table:
 
 
 def _section(label: str, rows: pd.DataFrame, data: list[dict[str, object]]) -> tuple[tuple[Text, ...], ...]:
-    lines, methods = [], searches.methods_in(rows)
+    lines: list[tuple[Text, ...]] = []
+    methods = searches.methods_in(rows)
     curve = rows[rows["measure"] == "best"]
     ends = curve["measurements"].max()
     half = curve.loc[curve["measurements"] <= ends / 2, "measurements"].max()
@@ -131,8 +133,8 @@ def _tables(rows: pd.DataFrame) -> list[str]:
     for part, of_part in rows.groupby("part", sort=False):
         facts = of_part[of_part["method"].isna()].drop_duplicates("measure").set_index("measure")["value"]
         lines.append(
-            f"{part}: {facts['points']:,.0f} schedules, {100 * facts['failed']:.0f}% fail, {100 * facts['near']:.1f}% come "
-            f"to the target; optimum {facts['optimum']:.4g} {of_part['unit'].iloc[0]}."
+            f"{part}: {facts['points']:,.0f} schedules, {100 * facts['failed']:.0f}% fail, {100 * facts['near']:.1f}% "
+            f"come to the target; optimum {facts['optimum']:.4g} {of_part['unit'].iloc[0]}."
         )
     return lines
 

@@ -112,7 +112,7 @@ def test_schedules_that_do_not_apply(change: dict[str, int], error: type[Excepti
     assert isinstance(raised.value, Impossible) == (error is Impossible)
 
 
-# -- measuring -----------------------------------------------------------------------------------------------------------
+# -- measuring --------------------------------------------------------------------------------------------------------
 
 
 class Replaced(Candidate):
@@ -186,7 +186,7 @@ def test_tables_of_two_programs_do_not_mix(tmp_path: Path) -> None:
     assert again.left == [{"a": 1}]
 
 
-# -- what a compiled product is worth ----------------------------------------------------------------------------------
+# -- what a compiled product is worth ---------------------------------------------------------------------------------
 
 
 def test_the_model_of_resources() -> None:

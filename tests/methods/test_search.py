@@ -25,7 +25,7 @@ def random(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-# -- the space ----------------------------------------------------------------------------------------------------------
+# -- the space --------------------------------------------------------------------------------------------------------
 
 
 def test_points_are_the_combinations_of_values() -> None:
@@ -55,7 +55,7 @@ def test_values_that_no_point_has_are_refused(values: dict[str, int]) -> None:
         SPACE.point(values)
 
 
-# -- the model ----------------------------------------------------------------------------------------------------------
+# -- the model --------------------------------------------------------------------------------------------------------
 
 
 def test_gradient_and_hessian_are_those_of_the_pairwise_loss() -> None:
@@ -100,7 +100,7 @@ def test_equal_speeds_teach_nothing() -> None:
     assert not model.scores(SPACE.features).any()
 
 
-# -- annealing, and what is chosen ---------------------------------------------------------------------------------------
+# -- annealing, and what is chosen ------------------------------------------------------------------------------------
 
 
 def test_annealing_finds_the_best_that_are_not_measured() -> None:
@@ -176,7 +176,7 @@ def test_a_small_pool_is_taken_whole(name: str) -> None:
         assert sorted(choose(given, 10).tolist()) == sorted(given.points.tolist())
 
 
-# -- whole searches -----------------------------------------------------------------------------------------------------
+# -- whole searches ---------------------------------------------------------------------------------------------------
 
 BUDGET = Budget(measurements=70, plan=20, annealing=Annealing(chains=16, steps=40))
 
@@ -242,7 +242,7 @@ def test_unknown_methods_are_named_with_the_closest() -> None:
         method_called("distinctiv")
 
 
-# -- tables --------------------------------------------------------------------------------------------------------------
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
 def frame() -> pd.DataFrame:

@@ -79,7 +79,14 @@ def test_tables_that_are_not_as_they_were_measured(tables: Path, tmp_path: Path,
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"tables": ()}, {"tables": ("a", "a")}, {"tables": ("../x",)}, {"methods": ("distinctiv",)}, {"plan": 200}, {"seeds": []}],
+    [
+        {"tables": ()},
+        {"tables": ("a", "a")},
+        {"tables": ("../x",)},
+        {"methods": ("distinctiv",)},
+        {"plan": 200},
+        {"seeds": []},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError):

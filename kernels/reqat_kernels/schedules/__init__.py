@@ -1,4 +1,4 @@
-"""Programs of many schedules: convolutions of INT8 and INT4 on CPUs, FP4 matrix products on GPUs, and what each is worth.
+"""Programs of many schedules, and what each is worth: convolutions of INT8 and INT4 on CPUs, FP4 products on GPUs.
 
 What is measured here is searched in :mod:`reqat.methods.search`.
 """

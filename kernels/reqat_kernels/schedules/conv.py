@@ -5,10 +5,10 @@ tiles stand for warp tiles, a band of rows for the tile of a thread block, passe
 packing and layout for themselves. The program is ``conv.cpp``; a candidate's tile is a template parameter, so each is
 compiled (:func:`compile_tile`), and one whose sums do not fit the registers does not compile.
 
-Inputs are unsigned and weights signed, both of ``bits`` bits: [H, W, C] and [F, kernel, kernel, C], uint8 and int8. Sums
-are exact; the result [H', W', F] is what the next layer reads: max(0, round(sum * scale)) of as many bits, in float32 and
-to the nearest even number, so that every schedule on every CPU gives the same bytes. The batch is one image. The border
-is zero and half a kernel wide.
+Inputs are unsigned and weights signed, both of ``bits`` bits: [H, W, C] and [F, kernel, kernel, C], uint8 and int8.
+Sums are exact; the result [H', W', F] is what the next layer reads: max(0, round(sum * scale)) of as many bits, in
+float32 and to the nearest even number, so that every schedule on every CPU gives the same bytes. The batch is one
+image. The border is zero and half a kernel wide.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def check(conv: Convolution, values: Mapping[str, int]) -> None:
 def nibbles(a: NDArray[np.generic]) -> NDArray[np.uint8]:
     """Numbers of 4 bits [..., C], C whole eights, two a byte [..., C / 2]: of eight the first four are low nibbles."""
     eights = (a.astype(np.int16) & 0xF).astype(np.uint8).reshape(*a.shape[:-1], -1, 2, _STEP_BYTES)
-    return (eights[..., 0, :] | eights[..., 1, :] << 4).reshape(*a.shape[:-1], -1)
+    return (eights[..., 0, :] | eights[..., 1, :] << np.uint8(4)).reshape(*a.shape[:-1], -1).astype(np.uint8)
 
 
 def packed_weight(w: NDArray[np.int8], bits: int, cols: int, passes: int) -> NDArray[np.uint8]:

@@ -9,8 +9,8 @@ after a kill: it goes on where it was.
 A candidate's first call is held against torch, byte by byte, and not timed. Then its speed is that of the fastest of
 five calls. Between two calls 25 MB are read, about what ResNet-50's other INT8 weights are: in a network, too, they
 pass through the caches before a layer's turn comes again. A call during which the thread had to wait for a core is
-repeated a few times. Candidates come in random order, so that what else the machine does hits no knob in particular; what it
-did is stated beside the table.
+repeated a few times. Candidates come in random order, so that what else the machine does hits no knob in particular;
+what it did is stated beside the table.
 
 A candidate that does not compile, does not apply, or computes something else has speed 0.
 """
@@ -98,7 +98,9 @@ def identity(convolution: Convolution, isa: str) -> dict[str, Any]:
     }
 
 
-def run(convolution: Convolution, out: Path, build: Path, isa: str, *, most: int | None, say: Callable[[str], None]) -> bool:
+def run(
+    convolution: Convolution, out: Path, build: Path, isa: str, *, most: int | None, say: Callable[[str], None]
+) -> bool:
     """Measure what is left of a table, ``most`` points at most; True if it is complete then."""
     table = Unfinished(out, convolution.name, KNOBS, COLUMNS, identity(convolution, isa))
     left = table.left
@@ -153,7 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{convolution.name}: there already", flush=True)
             continue
         try:
-            done = run(convolution, options.out, options.build, isa, most=options.most, say=lambda text: print(text, flush=True))
+            done = run(
+                convolution,
+                options.out,
+                options.build,
+                isa,
+                most=options.most,
+                say=lambda text: print(text, flush=True),
+            )
         except ValueError as error:
             parser.error(str(error))
         complete = complete and done

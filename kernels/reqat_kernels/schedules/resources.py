@@ -5,9 +5,9 @@
 The Triton kernel W4A4 (``reqat_kernels.triton.gemm``) is compiled ahead of time for each combination of tile, warps and
 stages, and registers, spills, shared memory and columns of tensor memory are read off the binary. From these
 :func:`modelled` estimates operations a second for a product of 4096 x 4096 x 4096: how many blocks live on a
-multiprocessor at once, how many bytes they keep under way, and what is left of the last wave. **The score is a model, no
-measurement**: it orders configurations by what their resources allow. Its constants are rounded data of one GPU of each
-generation and, where marked, inferred.
+multiprocessor at once, how many bytes they keep under way, and what is left of the last wave. **The score is a model,
+no measurement**: it orders configurations by what their resources allow. Its constants are rounded data of one GPU of
+each generation and, where marked, inferred.
 
 A configuration that does not compile, or asks for more than a block may have, has speed 0. One takes seconds; the
 program goes on where it was when it is started again.

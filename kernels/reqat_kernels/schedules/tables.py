@@ -1,6 +1,6 @@
 """Tables of exhausted spaces as files, written while they are measured.
 
-Two files a table. ``<name>.csv`` has a row for every combination of knobs: the knobs, ``status`` and ``speed`` (0 unless
+Two files a table. ``<name>.csv`` has a row for every combination of knobs: the knobs, ``status``, ``speed`` (0 unless
 the status is ``ok``), and what else was found. ``<name>.json`` says what it is: unit, knobs, settings, machine, and the
 sha256 of the CSV. It is written last, so a table is complete if and only if it is there.
 
@@ -57,7 +57,8 @@ class Unfinished:
         first, _, rest = whole.partition("\n")
         if first != head:
             raise ValueError(
-                f"{self._path} was begun with other settings, sources or on another machine: remove it, or write elsewhere"
+                f"{self._path} was begun with other settings, sources or on another machine: remove it, or write "
+                "elsewhere"
             )
         if len(whole) < len(text):
             self._path.write_text(whole)

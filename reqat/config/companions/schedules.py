@@ -1,8 +1,8 @@
 """Schedules of matrix instructions from distinctive candidates (arXiv 2202.06819), against AutoTVM's search.
 
 A reduced-precision convolution can be divided in thousands of ways, and only a clock says which is fast. Searches are
-replayed from tables in which every schedule was measured once (`python -m reqat_kernels.schedules.measure`), so that the
-best one is known and twenty seeds cost minutes.
+replayed from tables in which every schedule was measured once (`python -m reqat_kernels.schedules.measure`), so that
+the best one is known and twenty seeds cost minutes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Settings(Companion):
     """Each of a whole search; a seed's first plan is the same for all methods."""
     measurements: Count = 128
     plan: Size = 16
-    """Measurements from one fit of the model to the next. AutoTVM's default is 64, for spaces a thousand times larger."""
+    """Measurements from one fit of the model to the next. AutoTVM's default is 64, for much larger spaces."""
     target: float = Field(default=0.95, gt=0, le=1)
     """Share of the optimum that a search is to reach."""
     every: Size = 4

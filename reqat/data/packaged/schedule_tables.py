@@ -1,8 +1,8 @@
 """Tables of measured schedules: every point of a search space with its speed, on which searches are replayed.
 
 They come from no package: this repository's own programs write them, and `results/schedules/` holds those that were
-measured on a quiet machine. A table is `<name>.csv` with `<name>.json` beside it, which has the CSV's sha256 and says on
-what machine and with which compiler it was measured. Prepared: the same files, of all tables that are there.
+measured on a quiet machine. A table is `<name>.csv` with `<name>.json` beside it, which has the CSV's sha256 and says
+on what machine and with which compiler it was measured. Prepared: the same files, of all tables that are there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """AutoTVM's simulated annealing: many chains walk through the space after a model's scores.
 
 A chain steps to a neighbour (one knob drawn anew) always if its score is higher, else with the probability
-``exp(difference / temperature)``; the temperature falls linearly from 1 to 0 over the steps. All points that a chain has
-looked at compete for the places of the best that were not measured yet; 30 steps without a change among those end the
-walk. Chains go on where they were when the next model comes.
+``exp(difference / temperature)``; the temperature falls linearly from 1 to 0 over the steps. All points that a chain
+has looked at compete for the places of the best that were not measured yet; 30 steps without a change among those end
+the walk. Chains go on where they were when the next model comes.
 
 A model's scores of a listed space are one array, so a step of all chains is a few operations on arrays.
 """

@@ -36,7 +36,9 @@ class Table:
             point = int(wrong[0])
             raise ReqatError(f"{self.space.values(point)} has speed {self.speeds[point]}; failures have speed 0")
         if len(self.speeds) != len(self.space) or not self.speeds.max() > 0:
-            raise ReqatError(f"{len(self.speeds)} speeds of {len(self.space)} points, or none above 0; measure them all")
+            raise ReqatError(
+                f"{len(self.speeds)} speeds of {len(self.space)} points, or none above 0; measure them all"
+            )
 
     @classmethod
     def of(cls, frame: pd.DataFrame, knobs: list[str], speed: str, unit: str) -> Table:

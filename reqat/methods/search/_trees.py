@@ -4,11 +4,11 @@ AutoTVM's default is XGBoost with the objective ``rank:pairwise``. For two measu
 faster, and the model's scores s, the loss is ``log(1 + exp(s_j - s_i))``; each round fits a tree to its gradient by
 Newton's method. Only the order of speeds counts, not their size, which is all that a search needs.
 
-The trees are scikit-learn's, with AutoTVM's settings: depth 3, rate 0.3, L2 of a leaf's value 1, at least a Hessian of 1
-in each leaf. XGBoost draws a partner for each schedule; here the loss is the expectation over all partners, so a model
-is a function of its data alone. Boosting ends as in AutoTVM: when the average recall on the measured points (how many of
-the n fastest the model puts among its first n, for n up to the size of a plan) has not risen for 20 rounds; the cap of
-:data:`MOST_ROUNDS` is ours (AutoTVM: 8,000, which small samples never reach).
+The trees are scikit-learn's, with AutoTVM's settings: depth 3, rate 0.3, L2 of a leaf's value 1, at least a Hessian of
+1 in each leaf. XGBoost draws a partner for each schedule; here the loss is the expectation over all partners, so a
+model is a function of its data alone. Boosting ends as in AutoTVM: when the average recall on the measured points (how
+many of the n fastest the model puts among its first n, for n up to the size of a plan) has not risen for 20 rounds; the
+cap of :data:`MOST_ROUNDS` is ours (AutoTVM: 8,000, which small samples never reach).
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def _pairwise(score: Floats, faster: Floats) -> tuple[Floats, Floats]:
 
     Each point counts as two pairs: one that it draws, and one in which it is drawn.
     """
-    chance = 1 / (1 + np.exp(np.clip(faster * (score[:, None] - score[None, :]), -50, 50)))  # that the pair is misjudged
+    chance = 1 / (
+        1 + np.exp(np.clip(faster * (score[:, None] - score[None, :]), -50, 50))
+    )  # that the pair is misjudged
     share = 2 / max(1, len(score) - 1)
     gradient = -(faster * chance).sum(axis=1) * share
     hessian = (np.abs(faster) * chance * (1 - chance)).sum(axis=1) * share

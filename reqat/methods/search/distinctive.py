@@ -1,9 +1,9 @@
 """Learning from distinctive candidates (arXiv 2202.06819): measure those that differ most from what is known.
 
-AutoTVM's model is refitted on what it believed to be fast, and such points resemble each other: a plan teaches it little.
-Here the plan is the most *distinctive* part of a larger pool of good candidates: one after the other, the candidate is
-taken whose nearest neighbour among all points measured or taken is farthest away, by the number of knobs that differ;
-among equals the best one by the model.
+AutoTVM's model is refitted on what it believed to be fast, and such points resemble each other: a plan teaches it
+little. Here the plan is the most *distinctive* part of a larger pool of good candidates: one after the other, the
+candidate is taken whose nearest neighbour among all points measured or taken is farthest away, by the number of knobs
+that differ; among equals the best one by the model.
 
 The paper's text was not at hand. That the choice is made by diversity among the candidates of a learned model follows
 from its abstract; the pool of four plans, the distance and the greedy order are inferred.

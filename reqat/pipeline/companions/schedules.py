@@ -17,8 +17,8 @@ OF_TABLE = ""
 
 
 def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
-    """A row a value: `measure` of a `method` and `seed` after so many `measurements`. Measures: `best`, the best speed so
-    far as a share of the optimum; `to_target`, the measurements until it reached the target (NaN: never);
+    """A row a value: `measure` of a `method` and `seed` after so many `measurements`. Measures: `best`, the best speed
+    so far as a share of the optimum; `to_target`, the measurements until it reached the target (NaN: never);
     `rank_correlation` of the model fitted then with the points not measured yet. Of the table itself: `points`,
     `failed` and `near` (shares of points with speed 0, and within the target), and `optimum`, in `unit`."""
     from reqat.methods.search import Annealing, Budget, method_called, search
