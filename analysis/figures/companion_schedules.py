@@ -42,13 +42,15 @@ def build(found: Found) -> Figure:
     handles, labels = axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=len(handles))
     seeds = found.rows["seed"].nunique()
-    style.footer(fig, [f"Means over {seeds} seeds; bands: 95% intervals.", *found.notes])
+    style.footer(fig, [f"Means over {seeds} seeds; bands: 95% intervals.", *found.noted(arithmetic=False)])
     return fig
 
 
 def _draw(ax: Any, rows: pd.DataFrame) -> None:
     curve = rows[rows["measure"] == "best"]
     counts = sorted(curve["measurements"].unique())
+    lowest = curve.groupby(["method", "measurements"])["value"].mean().min()
+    ax.set_ylim(max(0, 100 * lowest - 5), 101.5)  # of few seeds a band can be wider than what there is
     for method in searches.methods_in(rows):
         means = [searches.mean_of(searches.by_seed(rows, "best", method, n)) for n in counts]
         look = LOOKS.get(method, {})

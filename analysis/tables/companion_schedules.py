@@ -11,11 +11,13 @@ from analysis.report import searches
 from analysis.report.companions import Found
 from analysis.report.document import Column, Table, Text, number, p_value
 from analysis.report.findings import INCONCLUSIVE, Finding
+from reqat.config.files import read_json
 from reqat.evaluation.means import Mean
 
 NAME = "companion-schedules"
 COMPANION = "schedules"
 
+META = "table.json"  # as `reqat.pipeline.companions.schedules` writes it
 CITATION = "arXiv 2202.06819"
 CLAIM = "shortened search time at equal or better schedules (its abstract; its numbers were not at hand)"
 
@@ -52,7 +54,8 @@ def build(found: Found) -> Table:
         Column("at the end (%)", "Best"),
         Column("Correlation"),
     )
-    footer = (*_tables(rows), *verdicts, f"The paper ({CITATION}) claims {CLAIM}.", *found.notes)
+    claim = f"The paper ({CITATION}) claims {CLAIM}."
+    footer = (*_tables(found), *verdicts, claim, *found.noted(arithmetic=False))
     return Table(
         NAME, "Searching for schedules by distinctive candidates", caption, footer, columns, tuple(sections),
         pd.DataFrame(data),
@@ -127,16 +130,28 @@ def _verdict(where: str, rival: str, found: Finding) -> str:
     )
 
 
-def _tables(rows: pd.DataFrame) -> list[str]:
+def _tables(found: Found) -> list[str]:
     """What the tables are, in a sentence each."""
     lines = []
-    for part, of_part in rows.groupby("part", sort=False):
+    for part, of_part in found.rows.groupby("part", sort=False):
         facts = of_part[of_part["method"].isna()].drop_duplicates("measure").set_index("measure")["value"]
         lines.append(
             f"{part}: {facts['points']:,.0f} schedules, {100 * facts['failed']:.0f}% fail, {100 * facts['near']:.1f}% "
-            f"come to the target; optimum {facts['optimum']:.4g} {of_part['unit'].iloc[0]}."
+            f"come to the target; optimum {facts['optimum']:.4g} {of_part['unit'].iloc[0]}"
+            f"{_where(found, of_part['companion'].iloc[0], str(part))}."
         )
     return lines
+
+
+def _where(found: Found, companion: str, part: str) -> str:
+    """Where a table was measured, as it says itself; nothing of one in closed form."""
+    folder = found.folders.get((companion, part))
+    if folder is None or not (folder / META).is_file():
+        return ""
+    meta = read_json(folder / META, "table of schedules", "run the part again")
+    if "capability" in meta:
+        return f", compiled for sm_{meta['capability']} by triton {meta['triton']}, not timed"
+    return f", measured on one core of {meta['cpu']} ({meta['instruction_set']})"
 
 
 def _targets(found: Found) -> str:

@@ -35,4 +35,4 @@ def analytic() -> Table:
     cache = 1 / (1 + (footprint / _CACHE) ** 2)
     code = 1 / (1 + (sums * unroll / 96) ** 2)
     spent = 1 / chains + loads + 0.4 / np.sqrt(chunk / 16) + (1 - cache) * np.where(order == 1, 0.6, 1.2) + (1 - code)
-    return Table(space, np.where(sums + cols + 1 <= _REGISTERS, 100 / spent, 0.0), "points")
+    return Table(space, np.where(sums + cols + 1 <= _REGISTERS, 100 / spent, 0.0), "arbitrary units")

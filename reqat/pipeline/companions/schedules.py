@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,13 @@ import pandas as pd
 
 from reqat.config.companions.schedules import ANALYTIC, SOURCE, Settings
 from reqat.config.errors import ReqatError
+from reqat.config.files import write_file
 from reqat.pipeline.companions import Given
 
 OF_TABLE = ""
 """The method in rows that are about the table itself."""
+META = "table.json"
+"""Beside the rows: what the measured table says of itself, its machine and digest among it."""
 
 
 def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
@@ -52,6 +56,7 @@ def _table(part: str, given: Given) -> Any:
     if part == ANALYTIC:
         return analytic()
     found = schedule_tables.load(given.source(SOURCE), part)
+    write_file(given.out / META, json.dumps(found.meta, indent=2) + "\n")
     try:
         return Table.of(pd.read_csv(found.csv), list(found.meta["knobs"]), "speed", found.meta["unit"])
     except ValueError as error:  # no CSV, or one that is no table; a ReqatError, too
