@@ -46,12 +46,17 @@ class Found:
     @property
     def notes(self) -> tuple[str, ...]:
         """Footer: tier, data, machine's arithmetic, commits, and what is missing."""
+        return self.noted()
+
+    def noted(self, *, arithmetic: bool = True) -> tuple[str, ...]:
+        """The footer, without the arithmetic where nothing is fake-quantized."""
         tier = f"Tier {self.tier} ({self.title})." if self.title else f"Tier {self.tier}."
         sources = sorted({name for made in self.records for name in made.get("inputs", {})})
         read = [f"Data and models: {', '.join(sources)}."] if sources else []
-        arithmetic = sorted({arithmetic_of(dict(made)) for made in self.records})
+        how = sorted({arithmetic_of(dict(made)) for made in self.records}) if arithmetic else []
         commits = sorted({commit_of(dict(made)) for made in self.records})
-        made = [f"Arithmetic: {'; '.join(arithmetic)}.", f"Commit {', '.join(commits)}."] if self.records else []
+        made = [f"Arithmetic: {'; '.join(how)}."] if how else []
+        made += [f"Commit {', '.join(commits)}."] if commits else []
         return (tier, *read, *made, *self.absences)
 
     @property

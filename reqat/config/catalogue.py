@@ -26,6 +26,9 @@ TRANSFORM_NAMES = modules_of("methods.transforms")
 NONLINEAR_METHODS = modules_of("methods.nonlinear")
 """Ways to make a table of a nonlinear function, one a file of `reqat/methods/nonlinear/`."""
 
+SEARCH_METHODS = modules_of("methods.search")
+"""Methods of search over schedules, one a file of `reqat/methods/search/`."""
+
 GRADIENT_RULES = modules_of("quant.gradients")
 """Gradient rules of quantizers, one a file of `reqat/quant/gradients/`."""
 

@@ -14,9 +14,8 @@ from torch import nn
 from reqat.config.channels import ChannelSearch, ImageTraining
 from reqat.config.errors import ReqatError
 from reqat.data.images import digits
-from reqat.methods.pact_sawb import put_in_bits
-from reqat.methods.search.channels import Layer, SuperNet, cost_loss, options_of, search_channels, select_two, stretch
-from reqat.methods.search.widths import (
+from reqat.methods.channels.search import Layer, SuperNet, cost_loss, options_of, search_channels, select_two, stretch
+from reqat.methods.channels.widths import (
     budget_of,
     expected_cost,
     preferred,
@@ -24,6 +23,7 @@ from reqat.methods.search.widths import (
     uniform_widths,
     within,
 )
+from reqat.methods.pact_sawb import put_in_bits
 from reqat.models.resnet import Cost, ResNet, ResNetConfig, cost
 
 CONFIG = ResNetConfig(8, (8,), side=8)

@@ -12,7 +12,7 @@ from reqat.config.files import write_file
 
 if TYPE_CHECKING:
     from reqat.data.images import Images
-    from reqat.methods.search.channels import Found
+    from reqat.methods.channels.search import Found
     from reqat.models.resnet import ResNetConfig
     from reqat.pipeline.companions import Given
 
@@ -103,9 +103,9 @@ def _widths(
     settings: Settings, original: ResNetConfig, arm: str, seed: int, train: Images, given: Given
 ) -> tuple[list[int], Found | None]:
     """The widths of an arm, and what a search found on the way."""
+    from reqat.methods.channels.search import search_channels
+    from reqat.methods.channels.widths import budget_of, random_widths, scaled, uniform_widths
     from reqat.methods.pact_sawb import put_in_bits
-    from reqat.methods.search.channels import search_channels
-    from reqat.methods.search.widths import budget_of, random_widths, scaled, uniform_widths
 
     search = settings.search
     budget = budget_of(original, search.macs, search.parameters)

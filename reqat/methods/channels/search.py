@@ -16,7 +16,7 @@ From the paper: objective, sampling, interpolation, expansion, both constraints.
 norm an option, the average pooling that stretches, that the cost of the preferred network decides the sign, two options
 drawn without replacement. Inferred: the threshold and the step of an expansion, that a new option starts with the
 preference of the old widest one, SAWB's range from the weights that take part, and what happens where the preferred
-options exceed the budget at the end (:func:`reqat.methods.search.widths.preferred`).
+options exceed the budget at the end (:func:`reqat.methods.channels.widths.preferred`).
 
 Weights of channels that no option reaches yet have felt weight decay alone, so that a new option's channels are as good
 as freshly initialized.
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from reqat.config.channels import ChannelSearch
 from reqat.config.errors import ReqatError
 from reqat.data.images import Images
-from reqat.methods.search.widths import budget_of, check_reachable, expected_cost, preferred
+from reqat.methods.channels.widths import budget_of, check_reachable, expected_cost, preferred
 from reqat.models.conv import QuantConv2d
 from reqat.models.resnet import Cost, ResNet, ResNetConfig, added, cost, layer_names
 from reqat.quant.gradients.pact import measuring
