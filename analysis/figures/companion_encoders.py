@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.report import style
 from analysis.report.companions import Found
@@ -48,4 +49,4 @@ def _layers(ax: Axes, rows: pd.DataFrame, measure: str) -> None:
             ax.plot(at.index + 1, at.to_numpy(), color=colour, marker=marker, ms=3.5, lw=1, label=named(method))
     ax.set_yscale("log")
     ax.set_xlabel("layer")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -31,7 +31,8 @@ from reqat.config.formats import FAMILIES, FORMATS, bits_of, has_global_scale, s
 
 Role = Literal["weights", "inputs", "keys", "values", "queries", "probabilities", "embeddings"]
 ROLES: tuple[Role, ...] = ("weights", "inputs", "keys", "values", "queries", "probabilities", "embeddings")
-LINEAR, CACHE = ("weights", "inputs"), ("keys", "values")
+LINEAR: tuple[Role, ...] = ("weights", "inputs")
+CACHE: tuple[Role, ...] = ("keys", "values")
 ATTENTION = ("queries", "keys", "values", "probabilities")
 """The operands of both products of attention."""
 SCALED = ("inputs", "keys", "values", "queries", "probabilities", "embeddings")

@@ -24,7 +24,9 @@ CORPORA: dict[str, str | None] = {
     GENERATED: None,
 }
 """Task of `reqat.tasks.labelled` -> the source that it is made of; `generated`: random words, to check."""
-HIDDEN, SCORE = "hidden", "score"
+Baseline = Literal["hidden", "score"]
+HIDDEN: Baseline = "hidden"
+SCORE: Baseline = "score"
 _Share = Annotated[float, Field(ge=0, le=10)]
 
 
@@ -41,7 +43,7 @@ class Settings(Companion):
     no task is the default."""
     seeds: Seeds = Field(default=[42, 52, 62], min_length=1)
     """Of the teacher's and the students' training, and of the choice of sentences."""
-    baselines: Annotated[tuple[Literal["hidden", "score"], ...], AfterValidator(distinct)] = (HIDDEN, SCORE)
+    baselines: Annotated[tuple[Baseline, ...], AfterValidator(distinct)] = (HIDDEN, SCORE)
     """`hidden`: logits and hidden states alone; `score`: and the MSE of attention scores (TernaryBERT), with which the
     others are compared."""
     mixes: tuple[tuple[_Share, _Share], ...] = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))

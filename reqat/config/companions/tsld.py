@@ -18,7 +18,9 @@ from reqat.config.precision import resolve
 from reqat.config.stage import Architecture
 
 Loss = Literal["gt", "logit", "logit+gt", "tsld", "l2l"]
-LOGIT, LOGIT_GT, TSLD = "logit", "logit+gt", "tsld"
+LOGIT: Loss = "logit"
+LOGIT_GT: Loss = "logit+gt"
+TSLD: Loss = "tsld"
 
 
 class Settings(Companion):

@@ -78,7 +78,7 @@ def _replace_one(
 
     if entry.kind == "activation":
         function = function_of(entry.module)
-        if function in evaluate:
+        if function is not None and function in evaluate:
             _put(model, entry.name, lookup(function), done)
         else:
             done.kept[entry.name] = f"no table of {function}" if function else "none of the functions that have tables"

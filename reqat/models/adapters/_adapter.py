@@ -246,8 +246,8 @@ def nonlinearities_in(
         vector = isinstance(weight, nn.Parameter) and (weight.ndim == 1 or where.endswith("norm"))
         if id(module) in left_out:
             continue
-        if module is attention:
-            found.append(Nonlinearity(where, "softmax", module))
+        if attention is not None and module is attention:
+            found.append(Nonlinearity(where, "softmax", attention))
         elif isinstance(module, _ACTIVATIONS):
             found.append(Nonlinearity(where, "activation", module))
         elif vector and not list(module.children()):

@@ -168,6 +168,7 @@ def _generated(settings: Sizes, seed: int) -> tuple[LabelledRows, LabelledRows, 
 
     config = BertConfig(
         vocab_size=_GENERATED_WORDS, hidden_size=32, num_hidden_layers=settings.layers or 2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=settings.max_tokens, num_labels=_GENERATED_CLASSES,
+        intermediate_size=64, max_position_embeddings=settings.max_tokens,
     )  # fmt: skip
+    config.num_labels = _GENERATED_CLASSES
     return rows(settings.train_sequences, 0), rows(settings.test_sequences, 1), BertForTokenClassification(config)
