@@ -258,7 +258,7 @@ def naive(x: np.ndarray, fmt: Format, g: np.ndarray | None) -> np.ndarray:
     """``x^`` of float32 blocks ``x`` [N, B] for the global scale ``g`` ([N] or None), rule by rule."""
     if fmt.scale_rule == "twn":
         return _ternary(x, fmt)
-    if fmt.element == "UINT4":
+    if fmt.element.startswith("UINT"):
         return _affine(x, fmt)
     if fmt.scale_rule == "sawb":
         return _sawb(x, fmt)

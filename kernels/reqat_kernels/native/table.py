@@ -64,6 +64,7 @@ def libmvec(name: str, x: Tensor, out: Tensor) -> bool:
 
 def _check(x: Tensor, breakpoints: Tensor, slopes: Tensor, intercepts: Tensor) -> None:
     check.floats("x", x)
+    check.floats("slopes", slopes)
     E = check.size("the number of slopes", slopes.numel(), least=1, most=MOST_ENTRIES)
     for name, t, n in (("breakpoints", breakpoints, E - 1), ("slopes", slopes, E), ("intercepts", intercepts, E)):
         check.exactly(name, t, torch.float32, (n,), x.device)

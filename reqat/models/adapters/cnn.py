@@ -7,7 +7,7 @@ groups and linear layers; there is no attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -91,6 +91,14 @@ class CNNAdapter:
     def body(self, model: PreTrainedModel) -> nn.Module:
         """The model."""
         return model
+
+    def head(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+        """None that reads tokens. Raises UnsupportedModelError."""
+        raise UnsupportedModelError(f"{type(model).__name__} has no head over tokens: it classifies images")
+
+    def outside(self, model: PreTrainedModel) -> list[Site]:
+        """None: the first convolution and the classifier stay."""
+        return []
 
     def gated(self, model: PreTrainedModel) -> None:
         """A convolutional network is no decoder."""
