@@ -7,7 +7,7 @@ groups and linear layers; there is no attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -91,6 +91,17 @@ class CNNAdapter:
     def body(self, model: PreTrainedModel) -> nn.Module:
         """The model."""
         return model
+
+    def head(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+        """The classifier of the features that the mean over pixels leaves."""
+        head = getattr(model, "head", None) or getattr(model, "classifier", None)
+        if not isinstance(head, nn.Module):
+            raise UnsupportedModelError(f"{type(model).__name__} has no classifier")
+        return head
+
+    def outside(self, model: PreTrainedModel) -> list[Site]:
+        """None: first and last layer stay as they are."""
+        return []
 
     def gated(self, model: PreTrainedModel) -> None:
         """A convolutional network is no decoder."""
