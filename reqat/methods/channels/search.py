@@ -15,8 +15,8 @@ the layer gets a wider one. Without a threshold the search is TAS.
 From the paper: objective, sampling, interpolation, expansion, both constraints. From TAS's released code: one batch
 norm an option, the average pooling that stretches, that the cost of the preferred network decides the sign, two options
 drawn without replacement. Inferred: the threshold and the step of an expansion, that a new option starts with the
-preference of the old widest one, SAWB's range from the weights that take part, and what happens where the preferred
-options exceed the budget at the end (:func:`reqat.methods.channels.widths.preferred`).
+preference of the old widest one, SAWB's range from the weights that take part, and how the preferred options are
+brought to the budget at the end (:func:`reqat.methods.channels.widths.preferred`).
 
 Weights of channels that no option reaches yet have felt weight decay alone, so that a new option's channels are as good
 as freshly initialized.
@@ -280,7 +280,7 @@ def search_channels(
         )
     probabilities = [p.detach() for p in net.probabilities()]
     log_p = [p.log().double().numpy() for p in probabilities]
-    chosen = preferred(config, net.open_options(), log_p, budget)
+    chosen = preferred(config, net.open_options(), log_p, budget, settings.tolerance)
     return Found(chosen, net.widths(), net.open_options(), [p.tolist() for p in probabilities], history)
 
 

@@ -89,48 +89,56 @@ def check_reachable(config: ResNetConfig, narrowest: Sequence[int], budget: Cost
 
 
 def preferred(
-    config: ResNetConfig, options: Sequence[Sequence[int]], log_p: Sequence[np.ndarray], budget: Cost
+    config: ResNetConfig,
+    options: Sequence[Sequence[int]],
+    log_p: Sequence[np.ndarray],
+    budget: Cost,
+    tolerance: float = 0.05,
 ) -> list[int]:
-    """The most probable option of each layer; where these exceed the budget, narrower ones in the layers where that
-    costs the least log-probability for the cost that it saves (greedily: inferred). No single layer could then have a
-    more probable option within the budget.
+    """The most probable option of each layer, brought to the budget: where these exceed it, narrower ones in the layers
+    where that gives up the least log-probability for the cost that it saves; where they leave more than ``tolerance``
+    of its multiplications unused, wider ones likewise, as long as one fits (both greedily: inferred).
 
     ``options``: ascending widths of each layer; ``log_p``: their log-probabilities. Raises ReqatError if the narrowest
-    exceed it.
+    exceed the budget.
     """
     check_reachable(config, [widths[0] for widths in options], budget)
     at = [int(np.argmax(p)) for p in log_p]
 
-    def excess(choice: Sequence[int]) -> float:
-        found = cost(config, [widths[i] for widths, i in zip(options, choice, strict=True)])
-        return sum(
-            max(0.0, math.log(value / allowed))
-            for value, allowed in ((found.macs, budget.macs), (found.parameters, budget.parameters))
-        )
-
     def moved(layer: int, option: int) -> list[int]:
         return [*at[:layer], option, *at[layer + 1 :]]
 
+    def spent(choice: Sequence[int]) -> Cost:
+        return cost(config, [widths[i] for widths, i in zip(options, choice, strict=True)])
+
+    def excess(choice: Sequence[int]) -> float:
+        found = spent(choice)
+        pairs = ((found.macs, budget.macs), (found.parameters, budget.parameters))
+        return sum(max(0.0, math.log(value / allowed)) for value, allowed in pairs)
+
+    def given_up(layer: int, option: int) -> float:
+        return max(0.0, float(log_p[layer][at[layer]] - log_p[layer][option]))
+
     while (now := excess(at)) > 0:  # each layer's own product shrinks with it, so something always saves
-        moves = []
-        for layer, chosen in enumerate(at):
-            for narrower in range(chosen):
-                saved = now - excess(moved(layer, narrower))
-                lost = max(0.0, float(log_p[layer][chosen] - log_p[layer][narrower]))
-                moves.append((lost / saved, layer, narrower))
-        _, layer, narrower = min(moves)
-        at = moved(layer, narrower)
-    while True:  # what a later move made room for
-        gains = [
-            (float(p[option] - p[at[layer]]), layer, option)
-            for layer, p in enumerate(log_p)
-            for option in range(len(p))
-            if p[option] > p[at[layer]] and excess(moved(layer, option)) == 0
+        moves = [
+            (given_up(layer, option) / (now - excess(moved(layer, option))), layer, option)
+            for layer, chosen in enumerate(at)
+            for option in range(chosen)
         ]
-        if not gains:
-            return [widths[i] for widths, i in zip(options, at, strict=True)]
-        _, layer, option = max(gains)
+        _, layer, option = min(moves)
         at = moved(layer, option)
+    while (now := spent(at).macs) < (1 - tolerance) * budget.macs:
+        moves = [
+            (given_up(layer, option) / (spent(moved(layer, option)).macs - now), layer, option)
+            for layer, chosen in enumerate(at)
+            for option in range(chosen + 1, len(options[layer]))
+            if within(spent(moved(layer, option)), budget)
+        ]
+        if not moves:
+            break
+        _, layer, option = min(moves)
+        at = moved(layer, option)
+    return [widths[i] for widths, i in zip(options, at, strict=True)]
 
 
 def expected_cost(

@@ -93,11 +93,14 @@ class CNNAdapter:
         return model
 
     def head(self, model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-        """None that reads tokens. Raises UnsupportedModelError."""
-        raise UnsupportedModelError(f"{type(model).__name__} has no head over tokens: it classifies images")
+        """The classifier of the features that the mean over pixels leaves."""
+        head = getattr(model, "head", None) or getattr(model, "classifier", None)
+        if not isinstance(head, nn.Module):
+            raise UnsupportedModelError(f"{type(model).__name__} has no classifier")
+        return head
 
     def outside(self, model: PreTrainedModel) -> list[Site]:
-        """None: the first convolution and the classifier stay."""
+        """None: first and last layer stay as they are."""
         return []
 
     def gated(self, model: PreTrainedModel) -> None:
