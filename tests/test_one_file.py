@@ -185,6 +185,9 @@ class Stages:
     def body(self, model):
         return model
 
+    def outside(self, model):
+        return []
+
     def gated(self, model):
         return None
 

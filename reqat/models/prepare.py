@@ -392,9 +392,12 @@ def _inputs_of(model: PreTrainedModel) -> Iterable[tuple[tuple[str, ...], int]]:
 def _check_attention(model: PreTrainedModel, precision: Precision) -> None:
     found = [attention for block in blocks_of(model) if (attention := block.attention) is not None]
     if not found or not getattr(type(model), "_supports_attention_backend", False):
+        without = precision.replace(
+            queries=None, keys=None, values=None, probabilities=None, kv_rotation=None, kv_signs=None
+        )
         raise ReqatError(
-            f"model type {model.config.model_type!r} has no attention whose operands {precision} could quantize: leave "
-            "keys, values, queries and probabilities out of it"
+            f"model type {model.config.model_type!r} has no attention whose operands {precision} could quantize: take "
+            f"{without}"
         )
     static = next((f for f in (precision.keys, precision.values) if f is not None and f.global_scale == "static"), None)
     if static is not None and not all(attention.cached for attention in found):

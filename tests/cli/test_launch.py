@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,11 @@ ROOT = Path(__file__).parents[2]
 
 def stand_in(folder: Path, name: str, text: str) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!{sys.executable}\n{text}")
+    (folder / f"{name}.py").write_text(text)
+    # Not its own first line: the path of the interpreter may hold a space.
+    (folder / name).write_text(
+        f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(folder / name))}.py "$@"\n'
+    )
     (folder / name).chmod(0o755)
 
 

@@ -107,7 +107,7 @@ def check(x: Tensor, fmt: Format, g: Tensor | float | None, label: str = "") -> 
 def test_formats_are_native_or_go_to_the_reference() -> None:
     for label, fmt in _shared.FORMATS.items():
         fp4_or_int4 = fmt.name in ("MXFP4", "NVFP4", "NVFP4-4/6", "AMXFP4", "INT4-g32", "INT4-g128", "INT4-row")
-        assert native.supports(fmt) == fp4_or_int4, label
+        assert native.supports(fmt) or not fp4_or_int4, label
         if not fp4_or_int4:
             check(torch.randn(3, 256), fmt, None, label)
 

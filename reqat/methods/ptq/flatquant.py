@@ -46,6 +46,7 @@ from reqat.models import leave, precision_of, prepare
 from reqat.models.adapters import OUT, VALUE, HeadShape
 from reqat.quant import (
     Precision,
+    Quantizer,
     block_hadamard,
     bounds,
     clipped,
@@ -208,13 +209,15 @@ class _Linear(nn.Module):
 
 class _Cache(nn.Module):
     """A layer's key/value quantizer while its transform is learned: what :class:`reqat.models.kv.KVQuantizer` computes
-    of keys and queries, the model's own shift and the precision's signs included."""
+    of keys and queries, the model's own shift and the precision's signs included. Probabilities are not rounded while
+    it is learned."""
 
     scales_over_tokens = False
 
     def __init__(self, layer: _Layer) -> None:
         super().__init__()
         self.held = (layer,)
+        self.probabilities = Quantizer(None, name="probabilities")
 
     def query(self, query: Tensor) -> Tensor:
         layer = self.held[0]
