@@ -53,7 +53,7 @@ def test_every_schedule_computes_the_convolution(isa: str, build: Path) -> None:
     if isa != "portable" and (native is None or native.reqat_isa() < ISAS.index(isa)):
         pytest.skip(f"this CPU has no {isa}")
     tile = {"rows": 4, "cols": 1, "unroll": 4}
-    compiled = compile_tile(tile, isa, build, optimize="-O1")
+    compiled = compile_tile(tile, isa, build, optimize="-O0")
     for name in ("int8-3x3-5-32-32", "int4-3x3-5-32-16", "int8-1x1-6-32-16-stride2", "int4-3x3-6-32-16-stride2"):
         c = Convolution.named(name)
         assert c.name == name
@@ -81,7 +81,7 @@ def test_extreme_operands_are_in_range() -> None:
 @needs_compiler
 def test_tiles_that_do_not_fit_the_registers_do_not_compile(build: Path) -> None:
     with pytest.raises(Impossible, match="registers"):
-        compile_tile({"rows": 14, "cols": 4, "unroll": 1}, "avx512", build, optimize="-O0")
+        compile_tile({"rows": 14, "cols": 4, "unroll": 1}, "avx512", build, optimize="-fsyntax-only")
     assert not list(build.glob("*rows14*"))
 
 
@@ -222,3 +222,29 @@ def test_a_configuration_changes_tile_and_options_alone() -> None:
     for name in ("nvfp4-sm80", "int4-sm100", "nvfp4"):
         with pytest.raises(ValueError):
             resources.parsed(name)
+
+
+def test_a_compiler_that_dies_costs_one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from concurrent.futures.process import BrokenProcessPool
+
+    from reqat_kernels.schedules import resources
+
+    pools: list[int] = []
+
+    class Pool:
+        """Dies over the first configuration that it is given."""
+
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            pools.append(len(pools))
+
+        def submit(self, *arguments: Any) -> Any:
+            raise BrokenProcessPool
+
+        def shutdown(self) -> None:
+            pass
+
+    monkeypatch.setattr(resources, "ProcessPoolExecutor", Pool)
+    compiler = resources._Compiler()
+    rows = [compiler.row("nvfp4", 100, {}) for _ in range(2)]
+    assert [row.status for row in rows] == ["failed"] * 2 and pools == [0, 1]

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,30 +125,57 @@ def parsed(name: str) -> tuple[str, int]:
     return fmt, int(capability)
 
 
+class _Compiler:
+    """A process that compiles: the compiler ends its own process over some configurations, and not this one then."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def row(self, fmt: str, capability: int, values: Mapping[str, int]) -> Row:
+        """What came out of a configuration; ``failed`` where its process died."""
+        self._pool = self._pool or ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            return self._pool.submit(_compiled, fmt, capability, dict(values)).result()
+        except BrokenProcessPool:
+            self.close()
+            return Row(_CASES[fmt], "", capability, "failed", note="the compiler's process ended")
+
+    def close(self) -> None:
+        """End the process."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+def _compiled(fmt: str, capability: int, values: dict[str, int]) -> Row:
+    case = next(case for case in cases() if case.name == _CASES[fmt])
+    return compile_case(configured(case, values), capability)
+
+
 def run(name: str, out: Path, *, most: int | None = None) -> bool:
     """Compile what is left of a table, ``most`` configurations at most; True if it is complete then."""
     fmt, capability = parsed(name)
-    case = next(case for case in cases() if case.name == _CASES[fmt])
     folder = Path(__file__).resolve().parent
     sources = [*(folder.parent / "triton").glob("*.py"), folder / "resources.py"]
     identity: dict[str, Any] = {
-        "kernel": case.name,
+        "kernel": _CASES[fmt],
         "capability": capability,
         "triton": triton.__version__,
         "sources": digest_of(sources),
         "model": asdict(GPUS[capability]),
     }
     table = Unfinished(out, f"triton-{name}", KNOBS, COLUMNS, identity)
-    said = time.monotonic()
-    left = table.left
+    said, left = time.monotonic(), table.left
+    compiler = _Compiler()
     for number, values in enumerate(left[:most], 1):
-        row = compile_case(configured(case, values), capability)
+        row = compiler.row(fmt, capability, values)
         speed = modelled(row, values, _BYTES[fmt])
         found = {name: getattr(row, name) for name in COLUMNS[2:]}
         table.add(values, status=OK if speed else IMPOSSIBLE, speed=f"{speed:.6g}", **found)
         if time.monotonic() - said > _SAY_EVERY_S:
             said = time.monotonic()
             print(f"triton-{name}: {number} of {len(left)}", flush=True)
+    compiler.close()
     if table.left:
         return False
     table.finish(UNIT, note="modelled from compiled resources; no GPU was timed")

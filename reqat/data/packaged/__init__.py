@@ -29,7 +29,7 @@ class Package:
     """As companions call it: `fashion-mnist`."""
     files: Mapping[str, str]
     """File within the package's folder -> its sha256; of a pattern (`c???`), that of all files together
-    (:func:`digest_of`). The first file tells the folder."""
+    (:func:`digest_of`); empty where files state their own. The first file tells the folder."""
     places: Callable[[], Iterable[Path]]
     """Folders where its package manager puts it, likely or not."""
     install: str
