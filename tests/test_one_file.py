@@ -289,7 +289,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("file", sorted(CASES))
+QUICK = ("models/adapters/stages.py", "methods/terms/toy.py")
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=[] if file in QUICK else pytest.mark.long) for file in sorted(CASES)]
+)
 def test_one_file_is_enough(tmp_path: Path, file: str) -> None:
     code, use = CASES[file]
     for folder in ("reqat", "tests/methods"):

@@ -52,9 +52,9 @@ def test_every_table_can_be_made_of_a_pinned_run_alone(tier: str, tmp_path: Path
             assert entry["dirty"] is False, path
 
 
-@pytest.mark.parametrize(
-    "tier", [pytest.param(t, marks=[] if t == "laptop" else pytest.mark.long) for t in tiers("studies")]
-)
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("tier", tiers("studies"))
 def test_everything_can_be_drawn_of_pinned_studies_alone(tier: str, tmp_path: Path) -> None:
     with pinned.restored(KEPT[tier, "studies"], "studies") as kept:
         source = kept.root / "studies"

@@ -84,6 +84,7 @@ def reqat(folder: Path, *arguments: str, processes: int) -> subprocess.Completed
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_trains_as_one_process_does(given: Path) -> None:
     """A whole recipe: Q-FIT by the first process alone, two trainings by both, one folder, one record, one voice."""
     arguments = [

@@ -269,6 +269,8 @@ def test_a_report_of_all_draws_what_is_there_and_names_what_is_not(
     assert reqat("report", "--tier", "smoke", "--what", "benchmark") == 2, "what is asked for by name must be there"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_pinned_studies_come_back_whole_and_give_the_same_report(
     checkout: Path, finished: tuple[Path, dict[str, PlannedStudy]], capsys: pytest.CaptureFixture[str]
 ) -> None:

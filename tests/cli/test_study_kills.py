@@ -16,6 +16,8 @@ from reqat.generation import batches
 from reqat.records import record
 from tests.cli.smoke_studies import ROOT, STUDIES, ask, reqat, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
 
 def test_a_killed_likelihood_study_goes_on_with_the_models_that_it_has_not_read(
     checkout: Path, loaded: dict[str, Study], monkeypatch: pytest.MonkeyPatch

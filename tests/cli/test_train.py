@@ -104,6 +104,8 @@ def test_a_record_says_what_was_computed(
         assert about["inputs"]["model"]["weights"] == {path.name: record.sha256(path) for path in files}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_traces_to_train_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

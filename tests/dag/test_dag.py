@@ -71,6 +71,8 @@ def test_a_failure_stops_the_run_and_the_next_one_goes_on_from_what_is_finished(
     assert report.returncode == 0 and (checkout / "report.html").stat().st_size > 100_000, report.stderr[-2000:]
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
     (checkout / "hang").write_text("qfit-")
     environment = os.environ | {"PYTHONPATH": str(checkout)}
@@ -103,6 +105,8 @@ def test_an_interrupted_run_leaves_no_output_and_goes_on(checkout: Path):
     assert (checkout / "figures" / "table1.md").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_what_fails_or_is_not_installed_costs_its_own_alone_in_whatever_folder(tmp_path: Path):
     """A benchmark that dies costs Figure 6, a source that is missing the parts of companions that read it. Also: no
     part of a path reaches a shell, and the next run puts what is there now in place of its placeholder."""
@@ -134,6 +138,8 @@ def test_what_fails_or_is_not_installed_costs_its_own_alone_in_whatever_folder(t
     assert (figures / "table1.md").exists() and not (figures / "figure6.png").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_kill_the_next_run_just_goes_on(checkout: Path):
     # Traces that need no base model's tokenizer, so that nothing else has to run.
     needed = load("tiny", Paths(root=checkout)).needed.values()

@@ -41,7 +41,9 @@ def test_lm_eval_finds_every_task() -> None:
 # --- our generators ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gsm_symbolic", "chain_sum", "leg_counting", "code"])
+@pytest.mark.parametrize(
+    "family", [pytest.param("gsm_symbolic", marks=pytest.mark.long), "chain_sum", "leg_counting", "code"]
+)
 def test_problems_of_a_generator_are_those_that_we_evaluate(family: str) -> None:
     ours = problems([family], "test", 8, 1)
     rows = generated.dataset(family, n_problems=6)["test"]

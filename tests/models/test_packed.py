@@ -239,6 +239,8 @@ def test_a_diverged_input_is_named(tiny: Tiny, ids: Tensor) -> None:
             packed(ids[:, :1], past_key_values=cache)
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_library_it_is_the_same_model() -> None:
     script = """
 import torch

@@ -105,6 +105,8 @@ def prompts(ids: Tensor) -> tuple[Tensor, Tensor]:
         ("qwen3", "NVFP4-W4A16KV4", {"global_scale": "row"}),
     ],
 )
+@pytest.mark.slow
+@pytest.mark.long
 def test_generate_gives_the_twins_tokens(
     tiny: Tiny, prompts: tuple[Tensor, Tensor], family: str, name: str, options: dict[str, Any]
 ) -> None:

@@ -210,7 +210,8 @@ def test_weights_kept_for_a_step_are_the_same_in_all_threads(tiny: Tiny) -> None
 
 @pytest.mark.slow
 @pytest.mark.skipif(not NATIVE, reason="needs the native library")
-@pytest.mark.parametrize("isa", ["portable", pytest.param("torch", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("isa", ["portable", "torch"])
 def test_threads_with_other_kernels(isa: str) -> None:
     environment = {**os.environ, "REQAT_ISA": isa}
     assert_passes(environment, "threads_get and packed")
