@@ -1,6 +1,6 @@
 // Direct convolution of INT8 or INT4 operands, as a program of many schedules.
 //
-// A schedule says how one and the same computation is divided: the names in brackets are the knobs of space.py. What
+// A schedule says how one and the same computation is divided: the names in brackets are the knobs of conv.py. What
 // the compiler has to know is a macro, so that each candidate of the search is its own small library; the rest is read
 // at run time.
 //
@@ -29,7 +29,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../native/common.h"
+#include "../native/common.cpp"  // the code, too: each tile is a library of its own, and one unit compiles in half the time
 
 namespace {
 
@@ -50,7 +50,7 @@ enum Answer : int { DONE = 0, NO_INSTRUCTIONS = 1, NOT_APPLICABLE = 2, OUT_OF_ME
 
 constexpr int LANES = 16;        // output channels of a group
 constexpr int STEP_BYTES = 4;    // of one pixel's input, in one step
-constexpr int GROUP_BYTES = 64; // of the weight, in one step
+constexpr int GROUP_BYTES = 64;  // of the weight, in one step
 
 }  // namespace
 

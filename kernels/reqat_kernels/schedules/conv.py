@@ -162,8 +162,7 @@ def compile_tile(values: Mapping[str, int], isa: str, folder: Path, *, optimize:
     folder.mkdir(parents=True, exist_ok=True)
     macros = [f"-DREQAT_{knob.upper()}={int(values[knob])}" for knob in COMPILED]
     unfinished = path.with_suffix(f".{os.getpid()}.partial")
-    sources = [str(file) for file in SOURCES if file.suffix == ".cpp"]
-    command = [compiler(), *_FLAGS, optimize, *macros, f"-DREQAT_CONV_ISA={ISAS.index(isa)}", *sources]
+    command = [compiler(), *_FLAGS, optimize, *macros, f"-DREQAT_CONV_ISA={ISAS.index(isa)}", str(SOURCES[0])]
     done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
     if done.returncode != 0:
         errors = [line for line in done.stderr.splitlines() if "error" in line]
