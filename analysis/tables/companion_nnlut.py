@@ -30,12 +30,14 @@ NAMES = {
     RELEASED: "NLI, 1 + 8 x 4 + 1 segments",
     NN_LUT: "NN-LUT",
 }
+BELOW = " below"
 WHERE = {
     "all": "all",
     "activation": "activation",
     "softmax": "exp, 1/x",
     "norm": "1/sqrt",
     "activation+exp": "activation, exp",
+    f"norm{BELOW}": "1/sqrt, the paper's scaling",
 }
 FULL = "BF16"  # the precision that quantizes nothing
 # WikiText-2 perplexity of SmolLM-135M in the public replication (float32), which replaces SiLU and exp alone; its exact
@@ -47,7 +49,7 @@ UNITS = {"decoder": "nats a token", "encoder": "points"}
 _DIGITS = {"decoder": 4, "encoder": 2}
 
 Arm = tuple[str, str, str, bool]
-"""(method, arithmetic, functions, calibrated)."""
+"""(method, arithmetic, functions, calibrated); functions with :data:`BELOW` have the paper's scaling of inputs."""
 _ALL, _PAIR = "all", "activation+exp"
 
 
@@ -106,8 +108,9 @@ def build(found: Found) -> Table:
         "NN-LUT: models whose nonlinear functions are tables",
         "Perplexity of decoders and accuracy (%) of encoders; in brackets the loss against exact functions at the "
         "same precision, in nats a token or points, with its interval. Tables of "
-        f"{_entries(found)} entries (NLI as released: 34 segments); activation: SiLU or GELU; 1/sqrt: in norms. "
-        "NN-LUT: mean over training seeds, of single functions and other arithmetic the first seed. Measured on a CPU.",
+        f"{_entries(found)} entries (NLI as released: 34 segments). Activation: SiLU or GELU. 1/sqrt: in norms, inputs "
+        "scaled into the table's range by powers of 2^10 (the paper scales up what is below 1, and nothing down). "
+        "NN-LUT: mean over training seeds; of single functions and other arithmetics the first seed. On a CPU.",
         (*(_line(row) for row in tested), *_notes(found)),
         tuple(columns),
         (tuple(lines),),
@@ -130,6 +133,7 @@ def _models(rows: pd.DataFrame) -> Iterator[tuple[About, dict[Arm, np.ndarray]]]
         if mine.empty:
             continue
         mine = mine.assign(wrong=mine["count"] - mine["right"]) if what == "encoder" else mine
+        mine = mine.assign(functions=mine["functions"] + np.where(mine["scaling"] == "below", BELOW, ""))
         for about, part in mine.groupby([name, "precision"], sort=False):
             seen: dict[Arm, np.ndarray] = {}
             for arm, of_arm in part.groupby(["method", "version", "functions", "calibrated"], sort=False):

@@ -131,15 +131,20 @@ def test_softmax_is_its_formula_and_hides_what_masks_hide() -> None:
     torch.testing.assert_close(exact, torch.softmax(scores[:1], -1))
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(16, eps=1e-3), nn.RMSNorm(16, eps=1e-3)], ids=["layer", "rms"])
-@pytest.mark.parametrize("size", [0.01, 30.0])
-def test_norms_are_their_formula_with_scaled_inputs(norm: nn.Module, size: float) -> None:
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16, eps=1e-6), nn.RMSNorm(16, eps=1e-6)], ids=["layer", "rms"])
+@pytest.mark.parametrize("size", [1e-3, 0.1, 5.0, 300.0, 1e5])
+@pytest.mark.parametrize("scaling", ["full", "below"])
+def test_norms_are_their_formula_with_scaled_inputs(norm: nn.Module, size: float, scaling: str) -> None:
     x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)) * size + size
     seen: list[Tensor] = []
-    table = TableNorm(norm, Lookup("rsqrt", lambda v: (seen.append(v), torch.rsqrt(v))[1]))
+    table = TableNorm(norm, Lookup("rsqrt", lambda v: (seen.append(v), torch.rsqrt(v))[1]), scaling)
     torch.testing.assert_close(table(x), norm(x), rtol=1e-5, atol=1e-6)
-    squares = (x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x).square().mean(-1) + 1e-3
-    expected = squares * 1024 if size < 1 else squares
+    squares = (x - x.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else x).square().mean(-1) + 1e-6
+    if scaling == "below":
+        expected = torch.where(squares < 1, squares * 1024, squares)
+    else:
+        expected = squares * 1024.0 ** -torch.floor(torch.log2(squares) / 10)
+        assert bool(((seen[0] >= 1) & (seen[0] < 1024)).all())
     torch.testing.assert_close(seen[0][:, 0], expected, rtol=1e-5, atol=0)
     half = TableNorm(norm, Lookup("rsqrt", torch.rsqrt))(x.bfloat16())
     assert half.dtype == torch.bfloat16
@@ -168,6 +173,8 @@ def test_what_cannot_be_replaced_is_refused_and_nothing_changed() -> None:
         replace(model, {"tanhh": torch.tanh})
     with pytest.raises(ReqatError, match="gelu"):
         replace(model, {"gelu": EXACT["gelu"]})  # it has SiLU
+    with pytest.raises(ReqatError, match="above"):
+        replace(model, EXACT, scaling="above")
     with pytest.raises(ReqatError):
         replace(nn.Linear(2, 2), EXACT)  # type: ignore[arg-type]
     norm, eps = model.model.norm, model.model.norm.variance_epsilon  # type: ignore[union-attr]

@@ -1,9 +1,10 @@
 """Modules that compute a model's nonlinear operations from functions of one number, which tables can take the place of.
 
 - activation: the function itself;
-- norm: ``(x - mean) rsqrt(var + eps)`` or ``x rsqrt(mean(x^2) + eps)``, with weight and bias as before. Below 1 the
-  table of 1/sqrt is read at ``2^10 x`` and its value multiplied by 2^5, which is exact and keeps inputs in its range
-  (NN-LUT's input scaling; inferred from a reader's notes);
+- norm: ``(x - mean) rsqrt(var + eps)`` or ``x rsqrt(mean(x^2) + eps)``, with weight and bias as before. The table of
+  1/sqrt is read at ``2^(10 k) x`` and its value multiplied by ``2^(5 k)``, which is exact. NN-LUT's input scaling takes
+  k = 1 below 1 and 0 elsewhere (``below``; inferred from a reader's notes); a decoder's residual stream grows far
+  beyond the range of the table, so by default k is whatever brings x between 1 and 1024 (``full``; ours);
 - softmax: ``e = exp(x - max)``, ``e reciprocal(sum e)`` (exact division where only exp has a table). What a mask hides
   is 0, whatever the table would say.
 
@@ -17,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reqat.config.errors import unknown
 from reqat.methods.nonlinear._function import FUNCTIONS, Evaluate
 from reqat.models.adapters import UnsupportedModelError
 
 #: Scores up to here are masks: some are the smallest float32, not minus infinity.
 _HIDDEN = -1e30
-_UP, _BACK = 2.0**10, 2.0**5
+SCALINGS = ("full", "below")
 _ALIKE = 1e-3  # GELU by tanh differs from GELU by up to 5e-4, less than any table of 16 entries
 
 
@@ -42,8 +44,11 @@ class Lookup(nn.Module):
 class TableNorm(nn.Module):
     """A norm of the last axis whose reciprocal square root is a :class:`Lookup`; same parameters by the same names."""
 
-    def __init__(self, norm: Any, rsqrt: Lookup) -> None:
+    def __init__(self, norm: Any, rsqrt: Lookup, scaling: str = "full") -> None:
         super().__init__()
+        if scaling not in SCALINGS:
+            raise unknown("scaling", scaling, SCALINGS)
+        self.scaling = scaling
         self.weight = norm.weight
         self.register_parameter("bias", getattr(norm, "bias", None))
         self.rsqrt = rsqrt
@@ -52,7 +57,7 @@ class TableNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalized ``x``, in its dtype."""
         wide = x.float()
-        y = _normalized(wide, self.centred, self.eps, lambda square: _scaled(self.rsqrt, square))
+        y = _normalized(wide, self.centred, self.eps, lambda square: _scaled(self.rsqrt, square, self.scaling))
         y = y * (self.weight.float() + self.added)
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
 
@@ -88,9 +93,9 @@ def function_of(activation: nn.Module) -> str | None:
     return None
 
 
-def _scaled(rsqrt: Lookup, x: Tensor) -> Tensor:
-    small = x < 1
-    return rsqrt(torch.where(small, x * _UP, x)) * torch.where(small, _BACK, 1.0)
+def _scaled(rsqrt: Lookup, x: Tensor, scaling: str) -> Tensor:
+    k = (x < 1).int() if scaling == "below" else -((torch.frexp(x).exponent - 1) // 10)
+    return torch.ldexp(rsqrt(torch.ldexp(x, 10 * k)), 5 * k)
 
 
 def _normalized(x: Tensor, centred: bool, eps: float, rsqrt: Evaluate) -> Tensor:

@@ -38,15 +38,16 @@ class Replacement:
             self.undoing.pop()()
 
 
-def replace(model: PreTrainedModel, evaluate: Mapping[str, Evaluate]) -> Replacement:
+def replace(model: PreTrainedModel, evaluate: Mapping[str, Evaluate], *, scaling: str = "full") -> Replacement:
     """Let ``model`` compute the functions named in ``evaluate`` by these, in place: GELU or SiLU, ``exp`` and
     ``reciprocal`` in the softmax of attention, ``rsqrt`` in norms.
 
     Any model that an adapter knows, prepared for a precision or not; linear layers stay as they are. Functions that are
     not named stay exact. ``FUNCTIONS[name].exact`` in place of a table leaves the model's function unchanged.
+    ``scaling``: of inputs of ``rsqrt``, ``full`` or ``below`` (:mod:`._layers`).
 
-    Raises ReqatError for a function that is not known, a model that no adapter knows or that has none of these
-    functions, an attention that is not called through transformers' interface, and a model whose functions were
+    Raises ReqatError for a function or scaling that is not known, a model that no adapter knows or that has none of
+    these functions, an attention that is not called through transformers' interface, and a model whose functions were
     replaced already. The model is then unchanged.
     """
     for name in evaluate:
@@ -58,7 +59,7 @@ def replace(model: PreTrainedModel, evaluate: Mapping[str, Evaluate]) -> Replace
     done = Replacement()
     try:
         for entry in found:
-            _replace_one(model, entry, evaluate, done)
+            _replace_one(model, entry, evaluate, scaling, done)
         if not done.lookups:
             raise ReqatError(
                 f"{type(model).__name__} has no operation that {', '.join(evaluate) or 'no function'} would be part of"
@@ -70,7 +71,7 @@ def replace(model: PreTrainedModel, evaluate: Mapping[str, Evaluate]) -> Replace
 
 
 def _replace_one(
-    model: PreTrainedModel, entry: Nonlinearity, evaluate: Mapping[str, Evaluate], done: Replacement
+    model: PreTrainedModel, entry: Nonlinearity, evaluate: Mapping[str, Evaluate], scaling: str, done: Replacement
 ) -> None:
     def lookup(function: str) -> Lookup:
         made = done.lookups[f"{entry.name}: {function}"] = Lookup(function, evaluate[function])
@@ -84,7 +85,7 @@ def _replace_one(
             done.kept[entry.name] = f"no table of {function}" if function else "none of the functions that have tables"
     elif entry.kind == "norm":
         if "rsqrt" in evaluate:
-            _put(model, entry.name, TableNorm(entry.module, lookup("rsqrt")), done)
+            _put(model, entry.name, TableNorm(entry.module, lookup("rsqrt"), scaling), done)
         else:
             done.kept[entry.name] = "no table of rsqrt"
     elif "exp" in evaluate:

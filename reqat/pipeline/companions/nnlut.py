@@ -43,6 +43,8 @@ class Arm:
     functions: str = ALL
     calibrated: bool = False
     seed: int = 0
+    scaling: str = "full"
+    """Of the inputs of 1/sqrt; `below` is the paper's."""
 
 
 def arms(settings: Settings, quantized: bool) -> Iterator[Arm]:
@@ -61,13 +63,15 @@ def arms(settings: Settings, quantized: bool) -> Iterator[Arm]:
         yield Arm(NN_LUT, entries, version=version, seed=first)
     for functions in ("activation", "softmax", "norm", _REPLICATED):
         yield Arm(NN_LUT, entries, functions=functions, seed=first)
+    yield Arm(NN_LUT, entries, functions="norm", seed=first, scaling="below")
     yield Arm(NLI_RELEASED, functions=_REPLICATED)
 
 
 def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
     """Of a function: a row (`what` = fit) a table and arithmetic, with its errors, and rows (curve) of tables' errors
     over x. Of a model: a row (decoder) an arm and window, `nats` of `tokens`, or (encoder) an arm and group of
-    sequences, `right` of `count`; and a row (inputs) a function, what the model's inputs to it are."""
+    sequences, `right` of `count`; and a row (inputs) a function, what the model's inputs to it are (of 1/sqrt
+    with the paper's scaling)."""
     if part.startswith(FIT):
         return _fits(settings, part.removeprefix(FIT), given)
     if part == settings.decoder:
@@ -181,6 +185,9 @@ def _measured(
     from reqat.methods.nonlinear import FUNCTIONS, VERSIONS, calibrated, observe
 
     exact = {name: function.exact for name, function in FUNCTIONS.items()}
+    done = nonlinear.replace(model, exact, scaling="below")
+    raw = observe(model, done, calibrate, samples=1)
+    done.undo()
     done = nonlinear.replace(model, exact)
     names = sorted({lookup.function for lookup in done.lookups.values()})
     seen = observe(model, done, calibrate, samples=settings.calibration_samples, seed=settings.seeds[0])
@@ -191,7 +198,7 @@ def _measured(
         tables.own[seed] = calibrated(networks, seen, VERSIONS["fp32"], steps=settings.calibration_steps, seed=seed)
     out: list[dict[str, Any]] = []
     for name in names:
-        of_function = [at for at in seen.values() if at.function.name == name]
+        of_function = [at for at in raw.values() if at.function.name == name]
         total = sum(at.count for at in of_function)
         out.append(
             {
@@ -203,13 +210,18 @@ def _measured(
     for one, precision in ((model, FULL), (quantized[0], quantized[1])):
         for arm in arms(settings, quantized=one is not model):
             undo = _put(one, arm, tables)
-            rows = score(one)
-            undo()
+            try:
+                rows = score(one)
+            finally:
+                undo()
             out += [{"precision": precision, **asdict(arm)} | row for row in rows]
-            given.say(
-                f"{precision} {arm.method} {arm.version} {arm.functions}{' calibrated' if arm.calibrated else ''}"
-            )
+            given.say(f"{precision} {arm}: {_mean(rows):.4f}")
     return out
+
+
+def _mean(rows: list[dict[str, Any]]) -> float:
+    over, under = ("nats", "tokens") if "nats" in rows[0] else ("right", "count")
+    return float(sum(row[over] for row in rows) / sum(row[under] for row in rows))
 
 
 def _put(model: Any, arm: Arm, tables: Tables) -> Callable[[], None]:
@@ -218,7 +230,7 @@ def _put(model: Any, arm: Arm, tables: Tables) -> Callable[[], None]:
 
     if arm.method == EXACT:
         return lambda: None
-    done = nonlinear.replace(model, tables.of(arm))
+    done = nonlinear.replace(model, tables.of(arm), scaling=arm.scaling)
     if arm.calibrated:
         done.set(tables.own[arm.seed])
     return done.undo
@@ -227,7 +239,6 @@ def _put(model: Any, arm: Arm, tables: Tables) -> Callable[[], None]:
 def _decoder(settings: Settings, name: str, given: Given) -> pd.DataFrame:
     import torch
 
-    from reqat.config.errors import ReqatError
     from reqat.evaluation.likelihood import log_likelihoods
     from reqat.models import freeze, prepare
 
@@ -240,7 +251,7 @@ def _decoder(settings: Settings, name: str, given: Given) -> pd.DataFrame:
     def score(one: Any) -> list[dict[str, Any]]:
         try:
             nats = -log_likelihoods(one, [(w[:1], w[1:]) for w in windows], batch_tokens=_BATCH_TOKENS)
-        except ReqatError:  # a sum of negative exponentials: the model is destroyed
+        except ValueError:  # NaN or infinity on the way: the tables destroyed the model
             nats = torch.full((len(windows),), torch.nan).numpy()
         return [
             {"window": i, "tokens": len(w) - 1, "nats": float(n)}

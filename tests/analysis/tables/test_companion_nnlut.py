@@ -35,7 +35,14 @@ def rows() -> pd.DataFrame:
         for seed in (0, 1, 2) if method == "nn_lut" and functions == "all" and version == "fp32" else (0,):
             noise = 1e-4 * rng.normal(size=WINDOWS)
             noise -= noise.mean()  # the losses are met exactly
-            arm = {"method": method, "version": version, "functions": functions, "calibrated": calibrated, "seed": seed}
+            arm = {
+                "method": method,
+                "version": version,
+                "functions": functions,
+                "calibrated": calibrated,
+                "seed": seed,
+                "scaling": "full",
+            }
             for window in range(WINDOWS):
                 nats = TOKENS * (base[window] + loss + noise[window])
                 about = {"what": "decoder", "model": "smollm2", "precision": "BF16", "tokens": TOKENS}
