@@ -48,6 +48,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         "seed": seed,
         "checkpoint_seconds": 300,
     }
+    looked_at = test_rows.first(settings.recovery_sequences)
     prepare(teacher, "BF16")
     tuning = RunSettings(lr=settings.teacher_lr, epochs=settings.teacher_epochs, **shared)
     train(teacher, train_rows, Objective((NLL(),)), tuning, given.checkpoints / TEACHER, label=f"{part} {TEACHER}")
@@ -70,7 +71,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
             folder = given.checkpoints / method.replace(" ", "-")
             train(student, train_rows, objective, qat, folder, teacher=teacher, label=f"{part} {method}")
         grade(method, student)
-        out += [{"method": method} | asdict(layer) for layer in attention_recovery(student, teacher, test_rows)]
+        out += [{"method": method} | asdict(layer) for layer in attention_recovery(student, teacher, looked_at)]
     return pd.DataFrame(out).assign(task=task, seed=seed)
 
 
@@ -146,6 +147,7 @@ def _generated(settings: Settings, seed: int) -> tuple[LabelledRows, LabelledRow
 
     config = BertConfig(
         vocab_size=_GENERATED_WORDS, hidden_size=32, num_hidden_layers=settings.layers or 2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=settings.max_tokens, num_labels=_GENERATED_CLASSES,
+        intermediate_size=64, max_position_embeddings=settings.max_tokens,
     )  # fmt: skip
+    config.num_labels = _GENERATED_CLASSES
     return rows(settings.train_sequences, 0), rows(settings.test_sequences, 1), BertForTokenClassification(config)
