@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -71,6 +71,11 @@ class LabelledRows:
     def n_labels(self) -> int:
         """Tokens with a label."""
         return sum(int((labels != IGNORE).sum()) for labels in self.labels)
+
+    def first(self, n: int) -> LabelledRows:
+        """The first ``n`` sequences, or all of them."""
+        types = None if self.types is None else self.types[:n]
+        return replace(self, ids=self.ids[:n], labels=self.labels[:n], types=types)
 
     def tokens(self, number: int) -> Ids:
         """Token ids of a sequence."""

@@ -43,7 +43,7 @@ class Settings(Companion):
     no task is the default."""
     seeds: Seeds = Field(default=[42, 52, 62], min_length=1)
     """Of the teacher's and the students' training, and of the choice of sentences."""
-    baselines: Annotated[tuple[Baseline, ...], AfterValidator(distinct)] = (HIDDEN, SCORE)
+    baselines: Annotated[tuple[Literal["hidden", "score"], ...], AfterValidator(distinct)] = ("hidden", "score")
     """`hidden`: logits and hidden states alone; `score`: and the MSE of attention scores (TernaryBERT), with which the
     others are compared."""
     mixes: tuple[tuple[_Share, _Share], ...] = ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))
@@ -53,6 +53,8 @@ class Settings(Companion):
     """Of the students."""
     train_sequences: Count = 2000
     test_sequences: Count = 1000
+    recovery_sequences: Count = 200
+    """Of those for the test, on which attention is compared with the teacher's."""
     max_tokens: Size = 64
     rows_per_batch: Size = 32
     teacher_epochs: Count = 2

@@ -12,23 +12,27 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from reqat.config.base import Count, Seeds, Size, distinct
-from reqat.config.companions import Companion
+from reqat.config.base import Count, Families, Seeds, Size, distinct
+from reqat.config.companions import TESTBED, Companion
 from reqat.config.precision import resolve
 from reqat.config.stage import Architecture
 
 Loss = Literal["gt", "logit", "logit+gt", "tsld", "l2l"]
-LOGIT: Loss = "logit"
-LOGIT_GT: Loss = "logit+gt"
-TSLD: Loss = "tsld"
 
 
 class Settings(Companion):
     """Training of a teacher on a text, then QAT of its copy by each loss."""
 
     kind: Literal["tsld"] = "tsld"
-    text: Literal["austen", "brown", "generated"] = "austen"
-    """Brown's licence is commonly read as non-commercial, so it is never the default; `generated` is to check."""
+    text: Literal["austen", "brown", "traces", "generated"] = "austen"
+    """Running text, on which a teacher is trained from scratch (Brown's licence is commonly read as non-commercial, so
+    it is never the default); `traces`: verified solutions of arithmetic problems, whose teacher is the testbed's pinned
+    base; `generated`: random words, to check."""
+    problems: Families = {
+        "chain_sum": {"min_terms": 3, "max_terms": 7, "min_digits": 1, "max_digits": 1},
+        "leg_counting": {"min_animals": 2, "max_animals": 4},
+    }
+    """Of `traces`: of the kind that the pinned base has learned."""
     vocabulary: Size = 1024
     """Byte pairs, learned from the training text."""
     architecture: Architecture = Architecture(
@@ -36,7 +40,7 @@ class Settings(Companion):
     )
     seeds: Seeds = Field(default=[42, 52, 62], min_length=1)
     losses: Annotated[tuple[Loss, ...], AfterValidator(distinct)] = Field(
-        default=(LOGIT, LOGIT_GT, TSLD, "l2l"), min_length=1
+        default=("logit", "logit+gt", "tsld", "l2l"), min_length=1
     )
     """`gt`: likelihood of the text alone; `l2l`: logits, hidden states and attention scores."""
     precision: str = "TERNARY-row-W2A16"
@@ -46,11 +50,13 @@ class Settings(Companion):
     numbers: Literal["float32", "bfloat16"] = "float32"
     """Of the students' weights, optimizer and products; the teacher's training is float32."""
     block_tokens: Size = 128
+    """Of a row: a block of text, or some traces."""
     teacher_blocks: Count = 4000
     """Blocks of text that the teacher reads, `teacher_epochs` times."""
     student_blocks: Count = 400
-    """Those of them that the students read, `epochs` times: few, so that they can overfit."""
+    """Those of them (or traces) that the students read, `epochs` times: few, so that they can overfit."""
     test_blocks: Count = 100
+    """Or traces."""
     teacher_epochs: Count = 1
     epochs: Count = 10
     evaluations: Size = 10
@@ -72,4 +78,4 @@ class Settings(Companion):
 
     def sources(self) -> tuple[str, ...]:
         """The text."""
-        return () if self.text == "generated" else (self.text,)
+        return {"generated": (), "traces": (TESTBED,)}.get(self.text, (self.text,))

@@ -69,6 +69,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         "seed": seed,
         "checkpoint_seconds": 300,
     }
+    looked_at = test_rows.first(settings.recovery_sequences)
     prepare(teacher, "BF16")
     tuning = RunSettings(lr=settings.teacher_lr, epochs=settings.teacher_epochs, **shared)
     train(teacher, train_rows, Objective((NLL(),)), tuning, given.checkpoints / TEACHER, label=f"{part} {TEACHER}")
@@ -91,7 +92,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
             folder = given.checkpoints / method.replace(" ", "-")
             train(student, train_rows, objective, qat, folder, teacher=teacher, label=f"{part} {method}")
         grade(method, student)
-        out += [{"method": method} | asdict(layer) for layer in attention_recovery(student, teacher, test_rows)]
+        out += [{"method": method} | asdict(layer) for layer in attention_recovery(student, teacher, looked_at)]
     return pd.DataFrame(out).assign(task=task, seed=seed)
 
 

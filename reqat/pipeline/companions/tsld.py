@@ -2,8 +2,8 @@
 
 As in the paper: students begin at their teacher, which was trained on the same text; every linear layer but the head is
 ternary, with plain straight-through gradients; the token-scaled term is a sum over the sequences of a step. Different:
-the teacher is trained from scratch and not a published model, students read a part of its text many times, and sizes,
-rates and the text are those of a CPU.
+the teacher is trained from scratch, or the testbed's pinned base, and not a published model; students read a part of
+its text many times; sizes, rates and the text are those of a CPU.
 
 `numbers: bfloat16` holds weights and moments of the students in bfloat16, as Hugging Face's trainer does with
 ``--bf16 --torch_dtype bfloat16``; small updates are then lost.
@@ -14,11 +14,13 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from reqat.config.companions import TESTBED
 from reqat.config.companions.tsld import Settings
 from reqat.config.errors import ReqatError
 from reqat.pipeline.companions import Given
@@ -28,35 +30,41 @@ GROUPS = 20
 _AUSTEN_TEST = "persuasion"
 
 
+@dataclass(frozen=True)
+class Material:
+    """The teacher, what its students read, and what they are tested on: (token ids that are given, that are scored)."""
+
+    teacher: Any
+    rows: Any
+    test: list[tuple[Sequence[int], Sequence[int]]]
+
+
 def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
-    """A row a method, evaluation and group of held-out blocks: `step`, `nats` summed over `tokens`, and `train_loss`,
-    the mean of the last epoch. `ptq` is the student before training."""
+    """A row a method, evaluation and group of held-out blocks (or traces): `step`, `nats` summed over `tokens`, and
+    `train_loss`, the mean of the last epoch. `ptq` is the student before training."""
     import torch
 
-    from reqat.data.text import block_rows
     from reqat.evaluation.likelihood import log_likelihoods
     from reqat.evaluation.watched import Watched
     from reqat.models import prepare, set_gradient
     from reqat.training import RunSettings, train
 
     seed = int(part.removeprefix("seed"))
-    reading, test, tokenizer = _blocks(settings, seed, given)
-    pad, half = int(tokenizer.pad_token_id or 0), settings.numbers == "bfloat16"
+    found = _of_traces(settings, seed, given) if settings.text == "traces" else _of_text(settings, part, given)
+    teacher, rows, half = found.teacher, found.rows, settings.numbers == "bfloat16"
+    tokens = sum(len(scored) for _, scored in found.test)
 
     def nats(model: Any) -> list[float]:
-        scored = [(block[:1], block[1:]) for block in test]
         autocast = torch.bfloat16 if model.dtype == torch.bfloat16 else None
-        return (-log_likelihoods(model, scored, autocast=autocast)).tolist()  # type: ignore[no-any-return]
+        return (-log_likelihoods(model, found.test, autocast=autocast)).tolist()  # type: ignore[no-any-return]
 
-    teacher = _teacher(settings, part, reading, tokenizer, given)
-    measured: dict[tuple[str, int], tuple[list[float], float]] = {(TEACHER, 0): (nats(teacher), float("nan"))}
-    rows = block_rows(reading[: settings.student_blocks], pad)
+    measured: dict[tuple[str, int], tuple[list[float], float]] = {(TEACHER, 0): (nats(teacher), math.nan)}
     steps = -(-len(rows) * settings.epochs // settings.rows_per_batch)
     for method in (PTQ, *settings.losses):
         student = copy.deepcopy(teacher)
         prepare(student, settings.precision, override=True)
         if method == PTQ:
-            measured[PTQ, 0] = nats(student), float("nan")
+            measured[PTQ, 0] = nats(student), math.nan
             continue
         if half:
             student.to(torch.bfloat16)
@@ -75,21 +83,68 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         result = train(student, rows, objective, qat, folder, teacher=teacher, observer=watched, label=label)
         watched.at(student, steps)
         last = [entry["loss"] for entry in result.history[-max(1, steps // settings.epochs) :]]
-        best = math.exp(sum(watched.values[watched.lowest]) / (len(test) * (settings.block_tokens - 1)))
+        best = math.exp(sum(watched.values[watched.lowest]) / tokens)
         given.say(f"{label}: best perplexity {best:.3f} after {watched.lowest} of {steps} steps")
         measured |= {(method, step): (values, sum(last) / len(last)) for step, values in sorted(watched.values.items())}
     about = {"seed": seed, "numbers": settings.numbers, "precision": settings.precision, "steps": steps}
-    frame = pd.DataFrame(list(_grouped(measured, settings.block_tokens - 1)))
+    frame = pd.DataFrame(list(_grouped(measured, [len(scored) for _, scored in found.test])))
     return frame.assign(**about, learned_scale=settings.learned_scale)
 
 
-def _grouped(measured: dict[tuple[str, int], tuple[list[float], float]], tokens: int) -> Iterator[dict[str, Any]]:
-    """Blocks in groups of every twentieth: enough of them to see how much blocks differ."""
+def _grouped(measured: dict[tuple[str, int], tuple[list[float], float]], tokens: list[int]) -> Iterator[dict[str, Any]]:
+    """Every twentieth block is of one group: enough groups to see how much blocks differ."""
     for (method, step), (nats, loss) in measured.items():
         for group in range(min(GROUPS, len(nats))):
-            values = nats[group::GROUPS]
             about = {"method": method, "step": step, "group": group, "train_loss": loss}
-            yield about | {"nats": sum(values), "tokens": tokens * len(values)}
+            yield about | {"nats": sum(nats[group::GROUPS]), "tokens": sum(tokens[group::GROUPS])}
+
+
+def _of_traces(settings: Settings, seed: int, given: Given) -> Material:
+    """Verified solutions; the pinned base of the testbed, which has learned problems of their kind, is the teacher."""
+    from reqat.data import Trace, pack
+    from reqat.evaluation.dynamics import verified_traces
+    from reqat.models import load_model, load_tokenizer, prepare
+
+    folder = given.source(TESTBED)
+    teacher, tokenizer = load_model(folder), load_tokenizer(folder)
+    prepare(teacher, "BF16", override=True)
+    read, unseen = (
+        verified_traces(settings.problems, tokenizer, n=n, split=split, seed=seed)
+        for n, split, seed in ((settings.student_blocks, "train", seed), (settings.test_blocks, "test", 0))
+    )
+    traces = [
+        Trace(f"trace {i}", trace.info.problem, trace.info.family, "", "", trace.prompt_ids, trace.response_ids, False)
+        for i, trace in enumerate(read)
+    ]
+    rows = pack(traces, settings.block_tokens, bos_id=None, pad_id=int(tokenizer.pad_token_id or 0))
+    return Material(teacher, rows, [(trace.prompt_ids, trace.response_ids) for trace in unseen])
+
+
+def _of_text(settings: Settings, part: str, given: Given) -> Material:
+    """Blocks of a text, and a decoder trained on them from scratch."""
+    import torch
+
+    from reqat.data.text import block_rows
+    from reqat.models import prepare
+    from reqat.pipeline.scratch import from_scratch
+    from reqat.training import NLL, Objective, RunSettings, train
+
+    seed = int(part.removeprefix("seed"))
+    read, test, tokenizer = _blocks(settings, seed, given)
+    pad = int(tokenizer.pad_token_id or 0)
+    torch.manual_seed(seed)
+    teacher = from_scratch(settings.architecture, tokenizer)
+    prepare(teacher, "BF16")
+    run = RunSettings(
+        lr=settings.teacher_lr,
+        rows_per_batch=settings.teacher_rows,
+        epochs=settings.teacher_epochs,
+        autocast="none",
+        seed=seed,
+    )
+    rows = block_rows(read, pad)
+    train(teacher, rows, Objective((NLL(),)), run, given.checkpoints / TEACHER, label=f"{part} {TEACHER}")
+    return Material(teacher, block_rows(read[: settings.student_blocks], pad), [(b[:1], b[1:]) for b in test])
 
 
 def _blocks(settings: Settings, seed: int, given: Given) -> tuple[list[list[int]], list[list[int]], Any]:
@@ -107,30 +162,6 @@ def _blocks(settings: Settings, seed: int, given: Given) -> tuple[list[list[int]
     step = len(test) // settings.test_blocks
     drawn = random.Random(seed).sample(found, settings.teacher_blocks)
     return drawn, test[::step][: settings.test_blocks], tokenizer
-
-
-def _teacher(settings: Settings, part: str, reading: list[list[int]], tokenizer: Any, given: Given) -> Any:
-    import torch
-
-    from reqat.data.text import block_rows
-    from reqat.models import prepare
-    from reqat.pipeline.scratch import from_scratch
-    from reqat.training import NLL, Objective, RunSettings, train
-
-    seed = int(part.removeprefix("seed"))
-    torch.manual_seed(seed)
-    teacher = from_scratch(settings.architecture, tokenizer)
-    prepare(teacher, "BF16")
-    run = RunSettings(
-        lr=settings.teacher_lr,
-        rows_per_batch=settings.teacher_rows,
-        epochs=settings.teacher_epochs,
-        autocast="none",
-        seed=seed,
-    )
-    rows = block_rows(reading, int(tokenizer.pad_token_id or 0))
-    train(teacher, rows, Objective((NLL(),)), run, given.checkpoints / TEACHER, label=f"{part} {TEACHER}")
-    return teacher
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
