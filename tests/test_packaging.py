@@ -287,8 +287,9 @@ def test_the_project_is_installed_from_within_its_folder(monkeypatch: pytest.Mon
     monkeypatch.setattr(environment.subprocess, "run", lambda words, **given: done.append((words, given["cwd"])))
     monkeypatch.setattr(environment.subprocess, "check_output", lambda *_, **__: "")
     environment.install(Path("python"))
-    words, folder = done[-1]
+    (words, folder), (warmed, _) = done[-2:]
     assert words[-2:] == ["-e", "."] and folder == str(tmp_path)
+    assert "import_everything" in warmed[-1], "what is imported is compiled last, when all is installed"
 
 
 def test_an_old_interpreter_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

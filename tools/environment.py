@@ -146,7 +146,21 @@ def install(python: Path) -> None:
     if libraries:
         print(f"Installing the CUDA libraries of torch {pins['torch']}", flush=True)
         pip(python, "--no-warn-conflicts", "-c", LOCK, *libraries)  # that torch wants another triton is known
+    print("Compiling this project's kernels", flush=True)
     pip(python, *built_here, "-e", ".")  # run() works in ROOT, whose path may hold what pip reads as options of a link
+    warm_up(python)
+
+
+def warm_up(python: Path) -> None:
+    """Import what commands and jobs import, so that Python compiles it now, while somebody expects to wait, and not in
+    the first command or in every worker of the tests at once. Nothing depends on it: an import that fails says so where
+    it is needed."""
+    print("Compiling the Python modules that are used, once", flush=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    program = "from reqat.cli.warm import import_everything; import_everything()"
+    command = [str(python), "-W", "ignore", "-c", program]
+    with contextlib.suppress(OSError):
+        subprocess.run(command, cwd=str(ROOT), env=environment, stderr=subprocess.DEVNULL)
 
 
 def torch_libraries() -> list[str]:
@@ -255,7 +269,8 @@ def only_one_at_a_time():
 def pip(python: Path, *arguments: object) -> None:
     """``pip install``; quiet unless a person watches. Index, proxy and cache stay as the user configured them.
 
-    Modules are compiled when first imported: compiling all 190 packages up front is 40% of the work of installing them.
+    Modules are compiled when first imported (:func:`warm_up`): compiling all of 190 packages is 40% of the work of
+    installing them.
     """
     options = ["--no-compile", "--no-input", "--disable-pip-version-check"]
     if not sys.stdout.isatty():

@@ -1,11 +1,11 @@
-"""A process that has torch and transformers imported already, and forks itself for each job of a run.
+"""A process that has imported everything that jobs need, and forks itself for each job of a run.
 
-Importing them takes some six seconds of every job, which is most of a small one. Snakemake's main process starts one
-server for a run on this machine and names its socket in the environment variable REQAT_WARM; the command line hands a
-job over to it, with its arguments, environment, working folder and outputs. The server forks, and the fork is the job:
-a process of its own, with the same code as without a server. Signals go through; if the command is killed, so is its
-job. Where there is no server, it does not answer, or a source file has changed since it started (a record names the
-code that ran), the command runs the job itself.
+Importing torch, transformers, pandas and this library takes some six seconds of every job, which is most of a small
+one. Snakemake's main process starts one server for a run on this machine and names its socket in the environment
+variable REQAT_WARM; the command line hands a job over to it, with its arguments, environment, working folder and
+outputs. The server forks, and the fork is the job: a process of its own, with the same code as without a server.
+Signals go through; if the command is killed, so is its job. Where there is no server, it does not answer, or a source
+file has changed since it started (a record names the code that ran), the command runs the job itself.
 
 The benchmark is not handed over: what it measures should stand on nothing that was there before.
 """
@@ -19,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import pkgutil
 import signal
 import socket
 import struct
@@ -35,6 +36,24 @@ from typing import Any, NoReturn
 VARIABLE = "REQAT_WARM"
 VERBS = ("data", "stage", "evaluate", "study", "source", "companion", "report")
 _PACKAGES = ("reqat", "reqat_kernels", "analysis")
+# Plugins of vLLM and of lm-eval: no job imports them.
+_GUESTS = ("reqat.vllm", "reqat.lm_eval")
+# Imported by functions, so that importing a module of ours stays quick; of transformers, those that it imports by name.
+_LATER = (
+    "reasoning_gym",
+    "sklearn.datasets",
+    "sklearn.ensemble",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+# Libraries that start threads as they are imported: of pyarrow, the one that gives memory back.
+ONE_THREAD = {
+    **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")},
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 _HEADER = struct.Struct("!I")
 _STREAMS = 3
 _BOUND_S = 5.0
@@ -121,7 +140,7 @@ def start(command: list[str], folder: Path, log: Path) -> subprocess.Popen[bytes
             stdout=said,
             stderr=said,
             start_new_session=True,
-            env={**os.environ, **{f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}},
+            env={**os.environ, **ONE_THREAD},
         )
     os.environ[VARIABLE] = str(path)
     end = time.monotonic() + _BOUND_S
@@ -165,11 +184,7 @@ def _serve(path: Path, started_with: str) -> None:
     os.chmod(path, 0o600)
     listener.listen(64)  # who comes before the imports are done waits for them, no longer than they take by themselves
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal: meant for the commands, which pass it on
-    import transformers.models.auto.modeling_auto  # noqa: F401
-
-    import reqat.cli.main
-    import reqat.pipeline.jobs  # noqa: F401
-
+    import_everything()
     if (threads := len(os.listdir("/proc/self/task"))) > 1:
         sys.exit(f"{threads} threads after the imports: a fork would lack them, so jobs run by themselves")
     while True:
@@ -183,6 +198,21 @@ def _serve(path: Path, started_with: str) -> None:
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def import_everything() -> None:
+    """Import this library, but what other programs load of it, and what its functions import when they are called.
+
+    What is not installed is left out: a job that needs it says so itself."""
+    for package in _PACKAGES:
+        top = importlib.import_module(package)
+        for module in pkgutil.walk_packages(top.__path__, f"{package}.", onerror=lambda _: None):
+            if not module.name.startswith(_GUESTS) and not module.name.endswith("__main__"):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module.name)
+    for library in _LATER:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
 
 
 def _watch(connection: socket.socket, started_with: str) -> NoReturn:

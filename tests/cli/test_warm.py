@@ -117,3 +117,40 @@ def test_verbs_that_measure_are_not_handed_over(monkeypatch: pytest.MonkeyPatch,
     assert warm.handed_over(["bench", "x"]) is None
     assert warm.handed_over(["bench", "x", "--tier", "data"]) is None
     assert warm.handed_over(["stage", "x", "--threads", "0"]) is None
+
+
+def test_jobs_find_their_imports_made(tmp_path: Path) -> None:
+    """What a job imports anew it pays for: after the server's imports, making data, training and grading need a few
+    small modules more. (Thousands, if a library is forgotten.)"""
+    program = """
+import os, sys
+from reqat.cli import warm
+warm.import_everything()
+print(len(os.listdir("/proc/self/task")))
+from reqat.cli.main import main
+from reqat.config import load
+plan = load("smoke")
+asked = next(id for id, one in plan.evaluations.items() if plan.stage(one.stage).kind == "base")
+made = set(sys.modules)
+for job in [id for id in plan.stages if id in plan.behind(asked)] + [asked]:
+    verb = {"data": "data", "evaluation": "evaluate"}.get(job.split("-")[0], "stage")
+    sys.argv = ["reqat", "--build", BUILD, verb, job, "--tier", "smoke"]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code in (0, None), job
+print(len(set(sys.modules) - made))
+"""
+    program = program.replace("BUILD", repr(str(tmp_path / "build")))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **warm.ONE_THREAD, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    numbers = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    assert numbers[0] == 1, "a fork would lack threads"
+    assert numbers[1] < 100
