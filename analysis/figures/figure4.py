@@ -28,6 +28,9 @@ STUDIES = ("dynamics",)
 # How labels of models are drawn that are no method of their own: QAT on the traces of fine-tuning is ReQAT-T.
 _SAME, _DIFFERENT, _QAT = "ReQAT-T", "FT+QAT", "QAT"
 _FALLBACK = ("PTQ", "FT+PTQ", "ReQAT-TQ", "Baseline")
+# `FT 4 + QAT 0.5`: QAT of so many budgets behind a whole fine-tuning. Darker for larger ones, as the paper's; (a) alone
+# has them.
+_BUDGET = re.compile(r"FT \S+ \+ QAT (\S+)")
 
 
 def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -35,7 +38,11 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     spare = iter(_FALLBACK)
     out: dict[str, dict[str, Any]] = {}
     taken: set[str] = set()
+    budgets = _budgets(labels)
     for label in labels:
+        if label in budgets:
+            out[label] = {**style.line(_SAME), "marker": ".", "markersize": 8.0, "alpha": _shade(budgets.index(label), len(budgets))}
+            continue
         if re.search(r"\bsame\b", label):
             method = _SAME
         elif re.search(r"\bdifferent\b", label):
@@ -54,6 +61,17 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _budgets(labels: Sequence[str]) -> list[str]:
+    """Those of a growing budget of QAT, the smallest first."""
+    found = {label: float(match[1]) for label in labels if (match := _BUDGET.fullmatch(label))}
+    return sorted(found, key=lambda label: found[label])
+
+
+def _shade(i: int, of: int) -> float:
+    """Opacity of the i-th of so many budgets."""
+    return 0.25 + 0.75 * (i + 1) / of
+
+
 def build(studies: ByKind) -> Figure:
     """Figure 4, by bin of the base's entropy: (a) mean change of entropy against the base, (b) entropy over that of
     QAT, and below them the paper's (a), and ours over the base's entropy.
@@ -68,10 +86,11 @@ def build(studies: ByKind) -> Figure:
     changes, ratios = (data[data["statistic"] == name] for name in ("change", "normalized"))
     fig = style.figure(5.9)
     (left, right), (theirs, below) = fig.subplots(2, 2, height_ratios=[1.15, 1])
+    few = [label for label in labels if label not in _budgets(labels)]
     _by_bin(left, changes, labels)
-    _over_qat(right, ratios, labels)
+    _over_qat(right, ratios, few)
     _paper_changes(theirs)
-    _by_bin(below, ratios, labels)
+    _by_bin(below, ratios[ratios["label"].isin(few)], few)
     for ax, level in ((left, 0), (right, 1), (below, 1)):
         ax.axhline(level, color="#333333", lw=0.7)
     change = changes["value"].abs()
@@ -80,7 +99,7 @@ def build(studies: ByKind) -> Figure:
         low, high = left.get_ylim()
         left.set_ylim(low * 2 if low < 0 else low, high * 2 if high > 0 else high)  # room beyond the outermost decade
     theirs.set_yscale("log")
-    if _decades(ratios["value"].abs()) > 1:
+    if _decades(ratios[ratios["label"].isin(few)]["value"].abs()) > 1:
         below.set_yscale("log")
     left.set_ylabel("change of entropy (nats)")
     theirs.set_ylabel("change of entropy (nats)")
@@ -125,7 +144,7 @@ def _paper_changes(ax: Axes) -> None:
     after = [method for method in series if "+" in method]
     for method, value in series.items():
         look = style.line(_SAME if method in after else method.split()[0])
-        alpha = 0.25 + 0.75 * (after.index(method) + 1) / len(after) if method in after else 1.0
+        alpha = _shade(after.index(method), len(after)) if method in after else 1.0
         ax.plot(range(len(value)), value, lw=0.8, ls=":", label=method, alpha=alpha, **look)
     bins = dict.fromkeys(next(iter(r.condition)) for r in paper.read_off("figure4a"))
     ax.set_xticks(range(len(bins)), [words.removeprefix("entropy percentile ") + "%" for words in bins])
@@ -152,6 +171,7 @@ def _dynamics_notes(study: Study, data: pd.DataFrame, labels: Sequence[str]) -> 
         f"{int(first['n'].sum()):,} tokens, read by all models.",
         f"{arithmetic}.",
         *made_notes(study),
+        *(["FT 4 + QAT 0.5: four QAT budgets of fine-tuning, then half a budget of QAT."] if _budgets(labels) else []),
         "(b) divides two of the means below it, so it has no intervals; the paper divides by QAT of 280M tokens.",
         "Bars: 95% intervals clustered by problem; one training run each. Bins hold equal counts of tokens.",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,10 @@ LABELS = ["FT", "QAT", "FT+QAT same traces", "FT+QAT different traces", "ReQAT-T
 """Of `dynamics`."""
 
 
-def dynamics(path: Path) -> Study:
+def dynamics(path: Path, labels: Sequence[str] = LABELS) -> Study:
     rng = np.random.default_rng(0)
     rows = []
-    for label in LABELS:
+    for label in labels:
         for statistic, values in (("change", [1e-4, 2e-3, 5e-3, -0.1]), ("normalized", [9.0, 20.0, 2.0, 0.9])):
             for b, value in enumerate(values):
                 value *= rng.uniform(0.8, 1.2)
@@ -182,7 +183,7 @@ def dynamics(path: Path) -> Study:
                 )
     path.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(rows).to_csv(path / "dynamics.csv", index=False)
-    return study(path, "dynamics", "dynamics", {"base": "BF16", "FT": "BF16"} | dict.fromkeys(LABELS[1:], CAND))
+    return study(path, "dynamics", "dynamics", {"base": "BF16", "FT": "BF16"} | dict.fromkeys(labels[1:], CAND))
 
 
 LAYERS, TOKENS, CHANNELS, GRID = 6, 12, 8, (0.0, 0.25, 0.5, 0.75)

@@ -80,6 +80,18 @@ def test_figure4_draws_every_value_with_its_interval(dynamics: Study) -> None:
     assert "BF16: base, FT; NVFP4-W4A4KV4: QAT" in said.replace("\n", " ")
 
 
+def test_growing_budgets_stand_in_the_first_panel_alone_darker_for_larger_ones(tmp_path: Path) -> None:
+    budgets = ["FT 4 + QAT 4", "FT 4 + QAT 0.5", "FT 4 + QAT 1"]
+    several = made.dynamics(tmp_path / "several", [*LABELS, *budgets])
+    with style.context():
+        change, over_qat, _, over_base = figure4({"dynamics": [several]}).axes
+    drawn = {container.get_label(): container.lines[0] for container in change.containers}
+    assert set(drawn) == {*LABELS, *budgets}
+    assert drawn[budgets[1]].get_alpha() < drawn[budgets[2]].get_alpha() < drawn[budgets[0]].get_alpha()
+    others = {line.get_label() for line in over_qat.get_lines()} | {c.get_label() for c in over_base.containers}
+    assert set(LABELS) <= others and not others & set(budgets)
+
+
 def test_models_look_different_and_like_their_methods() -> None:
     drawn = looks([*LABELS, "FT rounded", "something new"])
     assert len({(look["color"], look["marker"]) for look in drawn.values()}) == len(drawn)
