@@ -41,7 +41,8 @@ def looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     budgets = _budgets(labels)
     for label in labels:
         if label in budgets:
-            out[label] = {**style.line(_SAME), "marker": ".", "markersize": 8.0, "alpha": _shade(budgets.index(label), len(budgets))}
+            shade = _shade(budgets.index(label), len(budgets))
+            out[label] = {**style.line(_SAME), "marker": ".", "markersize": 8.0, "alpha": shade}
             continue
         if re.search(r"\bsame\b", label):
             method = _SAME
