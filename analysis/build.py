@@ -22,6 +22,7 @@ from reqat.config.tier import load_catalogue
 if TYPE_CHECKING:
     from analysis.report.benchmark import Measured
     from analysis.report.cells import Results
+    from analysis.report.companion_claims import CompanionClaim
     from analysis.report.document import Table
     from analysis.report.studies import Study
     from analysis.report.summary import Tests
@@ -239,21 +240,53 @@ def _likelihoods(folder: Path, run: Restored, stack: contextlib.ExitStack) -> li
     return load_studies(planned, source, pinned=True)
 
 
+COMPANIONS_OF = "laptop"
+"""The tier whose newest pinned companions tell the claims of the sister systems."""
+
+
+def pinned_companions(paths: Paths) -> tuple[str, list[CompanionClaim]] | None:
+    """The folder, as a path within the repository, of the companions that were pinned last, and their claims; None if
+    none are pinned."""
+    from analysis.report.companion_claims import claims_of
+    from analysis.report.companions import load_companions, pinned_parts
+    from reqat.records.pinned import newest, restored
+
+    if (folder := newest(paths).get((COMPANIONS_OF, "companions"))) is None:
+        return None
+    out: list[CompanionClaim] = []
+    with restored(folder, "companions") as kept:
+        planned = pinned_parts(kept.records)
+        for found in load_companions(planned, kept.root / "companions", {}):
+            for name in companion_names(planned)[found.kind][0]:
+                module = import_module(f"analysis.tables.{name.replace('-', '_')}")
+                out += claims_of(found.kind, module.build(found), getattr(module, "HEADLINE", ()))
+    return f"results/{folder.name}", out
+
+
 def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
-    """Write the claims over all models where readers look for them: all of them into `results/verdicts.md`, the most
-    important ones into README.md, between its two markers; returns the files. A README without markers is left alone.
+    """Write the claims over all models where readers look for them: all of them into `results/verdicts.md`, and those
+    of companions into `results/companions.md`, the most important ones into README.md, between its markers; returns the
+    files. A README without markers is left alone.
 
     Raises `ReqatError` if no run tests a claim, or for one marker without the other.
     """
-    from analysis.report import summary
+    from analysis.report import companion_claims, summary
     from reqat.config.files import write_file
 
     readme = paths.root / "README.md"
     texts = {paths.results / f"{summary.NAME}.md": summary.build(runs).markdown()}
+    blocks = [(summary.block(runs), summary.BEGIN, summary.END)]
+    if (pinned := pinned_companions(paths)) is not None:
+        folder, claims = pinned
+        pages = {one.companion: f"docs/companions/{one.companion}.md" for one in claims}
+        texts[paths.results / f"{companion_claims.NAME}.md"] = companion_claims.build(claims, folder).markdown()
+        blocks.append((companion_claims.block(claims, folder, pages), companion_claims.BEGIN, companion_claims.END))
     if readme.is_file():
-        text = readme.read_text(encoding="utf-8")
-        if (filled := summary.filled(text, summary.block(runs))) is not None:
-            texts[readme] = filled
+        before = text = readme.read_text(encoding="utf-8")
+        for inside, first, last in blocks:
+            text = summary.filled(text, inside, first, last) or text
+        if text != before or summary.BEGIN in text:
+            texts[readme] = text
     for path, text in texts.items():
         write_file(path, text)
     return list(texts)

@@ -180,16 +180,16 @@ def block(runs: Sequence[Tests]) -> str:
     return "\n".join(["", *out, "", "Runs: " + " ".join(run.where for run in runs), ""])
 
 
-def filled(text: str, inside: str) -> str | None:
-    """A document with `inside` between its two markers; None if it has none. Raises `ReqatError` for one marker without
-    the other."""
-    if BEGIN not in text and END not in text:
+def filled(text: str, inside: str, first: str = BEGIN, last: str = END) -> str | None:
+    """A document with `inside` between the two markers `first` and `last`; None if it has none. Raises `ReqatError` for
+    one marker without the other."""
+    if first not in text and last not in text:
         return None
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = text.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise ReqatError(f"README.md has one of the lines {BEGIN!r} and {END!r}; write both, in this order.")
-    return f"{before}{BEGIN}\n{inside}{END}{after}"
+        raise ReqatError(f"README.md has one of the lines {first!r} and {last!r}; write both, in this order.")
+    return f"{before}{first}\n{inside}{last}{after}"
 
 
 def _lines(runs: Sequence[Tests]) -> list[_Line]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from analysis.report.companion_claims import NATS
 from analysis.report.companions import Found, verdict
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
 from reqat.evaluation.means import Mean, mean_over_runs, ratio_observations
@@ -19,6 +20,8 @@ from reqat.evaluation.statistics import holm
 
 NAME = "companion-amxfp4"
 COMPANION = "amxfp4"
+HEADLINE = ("AMXFP4 (E5M2) below MXFP4 (PoT)",)
+"""How the claims begin that README shows."""
 
 UNQUANTIZED = "BF16"
 Cell = tuple[bool, str, str]
@@ -131,7 +134,8 @@ def claims(rows: pd.DataFrame) -> list[dict[str, object]]:
         tested = list(_tested(seen))
         for (claim, mean), p in zip(tested, holm([mean.p for _, mean in tested]), strict=True):
             says = verdict(mean, claim.sign, p=p, comparisons=len(tested), digits=_DIGITS)
-            about = {"model": model, "claim": claim.text, "of_paper": claim.of_paper, "windows": mean.n_problems}
+            about = {"where": model, "claim": claim.text, "of_paper": claim.of_paper, "windows": mean.n_problems}
+            about |= {"unit": NATS}
             numbers = {"difference": mean.value, "difference_lo": mean.lo, "difference_hi": mean.hi, "holm": p}
             out.append(about | numbers | {"verdict": says})
     return out
@@ -159,7 +163,7 @@ def _verdicts(tested: list[dict[str, object]]) -> list[str]:
     for row in tested:
         value, low, high = (number(float(row[name]), _DIGITS, sign=True) for name in _DIFFERENCE)  # type: ignore[arg-type]
         p = p_value(float(row["holm"]))  # type: ignore[arg-type]
-        lines.append(f"{row['model']}: {row['claim']}: {value} [{low}, {high}] nats a token, p {p}: {row['verdict']}.")
+        lines.append(f"{row['where']}: {row['claim']}: {value} [{low}, {high}] nats a token, p {p}: {row['verdict']}.")
     return lines
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.report.companion_claims import SHARE
 from analysis.report.companions import Found, verdict
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
 from reqat.evaluation.means import Mean, mean_over_runs, ratio_observations
@@ -19,6 +20,8 @@ from reqat.evaluation.statistics import holm
 
 NAME = "companion-encoders"
 COMPANION = "encoders"
+HEADLINE = ("map", "output")
+"""How the claims begin that README shows."""
 
 TEACHER, PTQ, HIDDEN, SCORE, MAP, OUTPUT = "teacher", "ptq", "hidden", "score", "map", "output"
 NAMES = {
@@ -56,7 +59,8 @@ def build(found: Found) -> Table:
             data.append(row)
         sections.append(tuple(lines))
         for claim in claims(seen):
-            data.append({"kind": "claim", "settings": label, "task": task} | claim)
+            where = {"settings": label, "task": task, "where": _task(str(task)), "unit": SHARE}
+            data.append({"kind": "claim"} | where | claim)
             verdicts.append(f"{_task(str(task))}: {_line(claim)}")
     return Table(
         NAME,

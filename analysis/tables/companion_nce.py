@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from analysis.report.companion_claims import CORRELATION, SHARE
 from analysis.report.companions import Found, verdict
 from analysis.report.document import Column, Table, Text, interval, number, percent
 from reqat.config.companions.nce import ARMS
@@ -21,6 +22,8 @@ from reqat.evaluation.statistics import holm
 
 NAME = "companion-nce"
 COMPANION = "nce"
+HEADLINE = ("NCE above TAS", "NCE above the original")
+"""How the claims begin that README shows."""
 
 WORDS = {
     "original": "original widths",
@@ -183,7 +186,9 @@ def _verdict(claim: Claim, mean: Mean, p: float, comparisons: int) -> str:
 def _flat(label: str, claim: Claim, mean: Mean, p: float, comparisons: int) -> dict[str, object]:
     return {
         "companion": label,
+        "where": label,
         "claim": claim.text,
+        "unit": SHARE if claim.b else CORRELATION,
         "difference": mean.value,
         "difference_lo": mean.lo,
         "difference_hi": mean.hi,

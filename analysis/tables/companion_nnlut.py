@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.report.companion_claims import NATS, POINTS
 from analysis.report.companions import Found, verdict
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
 from reqat.evaluation.means import Mean, detectable, mean_over_runs, ratio_observations
@@ -21,6 +22,8 @@ from reqat.evaluation.statistics import holm
 
 NAME = "companion-nnlut"
 COMPANION = "nnlut"
+HEADLINE = ("NN-LUT loses nothing",)
+"""How the claims begin that README shows."""
 
 EXACT, LINEAR, NLI, RELEASED, NN_LUT = "exact", "linear", "nli", "nli released", "nn_lut"
 NAMES = {
@@ -45,7 +48,7 @@ FULL = "BF16"  # the precision that quantizes nothing
 REPLICATION = {(EXACT, "all"): 20.951, (NN_LUT, "activation+exp"): 21.137, (RELEASED, "activation+exp"): 20.940}
 #: What may be lost by "no loss" of a claim: 1% of perplexity, half a point of accuracy. Ours; the paper names none.
 MARGINS = {"decoder": 0.01, "encoder": 0.5}
-UNITS = {"decoder": "nats a token", "encoder": "points"}
+UNITS = {"decoder": NATS, "encoder": POINTS}
 _DIGITS = {"decoder": 4, "encoder": 2}
 
 Arm = tuple[str, str, str, bool]
@@ -164,7 +167,13 @@ def claims(models: dict[About, dict[Arm, np.ndarray]]) -> list[dict[str, Any]]:
     """A row a model, precision and claim whose arms are there; p by Holm over the claims on one model and precision."""
     out = []
     for (kind, model, precision), seen in models.items():
-        about = {"model": model, "precision": precision, "unit": UNITS[kind], "digits": _DIGITS[kind]}
+        about = {
+            "model": model,
+            "precision": precision,
+            "where": f"{model}, {_words(precision)}",
+            "unit": UNITS[kind],
+            "digits": _DIGITS[kind],
+        }
         no_loss = (NN_LUT, "fp32", _ALL, False)
         if no_loss in seen and np.isfinite(seen[no_loss]).all():
             lost = mean_over_runs(seen[no_loss] - exact(seen))
@@ -202,8 +211,7 @@ def _line(row: dict[str, Any]) -> str:
     value, low, high = (number(row[f"difference{end}"], row["digits"], sign=True) for end in ("", "_lo", "_hi"))
     p = f", p {p_value(row['holm'])}" if "holm" in row else ""
     one = " (one training seed)" if row["seeds"] == 1 else ""
-    where = f"{row['model']}, {_words(row['precision'])}"
-    return f"{where}: {row['claim']}: {value} [{low}, {high}] {row['unit']}{p}: {row['verdict']}{one}."
+    return f"{row['where']}: {row['claim']}: {value} [{low}, {high}] {row['unit']}{p}: {row['verdict']}{one}."
 
 
 def _cell(kind: str, row: dict[str, Any]) -> Text:

@@ -8,6 +8,7 @@ import math
 import pandas as pd
 
 from analysis.report import searches
+from analysis.report.companion_claims import MEASUREMENTS
 from analysis.report.companions import Found
 from analysis.report.document import Column, Table, Text, number, p_value
 from analysis.report.findings import INCONCLUSIVE, Finding
@@ -16,6 +17,8 @@ from reqat.evaluation.means import Mean
 
 NAME = "companion-schedules"
 COMPANION = "schedules"
+HEADLINE = ("fewer measurements",)
+"""How the claims begin that README shows."""
 
 META = "table.json"  # as `reqat.pipeline.companions.schedules` writes it
 CITATION = "arXiv 2202.06819"
@@ -36,6 +39,7 @@ def build(found: Found) -> Table:
             label = f"mean of {tables} tables" if settings == COMPANION else f"mean of {tables} tables ({settings})"
             if tables > 1:
                 sections.append(_section(label, of_settings, data))
+            data += _claims(unit, label, of_settings)
             verdicts += _verdicts(unit, f"{settings}, {tables} table{'s' if tables > 1 else ''}", of_settings)
     caption = (
         "Searches replayed from tables in which every schedule was measured once. To target: measurements until the "
@@ -112,6 +116,31 @@ def _columns(mean: Mean | float) -> dict[str, float]:
     if not isinstance(mean, Mean):
         return {"value": mean, "lo": math.nan, "hi": math.nan}
     return {"value": mean.value, "lo": mean.lo, "hi": mean.hi}
+
+
+def _claims(unit: str, where: str, rows: pd.DataFrame) -> list[dict[str, object]]:
+    """A row of data for each rival."""
+    how = where if unit == searches.MEASURED else f"{where}, {unit}"
+    return [
+        {
+            "where": how,
+            "claim": f"fewer measurements to the target than {searches.title_of(rival)}",
+            "unit": MEASUREMENTS,
+            "difference": found.value,
+            "difference_lo": found.lo,
+            "difference_hi": found.hi,
+            "holm": found.holm,
+            "verdict": _said(found),
+        }
+        for rival, found in searches.findings(rows).items()
+    ]
+
+
+def _said(found: Finding) -> str:
+    """The verdict as the other companions say it."""
+    if found.verdict != INCONCLUSIVE:
+        return found.verdict
+    return f"cannot tell at this scale ({number(found.detectable, 1)})"
 
 
 def _verdicts(unit: str, where: str, rows: pd.DataFrame) -> list[str]:

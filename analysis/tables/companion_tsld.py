@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.report.companion_claims import NATS
 from analysis.report.companions import Found, verdict
 from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
 from reqat.evaluation.means import Mean, mean_over_runs, ratio_observations
@@ -20,6 +21,8 @@ from reqat.evaluation.statistics import holm
 
 NAME = "companion-tsld"
 COMPANION = "tsld"
+HEADLINE = ("TSLD below",)
+"""How the claims begin that README shows."""
 
 # Best evaluation perplexity of OPT-1.3B on the Penn Treebank, TWN per output channel (README of the paper's code).
 PAPER = {
@@ -81,7 +84,7 @@ def build(found: Found) -> Table:
             data.append(about | {"perplexity": value, "lo": low, "hi": high, "train_loss": train})
         sections.append(tuple(lines))
         for row in claims(seen):
-            data.append({"kind": "claim", "settings": label} | row)
+            data.append({"kind": "claim", "settings": label, "where": label, "unit": NATS} | row)
             verdicts.append(f"{label}: {_line(row)}")
     return Table(
         NAME,

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.figures import companion_schedules as figure
 from analysis.report import searches, style
+from analysis.report.companion_claims import claims_of
 from analysis.report.companions import Found
 from analysis.report.findings import AGREES, DISAGREES, INCONCLUSIVE
 from analysis.tables import companion_schedules as table
@@ -71,7 +72,10 @@ def test_what_was_not_measured_is_labelled_and_kept_apart() -> None:
     shift = {"autotvm": 0.0, "distinctive": -5.0}
     frame = pd.concat([rows(shift), rows(shift, tables=("triton-x",), unit="modelled TFLOP/s")])
     made = table.build(found(frame))
-    assert set(made.data["unit"]) == {"GMAC/s", "modelled TFLOP/s"}
+    assert set(made.data[made.data["claim"].isna()]["unit"]) == {"GMAC/s", "modelled TFLOP/s"}
+    claims = claims_of("schedules", made, table.HEADLINE)
+    assert [("modelled" in one.where, one.headline) for one in claims] == [(False, True), (True, True)]
+    assert all(one.value == pytest.approx(-5) and one.lo < -5 < one.hi for one in claims)
     verdicts = [line for line in made.footer if "than AutoTVM," in line]
     assert len(verdicts) == 2 and "measured on this CPU" in verdicts[0] and "not measured" in verdicts[1]
     assert made.markdown() and made.latex()
