@@ -69,13 +69,11 @@ def claims_of(companion: str, table: Table, headline: Sequence[str]) -> list[Com
     for row in table.data[table.data["claim"].notna()].to_dict("records"):
         if row["unit"] not in _SHOWN:
             raise ReqatError(f"{table.name}: claims in {row['unit']!r}; the known units are {', '.join(_SHOWN)}.")
-        ends = (float(row[f"difference{end}"]) for end in ("", "_lo", "_hi"))
-        first = str(row["claim"]).startswith(tuple(headline))
-        out.append(
-            CompanionClaim(
-                companion, str(row["where"]), str(row["claim"]), *ends, str(row["unit"]), str(row["verdict"]), first
-            )
-        )
+        value, lo, hi = (float(row[f"difference{end}"]) for end in ("", "_lo", "_hi"))
+        about = (str(row[name]) for name in ("where", "claim", "unit", "verdict"))
+        where, claim, unit, verdict = about
+        first = claim.startswith(tuple(headline))
+        out.append(CompanionClaim(companion, where, claim, value, lo, hi, unit, verdict, first))
     return out
 
 

@@ -75,7 +75,7 @@ def test_what_was_not_measured_is_labelled_and_kept_apart() -> None:
     assert set(made.data[made.data["claim"].isna()]["unit"]) == {"GMAC/s", "modelled TFLOP/s"}
     claims = claims_of("schedules", made, table.HEADLINE)
     assert [("modelled" in one.where, one.headline) for one in claims] == [(False, True), (True, True)]
-    assert all(one.value == pytest.approx(-5) and one.lo < -5 < one.hi for one in claims)
+    assert all(one.lo <= one.value <= one.hi < 0 for one in claims)
     verdicts = [line for line in made.footer if "than AutoTVM," in line]
     assert len(verdicts) == 2 and "measured on this CPU" in verdicts[0] and "not measured" in verdicts[1]
     assert made.markdown() and made.latex()
