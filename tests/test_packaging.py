@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -168,6 +169,19 @@ def test_the_command_is_installed() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="reqat")
     assert script.value == PROJECT["scripts"]["reqat"]
     assert callable(script.load())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_on_a_gpu_says_that_there_is_none(tmp_path: Path) -> None:
+    venv = Path(sys.executable).parent.parent
+    done = subprocess.run(
+        [ROOT / "tools" / "gpu_check.sh", tmp_path / "out"],
+        env={**os.environ, "VENV": str(venv)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and torch.__version__ in done.stderr
+    assert not (tmp_path / "out").exists(), "nothing is written before it is known that there is something to do"
 
 
 def test_ci_can_be_run() -> None:
