@@ -84,7 +84,7 @@ class INT32:
         self.slopes = (table.slopes * 2.0**self.f).round().long()
         self.intercepts = (table.intercepts * 2.0**self.h).round().long()
         #: How far an input up to REACH may be off a continuous table: roundings of input, slope and intercept.
-        self.bound = slope * 2.0 ** -(self.e + 1) + REACH * 2.0 ** -self.f + 2.0 ** -(self.h + 1)
+        self.bound = slope * 2.0 ** -(self.e + 1) + REACH * 2.0**-self.f + 2.0 ** -(self.h + 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Values at ``x``."""
