@@ -41,7 +41,8 @@ def build(found: Found) -> Figure:
         style.panel(ax, next(letters), "What models lose")
     for ax in axes[panels:]:
         ax.set_axis_off()
-    style.footer(fig, ["Tables of one size; float32 arithmetic. Errors of NN-LUT: first training seed. Bars: 95% intervals.", *found.notes])
+    about = "Tables of one size; float32 arithmetic. Errors of NN-LUT: first training seed. Bars: 95% intervals."
+    style.footer(fig, [about, *found.notes])
     return fig
 
 

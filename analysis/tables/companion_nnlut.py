@@ -47,7 +47,7 @@ REPLICATION = {(EXACT, "all"): 20.951, (NN_LUT, "activation+exp"): 21.137, (RELE
 MARGINS = {"decoder": 0.01, "encoder": 0.5}
 UNITS = {"decoder": "nats a token", "encoder": "points"}
 _DIGITS = {"decoder": 4, "encoder": 2}
-_LARGE = 1e5  # perplexity of a model that chooses among all words alike
+_LARGE = 1e5  # a perplexity above it is worse than a guess among all tokens
 
 Arm = tuple[str, str, str, bool]
 """(method, arithmetic, functions, calibrated); functions with :data:`BELOW` have the paper's scaling of inputs."""
