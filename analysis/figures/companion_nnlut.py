@@ -17,7 +17,6 @@ COMPANION = "nnlut"
 
 LOOKS = {LINEAR: style.GREY, NN_LUT: style.VERMILION, NLI: style.BLUE, RELEASED: style.SKY}
 _LEAST = 1e-7
-_EXP_FROM = -20.0  # below, exp is below 2e-9
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
@@ -42,15 +41,14 @@ def build(found: Found) -> Figure:
         style.panel(ax, next(letters), "What models lose")
     for ax in axes[panels:]:
         ax.set_axis_off()
-    style.footer(fig, ["Tables of one size, of NN-LUT the first training seed; float32 arithmetic.", *found.notes])
+    about = "Tables of one size; float32 arithmetic. Errors of NN-LUT: first training seed. Bars: 95% intervals."
+    style.footer(fig, [about, *found.notes])
     return fig
 
 
 def _errors(ax: Axes, function: str, rows: pd.DataFrame) -> None:
     for method, colour in LOOKS.items():
         part = rows[rows["method"] == method]
-        if function == "exp":
-            part = part[part["x"] >= _EXP_FROM]
         if len(part):
             ax.plot(part["x"], part["error"].clip(lower=_LEAST), color=colour, lw=0.9, label=NAMES[method])
     ax.set_yscale("log")
@@ -79,9 +77,10 @@ def _losses(ax: Axes, models: dict[tuple[str, str, str], dict[tuple[str, str, st
     ax.axhline(1.0, color=style.GREY, lw=0.7, ls=":")
     ax.axhline(0.0, color=style.BLACK, lw=0.6)
     ax.set_yscale("symlog", linthresh=1.0)
+    ax.margins(y=0.08)  # so that no marker is cut
     ax.set_xticks(range(len(arms)), [_tick(*arm) for arm in arms], fontsize=6)
     ax.set_ylabel("loss / margin of no loss", fontsize=7)
-    ax.legend(fontsize=5.5)
+    ax.legend(fontsize=5.5, loc="lower left")
 
 
 def _tick(method: str, calibrated: bool) -> str:

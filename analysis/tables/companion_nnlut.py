@@ -50,6 +50,7 @@ REPLICATION = {(EXACT, "all"): 20.951, (NN_LUT, "activation+exp"): 21.137, (RELE
 MARGINS = {"decoder": 0.01, "encoder": 0.5}
 UNITS = {"decoder": NATS, "encoder": POINTS}
 _DIGITS = {"decoder": 4, "encoder": 2}
+_LARGE = 1e5  # a perplexity above it is worse than a guess among all tokens
 
 Arm = tuple[str, str, str, bool]
 """(method, arithmetic, functions, calibrated); functions with :data:`BELOW` have the paper's scaling of inputs."""
@@ -221,7 +222,9 @@ def _cell(kind: str, row: dict[str, Any]) -> Text:
     if "loss" in row:
         value, low, high = (number(row[f"loss{end}"], _DIGITS[kind], sign=True) for end in ("", "_lo", "_hi"))
         detail = f"({value} [{low}, {high}])"
-    return Text(number(row["score"], 3 if kind == "decoder" else 2), detail=detail)
+    if kind == "decoder":
+        return Text(number(row["score"], 3) if row["score"] < _LARGE else f"{row['score']:.1e}", detail=detail)
+    return Text(number(row["score"], 2), detail=detail)
 
 
 def _words(precision: str) -> str:

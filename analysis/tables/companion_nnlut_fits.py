@@ -48,7 +48,8 @@ def build(found: Found) -> Table:
         "Errors over the range of each function (GELU -5 to 5, SiLU -10 to 10, exp -256 to 0, 1/x 1 to 1024, 1/sqrt "
         "0.1 to 1024): mean and largest absolute error over equally spaced points, mean relative error over all FP16 "
         "numbers (values below 2^-14 count as that). NN-LUT: mean over training seeds, in brackets lowest and highest. "
-        "Segments that count: without which the table would move by 1e-4 of its spread.",
+        "Entries: segments, and the tails beyond the range. Those that count: without which the table would move by "
+        "1e-4 of its spread.",
         found.notes,
         (
             Column("Function", align="l"), Column("Table", align="l"), Column("Entries"), Column("that count"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from reqat.config.errors import ReqatError
 from reqat.methods.nonlinear import FUNCTIONS, METHODS, VERSIONS, Network, Table, merged, nli, nn_lut, through
 from reqat.methods.nonlinear._function import RELATIVE_FLOOR, Function
+from reqat.methods.nonlinear._versions import INT32, REACH
 
 STEPS = 150
 
@@ -219,26 +220,31 @@ def test_fp16_rounds_as_numpy_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_integers_stay_within_32_bits_and_near_the_table(name: str) -> None:
+def test_integers_are_of_32_bits_and_sums_of_64(name: str) -> None:
+    version = INT32(small_nli(name), FUNCTIONS[name])
+    d, p, c = (integers.tolist() for integers in (version.breakpoints, version.slopes, version.intercepts))
+    assert all(-(2**31) <= integer < 2**31 for integer in (*d, *p, *c))
+    shift, limit = version.e + version.f - version.h, int(REACH * 2**version.e)
+    assert limit < 2**31 and limit * max(map(abs, p)) + (max(map(abs, c)) << shift) < 2**63
+    q = np.linspace(-limit, limit, 501).round().astype(int).tolist()
+    # Python's integers are of any size.
+    segments = np.searchsorted(d, q, side="right")
+    expected = [(p[k] * i + (c[k] << shift)) / 2 ** (version.e + version.f) for k, i in zip(segments, q, strict=True)]
+    x = torch.tensor(q, dtype=torch.float64) * 2.0**-version.e
+    np.testing.assert_array_equal(version(x).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("method", ["nli", "network"])
+def test_integers_are_as_near_the_function_as_the_table_is(name: str, method: str) -> None:
     function = FUNCTIONS[name]
-    table = small_nli(name)
-    version = VERSIONS["int32"](table, function)
-    bits, e, f, d, s, t = version.codes
-    reach = int(function.reach)
-    assert 2**bits == reach * 2**e
-    for integers in (d, s, t):
-        assert int(integers.abs().max()) < 2**31
-    assert 2**bits * int(s.abs().max()) + int(t.abs().max()) < 2**31
-    q = np.arange(-reach, reach, reach / 997)
-    q = np.clip(np.rint(q * 2.0**e), -(2**bits), 2**bits).astype(np.int64)
-    at = np.searchsorted(d.numpy(), q, side="right")
-    expected = (s.numpy()[at] * q + t.numpy()[at]) * 2.0 ** -(e + f)
-    np.testing.assert_array_equal(version(torch.from_numpy(q * 2.0**-e)).numpy(), expected)
-    # Off by the rounding of the input and of the slope, where the table is smooth.
-    x = torch.from_numpy(q * 2.0**-e)
-    inside = (x >= function.low) & (x <= function.high)
-    step = 2.0**-f * float(x[inside].abs().max()) + 2.0 ** -(e + f)
-    assert float((version(x) - table(x))[inside].abs().max()) <= step
+    table = small_nli(name) if method == "nli" else network(15, 3).table()
+    version = INT32(table, function)
+    x = torch.cat([function.uniform(5001), function.half(5001)])
+    assert float((version(x) - table(x)).abs().max()) <= version.bound
+    if method == "nli":
+        plain, integers = (function.errors(VERSIONS[v](table, function)) for v in ("fp32", "int32"))
+        assert all(integers[measure] <= 1.02 * plain[measure] for measure in plain)
 
 
 def test_inputs_beyond_what_hardware_holds_saturate() -> None:
@@ -247,7 +253,7 @@ def test_inputs_beyond_what_hardware_holds_saturate() -> None:
     for version in ("fp16", "int32"):
         y = VERSIONS[version](table, function)(torch.tensor([1e30, -1e30, 70.0]))
         assert bool(y.isfinite().all()) and y[1] == pytest.approx(0.0, abs=1e-3)
-        assert y[0] == (65504.0 if version == "fp16" else pytest.approx(64.0, rel=1e-3))
+        assert y[0] == (65504.0 if version == "fp16" else pytest.approx(REACH, rel=1e-6))
 
 
 def test_a_table_that_fp16_cannot_hold_is_refused() -> None:

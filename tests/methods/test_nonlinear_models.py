@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.methods.nonlinear import FUNCTIONS, METHODS, VERSIONS, calibrated, nn_lut, observe, replace
+from reqat.methods.nonlinear import FUNCTIONS, METHODS, VERSIONS, Function, Seen, calibrated, nn_lut, observe, replace
+from reqat.methods.nonlinear._calibrate import learned_from
 from reqat.methods.nonlinear._layers import Lookup, TableNorm, TableSoftmax, function_of
 from reqat.models import prepare
 from reqat.models.adapters import UnsupportedModelError
@@ -224,8 +225,61 @@ def test_calibration_lowers_the_error_at_what_is_seen() -> None:
     own = calibrated({"gelu": network}, seen, VERSIONS["fp32"], steps=100, lr=1e-3)
     assert set(own) == set(done.lookups)
     for name, evaluate in own.items():
-        x = seen[name].samples
-        before, after = (float((e(x) - function(x)).abs().mean()) for e in (done.lookups[name].evaluate, evaluate))
+        before, after = (mean_error(e, function, seen[name].samples) for e in (done.lookups[name].evaluate, evaluate))
         assert after < before
     done.set(own)
     assert all(it.evaluate is own[name] for name, it in done.lookups.items())
+
+
+def mean_error(evaluate: Any, function: Function, x: Tensor) -> float:
+    return float((evaluate(x) - function(x)).abs().mean())
+
+
+def place(function: Function, x: Tensor) -> Seen:
+    return Seen(function, x, len(x), float(x.min()), float(x.max()))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("lr", [1e-4, 1e-2, 1.0, 1e30])
+def test_calibration_never_raises_the_error_at_what_it_learns_from(name: str, lr: float) -> None:
+    function = FUNCTIONS[name]
+    network = nn_lut.trained(function, 15, steps=100, batch=256)
+    span, g = function.high - function.low, torch.Generator().manual_seed(0)
+    seen = {
+        "wide": place(function, function.low + span * torch.rand(200, generator=g)),
+        "narrow": place(function, function.low + span * (0.4 + 0.01 * torch.rand(200, generator=g))),
+        "one number": place(function, torch.full((200,), function.low + 0.3 * span)),
+        "beyond the range": place(function, function.high + torch.rand(200, generator=g)),
+    }
+    own = calibrated({name: network}, seen, VERSIONS["fp32"], steps=20, batch=64, lr=lr)
+    assert set(own) == set(seen)
+    start = VERSIONS["fp32"](network.table(), function)
+    for at, evaluate in own.items():
+        x = learned_from(seen[at])
+        assert len(x) == 400 and float(x.min()) == seen[at].low and float(x.max()) == seen[at].high
+        # A network and its table differ by a rounding.
+        assert mean_error(evaluate, function, x) <= mean_error(start, function, x) * (1 + 1e-4) + 1e-6
+
+
+def test_calibration_does_not_give_up_rare_inputs() -> None:
+    """Mean squares of a decoder: those of first tokens are few, and far from the others."""
+    function, g = FUNCTIONS["rsqrt"], torch.Generator().manual_seed(0)
+    often, rare = 20 + 20 * torch.rand(500, generator=g), 250 + 250 * torch.rand(50, generator=g)
+    seen = {"norm": Seen(function, often, 10**6, 20.0, 500.0)}  # rare ones are not among the samples
+    network = nn_lut.trained(function, 15, steps=600, batch=256)
+    own = calibrated({"rsqrt": network}, seen, VERSIONS["fp32"], batch=256)["norm"]
+    by_frequency = nn_lut.train(function, network, often, g, steps=300, batch=256, lr=1e-4)
+    assert mean_error(own, function, often) < mean_error(network, function, often)
+    assert mean_error(own, function, rare) < mean_error(by_frequency, function, rare) / 2
+    assert mean_error(own, function, rare) < 2 * mean_error(network, function, rare)
+
+
+def test_networks_that_are_trained_side_by_side_learn_each_on_its_own() -> None:
+    function, g = FUNCTIONS["silu"], torch.Generator().manual_seed(0)
+    x, starts = torch.stack([torch.full((50,), -2.0), torch.full((50,), 3.0)]), nn_lut.initial(function, 6, g)
+    both = nn_lut.Network(*(w.repeat(2, 1) for w in (starts.inner, starts.bias, starts.outer)))
+    together = nn_lut.train(function, both, x, g, steps=30, batch=8, lr=1e-2)
+    for i in range(2):  # all samples of one are the same, so it does not matter which are drawn
+        alone = nn_lut.train(function, starts, x[i], g, steps=30, batch=8, lr=1e-2)
+        for part in ("inner", "bias", "outer"):
+            torch.testing.assert_close(getattr(together, part)[i], getattr(alone, part))

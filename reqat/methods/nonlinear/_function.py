@@ -26,8 +26,7 @@ class Function:
 
     ``tails``: slopes to the left and right of the range, for tables that are made of values within it; None where the
     outermost segment goes on. ``start``: how a network's neurons begin (see :mod:`.nn_lut`). ``dense``: its training
-    samples are spread like FP16 numbers, that is evenly over binades, not evenly over the range. ``reach``: power of
-    two that no input exceeds in magnitude; integers cover it.
+    samples are spread like FP16 numbers, that is evenly over binades, not evenly over the range.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Function:
     tails: tuple[float | None, float | None]
     start: Literal["normal", "rising", "falling"]
     dense: bool = False
-    reach: float = 64.0
 
     def uniform(self, points: int = _UNIFORM_POINTS) -> Tensor:
         """``points`` numbers at equal distances over the range, float64."""
@@ -92,15 +90,15 @@ def _gelu(x: Tensor) -> Tensor:
 
 
 # Ranges of exp, 1/x and 1/sqrt: Table 1 of NN-LUT as the public replication quotes it. The range of GELU, that of SiLU
-# (which the paper does not have; it is the replication's), the tails and the reach are inferred.
+# (which the paper does not have; it is the replication's), and the tails are inferred.
 FUNCTIONS: dict[str, Function] = {
     function.name: function
     for function in (
         Function("gelu", _gelu, -5.0, 5.0, (0.0, 1.0), "normal"),
         Function("silu", F.silu, -10.0, 10.0, (0.0, 1.0), "normal"),
-        Function("exp", torch.exp, -256.0, 0.0, (0.0, None), "rising", reach=256.0),
-        Function("reciprocal", torch.reciprocal, 1.0, 1024.0, (None, 0.0), "falling", dense=True, reach=1024.0),
-        Function("rsqrt", torch.rsqrt, 0.1, 1024.0, (None, 0.0), "falling", dense=True, reach=1024.0),
+        Function("exp", torch.exp, -256.0, 0.0, (0.0, None), "rising"),
+        Function("reciprocal", torch.reciprocal, 1.0, 1024.0, (None, 0.0), "falling", dense=True),
+        Function("rsqrt", torch.rsqrt, 0.1, 1024.0, (None, 0.0), "falling", dense=True),
     )
 }
 

@@ -5,10 +5,11 @@ such versions:
 
 - FP16: input, breakpoints, slopes and intercepts are FP16 numbers (an input saturates at the largest); the product is
   rounded to FP16, then the sum.
-- INT32: ``x = q 2^-e`` with q an integer; a slope is ``p 2^-f``, an intercept a multiple of ``2^-(e + f)``. Products
-  and sums are exact and stay below 2^31, so q and p share 30 bits. ``e`` is the one of least mean error over the
-  samples that networks are trained on. An input beyond the function's reach saturates; NaN, which no integer is,
-  becomes 0.
+- INT32: an input is ``q 2^-e``, a slope ``p 2^-f``, an intercept ``c 2^-h``, with q, p and c integers of 32 bits, one
+  e, f and h for a table. Product and sum are exact in 64 bits, as those of an integer multiply-accumulate unit. Were
+  they held to 32 bits, q and p would share 30, and no division of 30 bits serves 1/sqrt, whose inputs and slopes
+  span five powers of ten (docs/companions/nnlut.md has the error of that). An input beyond :data:`REACH` saturates;
+  NaN, which no integer is, becomes 0.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from reqat.methods.nonlinear._table import Table
 from reqat_kernels.native.table import piecewise_linear
 
 _HALF_MAX = 65504.0
-_BITS = 30  # of the product of an input and a slope; its sum with an intercept fits in 31 and a sign
-_LEAST_BITS = 6
+_BITS = 30  # of an integer's magnitude: with a sign it is well within 32
+#: Magnitude of the largest input that the integers cover: the upper end of the ranges of 1/x and 1/sqrt.
+REACH = 1024.0
 
 
 class FP32:
@@ -65,51 +67,37 @@ class FP16:
 
 
 class INT32:
-    """Integers throughout, between a rounded input and a scaled output; takes any float dtype and gives it back."""
+    """Integers throughout, between a rounded input and a scaled output; takes any float dtype and gives it back.
+
+    On the range of the table's function it is within :attr:`bound` of the table.
+    """
 
     def __init__(self, table: Table, function: Function) -> None:
-        reach = math.log2(function.reach)
-        x = function.samples(4096)
-        best = math.inf
-        for bits in range(_LEAST_BITS, _BITS - _LEAST_BITS + 1):
-            codes = _codes(table, bits, bits - int(reach))
-            off = float((_evaluate(codes, x) - function(x)).abs().mean())
-            if off < best:
-                best, self.codes = off, codes
+        slope, intercept = float(table.slopes.abs().max()), float(table.intercepts.abs().max())
+        self.e = _room(REACH)
+        # A sum of 2^60 and 2^61 at most fits into 64 bits.
+        self.f = min(_room(slope), _room(intercept) + 31 - self.e)
+        self.h = min(_room(intercept), self.e + self.f)
+        # x >= d for an integer q is q 2^-e >= d, that is q >= ceil(d 2^e).
+        breakpoints = (table.breakpoints * 2.0**self.e).ceil()
+        self.breakpoints = breakpoints.clamp(-(2**31), 2**31 - 1).long()
+        self.slopes = (table.slopes * 2.0**self.f).round().long()
+        self.intercepts = (table.intercepts * 2.0**self.h).round().long()
+        #: How far an input up to REACH may be off a continuous table: roundings of input, slope and intercept.
+        self.bound = slope * 2.0 ** -(self.e + 1) + REACH * 2.0**-self.f + 2.0 ** -(self.h + 1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Values at ``x``."""
-        return _evaluate(self.codes, x).to(x.dtype)
+        limit = 2**_BITS
+        q = (x.double() * 2.0**self.e).round().clamp(-limit, limit).nan_to_num(0.0).long()
+        at = torch.bucketize(q, self.breakpoints, right=True)
+        total = self.slopes[at] * q + (self.intercepts[at] << (self.e + self.f - self.h))
+        return (total.double() * 2.0 ** -(self.e + self.f)).to(x.dtype)
 
 
-# bits of an input; e; f; breakpoints, slopes and intercepts as int64 tensors that hold 32-bit numbers.
-_Codes = tuple[int, int, int, Tensor, Tensor, Tensor]
-
-
-def _codes(table: Table, bits: int, e: int) -> _Codes:
-    def exponent(largest: float, room: int) -> int:
-        return room - math.ceil(math.log2(largest)) if largest > 0 else 60
-
-    slope, intercept = float(table.slopes.abs().max()), float(table.intercepts.abs().max())
-    f = min(exponent(slope, _BITS - bits), exponent(intercept, _BITS) - e)
-
-    def scaled(x: Tensor, by: int) -> Tensor:
-        return (x * 2.0**by).round().long()
-
-    limit = 2**31 - 1
-    # x >= d for a code q is q 2^-e >= d, that is q >= ceil(d 2^e).
-    breakpoints = (table.breakpoints * 2.0**e).ceil().clamp(-limit, limit).long()
-    return bits, e, f, breakpoints, scaled(table.slopes, f), scaled(table.intercepts, e + f)
-
-
-def _evaluate(codes: _Codes, x: Tensor) -> Tensor:
-    bits, e, f, breakpoints, slopes, intercepts = codes
-    limit = 2**bits
-    q = (x.double() * 2.0**e).round().clamp(-limit, limit).nan_to_num(0.0).long()
-    at = torch.bucketize(q, breakpoints, right=True)
-    total = slopes[at] * q + intercepts[at]
-    assert int(total.abs().max() if total.numel() else 0) < 2**31
-    return total.double() * 2.0 ** -(e + f)
+def _room(largest: float) -> int:
+    """The power of two that numbers up to ``largest`` are multiplied by to become 32-bit integers."""
+    return _BITS - math.ceil(math.log2(largest)) if largest > 0 else _BITS
 
 
 VERSIONS: dict[str, Callable[[Table, Function], Evaluate]] = {"fp32": FP32, "fp16": FP16, "int32": INT32}

@@ -26,7 +26,7 @@ LINEAR, NLI, NLI_RELEASED, NN_LUT = "linear", "nli", "nli released", "nn_lut"
 FULL = "BF16"
 """The precision that quantizes nothing; weights and arithmetic are float32."""
 GROUPS = 50
-_CURVE_POINTS = 160
+_CURVE_POINTS, _CURVE_FROM = 160, -20.0  # exp is below 2e-9 further to the left
 _BATCH_TOKENS = 1024
 # The functions that the replication replaces.
 _REPLICATED = "activation+exp"
@@ -97,7 +97,7 @@ def _fits(settings: Settings, name: str, given: Given) -> pd.DataFrame:
             )
         given.say(f"{name} {method} {entries}: mean error {out[-len(VERSIONS)]['mean_abs']:.2g}")
         if seed in (None, settings.seeds[0]) and entries in (None, settings.entries[0]):
-            x = function.samples(_CURVE_POINTS)
+            x = replace(function, low=max(function.low, _CURVE_FROM)).samples(_CURVE_POINTS)
             error = (VERSIONS["fp32"](table, function)(x.float()).double() - function(x)).abs()
             out += [{"what": "curve", **about, "x": float(a), "error": float(b)} for a, b in zip(x, error, strict=True)]
     return pd.DataFrame(out)
