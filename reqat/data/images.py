@@ -83,9 +83,14 @@ def halved(images: Images) -> Images:
 
 def digits() -> Images:
     """1,797 handwritten digits, 8 x 8, that scikit-learn ships (UCI); in place of a data set where none is
-    installed."""
-    from sklearn.datasets import load_digits  # slow to import, and of use to tests and smoke runs alone
-
+    installed. Raises ReqatError where scikit-learn is not."""
+    try:
+        from sklearn.datasets import load_digits  # slow to import, and of use to tests and smoke runs alone
+    except ImportError as error:
+        raise ReqatError(
+            "data digits are those of scikit-learn, which is not installed: pip install scikit-learn, or take data "
+            "fashion-mnist"
+        ) from error
     found = load_digits()
     return images_of((found.images * 15).astype(np.uint8), found.target, 10, "digits of scikit-learn")
 

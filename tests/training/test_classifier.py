@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,12 @@ def test_augmented_images_are_shifted_and_mirrored_ones() -> None:
     assert torch.equal(
         small.pixels.float(), images.pixels.float().unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)).round()
     )
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ReqatError, match=r"digits.*pip install scikit-learn"):
+        digits()
 
 
 @pytest.mark.parametrize(
