@@ -27,9 +27,9 @@ TINY: dict[str, Any] = {
     "test_images": 40,
     "width": 4,
     "seeds": [1],
-    "search": {"weights": {"epochs": 1, "batch": 16}, "macs": 0.7, "parameters": 0.7, "threshold": 0.2},
-    "full": {"epochs": 1, "batch": 32},
-    "qat": {"epochs": 1, "batch": 32},
+    "search": {"weights": {"epochs": 1, "rows_per_batch": 16}, "macs": 0.7, "parameters": 0.7, "threshold": 0.2},
+    "full": {"epochs": 1, "rows_per_batch": 32},
+    "qat": {"epochs": 1, "rows_per_batch": 32},
 }
 
 
@@ -57,6 +57,7 @@ def test_settings_that_contradict_themselves_are_refused() -> None:
         ({"search": {**TINY["search"], "temperature": [0.1, 5.0]}}, "temperature"),
         ({"arms": ["nce", "nce"]}, "nce"),
         ({"full": {"epoch": 3}}, "epochs"),
+        ({"search": {**TINY["search"], "weights": {"epochs": 1, "accumulation": 2}}}, "accumulation"),
     ):
         with pytest.raises(ReqatError, match=says):
             parse(Settings, {**TINY, **more}, "test")
