@@ -38,7 +38,7 @@ def test_parts_run_to_tidy_rows(tmp_path: Path) -> None:
     assert [of_part(part) for part in settings.parts()] == [(1, arm) for arm in ARMS] and settings.sources() == ()
     frames = {}
     for part in ("seed1-original", "seed1-nce", "seed1-random"):
-        given = Given({}, tmp_path, tmp_path / "kept", say=lambda _: None)
+        given = Given({}, tmp_path, tmp_path / "kept" / part, say=lambda _: None)
         frames[part] = run(settings, part, given)
     rows = pd.concat(frames.values())
     assert list(rows["layer"]) == 3 * list(frames["seed1-nce"]["layer"]) and rows["two_bit"].between(0, 1).all()
