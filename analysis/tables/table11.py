@@ -45,12 +45,16 @@ PAPER = {
 def of_training(t: Training) -> dict[str, str]:
     """The rows that a kind of training has of its own."""
     return {
-        "optimizer": "AdamW",
+        "optimizer": "AdamW" if t.optimizer == "adamw" else "SGD, Nesterov",
         "learning rate": f"{t.lr:g}",
-        "schedule": f"cosine to {100 * t.min_lr_ratio:g}% of it",
+        "schedule": f"{t.schedule} to {100 * t.min_lr_ratio:g}% of it",
         "warm-up": f"{100 * t.warmup:g}% of the steps",
         "weight decay": f"{t.weight_decay:g}",
-        "betas": ", ".join(f"{beta:g}" for beta in t.betas),
+        **(
+            {"betas": ", ".join(f"{beta:g}" for beta in t.betas)}
+            if t.optimizer == "adamw"
+            else {"momentum": f"{t.momentum:g}"}
+        ),
         "gradient clipping": "none" if t.clip is None else f"{t.clip:g}",
         "sequences a step": str(t.rows_per_batch * t.accumulation),
         "tokens a sequence": str(t.row_tokens),

@@ -8,23 +8,25 @@ from pydantic import AfterValidator, Field, model_validator
 
 from reqat.config.base import Count, Size, Strict, distinct
 from reqat.config.errors import ReqatError
+from reqat.config.stage import Optimization
 
 Share = Annotated[float, Field(gt=0, le=16)]
 
 
-class ImageTraining(Strict):
-    """Stochastic gradient descent with Nesterov's momentum; the rate rises linearly, then follows a cosine."""
+class ImageTraining(Optimization):
+    """The training loop's hyper-parameters, by default as convolutional networks are trained: SGD with Nesterov's
+    momentum in float32, a longer warm-up, and a cosine to zero."""
 
     epochs: Count
-    lr: float = Field(default=0.1, gt=0)
-    batch: Size = 128
-    momentum: float = Field(default=0.9, gt=0, lt=1)
+    optimizer: Literal["adamw", "sgd"] = "sgd"
+    lr: float = Field(default=0.1, gt=0, le=1e3)
+    rows_per_batch: Size = 128
+    """Images in one micro-batch."""
     weight_decay: float = Field(default=5e-4, ge=0)
-    warmup: float = Field(default=0.1, ge=0, le=1)
-    """Share of the steps over which the rate rises."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    schedule: Literal["cosine", "linear"] = "cosine"
-    """What is left of the rate at the end."""
+    clip: float | None = Field(default=None, gt=0)
+    autocast: Literal["none", "bf16", "auto"] = "none"
     augment: bool = True
     """Cut out and mirror images at random."""
 
@@ -69,6 +71,13 @@ class ChannelSearch(Strict):
 
     @model_validator(mode="after")
     def _sound(self) -> ChannelSearch:
+        unused = {"accumulation": 1, "clip": None, "autocast": "none", "gradient_checkpointing": False}
+        for name, value in unused.items():
+            if getattr(self.weights, name) != value:
+                raise ReqatError(
+                    f"weights.{name} {getattr(self.weights, name)}: a search has none, its steps alternate between "
+                    "weights and preferences; leave it out."
+                )
         if max(self.shares) > self.most:
             raise ReqatError(f"shares up to {max(self.shares)} exceed most ({self.most}); raise it.")
         if self.temperature[1] > self.temperature[0]:

@@ -202,6 +202,9 @@ class Architecture(Strict):
 class Optimization(Strict):
     """Hyper-parameters of the training loop. Each is defined, with its default and its range, here and nowhere else."""
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is stochastic gradient descent with Nesterov's momentum, as convolutional networks are trained."""
+
     lr: float = Field(default=1e-3, gt=0, le=1e3)
     min_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -210,6 +213,9 @@ class Optimization(Strict):
     """Share of the steps spent warming up."""
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """Of `adamw`."""
+    momentum: float = Field(default=0.9, gt=0, lt=1)
+    """Of `sgd`."""
     clip: float | None = Field(default=1.0, gt=0)
     rows_per_batch: Size = 24
     """Packed rows in one micro-batch."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from reqat.config.errors import ReqatError
-from reqat.data.packing import IGNORE, Batch
+from reqat.data.packing import IGNORE, Batch, check_tokens
+
+if TYPE_CHECKING:
+    from reqat.data.rows import Reader
 
 _POOL = 16
 
@@ -40,6 +44,7 @@ class LabelledRows:
     pad_id: int
     bos_id: int | None = None
     """None: a sequence holds all of its tokens itself."""
+    unit: ClassVar[str] = "tokens"
 
     def __post_init__(self) -> None:
         if not self.ids:
@@ -56,11 +61,6 @@ class LabelledRows:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def traces(self) -> LabelledRows:
-        """Itself: what holds the token ids of all rows."""
-        return self
 
     @property
     def n_tokens(self) -> int:
@@ -98,6 +98,10 @@ class LabelledRows:
             for part in parts:
                 hasher.update(np.ascontiguousarray(part).data)
         return hasher.hexdigest()
+
+    def check(self, reader: Reader) -> None:
+        """Raise ``ReqatError`` for a token id that a model does not know."""
+        check_tokens(self, self, reader)
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The sequences at ``indices`` as one batch, padded to the longest of them."""

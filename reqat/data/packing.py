@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.data.traces import Trace, Traces
+
+if TYPE_CHECKING:
+    from reqat.data.rows import Reader
 
 IGNORE = -100
 # Rows that stay open for a later, shorter trace; more gives denser rows and a less local order.
@@ -52,6 +56,17 @@ class Batch:
         """Tokens that the loss counts."""
         return int((self.labels != IGNORE).sum())
 
+    @property
+    def tokens(self) -> Tensor:
+        """[B, T] bool: not padding."""
+        return self.segment_ids > 0
+
+    def to(self, device: torch.device, *, apart: bool = False) -> Batch:
+        """The same on a device, with attention trace by trace or not."""
+        moved: dict[str, Any] = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        moved = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in moved.items()}
+        return Batch(**{**moved, "apart": apart})
+
     def traces(self, keep: Tensor) -> Tensor:
         """[N] int64: which trace each of the N positions where ``keep`` [B, T] holds belongs to, numbered from 0."""
         # Traces of a row are numbered from 1 (0 is padding); rows of a batch have traces of their own.
@@ -73,6 +88,7 @@ class PackedRows:
     row_tokens: int
     bos_id: int | None
     pad_id: int
+    unit: ClassVar[str] = "tokens"
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -108,6 +124,10 @@ class PackedRows:
                 swept = 0
         return hasher.hexdigest()
 
+    def check(self, reader: Reader) -> None:
+        """Raise ``ReqatError`` for a token id that a model does not know."""
+        check_tokens(self, self.traces, reader)
+
     def batches(self, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
         """Row indices batch by batch, as :func:`batches` gives them."""
         return batches(len(self), rows_per_batch, epochs, seed)
@@ -134,6 +154,12 @@ class PackedRows:
                 labels[b, at + prompt - 1 : at + n - 1] = tokens[prompt:]
                 at += n
         return Batch(ids, labels, positions, segments)
+
+
+def check_tokens(rows: Any, sequences: Any, reader: Reader) -> None:
+    """Raise ``ReqatError`` for a token id of ``sequences``, of padding or of ``<bos>`` that a model does not know."""
+    reader.token_ids([i for i in (rows.pad_id, rows.bos_id) if i is not None], "padding and <bos>")
+    reader.sequences(sequences)
 
 
 def pack(traces: Sequence[Trace], row_tokens: int, *, bos_id: int | None, pad_id: int) -> PackedRows:

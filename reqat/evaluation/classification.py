@@ -1,4 +1,4 @@
-"""Classification by an encoder: which labels it gets right, sequence by sequence."""
+"""Classification by an encoder, which labels it gets right, sequence by sequence; and of images, image by image."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from reqat.data import Batch, LabelledRows
+from reqat.data import Batch, Images, LabelledRows
 from reqat.data.packing import IGNORE
 from reqat.models.modes import evaluating
 from reqat.training import response_logits
@@ -41,3 +42,14 @@ def correct_labels(
             right[indices] = torch.bincount(row, found.double(), minlength=len(indices)).long().numpy()
             count[indices] = torch.bincount(row, minlength=len(indices)).numpy()
     return right, count
+
+
+@torch.no_grad()
+def correct_images(model: PreTrainedModel, images: Images, *, rows_per_batch: int = 500) -> Tensor:
+    """Whether each image is classified as labelled, [N] bool; the images in order, so many at once."""
+    with evaluating(model):
+        found = [
+            model(images.batch(some)[0]).logits.argmax(-1) == images.labels[some]
+            for some in torch.arange(len(images)).split(rows_per_batch)
+        ]
+    return torch.cat(found)

@@ -21,7 +21,7 @@ from reqat.config.files import read_json, write_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from reqat.data import Batch
+    from reqat.data import AnyBatch
 
 
 class Watched:
@@ -35,7 +35,7 @@ class Watched:
             stored = read_json(file, "values measured during a training", "delete that file and run again")
             self.values = {int(step): [float(value) for value in values] for step, values in stored.items()}
 
-    def __call__(self, model: PreTrainedModel, batch: Batch, step: int, loss: Callable[[], Tensor]) -> None:
+    def __call__(self, model: PreTrainedModel, batch: AnyBatch, step: int, loss: Callable[[], Tensor]) -> None:
         """See :class:`reqat.training.Observer`."""
         if step and step % self.every == 0:
             self.at(model, step)

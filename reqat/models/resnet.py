@@ -123,14 +123,18 @@ class ResNet(PreTrainedModel):
             nn.init.normal_(module.weight, 0, module.in_features**-0.5)
             nn.init.zeros_(module.bias)
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
-        """Logits."""
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the classifier sees, [B, channels of the last block]: means over pixels."""
         # Channels last in memory is what the quantizers along channels want, and no slower elsewhere.
         x = pixel_values.contiguous(memory_format=torch.channels_last)
         x = self.activation(self.norm(self.stem(x)))
         for block in self.blocks:
             x = block(x)
-        return ImageClassifierOutputWithNoAttention(logits=self.head(x.mean((2, 3))))
+        return x.mean((2, 3))
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> ImageClassifierOutputWithNoAttention:
+        """Logits."""
+        return ImageClassifierOutputWithNoAttention(logits=self.head(self.features(pixel_values)))
 
 
 def added(x: Tensor, y: Tensor) -> Tensor:

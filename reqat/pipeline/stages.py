@@ -20,7 +20,6 @@ from reqat.config.stage import (
     BaseSettings,
     Calibration,
     Gradient,
-    Optimization,
     PTQSettings,
     QFitSettings,
     Selection,
@@ -350,9 +349,7 @@ def _train(
     longest = int(chosen.lengths.argmax())
     check_length(model.config, int(chosen.lengths[longest]), f"{stage.id}, trace {chosen.id(longest)}")
     rows: PackedRows = pack(chosen, training.row_tokens, bos_id=tokenizer.bos_token_id, pad_id=_pad(model, tokenizer))
-    settings = RunSettings(
-        **{name: getattr(training, name) for name in Optimization.model_fields}, epochs=selection.epochs, seed=seed
-    )
+    settings = RunSettings.of(training, epochs=selection.epochs, seed=seed)
     return train(
         model,
         rows,

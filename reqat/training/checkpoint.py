@@ -1,6 +1,7 @@
 """Checkpoints from which a killed run goes on to bit-identical weights.
 
-One safetensors file holds the parameters, AdamW's moments and step counts and the random state; its metadata holds
+One safetensors file holds the parameters, running statistics of batch norms, the optimizer's moments (and AdamW's step
+counts) and the random state; its metadata holds
 what run it is of, the position in the data and the metrics so far, and a digest of all of it. It is written beside the
 old one and renamed over it, so at any moment there is one whole checkpoint. It is read whole and checked before
 anything is changed, and taken up only by the run that wrote it: same traces, same weights at the start, same
@@ -32,7 +33,6 @@ from reqat.training import distributed, sharded
 
 FILE = "checkpoint.safetensors"
 FORMAT = "2"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _REMEDY = "delete that folder to start the stage anew"
 
 
@@ -46,8 +46,9 @@ def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, posit
         sharded.save(folder, model, optimizer, position)
         (folder / FILE).unlink(missing_ok=True)
         return
-    tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
+    trained = _trained(model)
+    tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in trained.items()}
+    for name, parameter in trained.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{key}.{name}"] = value.detach()
     tensors["random.cpu"] = torch.get_rng_state()
@@ -113,7 +114,7 @@ def load(
     ranks.agree({"checkpoint": path.name if path is not None else "none"})
     if path is None:
         return None
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     if path.name == FILE:
         with ranks.alike():
             tensors, position = _read(path)
@@ -126,8 +127,9 @@ def load(
             _check_model(path, described, parameters)
             _check_run(path, position, run)
         tensors = sharded.read(path, described, position, parameters)
+    kept = ("momentum_buffer",) if isinstance(optimizer, torch.optim.SGD) else ("step", "exp_avg", "exp_avg_sq")
     with ranks.alike():
-        states = {name: _moments(path, name, parameters[name], tensors) for name in parameters}
+        states = {name: _moments(path, name, parameters[name], tensors, kept) for name in parameters}
         for name in parameters:
             if not bool(torch.isfinite(distributed.local(tensors[f"model.{name}"])).all()):
                 raise ReqatError(f"checkpoint {path}: {name} holds NaN or infinity; {_REMEDY}")
@@ -146,6 +148,15 @@ def load(
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
     return position
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What a training changes of a model: parameters, and the running statistics of batch norms."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            found |= dict(module.named_buffers(prefix, recurse=False))
+    return found
 
 
 def _check_model(
@@ -210,17 +221,19 @@ def _values(then: object, now: object) -> str:
     return "" if digests or None in (then, now) else f" ({shown[0]}, now {shown[1]})"
 
 
-def _moments(path: Path, name: str, parameter: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's state of one parameter, empty where it had none."""
-    found = {key: tensors[f"optimizer.{key}.{name}"] for key in _MOMENTS if f"optimizer.{key}.{name}" in tensors}
+def _moments(
+    path: Path, name: str, parameter: Tensor, tensors: Mapping[str, Tensor], kept: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The optimizer's state of one parameter, ``kept`` of it; empty where it had none."""
+    found = {key: tensors[f"optimizer.{key}.{name}"] for key in kept if f"optimizer.{key}.{name}" in tensors}
     if not found:
         return {}
-    if len(found) != len(_MOMENTS):
+    if len(found) != len(kept):
         raise ReqatError(f"checkpoint {path} is damaged: moments of {name} are missing; {_REMEDY}")
     for key, value in found.items():
         if value.shape != (torch.Size([]) if key == "step" else parameter.shape) or not value.is_floating_point():
             raise ReqatError(f"checkpoint {path} is damaged: {key} of {name} has shape {tuple(value.shape)}; {_REMEDY}")
         held = distributed.local(value)
-        if not bool(torch.isfinite(held).all()) or (key != "exp_avg" and bool((held < 0).any())):
+        if not bool(torch.isfinite(held).all()) or (key in ("step", "exp_avg_sq") and bool((held < 0).any())):
             raise ReqatError(f"checkpoint {path}: {key} of {name} is not finite, or negative; {_REMEDY}")
     return {key: value.to(parameter.device) for key, value in found.items()}

@@ -356,6 +356,11 @@ def check_division(ranks: Ranks, settings: Any, precision: Any, of_micro_batch: 
     """
     if ranks.size == 1:
         return
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ReqatError(
+            f"the model has batch norms, whose statistics would be those of the micro-batches of each of {ranks.size} "
+            "processes: train it in one process"
+        )
     size, rows = ranks.size, settings.rows_per_batch * settings.accumulation
     if rows < size:
         raise ReqatError(

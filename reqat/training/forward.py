@@ -1,8 +1,8 @@
 """One forward pass of a model on a batch, with what terms look at besides the logits.
 
-Decoder or encoder makes two differences. A decoder's mask hides later tokens and other traces of a packed row, an
-encoder's hides padding. And what makes logits of hidden states is the language-model head, or a classifier. In both,
-the N positions with a label have logits.
+Decoder, encoder or classifier of images makes two differences. A decoder's mask hides later tokens and other traces of
+a packed row, an encoder's hides padding, and images are read whole. And what makes logits of hidden states is the
+language-model head, or a classifier. In all, the N positions with a label have logits.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.data import Batch
+from reqat.data import AnyBatch, Batch, ImageBatch
 from reqat.models.adapters import adapter_of, blocks_of
 from reqat.models.attention import ATTENTION, dense_mask, probabilities, segment_mask
+from reqat.training.objective import LAYERWISE
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ def head_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
 
 
 def run_model(
-    model: PreTrainedModel, batch: Batch, keep: Tensor, wanted: frozenset[str] = frozenset(), who: str = "model"
+    model: PreTrainedModel, batch: AnyBatch, keep: Tensor, wanted: frozenset[str] = frozenset(), who: str = "model"
 ) -> Outputs:
-    """Run ``model`` without its head on ``batch``; the N positions are those where ``keep`` ``[B, T]`` holds.
+    """Run ``model`` without its head on ``batch``; the N positions are those where ``keep`` ``[B, T]`` (of images
+    ``[B]``) holds.
 
     ``wanted``: fields of :class:`Outputs`. Raises ReqatError where the model does not give them, and for token types
     that an encoder does not have.
     """
+    if isinstance(batch, ImageBatch):
+        return _of_images(model, batch, keep, wanted, who)
     scores = "attention_scores" in wanted
     asked = {"hidden_states"} & wanted | ({"attentions"} if scores or "attentions" in wanted else set())
     inputs: dict[str, Any] = {f"output_{name}": True for name in sorted(asked)}
@@ -83,9 +87,30 @@ def run_model(
     return Outputs(found.last_hidden_state[keep], **given)
 
 
-def response_logits(model: PreTrainedModel, batch: Batch, keep: Tensor) -> Tensor:
+def response_logits(model: PreTrainedModel, batch: AnyBatch, keep: Tensor) -> Tensor:
     """Logits ``[N, V]`` at the positions where ``keep`` ``[B, T]`` holds; the head runs on those alone."""
     return head_of(model)(run_model(model, batch, keep).hidden)
+
+
+def _of_images(model: PreTrainedModel, batch: ImageBatch, keep: Tensor, wanted: frozenset[str], who: str) -> Outputs:
+    for need in sorted(wanted & set(LAYERWISE)):
+        raise ReqatError(
+            f"a term of the objective needs {need}, which the {who} ({type(model).__name__}), a classifier of images, "
+            "does not give: leave the term out"
+        )
+    return Outputs(features_of(model)(batch.pixels)[keep])
+
+
+def features_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What makes features [B, D], of which the head makes logits, of images [B, C, H, W]. Raises ReqatError for a model
+    without, as :class:`reqat.models.resnet.ResNet` has it."""
+    features = getattr(model, "features", None)
+    if features is None:
+        raise ReqatError(
+            f"{type(model).__name__} does not say what its classifier sees (a method `features`), so it cannot be "
+            "trained on images; take reqat.models.resnet.ResNet"
+        )
+    return features  # type: ignore[no-any-return]
 
 
 def _decoder_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
-from reqat.data import Batch
+from reqat.data import AnyBatch
 from reqat.data.packing import IGNORE
 
 # Logits of the entropies are computed for as many positions at a time as fit in this, in float64.
@@ -45,7 +45,7 @@ class TokenGradients:
     trace_N: Tensor
 
 
-def token_gradients(model: PreTrainedModel, batch: Batch, loss: Callable[[], Tensor]) -> TokenGradients:
+def token_gradients(model: PreTrainedModel, batch: AnyBatch, loss: Callable[[], Tensor]) -> TokenGradients:
     """Squared gradients and entropies at the response positions of ``batch`` under ``loss``.
 
     Args:
@@ -66,7 +66,7 @@ def token_gradients(model: PreTrainedModel, batch: Batch, loss: Callable[[], Ten
     def at_head(module: nn.Module, args: Any, output: Any) -> None:
         seen["hidden"] = output.last_hidden_state.detach()
 
-    device = batch.input_ids.device
+    device = batch.labels.device
     hooks = [
         model.get_input_embeddings().register_forward_hook(at_embedding),
         model.get_decoder().register_forward_hook(at_head),
@@ -114,7 +114,7 @@ class GradientProbe:
         self.every, self.take = every, take
         self._last = -1
 
-    def __call__(self, model: PreTrainedModel, batch: Batch, step: int, loss: Callable[[], Tensor]) -> None:
+    def __call__(self, model: PreTrainedModel, batch: AnyBatch, step: int, loss: Callable[[], Tensor]) -> None:
         """See :class:`reqat.training.loop.Observer`."""
         if step % self.every or step == self._last:
             return

@@ -1,18 +1,21 @@
 """The only training loop: fine-tuning, QAT and every ablation run through it.
 
 What differs between methods is the model that comes in (plain or prepared for a precision), the rows, and the
-objective's terms. AdamW, without decay of gradient rules' parameters, with a linear warm-up and a cosine down to a
-floor, gradient accumulation with one divisor for the whole accumulated batch, clipping, float32 master weights,
-products in bf16 or float32. The run is a pure function of its arguments: same seed, same weights, bit for bit, also
-across a kill at any moment (:mod:`reqat.training.checkpoint`). Several processes share the micro-batches of a step and
-divide the model among them (:mod:`reqat.training.distributed`); the result is then that of one, up to rounding.
+objective's terms. AdamW or SGD with Nesterov's momentum, without decay of gradient rules' parameters, with a linear
+warm-up and a cosine down to a floor, gradient accumulation with one divisor for the whole accumulated batch, clipping,
+float32 master weights, products in bf16 or float32. The run is a pure function of its arguments: same seed, same
+weights, bit for bit, also across a kill at any moment (:mod:`reqat.training.checkpoint`). Several processes share the
+micro-batches of a step and divide the model among them (:mod:`reqat.training.distributed`); the result is then that of
+one, up to rounding.
+
+"Tokens" are what rows count: of images, images.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +32,7 @@ from reqat.config.base import Count, Seed, digest
 from reqat.config.errors import ReqatError
 from reqat.config.progress import bar
 from reqat.config.stage import Optimization
-from reqat.data import Batch
+from reqat.data import AnyBatch, Rows, Sequences
 from reqat.data.packing import IGNORE
 from reqat.formats.digests import tensors_digest
 from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
@@ -59,6 +62,11 @@ class RunSettings(Optimization):
     checkpoint_seconds: float = Field(default=60.0, ge=0)
     """How often the resumable state is written; decides nothing of the weights."""
 
+    @classmethod
+    def of(cls, optimization: Optimization, **more: Any) -> RunSettings:
+        """The hyper-parameters of settings that have more besides, and what else decides the run."""
+        return cls(**{name: getattr(optimization, name) for name in Optimization.model_fields}, **more)
+
 
 @dataclass
 class TrainResult:
@@ -84,55 +92,10 @@ class TrainResult:
         return sum(h["loss"] for h in tail) / len(tail)
 
 
-class Sequences(Protocol):
-    """The token ids that rows are made of, sequence by sequence."""
-
-    def __len__(self) -> int: ...
-    def extremes(self) -> tuple[int, int]:
-        """The smallest and the largest token id."""
-
-    def tokens(self, number: int) -> Any:
-        """Token ids of a sequence, integers [T]."""
-
-    def id(self, number: int) -> str:
-        """What to call a sequence in an error."""
-
-
-class Rows(Protocol):
-    """What the loop trains on: :class:`~reqat.data.packing.PackedRows` of a decoder's traces, or
-    :class:`~reqat.data.labelled.LabelledRows` of an encoder's sequences."""
-
-    @property
-    def traces(self) -> Sequences:
-        """All sequences."""
-
-    @property
-    def pad_id(self) -> int:
-        """Token id of padding."""
-
-    @property
-    def bos_id(self) -> int | None:
-        """Token id that rows put before sequences, if any."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens without padding."""
-
-    @property
-    def digest(self) -> str:
-        """sha256 (hex) of all that the batches are made of."""
-
-    def batches(self, rows_per_batch: int, epochs: int, seed: int) -> Iterator[list[int]]:
-        """Row indices batch by batch."""
-
-    def batch(self, indices: Sequence[int]) -> Batch:
-        """The rows at ``indices`` as one batch."""
-
-
 class Observer(Protocol):
     """Looks at a training from inside, and must leave model, gradients and random state as it found them."""
 
-    def __call__(self, model: PreTrainedModel, batch: Batch, step: int, loss: Callable[[], Tensor]) -> object:
+    def __call__(self, model: PreTrainedModel, batch: AnyBatch, step: int, loss: Callable[[], Tensor]) -> object:
         """Called before each micro-batch. ``step`` counts from 0 and is not done yet; ``loss()`` runs the model on
         ``batch`` and gives what the loop is about to differentiate, summed over response tokens.
         """
@@ -161,7 +124,7 @@ def learning_rate(step: int, total: int, settings: Schedule) -> float:
 
 
 def batch_loss(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, *, autocast: bool
+    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: AnyBatch, *, autocast: bool
 ) -> tuple[Tensor, dict[str, float]]:
     """The objective on one micro-batch: its sum over response tokens (differentiable), and each term's.
 
@@ -190,7 +153,7 @@ def batch_loss(
         teacher_logits,
         traces=batch.traces(keep),
         responses=keep,
-        tokens=batch.segment_ids > 0,
+        tokens=batch.tokens,
         **layerwise,
     )
     return objective(context)
@@ -198,14 +161,14 @@ def batch_loss(
 
 @torch.no_grad()
 def _teacher_outputs(
-    teacher: PreTrainedModel, batch: Batch, keep: Tensor, wanted: frozenset[str]
+    teacher: PreTrainedModel, batch: AnyBatch, keep: Tensor, wanted: frozenset[str]
 ) -> tuple[Outputs, Tensor | None]:
     outputs = run_model(teacher, batch, keep, wanted, "teacher")
     return outputs, head_of(teacher)(outputs.hidden) if "logits" in wanted else None
 
 
 @torch.no_grad()
-def batch_entropies(model: PreTrainedModel, batch: Batch, *, autocast: bool) -> Tensor:
+def batch_entropies(model: PreTrainedModel, batch: AnyBatch, *, autocast: bool) -> Tensor:
     """Entropy in nats of the model's distribution at each of the N response positions, ``[N]`` float32."""
     keep = batch.labels != IGNORE
     with autocast_region(batch.labels.device.type, torch.bfloat16, enabled=autocast):
@@ -216,7 +179,7 @@ def batch_entropies(model: PreTrainedModel, batch: Batch, *, autocast: bool) -> 
 
 
 def _within_minibatch(
-    model: PreTrainedModel, objective: Objective, group: list[tuple[Batch, bool]], autocast: bool, ranks: Ranks
+    model: PreTrainedModel, objective: Objective, group: list[tuple[AnyBatch, bool]], autocast: bool, ranks: Ranks
 ) -> Objective:
     """The objective for the micro-batches of a step, of which ``group`` are this process's; a sweep over them, without
     gradients, where a term asks."""
@@ -235,25 +198,17 @@ def _within_minibatch(
 
 
 def _loss(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, autocast: bool
+    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: AnyBatch, autocast: bool
 ) -> Tensor:
     return _batch_loss(model, teacher, objective, batch, autocast)[0]
 
 
 def _batch_loss(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: Batch, autocast: bool
+    model: PreTrainedModel, teacher: PreTrainedModel | None, objective: Objective, batch: AnyBatch, autocast: bool
 ) -> tuple[Tensor, dict[str, float]]:
     compute = partial(batch_loss, model, teacher, objective, batch, autocast=autocast)
     found: tuple[Tensor, dict[str, float]] = distributed.within(model, compute)
     return found
-
-
-def _moved(batch: Batch, device: torch.device, apart: bool) -> Batch:
-    fields = ("input_ids", "labels", "position_ids", "segment_ids", "token_types")
-    moved: dict[str, Any] = {
-        name: None if (given := getattr(batch, name)) is None else given.to(device) for name in fields
-    }
-    return Batch(**moved, apart=apart)
 
 
 def check_traces(
@@ -266,6 +221,31 @@ def check_traces(
     for number in range(len(traces)):
         ids = torch.from_numpy(np.array(traces.tokens(number)))
         check_token_ids(model, ids, f"{label}, trace {traces.id(number)}", tokenizer=tokenizer)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What ``model`` can read, for rows (:class:`~reqat.data.rows.Reader`); errors begin with ``label``."""
+
+    model: PreTrainedModel
+    label: str
+
+    def token_ids(self, ids: Sequence[int], what: str) -> None:
+        """Raise ``ReqatError`` for a token id that the model has no embedding row for."""
+        check_token_ids(self.model, ids, f"{self.label}, {what}")
+
+    def sequences(self, sequences: Sequences) -> None:
+        """The same of sequences, naming the first with such an id."""
+        check_traces(self.model, sequences, self.label)
+
+    def images(self, channels: int, classes: int) -> None:
+        """Raise ``ReqatError`` for images of other channels than the model's, or of more classes."""
+        config = self.model.config
+        if (config.num_channels, config.num_labels) != (channels, max(classes, config.num_labels)):
+            raise ReqatError(
+                f"{self.label}: images of {channels} channels and {classes} classes are not for a model of "
+                f"{config.num_channels} channels and {config.num_labels} classes"
+            )
 
 
 def _is_plain(head: Any) -> TypeGuard[nn.Linear]:
@@ -282,6 +262,17 @@ def parameter_groups(model: nn.Module, parameters: list[nn.Parameter]) -> list[d
     return groups
 
 
+def optimizer_of(
+    model: nn.Module, parameters: list[nn.Parameter], settings: Optimization
+) -> torch.optim.AdamW | torch.optim.SGD:
+    """The optimizer of ``parameters``, which are some of ``model``."""
+    groups = parameter_groups(model, parameters)
+    common: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=settings.momentum, nesterov=True, **common)
+    return torch.optim.AdamW(groups, betas=settings.betas, fused=True, **common)
+
+
 def _description(
     model: PreTrainedModel,
     rows: Rows,
@@ -295,7 +286,7 @@ def _description(
     """
     precision = precision_of(model)
     # Left out at its default, as in ids: a training that was begun before there was a choice goes on.
-    defaults = {"attention": "rows", "schedule": "cosine"}
+    defaults = {"attention": "rows", "schedule": "cosine", "optimizer": "adamw", "momentum": 0.9}
     unsaid = {name for name, value in defaults.items() if getattr(settings, name) == value}
     hyper = settings.model_dump(exclude={"checkpoint_seconds", *unsaid})
     run = {
@@ -389,20 +380,13 @@ def train(
             f"{label}: no parameter of the model takes a gradient, as after freeze(); load the model again and prepare "
             "it without freezing"
         )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, parameters),
-        lr=settings.lr,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = optimizer_of(model, parameters, settings)
     result = TrainResult(0, 0, 0, 0.0)
     position = checkpoint.load(checkpoints, model, optimizer, run)
     if position is not None:
         result = _result(checkpoints / checkpoint.FILE, position.get("result"), len(steps))
     result.autocast = settings.autocast
-    check_token_ids(model, [i for i in (rows.pad_id, rows.bos_id) if i is not None], f"{label}, padding and <bos>")
-    check_traces(model, rows.traces, label)
+    rows.check(Reading(model, label))
 
     def state() -> dict[str, Any]:
         return {
@@ -413,7 +397,7 @@ def train(
     total_tokens = rows.n_tokens * settings.epochs
     saved = time.monotonic()
     lost = ranks.contact(f"in {label}", "the same command goes on from the last checkpoint")
-    with lost, bar(label, total_tokens, "tokens", done=result.tokens, enabled=progress and ranks.first) as shown:
+    with lost, bar(label, total_tokens, rows.unit, done=result.tokens, enabled=progress and ranks.first) as shown:
         first = result.steps
         for step in range(first, len(steps)):
             began = time.monotonic()
@@ -422,7 +406,7 @@ def train(
                 group["lr"] = lr
             ranks.seed(settings.seed, step)
             share = ranks.share(steps[step], settings.accumulation)
-            group_batches = [(_moved(rows.batch(indices), device, apart), counts) for indices, counts in share]
+            group_batches = [(rows.batch(indices).to(device, apart=apart), counts) for indices, counts in share]
             counted = [batch for batch, counts in group_batches if counts]
             own = (sum(b.n_response_tokens for b in counted), sum(b.n_tokens for b in counted), len(counted))
             divisor, tokens, parts_of_step = (int(n) for n in ranks.totals(own))

@@ -32,7 +32,6 @@ FILE = "position.json"
 FORMAT = "1"
 _NAME = re.compile(r"sharded-(\d{8})")
 _REMEDY = "delete that folder to start the stage anew"
-_MOMENTS = ("exp_avg", "exp_avg_sq")  # of the shape of their parameter; the step counts are in FILE
 
 
 def newest(folder: Path) -> Path | None:

@@ -31,7 +31,7 @@ CONFIG = ResNetConfig(8, (8,), side=8)
 
 def settings(**more: object) -> ChannelSearch:
     given = {
-        "weights": ImageTraining(epochs=1, batch=16, lr=0.05),
+        "weights": ImageTraining(epochs=1, rows_per_batch=16, lr=0.05),
         "shares": (0.5, 0.75, 1.0),
         "most": 1.5,
         "step": 0.25,
@@ -218,7 +218,8 @@ def test_a_constraint_that_nothing_meets_is_refused() -> None:
 
 def test_a_search_is_a_function_of_its_seed_and_keeps_to_its_budget() -> None:
     images = digits().take(torch.arange(96))
-    asked = settings(weights=ImageTraining(epochs=2, batch=16), macs=0.8, parameters=0.8, alpha_lr=0.1, threshold=0.34)
+    weights = ImageTraining(epochs=2, rows_per_batch=16)
+    asked = settings(weights=weights, macs=0.8, parameters=0.8, alpha_lr=0.1, threshold=0.34)
     found = [search_channels(CONFIG, images, asked, put_in_bits, seed=3) for _ in range(2)]
     assert found[0] == found[1] and len(found[0].history) == 2
     assert within(cost(CONFIG, found[0].widths), budget_of(CONFIG, 0.8, 0.8))

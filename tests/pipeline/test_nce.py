@@ -27,9 +27,9 @@ TINY: dict[str, Any] = {
     "test_images": 40,
     "width": 4,
     "seeds": [1],
-    "search": {"weights": {"epochs": 1, "batch": 16}, "macs": 0.7, "parameters": 0.7, "threshold": 0.2},
-    "full": {"epochs": 1, "batch": 32},
-    "qat": {"epochs": 1, "batch": 32},
+    "search": {"weights": {"epochs": 1, "rows_per_batch": 16}, "macs": 0.7, "parameters": 0.7, "threshold": 0.2},
+    "full": {"epochs": 1, "rows_per_batch": 32},
+    "qat": {"epochs": 1, "rows_per_batch": 32},
 }
 
 
@@ -38,7 +38,7 @@ def test_parts_run_to_tidy_rows(tmp_path: Path) -> None:
     assert [of_part(part) for part in settings.parts()] == [(1, arm) for arm in ARMS] and settings.sources() == ()
     frames = {}
     for part in ("seed1-original", "seed1-nce", "seed1-random"):
-        given = Given({}, tmp_path, tmp_path / "kept", say=lambda _: None)
+        given = Given({}, tmp_path, tmp_path / "kept" / part, say=lambda _: None)
         frames[part] = run(settings, part, given)
     rows = pd.concat(frames.values())
     assert list(rows["layer"]) == 3 * list(frames["seed1-nce"]["layer"]) and rows["two_bit"].between(0, 1).all()
@@ -57,6 +57,7 @@ def test_settings_that_contradict_themselves_are_refused() -> None:
         ({"search": {**TINY["search"], "temperature": [0.1, 5.0]}}, "temperature"),
         ({"arms": ["nce", "nce"]}, "nce"),
         ({"full": {"epoch": 3}}, "epochs"),
+        ({"search": {**TINY["search"], "weights": {"epochs": 1, "accumulation": 2}}}, "accumulation"),
     ):
         with pytest.raises(ReqatError, match=says):
             parse(Settings, {**TINY, **more}, "test")

@@ -78,6 +78,17 @@ def test_clipped_gives_no_gradient_outside_the_range(fmt: str, rotation: int | N
         assert inside.all()  # rceil cuts nothing off
 
 
+@pytest.mark.parametrize("limit", [None, 0.8])
+@pytest.mark.parametrize("fmt", ["SAWB2-tensor", "INT8-tensor"])  # rounded by reqat.formats on every device
+def test_clipped_rounds_once(fmt: str, limit: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = ruled(fmt, "clipped", limit=limit)
+    element, calls = type(quantizer.format.element_type), []
+    round_ = element.round_
+    monkeypatch.setattr(element, "round_", lambda *args, **more: calls.append(1) or round_(*args, **more))
+    gradient(quantizer, torch.randn(6, 64), torch.randn(6, 64))
+    assert len(calls) == 1
+
+
 def test_learned_scale_has_the_gradient_of_its_formula_in_float64() -> None:
     """With v held where rounding put it inside the range: w^ = s (v - u) + w there, and Q s outside."""
     torch.manual_seed(0)

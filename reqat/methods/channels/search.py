@@ -18,6 +18,10 @@ drawn without replacement. Inferred: the threshold and the step of an expansion,
 preference of the old widest one, SAWB's range from the weights that take part, and how the preferred options are
 brought to the budget at the end (:func:`reqat.methods.channels.widths.preferred`).
 
+The alternation is no run of the training loop: a step of the weights is followed by a step of other parameters, by
+another optimizer, on other data and with a loss that also has the network's cost, and what is trained grows between
+epochs. Optimizer, schedule and batches are the loop's functions.
+
 Weights of channels that no option reaches yet have felt weight decay alone, so that a new option's channels are as good
 as freshly initialized.
 """
@@ -36,12 +40,12 @@ from torch import Tensor, nn
 
 from reqat.config.channels import ChannelSearch
 from reqat.config.errors import ReqatError
-from reqat.data.images import Images
+from reqat.data.images import ImageRows, Images
 from reqat.methods.channels.widths import budget_of, check_reachable, expected_cost, preferred
 from reqat.models.conv import QuantConv2d
 from reqat.models.resnet import Cost, ResNet, ResNetConfig, added, cost, layer_names
 from reqat.quant.gradients.pact import measuring
-from reqat.training.classifier import descent, epoch_batches, set_rate
+from reqat.training.loop import learning_rate, optimizer_of
 
 _FIRST_SPREAD = 0.01  # of the preferences at the start, as in TAS
 
@@ -237,31 +241,35 @@ def search_channels(
     net = SuperNet(config, settings, quantize, seed)
     check_reachable(config, [widths[0] for widths in net.options], budget)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    halves = order.chunk(2)
+    halves = [images.take(half) for half in order[: len(order) // 2 * 2].chunk(2)]
     train = settings.weights
-    if len(halves[-1]) < train.batch:
-        raise ReqatError(f"{len(images)} images are too few for two halves of a batch of {train.batch}; lower batch.")
-    optimizer = descent(net, train)
+    size = train.rows_per_batch
+    if len(halves[0]) < size:
+        raise ReqatError(
+            f"{len(images)} images are too few for two halves of a batch of {size}; lower weights.rows_per_batch."
+        )
+    optimizer = optimizer_of(net, net.weights(), train)
     adam = torch.optim.Adam(net.alphas, lr=settings.alpha_lr, weight_decay=settings.alpha_weight_decay)
-    each = len(halves[-1]) // train.batch
+    each = len(halves[0]) // size
     steps, history = train.epochs * each, []
     net.train()
     augment = net.generator if train.augment else None
     with measuring(net), torch.no_grad():
-        net(images.batch(halves[0][: train.batch])[0], settings.temperature[0])
+        net(halves[0].batch(torch.arange(size))[0], settings.temperature[0])
+    orders = [ImageRows(half).batches(size, train.epochs, seed) for half in halves]
     for epoch in range(train.epochs):
         temperature = _between(*settings.temperature, epoch / max(1, train.epochs))
         sums = {"loss": 0.0, "alpha_loss": 0.0}
-        batches = zip(*(epoch_batches(half, train.batch, seed, epoch) for half in halves), strict=False)
-        for step, (own, other) in enumerate(batches):
-            set_rate(optimizer, epoch * each + step, steps, train)
-            x, y = images.batch(own, augment)
+        for step in range(epoch * each, (epoch + 1) * each):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, train)
+            x, y = halves[0].batch(torch.tensor(next(orders[0])), augment)
             loss = F.cross_entropy(net(x, temperature), y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
 
-            x, y = images.batch(other, augment)
+            x, y = halves[1].batch(torch.tensor(next(orders[1])), augment)
             alpha_loss = F.cross_entropy(net(x, temperature), y)
             gradients = torch.autograd.grad(alpha_loss + cost_loss(net, budget), net.alphas)
             for alpha, gradient in zip(net.alphas, gradients, strict=True):

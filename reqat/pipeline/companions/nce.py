@@ -11,6 +11,9 @@ from reqat.config.companions.nce import FASHION, Settings, of_part
 from reqat.config.files import write_file
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reqat.config.channels import ImageTraining
     from reqat.data.images import Images
     from reqat.methods.channels.search import Found
     from reqat.models.resnet import ResNetConfig
@@ -26,26 +29,34 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
     """
     import torch
 
+    from reqat.data.images import ImageRows
+    from reqat.evaluation.classification import correct_images
     from reqat.evaluation.layers import layer_errors
     from reqat.methods.pact_sawb import put_in_bits, start_ranges
     from reqat.models.resnet import ResNet, ResNetConfig, cost, layer_names
-    from reqat.training.classifier import correct, train_classifier
+    from reqat.training import Objective, RunSettings, train
 
     seed, arm = of_part(part)
-    train, test = _images(settings, given)
-    original = ResNetConfig(settings.depth, [settings.width], num_labels=train.classes, side=train.side)
-    widths, found = _widths(settings, original, arm, seed, train, given)
-    config = ResNetConfig(settings.depth, widths, num_labels=train.classes, side=train.side)
+    images, test = _images(settings, given)
+    original = ResNetConfig(settings.depth, [settings.width], num_labels=images.classes, side=images.side)
+    widths, found = _widths(settings, original, arm, seed, images, given)
+    config = ResNetConfig(settings.depth, widths, num_labels=images.classes, side=images.side)
     torch.manual_seed(seed)
     model = ResNet(config)
-    train_classifier(model, train, settings.full, seed, given.say, f"{part}, full precision")
-    full = correct(model, test)
+
+    def trained(training: ImageTraining, what: str) -> Tensor:
+        """Train the model; whether it is right about each test image."""
+        run = RunSettings.of(training, epochs=training.epochs, seed=seed)
+        rows = ImageRows(images, training.augment)
+        train(model, rows, Objective(), run, given.checkpoints / what, label=f"{part}, {what}", progress=False)
+        return correct_images(model, test)
+
+    full = trained(settings.full, "full")
     put_in_bits(model, settings.precision)
-    sample = train.batch(torch.arange(min(len(train), 2 * settings.qat.batch)))[0]
+    sample = images.batch(torch.arange(min(len(images), 2 * settings.qat.rows_per_batch)))[0]
     start_ranges(model, sample)
     errors = layer_errors(model, sample)
-    train_classifier(model, train, settings.qat, seed, given.say, f"{part}, two bits")
-    two_bit = correct(model, test)
+    two_bit = trained(settings.qat, "qat")
     given.say(
         f"{part}: widths {widths}, {100 * full.float().mean():.2f}%, {100 * two_bit.float().mean():.2f}% in 2 bits"
     )

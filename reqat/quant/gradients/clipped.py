@@ -55,14 +55,15 @@ class Clipped(GradientRule):
     def forward(self, x: Tensor, at: Rounding) -> Tensor:
         """``x`` rotated and rounded."""
         x = at.rotate(x)
-        rounded = fake_quantize(x.detach(), at.fmt, global_scale=at.global_scale, name=at.name)
         if not (torch.is_grad_enabled() and x.requires_grad):
-            return rounded
+            return fake_quantize(x, at.fmt, global_scale=at.global_scale, name=at.name)
         with torch.no_grad():
             if self.limit is not None:
+                rounded = fake_quantize(x, at.fmt, global_scale=at.global_scale, name=at.name)
                 inside = x.abs() <= self.limit
-            else:
-                inside = within(x.float(), at.fmt.element_type.emax * at.codes(x).element_scales(x))
+            else:  # the range is that of the scales, which codes bring along: x is rounded once
+                q = at.codes(x)
+                rounded, inside = q.dequantize(), within(x.float(), at.fmt.element_type.emax * q.element_scales(x))
         return _Masked.apply(rounded, x, inside)
 
 

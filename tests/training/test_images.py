@@ -1,6 +1,11 @@
-"""Classifiers of images: batches, the loop against one written out by hand, and bad input."""
+"""Training on images: batches, the loop against one written out by hand, resumption, and bad input."""
 
 from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +14,15 @@ import torch.nn.functional as F
 
 from reqat.config.channels import ImageTraining
 from reqat.config.errors import ReqatError
-from reqat.data.images import digits, halved, images_of
+from reqat.data.images import ImageRows, Images, digits, halved, images_of
+from reqat.evaluation.classification import correct_images
 from reqat.evaluation.layers import layer_errors
 from reqat.formats import quantize_dequantize
 from reqat.methods.pact_sawb import put_in_bits, start_ranges
 from reqat.models import prepare
 from reqat.models.resnet import ResNet, ResNetConfig
-from reqat.training.classifier import correct, epoch_batches, train_classifier
+from reqat.training import Objective, RunSettings, TrainResult, checkpoint, distributed, loop, train
+from reqat.training.distributed import Ranks
 
 
 def network() -> ResNet:
@@ -23,16 +30,22 @@ def network() -> ResNet:
     return ResNet(ResNetConfig(8, (4,), side=8))
 
 
-def test_a_run_is_sgd_with_nesterovs_momentum_on_cross_entropy() -> None:
+def trained(model: ResNet, images: Images, folder: Path, seed: int = 7, **settings: Any) -> TrainResult:
+    training = ImageTraining(**settings)
+    run = RunSettings.of(training, epochs=training.epochs, seed=seed, checkpoint_seconds=0)
+    return train(model, ImageRows(images, training.augment), Objective(), run, folder, progress=False)
+
+
+def test_a_run_is_sgd_with_nesterovs_momentum_on_cross_entropy(tmp_path: Path) -> None:
     images = digits().take(torch.arange(96))
-    settings = ImageTraining(epochs=2, batch=32, lr=0.1, warmup=0.5, weight_decay=0.01, augment=False)
+    settings = {"epochs": 2, "rows_per_batch": 32, "lr": 0.1, "warmup": 0.5, "weight_decay": 0.01, "augment": False}
     model, twin = network(), network()
-    losses = train_classifier(model, images, settings, seed=7)
-    assert losses[1] < losses[0]
+    losses = [entry["loss"] for entry in trained(model, images, tmp_path, **settings).history]
+    assert sum(losses[3:]) < sum(losses[:3])
     velocity = {}
     rates = [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.05, 0.0]  # three steps up, a cosine to zero
     twin.train()
-    steps = [batch for epoch in (0, 1) for batch in epoch_batches(torch.arange(96), 32, 7, epoch)]
+    steps = [torch.tensor(batch) for batch in ImageRows(images).batches(32, epochs=2, seed=7)]
     for rate, indices in zip(rates, steps, strict=True):
         pixels = (images.pixels[indices, None].float() - images.mean) / images.deviation
         twin.zero_grad()
@@ -47,7 +60,7 @@ def test_a_run_is_sgd_with_nesterovs_momentum_on_cross_entropy() -> None:
     assert sorted(torch.cat(steps[:3]).tolist()) == list(range(96)) and steps[0].tolist() != steps[3].tolist()
     model.eval()
     expected = model(images.batch(torch.arange(96))[0]).logits.argmax(-1) == images.labels
-    assert torch.equal(correct(model, images), expected)
+    assert torch.equal(correct_images(model, images, rows_per_batch=40), expected)
 
 
 def test_augmented_images_are_shifted_and_mirrored_ones() -> None:
@@ -63,6 +76,12 @@ def test_augmented_images_are_shifted_and_mirrored_ones() -> None:
     assert torch.equal(
         small.pixels.float(), images.pixels.float().unflatten(1, (4, 2)).unflatten(3, (4, 2)).mean((2, 4)).round()
     )
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ReqatError, match=r"digits.*pip install scikit-learn"):
+        digits()
 
 
 @pytest.mark.parametrize(
@@ -81,15 +100,53 @@ def test_damaged_images_are_refused(pixels: np.ndarray, labels: np.ndarray, says
         images_of(pixels, labels, 10, "cards")
 
 
-def test_too_few_images_and_a_diverging_run_are_named() -> None:
+def test_what_cannot_be_trained_is_named(tmp_path: Path) -> None:
     images = digits().take(torch.arange(40))
     with pytest.raises(ReqatError, match="40.*64"):
-        train_classifier(network(), images, ImageTraining(epochs=1, batch=64), seed=0)
+        trained(network(), images, tmp_path, epochs=1, rows_per_batch=64)
+    with pytest.raises(ReqatError, match="11 classes.*10 classes"):
+        trained(network(), dataclasses.replace(images, classes=11), tmp_path, epochs=1, rows_per_batch=32)
     model = network()
     with torch.no_grad():
         model.head.bias.fill_(torch.inf)
-    with pytest.raises(ReqatError, match="not finite.*lr=0.3"):
-        train_classifier(model, images, ImageTraining(epochs=1, batch=32, lr=0.3), seed=0)
+    with pytest.raises(ReqatError, match="lr=0.3"):
+        trained(model, images, tmp_path, epochs=1, rows_per_batch=32, lr=0.3)
+    with pytest.raises(ReqatError, match="batch norms.*2 processes"):
+        distributed.check_division(Ranks(0, 2), RunSettings(accumulation=2), None, False, network())
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_killed_run_goes_on_to_the_same_weights_and_statistics(
+    optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Momentum, running means and variances of norms, and the random cuts of images are all part of a checkpoint."""
+    images = digits().take(torch.arange(100))
+    settings = {"epochs": 2, "rows_per_batch": 32, "optimizer": optimizer, "lr": 0.01}
+    whole, resumed = network(), network()
+    put_in_bits(whole)
+    put_in_bits(resumed)
+    trained(whole, images, tmp_path / "whole", **settings)
+    save = checkpoint.save
+
+    def killed(folder: Path, model: Any, optimizer: Any, position: Any) -> None:
+        save(folder, model, optimizer, position)
+        if position["result"]["steps"] == 4:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.checkpoint, "save", killed)
+        with pytest.raises(Killed):
+            trained(resumed, images, tmp_path / "killed", **settings)
+    again = network()
+    put_in_bits(again)
+    trained(again, images, tmp_path / "killed", **settings)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert not torch.equal(whole.norm.running_mean, resumed.norm.running_mean)
 
 
 def test_the_errors_of_a_layer_are_those_of_its_tensors() -> None:
