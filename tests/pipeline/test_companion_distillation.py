@@ -141,6 +141,37 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], says: 
         encoder_settings(**changes)
 
 
+def test_blocks_for_validation_are_of_the_text_to_train_on_and_unread(tmp_path: Path) -> None:
+    given = Given({}, tmp_path, tmp_path, lambda _: None)
+    drawn, graded, tokenizer = tsld._blocks(tsld_tiny(held_out="validation"), 42, given)
+    same, test, _ = tsld._blocks(tsld_tiny(), 42, given)
+    reading, unseen = (tokenizer.decode(tsld._ids(tokenizer, text)) for text in tsld.texts(tsld_tiny(), given))
+    assert drawn == same and len(graded) == len(test) == 4
+    assert not {*map(tuple, drawn)} & {*map(tuple, graded)}
+    assert all(tokenizer.decode(block) in reading for block in graded)
+    assert all(tokenizer.decode(block) in unseen and tokenizer.decode(block) not in reading for block in test)
+
+
+def test_traces_have_no_validation() -> None:
+    with pytest.raises(ReqatError, match="traces"):
+        tsld_tiny(text="traces", held_out="validation")
+
+
+def test_texts_for_validation_are_neither_trained_on_nor_in_the_test(tmp_path: Path) -> None:
+    word = [["word", "nn"]] * 6
+    records: list[dict[str, Any]] = [{"id": f"ca{i:02}", "sentences": [word]} for i in range(40)]
+    reading, (graded, split) = encoders.divided(records, "validation")
+    assert split == "train" and len(graded) == 5 and len(reading) == 35
+    assert not {text["id"] for text in reading} & {text["id"] for text in graded}
+    assert encoders.divided(records, "test") == (records, (records, "test"))
+    # Of random words: the same to train on, others to grade on.
+    given = Given({}, tmp_path, tmp_path, lambda _: None)
+    (train, test, _), (again, other, _) = (
+        encoders.material(encoder_settings(), "generated", 42, given, held_out) for held_out in ("test", "validation")
+    )
+    assert train.digest == again.digest and test.digest != other.digest
+
+
 def test_every_labelled_task_has_a_corpus() -> None:
     assert {*LABELLED_TASKS, encoders_settings.GENERATED} == set(encoders_settings.CORPORA)
 
