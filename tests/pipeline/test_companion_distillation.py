@@ -125,6 +125,26 @@ def test_verdicts_on_encoders_are_paired_with_the_loss_on_scores(gain: float, sa
     assert claims["difference"].to_numpy() == pytest.approx(gain, abs=0.01)
 
 
+def test_settings_of_one_task_are_told_apart() -> None:
+    rows = pd.DataFrame(
+        {"companion": label, "task": "brown_tagging", "method": method, "seed": seed, **what}
+        for label, methods in (("encoders", ["score", "map"]), ("mixes", ["score", "map+0.5 output"]))
+        for method in methods
+        for seed in (1, 2)
+        for what in ({"group": 0, "right": 5, "count": 9}, {"group": 1, "right": 7, "count": 9}, {"layer": 0})
+    )
+    kl = rows["companion"].map({"encoders": 0.5, "mixes": 0.25}).where(rows["layer"].notna())
+    settings = encoder_settings().model_dump(mode="json")
+    given = Found("encoders", rows.assign(map_kl_nats=kl, output_error=kl), {"encoders": settings, "mixes": settings})
+    table = companion_encoders.build(given)
+    names = [section[0][0].text for section in table.sections]
+    assert len(set(names)) == 2 and all(label in name for label, name in zip(("encoders", "mixes"), names, strict=True))
+    drawn_lines = [ax.get_lines() for ax in encoders_figure.build(given).axes[::2]]
+    heights = [{float(y) for line in lines for y in line.get_ydata()} for lines in drawn_lines]  # type: ignore[arg-type]
+    assert heights == [{0.5}, {0.25}]
+    assert [len(lines) for lines in drawn_lines] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
