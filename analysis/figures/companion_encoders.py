@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.report import style
 from analysis.report.companions import Found
-from analysis.tables.companion_encoders import HIDDEN, MAP, OUTPUT, PTQ, SCORE, named
+from analysis.tables.companion_encoders import HIDDEN, MAP, OUTPUT, PTQ, SCORE, headings, named
 
 NAME = "companion-encoders"
 COMPANION = "encoders"
@@ -22,28 +22,35 @@ LOOKS = {
     OUTPUT: (style.GREEN, "o"),
     "map+output": (style.PURPLE, "^"),
 }
+OTHERS = (style.BLUE, style.GREEN, style.PURPLE, style.SKY)
 MEASURES = {"map_kl_nats": "KL of attention maps (nats)", "output_error": "error of attention outputs"}
 
 
 def build(found: Found) -> Figure:
-    """A row a task: divergence of attention maps and error of attention outputs over layers, means over seeds."""
+    """A row of settings and task: divergence of attention maps and error of attention outputs over layers, means over
+    seeds."""
     layers = found.rows[found.rows["layer"].notna()]
-    tasks = list(layers.groupby("task", sort=False))
-    fig = style.figure(0.8 + 2.1 * len(tasks))
-    axes = fig.subplots(len(tasks), 2, squeeze=False)
-    letters = iter("abcdefgh")
-    for line, (task, rows) in zip(axes, tasks, strict=True):
+    groups, names = list(layers.groupby(["companion", "task"], sort=False)), headings(layers)
+    fig = style.figure(0.8 + 2.1 * len(groups))
+    axes = fig.subplots(len(groups), 2, squeeze=False)
+    letters, explained = iter("abcdefgh"), set[str]()
+    for line, (key, rows) in zip(axes, groups, strict=True):
         for ax, (measure, label) in zip(line, MEASURES.items(), strict=True):
             _layers(ax, rows, measure)
             ax.set_ylabel(label, fontsize=7)
-            style.panel(ax, next(letters, ""), str(task).replace("_", " ").capitalize())
-    axes[0][0].legend(fontsize=6)
+            style.panel(ax, next(letters, ""), names[key])
+        methods = set(rows["method"])
+        if not methods <= explained:  # a legend where there are lines that none above explains
+            line[0].legend(fontsize=6)
+        explained |= methods
     style.footer(fig, ["Means over training seeds; logarithmic axes.", *found.notes])
     return fig
 
 
 def _layers(ax: Axes, rows: pd.DataFrame, measure: str) -> None:
-    for method, (colour, marker) in LOOKS.items():
+    others = [method for method in dict.fromkeys(rows["method"]) if method not in LOOKS]  # mixes of a sweep
+    looks = LOOKS | {method: (OTHERS[i % len(OTHERS)], ".") for i, method in enumerate(others)}
+    for method, (colour, marker) in looks.items():
         at = rows[rows["method"] == method].groupby("layer")[measure].mean()
         if len(at):
             ax.plot(at.index + 1, at.to_numpy(), color=colour, marker=marker, ms=3.5, lw=1, label=named(method))

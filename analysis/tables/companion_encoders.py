@@ -34,8 +34,9 @@ _DIGITS = 1
 
 
 def build(found: Found) -> Table:
-    """A section a task: a row a loss; then the verdicts."""
+    """A section of settings and task: a row a loss; then the verdicts."""
     sections, data, verdicts = [], [], []
+    names = headings(found.rows)
     for (label, task), rows in found.rows.groupby(["companion", "task"], sort=False):
         seen, recovered = accuracies(rows), recovery(rows)
         lines = []
@@ -45,7 +46,7 @@ def build(found: Found) -> Table:
             attention = recovered.get(method, {})
             lines.append(
                 (
-                    Text(_task(str(task))),
+                    Text(names[label, task]),
                     Text(named(method)),
                     Text(number(100 * mean.value, _DIGITS), detail=_interval(mean)),
                     Text() if gain is None else Text(_points(gain.value), detail=_interval(gain, sign=True)),
@@ -59,9 +60,9 @@ def build(found: Found) -> Table:
             data.append(row)
         sections.append(tuple(lines))
         for claim in claims(seen):
-            where = {"settings": label, "task": task, "where": _task(str(task)), "unit": SHARE}
+            where = {"settings": label, "task": task, "where": names[label, task], "unit": SHARE}
             data.append({"kind": "claim"} | where | claim)
-            verdicts.append(f"{_task(str(task))}: {_line(claim)}")
+            verdicts.append(f"{names[label, task]}: {_line(claim)}")
     return Table(
         NAME,
         "KD for QAT of encoders: ternary weights, 8-bit activations",
@@ -144,8 +145,14 @@ def _interval(mean: Mean, sign: bool = False) -> str:
     return f"[{low}, {high}]"
 
 
-def _task(name: str) -> str:
-    return name.replace("_", " ").capitalize()
+def headings(rows: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """(Name of the settings, task) -> the task, with the settings' name where several settings have it."""
+    pairs = [(str(label), str(task)) for label, task in rows[["companion", "task"]].drop_duplicates().to_numpy()]
+    tasks = [task for _, task in pairs]
+    return {
+        (label, task): task.replace("_", " ").capitalize() + (f" ({label})" if tasks.count(task) > 1 else "")
+        for label, task in pairs
+    }
 
 
 def _notes(found: Found) -> list[str]:

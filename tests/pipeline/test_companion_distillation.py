@@ -125,6 +125,26 @@ def test_verdicts_on_encoders_are_paired_with_the_loss_on_scores(gain: float, sa
     assert claims["difference"].to_numpy() == pytest.approx(gain, abs=0.01)
 
 
+def test_settings_of_one_task_are_told_apart() -> None:
+    rows = pd.DataFrame(
+        {"companion": label, "task": "brown_tagging", "method": method, "seed": seed, **what}
+        for label, methods in (("encoders", ["score", "map"]), ("mixes", ["score", "map+0.5 output"]))
+        for method in methods
+        for seed in (1, 2)
+        for what in ({"group": 0, "right": 5, "count": 9}, {"group": 1, "right": 7, "count": 9}, {"layer": 0})
+    )
+    kl = rows["companion"].map({"encoders": 0.5, "mixes": 0.25}).where(rows["layer"].notna())
+    settings = encoder_settings().model_dump(mode="json")
+    given = Found("encoders", rows.assign(map_kl_nats=kl, output_error=kl), {"encoders": settings, "mixes": settings})
+    table = companion_encoders.build(given)
+    names = [section[0][0].text for section in table.sections]
+    assert len(set(names)) == 2 and all(label in name for label, name in zip(("encoders", "mixes"), names, strict=True))
+    drawn_lines = [ax.get_lines() for ax in encoders_figure.build(given).axes[::2]]
+    heights = [{float(y) for line in lines for y in line.get_ydata()} for lines in drawn_lines]  # type: ignore[arg-type]
+    assert heights == [{0.5}, {0.25}]
+    assert [len(lines) for lines in drawn_lines] == [2, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -139,6 +159,37 @@ def test_verdicts_on_encoders_are_paired_with_the_loss_on_scores(gain: float, sa
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ReqatError, match=says):
         encoder_settings(**changes)
+
+
+def test_blocks_for_validation_are_of_the_text_to_train_on_and_unread(tmp_path: Path) -> None:
+    given = Given({}, tmp_path, tmp_path, lambda _: None)
+    drawn, graded, tokenizer = tsld._blocks(tsld_tiny(held_out="validation"), 42, given)
+    same, test, _ = tsld._blocks(tsld_tiny(), 42, given)
+    reading, unseen = (tokenizer.decode(tsld._ids(tokenizer, text)) for text in tsld.texts(tsld_tiny(), given))
+    assert drawn == same and len(graded) == len(test) == 4
+    assert not {*map(tuple, drawn)} & {*map(tuple, graded)}
+    assert all(tokenizer.decode(block) in reading for block in graded)
+    assert all(tokenizer.decode(block) in unseen and tokenizer.decode(block) not in reading for block in test)
+
+
+def test_traces_have_no_validation() -> None:
+    with pytest.raises(ReqatError, match="traces"):
+        tsld_tiny(text="traces", held_out="validation")
+
+
+def test_texts_for_validation_are_neither_trained_on_nor_in_the_test(tmp_path: Path) -> None:
+    word = [["word", "nn"]] * 6
+    records: list[dict[str, Any]] = [{"id": f"ca{i:02}", "sentences": [word]} for i in range(40)]
+    reading, (graded, split) = encoders.divided(records, "validation")
+    assert split == "train" and len(graded) == 5 and len(reading) == 35
+    assert not {text["id"] for text in reading} & {text["id"] for text in graded}
+    assert encoders.divided(records, "test") == (records, (records, "test"))
+    # Of random words: the same to train on, others to grade on.
+    given = Given({}, tmp_path, tmp_path, lambda _: None)
+    (train, test, _), (again, other, _) = (
+        encoders.material(encoder_settings(), "generated", 42, given, held_out) for held_out in ("test", "validation")
+    )
+    assert train.digest == again.digest and test.digest != other.digest
 
 
 def test_every_labelled_task_has_a_corpus() -> None:

@@ -55,6 +55,9 @@ class Settings(Companion):
     test_sequences: Count = 1000
     recovery_sequences: Count = 200
     """Of those for the test, on which attention is compared with the teacher's."""
+    held_out: Literal["test", "validation"] = "test"
+    """Whose `test_sequences` are graded. `validation`: those of every eighth text that is there to train on, and of
+    which nothing is trained on then, for choosing settings without a look at the test."""
     max_tokens: Size = 64
     rows_per_batch: Size = 32
     teacher_epochs: Count = 2

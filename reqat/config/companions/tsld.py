@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from reqat.config.base import Count, Families, Seeds, Size, distinct
 from reqat.config.companions import TESTBED, Companion
+from reqat.config.errors import ReqatError
 from reqat.config.precision import resolve
 from reqat.config.stage import Architecture
 
@@ -57,6 +58,9 @@ class Settings(Companion):
     """Those of them (or traces) that the students read, `epochs` times: few, so that they can overfit."""
     test_blocks: Count = 100
     """Or traces."""
+    held_out: Literal["test", "validation"] = "test"
+    """Where `test_blocks` come from. `test`: a novel, or texts, that nobody trains on. `validation`: blocks of the text
+    to train on that the teacher does not read, for choosing settings without a look at the test."""
     teacher_epochs: Count = 1
     epochs: Count = 10
     evaluations: Size = 10
@@ -70,6 +74,8 @@ class Settings(Companion):
     @model_validator(mode="after")
     def _sound(self) -> Settings:
         resolve(self.precision)
+        if self.held_out == "validation" and self.text == "traces":
+            raise ReqatError("held_out: 'traces' have no validation blocks; choose settings on a running text.")
         return self
 
     def parts(self) -> tuple[str, ...]:

@@ -45,6 +45,7 @@ class Sizes(Protocol):
 
 TEACHER, PTQ = "teacher", "ptq"
 GROUPS = 50
+_VALIDATION_EVERY = 8
 _GENERATED_CLASSES, _GENERATED_WORDS = 5, 60
 
 
@@ -59,7 +60,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
     from reqat.training import NLL, Objective, RunSettings, train
 
     task, seed = task_and_seed(part)
-    train_rows, test_rows, teacher = material(settings, task, seed, given)
+    train_rows, test_rows, teacher = material(settings, task, seed, given, settings.held_out)
     shared: dict[str, Any] = {
         "rows_per_batch": settings.rows_per_batch,
         "warmup": settings.warmup,
@@ -115,26 +116,40 @@ def objectives(settings: Settings) -> dict[str, Any]:
     return found
 
 
-def material(settings: Sizes, task: str, seed: int, given: Given) -> tuple[LabelledRows, LabelledRows, Any]:
+def material(
+    settings: Sizes, task: str, seed: int, given: Given, held_out: str = "test"
+) -> tuple[LabelledRows, LabelledRows, Any]:
     """Rows to train on and to test on, and the model that will be fine-tuned, with a fresh classifier. Other companions
-    that need an encoder begin from the same."""
+    that need an encoder begin from the same. `held_out`: `test` or `validation`."""
     import torch
 
     torch.manual_seed(seed)
     if task == GENERATED:
-        return _generated(settings, seed)
+        return _generated(settings, seed, held_out)
     from reqat.data import classified_rows, tagged_rows
     from reqat.models import load_tokenizer
     from reqat.tasks.labelled import TASKS, chosen
 
     folder = given.source("minilm")
     tokenizer, about, rows = load_tokenizer(folder), TASKS[task], []
-    records = _records(task, given)
-    for split, n in (("train", settings.train_sequences), ("test", settings.test_sequences)):
-        examples = chosen(about, records, split, n, seed if split == "train" else 0)
+    reading, graded = divided(_records(task, given), held_out)
+    train = (reading, "train", settings.train_sequences, seed)
+    for records, split, n, drawn_by in (train, (*graded, settings.test_sequences, 0)):
+        examples = chosen(about, records, split, n, drawn_by)
         make: Any = tagged_rows if about.per_word else classified_rows
         rows.append(make(tokenizer, examples, classes=len(about.classes), max_tokens=settings.max_tokens))
     return rows[0], rows[1], _minilm(folder, len(about.classes), about.per_word, settings.layers)
+
+
+def divided(
+    records: list[dict[str, Any]], held_out: str
+) -> tuple[list[dict[str, Any]], tuple[list[dict[str, Any]], str]]:
+    """Texts to train on, and those to grade on with their split. For validation the texts that are no test are divided
+    once more, by text: every eighth of the corpus, which lists its texts by genre, so of every genre."""
+    if held_out == "test":
+        return records, (records, "test")
+    graded = records[::_VALIDATION_EVERY]
+    return [text for i, text in enumerate(records) if i % _VALIDATION_EVERY], (graded, "train")
 
 
 def _records(task: str, given: Given) -> list[dict[str, Any]]:
@@ -155,7 +170,7 @@ def _minilm(folder: Path, classes: int, per_word: bool, layers: int | None) -> A
     return kind.from_pretrained(folder, config=config, use_safetensors=True)
 
 
-def _generated(settings: Sizes, seed: int) -> tuple[LabelledRows, LabelledRows, Any]:
+def _generated(settings: Sizes, seed: int, held_out: str) -> tuple[LabelledRows, LabelledRows, Any]:
     """Random words whose class is that of their left neighbour, so that attention is needed, and a random encoder."""
     from transformers import BertConfig, BertForTokenClassification
 
@@ -172,4 +187,5 @@ def _generated(settings: Sizes, seed: int) -> tuple[LabelledRows, LabelledRows, 
         intermediate_size=64, max_position_embeddings=settings.max_tokens,
     )  # fmt: skip
     config.num_labels = _GENERATED_CLASSES
-    return rows(settings.train_sequences, 0), rows(settings.test_sequences, 1), BertForTokenClassification(config)
+    graded = rows(settings.test_sequences, {"test": 1, "validation": 2}[held_out])
+    return rows(settings.train_sequences, 0), graded, BertForTokenClassification(config)

@@ -154,14 +154,22 @@ def _blocks(settings: Settings, seed: int, given: Given) -> tuple[list[list[int]
     reading, unseen = texts(settings, given)
     tokenizer = text_tokenizer(reading, settings.vocabulary)
     found = blocks(_ids(tokenizer, reading), settings.block_tokens)
-    test = blocks(_ids(tokenizer, unseen), settings.block_tokens)
-    there = {"teacher_blocks": len(found), "student_blocks": settings.teacher_blocks, "test_blocks": len(test)}
-    for name, most in there.items():
-        if getattr(settings, name) > most:
-            raise ReqatError(f"{name} {getattr(settings, name)}: there are {most}; lower it")
+    _enough(settings, "teacher_blocks", len(found))
+    _enough(settings, "student_blocks", settings.teacher_blocks)
+    drawn = random.Random(seed).sample(range(len(found)), settings.teacher_blocks)
+    if settings.held_out == "validation":
+        unread = sorted(set(range(len(found))) - set(drawn))
+        test = [found[i] for i in unread]
+    else:
+        test = blocks(_ids(tokenizer, unseen), settings.block_tokens)
+    _enough(settings, "test_blocks", len(test))
     step = len(test) // settings.test_blocks
-    drawn = random.Random(seed).sample(found, settings.teacher_blocks)
-    return drawn, test[::step][: settings.test_blocks], tokenizer
+    return [found[i] for i in drawn], test[::step][: settings.test_blocks], tokenizer
+
+
+def _enough(settings: Settings, name: str, most: int) -> None:
+    if getattr(settings, name) > most:
+        raise ReqatError(f"{name} {getattr(settings, name)}: there are {most}; lower it")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
