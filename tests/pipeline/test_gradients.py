@@ -123,9 +123,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(
         if len(saves) == 3:
             raise KeyboardInterrupt
 
-    settings = loop.RunSettings
+    of = loop.RunSettings.of
     monkeypatch.setattr(loop.checkpoint, "save", save_and_die)
-    monkeypatch.setattr("reqat.pipeline.stages.RunSettings", lambda **given: settings(**given, checkpoint_seconds=1e-9))
+    monkeypatch.setattr(loop.RunSettings, "of", lambda *given, **more: of(*given, **more, checkpoint_seconds=1e-9))
     out, inputs = tmp_path / "out", chain.inputs(chain.qat)
     with pytest.raises(KeyboardInterrupt):
         run_gradients(chain.qat, inputs, out, every=EVERY, progress=False)
