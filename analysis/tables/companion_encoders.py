@@ -30,7 +30,7 @@ NAMES = {
     HIDDEN: "logits and hidden states",
     SCORE: "+ attention scores (TernaryBERT)",
 }
-_DIGITS = 1
+_DIGITS = 2
 
 
 def build(found: Found) -> Table:
