@@ -14,7 +14,7 @@ import pandas as pd
 from analysis.report.document import Column, Table, Text, number
 from reqat.config.errors import ReqatError
 
-NAME = "companions"
+NAME = "companion-verdicts"
 BEGIN, END = "<!-- companions: written by `reqat report --verdicts` -->", "<!-- companions: end -->"
 NATS, SHARE, POINTS, MEASUREMENTS, CORRELATION = "nats a token", "share", "points", "measurements", "rank correlation"
 # Unit -> what its numbers are multiplied by, the digits that are shown, and the words behind them.
