@@ -265,8 +265,8 @@ def pinned_companions(paths: Paths) -> tuple[str, list[CompanionClaim]] | None:
 
 def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
     """Write the claims over all models where readers look for them: all of them into `results/verdicts.md`, and those
-    of companions into `results/companion-verdicts.md`, the most important ones into README.md, between its markers; returns the
-    files. A README without markers is left alone.
+    of companions into `results/companion-verdicts.md`, the most important ones into README.md, between its markers;
+    returns the files. A README without markers is left alone.
 
     Raises `ReqatError` if no run tests a claim, or for one marker without the other.
     """
