@@ -241,7 +241,7 @@ class Reading:
     def images(self, channels: int, classes: int) -> None:
         """Raise ``ReqatError`` for images of other channels than the model's, or of more classes."""
         config = self.model.config
-        if (config.num_channels, config.num_labels) != (channels, max(classes, config.num_labels)):
+        if config.num_channels != channels or (config.num_labels or 0) < classes:
             raise ReqatError(
                 f"{self.label}: images of {channels} channels and {classes} classes are not for a model of "
                 f"{config.num_channels} channels and {config.num_labels} classes"
