@@ -130,7 +130,6 @@ def build_companions(
     *,
     missing: Mapping[str, str] | None = None,
     tier: str = "",
-    title: str = "",
 ) -> list[Path]:
     """Write every table and figure of these parts of companions; returns the files.
 
@@ -141,7 +140,7 @@ def build_companions(
 
     parts = list(planned)
     names, written = companion_names(parts), []
-    for found in companions.load_companions(parts, source, missing or {}, tier=tier, title=title):
+    for found in companions.load_companions(parts, source, missing or {}, tier=tier):
         tables, figures = names[found.kind]
         for name in tables:
             there = len(found.rows) > 0
@@ -190,9 +189,9 @@ def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Pa
     if part == "companions":
         from analysis.report.companions import pinned_parts
 
-        planned, tier = pinned_parts(kept.records), kept.plan.tier
+        planned = pinned_parts(kept.records)
         source = kept.root / "companions"
-        return build_companions(planned, source, table_folder, plot_folder, tier=tier.name, title=tier.title)
+        return build_companions(planned, source, table_folder, plot_folder, tier=kept.plan.tier.name)
     return [
         path
         for id in kept.records

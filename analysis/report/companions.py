@@ -41,7 +41,6 @@ class Found:
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Reason -> parts that are not there for it."""
     tier: str = ""
-    title: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -50,7 +49,7 @@ class Found:
 
     def noted(self, *, arithmetic: bool = True) -> tuple[str, ...]:
         """The footer, without the arithmetic where nothing is fake-quantized."""
-        tier = f"Tier {self.tier} ({self.title})." if self.title else f"Tier {self.tier}."
+        tier = f"Tier {self.tier}."
         sources = sorted({name for made in self.records for name in made.get("inputs", {})})
         read = [f"Data and models: {', '.join(sources)}."] if sources else []
         how = sorted({arithmetic_of(dict(made)) for made in self.records}) if arithmetic else []
@@ -66,7 +65,7 @@ class Found:
 
 
 def load_companions(
-    planned: Iterable[Part], source: Path, missing: Mapping[str, str], *, tier: str = "", title: str = ""
+    planned: Iterable[Part], source: Path, missing: Mapping[str, str], *, tier: str = ""
 ) -> list[Found]:
     """What lies under `source` (one folder a part) of the planned parts, by kind, in order.
 
@@ -75,10 +74,10 @@ def load_companions(
     of_kind: dict[str, list[Part]] = {}
     for part in planned:
         of_kind.setdefault(part.kind, []).append(part)
-    return [_found(kind, parts, Path(source), missing, tier, title) for kind, parts in of_kind.items()]
+    return [_found(kind, parts, Path(source), missing, tier) for kind, parts in of_kind.items()]
 
 
-def _found(kind: str, parts: list[Part], source: Path, missing: Mapping[str, str], tier: str, title: str) -> Found:
+def _found(kind: str, parts: list[Part], source: Path, missing: Mapping[str, str], tier: str) -> Found:
     frames, records, reasons, folders = [], [], {}, {}  # type: ignore[var-annotated]
     for part in parts:
         folder = source / part.id
@@ -96,7 +95,7 @@ def _found(kind: str, parts: list[Part], source: Path, missing: Mapping[str, str
     rows = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     settings = {part.settings.label: part.settings.model_dump(mode="json") for part in parts}
     reasons = {reason: tuple(labels) for reason, labels in reasons.items()}
-    return Found(kind, rows, settings, folders, tuple(records), reasons, tier, title)
+    return Found(kind, rows, settings, folders, tuple(records), reasons, tier)
 
 
 def read_rows(folder: Path, part: Part) -> pd.DataFrame:

@@ -123,7 +123,7 @@ def _report_companions(plan: Plan, kinds: list[str], tables: Path, plots: Path) 
     parts = [part for part in planned if part.kind in (kinds or there)]
     noted = {part.id: reason for part in parts if (reason := note_of(paths.companion(part.id))) is not None}
     source = paths.work / "companions"
-    build_companions(parts, source, tables, plots, missing=noted, tier=tier.name, title=tier.title)
+    build_companions(parts, source, tables, plots, missing=noted, tier=tier.name)
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ def tsld_tiny(**changes: Any) -> tsld_settings.Settings:
 
 def found(kind: str, settings: Any, rows: pd.DataFrame) -> Found:
     rows = rows.assign(companion=kind, part="seed42")
-    return Found(kind, rows, {kind: settings.model_dump(mode="json")}, tier="smoke", title="a check")
+    return Found(kind, rows, {kind: settings.model_dump(mode="json")}, tier="smoke")
 
 
 def drawn(build: Any, given: Found, folder: Path) -> None:
