@@ -54,6 +54,7 @@ onstart:
 
 onsuccess:
     stop_server()
+    say_where()
     say_what_is_missing()
 
 

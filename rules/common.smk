@@ -354,6 +354,19 @@ def stop_server():
     warm.stop(SERVER)
 
 
+def say_where():
+    """Where the files of the run's target are; nothing of targets that make none for readers."""
+    places = {
+        "figures/": "figures/",
+        "figures": "figures/",
+        "companions": f"{BUILD}/tables/{TIER}/companion-* and {BUILD}/plots/{TIER}/companion-*",
+        "pinned": f"{BUILD}/pinned/tables/{TIER} and {BUILD}/pinned/plots/{TIER}",
+    }
+    for target in workflow.dag_settings.targets:
+        if target in places:
+            logger.warning(f"Tables and figures: {places[target]}")
+
+
 def say_what_is_missing():
     """A line for each result that was left out, at the end of a run that made all others."""
     state = bench_state()

@@ -146,7 +146,7 @@ def install(python: Path) -> None:
     if libraries:
         print(f"Installing the CUDA libraries of torch {pins['torch']}", flush=True)
         pip(python, "--no-warn-conflicts", "-c", LOCK, *libraries)  # that torch wants another triton is known
-    print("Compiling this project's kernels", flush=True)
+    print("Compiling this project's kernels (C++; some minutes on a busy machine)", flush=True)
     pip(python, *built_here, "-e", ".")  # run() works in ROOT, whose path may hold what pip reads as options of a link
     warm_up(python)
 
@@ -155,7 +155,7 @@ def warm_up(python: Path) -> None:
     """Import what commands and jobs import, so that Python compiles it now, while somebody expects to wait, and not in
     the first command or in every worker of the tests at once. Nothing depends on it: an import that fails says so where
     it is needed."""
-    print("Compiling the Python modules that are used, once", flush=True)
+    print("Compiling the Python modules that are used, once (half a minute)", flush=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     program = "from reqat.cli.warm import import_everything; import_everything()"
     command = [str(python), "-W", "ignore", "-c", program]

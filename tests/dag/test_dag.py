@@ -122,6 +122,7 @@ def test_what_fails_or_is_not_installed_costs_its_own_alone_in_whatever_folder(t
     assert not [path for path in tmp_path.rglob("*") if path.name in ("F", "G")], "a path was run as a command"
     assert "install smollm2" in first.stdout
     assert (checkout / build.removeprefix("build=") / "tables" / "tiny" / "companion-amxfp4.md").exists()
+    assert "Tables and figures: figures/" in first.stdout and "tables/tiny/companion-*" in first.stdout
 
     (checkout / "crash").unlink()
     calls(checkout)
