@@ -281,11 +281,10 @@ def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
         texts[paths.results / f"{companion_claims.NAME}.md"] = companion_claims.build(claims, folder).markdown()
         blocks.append((companion_claims.block(claims, folder, pages), companion_claims.BEGIN, companion_claims.END))
     if readme.is_file():
-        before = text = readme.read_text(encoding="utf-8")
+        text = readme.read_text(encoding="utf-8")
         for inside, first, last in blocks:
-            text = summary.filled(text, inside, first, last) or text
-        if text != before or summary.BEGIN in text:
-            texts[readme] = text
+            if (filled := summary.filled(text, inside, first, last)) is not None:
+                texts[readme] = text = filled
     for path, text in texts.items():
         write_file(path, text)
     return list(texts)

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from analysis.build import build_studies, build_tables, build_throughput, results_of, verdict_runs
+from analysis.build import (
+    build_studies,
+    build_tables,
+    build_throughput,
+    pinned_companions,
+    results_of,
+    verdict_runs,
+)
 from analysis.registry import study_names, table_names, throughput_names
-from analysis.report import summary
+from analysis.report import companion_claims, summary
 from analysis.report.studies import load_studies, pinned_studies
 from reqat.config import Paths, load
+from reqat.config.companions import kinds
 from reqat.pipeline import pin
 from reqat.records import pinned, record
 
@@ -82,6 +90,20 @@ def test_studies_of_the_run_that_claims_rest_on_are_pinned() -> None:
         of_paper = {"pair", "routing", "noise", "reset", "dynamics", "gradients"}  # what its figures show
         assert {study.kind for study in pinned_studies(kept.root / "studies").values()} >= of_paper
     assert pinned.manifest(folder)["same_stages_as_pinned_run"] is True, "figures and tables are of one training"
+
+
+def test_the_claims_of_companions_are_those_of_the_pinned_ones() -> None:
+    found = pinned_companions(PATHS)
+    assert found is not None
+    folder, claims = found
+    assert {one.companion for one in claims if one.headline} == set(kinds()), "README has a line for each system"
+    pages = {kind: f"docs/companions/{kind}.md" for kind in kinds()}
+    assert all((ROOT / page).is_file() for page in pages.values())
+    readme = (ROOT / "README.md").read_text()
+    block = companion_claims.block(claims, folder, pages)
+    assert summary.filled(readme, block, companion_claims.BEGIN, companion_claims.END) == readme
+    page = PATHS.results / f"{companion_claims.NAME}.md"
+    assert page.read_text() == companion_claims.build(claims, folder).markdown()
 
 
 def test_the_claims_over_all_models_are_those_of_the_pinned_runs() -> None:

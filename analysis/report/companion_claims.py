@@ -70,8 +70,7 @@ def claims_of(companion: str, table: Table, headline: Sequence[str]) -> list[Com
         if row["unit"] not in _SHOWN:
             raise ReqatError(f"{table.name}: claims in {row['unit']!r}; the known units are {', '.join(_SHOWN)}.")
         value, lo, hi = (float(row[f"difference{end}"]) for end in ("", "_lo", "_hi"))
-        about = (str(row[name]) for name in ("where", "claim", "unit", "verdict"))
-        where, claim, unit, verdict = about
+        where, claim, unit, verdict = (str(row[name]) for name in ("where", "claim", "unit", "verdict"))
         where = "" if where == companion else where  # settings that have no name of their own
         first = claim.startswith(tuple(headline))
         out.append(CompanionClaim(companion, where, claim, value, lo, hi, unit, verdict, first))
