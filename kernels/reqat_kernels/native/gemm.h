@@ -36,6 +36,11 @@ struct Weight {
 bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
                float* scale);
 
+// Round rows of x [M, K] to int8: scale = amax / 127 (1 for a row of zeros), value = x / scale to nearest even. Columns
+// K to `padded` become 0. False if x holds NaN or infinity.
+bool int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values, int32_t* start,
+                float* row_scale);
+
 // y [M, N] = alpha * sum over blocks of scale_w * scale_x * (integer dot product) + bias.
 //   x: int8 [M, 16 * steps]; start: int32 [M, blocks], -OFFSET times the sum of x over each block;
 //   scale_x: float32 [M, blocks], or null (then 1); row_scale: float32 [M], or null; bias: float32 [N], or null.
