@@ -42,9 +42,13 @@ def cores(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int:
         found = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         found = os.cpu_count() or 1
-    for quota in _cpu_quotas(proc, cgroups):
-        found = min(found, math.ceil(quota))
-    return max(1, found)
+    return min(found, cores_by_quota(proc, cgroups) or found)
+
+
+def cores_by_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> int | None:
+    """Cores that the control groups' quotas allow, rounded up, whatever the affinity; None without a quota."""
+    quotas = [max(1, math.ceil(quota)) for quota in _cpu_quotas(proc, cgroups)]
+    return min(quotas, default=None)
 
 
 def usable_mb() -> int:

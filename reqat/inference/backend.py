@@ -15,7 +15,7 @@ The Triton functions also run on CPU tensors in triton's interpreter, which is h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -80,6 +80,9 @@ class Backend(Protocol):
 
     def tensors(self, weight: Any) -> dict[str, Tensor]:
         """The memory behind a packed weight, by name."""
+
+    def tune(self, weights: Sequence[Any], inputs: Format | None) -> None:
+        """Measure, where it pays, what is best on this machine for a model of these packed weights; no result changes."""
 
     def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Any:
         """``x`` [..., K] rotated and rounded, as :meth:`linear` takes it. Raises ValueError for NaN or infinity."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor
 
+from reqat.config import machine
 from reqat.formats import Format, QuantizedTensor
 from reqat.inference.backend import InputQuantSpec
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native import attention as native_attention
 from reqat_kernels.native import gemm as native_gemm
+from reqat_kernels.native import library, prefetch
 
 
 class NativeBackend:
@@ -38,6 +40,13 @@ class NativeBackend:
     def tensors(self, weight: native_gemm.PackedWeight) -> dict[str, Tensor]:
         """Codes and scales are one piece."""
         return {"data": weight.data}
+
+    def tune(self, weights: Sequence[native_gemm.PackedWeight], inputs: Format | None) -> None:
+        """How many threads, where a quota gives this process fewer cores than it sees; how far ahead products read."""
+        quota = machine.cores_by_quota()
+        if quota is not None:
+            library.limit_threads(quota)
+        prefetch.tune(weights, "bfloat16" if inputs is None else "integers")
 
     def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | native_gemm.QuantizedInput:
         """Integers."""

@@ -90,6 +90,8 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
             inputs = shared.setdefault(id(source), PackedInput(source, precision, fmt.block or 1, kernels))
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, PackedLinear(linear, inputs, buffer))
+        packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
+        kernels.tune(packed, precision.inputs)
     model._reqat_backend = kernels  # type: ignore[assignment]
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)

@@ -5,7 +5,7 @@ Imported only where it is used, because it imports triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -56,6 +56,9 @@ class TritonBackend:
         """Codes, scales and, in NVFP4, the global scale."""
         parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
         return {name: part for name, part in parts.items() if part is not None}
+
+    def tune(self, weights: Sequence[PackedTensor], inputs: Format | None) -> None:
+        """Nothing: launches are chosen by the architecture, before anything runs."""
 
     def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | PackedTensor:
         """Codes and scales; the rotation is fused where the kernel has its size."""

@@ -29,6 +29,19 @@ struct Weight {
     double alpha;           // factor of the result: 1 / g, and 1/2 where values are doubled; rounded to float32 in use
 };
 
+// Which loop reads the weights: that of integer or of bfloat16 inputs.
+enum Path : int { INTEGERS = 0, BFLOAT16 = 1 };
+
+// How many bytes ahead of the codes being read the next are asked for: `near` into the first cache, `far` into the second
+// (0: not at all). What is best depends on the machine and on how many rows of x a pass has, so it is measured
+// (prefetch.py) and kept here; results do not depend on it.
+struct Ahead {
+    int32_t near, far;
+};
+
+// The schedule of a path for passes of `rows` (1, 2, 4 or 8) rows of x.
+Ahead ahead_of(Path path, int rows);
+
 // Round rows of x [M, K] to an FP4 format whose block is that of the weight and divides K.
 //   g: the global scale of a static format; otherwise it follows from x, per tensor or per row, as the format says.
 //   values: int8 [M, K], doubled; start: int32 [M, blocks]; scale: float32 [M, blocks], of doubled values.

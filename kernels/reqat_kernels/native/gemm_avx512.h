@@ -9,22 +9,18 @@
 namespace reqat {
 namespace {
 
-constexpr int PREFETCH = 4096;  // bytes ahead of the codes being read, where one distance is enough
-
-// Bring weights from memory while a kernel reads at `codes` and `scales`. What is best was measured: one row of x keeps
-// pace with memory and wants it plain; more leave gaps, in which the second cache is filled far ahead (two rows take a
-// quarter less time). One stream, scales among the codes, was no faster.
-template <int MR>
-inline void prefetch_step(const uint8_t* codes, const uint8_t* scales, bool with_scales) {
-    if (MR == 1) {
-        __builtin_prefetch(codes + PREFETCH);
-        __builtin_prefetch(codes + PREFETCH + 64);
-    } else {
-        __builtin_prefetch(codes + 512);
-        __builtin_prefetch(codes + 512 + 64);
-        __builtin_prefetch(codes + 2 * PREFETCH, 0, 2);
-        __builtin_prefetch(codes + 2 * PREFETCH + 64, 0, 2);
-        if (with_scales) __builtin_prefetch(scales + PREFETCH / 4, 0, 2);
+// Bring weights from memory while a kernel reads at `codes` and `scales`: of each step two lines, `near` bytes ahead, into
+// the first cache; where the schedule has a second distance, two lines into the second cache as well, with their scales.
+// (One stream, scales among the codes, was no faster.)
+template <int PER>
+inline void prefetch_step(const Ahead& ahead, const uint8_t* codes, const uint8_t* scales, int64_t step) {
+    __builtin_prefetch(codes + ahead.near);
+    __builtin_prefetch(codes + ahead.near + 64);
+    if (ahead.far) {
+        __builtin_prefetch(codes + ahead.far, 0, 2);
+        __builtin_prefetch(codes + ahead.far + 64, 0, 2);
+        // A line holds the scales of four blocks, of PER steps each.
+        if (step % (4 * PER) == 0) __builtin_prefetch(scales + ahead.far / (8 * PER), 0, 2);
     }
 }
 
@@ -63,6 +59,7 @@ template <int MR, int KIND, bool BLOCKS>
 REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x,
                                   int64_t tile, float* out) {
     constexpr int PER = KIND == 0 ? 1 : 2;
+    const Ahead ahead = ahead_of(INTEGERS, MR);
     const int64_t blocks = w.steps / PER;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
     const uint8_t* scales = w.scales + tile * blocks * LANES;
@@ -79,7 +76,7 @@ REQAT_AVX512 void int_tile_avx512(const Weight& w, const int8_t* x, const int32_
             const int64_t step = b * PER + s;
             const uint8_t* at = codes + step * STEP_BYTES;
             const __m512i p0 = _mm512_loadu_si512(at), p1 = _mm512_loadu_si512(at + 64);
-            prefetch_step<MR>(at, scales + b * LANES, step % (4 * PER) == 0);
+            prefetch_step<PER>(ahead, at, scales + b * LANES, step);
             // vpermb looks at six bits of an index, and the table repeats every 16 entries: what the other nibble leaves
             // above the code does no harm.
             const __m512i values[4] = {_mm512_permutexvar_epi8(p0, table),
@@ -120,7 +117,7 @@ REQAT_AVX512 void float_tile_avx512(const Weight& w, const float* x, int64_t til
             for (int l = 0; l < 2; l++) {
                 const uint8_t* at = codes + step * STEP_BYTES + 64 * l;
                 const __m512i packed = _mm512_loadu_si512(at);
-                if (MR <= 2) _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
+                if (MR <= 2) _mm_prefetch(reinterpret_cast<const char*>(at + 4096), _MM_HINT_T0);
                 const float* xs = x + step * MR * STEP + 8 * l;
                 // vpermps looks at four bits of an index.
 #define REQAT_COLUMN(c, shift)                                                                      \
@@ -149,6 +146,7 @@ REQAT_AVX512 void float_tile_avx512(const Weight& w, const float* x, int64_t til
 template <int MR, int KIND>
 REQAT_AVX512 void bf16_tile_avx512(const Weight& w, const uint32_t* x, int64_t tile, float* out) {
     constexpr int PER = KIND == 0 ? 1 : 2;
+    const Ahead ahead = ahead_of(BFLOAT16, MR);
     const int64_t blocks = w.steps / PER;
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
     const uint8_t* scales = w.scales + tile * blocks * LANES;
@@ -161,12 +159,12 @@ REQAT_AVX512 void bf16_tile_avx512(const Weight& w, const uint32_t* x, int64_t t
     for (int64_t b = 0; b < blocks; b++) {
         __m512 block[MR];
         for (int m = 0; m < MR; m++) block[m] = _mm512_setzero_ps();
-        for (int s = 0; s < PER; s++)
+        for (int s = 0; s < PER; s++) {
+            const int64_t step = b * PER + s;
+            prefetch_step<PER>(ahead, codes + step * STEP_BYTES, scales + b * LANES, step);
             for (int l = 0; l < 2; l++) {
-                const int64_t step = b * PER + s;
                 const uint8_t* at = codes + step * STEP_BYTES + 64 * l;
                 const __m512i packed = _mm512_loadu_si512(at);
-                _mm_prefetch(reinterpret_cast<const char*>(at + PREFETCH), _MM_HINT_T0);
                 // vpermw looks at five bits of an index, and the table repeats after four.
                 const __m512i v[4] = {_mm512_permutexvar_epi16(packed, table),
                                       _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4), table),
@@ -177,6 +175,7 @@ REQAT_AVX512 void bf16_tile_avx512(const Weight& w, const uint32_t* x, int64_t t
                     for (int j = 0; j < 4; j++) block[m] = dot_bf16(block[m], v[j], xs + j);
                 }
             }
+        }
         const __m512 sw = scales16<KIND>(scales + b * LANES);
         for (int m = 0; m < MR; m++) acc[m] = _mm512_fmadd_ps(block[m], sw, acc[m]);
     }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 import warnings
 from functools import cache
@@ -93,8 +94,35 @@ def status() -> str:
 
 
 def threads(work: int, per_thread: int) -> int:
-    """How many threads to use: torch's number, fewer where ``work`` gives each less than ``per_thread``."""
-    return max(1, min(torch.get_num_threads(), work // per_thread))
+    """How many threads to use: torch's number, no more than this thread may run on now, than :func:`limit_threads`
+    allows, and than leave each ``per_thread`` of ``work``.
+
+    Threads that share a core wait for each other at the end of every product. Results do not depend on the number.
+    """
+    most = min(torch.get_num_threads(), _most_threads, work // per_thread)
+    return min(most, _allowed()) if most > 1 else 1
+
+
+def limit_threads(most: int) -> None:
+    """Use no more than ``most`` threads from now on, as where a container may use fewer cores than it sees. At least 1.
+
+    Raises ValueError for less.
+    """
+    global _most_threads
+    if most < 1:
+        raise ValueError(f"at most {most} threads: at least 1 is needed")
+    _most_threads = most
+
+
+_most_threads = sys.maxsize
+
+
+def _allowed() -> int:
+    """CPUs on which the calling thread may run now; its affinity may change while the process runs."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not Linux
+        return sys.maxsize
 
 
 def _path() -> Path | None:

@@ -27,7 +27,7 @@ from reqat.formats import quantize as reference_quantize
 from reqat.formats import quantize_dequantize as reference_quantize_dequantize
 from reqat.formats.scales import SCALE_TYPES
 from reqat_kernels.native import check
-from reqat_kernels.native.library import OK, OPERATORS, library
+from reqat_kernels.native.library import OK, OPERATORS, library, threads
 
 _ELEMENTS = ("E2M1", "E1M2", "INT4")
 _SCALES = ("E8M0", "E4M3", "E5M2", "FP16", "FP32")
@@ -119,10 +119,6 @@ def _call_of(fmt: Format) -> tuple[Any, Spec | None, int, bool, bool, bool]:
     return function, spec, fmt.block or 0, fmt.has_global_scale, fmt.global_scale == "static", fmt.asymmetric
 
 
-def _threads(numel: int) -> int:
-    return 1 if numel < 2 * _PER_THREAD else max(1, min(torch.get_num_threads(), numel // _PER_THREAD))
-
-
 def _takes(x: Tensor, block: int) -> bool:
     """Whether the native loops take ``x`` along its last axis."""
     if x.dtype not in _DTYPES or x.ndim == 0 or x.device.type != "cpu":
@@ -188,7 +184,7 @@ def _fake(x: Tensor, fmt: Format, global_scale: Tensor | float | None, name: str
                 length,
                 check.address(g),
                 0 if g is None else g.numel(),
-                _threads(numel),
+                threads(numel, _PER_THREAD),
                 out.data_ptr(),
                 None,
                 None,
@@ -228,7 +224,7 @@ def _codes(
                 length,
                 check.address(given),
                 0 if given is None else given.numel(),
-                _threads(numel),
+                threads(numel, _PER_THREAD),
                 None,
                 None if packed else codes.data_ptr(),
                 codes.data_ptr() if packed else None,

@@ -1,0 +1,101 @@
+"""Threads: how many are used, and that no result depends on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from reqat_kernels.native import library as native
+from reqat_kernels.native.library import instruction_set, limit_threads, threads
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def four(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine of four cores that torch uses."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(native, "_most_threads", sys.maxsize)
+    yield
+
+
+@pytest.mark.usefixtures("four")
+@pytest.mark.parametrize(("work", "expected"), [(0, 1), (99, 1), (100, 1), (250, 2), (10_000, 4)])
+def test_a_thread_is_started_for_enough_work(work: int, expected: int) -> None:
+    assert threads(work, 100) == expected
+
+
+@pytest.mark.usefixtures("four")
+def test_no_more_threads_than_cpus_to_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 3})
+    assert threads(10_000, 100) == 2
+
+
+@pytest.mark.usefixtures("four")
+def test_no_more_threads_than_allowed() -> None:
+    limit_threads(3)
+    assert threads(10_000, 100) == 3
+    with pytest.raises(ValueError, match="0"):
+        limit_threads(0)
+
+
+# Run with one, two and three threads, and after the process was moved to a single CPU in between.
+_PROGRAM = """
+import hashlib, json, os, torch
+from reqat.formats import get_format, quantize, quantize_dequantize
+from reqat_kernels.native.attention import PackedStates, kv_attention
+from reqat_kernels.native.dense import dense_bf16
+from reqat_kernels.native.gemm import linear, pack_weight
+from reqat_kernels.native import library
+
+random = torch.Generator().manual_seed(0)
+w = pack_weight(quantize(torch.randn(512, 2048, generator=random), get_format("NVFP4")))
+x = torch.randn(9, 2048, generator=random)
+head = torch.randn(512, 2048, generator=random).bfloat16()
+states = [torch.randn(2, 2, 700, 64, generator=random) for _ in range(2)]
+query = torch.randn(2, 4, 3, 64, generator=random)
+
+def everything():
+    out = [linear(x, w, inputs=how) for how in (None, "A8", get_format("NVFP4"))]
+    out += [linear(x.bfloat16(), w).float(), dense_bf16(x.bfloat16(), head).float()]
+    out.append(quantize_dequantize(torch.randn(512, 2048, generator=torch.Generator().manual_seed(1)), get_format("NVFP4")))
+    packed = []
+    for kind, x_BGTD in zip(("key", "value"), states):
+        p = PackedStates.allocate(kind, get_format("NVFP4"), 2, 2, 704, 64)
+        p.append(x_BGTD, 0)
+        packed.append(p)
+    out.append(kv_attention(query, *packed, 700))
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in out)).hexdigest()
+
+digests, used = [], []
+for n in (1, 2, 3):
+    torch.set_num_threads(n)
+    used.append(library.threads(1 << 30, 1))
+    digests.append(everything())
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+used.append(library.threads(1 << 30, 1))
+digests.append(everything())
+print(json.dumps([digests, used]))
+"""
+
+
+@pytest.mark.skipif(instruction_set() == "torch", reason="no native library")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_results_do_not_depend_on_threads_or_on_a_changed_affinity() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    digests, used = json.loads(done.stdout)
+    assert len(set(digests)) == 1
+    cpus = len(os.sched_getaffinity(0))
+    assert used == [1, min(2, cpus), min(3, cpus), 1]
