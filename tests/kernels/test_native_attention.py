@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, get_format, quantize
-from reqat_kernels.isas import ISAS
 from reqat_kernels.native import attention
 from reqat_kernels.native.attention import PackedStates, kv_attention
 from reqat_kernels.native.library import library
@@ -25,7 +24,7 @@ U = 2.0**-24
 NVFP4 = get_format("NVFP4", element="E1M2", global_scale="row")
 
 
-@pytest.fixture(params=["torch", *ISAS])
+@pytest.fixture(params=("torch", "portable", "avx2", "avx512"))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Everything below this instruction set is what runs; ``torch`` is the path without a library."""
     threads = torch.get_num_threads()

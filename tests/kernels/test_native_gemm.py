@@ -75,6 +75,12 @@ def test_packing_loses_nothing(fmt: str, N: int, K: int) -> None:
     assert torch.equal(packed.dequantize(), q.dequantize())
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_packed_weight_is_the_same_for_all_instruction_sets(fmt: str, each_isa: Callable[[], Iterator[str]]) -> None:
+    packed = [gemm.pack_weight(weight(33, 96, fmt)) for _ in each_isa()]
+    assert all(torch.equal(one.data, packed[0].data) and one.layout == packed[0].layout for one in packed)
+
+
 def test_a_packed_weight_takes_four_and_a_half_bits() -> None:
     packed = gemm.pack_weight(weight(4096, 1024, "NVFP4"))
     assert packed.nbytes * 8 == 4.5 * 4096 * 1024

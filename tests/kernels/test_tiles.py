@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ import reqat
 from reqat_kernels import isas
 from reqat_kernels.native import gemm
 from reqat_kernels.native import library as native
+from reqat_kernels.native.fingerprint import sources
 from tests.kernels.builds import ROOT, needs_compiler, run_tests, twin_environment
 
 HERE = Path(__file__)
-COMMON_H = ROOT / "kernels" / "reqat_kernels" / "native" / "common.h"
 needs_amx = pytest.mark.skipif(native.instruction_set() != "amx", reason="test_products_with_the_twin runs it")
 TILES = ("ldtilecfg", "tilezero", "tileloadd", "tdpbssd", "tdpbf16ps", "tilestored", "tilerelease")
 
@@ -138,8 +139,14 @@ def test_the_library_holds_the_instructions() -> None:
     assert not missing
 
 
+def test_kernels_ask_for_at_least_an_instruction_set() -> None:
+    """Whoever asks for exactly one takes the portable path on every better CPU: same bits, and slowly."""
+    for path in sources():
+        assert not re.search(r"isa\(\) (==|<)", path.read_text()), path.name
+
+
 def test_names_are_those_of_common_h() -> None:
-    text = COMMON_H.read_text()
+    (text,) = (path.read_text() for path in sources() if path.name == "common.h")
     (isa,), (lack,) = (re.findall(rf"enum {name} : int {{(.+?)}}", text, re.DOTALL) for name in ("Isa", "Lack"))
     assert [part.split("=")[0].strip().lower() for part in isa.split(",")] == list(isas.ISAS)
     assert [int(part.split("=")[1]) for part in isa.split(",")] == list(range(len(isas.ISAS)))
@@ -155,3 +162,25 @@ def test_what_is_asked_for_and_not_there_is_said(isa: str) -> None:
     assert (used == isa) == (isa in native.instruction_sets())
     if used != isa:
         assert any(reason.format(isa) in line for reason in isas.LACKS.values())
+
+
+@pytest.mark.parametrize(
+    ("asked", "used", "lacks", "says"),
+    [
+        ("amx", 3, {4: 3}, ("avx512", "REQAT_ISA=amx", "kernel refused permission to use amx")),
+        ("", 3, {4: 2}, ("avx512", "operating system", "amx")),
+        ("", 1, {2: 1, 3: 1, 4: 4}, ("avx2", "CPU has no avxvnni or avx512", "compiler", "know amx")),
+        ("avx512", 3, {4: 1}, ("avx512", "REQAT_ISA=avx512")),  # what was not asked for is not missed
+        ("", 4, {2: 1}, ("amx",)),
+    ],
+)
+def test_each_reason_is_said_once(
+    asked: str, used: int, lacks: dict[int, int], says: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(reqat_isa=lambda: used, reqat_lack=lambda isa: lacks.get(isa, 0), reqat_tile_twin=lambda: 0)
+    monkeypatch.setattr(native, "library", lambda: found)
+    monkeypatch.setenv("REQAT_ISA", asked)
+    line = native.status()
+    assert line.split()[3] == says[0] and all(part in line for part in says[1:])
+    assert len(says) > 2 or "no amx" not in line
+    assert [isa for at, isa in enumerate(isas.ISAS) if at not in lacks] == native.instruction_sets()

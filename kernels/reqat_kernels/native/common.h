@@ -46,7 +46,7 @@ enum Isa : int { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, AMX = 4 };
 enum Lack : int { NOTHING = 0, NO_CPU = 1, NO_STATE = 2, NO_PERMISSION = 3, NO_COMPILER = 4 };
 
 // Looked up once for each set, when it is first asked for: AMX needs a permission of the Linux kernel, which is for the
-// whole process and enlarges what signal handlers need, so nobody asks for it who does not want it.
+// whole process and enlarges what signal handlers need, so nobody asks who does not want it.
 Lack lack(int isa);
 
 // The best instruction set that can be used and that reqat_limit_isa allows.

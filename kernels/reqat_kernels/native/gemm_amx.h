@@ -1,18 +1,19 @@
 // The kernels of gemm.cpp with AMX (tiles.h), which includes this file.
 //
 // The packed weight is made for it: a register of decoded codes, four columns of all 16 rows of W as bytes (two as
-// bfloat16), is one row of operand B. Rows of x are rows of A. So for a block of columns one instruction gives the block's
-// sums of up to 16 rows of x with 16 rows of W; they are stored, and scaled and added in float32 as everywhere else.
+// bfloat16), is one row of operand B. Rows of x are rows of A. So for a block of columns one instruction gives the sums
+// of up to 16 rows of x with 16 rows of W; they are stored, and scaled and added in float32 as everywhere else.
 //
 // Integer sums are exact, so W4A4 and W4A8 are equal bit for bit to the other kernels. Here values of both sides are
 // signed, and nothing has to be taken off. Fewer than FEWEST rows go to the AVX-512 kernels, with the same bits.
 //
 // For x in bfloat16 a block's sum is what TDPBF16PS makes of it: the one path whose bits the instruction decides. A row
 // of x does not look at its neighbours there, so any number of rows goes this way, one included, and a row's result
-// depends neither on its batch nor on threads. (Had few rows gone to AVX-512, it would have.)
+// depends neither on its batch nor on threads. (Had few rows gone to AVX-512, it would have.) One row costs about
+// as many operations as there: in place of eight dot products for 16 columns, eight decoded registers are stored.
 //
-// What bounds it, counted in instructions (no machine with AMX was there to measure on). The unit takes a cycle for a row
-// of A, whatever the block, so for 32 columns, 16 rows of W and a row of x two cycles with NVFP4 and one with MXFP4.
+// What bounds it, counted in instructions (no machine with AMX was there to measure on). The unit takes a cycle for a
+// row of A, whatever the block: for 32 columns, 16 rows of W and a row of x two cycles with NVFP4, one with MXFP4.
 // The sums of each block are stored and loaded again, converted, scaled where x has block scales, multiplied and added:
 // three 512-bit operations a block (W4A4), two (W4A8), one (bfloat16). For the 32 columns that makes
 //
@@ -22,8 +23,9 @@
 //     MXFP4  W4A4        8 dot products + 3 = 11              1                    3
 //            W4A8        8 dot products + 2 = 10              1                    2
 //
-// so what decides is the work on block scales, then the stores of sums, 64 bytes for each row and block. Decoding, some
-// 14 instructions for 16 columns of 16 rows of W, is done once for all of up to 64 rows of x.
+// so what decides is the work on block scales, then the stores of sums, 64 bytes for each row and block. Decoding, 12
+// instructions for 16 columns of 16 rows of W (2 loads, 2 shifts, 4 permutations, 4 stores), is done once for up to 64
+// rows of x.
 #pragma once
 
 #include "common.h"
@@ -40,13 +42,13 @@ namespace {
 
 enum Inputs : int { A4, A8, A16 };  // int8 with block scales, int8 without, bfloat16
 
-constexpr int FEWEST = 8;     // rows of x for which integers go this way
+constexpr int FEWEST = 8;      // rows of x for which integers go this way
 constexpr int MOST_ROWS = 16;  // of a tile
 constexpr int MOST_GROUPS = 4;
 constexpr int PANEL = 4;  // blocks that are decoded, multiplied and added together, each with a tile C of its own
 
-// M rows of x in groups of a tile: as few as can be, and as even as can be, so that all tiles have one shape. Where they
-// do not come out even the last group ends with rows of zeros.
+// M rows of x in groups of a tile: as few as can be, and as even as can be, so that all tiles have one shape. Where
+// they do not come out even the last group ends with rows of zeros.
 struct Groups {
     int64_t M, count;
     int rows;  // of a group
@@ -169,8 +171,8 @@ REQAT_AVX512 inline void add(const Sums& sums, const float (&scale)[PANEL][LANES
     }
 }
 
-// acc [rows of these groups, 16] = x times a tile of W. Additions are one (panel, group) behind the products: the matrix
-// unit has answered by then, and sums are read from the first cache, not from stores that are still under way.
+// acc [rows of these groups, 16] = x times a tile of W. Additions are one (panel, group) behind the products: the unit
+// has answered by then, and sums are read from the first cache, not from stores that are still under way.
 //   a: the first group's operands; scale_x: its scales, a panel of all M rows after the other.
 template <int KIND, Inputs INPUTS>
 REQAT_AVX512 void tile_amx(Tiles& tiles, const Weight& w, const Groups& groups, const uint8_t* a, const float* scale_x,

@@ -1,5 +1,5 @@
-// The kernels of gemm.cpp with AVX2, and with AVX-VNNI for integers, which includes this file: a tile is two registers of
-// eight rows.
+// The kernels of gemm.cpp, which includes this file, with AVX2, and with AVX-VNNI for integers: a tile is two registers
+// of eight rows.
 #pragma once
 
 #include "common.h"

@@ -1,5 +1,5 @@
-// Intel's matrix unit (AMX): eight tile registers of up to 16 rows of 64 bytes, which a thread configures before it uses
-// them, and products C += A B of tiles.
+// Intel's matrix unit (AMX): eight tile registers of up to 16 rows of 64 bytes, which a thread configures before it
+// uses them, and products C += A B of tiles.
 //
 //   A [m][4 k bytes]: m rows of a matrix,   B [k][4 n bytes]: four (two) rows of the other interleaved,   C [m][n]
 //   dot_int8: C int32, A and B signed bytes, four to a word: C[i][j] += sum over w, b of A[i][4 w + b] * B[w][4 j + b]
@@ -125,7 +125,8 @@ class Tiles {
                 float chains[2] = {};
                 for (int k = 0; k < tiles[A].bytes / 4; k++)
                     for (int i = 0; i < 2; i++)
-                        chains[i] = flushed(__builtin_fmaf(element<A>(m, 2 * k + i), element<B>(k, 2 * n + i), chains[i]));
+                        chains[i] =
+                            flushed(__builtin_fmaf(element<A>(m, 2 * k + i), element<B>(k, 2 * n + i), chains[i]));
                 float sum;
                 std::memcpy(&sum, tiles[C].data[m] + 4 * n, 4);
                 sum = flushed(flushed(sum) + flushed(chains[0] + chains[1]));
@@ -148,7 +149,9 @@ class Tiles {
         require(C != A && C != B && A != B && tiles[C].rows == tiles[A].rows && tiles[C].bytes == tiles[B].bytes &&
                 tiles[A].bytes == 4 * tiles[B].rows);
     }
-    static float flushed(float x) { return (float_to_bits(x) & 0x7F800000) ? x : bits_to_float(float_to_bits(x) & 1u << 31); }
+    static float flushed(float x) {
+        return (float_to_bits(x) & 0x7F800000) ? x : bits_to_float(float_to_bits(x) & 1u << 31);
+    }
     template <int T>
     float element(int row, int i) const {
         uint16_t bits;
