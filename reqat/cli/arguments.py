@@ -23,12 +23,12 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.config.policy import Decoding
 from reqat.config.precision import check_rotation, family
 from reqat.config.ptq import settled
+from reqat_kernels.isas import CHOICES
 
 MOST = 10**9
 LONGEST = 2**24
 """Rows, tokens, bins: the length of an axis."""
 _SEEDS_END = 2**63
-_ISAS = ("torch", "portable", "avx2", "avx512")  # by reqat_kernels.native.library, which needs torch
 
 T = TypeVar("T", int, float)
 Element = Literal["E1M2", "E2M1"]
@@ -218,8 +218,8 @@ def check_environment() -> None:
         if text and not re.fullmatch(r"\s*[1-9]\d{0,4}\s*(,\s*[1-9]\d{0,4}\s*)*", text):
             raise ReqatError(f"{name}={_shown(text)}: write a positive whole number of threads, or unset it.")
     isa = os.environ.get("REQAT_ISA", "").strip().lower()
-    if isa and isa not in _ISAS:
-        raise unknown("instruction set", isa, _ISAS, where="REQAT_ISA")
+    if isa and isa not in CHOICES:
+        raise unknown("instruction set", isa, CHOICES, where="REQAT_ISA")
     for name, what in (("REQAT_LIBRARY", "a build of the native library"), ("REQAT_GGML", "the folder of ggml")):
         given = os.environ.get(name)
         if given and not Path(given).exists():

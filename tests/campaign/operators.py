@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import QuantizedTensor
+from reqat_kernels.isas import CHOICES
 from reqat_kernels.native import attention, dense, gemm, table
 from reqat_kernels.native import quantize as native
 from tests.campaign import operator_arguments as arguments
@@ -206,7 +207,7 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         environment = dict(os.environ)
         if sanitizer:
-            from tests.kernels.test_sanitizers import checked_environment
+            from tests.kernels.builds import checked_environment
 
             environment = checked_environment(Path(folder))
             # A result that is too large for memory is an error of torch's then, and not the end of the process.
@@ -245,7 +246,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=50_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sanitizer", choices=["address"], help="build the native library with it")
-    parser.add_argument("--isa", choices=["portable", "avx2", "avx512", "torch"], help="use this instruction set")
+    parser.add_argument("--isa", choices=CHOICES, help="use this instruction set")
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

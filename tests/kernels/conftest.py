@@ -6,11 +6,14 @@ anything could import triton, and they run on CPU tensors: same kernels, operati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+from reqat_kernels.isas import ISAS
+from reqat_kernels.native.library import library
 
 torch.set_num_threads(1)
 
@@ -33,6 +36,26 @@ def interpreted(device: torch.device) -> None:
     """For tests of the interpreter itself."""
     if device.type != "cpu":
         pytest.skip("kernels run on a GPU here")
+
+
+@pytest.fixture
+def limit_isa() -> Iterator[Callable[[str], None]]:
+    """Let native kernels use this instruction set and none better; the test is skipped where it cannot be used. What
+    was the limit before comes back afterwards."""
+    lib = library()
+    if lib is None:
+        pytest.skip("no native library")
+    best = lib.reqat_isa()
+
+    def limit(isa: str) -> None:
+        at = ISAS.index(isa)
+        if at > best or lib.reqat_lack(at):
+            pytest.skip(f"this CPU, or REQAT_ISA, has no {isa}")
+        lib.reqat_limit_isa(at)
+        assert lib.reqat_isa() == at
+
+    yield limit
+    lib.reqat_limit_isa(best)
 
 
 @pytest.fixture(scope="session")

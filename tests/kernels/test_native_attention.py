@@ -17,33 +17,25 @@ from torch import Tensor
 from reqat.formats import Format, get_format, quantize
 from reqat_kernels.native import attention
 from reqat_kernels.native.attention import PackedStates, kv_attention
-from reqat_kernels.native.library import ISAS, library
+from reqat_kernels.native.library import library
 from reqat_kernels.native.quantize import format_key
 
 U = 2.0**-24
 NVFP4 = get_format("NVFP4", element="E1M2", global_scale="row")
 
 
-@pytest.fixture(params=["torch", *ISAS])
+@pytest.fixture(params=("torch", "portable", "avx2", "avx512"))
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Everything below this instruction set is what runs; ``torch`` is the path without a library."""
-    lib = library()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if request.param == "torch":
         monkeypatch.setattr(attention, "library", lambda: None)
-    elif lib is None:
-        pytest.skip("no native library")
     else:
-        best = lib.reqat_isa()
-        if ISAS.index(request.param) > best:
-            pytest.skip(f"this CPU has no {request.param}")
-        lib.reqat_limit_isa(ISAS.index(request.param))
+        request.getfixturevalue("limit_isa")(request.param)
     yield request.param
     torch.set_num_threads(threads)
-    if lib is not None:
-        lib.reqat_limit_isa(len(ISAS) - 1)
 
 
 def filled(kind: str, fmt: Format, states: Tensor, chunks: int = 3, **options: Any) -> PackedStates:

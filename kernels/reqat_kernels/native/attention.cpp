@@ -250,8 +250,8 @@ using Span = void (*)(const AttentionArgs&, int64_t, int64_t, int64_t, int64_t, 
 
 Span choose_span() {
 #if REQAT_X86
-    if (isa() == AVX512) return avx512::span;
-    if (isa() == AVX2) return avx2::span;
+    if (isa() >= AVX512) return avx512::span;
+    if (isa() >= AVX2) return avx2::span;
 #endif
     return portable::span;
 }
@@ -440,8 +440,8 @@ REQAT_API void reqat_kv_exp(const float* x, float* out, int64_t n) {
     using namespace reqat;
     const FloatMode mode;
 #if REQAT_X86
-    if (isa() == AVX512) return avx512::exp_all<avx512::Lanes>(x, out, n);
-    if (isa() == AVX2) return avx2::exp_all<avx2::Lanes>(x, out, n);
+    if (isa() >= AVX512) return avx512::exp_all<avx512::Lanes>(x, out, n);
+    if (isa() >= AVX2) return avx2::exp_all<avx2::Lanes>(x, out, n);
 #endif
     portable::exp_all<portable::Lanes>(x, out, n);
 }

@@ -15,6 +15,13 @@
 #define REQAT_AVX2 __attribute__((target("avx2,fma,f16c,bmi2")))
 #define REQAT_AVX512 \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bf16,fma,f16c,bmi2")))
+#if __has_include(<avxvnniintrin.h>)
+#define REQAT_AVXVNNI __attribute__((target("avx2,fma,f16c,bmi2,avxvnni")))
+#endif
+// Tile instructions (tiles.h): written in assembly, which assemblers of compilers with this header know.
+#if (__has_include(<amxbf16intrin.h>) && defined(__linux__)) || defined(REQAT_TILE_TWIN)
+#define REQAT_AMX 1
+#endif
 #else
 #define REQAT_X86 0
 #endif
@@ -31,9 +38,18 @@
 
 namespace reqat {
 
-enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+// Mirrored in reqat_kernels/isas.py. Each has what those before it have, but for AVX512, which some CPUs have without
+// AVXVNNI; no kernel with AVX-512 instructions uses it. So kernels ask for `isa() >= AVX512`.
+enum Isa : int { PORTABLE = 0, AVX2 = 1, AVXVNNI = 2, AVX512 = 3, AMX = 4 };
 
-// The best instruction set that this CPU has and that reqat_limit_isa allows.
+// Why an instruction set cannot be used. Mirrored in isas.py.
+enum Lack : int { NOTHING = 0, NO_CPU = 1, NO_STATE = 2, NO_PERMISSION = 3, NO_COMPILER = 4 };
+
+// Looked up once for each set, when it is first asked for: AMX needs a permission of the Linux kernel, which is for the
+// whole process and enlarges what signal handlers need, so nobody asks who does not want it.
+Lack lack(int isa);
+
+// The best instruction set that can be used and that reqat_limit_isa allows.
 int isa();
 
 // What entry points return where they can fail. No exception may leave them: their callers are not C++.

@@ -72,13 +72,13 @@ REQAT_AVX512 void rows_avx512(const uint16_t* w, const float* x, float* out, int
 
 void rows(const uint16_t* w, const float* x, float* out, int64_t M, int64_t K) {
 #if REQAT_X86
-    if (isa() == AVX512) {
+    if (isa() >= AVX512) {
         if (M == 4) return rows_avx512<4>(w, x, out, K);
         if (M == 3) return rows_avx512<3>(w, x, out, K);
         if (M == 2) return rows_avx512<2>(w, x, out, K);
         return rows_avx512<1>(w, x, out, K);
     }
-    if (isa() == AVX2) {
+    if (isa() >= AVX2) {
         if (M == 4) return rows_avx2<4>(w, x, out, K);
         if (M == 3) return rows_avx2<3>(w, x, out, K);
         if (M == 2) return rows_avx2<2>(w, x, out, K);

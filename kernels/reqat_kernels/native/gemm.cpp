@@ -10,7 +10,8 @@
 //
 // All variants do these operations in this order, and so does a row whatever else is in the batch: results are equal
 // bit for bit between instruction sets, thread counts and batch sizes. (One exception: for x in bfloat16 AVX-512 adds
-// the products of two columns at a time, in its own instruction's way. Batches and threads still change nothing.)
+// the products of two columns at a time and AMX those of a block, each in its own instruction's way. Batches and threads
+// still change nothing.)
 //
 // What bounds it: one row of x reads 0.56 bytes a weight and executes about 15 instructions for 256 of them, so memory
 // decides; from some 8 rows on it is the unit that multiplies, one 512-bit instruction a cycle. For 512 weights and a row
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "common.h"
+#include "gemm_amx.h"
 #include "gemm_avx2.h"
 #include "gemm_avx512.h"
 #include "gemm_portable.h"
@@ -49,7 +51,7 @@ void all_tiles(const Weight& w, const float* row_scale, const float* bias, float
                 kernel(t, m, rows, out);
                 const float* scale = row_scale ? row_scale + m : nullptr;
 #if REQAT_X86
-                if (isa() == AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
+                if (isa() >= AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
 #endif
                 store<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
             });
@@ -74,12 +76,20 @@ void gemm_int_of(const Weight& w, const int8_t* x, const int32_t* start, const f
         });
     };
 #if REQAT_X86
-    if (isa() == AVX512 && scale_x)
+#if defined(REQAT_AMX)
+    if (isa() >= AMX && M >= FEWEST)
+        return gemm_int_amx<KIND>(w, x, scale_x, row_scale, bias, y, M, stride_y, threads);
+#endif
+    if (isa() >= AVX512 && scale_x)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { int_tile_avx512<rows(), KIND, true>(w, rest...); });
-    if (isa() == AVX512)
+    if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { int_tile_avx512<rows(), KIND, false>(w, rest...); });
-    if (isa() == AVX2)
-        return compute(Rows<4>(), [&](auto rows, auto... rest) { int_tile_avx2<rows(), KIND>(w, rest...); });
+#if defined(REQAT_AVXVNNI)
+    if (isa() >= AVXVNNI)
+        return compute(Rows<4>(), [&](auto rows, auto... rest) { avxvnni::int_tile<rows(), KIND>(w, rest...); });
+#endif
+    if (isa() >= AVX2)
+        return compute(Rows<4>(), [&](auto rows, auto... rest) { avx2::int_tile<rows(), KIND>(w, rest...); });
 #endif
     compute(Rows<1>(), [&](auto, auto... rest) { int_row_portable(w, rest...); });
 }
@@ -97,9 +107,9 @@ void gemm_float_of(const Weight& w, const float* x, const float* bias, float* y,
     };
 #if REQAT_X86
     // Two registers a row of x (block and sum), and one for each column's values: eight rows at most.
-    if (isa() == AVX512)
+    if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { float_tile_avx512<rows(), KIND>(w, rest...); });
-    if (isa() == AVX2)
+    if (isa() >= AVX2)
         return compute(Rows<4>(), [&](auto rows, auto... rest) { float_tile_avx2<rows(), KIND>(w, rest...); });
 #endif
     compute(Rows<1>(), [&](auto, auto... rest) { float_row_portable(w, rest...); });
@@ -136,7 +146,11 @@ void gemm_float(const Weight& w, const float* x, const float* bias, float* y, in
 void gemm_bf16(const Weight& w, const uint16_t* x, const float* bias, float* y, int64_t M, int64_t stride_y,
                int threads) {
 #if REQAT_X86
-    if (isa() == AVX512)
+#if defined(REQAT_AMX)
+    if (isa() >= AMX)
+        return (w.scale_kind == 0 ? gemm_bf16_amx<0> : gemm_bf16_amx<1>)(w, x, bias, y, M, stride_y, threads);
+#endif
+    if (isa() >= AVX512)
         return (w.scale_kind == 0 ? gemm_bf16_of<0> : gemm_bf16_of<1>)(w, x, bias, y, M, stride_y, threads);
 #endif
     std::vector<float> wide(size_t(M * w.steps * STEP));

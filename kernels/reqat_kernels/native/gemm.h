@@ -63,7 +63,8 @@ void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const floa
 // The same with x float32 [M, 16 * steps] that is not rounded; row_scale and scale_x have no part in it.
 void gemm_float(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y, int threads);
 
-// The same with x bfloat16, for which AVX-512 has an instruction; without it x is widened, and gemm_float computes.
+// The same with x bfloat16, for which AVX-512 and AMX have instructions; without them x is widened, and gemm_float
+// computes.
 void gemm_bf16(const Weight& w, const uint16_t* x, const float* bias, float* y, int64_t M, int64_t stride_y,
                int threads);
 

@@ -1,4 +1,5 @@
-// The kernels of gemm.cpp with AVX2, which includes this file: a tile is two registers of eight rows.
+// The kernels of gemm.cpp, which includes this file, with AVX2, and with AVX-VNNI for integers: a tile is two registers
+// of eight rows.
 #pragma once
 
 #include "common.h"
@@ -14,50 +15,6 @@ REQAT_AVX2 inline __m256 scales8(const uint8_t* bytes) {
     const __m256i bits = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
     if (KIND == 0) return _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(bits, 20)), _mm256_set1_ps(0x1p120f));
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(bits, 23), _mm256_set1_epi32(0x400000)));
-}
-
-template <int MR, int KIND>
-REQAT_AVX2 void int_tile_avx2(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, int64_t tile,
-                              float* out) {
-    const int64_t blocks = w.steps * STEP / w.block;
-    const int per = w.block / STEP;
-    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
-    const uint8_t* scales = w.scales + tile * blocks * LANES;
-    alignas(16) uint8_t shifted[16];
-    for (int i = 0; i < 16; i++) shifted[i] = uint8_t(w.values[i] + OFFSET);
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(shifted)));
-    const __m256i low = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    for (int half = 0; half < 2; half++) {
-        __m256 acc[MR];
-        for (int m = 0; m < MR; m++) acc[m] = _mm256_setzero_ps();
-        for (int64_t b = 0; b < blocks; b++) {
-            const __m256 sw = scales8<KIND>(scales + b * LANES + 8 * half);
-            __m256i dot[MR];
-            for (int m = 0; m < MR; m++) dot[m] = _mm256_set1_epi32(start[b * MR + m]);
-            for (int s = 0; s < per; s++)
-                for (int l = 0; l < 2; l++) {
-                    const int64_t step = b * per + s;
-                    const __m256i packed = _mm256_loadu_si256(
-                        reinterpret_cast<const __m256i*>(codes + step * STEP_BYTES + 64 * l + 32 * half));
-                    const __m256i a = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, low));
-                    const __m256i c = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(packed, 4), low));
-                    for (int m = 0; m < MR; m++) {
-                        int32_t x0, x1;
-                        std::memcpy(&x0, x + (step * MR + m) * STEP + 8 * l, 4);
-                        std::memcpy(&x1, x + (step * MR + m) * STEP + 8 * l + 4, 4);
-                        // Two products of at most 28 * 128 stay far inside 16 bits.
-                        const __m256i p = _mm256_madd_epi16(_mm256_maddubs_epi16(a, _mm256_set1_epi32(x0)), ones);
-                        const __m256i q = _mm256_madd_epi16(_mm256_maddubs_epi16(c, _mm256_set1_epi32(x1)), ones);
-                        dot[m] = _mm256_add_epi32(dot[m], _mm256_add_epi32(p, q));
-                    }
-                }
-            for (int m = 0; m < MR; m++) {
-                const __m256 scale = scale_x ? _mm256_mul_ps(sw, _mm256_set1_ps(scale_x[b * MR + m])) : sw;
-                acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot[m]), scale, acc[m]);
-            }
-        }
-        for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * LANES + 8 * half, acc[m]);
-    }
 }
 
 template <int MR, int KIND>
@@ -98,5 +55,23 @@ REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, f
 
 }  // namespace
 }  // namespace reqat
+
+#define REQAT_VARIANT avx2
+#define REQAT_TARGET REQAT_AVX2
+#define REQAT_VNNI 0
+#include "gemm_int256.h"
+#undef REQAT_VARIANT
+#undef REQAT_TARGET
+#undef REQAT_VNNI
+
+#if defined(REQAT_AVXVNNI)
+#define REQAT_VARIANT avxvnni
+#define REQAT_TARGET REQAT_AVXVNNI
+#define REQAT_VNNI 1
+#include "gemm_int256.h"
+#undef REQAT_VARIANT
+#undef REQAT_TARGET
+#undef REQAT_VNNI
+#endif
 
 #endif

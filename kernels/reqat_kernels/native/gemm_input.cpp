@@ -40,7 +40,7 @@ REQAT_AVX512 void block_starts_avx512(const int8_t* x, int64_t K, int32_t block,
 
 void block_starts(const int8_t* x, int64_t K, int32_t block, int32_t* start) {
 #if REQAT_X86
-    if (isa() == AVX512 && (block == 16 || block == 32)) return block_starts_avx512(x, K, block, start);
+    if (isa() >= AVX512 && (block == 16 || block == 32)) return block_starts_avx512(x, K, block, start);
 #endif
     block_starts_portable(x, K, block, start);
 }

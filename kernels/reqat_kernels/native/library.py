@@ -3,8 +3,9 @@
 The library is built by the package's own installation (setup.py). Where it is missing (no compiler), or was built
 from other sources, every kernel still works by its PyTorch path; :func:`status` says so in one line.
 
-Environment: ``REQAT_ISA`` limits the instruction set: ``avx512``, ``avx2``, ``portable``, or ``torch`` for no native
-code at all. ``REQAT_LIBRARY`` names another build of the library (with sanitizers, say).
+Environment: ``REQAT_ISA`` limits the instruction set: ``amx``, ``avx512``, ``avxvnni``, ``avx2``, ``portable``, or
+``torch`` for no native code at all. The best of what this machine has up to there is used. ``REQAT_LIBRARY`` names
+another build of the library (with sanitizers, say).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from pathlib import Path
 
 import torch
 
+from reqat_kernels.isas import CHOICES, ISAS, LACKS
 from reqat_kernels.native.fingerprint import fingerprint
 
-ISAS = ("portable", "avx2", "avx512")  # by reqat::Isa
 OK, NO_MEMORY, NOT_FINITE = 0, 1, 2  # what entry points return, by reqat::Status
 _HERE = Path(__file__).resolve().parent
 _LOCK = threading.Lock()
@@ -44,9 +45,9 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def _opened() -> ctypes.CDLL | None:
-    wanted = os.environ.get("REQAT_ISA", "").strip().lower()
-    if wanted not in ("", "torch", *ISAS):
-        raise ValueError(f"REQAT_ISA={wanted!r}: choose torch, {', '.join(ISAS)}, or leave it unset")
+    wanted = _wanted()
+    if wanted not in ("", *CHOICES):
+        raise ValueError(f"REQAT_ISA={wanted!r}: choose {', '.join(CHOICES)}, or leave it unset")
     path = _path()
     if wanted == "torch" or path is None:
         return None
@@ -70,9 +71,15 @@ def _opened() -> ctypes.CDLL | None:
 
 
 def instruction_set() -> str:
-    """``avx512``, ``avx2``, ``portable``, or ``torch`` where there is no native library."""
+    """Which of ``ISAS`` the native kernels use, or ``torch`` where there is no native library."""
     lib = library()
     return "torch" if lib is None else ISAS[lib.reqat_isa()]
+
+
+def instruction_sets() -> list[str]:
+    """Those of ``ISAS`` that can be used here, from the least on, whatever ``REQAT_ISA`` says; none without library."""
+    lib = library()
+    return [] if lib is None else [isa for isa in ISAS if not lib.reqat_lack(ISAS.index(isa))]
 
 
 def build() -> dict[str, str]:
@@ -83,14 +90,31 @@ def build() -> dict[str, str]:
 
 
 def status() -> str:
-    """One line for people: which path the CPU kernels take, and why."""
-    wanted = os.environ.get("REQAT_ISA", "")
-    forced = f" (REQAT_ISA={wanted})" if wanted else ""
-    kind = instruction_set()
-    if kind != "torch":
-        return f"native CPU kernels: {kind}{forced}"
-    reason = forced or " (no native library: install a C++ compiler, then reinstall the package)"
-    return f"native CPU kernels: none, PyTorch instead{reason}"
+    """One line for people: which path the CPU kernels take, and why not a better one."""
+    wanted, lib = _wanted(), library()
+    if lib is None:
+        missing = "no native library: install a C++ compiler, then reinstall the package"
+        return f"native CPU kernels: none, PyTorch instead ({'REQAT_ISA=torch' if wanted == 'torch' else missing})"
+    best = lib.reqat_isa()
+    asked = len(ISAS) - 1 if wanted == "" else ISAS.index(wanted)
+    why = _lacks(lib, range(best + 1, asked + 1))
+    if wanted:
+        why = f"REQAT_ISA={wanted}" + (f", but {why}" if why else "")
+    if ISAS[best] == "amx" and lib.reqat_tile_twin():
+        why = ", ".join(["its instructions computed in C++", *([why] if why else [])])
+    return f"native CPU kernels: {ISAS[best]}" + (f" ({why})" if why else "")
+
+
+def _lacks(lib: ctypes.CDLL, isas: range) -> str:
+    """What is said about instruction sets that cannot be used, each reason once."""
+    names: dict[int, list[str]] = {}
+    for isa in isas:
+        names.setdefault(lib.reqat_lack(isa), []).append(ISAS[isa])
+    return ", and ".join(LACKS[lack].format(" or ".join(group)) for lack, group in names.items() if lack)
+
+
+def _wanted() -> str:
+    return os.environ.get("REQAT_ISA", "").strip().lower()
 
 
 def threads(work: int, per_thread: int) -> int:

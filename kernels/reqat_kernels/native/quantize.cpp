@@ -60,8 +60,8 @@ namespace reqat {
 
 static const Loops& best_loops() {
 #if REQAT_X86
-    if (isa() == AVX512) return avx512::loops;
-    if (isa() == AVX2) return avx2::loops;
+    if (isa() >= AVX512) return avx512::loops;
+    if (isa() >= AVX2) return avx2::loops;
 #endif
     return portable::loops;
 }

@@ -158,8 +158,8 @@ Values best_values(int size) {
                                   values_avx2<256>};
     int at = 0;
     while ((16 << at) < size) at++;
-    if (isa() == AVX512) return of_avx512[at];
-    if (isa() == AVX2) return of_avx2[at];
+    if (isa() >= AVX512) return of_avx512[at];
+    if (isa() >= AVX2) return of_avx2[at];
 #endif
     return values_portable;
 }
@@ -225,12 +225,12 @@ REQAT_API int32_t reqat_libmvec(const char* name, const float* x, float* y, int6
     if (level == PORTABLE) return 0;
     char mangled[64];
     int at = 0;
-    for (const char* c = level == AVX512 ? "_ZGVeN16v_" : "_ZGVdN8v_"; *c; c++) mangled[at++] = *c;
+    for (const char* c = level >= AVX512 ? "_ZGVeN16v_" : "_ZGVdN8v_"; *c; c++) mangled[at++] = *c;
     for (const char* c = name; *c && at < 63; c++) mangled[at++] = *c;
     mangled[at] = 0;
     void* function = symbol(mangled);
     if (!function) return 0;
-    if (n) level == AVX512 ? libm_avx512(function, x, y, n) : libm_avx2(function, x, y, n);
+    if (n) level >= AVX512 ? libm_avx512(function, x, y, n) : libm_avx2(function, x, y, n);
     return 1;
 #else
     return 0;

@@ -7,7 +7,8 @@
 //   REQAT_ROWS    [rows]    output pixels of a register tile
 //   REQAT_COLS    [cols]    groups of 16 output channels of a register tile
 //   REQAT_UNROLL  [unroll]  steps of the reduction that are written out
-//   REQAT_CONV_ISA          by reqat::Isa: what it is compiled for; it refuses to run on a CPU without
+//   REQAT_CONV_ISA          by reqat::Isa, PORTABLE, AVX2 or AVX512: what it is compiled for; it refuses to run on a CPU
+//                           without
 //
 // One step of the reduction is four bytes of the input (4 channels of INT8, 8 of INT4) against 16 * COLS filters. The
 // sums of a register tile stay in registers over all taps of the filter and the channels of one pass; between passes
@@ -30,6 +31,8 @@
 #include <vector>
 
 #include "../native/common.cpp"  // the code, too: each tile is a library of its own, and one unit compiles in half the time
+
+static_assert(reqat::AVX2 == 1 && reqat::AVX512 == 3, "as the preprocessor compares them with REQAT_CONV_ISA");
 
 namespace {
 
@@ -54,7 +57,7 @@ constexpr int GROUP_BYTES = 64;  // of the weight, in one step
 
 }  // namespace
 
-#if REQAT_CONV_ISA == 2
+#if REQAT_CONV_ISA == 3
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #elif REQAT_CONV_ISA == 1
@@ -78,7 +81,7 @@ inline void put_bytes(uint8_t* out, __m128i v) {
 #endif
 
 // 16 sums of 32 bits, and the product of four unsigned bytes, the same for all 16, with four signed bytes each.
-#if REQAT_CONV_ISA == 2
+#if REQAT_CONV_ISA == 3
 constexpr int REGISTERS = 32, REGISTERS_OF_SUMS = 1;
 
 struct Sums {
@@ -381,7 +384,7 @@ void convolve(const Problem& p, const Schedule& s, const uint8_t* x, const uint8
 //   w: [filters / (16 * cols)][passes][taps][steps of a pass][cols][16 filters][4 bytes], as conv.py packs it.
 // Returns an Answer; nothing has been written unless it is DONE.
 REQAT_API int reqat_conv(const Problem* p, const Schedule* s, const uint8_t* x, const uint8_t* w, uint8_t* y) {
-    if (reqat::isa() < REQAT_CONV_ISA) return NO_INSTRUCTIONS;
+    if (reqat::lack(REQAT_CONV_ISA)) return NO_INSTRUCTIONS;
     const int step = STEP_BYTES * 8 / p->bits;  // channels
     if (p->filters % (REQAT_COLS * LANES) || s->passes < 1 || p->channels % (s->passes * step)) return NOT_APPLICABLE;
     if (s->pack == WHERE_IT_LIES && s->layout != PIXELS) return NOT_APPLICABLE;

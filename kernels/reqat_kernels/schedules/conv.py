@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from reqat_kernels.native.library import ISAS, library
+from reqat_kernels.isas import ISAS
+from reqat_kernels.native.library import library
 from reqat_kernels.schedules.tables import digest_of
 
 KNOBS: dict[str, tuple[int, ...]] = {
@@ -45,6 +46,9 @@ KNOBS: dict[str, tuple[int, ...]] = {
 COMPILED = ("rows", "cols", "unroll")
 """Knobs that the compiler reads."""
 _READ = ("band", "passes", "pack", "layout", "finish")  # those that the program reads, in the order of conv.cpp
+
+TARGETS = ("portable", "avx2", "avx512")
+"""Instruction sets that ``conv.cpp`` is written for, from the least on."""
 
 _FOLDER = Path(__file__).resolve().parent
 SOURCES = (_FOLDER / "conv.cpp", *(_FOLDER.parent / "native" / f"common.{suffix}" for suffix in ("cpp", "h")))
@@ -145,13 +149,14 @@ def compiler() -> str:
 
 
 def instruction_set() -> str:
-    """What candidates are compiled for on this machine: the best that the native kernels use here."""
+    """What candidates are compiled for on this machine: the best of ``TARGETS`` up to what native kernels use here."""
     native = library()
-    return "portable" if native is None else ISAS[native.reqat_isa()]
+    used = ISAS[: 1 if native is None else native.reqat_isa() + 1]
+    return [isa for isa in TARGETS if isa in used][-1]
 
 
 def compile_tile(values: Mapping[str, int], isa: str, folder: Path, *, optimize: str = "-O3") -> Path:
-    """The library of a candidate's tile for an instruction set of ``ISAS``, in ``folder``; compiled once.
+    """The library of a candidate's tile for an instruction set of ``TARGETS``, in ``folder``; compiled once.
 
     Raises Impossible where it does not compile, FileNotFoundError without a compiler.
     """

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 
 from reqat_kernels.bench.machine import Neighbours, waited_ns
-from reqat_kernels.native.library import ISAS
 from reqat_kernels.schedules import conv
 from reqat_kernels.schedules.conv import COMPILED, KNOBS, Candidate, Convolution, Impossible
 from reqat_kernels.schedules.tables import IMPOSSIBLE, OK, WRONG, Unfinished, digest_of, is_finished, machine
@@ -139,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("names", nargs="+", metavar="NAME", help="bits, kernel, size, channels, filters")
     parser.add_argument("--out", type=Path, required=True, help="folder of the tables")
     parser.add_argument("--build", type=Path, default=Path("build/schedules"), help="folder of the compiled tiles")
-    parser.add_argument("--isa", choices=ISAS, help="instruction set (default: the best one here)")
+    parser.add_argument("--isa", choices=conv.TARGETS, help="instruction set (default: the best one here)")
     parser.add_argument("--most", type=int, help="stop after this many points, to go on later")
     options = parser.parse_args(arguments)
     try:
