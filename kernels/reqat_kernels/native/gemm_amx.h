@@ -105,7 +105,7 @@ REQAT_AVX512 inline __m512i value_table(const Weight& w) {
 }
 
 template <int KIND, Inputs INPUTS>
-REQAT_AVX512 inline void decode(const uint8_t* codes, const uint8_t* scales, __m512i table, int count,
+REQAT_AVX512 inline void decode(const uint8_t* codes, const uint8_t* scales, __m512i table, int near, int count,
                                 typename Block<KIND, INPUTS>::Panel& panel) {
     constexpr int STEPS = Block<KIND, INPUTS>::STEPS;
     for (int j = 0; j < count; j++) {
@@ -113,7 +113,7 @@ REQAT_AVX512 inline void decode(const uint8_t* codes, const uint8_t* scales, __m
         for (int load = 0; load < 2 * STEPS; load++) {
             const uint8_t* at = codes + (2 * STEPS * j + load) * 64;
             const __m512i packed = _mm512_loadu_si512(at);
-            __builtin_prefetch(at + PREFETCH);
+            __builtin_prefetch(at + near);
             if constexpr (INPUTS == A16) {
                 for (int i = 0; i < 4; i++, out += 64)  // in the order of paired()
                     _mm512_store_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * i), table));
@@ -182,6 +182,7 @@ REQAT_AVX512 void tile_amx(Tiles& tiles, const Weight& w, const Groups& groups, 
     const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
     const uint8_t* scales = w.scales + tile * blocks * LANES;
     const __m512i table = value_table<INPUTS>(w);
+    const int near = ahead_of(INPUTS == A16 ? BFLOAT16 : INTEGERS, FEWEST).near;
     typename Sizes::Panel panels[2];
     alignas(64) Sums sums[2];
     std::memset(acc, 0, size_t((last - first) * groups.rows * LANES) * sizeof(float));
@@ -201,7 +202,7 @@ REQAT_AVX512 void tile_amx(Tiles& tiles, const Weight& w, const Groups& groups, 
     for (int64_t b = 0; b < blocks; b += PANEL) {
         auto& panel = panels[b / PANEL % 2];
         const int count = int(blocks - b < PANEL ? blocks - b : PANEL);
-        decode<KIND, INPUTS>(codes + b * Sizes::STEPS * STEP_BYTES, scales + b * LANES, table, count, panel);
+        decode<KIND, INPUTS>(codes + b * Sizes::STEPS * STEP_BYTES, scales + b * LANES, table, near, count, panel);
         for (int64_t g = first; g < last; g++, turn ^= 1) {
             multiply<KIND, INPUTS>(tiles, a + (g * blocks + b) * stride, stride, panel, count, sums[turn]);
             if (at_b >= 0) add_them(sums[turn ^ 1]);
