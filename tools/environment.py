@@ -313,7 +313,7 @@ class PipProgress:
         self.found = 0
         """Packages that pip has looked up, and fetched but for the last."""
         self.doing = "looking for packages"
-        self.last = collections.deque(maxlen=20)
+        self.last: collections.deque[str] = collections.deque(maxlen=20)
 
     def note(self, line: str) -> None:
         """Take a line of pip's into account."""
