@@ -19,18 +19,18 @@ rule base_model:
     conda:
         "../environment.yml"
     message:
-        "train the base model: {wildcards.id}"
+        "base model: {wildcards.id}"
     wildcard_constraints:
         id="base-[0-9a-f]+",
     params:
-        reqat=train,
+        reqat=base_command,
         tier=TIER,
         threads=RESOURCES.threads,
-    threads: RESOURCES.threads * RESOURCES.processes
+    threads: base_threads
     resources:
         mem_mb=RESOURCES.train_memory_mb,
         runtime=RESOURCES.runtime_minutes,
         gpu=base_gpus,
-        **TRAIN_NODES,
+        **BASE_NODES,
     shell:
         "{params.reqat} stage {wildcards.id:q} --tier {params.tier:q} --threads {params.threads:q} > {log:q} 2>&1"

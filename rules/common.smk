@@ -93,6 +93,7 @@ LAUNCH = [PYTHON, "-m", "reqat.cli.launch", "--nodes", str(RESOURCES.nodes), "--
 TRAIN = shlex.join([*LAUNCH, *COMMAND] if PROCESSES > 1 else COMMAND)
 # Of a training on several machines, what profiles/slurm asks for; other executors take no notice.
 TRAIN_NODES = {"nodes": RESOURCES.nodes, "tasks": RESOURCES.nodes} if RESOURCES.nodes > 1 else {}
+BASE_NODES = {name: lambda wildcards: RESOURCES.nodes if trains_base(wildcards) else 1 for name in TRAIN_NODES}
 
 
 def stamp(name, files):
@@ -200,9 +201,24 @@ def evaluation_inputs(wildcards):
     return stages + [EVALUATION.format(id=id) for id in PLAN.shards(wildcards.id)]
 
 
+def trains_base(wildcards):
+    """Whether a base's job trains it; the weights of others are only linked or unpacked."""
+    return PLAN.stage(wildcards.id).settings.source == "scratch"
+
+
 def base_gpus(wildcards):
-    """GPUs of a base's job: none for weights that are only linked or unpacked."""
-    return GPUS["training"] if PLAN.stage(wildcards.id).settings.source == "scratch" else 0
+    """GPUs of a base's job."""
+    return GPUS["training"] if trains_base(wildcards) else 0
+
+
+def base_threads(wildcards):
+    """Cores of a base's job."""
+    return RESOURCES.threads * (RESOURCES.processes if trains_base(wildcards) else 1)
+
+
+def base_command(wildcards):
+    """The command of a base's job: in several processes only where something is trained."""
+    return TRAIN if trains_base(wildcards) else REQAT
 
 
 def evaluation_gpus(wildcards):

@@ -294,16 +294,48 @@ def test_a_folder_that_no_environment_can_lie_in_is_named(fake: FakeInstallation
     assert fake.made == 0
 
 
-def test_the_project_is_installed_from_within_its_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """So that no part of its path is read by pip: `[x]` would be extras."""
-    done: list[tuple[list[str], str]] = []
+@pytest.fixture
+def python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An interpreter whose pip says what it is asked for in `asked`, and prints and ends as `says.sh` has it."""
+    file = tmp_path / "python"
+    file.write_text('#!/bin/sh\necho "$PWD $*" >> asked\ncase "$*" in *"pip install"*) . ./says.sh;; esac\n')
+    file.chmod(0o755)
+    (tmp_path / "says.sh").touch()
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(environment.subprocess, "run", lambda words, **given: done.append((words, given["cwd"])))
-    monkeypatch.setattr(environment.subprocess, "check_output", lambda *_, **__: "")
-    environment.install(Path("python"))
-    (words, folder), (warmed, _) = done[-2:]
-    assert words[-2:] == ["-e", "."] and folder == str(tmp_path)
-    assert "import_everything" in warmed[-1], "what is imported is compiled last, when all is installed"
+    monkeypatch.chdir(tmp_path)
+    return file
+
+
+def test_the_project_is_installed_from_within_its_folder(python: Path) -> None:
+    """So that no part of its path is read by pip: `[x]` would be extras."""
+    environment.install(python)
+    *_, installed, warmed = (python.parent / "asked").read_text().splitlines()
+    assert installed.startswith(f"{python.parent} ") and installed.endswith("-e .")
+    assert "import_everything" in warmed, "what is imported is compiled last, when all is installed"
+
+
+def test_pip_is_told_in_few_lines_however_many_packages_there_are(
+    python: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "EVERY_S", 0.2)
+    (python.parent / "says.sh").write_text(
+        "for i in $(seq 200); do echo Collecting p$i==1; done; echo WARNING: own >&2; sleep 1; "
+        "echo Installing collected packages: p1, p2"
+    )
+    environment.pip(python, "-r", "requirements.lock")
+    out, err = capfd.readouterr()
+    lines = out.splitlines()
+    assert len(lines) < 100 and "200 looked up" in lines[-1]
+    assert any("fetching p200" in line for line in lines)
+    assert err == "WARNING: own\n", "what pip complains of is of this machine"
+
+
+def test_where_pip_fails_its_last_lines_are_shown(python: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (python.parent / "says.sh").write_text("for i in $(seq 200); do echo Collecting p$i==1; done; exit 3")
+    with pytest.raises(subprocess.CalledProcessError, match="3"):
+        environment.pip(python, "p")
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[-1] == "Collecting p200==1" and len(lines) <= 20
 
 
 def test_an_old_interpreter_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

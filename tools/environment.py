@@ -19,6 +19,7 @@ A stamp, written last, says that all three are done for these very pins; without
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import fcntl
 import hashlib
@@ -30,6 +31,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,6 +40,8 @@ LOCK = ROOT / "requirements.lock"
 TOP_LEVEL = ROOT / "requirements.in"
 CONDA = ROOT / "environment.yml"
 OLDEST_PYTHON = (3, 11)
+# Between lines on how far pip is.
+EVERY_S = 15
 STAMP = ".reqat-complete-"
 # Runtime libraries of torch's CUDA build: torch's own metadata pins them, and only where that build is installed.
 TORCH_OWN = re.compile(r"^(nvidia|cuda)[-_]")
@@ -267,23 +272,84 @@ def only_one_at_a_time():
 
 
 def pip(python: Path, *arguments: object) -> None:
-    """``pip install``; quiet unless a person watches. Index, proxy and cache stay as the user configured them.
+    """``pip install``, which takes minutes on a slow network: in place of its lines, hundreds of them, one every
+    :data:`EVERY_S` seconds says how far it is. What pip complains of is shown as it comes, and where it fails its last
+    lines, too. Index, proxy and cache stay as the user configured them.
 
     Modules are compiled when first imported (:func:`warm_up`): compiling all of 190 packages is 40% of the work of
     installing them.
     """
-    options = ["--no-compile", "--no-input", "--disable-pip-version-check"]
-    if not sys.stdout.isatty():
-        options.append("--quiet")
-    run(python, "-m", "pip", "install", *options, *arguments)
+    options = ["--no-compile", "--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    words = [str(word) for word in (python, "-m", "pip", "install", *options, *arguments)]
+    progress, ended = PipProgress(), threading.Event()
+
+    def speak() -> None:
+        while not ended.wait(EVERY_S):
+            print(progress.line(), flush=True)
+
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, universal_newlines=True, errors="replace", cwd=str(ROOT), env=clean_environment()
+    ) as process:
+        threading.Thread(target=speak, daemon=True).start()
+        try:
+            for line in process.stdout or ():
+                progress.note(line)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            ended.set()
+    if process.returncode:
+        print("\n".join(progress.last), flush=True)
+        raise subprocess.CalledProcessError(process.returncode, words)
+    print(progress.line(), flush=True)
+
+
+class PipProgress:
+    """How far a run of ``pip install`` is, from its own lines on standard output."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.found = 0
+        """Packages that pip has looked up, and fetched but for the last."""
+        self.doing = "looking for packages"
+        self.last: collections.deque[str] = collections.deque(maxlen=20)
+
+    def note(self, line: str) -> None:
+        """Take a line of pip's into account."""
+        text = line.strip()
+        self.last.append(text)
+        for start, doing in (
+            ("Collecting ", "fetching {}"),
+            ("Processing ", "fetching {}"),
+            ("Obtaining ", "fetching {}"),
+            ("Requirement already satisfied: ", "{} is there"),
+            ("Building wheel for ", "building {}"),
+            ("Installing collected packages: ", "unpacking them"),
+            ("Successfully installed ", "done"),
+        ):
+            if text.startswith(start):
+                self.found += doing.startswith(("fetching", "{}"))
+                self.doing = doing.format(re.split(r"[ =<>;,[]", text[len(start) :] + " ")[0])
+
+    def line(self) -> str:
+        """``  57 looked up, 1 min 20 s: fetching torch``"""
+        minutes, seconds = divmod(round(time.monotonic() - self.began), 60)
+        took = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        return f"  {self.found} looked up, {took}: {self.doing}"
 
 
 def run(*command: object) -> None:
-    """Run a command, free of settings that would send an installation elsewhere."""
+    """Run a command."""
+    words = [str(word) for word in command]
+    subprocess.run(words, check=True, cwd=str(ROOT), env=clean_environment())
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's, free of settings that would send an installation elsewhere."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_NO_DEPS")
     clean = {name: value for name, value in os.environ.items() if name not in hidden}
-    words = [str(word) for word in command]
-    subprocess.run(words, check=True, cwd=str(ROOT), env={**clean, "PYTHONNOUSERSITE": "1"})
+    return {**clean, "PYTHONNOUSERSITE": "1"}
 
 
 if __name__ == "__main__":

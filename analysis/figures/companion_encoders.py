@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.report import style
@@ -31,25 +34,24 @@ def build(found: Found) -> Figure:
     seeds."""
     layers = found.rows[found.rows["layer"].notna()]
     groups, names = list(layers.groupby(["companion", "task"], sort=False)), headings(layers)
-    fig = style.figure(0.8 + 2.1 * len(groups))
+    fig = style.figure(1.1 + 2.1 * len(groups))
     axes = fig.subplots(len(groups), 2, squeeze=False)
-    letters, explained = iter("abcdefgh"), set[str]()
+    others = [method for method in dict.fromkeys(layers["method"]) if method not in LOOKS]  # mixes of a sweep
+    looks = LOOKS | {method: (OTHERS[i % len(OTHERS)], ".") for i, method in enumerate(others)}
+    letters, explained = iter("abcdefgh"), dict[str, Line2D]()
     for line, (key, rows) in zip(axes, groups, strict=True):
         for ax, (measure, label) in zip(line, MEASURES.items(), strict=True):
-            _layers(ax, rows, measure)
+            _layers(ax, rows, measure, looks)
             ax.set_ylabel(label, fontsize=7)
             style.panel(ax, next(letters, ""), names[key])
-        methods = set(rows["method"])
-        if not methods <= explained:  # a legend where there are lines that none above explains
-            line[0].legend(fontsize=6)
-        explained |= methods
+        explained |= {str(drawn.get_label()): drawn for drawn in line[0].get_lines()}
+    # Above all panels: the lines leave no corner of a panel free.
+    fig.legend(list(explained.values()), list(explained), loc="outside upper center", ncols=min(3, len(explained)))
     style.footer(fig, ["Means over training seeds; logarithmic axes.", *found.notes])
     return fig
 
 
-def _layers(ax: Axes, rows: pd.DataFrame, measure: str) -> None:
-    others = [method for method in dict.fromkeys(rows["method"]) if method not in LOOKS]  # mixes of a sweep
-    looks = LOOKS | {method: (OTHERS[i % len(OTHERS)], ".") for i, method in enumerate(others)}
+def _layers(ax: Axes, rows: pd.DataFrame, measure: str, looks: Mapping[str, tuple[str, str]]) -> None:
     for method, (colour, marker) in looks.items():
         at = rows[rows["method"] == method].groupby("layer")[measure].mean()
         if len(at):

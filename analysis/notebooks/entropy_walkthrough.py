@@ -55,7 +55,7 @@ bins = 20
 if not traces.exists():
     command = [
         *("entropy", "--reference", ROOT / "results/base/model", "--candidate-precision", "NVFP4-W4A4KV4"),
-        *("--families", "chain_sum,leg_counting", "--n", problems, "--out", traces, "--quiet"),
+        *("--families", "chain_sum,leg_counting", "--tier", "laptop", "--n", problems, "--out", traces, "--quiet"),
     ]
     verb = Path(sys.executable).with_name("reqat")
     subprocess.run([str(part) for part in (verb, *command)], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -60,6 +61,14 @@ class Session:
             raise ReqatError(f"{self.frozen} is a plan of tier {plan.tier.name}, not {tier}.")
         check_families(plan)
         return plan
+
+    def plan_from_here(self, tier: str) -> Plan:
+        """:meth:`plan` without a change of the working directory, for verbs whose own paths are relative to it."""
+        with contextlib.chdir("."):
+            try:
+                return self.plan(tier)
+            finally:
+                vars(self).pop("paths", None)  # they are relative to the root, where this process does not stay
 
 
 def check_families(plan: Plan, *, options: bool = False) -> None:

@@ -10,12 +10,14 @@ import typer
 
 import reqat
 from reqat.cli import arguments
-from reqat.cli.app import Quiet, Tier, app, session, start_computing
+from reqat.cli.app import Quiet, app, start_computing
 from reqat.cli.arguments import Seeds, Threads, seed_list
+from reqat.cli.families import FamilyTier, choose
 from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
 from reqat.pipeline.pairs import PairSettings, Side, collect
 from reqat.records import record
+from reqat.tasks import problems as draw_problems
 from reqat.tasks.problem_files import Given, of_problems, read_problems
 
 
@@ -36,7 +38,7 @@ def entropy(
         str | None,
         typer.Option(callback=arguments.families, help="Task families in place of a file, a,b (see --tier)."),
     ] = None,
-    tier: Tier = "laptop",
+    tier: FamilyTier = None,
     n: Annotated[
         int,
         typer.Option("--n", min=1, max=arguments.MOST, help="Problems of the task families, or of the file at most."),
@@ -94,7 +96,15 @@ def entropy(
     numbers = seed_list(seeds)
     paths = {"reference": _absolute(reference), "candidate": _absolute(candidate or reference)}
     out, source = out.absolute(), problems.absolute() if problems is not None else None
-    rows = read_problems(source, n) if source is not None else _of_families(str(families), tier, split, n, problem_seed)
+    if source is not None and tier is not None:
+        raise ReqatError(f"--tier {tier}: of --families; --problems {problems} are taken as they stand there.")
+    chosen = choose(families, tier) if families is not None else None
+    if chosen is not None:
+        rows = of_problems(draw_problems(chosen.families, split, n, problem_seed))
+        print(f"problems: {chosen}", flush=True)
+    else:
+        assert source is not None
+        rows = read_problems(source, n)
     settings = {
         "reference": paths["reference"],
         "candidate": paths["candidate"],
@@ -102,6 +112,8 @@ def entropy(
         "global_scale": global_scale,
         "kv_element": kv_element,
         "problems": problems.name if problems is not None else families,
+        "families": chosen.families if chosen is not None else None,
+        "tier": tier,
         "split": None if problems is not None else split,
         "problem_seed": None if problems is not None else problem_seed,
         "n": len(rows),
@@ -138,16 +150,6 @@ def entropy(
         draw(found.report, job.partial / "plots")
     print((out / "summary.md").read_text(encoding="utf-8"))
     print(f"written: {out}")
-
-
-def _of_families(names: str, tier: str, split: str, n: int, seed: int) -> list[Given]:
-    """Problems of task families, with the generator's options of the tier where it has the family."""
-    from reqat.tasks import problems
-
-    plan = session.plan(tier)
-    options = next((e.problems.families for e in plan.evaluations.values()), {})
-    chosen = {name.strip(): options.get(name.strip(), {}) for name in names.split(",") if name.strip()}
-    return of_problems(problems(chosen, split, n, seed))
 
 
 def _positions(asked: Sequence[str], rows: Sequence[Given]) -> dict[str, tuple[int, ...]]:

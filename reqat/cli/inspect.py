@@ -1,4 +1,4 @@
-"""Verbs that look: `plan`, `schema`."""
+"""Verbs that look: `plan`, `formats`, `schema`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from reqat.config import machine, schema
 from reqat.config.companions import load_companions
 from reqat.config.cost import hours, seconds
 from reqat.config.errors import ReqatError
+from reqat.config.formats import FAMILIES, bits_of
 from reqat.config.paths import made
 from reqat.config.plan import Plan
+from reqat.config.precision import KNOWN
 from reqat.config.resources import Job, need
 from reqat.config.stage import TrainSettings
 from reqat.config.studies import PlannedStudy, load_studies
@@ -94,6 +96,22 @@ def gpu_hours(plan: Plan) -> str:
     for name, found in hours(plan).items():
         lines.append(f"{name:12} {found.training:>10,.0f} {found.evaluating:>10,.0f} {found.total:>10,.0f}")
     return "\n".join(lines)
+
+
+@app.command("formats")
+def show_formats() -> None:
+    """List all formats: bits, element, block, scales and rules, the default first. A precision is FORMAT-BITS, as in
+    NVFP4-W4A4KV4; what is not its default follows a colon (NVFP4-W4A4:scale_rule=multiply)."""
+    heads = ("format", "bits", "element", "block", "scale", "scale_rule", "rounding", "global_scale")
+    lines: list[tuple[str, ...]] = [heads]
+    for name, fields in FAMILIES.items():
+        block = "tensor" if fields["per_tensor"][0] else str(fields["block"][0] or "row")
+        choices = {field: ",".join(str(value) for value in values) for field, values in fields.items()}
+        lines.append((name, str(bits_of(name)), choices["element"], block, *(choices[head] for head in heads[4:])))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(f"\nPrecisions of the paper and of this artifact: {', '.join(KNOWN)}")
 
 
 @app.command("schema")

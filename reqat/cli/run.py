@@ -15,6 +15,7 @@ import reqat
 from reqat.cli import arguments
 from reqat.cli.app import Quiet, Tier, app, check_families, session, start_computing
 from reqat.cli.arguments import Seeds, Threads, seed_list
+from reqat.cli.families import choose
 from reqat.config.catalogue import PTQ_METHODS
 from reqat.config.decoding import SAMPLE
 from reqat.config.errors import ReqatError
@@ -71,7 +72,15 @@ def stage(
 @app.command()
 def evaluate(
     ids: Annotated[list[str] | None, typer.Argument(help="Ids as `reqat plan` prints them.")] = None,
-    tier: Tier = "laptop",
+    tier: Annotated[
+        str | None,
+        typer.Option(
+            "--tier",
+            "-t",
+            help="Of ids: their tier (default: laptop). Of --tasks: the tier whose settings (difficulty) the families "
+            "have (default: each family's own).",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(callback=arguments.model, help="In place of ids: a model's folder, or package:NAME."),
@@ -114,7 +123,7 @@ def evaluate(
             raise ReqatError(f"--model {model} and the id {ids[0]}: give one or the other.")
         if (tasks is None) == (problems is None):
             raise ReqatError("--model: give --tasks a,b or --problems FILE, and not both.")
-        rows, about, inputs = _problems(tasks, problems, n, split, problem_seed)
+        rows, about, inputs = _problems(tasks, tier, problems, n, split, problem_seed)
         _grade(
             model,
             rows,
@@ -134,21 +143,29 @@ def evaluate(
             raise ReqatError(f"{option} {value}: an option of --model; ids are graded as their tier says.")
     if not ids:
         raise ReqatError("nothing to grade: give ids as `reqat plan` prints them, or --model.")
-    plan = session.plan(tier)
+    plan = session.plan(tier or "laptop")
     start_computing(threads)
     for id in ids:
         run_evaluation(plan, id, session.paths, progress=not quiet, force=force)
 
 
 def _problems(
-    tasks: str | None, file: Path | None, n: int | None, split: Literal["validation", "test"] | None, seed: int | None
+    tasks: str | None,
+    tier: str | None,
+    file: Path | None,
+    n: int | None,
+    split: Literal["validation", "test"] | None,
+    seed: int | None,
 ) -> tuple[list[Given], dict[str, Any], dict[str, Any]]:
     """Problems of task families, or of a file; what the record says of them, and the inputs among them."""
     if file is None:
         split, seed = split or "test", 1 if seed is None else seed
-        drawn = draw([name.strip() for name in str(tasks).split(",")], split, n or 100, seed)
-        return of_problems(drawn), {"tasks": tasks, "split": split, "problem_seed": seed}, {}
-    for option, value in {"--split": split, "--problem-seed": seed}.items():
+        chosen = choose(str(tasks), tier)
+        drawn = draw(chosen.families, split, n or 100, seed)
+        print(f"problems: {chosen}", flush=True)
+        about = {"tasks": tasks, "tier": tier, "families": chosen.families, "split": split, "problem_seed": seed}
+        return of_problems(drawn), about, {}
+    for option, value in {"--tier": tier, "--split": split, "--problem-seed": seed}.items():
         if value is not None:
             raise ReqatError(f"{option} {value}: of --tasks; --problems {file} are taken as they stand there.")
     # Before they are read: a file that changes meanwhile is not taken for what was graded.

@@ -11,6 +11,7 @@ import typer
 
 from reqat.cli import arguments
 from reqat.cli.app import app
+from reqat.cli.families import FamilyTier, choose
 from reqat.config.errors import ReqatError
 from reqat.config.targets import making_file
 from reqat.tasks import problems, write_trace
@@ -21,6 +22,7 @@ def traces(
     tasks: Annotated[str, typer.Option(callback=arguments.families, help="Task families, a,b.")],
     out: Annotated[Path, typer.Option(help="File to write, JSON lines with prompt and response.")],
     n: Annotated[int, typer.Option("--n", min=1, max=arguments.MOST, help="Problems.")] = 300,
+    tier: FamilyTier = None,
     seed: Annotated[int, typer.Option(min=0, max=arguments.MOST, help="That problems are drawn with.")] = 0,
 ) -> None:
     """Write problems of the training split with verified solutions, as `reqat train --data` reads them.
@@ -29,12 +31,13 @@ def traces(
     """
     if out.suffix.lower() not in (".jsonl", ".ndjson"):
         raise ReqatError(f"--out {out}: JSON lines are written; name it so (traces.jsonl).")
-    rng = random.Random(seed)
+    chosen, rng = choose(tasks, tier), random.Random(seed)
     with making_file(out, lambda _: False) as write:
-        drawn = problems([name.strip() for name in tasks.split(",")], "train", n, seed)
+        drawn = problems(chosen.families, "train", n, seed)
         found = [(problem.prompt, write_trace(problem, rng)) for problem in drawn]
         rows = [{"prompt": prompt, "response": response} for prompt, response in found if response is not None]
         if not rows:
             raise ReqatError(f"none of {n} problems of {tasks} has a verified solution; take more, or other families.")
         write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"{out}: {len(rows)} traces" + (f", {n - len(rows)} without a solution left out" if len(rows) < n else ""))
+    print(f"problems: {chosen}")

@@ -1,8 +1,8 @@
 """The memory that a training takes, computed from the model's shape and the settings before anything is started.
 
 A step has two peaks. Where the backward pass begins, all that autograd kept is there, and the logits with their
-gradients; where it ends, that is gone and every parameter has a gradient. Weights and AdamW's two moments are there
-always, in float32. With several batches a step, gradients are there at both.
+gradients; where it ends, that is gone and every parameter has a gradient. Weights and the optimizer's moments (AdamW's
+two, SGD's one) are there always, in float32. With several batches a step, gradients are there at both.
 
 What autograd keeps of a token in a layer of a Llama- or Qwen-like decoder (`kept_per_token`) is what
 `torch.autograd.graph.saved_tensors_hooks` count; a test compares them. With gradient checkpointing that is the layer's
@@ -26,10 +26,15 @@ _WIDE, _NARROW = 4, 2  # bytes of float32, and of bfloat16 under autocast
 #: Logits of a batch up to this are held as they are; of larger ones a chunk of this size at a time, where the loss
 #: allows (`reqat_kernels.sem_loss.CHUNK_BYTES`, which may not be imported here; a test compares them).
 CHUNK_BYTES = 320 * MIB
-# Copies of a batch's logits where the backward pass begins: log-probabilities, their gradient, the logits' gradient.
-_LOGITS_COPIES = 3
-# Of each further term: of distillation the teacher's log-probabilities, the product, its gradient; as many of SEM.
-_TERM_COPIES = 3
+# Copies of a batch's logits that are there together, of the term that holds the most: as tensors, which is what a GPU's
+# allocator keeps, and in the C library's heap. Of the likelihood log-probabilities, their gradient, the logits'; of SEM
+# logits, log-probabilities and two of p log p; of distillation logits and log-probabilities of both models and three of
+# their divergence. In the heap freed copies lie beside them: an aligned block does not fit where one of its size was
+# freed. The first number a test counts, the second was measured (docs/memory.md).
+_COPIES = {"nll": (3, 6), "sem": (4, 9)}
+_DISTILLATION_COPIES = (7, 12)
+#: Moments that an optimizer keeps of each parameter.
+MOMENTS = {"adamw": 2, "sgd": 1}
 #: Resident before a model is loaded: Python, torch, transformers and what they bring.
 PROCESS_BYTES = 480 * MIB
 # Share of the memory of activations that gradients take over in the C library's heap: blocks that are aligned do not
@@ -186,19 +191,20 @@ def training_memory(
     products += _NARROW * head if narrow else 0
 
     fused = all(term.name in ("nll", "sem") for term in training.objective)
-    others = sum(term.name not in ("nll",) for term in training.objective)
     logits = _WIDE * responses * s.vocabulary
     if fused and logits > CHUNK_BYTES:
         held = CHUNK_BYTES + _WIDE * head  # and the head's gradient, which the loss makes
     else:
-        held = logits * (_LOGITS_COPIES + _TERM_COPIES * others)
+        held = logits * max(
+            _COPIES.get(term.name, _DISTILLATION_COPIES)[1 if cpu else 0] for term in training.objective
+        )
     gathered = _WIDE * (_GATHERED * linear / s.layers + head) if sharded else 0.0
     dense = training.attention == "rows"
-    share = _WIDE * total / ranks
+    share, moments = _WIDE * total / ranks, MOMENTS[training.optimizer]
     return TrainingMemory(
         weights=0.0 if offload else share,
         gradients=0.0 if offload else share,
-        moments=0.0 if offload else 2 * share,
+        moments=0.0 if offload else moments * share,
         products=products,
         activations=float(tokens * s.hidden_size * s.layers * _WIDE if checkpointing else layer_tokens * s.layers),
         gathered=gathered,
@@ -212,7 +218,7 @@ def training_memory(
         accumulates=accumulates,
         products_stay=stay,
         head_gradient=_head_gradient(s, ranks, offload),
-        host=share * (4 if fused else 5) if offload else 0.0,
+        host=share * (2 + moments + (0 if fused else 1)) if offload else 0.0,
     )
 
 

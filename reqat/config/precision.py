@@ -17,6 +17,7 @@ the same choice as formats of tensors.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -74,6 +75,8 @@ KNOWN = (
     "INT4-row-W4A4KV4",
 )
 """The settings of the paper, and those that the artifact adds; used to suggest what a misspelt name may have meant."""
+_MAIN_FORMATS = ("NVFP4", "MXFP4", "AMXFP4", "INT4-g128", "INT4-row")
+_CLOSEST = 3
 
 GlobalScale = Literal["dynamic", "row", "static"]
 DEFAULT_GLOBAL_SCALE: GlobalScale = "row"
@@ -230,12 +233,23 @@ def written(name: str, options: Mapping[str, Any]) -> str:
 
 
 def unknown_precision(name: object) -> ReqatError:
-    """The error for a name that is no precision: the closest one that is, and how names are made."""
+    """The error for a name that is no precision: the closest ones that are, how names are made, and where all are."""
     remedy = (
-        f"Write BF16 or FORMAT-BITS, with FORMAT one of {', '.join(FORMATS)} and BITS such as W4A16, W4A4, W4A4KV4 or "
-        f"KV4; for example {', '.join(KNOWN[:6])}."
+        f"Write BF16, or FORMAT-BITS with FORMAT such as {', '.join(_MAIN_FORMATS)} and BITS such as W4A16, W4A4, "
+        "W4A4KV4 or KV4; `reqat formats` lists all."
     )
-    return unknown("precision", name, KNOWN, remedy=remedy)
+    return unknown("precision", name, [*KNOWN, *_respelt(str(name))], remedy=remedy, closest=_CLOSEST)
+
+
+def _respelt(name: str) -> list[str]:
+    """Precisions with the bits of ``name`` and formats whose names are close to its own, where they have these bits."""
+    match = _TERM.fullmatch(name.partition(":")[0])
+    if match is None:
+        return []
+    by_upper = {of.upper(): of for of in FORMATS}
+    close = difflib.get_close_matches(match["family"].upper(), by_upper, n=_CLOSEST, cutoff=0.5)
+    widths = {int(width) for _, width in re.findall(_ROLE_BITS, match["spec"].upper())}
+    return [f"{by_upper[of]}-{match['spec'].upper()}" for of in close if widths <= {bits_of(by_upper[of]), 16}]
 
 
 def check_rotation(size: Any, name: str = "rotation") -> Any:

@@ -74,21 +74,26 @@ class Progress(logging.Handler):
                 self.foreseen += self.left.pop(ended.id, 0.0)
 
     def line(self) -> str:
-        """Where the run is: ``3 of 16 jobs done in 4 min, about 20 min to go; now: train: qat-1 (2 min, 45%)``."""
+        """Where the run is: ``3 of 16 jobs done in 4 min, about 20 min to go; now: train: qat-1 (2 min, 45%)``.
+
+        Nobody knows how much longer a job goes on that took all the time that was foreseen for it: beside others the
+        rest is then ``at least`` theirs, and alone there is none.
+        """
         now = self.clock()
         # Jobs so far took so many times what was foreseen; half a job's foresight counts as seen, so that the first
         # does not decide alone.
         prior = 0.5 * sum(self.expected.values()) / max(1, len(self.expected))
         pace = (self.spent + prior) / (self.foreseen + prior) if prior > 0 else 1.0
-        left = pace * sum(self.left.values())
-        for job in self.running.values():
-            left -= min(now - job.began, pace * self.left.get(job.id, 0.0))
+        left, late = pace * sum(self.left.values()), False
+        for job in list(self.running.values()):
+            took, foreseen = now - job.began, pace * self.left.get(job.id, 0.0)
+            left -= min(took, foreseen)
+            late |= took >= foreseen
         jobs = [f"{job.name} ({minutes(now - job.began)}{percent(job.log)})" for job in list(self.running.values())]
         at_work = f"; now: {', '.join(jobs)}" if jobs else ""
-        return (
-            f"{self.done} of {len(self.expected)} jobs done in {minutes(now - self.began)}, about "
-            f"{minutes(left / max(1, self.cores))} to go{at_work}"
-        )
+        left /= max(1, self.cores)
+        to_go = f", {'at least' if late else 'about'} {minutes(left)} to go" if left >= 1 else ""
+        return f"{self.done} of {len(self.expected)} jobs done in {minutes(now - self.began)}{to_go}{at_work}"
 
     def start(self) -> None:
         """Say :meth:`line` every half minute until the process ends."""

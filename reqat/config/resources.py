@@ -75,9 +75,9 @@ def need(plan: Plan, job: Job | None = None) -> Need | None:
         jobs: list[tuple[Job, float, int, float]] = []
         for training, quantized in ((tier.train.finetune, False), (tier.train.qat, True)):
             gpus, memory = _shared(f"tier {tier.name}, {label}", shape, training, quantized, usable, tier.resources)
-            # Each process reads the whole model, and a teacher beside it, before it keeps its part.
+            # The first process reads the whole model, and a teacher beside it, before each keeps its part.
             models = 2 if memory.teacher else 1
-            host = tier.resources.processes * max(models * plain, memory.host)
+            host = max(models * plain, memory.host) + (tier.resources.processes - 1) * memory.host
             jobs.append(("training", gpus * memory.peak, gpus, host))
         for calibration in (tier.qfit.calibration, tier.ptq.calibration):
             device = calibrating_bytes(shape, calibration)

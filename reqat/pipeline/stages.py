@@ -135,7 +135,7 @@ def _train_scratch(
         prepare(model, "BF16")
         return model
 
-    model = begin()
+    model = distributed.current().made(begin)
     result = _train(
         model, tokenizer, stage, settings.training, settings.traces, settings.seed, inputs, checkpoints, None, progress
     )
@@ -177,13 +177,19 @@ def train_again(
             set_gradient(model, gradient.rule, roles=gradient.roles, **(gradient.model_extra or {}))
         return model
 
-    model, tokenizer = begin(), with_bos(load_tokenizer(inputs["parent"] / MODEL))
+    ranks = distributed.current()
+    model, tokenizer = ranks.made(begin), with_bos(load_tokenizer(inputs["parent"] / MODEL))
     teacher = None
     if objective(settings.training).needs_teacher:
-        teacher, of_teacher = _model(inputs, "teacher" if "teacher" in inputs else "parent")
-        same_tokens(tokenizer, of_teacher, (f"{stage.id}'s parent", f"its teacher {stage.teacher}"))
-        prepare(teacher, "BF16", override=True)
-        teacher.eval().requires_grad_(False)
+        of = inputs["teacher" if "teacher" in inputs else "parent"] / MODEL
+        same_tokens(tokenizer, with_bos(load_tokenizer(of)), (f"{stage.id}'s parent", f"its teacher {stage.teacher}"))
+
+        def teaching() -> PreTrainedModel:
+            made = load_model(of)
+            prepare(made, "BF16", override=True)
+            return made.eval().requires_grad_(False)
+
+        teacher = ranks.made(teaching)
         sizes = [m.get_output_embeddings().weight.shape[0] for m in (model, teacher)]
         if sizes[0] != sizes[1]:
             raise ReqatError(
@@ -205,7 +211,7 @@ def train_again(
             observer,
         )
     model = _whole(model, begin)
-    if has_learned_scales(model) and distributed.current().first:
+    if has_learned_scales(model) and ranks.first:
         freeze(model)  # dense weights would lose them
     return model, tokenizer, result
 

@@ -81,6 +81,10 @@ class Family(ABC):
         """Whether an answer has the form that the verifier reads, right or wrong."""
         return True
 
+    def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the generator gets: the family's own settings, and ``options`` in place of those that they name."""
+        return {**self.defaults, **options}
+
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
         """The problems of the family by index: by default the data set of reasoning-gym of its name.
 
@@ -88,7 +92,7 @@ class Family(ABC):
         """
         import reasoning_gym
 
-        settings = {**self.defaults, **options}
+        settings = self.settings(options)
         try:
             return reasoning_gym.create_dataset(self.name, seed=seed, size=size, **settings)
         except (TypeError, AssertionError, ValueError) as e:

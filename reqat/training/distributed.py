@@ -30,7 +30,9 @@ from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
 from reqat.config.launch import launched
+from reqat.formats.digests import tensors_digest
 from reqat.models.adapters import blocks_of
+from reqat.training.handed import fill_from_first, from_outline, is_outline, outline
 
 Device = Literal["auto", "cpu", "cuda"]
 #: Longest time that processes wait for each other within a step. NCCL does not notice a dead process sooner.
@@ -69,11 +71,26 @@ class Ranks:
 
     # Models
 
+    def made(self, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """What ``make`` gives. Of several processes the first alone calls it; the others get the model without its
+        numbers, which :meth:`place` hands to them (:mod:`reqat.training.handed`). An error of the first is raised on
+        all."""
+        if self.size == 1:
+            return make()
+        model: PreTrainedModel | None = None
+        with self.alike():
+            if self.first:
+                model = make()
+        said = [outline(model) if model is not None else None]
+        dist.broadcast_object_list(said, src=0, group=self.waiting)
+        return from_outline(said[0] or b"") if model is None else model
+
     def place(self, model: PreTrainedModel, *, trained: bool = True) -> None:
         """Put ``model`` where it computes, in place: on the device, divided among the processes if there are several.
 
         A divided model's parameters are DTensors, and computing with them is for :func:`within` alone. One that is not
-        ``trained`` (a teacher) keeps no weights between forward passes. Raises ReqatError for a model whose parameters
+        ``trained`` (a teacher) keeps no weights between forward passes. Where a process has it without numbers
+        (:meth:`made`), all take the first's, block by block. Raises ReqatError for a model whose parameters
         cannot be divided.
         """
         if not self.sharded:
@@ -88,12 +105,17 @@ class Ranks:
         policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if self.offload else OffloadPolicy()
         blocks = [block.module for block in blocks_of(model)]
         inside = {id(module) for block in blocks for module in block.modules()}
+        handed, filled = any(self.everyone(is_outline(model))), set[int]()
         try:
             for block in blocks:  # one at a time on the device in full
+                if handed:
+                    fill_from_first(block.modules(), device, filled)
                 fully_shard(block.to(device), mesh=mesh, offload_policy=policy)
-            for module in model.modules():
-                if id(module) not in inside:
-                    module._apply(lambda tensor: tensor.to(device), recurse=False)
+            others = [module for module in model.modules() if id(module) not in inside]
+            if handed:
+                fill_from_first(others, device, filled)
+            for module in others:
+                module._apply(lambda tensor: tensor.to(device), recurse=False)
             # Embeddings, last norm and head (which may be tied) are gathered from the forward to the backward pass.
             fully_shard(model, mesh=mesh, offload_policy=policy, reshard_after_forward=None if trained else True)
         except ValueError as error:
@@ -184,6 +206,12 @@ class Ranks:
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value, group=self.waiting)
         return found
+
+    def digest(self, model: PreTrainedModel) -> str:
+        """sha256 of a model's weights; of one without numbers, that of the first process's. Every process calls it."""
+        own = None if is_outline(model) else tensors_digest(model.state_dict())
+        first, *_ = self.everyone(own)
+        return str(first if own is None else own)
 
     def agree(self, said: Mapping[str, str]) -> None:
         """Raise ReqatError, on every process, where two do not say the same, naming the first difference."""

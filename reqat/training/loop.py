@@ -34,7 +34,6 @@ from reqat.config.progress import bar
 from reqat.config.stage import Optimization
 from reqat.data import AnyBatch, Rows, Sequences
 from reqat.data.packing import IGNORE
-from reqat.formats.digests import tensors_digest
 from reqat.models import check_token_ids, embedding_rows, gradient_rules, precision_of, weights_quantized_once
 from reqat.quant import GradientRule
 from reqat.quant import autocast as autocast_region
@@ -279,6 +278,7 @@ def _description(
     objective: Objective,
     settings: RunSettings,
     teacher: PreTrainedModel | None,
+    ranks: Ranks,
 ) -> dict[str, str]:
     """All that decides the weights that come out, by the words that an error may use; digests where it is long.
 
@@ -291,14 +291,14 @@ def _description(
     hyper = settings.model_dump(exclude={"checkpoint_seconds", *unsaid})
     run = {
         "set of traces (digest)": rows.digest,
-        "model at the start (digest)": tensors_digest(model.state_dict()),
+        "model at the start (digest)": ranks.digest(model),
         "precision": "none" if precision is None else f"{precision} {digest(precision.to_dict(), 12)}",
         "objective": ", ".join(repr(term) for term in objective.terms),
     }
     if rules := gradient_rules(model):
         run["gradient rules (digest)"] = digest(rules, 12)
     if teacher is not None and objective.needs_teacher:
-        run["teacher (digest)"] = tensors_digest(teacher.state_dict())
+        run["teacher (digest)"] = ranks.digest(teacher)
     return run | {f"value of {key}": str(value) for key, value in hyper.items()}
 
 
@@ -365,7 +365,7 @@ def train(
     if ranks.size > 1 and observer is not None:
         raise ReqatError(f"{label}: an observer looks at a training of one process, not of {ranks.size}")
     distributed.check_division(ranks, settings, precision_of(model), objective.needs_micro_batch, model)
-    run = _description(model, rows, objective, settings, teacher)
+    run = _description(model, rows, objective, settings, teacher, ranks)
     ranks.agree(run)
     for one in (model, teacher):
         if one is not None:

@@ -14,6 +14,7 @@ import yaml
 
 from reqat.cli.main import main
 from reqat.config import Paths, Plan, load
+from reqat.config.formats import FORMATS, bits_of
 from reqat.records import record
 
 ROOT = Path(__file__).parents[2]
@@ -128,6 +129,14 @@ def test_debug_shows_the_traceback():
 
     with pytest.raises(ReqatError):
         main(["--debug", "plan", "--tier", "smokey"])
+
+
+def test_every_format_is_listed(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["formats"])
+    head, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert not end.value.code and head.split()[0] == "format"
+    assert [(name, int(bits)) for name, bits, *_ in map(str.split, rows)] == [(f, bits_of(f)) for f in FORMATS]
 
 
 def test_unknown_verbs_and_options_are_usage_errors(capsys: pytest.CaptureFixture[str]):

@@ -134,6 +134,7 @@ def test_an_end_marker_flags_what_lacks_it(models: Path, tmp_path: Path) -> None
         (["--candidate-precision", "NVFP5-W4A4"], SAMPLED, "unknown precision 'NVFP5-W4A4'"),
         (["--seeds", "0,x"], SAMPLED, "--seeds '0,x': write whole numbers"),
         (["--families", "chain_sum"], SAMPLED, "--families chain_sum: give one source"),
+        (["--tier", "smoke"], SAMPLED, "--tier smoke"),
         (["--logprobs", "two"], SAMPLED, "--logprobs 'two': write PROBLEM:POSITION"),
         ([], [{"answer": "4"}], "p.jsonl, line 1: it needs a prompt"),
         ([], [{"prompt": "x", "id": 1}, {"prompt": "y", "id": 1}], "line 2: problem '1' with seed 0"),

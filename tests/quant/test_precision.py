@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from reqat.config.base import digest, parse
 from reqat.config.errors import ReqatError
-from reqat.config.formats import FAMILIES
+from reqat.config.formats import FAMILIES, FORMATS
 from reqat.config.precision import PrecisionSpec
 from reqat.formats import Format, get_format
 from reqat.quant import KNOWN, Precision
@@ -184,6 +185,26 @@ def test_contradictions_and_wrong_options_are_refused() -> None:
         Precision.parse("NVFP4-4/6-KV4", kv_element="E1M2")
     with pytest.raises(ValueError, match="unknown precision ''"):
         Precision.parse("")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("NVFP5-W4A4", "NVFP4-W4A4"),
+        ("NVF4-W4A4KV4", "NVFP4-W4A4KV4"),
+        ("int3-g64-w3a16", "INT3-g128-W3A16"),
+        ("SAWB4-tensr-W4A4", "SAWB4-tensor-W4A4"),
+        ("W4A4", "MXFP4-W4A4"),
+    ],
+)
+def test_a_misspelt_precision_names_close_ones_and_few_others(name: str, meant: str) -> None:
+    with pytest.raises(ReqatError, match="unknown precision") as caught:
+        Precision.parse(name)
+    text = str(caught.value)
+    suggested = re.findall(r"'([^']+)'", text)[1:]
+    assert meant in suggested and len(suggested) <= 3 and "reqat formats" in text
+    assert all(str(Precision.parse(one)) == one for one in suggested)
+    assert sum(name in text for name in FORMATS) < 15 < len(FORMATS)
 
 
 def test_every_precision_survives_storage() -> None:

@@ -62,11 +62,13 @@ def rows(n: int = 24, seed: int = 0) -> PackedRows:
 
 def run(
     folder: Path, *, objective: Objective = SEM_OBJECTIVE, data: PackedRows | None = None,
-    after: Callable[[int], object] = lambda step: None, tied: bool = True, **changes: Any,
+    after: Callable[[int], object] = lambda step: None, tied: bool = True, handed: bool = True, **changes: Any,
 ) -> tuple[TrainResult, Qwen2ForCausalLM]:  # fmt: skip
-    """A training with shared scales; ``after`` sees the number of each checkpoint that was written (all are)."""
-    trained = model(**QAT, tied=tied)
-    teacher = model(seed=1, tied=tied) if objective.needs_teacher else None
+    """A training with shared scales; ``after`` sees the number of each checkpoint that was written (all are).
+    ``handed``: the first process alone makes the models."""
+    make = distributed.current().made if handed else lambda make: make()
+    trained = make(lambda: model(**QAT, tied=tied))
+    teacher = make(lambda: model(seed=1, tied=tied)) if objective.needs_teacher else None
     saves, plain_save = itertools.count(1), checkpoint.save
 
     def save(*arguments: Any) -> None:
@@ -131,10 +133,16 @@ def test_two_processes_train_as_one_for_50_steps(tmp_path: Path) -> None:
     "how",
     [
         {"objective": Objective((QAD(),))},
+        {"objective": Objective((QAD(),)), "handed": False},
         {"rows_per_batch": 6, "accumulation": 1},
         {"tied": False, "gradient_checkpointing": True, "clip": 0.1},
     ],
-    ids=["a teacher is divided too", "rows of a micro-batch are divided", "checkpointing, clipping, a head of its own"],
+    ids=[
+        "a teacher is divided too",
+        "each makes the models",
+        "rows of a micro-batch are divided",
+        "checkpointing, clipping, a head of its own",
+    ],
 )
 def test_two_processes_train_as_one(tmp_path: Path, how: dict[str, Any]) -> None:
     data = rows(12)

@@ -4,8 +4,11 @@ counts what autograd keeps."""
 from __future__ import annotations
 
 import dataclasses
+import json
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,8 +21,10 @@ from reqat.config.memory import CHUNK_BYTES, kept_per_token, parameters, trainin
 from reqat.config.stage import Training
 from reqat.config.tier import Shape
 from reqat.data import PackedRows, Trace, pack
+from reqat.data.tokenizer import build_tokenizer
 from reqat.methods.terms.qad import QAD
-from reqat.models import kv_quantizers, prepare
+from reqat.methods.terms.sem import SEM
+from reqat.models import kv_quantizers, prepare, save_model
 from reqat.training import NLL, Objective, RunSettings, loop, train
 from reqat_kernels import sem_loss
 
@@ -131,6 +136,58 @@ def test_what_autograd_keeps_of_a_token_is_counted() -> None:
 
 def test_chunks_of_logits_are_those_of_the_loss() -> None:
     assert CHUNK_BYTES == sem_loss.CHUNK_BYTES == loop.FUSE_ABOVE_BYTES
+
+
+@pytest.mark.parametrize("terms", [(NLL(),), (NLL(), SEM()), (QAD(),), (NLL(), QAD(), SEM())])
+def test_copies_of_logits_that_are_there_together_are_counted(terms: tuple[Any, ...]) -> None:
+    """As tensors, without what an allocator makes of them: logits so large that nothing else counts."""
+    words, model, teacher = 20_000, model_of(), model_of()
+    for one in (model, teacher):
+        one.resize_token_embeddings(words)
+    batch, objective = rows(count=20).batch([0]), Objective(terms)
+    copy = 4 * words * batch.n_response_tokens
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        loop.batch_loss(model, teacher, objective, batch, autocast=False)[0].backward()
+    found = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    there, most = 0, 0
+    for _, size in sorted(found, key=lambda event: event[0]):
+        there += size
+        most = max(most, there)
+    shape = Shape(hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=96, vocabulary=words)
+    asked = Training(objective=[{"name": term.name} for term in terms], row_tokens=ROW, rows_per_batch=1)
+    planned = training_memory(shape, asked, quantized=False, response_tokens=batch.n_response_tokens).logits
+    assert planned / copy == pytest.approx(most / copy, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("setting", ["BF16,2", "BF16,2,sem", "BF16,2,qad"])
+def test_the_plan_of_a_large_vocabulary_is_what_a_process_takes(setting: str, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=60_000, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    save_model(LlamaForCausalLM(config), build_tokenizer(["a b"]), tmp_path / "model")
+    words = ["--model", str(tmp_path / "model"), "--row-tokens", "700", "--settings", setting]
+    tool = Path(__file__).parents[2] / "tools" / "memory.py"
+    done = subprocess.run([sys.executable, str(tool), *words], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["planned"] == pytest.approx(found["peak"], rel=0.15)
+
+
+def test_moments_are_those_of_the_optimizer() -> None:
+    shape = Shape(hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp=96, vocabulary=VOCABULARY)
+    model = model_of()
+    for name in get_args(Training.model_fields["optimizer"].annotation):
+        asked = Training(optimizer=name, row_tokens=ROW, rows_per_batch=1)
+        optimizer = loop.optimizer_of(model, list(model.parameters()), asked)
+        loop.batch_loss(model, None, Objective(), rows().batch([0]), autocast=False)[0].backward()
+        optimizer.step()
+        kept = sum(value.nbytes for state in optimizer.state.values() for key, value in state.items() if key != "step")
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert training_memory(shape, asked, quantized=False, count=count).moments == kept
+        offloaded = training_memory(shape, asked, quantized=False, count=count, offload=True)
+        assert offloaded.host == 8 * count + kept
 
 
 def test_a_plan_follows_the_settings() -> None:

@@ -203,7 +203,7 @@ class Code(Family):
 
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
         """Problems by index. Raises ``ReqatError`` naming an option that there is none of, or its value."""
-        settings = {**self.defaults, **options}
+        settings = self.settings(options)
         fewest, most = settings.pop("min_operations"), settings.pop("max_operations")
         whole = type(fewest) is int and type(most) is int
         if settings or not whole or not 1 <= fewest <= most <= MOST_OPERATIONS:

@@ -75,7 +75,7 @@ class Facts(Family):
 
     def dataset(self, seed: int, size: int, options: Mapping[str, Any]) -> Any:
         """Problems by index. Raises ``ReqatError`` naming an option that there is none of, or its value."""
-        settings = {**self.defaults, **options}
+        settings = self.settings(options)
         countries = settings.pop("countries")
         if settings or not isinstance(countries, int) or not OPTIONS <= countries <= _MOST:
             raise ReqatError(
