@@ -27,7 +27,7 @@ from reqat.config.errors import ReqatError
 
 NAME = "verdicts"
 PLACES: dict[str, tuple[str, ...]] = {
-    "testbed": ("overnight",),
+    "testbed": ("claims", "overnight"),
     "converged": ("converged", "converged-more"),
     "real weights": ("smollm-claims",),
 }
