@@ -120,7 +120,7 @@ class Provider:
 @dataclass(frozen=True)
 class Needs:
     """Bytes of memory that a provider of a case takes beside its ring: ``held`` as long as it is timed, ``passing``
-    while it is prepared and checked, and ``copy``, the least that a ring takes. ``pages``: memory that a ring takes over
+    while it is prepared and checked, and ``copy``, the least that a ring takes. ``pages``: what a ring takes over
     its bytes, on average, because copies begin at huge pages. Estimates from above."""
 
     held: int = 0

@@ -125,12 +125,12 @@ class Worker:
     def __call__(self, method: str, *arguments: Any) -> Any:
         """What ``method`` of the object returns. Raises what it raises, and :class:`Died`."""
         try:
-            self._pipe.send((method, arguments))
+            _send(self._pipe, (method, arguments))
             if not self._pipe.poll(self._patience_s):
                 self.stop(kill=True)
                 raise Died(f"it gave no answer for {self._patience_s:g} s and was ended")
-            value, error = self._pipe.recv()
-        except (EOFError, BrokenPipeError, ConnectionResetError):
+            value, error = pickle.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError):
             self._process.join()
             raise Died(how_it_ended(self._process.exitcode)) from None
         if error is not None:
@@ -141,7 +141,7 @@ class Worker:
         """End the process, and free what it holds. Without effect on one that has ended."""
         if not kill:
             with contextlib.suppress(OSError):
-                self._pipe.send(None)
+                _send(self._pipe, None)
             self._process.join(timeout=10)
         if self._process.is_alive():
             self._process.kill()
@@ -185,17 +185,22 @@ def _serve(make: Callable[[], Any], pipe: Any) -> None:
     served: Any = None
     while True:
         try:
-            request = pipe.recv()
+            request = pickle.loads(pipe.recv_bytes())
             if request is None:
                 # Not through the interpreter's end: a foreign library's destructors are no affair of the benchmark.
                 os._exit(0)
             method, arguments = request
             served = make() if served is None else served
-            pipe.send((getattr(served, method)(*arguments), None))
+            _send(pipe, (getattr(served, method)(*arguments), None))
         except (KeyboardInterrupt, EOFError):
             os._exit(130)  # the parent has been interrupted too, and says so
         except BaseException as error:
-            pipe.send((None, _portable(error)))
+            _send(pipe, (None, _portable(error)))
+
+
+def _send(pipe: Any, value: Any) -> None:
+    """As plain bytes: multiprocessing's own pickling moves tensors to shared memory, with threads that serve it."""
+    pipe.send_bytes(pickle.dumps(value))
 
 
 def _portable(error: BaseException) -> Exception:
