@@ -126,10 +126,10 @@ def _scaling(rows: pd.DataFrame, shapes: list[str], fewest: int, provider: str, 
     for shape in shapes:
         row = pick(rows, provider=provider, format=fmt, shape=shape)
         alone = None if row is None else pick(rows, provider=provider, format=fmt, shape=row["base"])
-        many = row is not None and row.threads != fewest
-        cells.append(
-            _times(alone.median_us, row.median_us) if many and row is not None and alone is not None else Text()
-        )
+        if row is None or alone is None or row.threads == fewest:
+            cells.append(Text())
+        else:
+            cells.append(_times(alone.median_us, row.median_us))
     return tuple(cells)
 
 

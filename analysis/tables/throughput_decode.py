@@ -56,9 +56,8 @@ def build(measured: Measured) -> Table:
         scaling.append((*faster, Text(), Text()))
     asked = measured.record["config"]["decode"]
     models = ", ".join(dict.fromkeys(part["model"] for part in asked))
-    prompts = (
-        " A prompt alone: its tokens over the time to the first new one." if (rows.output_tokens == 0).any() else ""
-    )
+    alone_too = bool((rows.output_tokens == 0).any())
+    prompts = " A prompt alone: its tokens over the time to the first new one." if alone_too else ""
     return Table(
         name=NAME,
         title="Decoding on this machine, tokens a second",

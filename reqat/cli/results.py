@@ -181,7 +181,7 @@ def compare(
     tier: Tier = "laptop",
     what: Annotated[str, typer.Option(help="run, or benchmark: against the one of this type of machine.")] = "run",
 ) -> None:
-    """Hold a fresh run against the pinned one; exit code 1 if they do not agree. A benchmark is only shown beside it."""
+    """Hold a fresh run against the pinned one; exit code 1 if they do not agree. A benchmark is shown, not judged."""
     if what not in ("run", "benchmark"):
         raise unknown("part", what, ("run", "benchmark"), where="--what")
     if what == "benchmark":

@@ -69,7 +69,7 @@ def report(found: Ratios) -> str:
     fresh, then = (rate / 1e9 for rate in found.roofline_bytes_per_s)
     middle = statistics.median(now / old for _, now, old in found.rows)
     lines.append(
-        f"{len(found.rows)} rows on {found.machine}, against {found.pinned}; in the middle {middle:.2f} times its time. "
+        f"{len(found.rows)} rows on {found.machine}, against {found.pinned}; median {middle:.2f} times its time. "
         f"Read roofline {fresh:.1f} GB/s, pinned {then:.1f}: what else a machine does shows in both."
     )
     return "\n".join(lines)

@@ -100,7 +100,7 @@ def cpu_model() -> str:
 
 
 def instructions() -> str | None:
-    """The processor's best instruction set, see :func:`reqat.records.machines.of_flags`; None where Linux does not say."""
+    """The processor's best instruction set, see :func:`reqat.records.machines.of_flags`; None if Linux does not say."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
