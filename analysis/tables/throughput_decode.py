@@ -29,7 +29,7 @@ def build(measured: Measured) -> Table:
     few = int(rows.threads.min())
     cells = sorted(dict.fromkeys(zip(*(rows[key].astype(int) for key in _KEYS), strict=True)))
     columns = [Column("provider", align="l"), Column("precision", align="l")]
-    columns += [_column(*cell, few) for cell in cells]
+    columns += [_column(cell, few) for cell in cells]
     columns += [Column("weights, MiB"), Column("cache, MiB")]
     best = {cell: rows[(rows[_KEYS] == list(cell)).all(axis=1)].tokens_per_s.max() for cell in cells}
     lines, scaling = [], []
@@ -73,7 +73,8 @@ def build(measured: Measured) -> Table:
     )
 
 
-def _column(threads: int, prompt: int, batch: int, tokens: int, fewest: int) -> Column:
+def _column(cell: tuple[int, ...], fewest: int) -> Column:
+    threads, prompt, batch, tokens = cell
     more = f", {threads} threads" if threads != fewest else ""
     return Column(f"{tokens} tokens" if tokens else "prompt alone", f"prompt {prompt}, batch {batch}{more}")
 

@@ -348,7 +348,7 @@ def _turns(
     act: Callable[[_Contender, int], None],
     say: Callable[[str], None],
     what: str,
-) -> tuple[dict[str, float], dict[int, float]]:
+) -> tuple[dict[str, Any], dict[int, float]]:
     """Let all take turns, whoever came first in one round last in the next. Returns what others took of the machine
     meanwhile, and the probe's median rate by number of threads."""
     watch = Neighbours()

@@ -245,7 +245,8 @@ class Contender:
         assert self.worker is not None
         samples = self.samples[threads]
         order = tuple(next(samples.indices))
-        samples.add(*self.worker("burst", order, threads), len(order))
+        elapsed, waited = self.worker("burst", order, threads)
+        samples.add(elapsed, waited, len(order))
 
     def stop(self) -> None:
         """End its worker."""
