@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -103,22 +102,15 @@ def test_a_function_apart_gives_its_result_and_its_memory() -> None:
     assert value != os.getpid() and peak > 10**6
 
 
-def test_threads_that_go_on_computing_are_noticed() -> None:
-    stop = threading.Event()
-
-    def spin() -> None:
-        while not stop.is_set():
-            pass
-
-    thread = threading.Thread(target=spin)
-    thread.start()
-    try:
-        with pytest.raises(Restless):
-            settle(limit_s=0.0)
-    finally:
-        stop.set()
-        thread.join()
+def test_threads_that_go_on_computing_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the process's time on all cores, which is made up here: a busy machine would starve a real thread."""
+    monkeypatch.setattr(time, "process_time", time.perf_counter)  # one core, all the time
+    with pytest.raises(Restless):
+        settle(limit_s=0.01)
+    busy = iter([0.0, 5.0, 5.0, 9.0, 9.0, 9.0])  # seconds at the beginning and end of a look; asleep in the third
+    monkeypatch.setattr(time, "process_time", lambda: next(busy))
     settle(limit_s=60)
+    assert list(busy) == []
 
 
 def test_more_threads_than_cpus_are_refused() -> None:
