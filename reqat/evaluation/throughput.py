@@ -40,7 +40,7 @@ from reqat.models.folder import CheckpointNotFoundError, weight_headers
 from reqat.models.loading import PACKAGE, local_folder, package_gguf
 from reqat_kernels.bench.machine import Bandwidth, Neighbours, waited_ns
 from reqat_kernels.bench.measure import Result, Row, failed_row, percentile, undisturbed
-from reqat_kernels.bench.turns import Roofline, reason_of
+from reqat_kernels.bench.turns import WORKER_BYTES, Roofline, reason_of
 from reqat_kernels.bench.worker import (
     PATIENCE_S,
     Died,
@@ -192,7 +192,10 @@ def model_bytes(path: str, cached_tokens: int) -> int:
     # Of a decoder as wide and deep as this: a layer has some 7 matrices, keys and values are no wider than its input.
     width = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
     layers = sum(len(shape) == 2 for shape in shapes) / 7
-    return round(_BYTES_A_PARAMETER * parameters + 3 * 2 * 2 * layers * width * cached_tokens)
+    processes = 3 + len(llama_cpp.TYPES)  # the reference's, transformers', ours
+    return round(
+        processes * WORKER_BYTES + _BYTES_A_PARAMETER * parameters + 3 * 2 * 2 * layers * width * cached_tokens
+    )
 
 
 @dataclass(eq=False)
