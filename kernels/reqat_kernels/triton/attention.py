@@ -331,6 +331,7 @@ def decode_attention(
     causal: bool = True,
     scale: float | None = None,
     splits: int | None = None,
+    trusted: bool = False,
 ) -> Tensor:
     """Attention of ``query`` [B, H, T, D] (bf16, fp16 or fp32) over a packed cache; returns its shape and type.
 
@@ -339,12 +340,13 @@ def decode_attention(
     Args:
         length: keys in use, the same for every row of the batch; by default the capacity.
         lengths: integers [B] in place of it, each at most the capacity (not checked on a GPU, where it would wait for
-            the device; there a greater one counts as the capacity).
+            the device, nor if ``trusted``; a greater one counts as the capacity then).
         mask: boolean (True: visible) or floating (added to the logits; -1e30 or less hides), [B, S] or broadcastable to
             [B, H, T, S], where S is at least ``length``.
         causal: token t of T sees the keys before ``length - T + t + 1``. Nothing changes for T = 1.
         scale: softmax scale, by default ``D ** -0.5``.
         splits: programs that share a KV head's cache; by default chosen to fill the device.
+        trusted: the numbers of ``lengths`` are known to fit; look at none of them, wherever they lie.
 
     A query that sees no key gives zeros. Raises ValueError for shapes, types, devices or lengths that do not fit.
     """
@@ -352,7 +354,7 @@ def decode_attention(
         if not isinstance(side, KVSide):
             raise TypeError(f"keys and values are KVSide, as KVSide.allocate makes them, not {type(side).__name__}")
     require(query, key.codes, value.codes, mask, lengths)
-    check_arguments(query, key, value, mask, length, lengths)
+    check_arguments(query, key, value, mask, length, lengths, looks=not trusted)
     if splits is not None and not 1 <= check.integer("splits", splits) <= _MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {_MAX_SPLITS}, got {splits}")
     if scale is not None:

@@ -69,6 +69,7 @@ def _by_capability(sm80: str, sm90: str, sm100: str, sm120: str) -> dict[int, st
 def _quantize_cases() -> list[Case]:
     block_m, block_k = quantize._tile(4096, 4096, 16)
     types = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scales_ptr": "*u8", "g_ptr": "*fp32", "amax_ptr": "*i32"}
+    types |= {"flag_ptr": "*i32"}
     tile = {"BLOCK_M": block_m, "BLOCK_K": block_k}
     options = {"num_warps": 4, "enable_fp_fusion": False}
     nvfp4 = {"BLOCK": 16, "E1M2": False, "RULE": "divide", "NVFP4": True, "ROW": False, "DYNAMIC": False}
@@ -90,14 +91,12 @@ def _quantize_cases() -> list[Case]:
             128,
             multiples=("M", "K"),
         ),
-        case("quantize: NVFP4, static", {**nvfp4, "TRACK": False, "HADAMARD": 0}, core=(80,)),
-        case(
-            "quantize: NVFP4, row, Hadamard 16", {**nvfp4, "ROW": True, "DYNAMIC": True, "TRACK": False, "HADAMARD": 16}
-        ),
-        case("quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}),
-        case("quantize: MXFP4, Hadamard 32", {**mxfp4, "TRACK": False, "HADAMARD": 32}),
-        case("fake quantize: NVFP4, dynamic", {**nvfp4, "DYNAMIC": True, "TRACK": False, "HADAMARD": 0}, (90,), True),
-        case("fake quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}, fake=True),
+        case("quantize: NVFP4, static", {**nvfp4, "HADAMARD": 0}, core=(80,)),
+        case("quantize: NVFP4, row, Hadamard 16", {**nvfp4, "ROW": True, "DYNAMIC": True, "HADAMARD": 16}),
+        case("quantize: MXFP4", {**mxfp4, "HADAMARD": 0}),
+        case("quantize: MXFP4, Hadamard 32", {**mxfp4, "HADAMARD": 32}),
+        case("fake quantize: NVFP4, dynamic", {**nvfp4, "DYNAMIC": True, "HADAMARD": 0}, (90,), True),
+        case("fake quantize: MXFP4", {**mxfp4, "HADAMARD": 0}, fake=True),
     ]
 
 
@@ -303,6 +302,7 @@ def _append_cases() -> list[Case]:
         **dict.fromkeys(("key", "value", "cos", "sin"), "*bf16"),
         "shift": "*fp32",
         "offsets": "*i64",
+        "flag": "*i32",
     }
     multiples = (*_CACHE_MULTIPLES, *(f"{x}_{axis}" for x in ("key", "value", "cos", "sin") for axis in "bgt"))
 
