@@ -168,9 +168,8 @@ def append_kernel(
         s += tl.load(offsets + b, mask=is_real, other=0).to(tl.int64)
     # Offsets on a GPU were not looked at by the host: a token without a place is dropped, not written elsewhere.
     fits = is_real & (s >= 0) & (s < capacity)
-    if HAS_OFFSETS:
-        if tl.max((is_real & (fits == 0)).to(tl.int32), axis=0) > 0:
-            tl.atomic_cas(flag, 0, room_call)
+    if tl.max((is_real & (fits == 0)).to(tl.int32), axis=0) > 0:
+        tl.atomic_cas(flag, 0, room_call)
     d = tl.arange(0, D)
     mask = is_real[:, None] & (d < HEAD_DIM)[None, :]
     if tl.program_id(1) == 0:

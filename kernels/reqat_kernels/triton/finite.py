@@ -1,12 +1,12 @@
 """NaN and infinity, found by kernels on the device and told by the host when it looks.
 
-A number that is not finite has no code, so every quantizing kernel looks for one. What it finds is one integer in device
-memory: the number of the call that met one first. Kernels of one stream run one after the other, and the first to
-exchange a 0 for its number wins, so later calls, which may only have inherited the NaN, do not hide it.
+A number that is not finite has no code, so every quantizing kernel looks for one. What it finds is one integer in
+device memory: the number of the call that met one first. Kernels of one stream run one after the other, and the first
+to exchange a 0 for its number wins, so later calls, which may only have inherited the NaN, do not hide it.
 
-Reading that integer makes the host wait for the device. Called without a flag, a function of this package makes one and
-reads it before it returns. A decoding passes one flag to all its calls and reads it at the end: hundreds of waits become
-one, and the calls can be captured in a CUDA graph, since a call's number and the flag's address stay what they are.
+Reading that integer makes the host wait for the device. Called without a flag, a function of this package makes one
+and reads it before it returns. A decoding passes one flag to all its calls and reads it at the end: hundreds of waits
+become one, and the calls can be captured in a CUDA graph, since a call's number and the flag's address stay the same.
 """
 
 from __future__ import annotations
