@@ -38,10 +38,9 @@ from reqat_kernels.triton.elements import (
 )
 from reqat_kernels.triton.finite import FiniteFlag, raise_flag, refusal, refuse
 from reqat_kernels.triton.kv_side import KVSide, check_pair, check_rows
-from reqat_kernels.triton.runtime import require, tl, triton
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import capability, require, tl, triton
 
-#: How the kernel is launched.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -297,7 +296,8 @@ def append(
     key_global, value_global = key_cache.global_scale_BGS(), value_cache.global_scale_BGS()
     rows = B * G * T
     padded = max(32, triton.next_power_of_2(D))
-    tile = min(triton.next_power_of_2(rows), max(1, 2048 // padded))
+    chosen = launch("append", capability(key))
+    tile = min(triton.next_power_of_2(rows), max(1, chosen["elements"] // padded))
     append_kernel[(triton.cdiv(rows, tile), 2)](
         key,
         value,
@@ -336,7 +336,8 @@ def append(
         ROTATE=rotate,
         **_constants("KEY", key_cache),
         **_constants("VALUE", value_cache),
-        **OPTIONS,
+        num_warps=chosen["num_warps"],
+        enable_fp_fusion=False,
     )
     if flag is None:
         noted.check()  # of numbers that became infinite on the way, by the rotation or the shift

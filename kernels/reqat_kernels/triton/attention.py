@@ -33,16 +33,13 @@ from reqat_kernels.native import check
 from reqat_kernels.triton.attention_check import check_arguments, expanded_mask
 from reqat_kernels.triton.elements import as_float32, bits_float, cast, decode_e4m3, decode_e8m0, spread
 from reqat_kernels.triton.kv_side import KVSide
-from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import INTERPRETED, capability, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
 HIDDEN = -1e30
-#: How the kernel is launched: keys a tile (64 would spill registers; the interpreter pays by operation, whatever its
-#: size), rows a tile at most, and what tells triton to keep three tiles of codes in flight.
-BLOCK_S = 64 if INTERPRETED else 32
-BLOCK_S_FLOAT32 = 64 if INTERPRETED else 16  # products off the tensor cores hold more in registers
+#: Rows a tile at most.
 MAX_BLOCK_M = 32
-OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 128
 
@@ -368,7 +365,9 @@ def decode_attention(
     longest = capacity if length is None else length
     rows = H // G * T
     block_m = max(16, min(MAX_BLOCK_M, triton.next_power_of_2(rows)))
-    block_s = BLOCK_S_FLOAT32 if query.dtype == torch.float32 else BLOCK_S
+    # Products off the tensor cores hold more in registers. The interpreter pays by operation, whatever its size.
+    tile = launch("attention float32" if query.dtype == torch.float32 else "attention", capability(query))
+    block_s = tile["BLOCK_S"] = 64 if INTERPRETED else tile["BLOCK_S"]
     row_tiles = triton.cdiv(rows, block_m)
     if splits is None:
         splits = _splits(B * G * row_tiles, triton.cdiv(longest, block_s), query.device)
@@ -428,10 +427,10 @@ def decode_attention(
         CAUSAL=causal and T > 1,
         DIRECT=direct,
         BLOCK_M=block_m,
-        BLOCK_S=block_s,
         COMPUTE=tl.bfloat16 if half else tl.float32,
         PRECISION="tf32" if query.dtype == torch.float16 else "ieee",
-        **OPTIONS,
+        **tile,
+        enable_fp_fusion=True,
     )
     if not direct:
         merge_splits_kernel[(B * H * T,)](

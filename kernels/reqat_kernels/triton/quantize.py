@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, PackedTensor, get_format
+from reqat_kernels.native.quantize import _back, _memory_order
 from reqat_kernels.triton.elements import (
     as_float32,
     bits_float,
@@ -45,7 +46,8 @@ from reqat_kernels.triton.elements import (
     spread,
 )
 from reqat_kernels.triton.finite import FiniteFlag, raise_flag, refusal
-from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import INTERPRETED, capability, require, tl, triton
 
 ROTATIONS = (2, 4, 8, 16, 32, 64, 128)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -229,10 +231,25 @@ def fake_quantize(
 ) -> Tensor:
     """``reqat.formats.quantize_dequantize(x, fmt, ...)`` along the last axis, bit for bit, in one pass.
 
-    Arguments and errors of :func:`quantize`; no codes are written. Not differentiable.
+    Arguments and errors of :func:`quantize`; no codes are written. The result has x's strides where the last axis is
+    contiguous. Not differentiable.
     """
-    _, _, y, _, _, _ = _launch(x, fmt, rotation, global_scale, flag, name, options, fake=True)
-    return y.view(x.shape).to(x.dtype)
+    order = _memory_order(x) if isinstance(x, Tensor) and x.ndim and x.stride(-1) == 1 else None
+    if order is not None and isinstance(global_scale, Tensor) and global_scale.numel() != 1:
+        order = None  # which rows it belongs to is said in x's order
+    given = x if order is None else x.permute(order)
+    _, _, y, _, _, _ = _launch(given, fmt, rotation, global_scale, flag, name, options, fake=True)
+    return _back(y.view(given.shape).to(x.dtype), order)
+
+
+def takes(x: Tensor, fmt: Format, global_scale: Tensor | None) -> bool:
+    """Whether :func:`fake_quantize` is defined for ``x`` and this format along the last axis, and nothing traces it."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not x.is_neg()
+    known = fmt.name in ("NVFP4", "MXFP4") and fmt.rounding == "even"
+    if not plain or not known or x.dtype not in _DTYPES or x.ndim == 0 or not x.numel():
+        return False
+    has_g = fmt.global_scale != "static" if global_scale is None else fmt.has_global_scale
+    return has_g and x.shape[-1] % (fmt.block or 1) == 0
 
 
 def _launch(
@@ -286,11 +303,12 @@ def _launch(
         noted = FiniteFlag(x.device) if flag is None else flag
         rotated = f" (after a rotation of {rotation})" if rotation else ""
         call = noted.number(refusal(label, x.shape, f"NaN or infinity{rotated}"))
-        BM, BK = _tile(M, K, max(block, rotation or 0))
+        chosen = launch("quantize", capability(x))
+        BM, BK = _tile(M, K, max(block, rotation or 0), chosen["elements"])
         grid = (triton.cdiv(M, BM), triton.cdiv(K, BK))
         # No a * b + c in one rounding: the reference rounds twice.
-        launch = {"num_warps": 4, "enable_fp_fusion": False}
-        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK, **launch}
+        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK}
+        tile |= {"num_warps": chosen["num_warps"], "enable_fp_fusion": False}
         if dynamic:
             amax_kernel[grid](x_MK, amax, M, K, ROW=row, **tile)
         quantize_kernel[grid](
@@ -355,8 +373,8 @@ def _given_g(given: Tensor | float, x: Tensor, *, looks: bool) -> Tensor:
         raise ValueError(f"global_scale of shape {tuple(g.shape)} must be a scalar or of shape {shape}") from error
 
 
-def _tile(M: int, K: int, at_least: int) -> tuple[int, int]:
-    """Rows and columns a program: 16 elements a thread rotate without spilling; the interpreter gets large tiles."""
+def _tile(M: int, K: int, at_least: int, elements: int) -> tuple[int, int]:
+    """Rows and columns a program, ``elements`` together; the interpreter gets large tiles."""
     columns = max(at_least, min(triton.next_power_of_2(K), 512 if INTERPRETED else 256))
-    elements = 32768 if INTERPRETED else 2048
+    elements = 32768 if INTERPRETED else elements
     return min(triton.next_power_of_2(M), max(1, elements // columns)), columns
