@@ -8,7 +8,7 @@ The others are ordered by a model of their resources: large products by ``modell
 bound by memory, by :func:`streamed`. **The order is modelled from compiled resources, not timed.** Where the model sees
 no difference, the smaller use of registers and shared memory wins.
 
-Some four hundred compilations of about a second; a table on its way goes on from ``<out>.partial``.
+Some four hundred compilations of about a second; a program that was killed goes on from ``<out>.partial``.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ Choices = dict[str, tuple[int, ...]]
 _STAGES: Choices = {"num_warps": (4,), "num_stages": (2, 3)}
 _FEW: Choices = {"BLOCK_N": (32, 64), "BLOCK_K": (64, 128), **_STAGES}
 _MANY: Choices = {"BLOCK_N": (64, 128), "BLOCK_K": (64,), "num_warps": (4, 8), "num_stages": (3, 4)}
-_SCALED: Choices = {"BLOCK_N": (64, 128), "BLOCK_K": (128, 256), "num_warps": (4, 8), "num_stages": (2, 3)}
-_GEMV: Choices = {"BLOCK_N": (4, 8, 16), "BLOCK_K": (512, 1024), "num_warps": (4,)}
+_SCALED: Choices = {"BLOCK_N": (64, 128), "BLOCK_K": (128,), "num_warps": (4, 8), "num_stages": (2, 3)}
+_GEMV: Choices = {"BLOCK_N": (4, 8), "BLOCK_K": (512, 1024), "num_warps": (4,)}
 KINDS: dict[str, Kind] = {
     "quantize": Kind(
         ("quantize: NVFP4, static", "quantize: NVFP4, row, Hadamard 16", "quantize: MXFP4, Hadamard 32"),
@@ -157,7 +157,9 @@ KINDS: dict[str, Kind] = {
         ("W4A4: NVFP4, unpacked, 32 rows", "W4A4: MXFP4, unpacked, 32 rows"), _FEW, _few_rows(32, _FP4)
     ),
     "w4a4 unpacked many": Kind(
-        ("W4A4: NVFP4, unpacked, 4096 rows", "W4A4: MXFP4, unpacked, 4096 rows"), _MANY, _product(_FP4, True)
+        ("W4A4: NVFP4, unpacked, 4096 rows", "W4A4: MXFP4, unpacked, 4096 rows"),
+        {**_MANY, "num_stages": (3,)},
+        _product(_FP4, True),
     ),
     "w4a4 scaled few": Kind(
         ("W4A4: MXFP4, scaled, 32 rows", "W4A4: NVFP4, scaled, 32 rows"),
@@ -182,15 +184,15 @@ KINDS: dict[str, Kind] = {
             "decode attention: NVFP4, float16 queries",
             "decode attention: MXFP4",
         ),
-        {"BLOCK_S": (16, 32, 64), **_STAGES},
+        {"BLOCK_S": (16, 32), **_STAGES},
         _attention,
     ),
     "attention float32": Kind(
-        ("decode attention: NVFP4, float32 queries",), {"BLOCK_S": (16, 32), **_STAGES}, _attention
+        ("decode attention: NVFP4, float32 queries",),
+        {"BLOCK_S": (16, 32), "num_warps": (4,), "num_stages": (3,)},
+        _attention,
     ),
-    "loss": Kind(
-        ("SEM loss: statistics", "SEM loss: gradient"), {"BLOCK": (2048, 4096, 8192), "num_warps": (4, 8)}, _loss
-    ),
+    "loss": Kind(("SEM loss: statistics", "SEM loss: gradient"), {"BLOCK": (2048, 4096), "num_warps": (4, 8)}, _loss),
 }
 
 

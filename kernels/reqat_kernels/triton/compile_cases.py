@@ -155,8 +155,11 @@ def _gemm_cases() -> list[Case]:
         settings = {**constants, **w4a16}
         found.append(case(f"W4A16: {label}, 32 rows", gemm.w4a16_kernel, 32, "w4a16", settings, _all(bf16)))
         found.append(case(f"W4A16: {label}, 4096 rows", gemm.w4a16_kernel, 4096, "w4a16", settings, big))
-    scale_nvfp4 = _by_capability("", "wgmma", "kind::mxf4nvf4.block_scale", "kind::mxf4nvf4.block_scale.scale_vec::4X")
-    scale_mxfp4 = _by_capability(bf16, "wgmma", "kind::mxf4.block_scale", "kind::mxf4nvf4.block_scale.scale_vec::2X")
+    four, two = "kind::mxf4nvf4.block_scale.scale_vec::4X", "kind::mxf4nvf4.block_scale.scale_vec::2X"
+    scale_nvfp4 = _by_capability("", "wgmma", "kind::mxf4nvf4.block_scale", four)
+    scale_mxfp4 = _by_capability(bf16, "wgmma", "kind::mxf4.block_scale", two)
+    # Below 64 rows sm_90 has no wgmma and sm_100 no tcgen05: triton unpacks to bfloat16 by itself.
+    scale_few = {"NVFP4": _by_capability("", "", bf16, four), "MXFP4": _by_capability(bf16, bf16, bf16, two)}
     no_type = {80: "sm_80 has no E4M3 type (fp8e4nv); the unpacking branch is launched"}
     no_fp4 = {90: "sm_90 has no FP4 instruction; the unpacking branch is launched"}
     spills = {80: "spills; the unpacking branch is launched"}
@@ -169,7 +172,7 @@ def _gemm_cases() -> list[Case]:
                 rows,
                 "w4a4 scaled",
                 {**nvfp4, **scaled},
-                scale_nvfp4,
+                scale_few["NVFP4"] if few else scale_nvfp4,
                 impossible=no_type,
                 unused=no_fp4,
                 core=() if few else (100,),
@@ -182,7 +185,7 @@ def _gemm_cases() -> list[Case]:
                 rows,
                 "w4a4 scaled",
                 {**mxfp4, **scaled},
-                scale_mxfp4,
+                scale_few["MXFP4"] if few else scale_mxfp4,
                 unused=spills,
             )
         )
