@@ -8,7 +8,7 @@ The others are ordered by a model of their resources: large products by ``modell
 bound by memory, by :func:`streamed`. **The order is modelled from compiled resources, not timed.** Where the model sees
 no difference, the smaller use of registers and shared memory wins.
 
-Some four hundred compilations of about a second; a program that was killed goes on from ``<out>.partial``.
+Some three hundred compilations of about a second; a program that was killed goes on from ``<out>.partial``.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ _STAGES: Choices = {"num_warps": (4,), "num_stages": (2, 3)}
 _FEW: Choices = {"BLOCK_N": (32, 64), "BLOCK_K": (64, 128), **_STAGES}
 _MANY: Choices = {"BLOCK_N": (64, 128), "BLOCK_K": (64,), "num_warps": (4, 8), "num_stages": (3, 4)}
 _SCALED: Choices = {"BLOCK_N": (64, 128), "BLOCK_K": (128,), "num_warps": (4, 8), "num_stages": (2, 3)}
-_GEMV: Choices = {"BLOCK_N": (4, 8), "BLOCK_K": (512, 1024), "num_warps": (4,)}
+_GEMV: Choices = {"BLOCK_N": (8,), "BLOCK_K": (512, 1024), "num_warps": (4,)}
 KINDS: dict[str, Kind] = {
     "quantize": Kind(
         ("quantize: NVFP4, static", "quantize: NVFP4, row, Hadamard 16", "quantize: MXFP4, Hadamard 32"),
@@ -169,7 +169,7 @@ KINDS: dict[str, Kind] = {
     ),
     "w4a4 scaled many": Kind(
         ("W4A4: MXFP4, scaled, 4096 rows", "W4A4: NVFP4, scaled, 4096 rows"),
-        _SCALED,
+        {**_SCALED, "BLOCK_N": (128,)},
         # Hopper unpacks them to bfloat16.
         lambda row, launch: _product(_FP4, row.capability < 100)(row, launch),
         (90, 100, 120),
@@ -179,12 +179,11 @@ KINDS: dict[str, Kind] = {
     "attention": Kind(
         (
             "decode attention: NVFP4",
-            "decode attention: NVFP4, boolean mask",
             "decode attention: NVFP4, 32 rows, causal",
             "decode attention: NVFP4, float16 queries",
             "decode attention: MXFP4",
         ),
-        {"BLOCK_S": (16, 32), **_STAGES},
+        {"BLOCK_S": (16, 32), "num_warps": (4,), "num_stages": (3,)},
         _attention,
     ),
     "attention float32": Kind(
@@ -192,7 +191,7 @@ KINDS: dict[str, Kind] = {
         {"BLOCK_S": (16, 32), "num_warps": (4,), "num_stages": (3,)},
         _attention,
     ),
-    "loss": Kind(("SEM loss: statistics", "SEM loss: gradient"), {"BLOCK": (2048, 4096), "num_warps": (4, 8)}, _loss),
+    "loss": Kind(("SEM loss: statistics", "SEM loss: gradient"), {"BLOCK": (2048, 4096), "num_warps": (8,)}, _loss),
 }
 
 
