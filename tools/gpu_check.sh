@@ -4,10 +4,12 @@
 #   tools/gpu_check.sh [FOLDER]      default: build/gpu-check
 #
 # 1. tests of the Triton kernels, compiled and run on the GPU: bits equal to those of the plain references
-# 2. `reqat bench --tier laptop`: the rows of the GPU beside those of the CPU, with a record that `reqat pin --what benchmark` takes
-# 3. tables and Figure 6 of it
+# 2. tests of what uses them: packed models, decoding replayed from a CUDA graph without a wait of the host, and fake
+#    quantization in training, bit for bit the reference's
+# 3. `reqat bench --tier laptop`: the rows of the GPU beside those of the CPU, with a record that `reqat pin --what benchmark` takes
+# 4. tables and Figure 6 of it
 #
-# FOLDER then holds tests.xml, bench.log, machine.json, tables/ and plots/. Each step has its own limit, so that none of
+# FOLDER then holds tests.xml, models.xml, bench.log, machine.json, tables/ and plots/. Each step has its own limit, so that none of
 # them costs the others. Exit code: 0, 1 if a step failed, 2 if there is no GPU to use. It installs nothing but the environment (`make env`).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -42,9 +44,13 @@ from reqat.records import provenance
 print(json.dumps({**provenance.commit(Path.cwd()), **provenance.hardware(), "versions": provenance.versions()}, indent=1))
 P
 cat -- "$out/machine.json"
-step "tests of the kernels on the GPU" 300 "$out/tests.log" \
+step "tests of the kernels on the GPU" 180 "$out/tests.log" \
     "$python" -m pytest -q -m "not long" -k "triton or sem_loss" --junitxml "$out/tests.xml" tests/kernels
 tail -n 1 -- "$out/tests.log"
+step "tests of models and training on the GPU" 120 "$out/models.log" \
+    "$python" -m pytest -q -m "not long" --junitxml "$out/models.xml" \
+    tests/models/test_decode_step.py tests/models/test_packed_triton.py tests/quant/test_fake_fused.py
+tail -n 1 -- "$out/models.log"
 step "benchmark" 420 "$out/bench.log" "$python" -m reqat.cli bench --tier laptop --current
 step "tables and figures" 120 "$out/report.log" \
     "$python" -m reqat.cli report --what benchmark --tier laptop --tables "$out/tables" --plots "$out/plots" --force

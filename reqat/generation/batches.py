@@ -38,6 +38,8 @@ from reqat.config.progress import bar
 from reqat.generation.processors import BatchStart
 from reqat.generation.reset import ReSET
 from reqat.generation.sampling import greedy_tokens, row_state, sample_tokens, uniforms
+from reqat.inference.backend import checked_at_end
+from reqat.inference.decode_step import DecodeStep, reason_against, warn_of
 from reqat.inference.packed import is_packed, packs_cache
 from reqat.inference.packed_cache import PackedCache
 from reqat.models.attention import ATTENTION
@@ -151,8 +153,9 @@ def generate(
                 found = _read_batch(file)
                 shown.update(len(chosen))
             else:
-                batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
-                tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, shown)
+                with checked_at_end(model):
+                    batch = RunningBatch(model, [prompts[i] for i in chosen], max_new_tokens, autocast)
+                    tokens_NB = _decode(batch, chosen, states[chosen], decoding, eos_ids, processors, shown)
                 found = list(_split(tokens_NB, eos_ids))
                 if file is not None:
                     file.parent.mkdir(parents=True, exist_ok=True)
@@ -258,8 +261,16 @@ def _new_cache(model: PreTrainedModel, capacity: int) -> tuple[Cache, Callable[[
     return past, past.batch_select_indices
 
 
+def _wants_fixed_steps(model: PreTrainedModel) -> bool:
+    """Whether it pays to replay steps from a CUDA graph."""
+    return model.device.type == "cuda" and is_packed(model) and packs_cache(model)
+
+
 class RunningBatch:
-    """The rows that are being decoded together: the model's cache, positions and mask, and one step of the model."""
+    """The rows that are being decoded together: the model's cache, positions and mask, and one step of the model.
+
+    A packed model on a GPU replays its steps from a CUDA graph, where it can (:mod:`reqat.inference.decode_step`).
+    """
 
     def __init__(
         self, model: PreTrainedModel, prompts: list[Sequence[int]], max_new_tokens: int, autocast: torch.dtype | None
@@ -294,6 +305,8 @@ class RunningBatch:
             query, key = torch.arange(P)[:, None], torch.arange(P)[None, :]
             prompt_mask = ((key <= query) & (key >= start_U1[:, :, None])) | (key == query)  # [U, P, P]
         self.past, self._select_cache_rows = _new_cache(model, self.capacity)
+        self._fixed_step: DecodeStep | None = None
+        self._wants_fixed_steps = _wants_fixed_steps(model)
         if not ragged:
             position_UP = position_UP[:1]
         self.logits = self._forward(ids_UP.to(self.device), position_UP.to(self.device), self._as_4d(prompt_mask))
@@ -329,13 +342,37 @@ class RunningBatch:
     def step(self, tokens_B: Tensor) -> None:
         """Feed one token a row; ``logits`` then follow it."""
         self.length += 1
-        mask = None if self.rows_mask is None else self._as_4d(self.rows_mask[:, : self.length])
-        self.logits = self._forward(tokens_B[:, None], self.position_B1, mask)
+        fixed = self._fixed()
+        if fixed is not None:
+            self.logits = fixed(tokens_B)
+        else:
+            mask = None if self.rows_mask is None else self._as_4d(self.rows_mask[:, : self.length])
+            self.logits = self._forward(tokens_B[:, None], self.position_B1, mask)
         self.position_B1 = self.position_B1 + 1
+
+    def _fixed(self) -> DecodeStep | None:
+        """The step in fixed buffers, made anew after rows were dropped; None where there is none, which is said."""
+        if not self._wants_fixed_steps or self._fixed_step is not None:
+            return self._fixed_step
+        reason = reason_against(self.model, self.past)
+        if reason is not None:
+            self._wants_fixed_steps = False
+            warn_of(reason)
+            return None
+        self._fixed_step = DecodeStep(
+            self.model,
+            cast("PackedCache", self.past),
+            self.position_B1,
+            self._as_4d(self.rows_mask),
+            records=self.device.type == "cuda",
+            autocast=lambda: _autocast(self.device, self.autocast),
+        )
+        return self._fixed_step
 
     def select_rows(self, index: Tensor) -> None:
         """Go on with the rows ``index`` alone (after the tokens of this step were chosen, before they are fed)."""
         self._select_cache_rows(index)
+        self._fixed_step = None
         self.position_B1 = self.position_B1[index]
         if self.rows_mask is not None:
             self.rows_mask = self.rows_mask[index]

@@ -11,11 +11,15 @@ differences instead of a matrix product (Triton's quantizer; native decoding): t
 may differ too.
 
 The Triton functions also run on CPU tensors in triton's interpreter, which is how they are tested without a GPU.
+
+What is not finite is an error, and to look for it makes the host of a GPU wait. Within :func:`checked_at_end` the
+backend notes it on the device, and the host looks once, at the end of the block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -49,6 +53,17 @@ class States(Protocol):
 
     def select_rows(self, rows: Tensor, length: int) -> Any:
         """A copy with these batch rows."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the next token of each row goes in a cache and how many tokens the row has with it, int64 [B] each.
+
+    On the cache's device and written to in place, so that a step which is recorded once finds them anew each time.
+    """
+
+    next_B: Tensor
+    lengths_B: Tensor
 
 
 @dataclass(frozen=True)
@@ -99,22 +114,53 @@ class Backend(Protocol):
         values: Any,
         key_BGTD: Tensor,
         value_BGTD: Tensor,
-        start: int,
+        start: int | Places,
         *,
         shift_GD: Tensor | None,
         names: tuple[str | None, str | None],
     ) -> None:
-        """Quantize ``key - shift`` (in float32) and ``value``, store them from token ``start`` on."""
+        """Quantize ``key - shift`` (in float32) and ``value``, store them from token ``start`` on.
+
+        ``Places``: of backends and formats whose steps :meth:`waits` finds nothing against.
+        """
 
     def attend(
         self,
         query_BHTD: Tensor,
         keys: Any,
         values: Any,
-        length: int,
+        length: int | Places,
         *,
         scaling: float | None,
         mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
         """Attention of a few new tokens over the first ``length`` of the cache, [B, H, T, D]; no gradient."""
+
+    def waits(self, inputs: Format | None, keys: Format | None, values: Format | None) -> str | None:
+        """Why the host waits for the device in a step of decoding in these formats; None: it does not."""
+
+    def defer(self) -> None:
+        """Note NaN and infinity on the device from here on, in this thread, where that spares the host a wait."""
+
+    def tell(self) -> None:
+        """End what :meth:`defer` began; the last of several looks, and raises the ValueError of the first tensor."""
+
+
+@contextmanager
+def checked_at_end(model: Any) -> Iterator[None]:
+    """Within this block the kernels of a packed ``model`` note NaN and infinity on the device, and the host looks at
+    its end, also where another error ends it, which such numbers may have caused. Of nested blocks the outermost looks.
+
+    Raises the ValueError that the kernel would have raised, naming the tensor. Models that are not packed, and backends
+    that look at no cost, raise at once, as everywhere.
+    """
+    backend: Backend | None = getattr(model, "_reqat_backend", None)
+    if backend is None:
+        yield
+        return
+    backend.defer()
+    try:
+        yield
+    finally:
+        backend.tell()

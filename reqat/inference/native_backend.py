@@ -9,7 +9,7 @@ from torch import Tensor
 
 from reqat.config import machine
 from reqat.formats import Format, QuantizedTensor
-from reqat.inference.backend import InputQuantSpec
+from reqat.inference.backend import InputQuantSpec, Places
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native import attention as native_attention
 from reqat_kernels.native import gemm as native_gemm
@@ -85,12 +85,13 @@ class NativeBackend:
         values: native_attention.PackedStates,
         key_BGTD: Tensor,
         value_BGTD: Tensor,
-        start: int,
+        start: int | Places,
         *,
         shift_GD: Tensor | None,
         names: tuple[str | None, str | None],
     ) -> None:
         """Keys, then values."""
+        assert isinstance(start, int)
         keys.append(key_BGTD, start, shift=shift_GD, name=names[0])
         values.append(value_BGTD, start, name=names[1])
 
@@ -99,13 +100,24 @@ class NativeBackend:
         query_BHTD: Tensor,
         keys: native_attention.PackedStates,
         values: native_attention.PackedStates,
-        length: int,
+        length: int | Places,
         *,
         scaling: float | None,
         mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
         """In float32."""
+        assert isinstance(length, int)
         return native_attention.kv_attention(
             query_BHTD, keys, values, length, scaling=scaling, mask=mask, is_causal=is_causal
         )
+
+    def waits(self, inputs: Format | None, keys: Format | None, values: Format | None) -> str | None:
+        """The host is the device."""
+        return "native kernels compute on the CPU"
+
+    def defer(self) -> None:
+        """Every call looks: it has the numbers at hand."""
+
+    def tell(self) -> None:
+        """Nothing is left to tell."""

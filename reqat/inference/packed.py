@@ -93,6 +93,9 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
         packed = [module.packed for module in model.modules() if isinstance(module, PackedLinear)]
         kernels.tune(packed, precision.inputs)
     model._reqat_backend = kernels  # type: ignore[assignment]
+    # A call of the model looks for NaN once, not once a kernel.
+    model.register_forward_pre_hook(_defer, prepend=True)
+    model.register_forward_hook(_tell, always_call=True)
     if packs_cache(model):
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
         if kernels.name == "native":
@@ -120,6 +123,14 @@ def _check_served(model: PreTrainedModel) -> None:
             f"{module.name}: {what}, which packed models do not compute: run the prepared model as it is, or quantize "
             "by a method that needs nothing of the kind (reqat quantize --method rtn, gptq, awq, smoothquant)"
         )
+
+
+def _defer(model: Any, args: tuple[Any, ...]) -> None:
+    model._reqat_backend.defer()
+
+
+def _tell(model: Any, args: tuple[Any, ...], out: Any) -> None:
+    model._reqat_backend.tell()
 
 
 def _checked_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

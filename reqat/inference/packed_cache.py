@@ -12,6 +12,8 @@ go the usual way.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from reqat.config.errors import ReqatError
 from reqat.formats.subnormals import subnormals_kept
-from reqat.inference.backend import Backend, States
+from reqat.inference.backend import Backend, Places, States
 from reqat.inference.backends import backend_for
 from reqat.models.attention import mark_packed, mark_quantized, softmax_attention
 from reqat.models.cache import Fp4CacheLayer
@@ -31,7 +33,11 @@ from reqat_kernels.native.attention import TILE, unsupported
 
 
 class PackedCacheLayer(Fp4CacheLayer):
-    """Packed keys and values of one layer, the first ``length`` tokens of them filled."""
+    """Packed keys and values of one layer, the first ``length`` tokens of them filled.
+
+    While ``places`` are set they say where tokens go and how many there are, and ``length`` stays as it is: see
+    :meth:`PackedCache.at`.
+    """
 
     # What the backend allocates: PackedStates of the native kernels, KVSide of Triton's; ``States`` in common.
     packed_keys: Any = None
@@ -41,6 +47,7 @@ class PackedCacheLayer(Fp4CacheLayer):
         """``backend``: None chooses by the device of the first tokens."""
         super().__init__(quantizer, capacity or 0)
         self.backend = backend
+        self.places: Places | None = None
         self.grows = capacity is None
         self.dtype = torch.float32
 
@@ -90,17 +97,17 @@ class PackedCacheLayer(Fp4CacheLayer):
                     key_states, shift = key_states - shift[:, None].to(self.dtype), None
             if rotation is not None:
                 key_states = block_hadamard(self.quantizer.basis(key_states), rotation)
-        end = self.length + key_states.shape[2]
         self.backend.append(
             self.packed_keys,
             self.packed_values,
             key_states,
             value_states,
-            self.length,
+            self.places or self.length,
             shift_GD=shift,
             names=(self.quantizer.key.name, self.quantizer.value.name),
         )
-        self.length = end
+        if self.places is None:
+            self.length += key_states.shape[2]
         return self._stand_in(self.packed_keys), self._stand_in(self.packed_values)
 
     def reserve(self, tokens: int, rows: int) -> None:
@@ -129,7 +136,8 @@ class PackedCacheLayer(Fp4CacheLayer):
     def _stand_in(self, states: States) -> Tensor:
         B, G, _, D = states.shape
         nan = torch.full((), torch.nan, dtype=self.dtype, device=states.codes.device)
-        return mark_packed(mark_quantized(nan.expand(B, G, self.length, D)), self)
+        length = self.length if self.places is None else self.capacity
+        return mark_packed(mark_quantized(nan.expand(B, G, length, D)), self)
 
     def attend(
         self,
@@ -154,11 +162,12 @@ class PackedCacheLayer(Fp4CacheLayer):
                 query_BHTD,
                 self.packed_keys,
                 self.packed_values,
-                length,
+                self.places or length,
                 scaling=scaling,
                 mask=attention_mask,
                 is_causal=is_causal,
             )
+        assert self.places is None
         key_BGSD, value_BGSD = self.dequantized(length)
         return softmax_attention(
             query_BHTD, key_BGSD, value_BGSD, attention_mask, scaling=scaling, dropout=dropout, is_causal=is_causal
@@ -221,6 +230,28 @@ class PackedCache(Cache):
     def capacity(self) -> int:
         """Tokens a row that fit at present."""
         return self._packed_layers[0].capacity
+
+    @contextmanager
+    def at(self, places: Places) -> Iterator[None]:
+        """Within this block appended tokens go where ``places`` say and attention reads as many as they say; the cache
+        counts none of them (:meth:`advance` does), so that nothing in Python changes from step to step."""
+        for layer in self._packed_layers:
+            layer.places = places
+        try:
+            yield
+        finally:
+            for layer in self._packed_layers:
+                layer.places = None
+
+    def reserve(self, tokens: int) -> None:
+        """Make sure that ``tokens`` more a row fit. Raises ReqatError if not."""
+        for layer in self._packed_layers:
+            layer.reserve(tokens, layer.packed_keys.shape[0])
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` a row, which were appended under :meth:`at`."""
+        for layer in self._packed_layers:
+            layer.length += tokens
 
     def select_rows(self, rows: Tensor | list[int]) -> None:
         """Keep these batch rows, in this order, in every layer (drops finished rows while generating)."""

@@ -5,6 +5,7 @@ Imported only where it is used, because it imports triton.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -13,13 +14,22 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, PackedTensor, QuantizedTensor, quantize
-from reqat.inference.backend import InputQuantSpec
+from reqat.inference.backend import InputQuantSpec, Places
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.triton import append as triton_append
 from reqat_kernels.triton import attention as triton_attention
 from reqat_kernels.triton import gemm, gemv
 from reqat_kernels.triton import quantize as triton_quantize
+from reqat_kernels.triton.finite import FiniteFlag
 from reqat_kernels.triton.kv_side import KVSide
+
+
+class _Deferred(threading.local):
+    """A thread's own flags, one a device, within ``depth`` blocks of ``checked_at_end``."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.flags: dict[torch.device, FiniteFlag] = {}
 
 
 class TritonBackend:
@@ -27,12 +37,15 @@ class TritonBackend:
 
     Rows of up to eight tokens take the GEMV, more the GEMM through ``dot_scaled``; inputs that are not quantized take
     the weight-only GEMM. Formats that the fused quantizers do not write (NVFP4-4/6, a scale for all tokens appended
-    together) are quantized in PyTorch and then read by the same kernels. NaN and infinity are looked for in every
-    call, for which the host waits.
+    together) are quantized in PyTorch, for which the host waits, and then read by the same kernels. NaN and infinity
+    are found by the kernels; the host looks after each call, or at the end of a block of ``checked_at_end``.
     """
 
     name = "triton"
     max_decode_tokens = 8
+
+    def __init__(self) -> None:
+        self._deferred = _Deferred()
 
     def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """FP4 weights in whole blocks; inputs at 16 bits, or of the same element, scale and block."""
@@ -63,13 +76,14 @@ class TritonBackend:
     def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | PackedTensor:
         """Codes and scales; the rotation is fused where the kernel has its size."""
         fmt, rotation = how.format, how.rotation
-        fused = fmt is not None and not fmt.adaptive and fmt.rounding == "even"
+        fused = fmt is not None and _fused(fmt)
         if rotation is not None and not (fused and rotation in triton_quantize.ROTATIONS):
             x, rotation = block_hadamard(x, rotation), None
         if fmt is None:
             return x
         if fused:
-            return triton_quantize.quantize(x, fmt, rotation=rotation, global_scale=how.global_scale, name=how.name)
+            g, flag = how.global_scale, self._flag(x.device)
+            return triton_quantize.quantize(x, fmt, rotation=rotation, global_scale=g, flag=flag, name=how.name)
         return quantize(x, fmt, global_scale=how.global_scale, name=how.name).pack()
 
     def linear(self, x: Tensor | PackedTensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
@@ -104,7 +118,7 @@ class TritonBackend:
         values: KVSide,
         key_BGTD: Tensor,
         value_BGTD: Tensor,
-        start: int,
+        start: int | Places,
         *,
         shift_GD: Tensor | None,
         names: tuple[str | None, str | None],
@@ -115,10 +129,12 @@ class TritonBackend:
             value_BGTD, shift_GD = value_BGTD.float(), None
         if shift_GD is not None:
             shift_GD = shift_GD.float()  # converting a model to bfloat16 converted its buffers
-        finite = torch.isfinite(key_BGTD).all() & torch.isfinite(value_BGTD).all()
-        if bool(finite) and triton_append.writes(keys.format) and triton_append.writes(values.format):
-            triton_append.append(key_BGTD, value_BGTD, keys, values, start, shift_GD=shift_GD, check_finite=False)
+        if triton_append.writes(keys.format) and triton_append.writes(values.format):
+            place = start.next_B if isinstance(start, Places) else start
+            flag = self._flag(key_BGTD.device)
+            triton_append.append(key_BGTD, value_BGTD, keys, values, place, shift_GD=shift_GD, names=names, flag=flag)
             return
+        assert isinstance(start, int)
         key_BGTD = key_BGTD.float() if shift_GD is None else key_BGTD.float() - shift_GD[:, None]
         for side, x, name in ((keys, key_BGTD, names[0]), (values, value_BGTD.float(), names[1])):
             given = side.global_scale if side.format.global_scale == "static" else None
@@ -129,13 +145,50 @@ class TritonBackend:
         query_BHTD: Tensor,
         keys: KVSide,
         values: KVSide,
-        length: int,
+        length: int | Places,
         *,
         scaling: float | None,
         mask: Tensor | None,
         is_causal: bool,
     ) -> Tensor:
         """Split over the sequence; sums in float32, the result in the query's type."""
+        given = {"lengths": length.lengths_B, "trusted": True} if isinstance(length, Places) else {"length": length}
+        causal = is_causal and mask is None
         return triton_attention.decode_attention(
-            query_BHTD, keys, values, length=length, mask=mask, causal=is_causal and mask is None, scale=scaling
+            query_BHTD, keys, values, mask=mask, causal=causal, scale=scaling, **given
         )
+
+    def waits(self, inputs: Format | None, keys: Format | None, values: Format | None) -> str | None:
+        """For formats that PyTorch quantizes, and for errors that nobody reads later."""
+        if inputs is not None and not _fused(inputs):
+            return f"inputs in {inputs} are quantized in PyTorch"
+        for name, fmt in (("keys", keys), ("values", values)):
+            if fmt is not None and not triton_append.writes(fmt):
+                return f"{name} in {fmt!r} are quantized in PyTorch"
+        return None if self._deferred.depth else "each call looks for NaN: decode within checked_at_end(model)"
+
+    def defer(self) -> None:
+        """Give the calls of this thread one flag a device."""
+        self._deferred.depth += 1
+
+    def tell(self) -> None:
+        """Look at the flags, for which the host waits."""
+        self._deferred.depth = max(0, self._deferred.depth - 1)
+        if self._deferred.depth:
+            return
+        flags, self._deferred.flags = self._deferred.flags, {}
+        for flag in flags.values():
+            flag.check()
+
+    def _flag(self, device: torch.device) -> FiniteFlag | None:
+        """The flag of the block that this thread is in; None outside of one."""
+        if not self._deferred.depth:
+            return None
+        if device not in self._deferred.flags:
+            self._deferred.flags[device] = FiniteFlag(device)
+        return self._deferred.flags[device]
+
+
+def _fused(fmt: Format) -> bool:
+    """Whether the Triton quantizer writes this format of inputs."""
+    return not fmt.adaptive and fmt.rounding == "even"

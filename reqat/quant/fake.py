@@ -1,13 +1,16 @@
 """Fake quantization: round to a format, carry on in float, pass the gradient straight through.
 
 ``quantize_dequantize`` of :mod:`reqat.formats` is the arithmetic, shared with packing and export, so what training
-sees is what the packed model computes; on a CPU the native operator stands in for it, equal to the last bit. Rounding
-has no useful gradient; the straight-through estimator takes the identity for it (ReQAT section 1), so nothing is kept
-for the backward pass. Other gradients are rules of :mod:`reqat.quant.gradients`.
+sees is what the packed model computes. Fused kernels stand in for it, equal to the last bit: the native operator on a
+CPU, Triton's on a GPU, each for the formats that it has; :data:`BY_DEVICE` is where that is decided. Rounding has no
+useful gradient; the straight-through estimator takes the identity for it (ReQAT section 1), so nothing is kept for the
+backward pass. Other gradients are rules of :mod:`reqat.quant.gradients`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,11 +39,42 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _quantized(x: Tensor, fmt: Format, global_scale: Tensor | None, rotation: int | None, name: str | None) -> Tensor:
-    if rotation is not None:
+    if rotation is not None:  # the product with the matrix, whose order of summation the kernels' rotation has not
         x = block_hadamard(x, rotation)
-    if x.device.type == "cpu":
-        return native.fake_quantize(x, fmt, global_scale, name)
+    return BY_DEVICE.get(x.device.type, eager)(x, fmt, global_scale, name)
+
+
+def eager(x: Tensor, fmt: Format, global_scale: Tensor | None, name: str | None) -> Tensor:
+    """``reqat.formats``, operation by operation, on any device."""
     return quantize_dequantize(x, fmt, global_scale=global_scale, name=name)
+
+
+def on_a_gpu(x: Tensor, fmt: Format, global_scale: Tensor | None, name: str | None) -> Tensor:
+    """Triton's kernel where it has the format; what it has not, or refuses, goes to ``reqat.formats``, whose errors
+    name more."""
+    kernel = _triton_kernel()
+    if kernel is None or not kernel.takes(x, fmt, global_scale):
+        return eager(x, fmt, global_scale, name)
+    try:
+        fused: Tensor = kernel.fake_quantize(x, fmt, global_scale=global_scale, name=name)
+    except ValueError:
+        return eager(x, fmt, global_scale, name)
+    return fused
+
+
+@cache
+def _triton_kernel() -> Any:
+    """The module of Triton's quantizer, or None without triton: imported by those who have a GPU."""
+    from reqat_kernels.triton import quantize, runtime
+
+    return quantize if runtime.AVAILABLE else None
+
+
+#: Fake quantization of a tensor that has been rotated already, by the kind of device it lies on; others are ``eager``.
+BY_DEVICE: dict[str, Callable[[Tensor, Format, Tensor | None, str | None], Tensor]] = {
+    "cpu": native.fake_quantize,
+    "cuda": on_a_gpu,
+}
 
 
 class _StraightThrough(torch.autograd.Function):

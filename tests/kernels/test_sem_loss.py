@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reqat_kernels import sem_loss
 from reqat_kernels.sem_loss import fused_sem_loss
 from reqat_kernels.triton import sem_loss as triton_sem_loss
+from reqat_kernels.triton.launches import launch
 
+_BLOCK = launch("loss", 0)["BLOCK"]
 U = 2.0**-24  # unit roundoff of float32
 U_BF16 = 2.0**-9  # half an ulp of bfloat16, relative to the value
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -365,7 +367,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("V", [1, 5, triton_sem_loss._BLOCK, 2 * triton_sem_loss._BLOCK + 37])
+@pytest.mark.parametrize("V", [1, 5, _BLOCK, 2 * _BLOCK + 37])
 def test_triton_rows_equal_their_twins(V, dtype) -> None:
     g = torch.Generator().manual_seed(V)
     logits = (torch.randn(3, V, generator=g) * torch.tensor([[0.1], [3.0], [30.0]])).to(DEVICE, dtype)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, get_format
-from reqat_kernels.triton import append as module
 from reqat_kernels.triton.append import append
 from reqat_kernels.triton.attention import decode_attention
+from reqat_kernels.triton.finite import FiniteFlag, NotFinite
 from reqat_kernels.triton.kv_side import KVSide
 from reqat_kernels.triton.naive_attention import append_naive, dequantize_side
 from reqat_kernels.triton.runtime import INTERPRETED
@@ -190,12 +190,18 @@ def test_an_offset_for_each_row_of_the_batch() -> None:
         assert_same(cache, twin)
 
 
-def test_tokens_that_the_host_did_not_look_at_are_dropped_beyond_the_capacity(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_check", lambda *arguments: None)  # as with offsets on a GPU
+def test_tokens_that_the_host_did_not_look_at_are_dropped_beyond_the_capacity() -> None:
+    flag = FiniteFlag(DEVICE)
     key = randn(2, 1, 3, 32)
     caches = empty(2, 1, 5, 32, NVFP4), empty(2, 1, 5, 32, NVFP4)
     expected = copy(caches[0])
-    append(key, key, *caches, torch.tensor([4, -1], device=DEVICE))
+    append(key, key, *caches, torch.tensor([0, 2], device=DEVICE), flag=flag)
+    flag.check()
+    caches = empty(2, 1, 5, 32, NVFP4), empty(2, 1, 5, 32, NVFP4)
+    append(key, key, *caches, torch.tensor([4, -1], device=DEVICE), flag=flag)
+    with pytest.raises(ValueError, match="capacity of 5") as told:
+        flag.check()
+    assert type(told.value) is ValueError
     assert expected.global_scale is not None
     first = KVSide(expected.codes[:1], expected.scales[:1], expected.global_scale[:1], expected.format)
     second = KVSide(expected.codes[1:], expected.scales[1:], expected.global_scale[1:], expected.format)
@@ -250,6 +256,26 @@ def test_numbers_that_are_not_finite_are_an_error_and_nothing_is_written(bad: fl
         append(key, value, *caches, 0)
     for cache, twin in zip(caches, expected, strict=True):
         assert_same(cache, twin)
+
+
+@pytest.mark.parametrize("bad", ["key", "value", "shifted"])
+def test_a_flag_is_raised_by_the_call_whose_numbers_are_not_finite(bad: str) -> None:
+    key, value, shift = randn(1, 2, 3, 32), randn(1, 2, 3, 32), torch.zeros(2, 32, device=DEVICE)
+    caches = empty(1, 2, 6, 32, NVFP4), empty(1, 2, 6, 32, MXFP4)
+    flag = FiniteFlag(DEVICE)
+    append(key, value, *caches, 0, shift_GD=shift, names=("good keys", "good values"), flag=flag)
+    flag.check()
+    if bad == "shifted":  # finite until the shift is subtracted
+        key[0, 1, 2, 7], shift[1, 7] = 3e38, -3e38
+    else:
+        (key if bad == "key" else value)[0, 1, 2, 7] = math.inf
+    for names in (("these keys", "these values"), ("later keys", "later values")):
+        append(key, value, *caches, 0, shift_GD=shift, names=names, flag=flag)
+    with pytest.raises(NotFinite, match=r"these values .*\(1, 2, 3, 32\)" if bad == "value" else "these keys"):
+        flag.check()
+    if bad == "shifted":
+        with pytest.raises(NotFinite, match="these keys"):
+            append(key, value, *caches, 0, shift_GD=shift, names=("these keys", None))
 
 
 def test_arguments_that_do_not_fit() -> None:

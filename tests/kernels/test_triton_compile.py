@@ -78,13 +78,14 @@ def test_names_and_arguments_of_cases() -> None:
     """A case gives each constant its kernel takes, names only arguments that exist, and has a name of its own."""
     assert len({case.name for case in cases()}) == len(cases())
     for case in cases():
-        types, _ = case.signature()
-        parameters = case.kernel.arg_names
-        assert set(case.constants) <= set(parameters), case.name
-        shouting = {name for name in parameters if name.isupper()}
-        assert shouting <= set(case.constants) | {"M", "N", "K"}, f"{case.name}: {shouting - set(case.constants)}"
-        pointers = {name for name, kind in types.items() if kind.startswith("*")}
-        assert pointers, case.name
+        for launched in map(case.at, CAPABILITIES):
+            types, _ = launched.signature()
+            parameters, constants = case.kernel.arg_names, set(launched.constants)
+            assert constants <= set(parameters), case.name
+            shouting = {name for name in parameters if name.isupper()}
+            assert shouting <= constants | {"M", "N", "K"}, f"{case.name}: {shouting - constants}"
+            pointers = {name for name, kind in types.items() if kind.startswith("*")}
+            assert pointers, case.name
 
 
 GOOD = Row(

@@ -11,6 +11,7 @@ import reqat  # noqa: E402
 from reqat.formats import get_format  # noqa: E402
 from reqat.formats.hadamard import block_hadamard  # noqa: E402
 from reqat_kernels.triton import naive  # noqa: E402
+from reqat_kernels.triton.finite import FiniteFlag, NotFinite  # noqa: E402
 from reqat_kernels.triton.quantize import fake_quantize, quantize  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning")
@@ -139,7 +140,23 @@ def test_refuses_what_is_not_finite(bad, device):
     ):
         with pytest.raises(ValueError, match=r"act .*\(3, 64\).*NaN"):
             quantize(x, fmt, name="act", **options)
-    assert quantize(x, "MXFP4", check=False).packed.shape == (3, 32)
+
+
+def test_a_flag_keeps_the_first_call_that_met_what_is_not_finite(device):
+    """It is told when it is asked, once; the calls before go through, and so does what comes after."""
+    good, bad = _randn(3, 64).to(device), _randn(3, 64).to(device)
+    bad[1, 17] = float("nan")
+    flag = FiniteFlag(device)
+    flag.check()
+    for g in ("row", "dynamic", 10.0):
+        quantize(good, "NVFP4", global_scale=g, name="good", flag=flag)
+        flag.check()
+        assert quantize(bad, "NVFP4", global_scale=g, name="first", flag=flag).packed.shape == (3, 32)
+        fake_quantize(bad, "NVFP4", global_scale=g, name="second", flag=flag)
+        quantize(good, "MXFP4", name="good", flag=flag)
+        with pytest.raises(NotFinite, match=r"first .*\(3, 64\)"):
+            flag.check()
+        flag.check()
 
 
 def test_refuses_what_it_cannot_do(device):

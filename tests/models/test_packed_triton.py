@@ -262,7 +262,7 @@ def test_errors_name_the_remedy(tiny: Tiny, ids: Tensor, monkeypatch: pytest.Mon
     pack(model, backend="triton")
     with pytest.raises(ReqatError, match="q_proj.*packed.*then pack it"):
         model.to("meta")
-    with pytest.raises(ValueError, match=r"self_attn values.*holds 1 NaN"):
+    with pytest.raises(ValueError, match=r"self_attn values.*NaN"):
         states = torch.randn(2, 1, 2, 1, 32, device=DEVICE)
         states[1, 0, 0, 0, 5] = torch.nan
         PackedCache(model).layers[0].update(*states)

@@ -238,6 +238,7 @@ def _triton(case: Case, name: str, kernel: str) -> Work:
     """Our Triton kernel on weights of format ``name``: ``gemv``, ``W4A4`` (inputs are quantized in the call, a global
     scale a row) or ``W4A16``."""
     triton_runs(case.device)
+    from reqat_kernels.triton.finite import FiniteFlag
     from reqat_kernels.triton.gemm import linear_w4a4, linear_w4a16
     from reqat_kernels.triton.gemv import MAX_ROWS, gemv_w4a4
     from reqat_kernels.triton.quantize import quantize as quantize_input
@@ -250,12 +251,12 @@ def _triton(case: Case, name: str, kernel: str) -> Work:
     x, w = operands(case)
     packed = quantize(w, fmt).pack()
     grid = get_format(name, global_scale="row" if fmt.has_global_scale else None)
+    flag = FiniteFlag(x.device)  # of all calls, as in a decoding: to look at it in each would make the host wait
 
     def call(weight: PackedTensor) -> Tensor:
         if kernel == "W4A16":
             return linear_w4a16(x, weight)
-        # Looking for NaN would make the host wait.
-        rounded = quantize_input(x, grid, check=False)
+        rounded = quantize_input(x, grid, flag=flag)
         return gemv_w4a4(rounded, weight) if kernel == "gemv" else linear_w4a4(rounded, weight)
 
     def verify(y: Tensor) -> None:

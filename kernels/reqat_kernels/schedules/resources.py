@@ -53,7 +53,9 @@ class Multiprocessor:
     """One multiprocessor of a GPU: what it holds, and how fast it is."""
 
     count: int
-    flops_per_s: float  # FP4, dense, of one
+    flops_per_s: float  # FP4, dense, of one; 0 where there is no such instruction
+    half_flops_per_s: float  # bfloat16, dense, summed in float32, of one
+    memory_bytes_per_s: float  # of the GPU's memory, a multiprocessor's share
     registers: int = 65_536
     shared: int = 233_472  # bytes of all blocks; each loses another KB to the system
     warps: int = 64
@@ -65,43 +67,54 @@ class Multiprocessor:
     spill_bytes_per_s: float = 128 * 1.8e9
 
 
-#: sm_100: B200 (148 multiprocessors, 9 PFLOPS dense); sm_120: RTX 5090 (170, 1.68 PFLOPS dense).
+#: sm_80: A100 SXM (108 multiprocessors, 2.0 TB/s); sm_90: H100 SXM (132, 3.35 TB/s); sm_100: B200 (148, 9 PFLOPS of
+#: FP4, 8 TB/s); sm_120: RTX 5090 (170, 1.68 PFLOPS of FP4, 1.79 TB/s).
 GPUS = {
-    100: Multiprocessor(148, 9e15 / 148),
-    120: Multiprocessor(170, 1.676e15 / 170, shared=102_400, warps=48, blocks=24),
+    80: Multiprocessor(108, 0.0, 312e12 / 108, 2.0e12 / 108, shared=167_936),
+    90: Multiprocessor(132, 0.0, 989e12 / 132, 3.35e12 / 132),
+    100: Multiprocessor(148, 9e15 / 148, 2.25e15 / 148, 8e12 / 148),
+    120: Multiprocessor(170, 1.676e15 / 170, 2.1e14 / 170, 1.79e12 / 170, shared=102_400, warps=48, blocks=24),
 }
 
 
-def modelled(row: Row, values: Mapping[str, int], bytes_each: float) -> float:
-    """TFLOP/s that the resources of a compiled configuration allow; 0 where it cannot be launched.
-
-    ``bytes_each``: an element of either operand, scales included. Blocks on one multiprocessor share its tensor core
-    and its loads. A step of a block costs the longer of computing and loading where loads run ahead (two stages or
-    more, or another block), else their sum; loading is bound by the bandwidth or, by Little's law, by the bytes under
-    way; spilled registers are written and read again each step.
-    """
+def resident(row: Row) -> int:
+    """How many blocks of a compiled configuration live on a multiprocessor at once; 0: it cannot be launched."""
     gpu = GPUS[row.capability]
     over = row.shared > SHARED_LIMIT[row.capability] or row.tensor_memory > TENSOR_MEMORY_LIMIT
     if row.status not in ("compiled", "unused") or over:
-        return 0.0
-    m, n, k, stages = (values[name] for name in ("block_m", "block_n", "block_k", "stages"))
-    threads = 32 * row.warps
+        return 0
     fits = [
         gpu.blocks,
         gpu.warps // row.warps,
-        gpu.registers // (threads * 8 * math.ceil(max(row.registers, 1) / 8)),  # allocated by eights
+        gpu.registers // (32 * row.warps * 8 * math.ceil(max(row.registers, 1) / 8)),  # allocated by eights
         gpu.shared // (row.shared + 1024),
     ]
     if row.tensor_memory:
         fits.append(TENSOR_MEMORY_LIMIT // row.tensor_memory)
-    blocks = min(fits)
+    return min(fits)
+
+
+def modelled(
+    row: Row, values: Mapping[str, int], bytes_each: float, *, bytes_left: float | None = None, half: bool = False
+) -> float:
+    """TFLOP/s that the resources of a compiled configuration allow; 0 where it cannot be launched.
+
+    ``bytes_each``: an element of either operand, scales included (``bytes_left``: of the left one, if it differs).
+    ``half``: operands are unpacked and multiplied in 16 bits. Blocks on one multiprocessor share its tensor core
+    and its loads. A step of a block costs the longer of computing and loading where loads run ahead (two stages or
+    more, or another block), else their sum; loading is bound by the bandwidth or, by Little's law, by the bytes under
+    way; spilled registers are written and read again each step.
+    """
+    gpu, blocks = GPUS[row.capability], resident(row)
     if blocks < 1:
         return 0.0
+    m, n, k, stages = (values[name] for name in ("block_m", "block_n", "block_k", "stages"))
+    threads = 32 * row.warps
     tiles = math.ceil(SIZE / m) * math.ceil(SIZE / n)
     blocks = min(blocks, math.ceil(tiles / gpu.count))
-    step_bytes = (m + n) * k * bytes_each
+    step_bytes = (m * (bytes_each if bytes_left is None else bytes_left) + n * bytes_each) * k
     under_way = blocks * max(1, stages - 1) * step_bytes
-    compute = blocks * 2 * m * n * k / gpu.flops_per_s
+    compute = blocks * 2 * m * n * k / (gpu.half_flops_per_s if half else gpu.flops_per_s)
     load = blocks * step_bytes / min(gpu.bytes_per_s, under_way / gpu.latency_s)
     spill = blocks * 2 * row.spilled * threads / gpu.spill_bytes_per_s
     step = (max(compute, load) if stages > 1 or blocks > 1 else compute + load) + spill
@@ -113,14 +126,15 @@ def configured(case: Case, values: Mapping[str, int]) -> Case:
     """The case with a configuration's tile and options."""
     tile = {f"BLOCK_{axis}": values[f"block_{axis.lower()}"] for axis in "MNK"}
     options = {**case.options, "num_warps": values["warps"], "num_stages": values["stages"]}
-    return replace(case, constants={**case.constants, **tile}, options=options)
+    return replace(case, constants={**case.constants, **tile}, options=options, kind="")
 
 
 def parsed(name: str) -> tuple[str, int]:
     """Format and capability of a name like ``nvfp4-sm100``. Raises ValueError for another one."""
     fmt, _, capability = name.partition("-sm")
-    if fmt not in _CASES or capability not in map(str, GPUS):
-        known = ", ".join(f"{fmt}-sm{capability}" for fmt in _CASES for capability in GPUS)
+    capable = [str(number) for number, gpu in GPUS.items() if gpu.flops_per_s]
+    if fmt not in _CASES or capability not in capable:
+        known = ", ".join(f"{fmt}-sm{capability}" for fmt in _CASES for capability in capable)
         raise ValueError(f"{name!r} is no table; choose among {known}")
     return fmt, int(capability)
 

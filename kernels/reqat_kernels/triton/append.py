@@ -30,16 +30,17 @@ from reqat_kernels.triton.elements import (
     divide_by_scale,
     encode_e8m0,
     encode_element,
+    float_bits,
     nvfp4_global_scale,
     nvfp4_scale_bits,
     pack_pairs,
     spread,
 )
+from reqat_kernels.triton.finite import FiniteFlag, raise_flag, refusal, refuse
 from reqat_kernels.triton.kv_side import KVSide, check_pair, check_rows
-from reqat_kernels.triton.runtime import require, tl, triton
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import capability, require, tl, triton
 
-#: How the kernel is launched.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -54,6 +55,8 @@ def _quantize_rows(
     codes_R,  # pointers to where the rows begin
     scales_R,
     global_R,
+    flag,
+    call,
     E1M2: tl.constexpr,
     SCALE: tl.constexpr,
     RULE: tl.constexpr,
@@ -65,6 +68,7 @@ def _quantize_rows(
 ):
     BLOCKS: tl.constexpr = D // BLOCK
     amax = block_maxima(x_RD, ROWS, BLOCKS, BLOCK)
+    raise_flag(flag, float_bits(amax), call)
     if SCALE == "E4M3":
         if ROW_SCALE:
             g_R = nvfp4_global_scale(tl.max(amax, axis=1), E1M2, RULE)
@@ -84,7 +88,7 @@ def _quantize_rows(
     tl.store(scales_R[:, None] + b[None, :], bits.to(tl.uint8), mask=scale_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_call", "value_call", "room_call"])
 def append_kernel(
     key,
     value,
@@ -92,6 +96,7 @@ def append_kernel(
     sin,
     shift,  # [G, D] contiguous
     offsets,
+    flag,  # int32 [1]: takes a call's number if its numbers are not finite, or its tokens have no place (see finite.py)
     key_codes,
     key_scales,
     key_global,
@@ -131,6 +136,9 @@ def append_kernel(
     tokens,
     kv_heads,
     rows,  # B * G * T
+    key_call,
+    value_call,
+    room_call,
     HEAD_DIM: tl.constexpr,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -159,6 +167,8 @@ def append_kernel(
         s += tl.load(offsets + b, mask=is_real, other=0).to(tl.int64)
     # Offsets on a GPU were not looked at by the host: a token without a place is dropped, not written elsewhere.
     fits = is_real & (s >= 0) & (s < capacity)
+    if tl.max((is_real & (fits == 0)).to(tl.int32), axis=0) > 0:
+        tl.atomic_cas(flag, 0, room_call)
     d = tl.arange(0, D)
     mask = is_real[:, None] & (d < HEAD_DIM)[None, :]
     if tl.program_id(1) == 0:
@@ -181,6 +191,8 @@ def append_kernel(
             key_codes + b * key_codes_b + g * key_codes_g + s * key_codes_s,
             key_scales + b * key_scales_b + g * key_scales_g + s * key_scales_s,
             key_global + b * key_global_b + g * key_global_g + s * key_global_s,
+            flag,
+            key_call,
             KEY_E1M2,
             KEY_SCALE,
             KEY_RULE,
@@ -198,6 +210,8 @@ def append_kernel(
             value_codes + b * value_codes_b + g * value_codes_g + s * value_codes_s,
             value_scales + b * value_scales_b + g * value_scales_g + s * value_scales_s,
             value_global + b * value_global_b + g * value_global_g + s * value_global_s,
+            flag,
+            value_call,
             VALUE_E1M2,
             VALUE_SCALE,
             VALUE_RULE,
@@ -227,7 +241,8 @@ def append(
     shift_GD: Tensor | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
-    check_finite: bool = True,
+    names: tuple[str | None, str | None] = (None, None),
+    flag: FiniteFlag | None = None,
 ) -> None:
     """Write T tokens, ``key`` and ``value`` [B, G, T, D] (bf16, fp16, fp32), into the cache from place ``offset`` on.
 
@@ -236,30 +251,40 @@ def append(
 
     Args:
         key: after RoPE; or before it, with ``cos`` and ``sin``.
-        offset: place of the first token; or integers [B], one a row of the batch (on a GPU not checked, but tokens that
-            find no place are dropped).
+        offset: place of the first token; or integers [B], one a row of the batch. Those on a GPU, or given with a flag,
+            are not looked at beforehand: tokens that find no place are dropped, the others written, and it is an error.
         shift_GD: the Q-FIT shift m, float32 [G, D], subtracted from the rotated keys.
         cos, sin: [B or 1, T, D]: rotate ``key * cos + rotate_half(key) * sin``, with torch's rounding in the type that
             torch would compute in (``key``'s, or float32 if they are).
-        check_finite: look for NaN and infinity first, which waits for the GPU: pass False in a decode loop.
+        names: what to call key and value in an error.
+        flag: takes note of NaN and infinity, for the caller to look at; until then such tokens have garbage for codes.
+            None: look before anything is written, for which the host waits.
 
-    Raises ValueError for NaN or infinity, for tokens beyond the capacity, and for shapes, types, devices or formats
-    that do not fit; nothing is written then.
+    Raises NotFinite for NaN or infinity, ValueError for tokens beyond the capacity and for shapes, types, devices or
+    formats that do not fit; nothing is written then.
     """
     for side in (key_cache, value_cache):
         if not isinstance(side, KVSide):
             raise TypeError(f"the caches are KVSide, as KVSide.allocate makes them, not {type(side).__name__}")
     offsets = offset if isinstance(offset, Tensor) else None
     require(key, value, key_cache.codes, value_cache.codes, shift_GD, cos, sin, offsets)
-    _check(key, value, key_cache, value_cache, offset, shift_GD, cos, sin)
-    if check_finite:
-        for name, x in (("key", key), ("value", value)):
-            if not bool(torch.isfinite(x).all()):
-                raise ValueError(
-                    f"{name} of shape {tuple(x.shape)} holds NaN or infinity; only finite numbers can be quantized"
-                )
+    _check(key, value, key_cache, value_cache, offset, shift_GD, cos, sin, looks=flag is None)
+    key_name, value_name = names[0] or "key", names[1] or "value"
+    if flag is None:
+        refuse(key_name, key)
+        refuse(value_name, value)
     if key.numel() == 0:
         return
+    noted = FiniteFlag(key.device) if flag is None else flag
+    calls = (
+        noted.number(refusal(key_name, key.shape)),
+        noted.number(refusal(value_name, value.shape)),
+        noted.number(
+            f"{key_name}: {key.shape[2]} tokens a row do not fit the cache's capacity of {key_cache.shape[2]}: "
+            "allocate a larger one",
+            ValueError,
+        ),
+    )
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     B, G, T, D = key.shape
     rotate = None
@@ -271,7 +296,8 @@ def append(
     key_global, value_global = key_cache.global_scale_BGS(), value_cache.global_scale_BGS()
     rows = B * G * T
     padded = max(32, triton.next_power_of_2(D))
-    tile = min(triton.next_power_of_2(rows), max(1, 2048 // padded))
+    chosen = launch("append", capability(key))
+    tile = min(triton.next_power_of_2(rows), max(1, chosen["elements"] // padded))
     append_kernel[(triton.cdiv(rows, tile), 2)](
         key,
         value,
@@ -279,6 +305,7 @@ def append(
         key if sin is None else sin,
         key if shift_GD is None else shift_GD.contiguous(),
         key if offsets is None else offsets,
+        noted.found,
         key_cache.codes,
         key_cache.scales,
         key_global,
@@ -300,6 +327,7 @@ def append(
         T,
         G,
         rows,
+        *calls,
         HEAD_DIM=D,
         D=padded,
         ROWS=tile,
@@ -308,8 +336,11 @@ def append(
         ROTATE=rotate,
         **_constants("KEY", key_cache),
         **_constants("VALUE", value_cache),
-        **OPTIONS,
+        num_warps=chosen["num_warps"],
+        enable_fp_fusion=False,
     )
+    if flag is None:
+        noted.check()  # of numbers that became infinite on the way, by the rotation or the shift
 
 
 def _constants(side: str, cache: KVSide) -> dict[str, object]:
@@ -332,8 +363,10 @@ def _check(
     shift_GD: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    *,
+    looks: bool,
 ) -> None:
-    """Raise ValueError for arguments of append that do not fit together."""
+    """Raise ValueError for arguments of append that do not fit together; ``looks``: at offsets on a CPU, too."""
     for name, x, cache in (("key", key, key_cache), ("value", value, value_cache)):
         batch, G, capacity, _ = cache.shape
         if x.ndim != 4 or x.dtype not in _DTYPES:
@@ -354,7 +387,7 @@ def _check(
                 raise ValueError(f"offsets must be int32 or int64 [{batch}], got {offset.dtype} {tuple(offset.shape)}")
             if offset.device != x.device or not offset.is_contiguous():
                 raise ValueError(f"offsets must be contiguous on {x.device}")
-            places = [0] if offset.device.type != "cpu" else offset.tolist()
+            places = offset.tolist() if looks and offset.device.type == "cpu" else [0]
         else:
             places = [check.integer("offset", offset)]
         if any(place < 0 or place + x.shape[2] > capacity for place in places):

@@ -33,16 +33,13 @@ from reqat_kernels.native import check
 from reqat_kernels.triton.attention_check import check_arguments, expanded_mask
 from reqat_kernels.triton.elements import as_float32, bits_float, cast, decode_e4m3, decode_e8m0, spread
 from reqat_kernels.triton.kv_side import KVSide
-from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import INTERPRETED, capability, require, tl, triton
 
 #: An additive mask hides a key where it is this or less, so that both -inf and the lowest float of any wide type do.
 HIDDEN = -1e30
-#: How the kernel is launched: keys a tile (64 would spill registers; the interpreter pays by operation, whatever its
-#: size), rows a tile at most, and what tells triton to keep three tiles of codes in flight.
-BLOCK_S = 64 if INTERPRETED else 32
-BLOCK_S_FLOAT32 = 64 if INTERPRETED else 16  # products off the tensor cores hold more in registers
+#: Rows a tile at most.
 MAX_BLOCK_M = 32
-OPTIONS = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 _LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 128
 
@@ -331,6 +328,7 @@ def decode_attention(
     causal: bool = True,
     scale: float | None = None,
     splits: int | None = None,
+    trusted: bool = False,
 ) -> Tensor:
     """Attention of ``query`` [B, H, T, D] (bf16, fp16 or fp32) over a packed cache; returns its shape and type.
 
@@ -339,12 +337,13 @@ def decode_attention(
     Args:
         length: keys in use, the same for every row of the batch; by default the capacity.
         lengths: integers [B] in place of it, each at most the capacity (not checked on a GPU, where it would wait for
-            the device; there a greater one counts as the capacity).
+            the device, nor if ``trusted``; a greater one counts as the capacity then).
         mask: boolean (True: visible) or floating (added to the logits; -1e30 or less hides), [B, S] or broadcastable to
             [B, H, T, S], where S is at least ``length``.
         causal: token t of T sees the keys before ``length - T + t + 1``. Nothing changes for T = 1.
         scale: softmax scale, by default ``D ** -0.5``.
         splits: programs that share a KV head's cache; by default chosen to fill the device.
+        trusted: the numbers of ``lengths`` are known to fit; look at none of them, wherever they lie.
 
     A query that sees no key gives zeros. Raises ValueError for shapes, types, devices or lengths that do not fit.
     """
@@ -352,7 +351,7 @@ def decode_attention(
         if not isinstance(side, KVSide):
             raise TypeError(f"keys and values are KVSide, as KVSide.allocate makes them, not {type(side).__name__}")
     require(query, key.codes, value.codes, mask, lengths)
-    check_arguments(query, key, value, mask, length, lengths)
+    check_arguments(query, key, value, mask, length, lengths, looks=not trusted)
     if splits is not None and not 1 <= check.integer("splits", splits) <= _MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {_MAX_SPLITS}, got {splits}")
     if scale is not None:
@@ -366,7 +365,9 @@ def decode_attention(
     longest = capacity if length is None else length
     rows = H // G * T
     block_m = max(16, min(MAX_BLOCK_M, triton.next_power_of_2(rows)))
-    block_s = BLOCK_S_FLOAT32 if query.dtype == torch.float32 else BLOCK_S
+    # Products off the tensor cores hold more in registers. The interpreter pays by operation, whatever its size.
+    tile = launch("attention float32" if query.dtype == torch.float32 else "attention", capability(query))
+    block_s = tile["BLOCK_S"] = 64 if INTERPRETED else tile["BLOCK_S"]
     row_tiles = triton.cdiv(rows, block_m)
     if splits is None:
         splits = _splits(B * G * row_tiles, triton.cdiv(longest, block_s), query.device)
@@ -426,10 +427,10 @@ def decode_attention(
         CAUSAL=causal and T > 1,
         DIRECT=direct,
         BLOCK_M=block_m,
-        BLOCK_S=block_s,
         COMPUTE=tl.bfloat16 if half else tl.float32,
         PRECISION="tf32" if query.dtype == torch.float16 else "ieee",
-        **OPTIONS,
+        **tile,
+        enable_fp_fusion=True,
     )
     if not direct:
         merge_splits_kernel[(B * H * T,)](

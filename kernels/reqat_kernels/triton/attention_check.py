@@ -21,9 +21,16 @@ def expanded_mask(mask: Tensor | None, B: int, H: int, T: int) -> Tensor | None:
 
 
 def check_arguments(
-    query: Tensor, key: KVSide, value: KVSide, mask: Tensor | None, length: int | None, lengths: Tensor | None
+    query: Tensor,
+    key: KVSide,
+    value: KVSide,
+    mask: Tensor | None,
+    length: int | None,
+    lengths: Tensor | None,
+    *,
+    looks: bool,
 ) -> None:
-    """Raise ValueError for arguments of decode_attention that do not fit together."""
+    """Raise ValueError for arguments of decode_attention that do not fit together; ``looks``: at lengths on a CPU."""
     if query.ndim != 4 or query.dtype not in _QUERY_DTYPES:
         raise ValueError(f"query must be [B, H, T, D] in bf16, fp16 or fp32, got {query.dtype} {tuple(query.shape)}")
     B, H, T, _ = query.shape
@@ -43,7 +50,7 @@ def check_arguments(
             raise ValueError(f"lengths must be int32 or int64 [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
         if lengths.device != query.device or not lengths.is_contiguous():
             raise ValueError(f"lengths must be contiguous on {query.device}")
-        if lengths.device.type == "cpu" and B and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
+        if looks and lengths.device.type == "cpu" and B and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
             raise ValueError(f"lengths {lengths.tolist()} are outside the cache's capacity of {capacity}")
     if mask is None:
         return

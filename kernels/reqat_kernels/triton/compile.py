@@ -82,6 +82,7 @@ def compile_case(case: Case, capability: int) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    case = case.at(capability)
     types, attributes = case.signature()
     constants = {name: value for name, value in case.constants.items() if name in types}
     label = {

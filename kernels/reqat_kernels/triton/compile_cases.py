@@ -1,21 +1,20 @@
 """What is compiled ahead of time: each kernel in launches typical of a model of head_dim 128 and hidden size 4096.
 
-Each case has a budget of registers and names the matrix instruction that each generation is to use; see
-:mod:`reqat_kernels.triton.compile`.
+Tiles, warps and stages are those of the table (launches.py), of each architecture its own. Each case has a budget of
+registers and names the matrix instruction that each generation is to use; see :mod:`reqat_kernels.triton.compile`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from reqat_kernels.triton import append, attention, gemm, gemv, quantize, sem_loss
+from reqat_kernels.triton.launches import CAPABILITIES, launch
 from reqat_kernels.triton.runtime import tl
-
-#: Ampere, Hopper, datacenter Blackwell, consumer Blackwell (and DGX Spark's close relative).
-CAPABILITIES = (80, 90, 100, 120)
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class Case:
     a thread's. ``matrix``: by capability, what the name of every matrix instruction must contain ("" : there is none).
     ``impossible``: by capability, why it does not compile. ``unused``: why the launcher takes another way there;
     no budget holds then. ``spilled``: bytes allowed, where it is not 0. ``subnormals``: whether small numbers must not
-    be flushed. ``core``: capabilities in the test that always runs.
+    be flushed. ``core``: capabilities in the test that always runs. ``kind``: whose tile and options the table has
+    ("": the case has them itself); ``sides``: a tile's constants of the table's ``elements``.
     """
 
     name: str
@@ -42,6 +42,25 @@ class Case:
     spilled: dict[int, int] = field(default_factory=dict)
     subnormals: bool = True
     core: tuple[int, ...] = ()
+    kind: str = ""
+    sides: Callable[[int], dict[str, int]] | None = None
+
+    def at(self, capability: int) -> Case:
+        """The case as it is launched on a GPU of ``capability``."""
+        return self.launched(launch(self.kind, capability)) if self.kind else self
+
+    def launched(self, how: dict[str, int]) -> Case:
+        """The case with constants and options of a ``kind`` of launch, in the form of the table."""
+        constants, options = dict(self.constants), dict(self.options)
+        for name, value in how.items():
+            if name == "elements":
+                assert self.sides is not None
+                constants |= self.sides(value)
+            elif name.isupper():
+                constants[name] = value
+            else:
+                options[name] = value
+        return replace(self, constants=constants, options=options, kind="")
 
     def signature(self) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
         """Types by argument, and which arguments are multiples of 16, as triton's ASTSource takes them."""
@@ -67,38 +86,42 @@ def _by_capability(sm80: str, sm90: str, sm100: str, sm120: str) -> dict[int, st
 
 
 def _quantize_cases() -> list[Case]:
-    block_m, block_k = quantize._tile(4096, 4096, 16)
     types = {"x_ptr": "*bf16", "packed_ptr": "*u8", "scales_ptr": "*u8", "g_ptr": "*fp32", "amax_ptr": "*i32"}
-    tile = {"BLOCK_M": block_m, "BLOCK_K": block_k}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
+    types |= {"flag_ptr": "*i32"}
+    table: dict[str, Any] = {"kind": "quantize", "sides": _sides_of_quantize}
+    options = {"enable_fp_fusion": False}
     nvfp4 = {"BLOCK": 16, "E1M2": False, "RULE": "divide", "NVFP4": True, "ROW": False, "DYNAMIC": False}
     mxfp4 = {"BLOCK": 32, "E1M2": False, "RULE": "rceil", "NVFP4": False, "ROW": False, "DYNAMIC": False}
     kernel = quantize.quantize_kernel
 
     def case(name: str, constants: dict[str, Any], core: tuple[int, ...] = (), fake: bool = False) -> Case:
         kinds = {**types, "packed_ptr": "*bf16"} if fake else types
-        constants = {"FAKE": fake, "LIMIT": torch.finfo(torch.bfloat16).max if fake else 0.0, **constants, **tile}
-        return Case(name, kernel, kinds, constants, options, 128, multiples=("M", "K"), core=core)
+        constants = {"FAKE": fake, "LIMIT": torch.finfo(torch.bfloat16).max if fake else 0.0, **constants}
+        return Case(name, kernel, kinds, constants, options, 128, multiples=("M", "K"), core=core, **table)
 
     return [
         Case(
             "quantize: amax, rows, Hadamard 16",
             quantize.amax_kernel,
             types,
-            {"ROW": True, "HADAMARD": 16, **tile},
+            {"ROW": True, "HADAMARD": 16},
             options,
             128,
             multiples=("M", "K"),
+            **table,
         ),
-        case("quantize: NVFP4, static", {**nvfp4, "TRACK": False, "HADAMARD": 0}, core=(80,)),
-        case(
-            "quantize: NVFP4, row, Hadamard 16", {**nvfp4, "ROW": True, "DYNAMIC": True, "TRACK": False, "HADAMARD": 16}
-        ),
-        case("quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}),
-        case("quantize: MXFP4, Hadamard 32", {**mxfp4, "TRACK": False, "HADAMARD": 32}),
-        case("fake quantize: NVFP4, dynamic", {**nvfp4, "DYNAMIC": True, "TRACK": False, "HADAMARD": 0}, (90,), True),
-        case("fake quantize: MXFP4, checked", {**mxfp4, "TRACK": True, "HADAMARD": 0}, fake=True),
+        case("quantize: NVFP4, static", {**nvfp4, "HADAMARD": 0}, core=(80,)),
+        case("quantize: NVFP4, row, Hadamard 16", {**nvfp4, "ROW": True, "DYNAMIC": True, "HADAMARD": 16}),
+        case("quantize: MXFP4", {**mxfp4, "HADAMARD": 0}),
+        case("quantize: MXFP4, Hadamard 32", {**mxfp4, "HADAMARD": 32}),
+        case("fake quantize: NVFP4, dynamic", {**nvfp4, "DYNAMIC": True, "HADAMARD": 0}, (90,), True),
+        case("fake quantize: MXFP4", {**mxfp4, "HADAMARD": 0}, fake=True),
     ]
+
+
+def _sides_of_quantize(elements: int) -> dict[str, int]:
+    block_m, block_k = quantize._tile(4096, 4096, 16, elements)
+    return {"BLOCK_M": block_m, "BLOCK_K": block_k}
 
 
 def _gemm_cases() -> list[Case]:
@@ -112,54 +135,66 @@ def _gemm_cases() -> list[Case]:
         name: str,
         kernel: Any,
         rows: int,
-        depth: int,
+        kind: str,
         constants: dict[str, Any],
         matrix: dict[int, str],
         registers: int = 255,
         **others: Any,
     ) -> Case:
-        block_m, block_n, block_k, options = gemm._tile(rows, 4096, depth)
-        constants = {**constants, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        constants = {**constants, "BLOCK_M": min(rows, 128)}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        return Case(name, kernel, types, constants, options, registers, matrix, ("N", "K"), **others)
+        options, kind = {"enable_fp_fusion": False}, f"{kind} {'few' if rows <= 32 else 'many'}"
+        return Case(name, kernel, types, constants, options, registers, matrix, ("N", "K"), kind=kind, **others)
 
     bf16, fp16 = _UNPACKED.format("bf16"), _UNPACKED.format("f16")
     w4a16 = {"SHIFT": False, "COMPUTE": tl.bfloat16}
-    scaled, unpacked = {"SCALED": True, "COMPUTE": tl.float16}, {"SCALED": False, "COMPUTE": tl.float16}
+    scaled = {"SCALED": True, "COMPUTE": tl.float16}
     found = []
     for label, constants in (("NVFP4", nvfp4), ("MXFP4", mxfp4)):
         big = _by_capability(bf16, "wgmma", "tcgen05.mma", bf16)
-        found.append(case(f"W4A16: {label}, 16 rows", gemm.w4a16_kernel, 16, 64, {**constants, **w4a16}, _all(bf16)))
-        found.append(case(f"W4A16: {label}, 4096 rows", gemm.w4a16_kernel, 4096, 64, {**constants, **w4a16}, big))
-    found.append(
-        case(
-            "W4A4: NVFP4, scaled, 4096 rows",
-            gemm.w4a4_kernel,
-            4096,
-            128,
-            {**nvfp4, **scaled},
-            _by_capability("", "wgmma", "kind::mxf4nvf4.block_scale", "kind::mxf4nvf4.block_scale.scale_vec::4X"),
-            impossible={80: "sm_80 has no E4M3 type (fp8e4nv); the unpacking branch is launched"},
-            unused={90: "sm_90 has no FP4 instruction; the unpacking branch is launched"},
-            core=(100,),
+        settings = {**constants, **w4a16}
+        found.append(case(f"W4A16: {label}, 32 rows", gemm.w4a16_kernel, 32, "w4a16", settings, _all(bf16)))
+        found.append(case(f"W4A16: {label}, 4096 rows", gemm.w4a16_kernel, 4096, "w4a16", settings, big))
+    four, two = "kind::mxf4nvf4.block_scale.scale_vec::4X", "kind::mxf4nvf4.block_scale.scale_vec::2X"
+    scale_nvfp4 = _by_capability("", "wgmma", "kind::mxf4nvf4.block_scale", four)
+    scale_mxfp4 = _by_capability(bf16, "wgmma", "kind::mxf4.block_scale", two)
+    # Below 64 rows sm_90 has no wgmma and sm_100 no tcgen05: triton unpacks to bfloat16 by itself.
+    scale_few = {"NVFP4": _by_capability("", "", bf16, four), "MXFP4": _by_capability(bf16, bf16, bf16, two)}
+    no_type = {80: "sm_80 has no E4M3 type (fp8e4nv); the unpacking branch is launched"}
+    no_fp4 = {90: "sm_90 has no FP4 instruction; the unpacking branch is launched"}
+    spills = {80: "spills; the unpacking branch is launched"}
+    for rows in (32, 4096):
+        few = rows == 32
+        found.append(
+            case(
+                f"W4A4: NVFP4, scaled, {rows} rows",
+                gemm.w4a4_kernel,
+                rows,
+                "w4a4 scaled",
+                {**nvfp4, **scaled},
+                scale_few["NVFP4"] if few else scale_nvfp4,
+                impossible=no_type,
+                unused=no_fp4,
+                core=() if few else (100,),
+            )
         )
-    )
-    found.append(
-        case(
-            "W4A4: MXFP4, scaled, 4096 rows",
-            gemm.w4a4_kernel,
-            4096,
-            128,
-            {**mxfp4, **scaled},
-            _by_capability(bf16, "wgmma", "kind::mxf4.block_scale", "kind::mxf4nvf4.block_scale.scale_vec::2X"),
-            unused={80: "spills; the unpacking branch is launched"},
+        found.append(
+            case(
+                f"W4A4: MXFP4, scaled, {rows} rows",
+                gemm.w4a4_kernel,
+                rows,
+                "w4a4 scaled",
+                {**mxfp4, **scaled},
+                scale_few["MXFP4"] if few else scale_mxfp4,
+                unused=spills,
+            )
         )
-    )
-    big = _by_capability(fp16, "wgmma", "tcgen05.mma", fp16)
-    found.append(case("W4A4: NVFP4, unpacked, 4096 rows", gemm.w4a4_kernel, 4096, 64, {**nvfp4, **unpacked}, big))
-    big = _by_capability(bf16, "wgmma", "tcgen05.mma", bf16)
-    unpacked = {"SCALED": False, "COMPUTE": tl.bfloat16}
-    found.append(case("W4A4: MXFP4, unpacked, 4096 rows", gemm.w4a4_kernel, 4096, 64, {**mxfp4, **unpacked}, big))
+        for label, constants, type_, name in (("NVFP4", nvfp4, tl.float16, fp16), ("MXFP4", mxfp4, tl.bfloat16, bf16)):
+            big = _by_capability(name, "wgmma", "tcgen05.mma", name)
+            settings = {**constants, "SCALED": False, "COMPUTE": type_}
+            matrix = _all(name) if few else big
+            title = f"W4A4: {label}, unpacked, {rows} rows"
+            found.append(case(title, gemm.w4a4_kernel, rows, "w4a4 unpacked", settings, matrix))
     for label, constants in (("NVFP4", nvfp4), ("MXFP4", mxfp4)):
         for rows in (1, 8):
             found.append(
@@ -167,13 +202,14 @@ def _gemm_cases() -> list[Case]:
                     f"W4A4 small M: {label}, {rows} rows",
                     gemv.gemv_w4a4_kernel,
                     types,
-                    {**constants, "ROWS": rows, "BLOCK_N": 8, "BLOCK_K": 512},
-                    {"num_warps": 4, "enable_fp_fusion": False},
+                    {**constants, "ROWS": rows},
+                    {"enable_fp_fusion": False},
                     255,
                     multiples=("N", "K"),
                     # ptxas gives up two registers to stay at 128, where four blocks fit on a multiprocessor.
                     spilled={120: 8} if rows == 8 else {},
                     core=(120,) if rows == 1 and label == "NVFP4" else (),
+                    kind="gemv one" if rows == 1 else "gemv several",
                 )
             )
     return found
@@ -228,7 +264,6 @@ def _attention_cases() -> list[Case]:
         "CAUSAL": False,
         "DIRECT": False,
         "BLOCK_M": 16,
-        "BLOCK_S": attention.BLOCK_S,
         "COMPUTE": tl.bfloat16,
         "PRECISION": "ieee",
         "key_global_s": 1,
@@ -241,12 +276,15 @@ def _attention_cases() -> list[Case]:
     ) -> Case:
         kinds = {**types, **changes.pop("types", {})}
         constants = {**common, **_sides(key, value), **changes}
-        options = attention.OPTIONS
+        options = {"enable_fp_fusion": True}
+        kind = "attention float32" if kinds["query"] == "*fp32" else "attention"
         kernel = attention.decode_attention_kernel
         # At 168 registers three blocks fit on a multiprocessor, and ptxas gives up two registers to stay there.
         spilled = dict.fromkeys(CAPABILITIES, 8) if constants["MASK"] != "none" or constants["CAUSAL"] else {}
-        matrix = _all(instruction)
-        return Case(name, kernel, kinds, constants, options, registers, matrix, multiples, spilled=spilled, core=core)
+        return Case(
+            name, kernel, kinds, constants, options, registers, _all(instruction), multiples,
+            spilled=spilled, core=core, kind=kind,
+        )  # fmt: skip
 
     bf16 = _UNPACKED.format("bf16")
     fp32: dict[str, str] = {"query": "*fp32", "out": "*fp32"}
@@ -284,7 +322,6 @@ def _attention_cases() -> list[Case]:
             "",
             types=fp32,
             COMPUTE=tl.float32,
-            BLOCK_S=attention.BLOCK_S_FLOAT32,
         ),
         Case(
             "decode attention: merging 16 splits",
@@ -303,6 +340,7 @@ def _append_cases() -> list[Case]:
         **dict.fromkeys(("key", "value", "cos", "sin"), "*bf16"),
         "shift": "*fp32",
         "offsets": "*i64",
+        "flag": "*i32",
     }
     multiples = (*_CACHE_MULTIPLES, *(f"{x}_{axis}" for x in ("key", "value", "cos", "sin") for axis in "bgt"))
 
@@ -312,45 +350,53 @@ def _append_cases() -> list[Case]:
             **_sides(key, value, RULE=rules, ROW_SCALE=(row, row)),
             "HEAD_DIM": 128,
             "D": 128,
-            "ROWS": rows,
             "HAS_OFFSETS": True,
             "HAS_SHIFT": True,
             "ROTATE": rotate,
             "key_global_s": 1,
             "value_global_s": 1,
         }
-        return Case(name, append.append_kernel, types, constants, append.OPTIONS, 96, {}, multiples, core=core)
+        options = {"enable_fp_fusion": False}
+
+        def sides(elements: int) -> dict[str, int]:
+            return {"ROWS": min(rows, elements // 128)}
+
+        return Case(
+            name, append.append_kernel, types, constants, options, 96, {}, multiples,
+            core=core, kind="append", sides=sides,
+        )  # fmt: skip
 
     return [
-        case("append: NVFP4 row, rotated and shifted", "NVFP4", "NVFP4", tl.bfloat16, True, 16, core=(80,)),
+        case("append: NVFP4 row, rotated and shifted", "NVFP4", "NVFP4", tl.bfloat16, True, 64, core=(80,)),
         case("append: NVFP4 static, E1M2 keys, one row", "NVFP4 E1M2", "NVFP4", None, False, 1),
-        case("append: MXFP4, rotated and shifted", "MXFP4", "MXFP4", tl.bfloat16, False, 16),
+        case("append: MXFP4, rotated and shifted", "MXFP4", "MXFP4", tl.bfloat16, False, 64),
     ]
 
 
 def _loss_cases() -> list[Case]:
     types = {"logits": "*fp32", "lse": "*fp32", "entropy": "*fp32", "pull": "*fp32", "nll": "fp32"}
-    options = {"num_warps": sem_loss._WARPS, "enable_fp_fusion": False}
-    block = sem_loss._block(49152)
+    options = {"enable_fp_fusion": False}
     return [
         Case(
             "SEM loss: statistics",
             sem_loss.statistics_kernel,
             types,
-            {"ENTROPY": True, "BLOCK": block},
+            {"ENTROPY": True},
             options,
             128,
             multiples=("size", "stride"),
             subnormals=False,
+            kind="loss",
         ),
         Case(
             "SEM loss: gradient",
             sem_loss.gradient_kernel,
             types,
-            {"PULL": True, "BLOCK": block},
+            {"PULL": True},
             options,
             128,
             multiples=("size", "stride"),
             subnormals=False,
+            kind="loss",
         ),
     ]

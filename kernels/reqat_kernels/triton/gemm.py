@@ -16,7 +16,7 @@ In the interpreter ``tl.dot`` on bfloat16 multiplies raw bits and ``dot_scaled``
 compute type is float32 and NVFP4 takes the unpacking branch: same numbers.
 
 Trade-off: scales are read row-major as checkpoints have them, not swizzled for the tensor memory: no repacking, more
-instructions a tile. Tile sizes come from a small table rather than a search, so that results are reproducible.
+instructions a tile. Tile sizes come from a table (launches.py) rather than a search, so that results are reproducible.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from reqat_kernels.triton.elements import (
     spread,
     unpack_pairs,
 )
+from reqat_kernels.triton.launches import launch
 from reqat_kernels.triton.runtime import INTERPRETED, capability, require, tl, triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -227,7 +228,7 @@ def linear_w4a16(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) ->
         compute = tl.float32 if INTERPRETED and x.dtype == torch.bfloat16 else _TRITON_DTYPES[x.dtype]
         shift = not w.nvfp4 and x.dtype == torch.float16 and w.scales.numel() > 0
         top = w.scales.amax().to(torch.int32) if shift else w.g
-        BM, BN, BK, options = _tile(M, N, 64)
+        BM, BN, BK, options = _tile(M, N, "w4a16", capability(out))
         w4a16_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
             x_MK,
             w.packed,
@@ -283,8 +284,8 @@ def linear_w4a4(
     a_MK, out, N, _ = _prepare(a.packed, w.packed, x.shape[:-1], x.shape[-1], dtype)
     M, K = a_MK.shape[0], x.shape[-1]
     if out.numel():
-        if scaled is None:
-            level = capability(out)  # MXFP4 on sm_80 would spill registers
+        level = capability(out)
+        if scaled is None:  # MXFP4 on sm_80 would spill registers
             scaled = not w.e1m2 and (level >= 100 or (not w.nvfp4 and (INTERPRETED or level >= 90)))
         elif scaled and (w.e1m2 or (w.nvfp4 and INTERPRETED)):
             raise ValueError(
@@ -292,7 +293,7 @@ def linear_w4a4(
             )
         # E4M3 times E2M1 fits float16, which every GPU multiplies; E8M0 wants bfloat16's range.
         compute = tl.float16 if w.nvfp4 else tl.float32 if INTERPRETED else tl.bfloat16
-        BM, BN, BK, options = _tile(M, N, 128 if scaled else 64)
+        BM, BN, BK, options = _tile(M, N, "w4a4 scaled" if scaled else "w4a4 unpacked", level)
         w4a4_kernel[(triton.cdiv(M, BM) * triton.cdiv(N, BN),)](
             a_MK,
             a.scales,
@@ -408,8 +409,11 @@ def _prepare(
     return x_MK, torch.empty(rows, N, dtype=dtype, device=x.device), N, K
 
 
-def _tile(M: int, N: int, depth: int) -> tuple[int, int, int, dict[str, Any]]:
-    """Tile sizes and launch options. The interpreter pays by program and operation: large tiles."""
+def _tile(M: int, N: int, kind: str, level: int) -> tuple[int, int, int, dict[str, Any]]:
+    """Tile sizes and launch options for M rows on a GPU of capability ``level``.
+
+    Up to 32 rows are ``few``. The interpreter pays by program and operation: large tiles.
+    """
     if INTERPRETED:
         return (
             min(128, triton.next_power_of_2(M)),
@@ -418,6 +422,8 @@ def _tile(M: int, N: int, depth: int) -> tuple[int, int, int, dict[str, Any]]:
             {"enable_fp_fusion": False},
         )
     BM = min(128, max(16, triton.next_power_of_2(M)))
-    BN = 128 if BM >= 64 else 64
-    options = {"num_warps": 8 if BM == 128 else 4, "num_stages": 2 if depth == 128 else 3, "enable_fp_fusion": False}
-    return BM, BN, depth, options
+    chosen: dict[str, Any] = launch(f"{kind} {'few' if BM <= 32 else 'many'}", level)
+    BN, BK = chosen.pop("BLOCK_N"), chosen.pop("BLOCK_K")
+    if BM == 64:  # half of the tile that the entry is for
+        chosen["num_warps"] = max(4, chosen["num_warps"] // 2)
+    return BM, BN, BK, {**chosen, "enable_fp_fusion": False}

@@ -31,11 +31,10 @@ from torch.nn.functional import pad
 from reqat.formats import PackedTensor
 from reqat_kernels.triton.elements import as_float32, cast, decode_e4m3, decode_e8m0
 from reqat_kernels.triton.gemm import Parts, operand_parts
-from reqat_kernels.triton.runtime import INTERPRETED, tl, triton
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import INTERPRETED, capability, tl, triton
 
 MAX_ROWS = 8
-#: Columns of the output and elements of K that a program takes at a time: two 16-byte loads a thread.
-TILE = (8, 1024)
 _HALF2 = tl.constexpr(not INTERPRETED)
 
 
@@ -171,9 +170,11 @@ def gemv_w4a4(
     if out.numel():
         for operand in (a, w):
             _even_words(operand, K)
-        BN, BK = TILE
+        tile = launch("gemv one" if M == 1 else "gemv several", capability(out))
         if INTERPRETED:  # pays by program and operation
-            BN, BK = min(128, triton.next_power_of_2(N)), max(32, min(1024, triton.next_power_of_2(K)))
+            tile["BLOCK_N"] = min(128, triton.next_power_of_2(N))
+            tile["BLOCK_K"] = max(32, min(1024, triton.next_power_of_2(K)))
+        BN = tile["BLOCK_N"]
         gemv_w4a4_kernel[(triton.cdiv(N, BN),)](
             a.packed,
             a.scales,
@@ -193,9 +194,7 @@ def gemv_w4a4(
             G_W=w.mode,
             HAS_BIAS=bias is not None,
             ROWS=triton.next_power_of_2(M),
-            BLOCK_N=BN,
-            BLOCK_K=BK,
-            num_warps=4,
+            **tile,
             enable_fp_fusion=False,  # where products and sums meet in one rounding, the kernel says so itself
         )
     return out.view(*x.shape[:-1], N)

@@ -13,8 +13,9 @@ by ``reqat.quant.block_hadamard``. Its order of summation is fixed (see elements
 device, but it is not a matrix product's: promised are the bits of ``naive.block_hadamard``, and closeness to the
 product.
 
-Trade-off: refusing NaN and infinity, as the reference does, makes the host wait for one number. ``check=False`` is for
-CUDA graphs and for callers who know; the codes of non-finite input are then garbage.
+Refusing NaN and infinity, as the reference does, makes the host wait for one number. A caller with many calls gives a
+:class:`~reqat_kernels.triton.finite.FiniteFlag` and looks at it once, after them; until then the codes of non-finite
+input are garbage.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, PackedTensor, get_format
+from reqat_kernels.native.quantize import _back, _memory_order
 from reqat_kernels.triton.elements import (
     as_float32,
     bits_float,
@@ -43,11 +45,12 @@ from reqat_kernels.triton.elements import (
     pack_pairs,
     spread,
 )
-from reqat_kernels.triton.runtime import INTERPRETED, require, tl, triton
+from reqat_kernels.triton.finite import FiniteFlag, raise_flag, refusal
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import INTERPRETED, capability, require, tl, triton
 
 ROTATIONS = (2, 4, 8, 16, 32, 64, 128)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INFINITY_BITS = 0x7F800000
 # The smallest g lets the largest block scale, 448 / g, still be a float32; as in reqat.formats.
 _SMALLEST_G = 1.01 * 448.0 / torch.finfo(torch.float32).max
 
@@ -95,22 +98,23 @@ def amax_kernel(
         tl.atomic_max(amax_ptr, tl.max(top, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["call"])
 def quantize_kernel(
     x_ptr,  # [M, K] float16, bfloat16 or float32
     packed_ptr,  # uint8 [M, K / 2]; under FAKE the numbers that codes and scales stand for, [M, K] in x's type
     scales_ptr,  # uint8 [M, K / BLOCK]: E8M0, or the bits of E4M3; not written under FAKE
     g_ptr,  # float32 [1] or [M]; written if DYNAMIC
-    amax_ptr,  # int32 [1] or [M]: read if DYNAMIC, else [1] and raised to the largest magnitude if TRACK
+    amax_ptr,  # int32 [1] or [M]: the bits of the largest magnitudes, if DYNAMIC
+    flag_ptr,  # int32 [1]: takes ``call`` if a number is not finite (see finite.py)
     M,
     K,
+    call,
     BLOCK: tl.constexpr,  # 16 or 32 elements a scale
     E1M2: tl.constexpr,
     RULE: tl.constexpr,  # of the scales: rceil, floor, even (E8M0); divide, multiply, reciprocal (E4M3)
     NVFP4: tl.constexpr,
     ROW: tl.constexpr,  # g and amax are [M]
     DYNAMIC: tl.constexpr,
-    TRACK: tl.constexpr,
     HADAMARD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -151,8 +155,7 @@ def quantize_kernel(
     else:
         stored = encode_e8m0(amax, RULE, E1M2)
         y = tl.div_rn(y, spread(decode_e8m0(stored), BLOCK_M, BLOCKS, BLOCK))
-    if TRACK:
-        tl.atomic_max(amax_ptr, tl.max(tl.max(float_bits(amax), axis=1), axis=0))
+    raise_flag(flag_ptr, float_bits(amax), call)
 
     first = rows.to(tl.int64)[:, None]
     if FAKE:
@@ -179,7 +182,7 @@ def quantize(
     *,
     rotation: int | None = None,
     global_scale: Tensor | float | str | None = None,
-    check: bool = True,
+    flag: FiniteFlag | None = None,
     name: str | None = None,
     **options: str | None,
 ) -> PackedTensor:
@@ -190,17 +193,20 @@ def quantize(
         fmt: NVFP4 or MXFP4, by name or as a Format, with ``options`` as for ``reqat.quantize``.
         rotation: size of a block Hadamard along the last axis, applied first; a power of two from 2 to 128.
         global_scale: ``dynamic``, ``row`` or ``static``, or the value of g: a scalar, or [..., 1].
-        check: refuse NaN and infinity (the host waits for the kernel), and a bad g.
+        flag: takes note of NaN and infinity, for the caller to look at; a g that lies on the device is then taken as
+            it is. None: look before returning, for which the host waits.
         name: what to call ``x`` in an error.
 
     Raises:
         ImportError: triton is not installed.
-        ValueError: a format, rounding, shape or device that the kernel does not take; NaN or infinity in ``x``.
+        ValueError: a format, rounding, shape or device that the kernel does not take; a g that is not positive and
+            finite.
+        NotFinite: NaN or infinity in ``x`` (a ValueError, too).
     """
-    _, K, packed, scales, g, fmt = _launch(x, fmt, rotation, global_scale, check, name, options, fake=False)
+    _, K, packed, scales, g, fmt = _launch(x, fmt, rotation, global_scale, flag, name, options, fake=False)
     lead = x.shape[:-1]
     assert scales is not None
-    make = PackedTensor if check else PackedTensor.unchecked
+    make = PackedTensor if flag is None else PackedTensor.unchecked
     return make(
         packed.view(*lead, K // 2),
         (scales if fmt.scale == "E8M0" else scales.view(torch.float8_e4m3fn)).view(*lead, scales.shape[-1]),
@@ -219,16 +225,31 @@ def fake_quantize(
     *,
     rotation: int | None = None,
     global_scale: Tensor | float | str | None = None,
-    check: bool = True,
+    flag: FiniteFlag | None = None,
     name: str | None = None,
     **options: str | None,
 ) -> Tensor:
     """``reqat.formats.quantize_dequantize(x, fmt, ...)`` along the last axis, bit for bit, in one pass.
 
-    Arguments and errors of :func:`quantize`; no codes are written. Not differentiable.
+    Arguments and errors of :func:`quantize`; no codes are written. The result has x's strides where the last axis is
+    contiguous. Not differentiable.
     """
-    _, _, y, _, _, _ = _launch(x, fmt, rotation, global_scale, check, name, options, fake=True)
-    return y.view(x.shape).to(x.dtype)
+    order = _memory_order(x) if isinstance(x, Tensor) and x.ndim and x.stride(-1) == 1 else None
+    if order is not None and isinstance(global_scale, Tensor) and global_scale.numel() != 1:
+        order = None  # which rows it belongs to is said in x's order
+    given = x if order is None else x.permute(order)
+    _, _, y, _, _, _ = _launch(given, fmt, rotation, global_scale, flag, name, options, fake=True)
+    return _back(y.view(given.shape).to(x.dtype), order)
+
+
+def takes(x: Tensor, fmt: Format, global_scale: Tensor | None) -> bool:
+    """Whether :func:`fake_quantize` is defined for ``x`` and this format along the last axis, and nothing traces it."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling() and not x.is_neg()
+    known = fmt.name in ("NVFP4", "MXFP4") and fmt.rounding == "even"
+    if not plain or not known or x.dtype not in _DTYPES or x.ndim == 0 or not x.numel():
+        return False
+    has_g = fmt.global_scale != "static" if global_scale is None else fmt.has_global_scale
+    return has_g and x.shape[-1] % (fmt.block or 1) == 0
 
 
 def _launch(
@@ -236,7 +257,7 @@ def _launch(
     fmt: str | Format,
     rotation: int | None,
     global_scale: Tensor | float | str | None,
-    check: bool,
+    flag: FiniteFlag | None,
     name: str | None,
     options: dict[str, str | None],
     *,
@@ -268,7 +289,7 @@ def _launch(
     dynamic = fmt.has_global_scale and given is None
     g = torch.ones(M if row else 1, dtype=torch.float32, device=x.device)
     if given is not None:
-        g = _given_g(given, x, check)
+        g = _given_g(given, x, looks=flag is None or not isinstance(given, Tensor))
         row = g.numel() != 1 or g.ndim > 0
         g = g.reshape(-1)
     scales: Tensor | None = None
@@ -278,39 +299,40 @@ def _launch(
         packed = torch.empty(M, K // 2, dtype=torch.uint8, device=x.device)
         scales = torch.empty(M, K // block, dtype=torch.uint8, device=x.device)
     if x_MK.numel():
-        amax = torch.zeros(M if row and dynamic else 1, dtype=torch.int32, device=x.device)
-        BM, BK = _tile(M, K, max(block, rotation or 0))
+        amax = torch.zeros(M if row else 1, dtype=torch.int32, device=x.device) if dynamic else g
+        noted = FiniteFlag(x.device) if flag is None else flag
+        rotated = f" (after a rotation of {rotation})" if rotation else ""
+        call = noted.number(refusal(label, x.shape, f"NaN or infinity{rotated}"))
+        chosen = launch("quantize", capability(x))
+        BM, BK = _tile(M, K, max(block, rotation or 0), chosen["elements"])
         grid = (triton.cdiv(M, BM), triton.cdiv(K, BK))
         # No a * b + c in one rounding: the reference rounds twice.
-        launch = {"num_warps": 4, "enable_fp_fusion": False}
-        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK, **launch}
+        tile: dict[str, Any] = {"HADAMARD": rotation or 0, "BLOCK_M": BM, "BLOCK_K": BK}
+        tile |= {"num_warps": chosen["num_warps"], "enable_fp_fusion": False}
         if dynamic:
             amax_kernel[grid](x_MK, amax, M, K, ROW=row, **tile)
         quantize_kernel[grid](
             x_MK,
             packed,
-            amax if scales is None else scales,
+            g if scales is None else scales,
             g,
             amax,
+            noted.found,
             M,
             K,
+            call,
             BLOCK=block,
             E1M2=fmt.element == "E1M2",
             RULE=fmt.scale_rule,
             NVFP4=fmt.has_global_scale,
             ROW=row,
             DYNAMIC=dynamic,
-            TRACK=check and not dynamic,
             FAKE=fake,
             LIMIT=torch.finfo(x_MK.dtype).max if fake else 0.0,
             **tile,
         )
-        if check and int(amax.amax()) >= _INFINITY_BITS:
-            rotated = " (after rotation)" if rotation else ""
-            raise ValueError(
-                f"{label} of shape {tuple(x.shape)} holds NaN or infinity{rotated}; only finite numbers can be "
-                "quantized"
-            )
+        if flag is None:
+            noted.check()
     return M, K, packed, scales, g if row else g.reshape(()), fmt
 
 
@@ -337,10 +359,10 @@ def _resolve(
     return fmt, global_scale
 
 
-def _given_g(given: Tensor | float, x: Tensor, check: bool) -> Tensor:
-    """g as float32 on x's device: a scalar, or ``x``'s shape with a last axis of 1."""
+def _given_g(given: Tensor | float, x: Tensor, *, looks: bool) -> Tensor:
+    """g as float32 on x's device: a scalar, or ``x``'s shape with a last axis of 1. ``looks``: at its value, too."""
     g = torch.as_tensor(given, dtype=torch.float32, device=x.device)
-    if check and not bool((torch.isfinite(g) & (g > _SMALLEST_G)).all()):
+    if looks and not bool((torch.isfinite(g) & (g > _SMALLEST_G)).all()):
         raise ValueError(f"global_scale must be finite and above {_SMALLEST_G:.2g}, got {given}")
     if g.numel() == 1:
         return g.reshape(())
@@ -351,8 +373,8 @@ def _given_g(given: Tensor | float, x: Tensor, check: bool) -> Tensor:
         raise ValueError(f"global_scale of shape {tuple(g.shape)} must be a scalar or of shape {shape}") from error
 
 
-def _tile(M: int, K: int, at_least: int) -> tuple[int, int]:
-    """Rows and columns a program: 16 elements a thread rotate without spilling; the interpreter gets large tiles."""
+def _tile(M: int, K: int, at_least: int, elements: int) -> tuple[int, int]:
+    """Rows and columns a program, ``elements`` together; the interpreter gets large tiles."""
     columns = max(at_least, min(triton.next_power_of_2(K), 512 if INTERPRETED else 256))
-    elements = 32768 if INTERPRETED else 2048
+    elements = 32768 if INTERPRETED else elements
     return min(triton.next_power_of_2(M), max(1, elements // columns)), columns

@@ -9,6 +9,7 @@ of any device, element by element in numpy: right for tests, thousands of times 
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,9 +70,12 @@ def require(*tensors: Tensor | None) -> None:
 
 def capability(t: Tensor) -> int:
     """Compute capability of the tensor's GPU as 10 * major + minor (90, 100, 120); 0 in the interpreter."""
-    if INTERPRETED or t.device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(t.device)
+    return 0 if INTERPRETED or t.device.type != "cuda" else _capability(t.device)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 

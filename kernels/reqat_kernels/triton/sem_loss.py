@@ -20,11 +20,8 @@ import torch
 from torch import Tensor
 
 from reqat_kernels.native.check import exactly
-from reqat_kernels.triton.runtime import require, tl, triton
-
-# Logits a program holds at once; long rows keep the memory busy with few programs.
-_BLOCK = 4096
-_WARPS = 8
+from reqat_kernels.triton.launches import launch
+from reqat_kernels.triton.runtime import capability, require, tl, triton
 
 
 @triton.jit
@@ -83,7 +80,7 @@ def row_statistics(logits_CV: Tensor, *, entropy: bool = True) -> tuple[Tensor, 
     entropy_C = torch.zeros_like(lse_C)
     if C:
         statistics_kernel[(C,)](
-            logits_CV, lse_C, entropy_C, V, logits_CV.stride(0), ENTROPY=entropy, BLOCK=_block(V), num_warps=_WARPS
+            logits_CV, lse_C, entropy_C, V, logits_CV.stride(0), ENTROPY=entropy, **_tile(V, logits_CV)
         )
     return lse_C, entropy_C
 
@@ -95,9 +92,9 @@ def row_gradient_(logits_CV: Tensor, lse_C: Tensor, entropy_C: Tensor, pull_C: T
     for name, row in (("lse", lse_C), ("entropy", entropy_C), ("pull", pull_C)):
         if row is not None:
             exactly(name, row, torch.float32, (C,), logits_CV.device)
-    block = _block(V)
+    tile = _tile(V, logits_CV)
     if C:
-        gradient_kernel[(C, triton.cdiv(V, block))](
+        gradient_kernel[(C, triton.cdiv(V, tile["BLOCK"]))](
             logits_CV,
             lse_C,
             entropy_C,
@@ -106,8 +103,7 @@ def row_gradient_(logits_CV: Tensor, lse_C: Tensor, entropy_C: Tensor, pull_C: T
             V,
             logits_CV.stride(0),
             PULL=pull_C is not None,
-            BLOCK=block,
-            num_warps=_WARPS,
+            **tile,
         )
     return logits_CV
 
@@ -123,5 +119,7 @@ def _shape(logits_CV: Tensor) -> tuple[int, int]:
     return logits_CV.shape[0], logits_CV.shape[1]
 
 
-def _block(size: int) -> int:
-    return max(16, min(_BLOCK, triton.next_power_of_2(size)))
+def _tile(size: int, logits_CV: Tensor) -> dict[str, int]:
+    """Logits a program holds at once (long rows keep the memory busy with few programs) and its warps."""
+    chosen = launch("loss", capability(logits_CV))
+    return {**chosen, "BLOCK": max(16, min(chosen["BLOCK"], triton.next_power_of_2(size)))}
