@@ -116,6 +116,40 @@ def test_the_native_call_does_what_the_modules_do(
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options"), [p for p in PRECISIONS if p[1].get("global_scale") != "dynamic"])
+def test_several_tokens_get_the_bits_of_single_ones(
+    tiny: Tiny, family: str, ids: Tensor, name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = tiny(family).to(dtype)
+    prepare(model, name, **({"global_scale": "row"} | options if "NVFP4" in name else options))
+    calibrate_static(model, [ids])
+    decoder = pack(model).get_decoder()
+    mask = torch.ones(3, 14, dtype=torch.int64)
+    mask[1, :3] = 0
+
+    @torch.no_grad()
+    def run(sizes: list[int]) -> tuple[Tensor, PackedCache]:
+        cache, at, out = PackedCache(model), 6, []
+        decoder(ids[:, :at], attention_mask=mask[:, :at], past_key_values=cache)
+        decoder.forward.own, own = None, decoder.forward.own  # the rest must not go through the modules
+        for size in sizes:
+            given = {"input_ids": ids[:, at : at + size], "attention_mask": mask[:, : at + size]}
+            at += size
+            # As generate() gives them; without, positions are counted by the cache, padding and all.
+            positions = (mask[:, :at].cumsum(1) - 1).clamp(min=0)[:, -size:]
+            out.append(decoder(**given, position_ids=positions, past_key_values=cache).last_hidden_state)
+        decoder.forward.own = own
+        return torch.cat(out, 1), cache
+
+    single, one = run([1] * 8)
+    several, other = run([2, 5, 1])
+    assert torch.equal(single, several)
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.dequantized(14), b.dequantized(14), strict=True))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
 def test_a_bfloat16_model_decodes_natively_as_close_as_by_modules(tiny: Tiny, ids: Tensor) -> None:
     def logits(dtype: torch.dtype, native: bool) -> Tensor:
         model = tiny("llama").to(dtype)
