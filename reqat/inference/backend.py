@@ -51,6 +51,19 @@ class States(Protocol):
         """A copy with these batch rows."""
 
 
+class Table(Protocol):
+    """A matrix of the vocabulary [N, K], an output head or embeddings, in a backend's own order."""
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` [...] as numbers, float32 [..., K]; reads no others."""
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """``x @ W.T`` for x [M, K], float32 [M, N]; x as it is or ``rounded`` to int8, a row at a time."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The memory behind it, by name."""
+
+
 @dataclass(frozen=True)
 class InputQuantSpec:
     """What an input quantizer needs to know besides the numbers. ``format``: None leaves them at 16 or 32 bits."""
@@ -68,6 +81,15 @@ class Backend(Protocol):
     name: str
     max_decode_tokens: int
     """New tokens a call up to which :meth:`attend` reads the packed cache; beyond, dequantizing it once is faster."""
+
+    own_head: str | None
+    """How the head of a bfloat16 model is stored that nobody chose anything for; None: as transformers has it."""
+
+    def check_table(self, name: str) -> None:
+        """Raise ReqatError unless there are kernels for a head of this name (:data:`reqat.config.vocabulary.HEADS`)."""
+
+    def table(self, weight: Tensor, name: str) -> Table:
+        """``weight`` [N, K], float32 or bfloat16, stored as ``name`` says; whole blocks of K."""
 
     def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """Whether linear layers of these formats have a kernel; ``inputs`` None: not quantized."""

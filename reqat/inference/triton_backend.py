@@ -6,20 +6,66 @@ Imported only where it is used, because it imports triton.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from reqat.formats import Format, PackedTensor, QuantizedTensor, quantize
-from reqat.inference.backend import InputQuantSpec
+from reqat.config.errors import ReqatError
+from reqat.config.vocabulary import ROUNDED, stored_as
+from reqat.formats import Format, PackedTensor, QuantizedTensor, get_format, quantize
+from reqat.inference.backend import InputQuantSpec, Table
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.triton import append as triton_append
 from reqat_kernels.triton import attention as triton_attention
 from reqat_kernels.triton import gemm, gemv
 from reqat_kernels.triton import quantize as triton_quantize
 from reqat_kernels.triton.kv_side import KVSide
+
+
+@dataclass(frozen=True)
+class _DenseTable:
+    """A matrix of the vocabulary in bfloat16."""
+
+    weight: Tensor
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """As they are."""
+        return self.weight[ids].float()
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """Of x in bfloat16."""
+        assert not rounded
+        return F.linear(x.bfloat16(), self.weight).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """One piece."""
+        return {"weight": self.weight}
+
+
+@dataclass(frozen=True)
+class _Fp4Table:
+    """A matrix of the vocabulary in FP4, row after row."""
+
+    weight: PackedTensor
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Dequantized, in PyTorch."""
+        w, at = self.weight, ids.reshape(-1)
+        shape = torch.Size((len(at), w.shape[1]))
+        rows = replace(w, packed=w.packed[at], scales=w.scales[at], shape=shape)
+        return rows.dequantize(torch.float32).view(*ids.shape, w.shape[1])
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """float32 sums; of bfloat16 inputs rounded to that type once."""
+        assert not rounded
+        return gemm.linear_w4a16(x if x.dtype in gemm.DTYPES else x.float(), self.weight).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes, scales and, in NVFP4, the global scale."""
+        return _parts(self.weight)
 
 
 class TritonBackend:
@@ -33,6 +79,23 @@ class TritonBackend:
 
     name = "triton"
     max_decode_tokens = 8
+    own_head = None
+
+    def check_table(self, name: str) -> None:
+        """FP4 with inputs that are not rounded, and bfloat16."""
+        if stored_as(name) == "INT8" or name.endswith(ROUNDED):
+            raise ReqatError(
+                f"head or embeddings {name!r}: the Triton kernels have no product with int8 weights or inputs: choose "
+                "BF16, NVFP4 or MXFP4, or run the model on a CPU"
+            )
+
+    def table(self, weight: Tensor, name: str) -> Table:
+        """FP4 through the weight-only GEMM, bfloat16 through PyTorch."""
+        self.check_table(name)
+        weight = weight.detach()
+        if name == "BF16":
+            return _DenseTable(weight.bfloat16())
+        return _Fp4Table(quantize(weight.float(), get_format(name)).pack())
 
     def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """FP4 weights in whole blocks; inputs at 16 bits, or of the same element, scale and block."""
@@ -54,8 +117,7 @@ class TritonBackend:
 
     def tensors(self, weight: PackedTensor) -> dict[str, Tensor]:
         """Codes, scales and, in NVFP4, the global scale."""
-        parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
-        return {name: part for name, part in parts.items() if part is not None}
+        return _parts(weight)
 
     def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Tensor | PackedTensor:
         """Codes and scales; the rotation is fused where the kernel has its size."""
@@ -136,3 +198,8 @@ class TritonBackend:
         return triton_attention.decode_attention(
             query_BHTD, keys, values, length=length, mask=mask, causal=is_causal and mask is None, scale=scaling
         )
+
+
+def _parts(weight: PackedTensor) -> dict[str, Tensor]:
+    parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
+    return {name: part for name, part in parts.items() if part is not None}

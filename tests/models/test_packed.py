@@ -21,7 +21,8 @@ from reqat.config.errors import ReqatError
 from reqat.inference import memory, pack
 from reqat.inference.packed_cache import PackedCache
 from reqat.inference.packed_decoder import NativeDecoder
-from reqat.inference.packed_linear import Bf16LMHead, PackedLinear
+from reqat.inference.packed_linear import PackedLinear
+from reqat.inference.vocabulary import PackedHead
 from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare, save_model
 from reqat_kernels.native import instruction_set
 from reqat_kernels.native.dense import dense_bf16
@@ -205,7 +206,8 @@ def test_a_bfloat16_head_keeps_its_weight(tiny: Tiny, ids: Tensor) -> None:
     embedding = model.get_input_embeddings().weight
     pack(model)
     head = model.get_output_embeddings()
-    assert isinstance(head, Bf16LMHead) and head.weight is embedding
+    assert isinstance(head, PackedHead) and head.stored == "BF16"
+    assert model.get_input_embeddings().weight is embedding and embedding.data_ptr() == head.weight.data_ptr()
     x = torch.randn(5, 64)
     exact = x.double() @ embedding.double().T
     bound = 64 * 2.0**-24 * (x.double().abs() @ embedding.double().abs().T)

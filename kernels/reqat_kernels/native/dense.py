@@ -20,6 +20,7 @@ from reqat_kernels.native.library import OPERATORS, library, threads
 #: Up to so many rows the native kernel is the faster one.
 MOST_ROWS = 8
 _WORK_PER_THREAD = 1 << 18
+_CHUNK_ROWS = 4096
 
 OPERATORS.define("dense_bf16(Tensor x, Tensor weight) -> Tensor")
 
@@ -33,6 +34,20 @@ def dense_bf16(x: Tensor, weight: Tensor) -> Tensor:
     check.tensor("weight", weight)
     result: Tensor = torch.ops.reqat.dense_bf16(x, weight)
     return result
+
+
+def widened(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``x @ weight.T`` [M, N], times the ``scale`` [N] of the weight's rows: float32 x [M, K], products in float32.
+
+    The weight, of any type, is converted some thousands of rows at a time.
+    """
+    y = x.new_empty(len(x), len(weight))
+    with subnormals_kept(weight):
+        for low in range(0, len(weight), _CHUNK_ROWS):
+            rows = slice(low, low + _CHUNK_ROWS)
+            product = F.linear(x, weight[rows].float())
+            y[:, rows] = product if scale is None else product.mul_(scale[rows])
+    return y
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from reqat.formats import QuantizedTensor
 from reqat.formats.subnormals import subnormals_kept
 from reqat_kernels.native import check
-from reqat_kernels.native.dense import MOST_ROWS
+from reqat_kernels.native.dense import MOST_ROWS, widened
 from reqat_kernels.native.gemm import quantize_input
 from reqat_kernels.native.library import OPERATORS, library, threads
 from reqat_kernels.native.weights import allocate
@@ -104,11 +104,7 @@ def _dense_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     if not y.numel():
         return y
     if lib is None or len(x) > MOST_ROWS:
-        with subnormals_kept(scale):
-            for low in range(0, len(weight), _CHUNK_ROWS):
-                rows = slice(low, low + _CHUNK_ROWS)
-                y[:, rows] = F.linear(x, weight[rows].float()).mul_(scale[rows])
-        return y
+        return widened(x, weight, scale)
     n = threads(y.numel() * x.shape[1], _WORK_PER_THREAD)
     where = (check.address(weight), check.address(scale), check.address(x), y.data_ptr())
     lib.reqat_dense_int8(*where, len(x), *weight.shape, n)
