@@ -59,7 +59,7 @@ def test_the_response_is_that_of_one_token_a_step(tiny: Tiny, what: str, decodin
     for guesses in (1, 7):
         found = generate_with_lookup(model, None, PROMPT, guesses=guesses, decoding=decoding, **SAME)
         assert found.generation == expected
-        assert 48 - 1 == found.steps + found.accepted and found.accepted <= found.guesses <= guesses * found.steps
+        assert found.steps + found.accepted == 48 - 1 and found.accepted <= found.guesses <= guesses * found.steps
         # A response that repeats itself: greedily every tiny model comes to a cycle.
         assert not decoding.is_greedy or found.accepted > 0
 
