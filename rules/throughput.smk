@@ -27,7 +27,7 @@ if BENCH:
         threads: all_cores()
         resources:
             mem_mb=BENCH.memory_mb,
-            runtime=60,
+            runtime=150,
         shell:
             "{params.reqat} bench {params.id:q} --tier {params.tier:q} --current > {log:q} 2>&1 || "
             "{params.reqat} bench-failed {params.id:q} --code $? --log {log:q}"

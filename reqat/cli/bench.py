@@ -29,7 +29,7 @@ def bench(
         bool, typer.Option("--current", help="Again, too, if the code is newer than the result.")
     ] = False,
 ) -> None:
-    """Time kernels and decoding, ours beside others' in one process. Run it alone: it says who disturbed it."""
+    """Time kernels and decoding, ours beside others', in turns. Run it alone: it says who disturbed it."""
     settings, paths = benchmark_of(tier, session.paths), session.paths
     if id is not None and id != settings.id:
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
@@ -44,7 +44,7 @@ def bench(
             os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
             start_computing(threads or settings.threads)
             say = None if quiet else lambda line: print(line, flush=True)
-            job.metrics = measure_all(settings, job.partial, paths, say)
+            job.metrics = measure_all(settings, job.partial, paths, say, threads)
     write_state(settings.id, paths, None)
 
 

@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from reqat.config.base import Size, Strict, digest, parse
+from reqat.config.base import Size, Strict, digest, distinct, parse
 from reqat.config.errors import ReqatError
 from reqat.config.files import read_yaml
 from reqat.config.precision import family
 
 FILE = "throughput.yaml"
-LEAST_MEMORY_MB = 1500
+LEAST_MEMORY_MB = 2000
+MOST_THREADS = 4096
 
 
 def _model(name: str) -> str:
@@ -35,12 +36,19 @@ ModelName = Annotated[str, AfterValidator(_model)]
 PrecisionName = Annotated[str, AfterValidator(_precision)]
 
 
+NumbersOfThreads = Annotated[
+    list[Annotated[int, Field(gt=0, le=MOST_THREADS)]], Field(min_length=1), AfterValidator(distinct)
+]
+"""Rows for each; those that this machine has no CPUs for are left out, and named."""
+
+
 class LinearBench(Strict):
     """The matrix product: every M with every N = K."""
 
     m: list[Size] = Field(min_length=1)
     nk: list[Size] = Field(min_length=1)
     rounds: Size = 30
+    threads: NumbersOfThreads = [1]
 
 
 class AttentionBench(Strict):
@@ -49,6 +57,7 @@ class AttentionBench(Strict):
     batches: list[Size] = Field(min_length=1)
     contexts: list[Size] = Field(min_length=1)
     rounds: Size = 15
+    threads: NumbersOfThreads = [1]
 
 
 class FakeQuantizeBench(Strict):
@@ -84,6 +93,9 @@ class DecodeBench(Strict):
     prompt_tokens: Size = 64
     output_tokens: list[Size] = Field(min_length=1)
     """Each a row; all from generations of the longest."""
+    prefill_tokens: list[Size] = []
+    """Lengths of one prompt that is read alone; each a row."""
+    threads: NumbersOfThreads = [1]
     rounds: Size = 1
 
 
@@ -125,7 +137,8 @@ class EntropyBench(Strict):
 class Throughput(Strict):
     """One tier's benchmark."""
 
-    threads: int = Field(default=1, gt=0, le=4096)
+    threads: int = Field(default=1, gt=0, le=MOST_THREADS)
+    """Of the sections that state none of their own."""
     linear: LinearBench | None = None
     attention: AttentionBench | None = None
     fake_quantize: FakeQuantizeBench | None = None
@@ -136,10 +149,11 @@ class Throughput(Strict):
     entropy: list[EntropyBench] = []
     agreement: list[AgreementBench] = []
     ring_bytes: int = Field(default=0, ge=0, le=10**12)
-    """Bytes that rotating copies of weights must reach; 0: twice the last-level cache, as far as memory allows."""
+    """Bytes that rotating copies of weights may take, one copy at least; 0: twice what makes data cold, measured, as
+    far as memory allows."""
     memory_mb: int = Field(default=4000, ge=LEAST_MEMORY_MB, le=10**9, exclude=True)
-    """Megabytes (10^6 bytes) of memory that it may take, whatever the caches' size; less is taken where less is free.
-    Measures nothing, so it is not in the benchmark's name; each record says what was allowed and taken."""
+    """Megabytes (10^6 bytes) of memory that it may take, all of its processes together; less is taken where less is
+    free. Measures nothing, so it is not in the benchmark's name; each record says what was allowed and taken."""
     burst_ms: float = Field(default=2.0, gt=0)
 
     @property

@@ -35,7 +35,7 @@ from reqat.evaluation.trace_files import TraceInfo, TraceWriter
 from reqat.generation.batches import Generation, generate
 from reqat.generation.reset import ReSET
 from reqat.models import freeze, load_model, load_tokenizer, prepare
-from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
+from reqat_kernels.bench.machine import Bandwidth, Neighbours, Probe, waited_ns
 from reqat_kernels.bench.measure import Result, Row, Wrong, percentile, undisturbed
 
 SEED = 6
@@ -46,6 +46,8 @@ RESET = "generate + ReSET"
 def measure_collection(
     path: str,
     *,
+    probe: Probe,
+    bandwidth: Bandwidth,
     batch: int,
     prompt_tokens: int,
     output_tokens: int,
@@ -54,7 +56,6 @@ def measure_collection(
     decoding: str = "sample(temperature=0.6, top_p=0.95)",
     reset: str = "reset(t_low=0.3, tau0=0.6, top_p=0.95)",
     k: int = 5,
-    probe: Probe | None = None,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Result:
@@ -69,6 +70,7 @@ def measure_collection(
         decoding: of all providers but ReSET.
         reset: ReSET's rule; what it costs does not depend on its numbers.
         k: most likely tokens that are kept.
+        probe: the bandwidth probe, read before each generation; ``bandwidth``: where caches end.
         scratch: folder for the files that one provider writes and the recorder spools to; None: the system's.
         say: told what is being measured.
 
@@ -80,7 +82,7 @@ def measure_collection(
     policy, led = Decoding.parse(decoding), Decoding.parse(reset)
     if led.rule is None:
         raise ReqatError(f"reset={reset!r} has no rule; write reset(t_low=..., tau0=...)")
-    probe, out = probe or Probe(), Result()
+    out = Result()
     model: Any = load_model(path, dtype=torch.bfloat16)
     prepare(model, precision, override=True)
     freeze(model)
@@ -177,7 +179,7 @@ def measure_collection(
                 roofline_gb_per_s=float("nan"),
                 roofline_fraction=float("nan"),
                 probe_gb_per_s=rate / 1e9,
-                cold=weights > last_level_cache_bytes(),
+                cold=bandwidth.is_cold(weights),
                 neighbour_cores=load.neighbour_cores,
                 steal=load.steal,
                 waited=sum(w * s for w, s in zip(waits[name], samples_us[name], strict=True)) / sum(samples_us[name]),
@@ -186,8 +188,8 @@ def measure_collection(
                 output_tokens=output_tokens,
                 tokens_per_s=batch / median * 1e6,
                 weight_bytes=weights,
-                working_set_bytes=weights,
-                last_level_cache_bytes=last_level_cache_bytes(),
+                ring_bytes=weights,
+                ring_gb_per_s=bandwidth.rate(weights) / 1e9,
             )
         )
     return out

@@ -1,15 +1,21 @@
-"""Decoding implementations under benchmark, and the check that each has to pass before it is timed."""
+"""Decoding implementations under benchmark, each in a process of its own, and the check that it has to pass first.
+
+An :class:`Entry` names an implementation, builds it where it is to run, and says which model it is held against. The
+worker process that serves it (:class:`ServedDecoders`) returns the tokens that it chose; another one, which holds the
+reference (:class:`Judge`), judges them. So a library that crashes takes nothing with it but its own rows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from reqat_kernels.bench.measure import Wrong
+from reqat_kernels.bench.worker import Moved, cpus, settle
 
 #: By how many standard deviations of a step's logits the tokens that were chosen may stand below the reference's best,
 #: on average. Sums in another order move an activation across a rounding threshold here and there, which moves single
@@ -22,13 +28,22 @@ CHECKED_TOKENS, CHECKED_PROMPT_TOKENS = 16, 512
 
 @dataclass
 class Steps:
-    """One generation on the clock: nanoseconds at which each new token was there, and time spent waiting for a core."""
+    """One generation on the clock: nanoseconds at which each new token was there, and time spent waiting for a core.
+
+    ``begun_ns``: when the prompt was handed over; ``cache_bytes``: what the key/value cache takes at the end.
+    """
 
     tokens: Tensor
     """[B, T], new tokens only."""
     stamps_ns: list[int]
     waits_ns: list[int]
     cache: Any = None
+    begun_ns: int = 0
+    cache_bytes: int | None = None
+
+    def prefill_us(self) -> float:
+        """From the prompt to the first token."""
+        return (self.stamps_ns[0] - self.begun_ns) / 1e3
 
     def durations_us(self, tokens: int) -> list[float]:
         """Of each step after the first token, up to ``tokens``."""
@@ -44,25 +59,77 @@ class Steps:
 
 @dataclass
 class Decoder:
-    """A decoding implementation. ``generate(ids_BP, tokens)`` gives :class:`Steps`; bytes are as allocated."""
+    """An implementation that is ready. ``generate(ids_BP, tokens)`` gives :class:`Steps`, with as many threads as torch
+    is set to; bytes are as allocated."""
 
-    name: str
-    format: str
     generate: Callable[[Tensor, int], Steps]
     weight_bytes: int
     cache_bytes: Callable[[Any], int | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A decoding implementation under benchmark. ``make(ids)`` builds it, in the process that serves it; entries of one
+    ``library`` share such a process, and what they keep between them. ``ids``: the prompt of the check, on which it may
+    be calibrated."""
+
+    name: str
+    format: str
+    make: Callable[[Tensor], Decoder]
+    held_to: Callable[[Any, Tensor], Any] = lambda reference, ids: reference
+    """From the reference, a float32 model, and the prompt to the model whose choice of tokens it is held to."""
+    library: str = ""
     batches: tuple[int, ...] | None = None
     """Batches that it can decode; None: any."""
     ours: bool = False
-    foreign: bool = False
-    """Whether it computes in a foreign library that could end the process."""
 
     @property
     def label(self) -> str:
         """For people: ``llama.cpp Q4_0 W4A8``."""
         return f"{self.name} {self.format}"
 
-    samples: dict[int, list[Steps]] = field(default_factory=dict)
+
+class ServedDecoders:
+    """The worker's side of the entries of one library."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self._entries, self._made = entries, dict[int, Decoder]()
+        self._cpus = cpus()
+
+    def prepare(self, which: int, ids: Tensor) -> int:
+        """Build an entry; returns the bytes of its weights. Raises what it raises."""
+        self._made[which] = self._entries[which].make(ids)
+        return self._made[which].weight_bytes
+
+    def generate(self, which: int, ids: Tensor, tokens: int, threads: int) -> Steps:
+        """A generation with so many threads. Raises Moved if the process may not use the CPUs that it began with."""
+        torch.set_num_threads(threads)
+        steps = self._made[which].generate(ids, tokens)
+        steps.cache_bytes, steps.cache = self._made[which].cache_bytes(steps.cache), None
+        if (now := cpus()) != self._cpus:
+            raise Moved(f"its CPUs changed from {sorted(self._cpus)} to {sorted(now)} while it was measured")
+        if threads > 1:
+            settle()
+        return steps
+
+
+class Judge:
+    """Holds the reference model, and what others choose against it."""
+
+    def __init__(self, load: Callable[[], Any], entries: Sequence[Entry]) -> None:
+        self._reference: Any = load()
+        self._entries = entries
+
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return int(self._reference.config.vocab_size)
+
+    def judge(self, which: int, ids: Tensor, chosen: Sequence[Tensor]) -> None:
+        """Raise Wrong unless the model that an entry is held to agrees with each of these choices."""
+        entry = self._entries[which]
+        model = entry.held_to(self._reference, ids)
+        for tokens in chosen:
+            agrees(model, ids, tokens, entry.label)
 
 
 @torch.no_grad()

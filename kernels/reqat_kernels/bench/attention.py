@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 
 from reqat.formats import get_format, quantize_dequantize
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, Wrong, triton_runs, within
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Needs, Work, Wrong, triton_runs, within
 
-ATTENTION = Kernel("attention")
 SEED = 8
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 _U = 2.0**-24
+
+
+def _needs(case: Case) -> Needs:
+    """Keys and values in bfloat16; a check holds them in float64, a copy for each query head, several times."""
+    both = 2 * 2 * case.B * case.G * case.T * case.D
+    return Needs(held=2 * both, passing=6 * 8 * case.B * case.H * case.T * case.D, copy=both, pages=1.1)
+
+
+ATTENTION = Kernel("attention", _needs)
 
 
 def cases(

@@ -24,23 +24,22 @@ import torch
 from torch import Tensor
 
 from reqat.formats import quantize_dequantize
-from reqat_kernels.bench.machine import Probe
-from reqat_kernels.bench.measure import (
-    Absent,
-    Case,
-    Kernel,
-    Work,
-    Wrong,
-    against_roofline,
-    measure,
-    triton_runs,
-)
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Needs, Work, Wrong, against_roofline, triton_runs
+from reqat_kernels.bench.turns import Roofline, measure
 from reqat_kernels.native.library import library
 from reqat_kernels.native.quantize import fake_quantize
 
-FAKE_QUANTIZE = Kernel("fake_quantize")
 SEED = 7
 _TIES = 1e-4  # share of elements that may differ where a peer's last bit decides a tie
+
+
+def _needs(case: Case) -> Needs:
+    """A tensor, what it should become, and what is being made of it; rounding by operations holds many in passing."""
+    tensor = 4 * case.M * case.K
+    return Needs(held=4 * tensor, passing=24 * tensor, copy=tensor)
+
+
+FAKE_QUANTIZE = Kernel("fake_quantize", _needs)
 
 
 def cases(sizes: Iterable[int], *, device: str | None = None, ring_bytes: int = 0) -> list[Case]:
@@ -193,11 +192,12 @@ def compiled(case: Case) -> Work:
 
 def main(size: int = 2048, rounds: int = 25) -> None:
     """Measure one case and print its rows as CSV, what was skipped or refused to stderr."""
-    probe = Probe()
-    result = measure(cases([size], device="cpu")[0], FAKE_QUANTIZE.providers, rounds=rounds, probe=probe)
+    probe = Roofline()
+    result = measure(cases([size], device="cpu")[0], FAKE_QUANTIZE, rounds=rounds, probe=probe)
+    probe.stop()
     for line in result.skipped + result.refused:
         print(line, file=sys.stderr)
-    rows = [dataclasses.asdict(row) for row in against_roofline(result.rows, max(probe.rates))]
+    rows = [dataclasses.asdict(row) for row in against_roofline(result.rows, probe.best())]
     writer = csv.DictWriter(sys.stdout, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)

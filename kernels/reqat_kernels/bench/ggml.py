@@ -1,4 +1,4 @@
-"""ggml's matrix product, called through ctypes in this process: the library that llama-cpp-python brings along.
+"""ggml's matrix product, called through ctypes: the library that llama-cpp-python brings along.
 
 ggml is llama.cpp's tensor library and holds the fastest public CPU kernels for 4-bit weights. llama-cpp-python is an
 optional package of the benchmark: where it is missing, its rows are skipped with a sentence. Only functions of ggml's
@@ -94,7 +94,13 @@ class Ggml:
         # It tells of every repacked tensor.
         self._quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, pointer)(lambda *_: None)
         f("ggml_log_set", None, pointer, pointer)(ctypes.cast(self._quiet, pointer), None)
-        self.backend = self.cpu_init()
+        self.backend, self._threads = self.cpu_init(), 0
+
+    def use_threads(self, threads: int) -> None:
+        """Compute with so many threads from here on."""
+        if threads != self._threads:
+            self.set_threads(self.backend, threads)
+            self._threads = threads
 
     def _function(self, name: str, result: Any, *arguments: Any) -> Any:
         for library in self._libraries:
@@ -198,9 +204,9 @@ class Product:
             g.expand(graph, out)
         self._held.append(held)
         self._contexts.append(context)
-        g.set_threads(g.backend, torch.get_num_threads())
 
         def compute() -> None:
+            g.use_threads(torch.get_num_threads())
             if g.compute(g.backend, graph) != 0:
                 raise Wrong("ggml could not compute its graph")
 

@@ -22,12 +22,21 @@ import torch
 from torch import Tensor
 
 from reqat.formats import PackedTensor, QuantizedTensor, get_format, quantize, quantize_dequantize
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, triton_runs, within
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Needs, Work, triton_runs, within
 from reqat_kernels.native import instruction_set
 
-LINEAR = Kernel("linear")
 SEED = 6
 INT8_STEP = 1 / 254  # half a step of an 8-bit grid, as a share of the largest magnitude
+
+
+def _needs(case: Case) -> Needs:
+    """The bfloat16 weights stay beside the ring; a check holds three copies in float64. Half the providers, ours, begin
+    each copy's codes and scales at huge pages, which for small weights takes twice their bytes."""
+    weights, inputs = case.N * case.K, case.M * (case.N + case.K)
+    return Needs(held=2 * weights + 8 * inputs, passing=26 * weights + 64 * inputs, copy=2 * weights, pages=1.6)
+
+
+LINEAR = Kernel("linear", _needs)
 
 
 def cases(m: Iterable[int], nk: Iterable[int], *, device: str | None = None, ring_bytes: int = 0) -> list[Case]:

@@ -11,11 +11,23 @@ from functools import lru_cache, partial
 from typing import Any
 
 from reqat_kernels.bench import sem_loss
-from reqat_kernels.bench.measure import Absent, Case, Kernel, Work, Wrong
+from reqat_kernels.bench.measure import Absent, Case, Kernel, Needs, Work, Wrong
 
-SEM_LOSS = Kernel("sem_loss")
 _TOLERANCE = 1e-5  # relative: losses are sums of rounded numbers, and float32's rounding of a logit is far below
 _OURS = ("reqat", "reqat-ce")
+
+
+def _needs(case: Case) -> Needs:
+    """Inputs and their gradients stay as long as a provider's turn; besides, the logits of a chunk and its gradient, or
+    of all tokens where the naive loss is computed."""
+    shape = sem_loss.Shape(case.tokens, case.D, case.V, case.MiB)
+    inputs = 4 * case.D * (case.tokens + case.V)
+    naive = sem_loss.naive_bytes(shape) if sem_loss.fits(shape, case.memory_bytes) else 0
+    return Needs(held=2 * inputs, passing=max(naive, 3 * case.MiB * 2**20 + inputs))
+
+
+# A provider at a time in memory: operands are gigabytes at the sizes of real models.
+SEM_LOSS = Kernel("sem_loss", _needs, resident=False)
 
 
 def cases(shape: str, *, device: str = "cpu") -> list[Case]:

@@ -1,43 +1,27 @@
-"""The clock: providers of one computation, checked, then timed in turns.
+"""What is measured: cases, providers, their work, and the rows that come of it. The clock is in
+:mod:`reqat_kernels.bench.turns`.
 
-The idea in short. All providers of a case live in one process. Each is first held against the reference there, and
-what fails is not timed. Each has a ring of copies of its weights, and every call takes the next copy, as decoding takes
-the next layer. A round gives every provider one burst of calls, a turn of its ring at most, in an order that turns by
-one each round, with one reading of the bandwidth probe. A sample is a burst's time divided by its calls; a row states
-the samples' median, minimum and percentiles. Samples during which the scheduler kept the thread waiting are set aside
-and counted (``set_aside``): that clock ran for somebody else.
-
-Data is cold: between two uses of a copy lie the rest of its ring and the whole probe, the working set that each row
-states, and a row is ``cold`` where this exceeds the last-level cache (never where ``Work.warm`` reuses its data on
-purpose). Rings and probe are bounded by the memory that the benchmark may take, whatever size the system gives its
-caches.
-
-Why bursts: a call of 90 microseconds is as short as what Python spends around it. A provider that can string several
-calls together (ggml: one graph) may, through ``Work.chain``; that can only flatter the peer.
-
-On a GPU the same holds with its own clock, cache and probe (:class:`~reqat_kernels.bench.machine.Cuda`).
-
-Interleaving makes what the machine does to one provider happen to all: trust the ratios of one run, not times of two.
+A provider makes a :class:`Work` of a case: a ring of copies of its weights, of which every call takes the next, as
+decoding takes the next layer; a check against the reference, and what a call has to read and write. Whether a ring is
+``cold`` follows from how fast a buffer of its size is read again and again
+(:class:`~reqat_kernels.bench.machine.Bandwidth`): as slowly as memory, or from a cache.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reqat_kernels.bench.machine import DEVICES, MEMORY_BYTES, Load, Neighbours, Probe, present, waited_ns
+from reqat_kernels.bench.machine import MEMORY_BYTES, Bandwidth, present
 
 ARITHMETICS = ("native", "emulated", "modelled")
 # A sample whose thread waited for a core longer than this share of it is set aside, as long as enough samples remain.
 _WAIT_SHARE, _KEPT_SHARE = 0.01, 1 / 3
-_FIRST_READINGS = 10  # of a device's own probe, so that a short run knows its roofline too
 
 
 class Absent(Exception):
@@ -56,7 +40,7 @@ class Case:
     shape: tuple[tuple[str, int], ...]
     device: str = "cpu"
     ring_bytes: int = 0
-    """Bytes that a ring of copies has to reach; 0: twice the last-level cache, as far as ``memory_bytes`` allows."""
+    """Bytes that a ring of copies may take, one copy at least; 0: who measures decides, by :func:`ring_bytes`."""
     memory_bytes: int = MEMORY_BYTES
     """Bytes of memory that the whole benchmark may take."""
 
@@ -78,8 +62,7 @@ class Case:
 
     def copies(self, bytes_each: int) -> int:
         """How many copies make a ring."""
-        wanted = self.ring_bytes or DEVICES[self.device].ring_bytes(self.memory_bytes)
-        return max(1, -(-wanted // max(1, bytes_each)))
+        return max(1, self.ring_bytes // max(1, bytes_each))
 
 
 @dataclass
@@ -119,7 +102,7 @@ class Work:
 @dataclass(frozen=True)
 class Provider:
     """Somebody's implementation. ``format``: of the weights (and inputs) it computes with; ``ours``: a wrong result
-    ends the benchmark instead of costing a row."""
+    or a crash ends the benchmark instead of costing a row."""
 
     name: str
     format: str
@@ -134,11 +117,27 @@ class Provider:
         return f"{self.name} {self.format}"
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of memory that a provider of a case takes beside its ring: ``held`` as long as it is timed, ``passing``
+    while it is prepared and checked, and ``copy``, the least that a ring takes. ``pages``: what a ring takes over
+    its bytes, on average, because copies begin at huge pages. Estimates from above."""
+
+    held: int = 0
+    passing: int = 0
+    copy: int = 0
+    pages: float = 1.0
+
+
 @dataclass
 class Kernel:
     """A computation with several providers. ``cases(sizes, device)`` turns settings into cases."""
 
     name: str
+    needs: Callable[[Case], Needs] = lambda case: Needs()
+    resident: bool = True
+    """Whether all providers of a case stay in memory while they take turns. If not, each is made ready for its turn
+    and gives its memory back after it: for calls of seconds with operands of gigabytes."""
     providers: list[Provider] = field(default_factory=list)
 
     def provider(
@@ -192,7 +191,8 @@ class Row:
     probe_gb_per_s: float
     """Median of the probe in the rounds of this case: below the roofline, somebody else was reading."""
     cold: bool
-    """Whether the working set was larger than the last-level cache; False too where nobody counted it."""
+    """Whether data came from memory: a ring (or a model's weights) that is read again and again as slowly as the
+    largest buffer is. False too where nobody counted it."""
     neighbour_cores: float
     steal: float
     waited: float
@@ -205,43 +205,26 @@ class Row:
     weight_bytes: int | None = None
     cache_bytes: int | None = None
     peak_extra_bytes: float | None = None
-    working_set_bytes: int | None = None
-    """Bytes read between two uses of the same ones: ring and probe, or a model's weights. None: not counted."""
-    last_level_cache_bytes: int | None = None
+    ring_bytes: int | None = None
+    """Bytes read between two uses of the same ones: a ring, or a model's weights. None: not counted."""
+    ring_gb_per_s: float | None = None
+    """How fast one thread read a buffer of that size again and again."""
+    failure: str | None = None
+    """Why there is no time: how its process ended, what it raised, or by how much its result was off."""
 
 
-@dataclass
-class Clock:
-    """Samples of one provider in one case."""
-
-    provider: Provider
-    work: Work
-    indices: Iterator[Sequence[int]]
-    bursts: dict[tuple[int, ...], Callable[[], Any]] = field(default_factory=dict)
-    samples_us: list[float] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)
-    """Share of each sample's time that the thread waited for a core."""
-    total_ns: int = 0
-    waited_ns: int = 0
-    peak_bytes: float | None = None
-
-    def tick(self, device: str) -> None:
-        """Time one burst."""
-        order = tuple(next(self.indices))
-        burst = self.bursts.get(order)
-        if burst is None:
-            burst = self.bursts[order] = DEVICES[device].ready(self.work.burst(order))
-        waited = waited_ns()
-        elapsed = DEVICES[device].time_ns(burst)
-        waited = waited_ns() - waited
-        self.waited_ns += waited
-        self.total_ns += elapsed
-        self.samples_us.append(elapsed / len(order) / 1e3)
-        self.waits.append(waited / max(1, elapsed))
-
-    def kept(self) -> list[float]:
-        """The samples that count, see :func:`undisturbed`."""
-        return undisturbed(self.samples_us, self.waits)
+def failed_row(
+    kernel: str, provider: str, format: str, shape: str, m: int, threads: int, reason: str, **more: Any
+) -> Row:
+    """The row of what was not timed, or not to the end: no samples, no times, and the reason."""
+    nan = math.nan
+    given: dict[str, Any] = {"device": "cpu", "arithmetic": "native"} | more
+    return Row(
+        kernel=kernel, provider=provider, shape=shape, m=m, format=format, threads=threads, n=0, median_us=nan,
+        min_us=nan, p10_us=nan, p90_us=nan, bytes_moved=0, gb_per_s=nan, roofline_gb_per_s=nan, roofline_fraction=nan,
+        probe_gb_per_s=nan, cold=False, neighbour_cores=nan, steal=nan, waited=nan, set_aside=0, failure=reason,
+        **given,
+    )  # fmt: skip
 
 
 def chunks(copies: int, size: int) -> Iterator[Sequence[int]]:
@@ -287,173 +270,24 @@ class Result:
         self.refused += [line for line in dict.fromkeys(other.refused) if line not in self.refused]
 
 
-def measure(
-    case: Case,
-    providers: Iterable[Provider],
-    *,
-    rounds: int,
-    burst_s: float = 2e-3,
-    probe: Probe | None = None,
-    avoid: Collection[str] = (),
-    entering: Callable[[str], object] = lambda name: None,
-) -> Result:
-    """Check every provider of a case and time those that pass, in turns.
-
-    Args:
-        rounds: samples a provider.
-        burst_s: how long a burst should take; a turn of the ring at most, one call at least.
-        probe: the run's bandwidth probe, read once a round; its best over the run is the roofline. One of another
-            device is left alone: the case's device has its own then, and its rows come with their roofline.
-        avoid: names (:attr:`Provider.label`) of providers to leave out.
-        entering: told the name of the provider whose code runs next if it is not ours, and "" after that.
-
-    A provider for a device that this machine does not have is skipped, with a sentence; so is one of others that raises
-    anything, then or on the clock.
-
-    Raises Wrong if one of our own providers fails its check, and whatever else ours raises.
-    """
-    shared = probe is not None and probe.device == case.device
-    if probe is None or not shared:
-        probe = own_probe(case.device)
-    out, clocks = Result(), []
-    for provider in providers:
-        if provider.label in avoid:
-            continue
-        if case.device not in provider.devices:
-            if not set(provider.devices) & set(present()):
-                wanted = " or ".join(provider.devices)
-                out.skipped.append(f"{case.kernel}, {provider.name}: it needs a device of type {wanted}; none is here.")
-            continue
-        entering(_foreign(provider))
-        try:
-            work = provider.make(case)
-            work.check()
-            work.check = _passed  # what it compared with would take memory as long as the clock runs
-            peak, calls = _warm_up(work, burst_s, case.device)
-        except Absent as reason:
-            out.skipped.append(f"{case.kernel}, {provider.name}: {reason}")
-            continue
-        except Wrong as error:
-            if provider.ours:
-                raise Wrong(f"{case.kernel} {case.label}, {provider.name} {provider.format}: {error}") from error
-            out.refused.append(f"{case.kernel} {case.label}, {provider.name} {provider.format}, not timed: {error}")
-            continue
-        except Exception as error:
-            if provider.ours:
-                raise
-            out.skipped.append(_raised(case, provider, error))
-            continue
-        clocks.append(Clock(provider, work, chunks(work.copies, calls), peak_bytes=peak))
-    watch = Neighbours()
-    first_probe = len(probe.rates)
-    for turn in range(rounds):
-        probe()
-        at = turn % max(1, len(clocks))
-        for clock in clocks[at:] + clocks[:at]:
-            entering(_foreign(clock.provider))
-            try:
-                clock.tick(case.device)
-            except Exception as error:
-                if clock.provider.ours:
-                    raise
-                out.skipped.append(_raised(case, clock.provider, error))
-                clocks.remove(clock)
-    entering("")
-    load, rates = watch.load(), probe.rates[first_probe:]
-    out.rows = [_row(case, clock, load, percentile(rates, 0.5), probe.buffer.nbytes) for clock in clocks]
-    if not shared:
-        out.rows = against_roofline(out.rows, probe.best)
-    return out
+def ring_bytes(bandwidth: Bandwidth, memory: int) -> int:
+    """Bytes of a ring that has ``memory`` for itself: twice the size from which on data is cold, all of ``memory``
+    where that is less, or where no such size is known."""
+    return memory if bandwidth.cold_bytes is None else min(memory, 2 * bandwidth.cold_bytes)
 
 
-@cache
-def own_probe(device: str) -> Probe:
-    """The probe of a device for this process, read a few times already."""
-    probe = Probe(device=device)
-    for _ in range(_FIRST_READINGS):
-        probe()
-    return probe
-
-
-_LONG_CALL_S = 1.0  # from here on, one call is warm-up enough
-
-
-def _warm_up(work: Work, burst_s: float, device: str) -> tuple[float | None, int]:
-    """What a call needs beyond inputs and results, if the work can say; how many calls make a burst of ``burst_s``."""
-    peak = None
-    if work.peak_bytes is not None:
-        start = time.perf_counter()
-        peak = work.peak_bytes()
-        if time.perf_counter() - start > _LONG_CALL_S:
-            return peak, 1
-    times = []
-    for indices, _ in zip(chunks(work.copies, 2), range(3), strict=False):
-        burst = DEVICES[device].ready(work.burst(indices))
-        times.append(DEVICES[device].time_ns(burst) / len(indices))
-    return peak, max(1, math.ceil(1e9 * burst_s / max(min(times), 1.0)))
-
-
-def _foreign(provider: Provider) -> str:
-    return "" if provider.ours else provider.label
-
-
-def _raised(case: Case, provider: Provider, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    return f"{case.kernel} {case.label}, {provider.label}: not timed, it raised {reason}"
-
-
-def _passed() -> None:
-    """The check of work that has passed it."""
-
-
-def _row(case: Case, clock: Clock, load: Load, probe_rate: float, probe_bytes: int) -> Row:
-    samples, work, provider = clock.kept(), clock.work, clock.provider
-    median = percentile(samples, 0.5)
-    working_set = (work.ring_bytes or work.copies * work.bytes_moved) + probe_bytes
-    cache_bytes = DEVICES[case.device].cache_bytes()
-    return Row(
-        kernel=case.kernel,
-        provider=provider.name,
-        shape=case.label,
-        m=dict(case.shape).get("M", dict(case.shape).get("B", 1)),
-        format=provider.format,
-        device=case.device,
-        arithmetic=provider.arithmetic,
-        threads=torch.get_num_threads(),
-        n=len(samples),
-        median_us=median,
-        min_us=min(samples, default=math.nan),
-        p10_us=percentile(samples, 0.1),
-        p90_us=percentile(samples, 0.9),
-        bytes_moved=work.bytes_moved,
-        gb_per_s=work.bytes_moved / median / 1e3,
-        roofline_gb_per_s=math.nan,
-        roofline_fraction=math.nan,
-        probe_gb_per_s=probe_rate / 1e9,
-        cold=working_set > cache_bytes and not work.warm,
-        neighbour_cores=load.neighbour_cores,
-        steal=load.steal,
-        waited=clock.waited_ns / clock.total_ns if clock.total_ns else math.nan,
-        set_aside=len(clock.samples_us) - len(samples),
-        ours=provider.ours,
-        peak_extra_bytes=clock.peak_bytes,
-        working_set_bytes=working_set,
-        last_level_cache_bytes=cache_bytes,
-    )
-
-
-def against_roofline(rows: Iterable[Row], best_bytes_per_s: float) -> list[Row]:
-    """The rows with the run's roofline filled in: the best rate that the probe read at, anywhere in the run.
+def against_roofline(rows: Iterable[Row], best_bytes_per_s: Mapping[int, float]) -> list[Row]:
+    """The rows with the run's roofline filled in: the best rate that the probe read at with as many threads, anywhere
+    in the run (number of threads -> bytes a second).
 
     Rows that have one (of another device) keep it.
     """
-    roof = best_bytes_per_s / 1e9
-    return [
-        replace(row, roofline_gb_per_s=roof, roofline_fraction=row.gb_per_s / roof)
-        if math.isnan(row.roofline_gb_per_s)
-        else row
-        for row in rows
-    ]
+    out = []
+    for row in rows:
+        roof = best_bytes_per_s.get(row.threads, math.nan) / 1e9
+        known = not math.isnan(row.roofline_gb_per_s)
+        out.append(row if known else replace(row, roofline_gb_per_s=roof, roofline_fraction=row.gb_per_s / roof))
+    return out
 
 
 def triton_runs(device: str) -> None:

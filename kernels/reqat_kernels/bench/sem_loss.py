@@ -200,10 +200,14 @@ def _status_bytes(field: str) -> int:
 _BESIDES = 1.2e9  # bytes: Python, torch, the operands of the largest shape
 
 
+def naive_bytes(shape: Shape) -> int:
+    """What the naive loss takes beyond its inputs: about five float32 copies of the logits, and two of the weight."""
+    return 4 * (5 * shape.N * shape.V + 2 * shape.V * shape.D)
+
+
 def fits(shape: Shape, memory: float = math.inf) -> bool:
-    """Whether the naive loss (about five float32 copies of the logits, and two of the weight) has room here, in a
-    process that may take ``memory`` bytes."""
-    need = 4 * (5 * shape.N * shape.V + 2 * shape.V * shape.D)
+    """Whether the naive loss has room here, in a process that may take ``memory`` bytes."""
+    need = naive_bytes(shape)
     if need + _BESIDES > memory:
         return False
     if torch.cuda.is_available():
