@@ -8,9 +8,10 @@ step, and guesses count as long as they are what was chosen. What follows the fi
 cache again.
 
 A response is that of :func:`reqat.generation.generate` wherever a token's numbers do not depend on the tokens beside
-it: a packed model on a CPU with ``row`` or ``static`` global scales (bit for bit up to 7 guesses, see
-:mod:`reqat.inference.packed_decoder`; a float32 head is multiplied by PyTorch, whose sums depend on the number of rows
-in the last bits). With ``dynamic`` scales the tokens of one pass share a scale, and responses differ.
+it: in a packed model on a CPU with ``row`` or ``static`` global scales, bit for bit up to 7 guesses (see
+:mod:`reqat.inference.packed_decoder`; more rows than eight a dense head multiplies by PyTorch, whose sums depend on
+their number in the last bits, as those of a model that is not packed do everywhere). With ``dynamic`` scales the tokens
+of one pass share a scale, and responses differ.
 
 One row alone: a batch has its gain already.
 """

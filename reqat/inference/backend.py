@@ -15,7 +15,7 @@ The Triton functions also run on CPU tensors in triton's interpreter, which is h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -82,8 +82,9 @@ class Backend(Protocol):
     max_decode_tokens: int
     """New tokens a call up to which :meth:`attend` reads the packed cache; beyond, dequantizing it once is faster."""
 
-    own_head: str | None
-    """How the head of a bfloat16 model is stored that nobody chose anything for; None: as transformers has it."""
+    own_heads: Mapping[torch.dtype, str]
+    """By a model's type, the name that :meth:`table` takes for a head that nobody chose anything for; of types that
+    are not there the head stays transformers' own."""
 
     def check_table(self, name: str) -> None:
         """Raise ReqatError unless there are kernels for a head of this name (:data:`reqat.config.vocabulary.HEADS`)."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from reqat.config.vocabulary import stored_as
 from reqat.formats import Format, QuantizedTensor
 from reqat.inference.backend import InputQuantSpec, Table
-from reqat.inference.native_tables import Bf16Table, Fp4Table, Int8Table
+from reqat.inference.native_tables import Bf16Table, Float32Table, Fp4Table, Int8Table
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native import attention as native_attention
 from reqat_kernels.native import gemm as native_gemm
@@ -21,14 +22,16 @@ class NativeBackend:
 
     name = "native"
     max_decode_tokens = 8
-    own_head = "BF16"
+    own_heads = {torch.bfloat16: "BF16", torch.float32: "FP32"}
 
     def check_table(self, name: str) -> None:
         """Every choice has a kernel."""
 
     def table(self, weight: Tensor, name: str) -> Table:
-        """bfloat16, int8 or packed FP4; an input rounded or not changes nothing of it."""
+        """Dense, int8 or packed FP4; an input rounded or not changes nothing of it."""
         stored = stored_as(name)
+        if stored == "FP32":
+            return Float32Table(weight.detach())
         if stored == "BF16":
             return Bf16Table(weight.detach())
         return Int8Table(weight.detach()) if stored == "INT8" else Fp4Table(weight.detach(), stored)

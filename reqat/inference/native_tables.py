@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import get_format, quantize
-from reqat_kernels.native.dense import MOST_ROWS, dense_bf16, widened
+from reqat_kernels.native.dense import MOST_ROWS, dense_bf16, dense_f32, widened
 from reqat_kernels.native.gemm import PackedWeight, allocate, linear, pack_weight
 from reqat_kernels.native.int8 import linear_int8, pack_int8
 
@@ -26,6 +26,26 @@ class Bf16Table:
         assert not rounded
         many = len(x) > MOST_ROWS and x.dtype != torch.bfloat16
         return widened(x.float(), self.weight) if many else dense_bf16(x, self.weight)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """One piece."""
+        return {"weight": self.weight}
+
+
+class Float32Table:
+    """float32, in huge pages: the own head of a float32 model."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = allocate(4 * weight.numel()).view(torch.float32).view(weight.shape).copy_(weight)
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """As they are."""
+        return self.weight[ids]
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """In float32."""
+        assert not rounded
+        return dense_f32(x, self.weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """One piece."""

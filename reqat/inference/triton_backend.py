@@ -5,7 +5,7 @@ Imported only where it is used, because it imports triton.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,7 +79,7 @@ class TritonBackend:
 
     name = "triton"
     max_decode_tokens = 8
-    own_head = None
+    own_heads: Mapping[torch.dtype, str] = {}
 
     def check_table(self, name: str) -> None:
         """FP4 with inputs that are not rounded, and bfloat16."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -92,15 +91,16 @@ def pack_vocabulary(model: PreTrainedModel, backend: Backend, head: str | None, 
         head = embeddings
     elif tied and head is not None and embeddings is None and plain:
         embeddings = stored_as(head)
-    elif head is None and type(outer) is nn.Linear and outer.weight.dtype == torch.bfloat16:
-        head = backend.own_head  # at the speed of memory where there is a kernel for it
+    elif head is None and type(outer) is nn.Linear:
+        head = backend.own_heads.get(outer.weight.dtype)  # at the speed of memory, rows apart from each other
     tables: dict[str, Table] = {}
     if head is not None:
         assert isinstance(outer, nn.Linear)
         stored = stored_as(head)
         tables[stored] = backend.table(outer.weight, head)
-        if tied and embeddings is None and stored == "BF16" and outer.weight.dtype == torch.bfloat16:
-            outer.weight.data = tables[stored].tensors()["weight"]  # the embedding goes on reading the same memory
+        kept = tables[stored].tensors().get("weight")
+        if tied and embeddings is None and kept is not None and kept.dtype == outer.weight.dtype:
+            outer.weight.data = kept  # the embedding goes on reading the same memory
         if tied and embeddings not in (None, stored):
             warnings.warn(
                 f"head={head!r} and embeddings={embeddings!r} of a model whose head and embeddings are one matrix: it "

@@ -174,6 +174,12 @@ def dense_arguments(r: random.Random) -> dict[str, Any]:
     return {"x": numbers(r, M, K, dtype=float_type(r)), "weight": numbers(r, N, K, dtype=torch.bfloat16)}
 
 
+def dense_f32_arguments(r: random.Random) -> dict[str, Any]:
+    """Of dense_f32."""
+    a = dense_arguments(r)
+    return {"x": a["x"], "weight": a["weight"].float()}
+
+
 def int8_arguments(r: random.Random) -> dict[str, Any]:
     """Of dense_int8."""
     N, M, K = r.choice((0, 1, 5)), r.choice((0, 1, 4, 12)), r.choice((0, 1, 7, 64))

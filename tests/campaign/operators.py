@@ -82,6 +82,7 @@ OPERATORS: dict[str, Operator] = {
     "dense_bf16 (raw)": Operator(
         arguments.dense_arguments, _ordered(torch.ops.reqat.dense_bf16, "x", "weight"), checks.check_dense
     ),
+    "dense_f32": Operator(arguments.dense_f32_arguments, dense.dense_f32, checks.check_dense_f32),
     "dense_int8 (raw)": Operator(
         arguments.int8_arguments, _ordered(torch.ops.reqat.dense_int8, "x", "weight", "scale"), checks.check_int8
     ),

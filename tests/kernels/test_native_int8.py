@@ -58,6 +58,18 @@ def test_rounded_inputs_give_the_same_bits_everywhere(M: int, K: int, same_bits:
     assert ((first - want).abs() <= 4 * 2.0**-23 * want.abs() + 1e-30).all()
 
 
+@pytest.mark.parametrize("K", [1, 7, 40, 100])
+def test_a_float32_weight_is_multiplied_row_by_row(K: int, same_bits: Callable) -> None:
+    x, weight = randn(8, K), randn(21, K, seed=1)
+    size = x.double().abs() @ weight.double().abs().T
+    for y in at_every_level(lambda: dense.dense_f32(x, weight)):
+        assert ((y - x.double() @ weight.double().T).abs() <= size * (K + 2) * 2.0**-23).all()
+    if library() is not None:
+        same_bits(dense.dense_f32(x, weight), torch.cat([dense.dense_f32(row[None], weight) for row in x]))
+    with pytest.raises(ValueError, match="float32"):
+        dense.dense_f32(x, weight.bfloat16())
+
+
 @pytest.mark.parametrize("inputs", [None, "A8"])
 def test_a_row_does_not_know_its_batch(inputs: None, same_bits: Callable) -> None:
     w, x = int8.pack_int8(reqat.quantize(randn(40, 100, seed=1), "INT8-row")), randn(8, 100)

@@ -176,6 +176,7 @@ def everything() -> Iterator[Tensor]:
             yield from (states.codes, states.dequantize(18))
         yield attention.kv_attention(randn(1, 4, 1, 32), key, value, 18)
     yield dense.dense_bf16(x, w.bfloat16())
+    yield dense.dense_f32(x, w)
     eight = int8.pack_int8(reqat.quantize(w, "INT8-row"))
     yield from (int8.linear_int8(x, eight, inputs=kind) for kind in (None, "A8"))
     yield eight.rows_at(torch.tensor([1], device="cpu"))

@@ -1,4 +1,4 @@
-// y = x W^T with W in bfloat16 or int8, for the few rows of x that decoding has: the output head.
+// y = x W^T with W in float32, bfloat16 or int8, for the few rows of x that decoding has: the output head.
 //
 // Reads the weight once, at the speed of memory; torch's own bfloat16 product takes two to three times as long for one
 // row. Products and sums are float32: x is not rounded. int8 has a scale for each row of W, by which the sum is
@@ -26,6 +26,15 @@ struct Bf16 {
         const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     }
+#endif
+};
+
+struct F32 {
+    using Type = float;
+    static float one(Type w) { return w; }
+#if REQAT_X86
+    REQAT_AVX2 static inline __m256 eight(const Type* w) { return _mm256_loadu_ps(w); }
+    REQAT_AVX512 static inline __m512 sixteen(const Type* w) { return _mm512_loadu_ps(w); }
 #endif
 };
 
@@ -203,6 +212,11 @@ void dots(const int8_t* w, const int8_t* x, int32_t* out, int64_t M, int64_t K) 
 REQAT_API void reqat_dense_bf16(const uint16_t* w, const float* x, float* y, int64_t M, int64_t N, int64_t K,
                                 int threads) {
     reqat::product<reqat::Bf16>(w, nullptr, x, y, M, N, K, threads);
+}
+
+// The same with w float32 [N, K].
+REQAT_API void reqat_dense_f32(const float* w, const float* x, float* y, int64_t M, int64_t N, int64_t K, int threads) {
+    reqat::product<reqat::F32>(w, nullptr, x, y, M, N, K, threads);
 }
 
 // The same with w int8 [N, K] and the scale [N] of its rows.
