@@ -22,6 +22,7 @@ def build(measured: Measured) -> Table:
     keys = ["prompt_tokens", "m", "output_tokens"]
     cells = sorted(dict.fromkeys(zip(*(rows[key].astype(int) for key in keys), strict=True)))
     columns = [Column("provider", align="l"), Column("precision", align="l")]
+    columns += [Column("bits: decoder / head / embeddings", align="l")] if "bits" in rows else []
     columns += [Column(f"{tokens} tokens", f"prompt {prompt}, batch {batch}") for prompt, batch, tokens in cells]
     columns += [Column("weights, MiB"), Column("cache, MiB")]
     best = {cell: rows[(rows[keys] == list(cell)).all(axis=1)].tokens_per_s.max() for cell in cells}
@@ -29,6 +30,8 @@ def build(measured: Measured) -> Table:
     for provider, fmt in providers(rows):
         own = rows[(rows.provider == provider) & (rows.format == fmt)]
         line = [Text(provider), Text(fmt)]
+        if "bits" in rows:
+            line.append(Text(next(iter(own.bits.dropna()), EMPTY)))
         for cell in cells:
             row = pick(own, **dict(zip(keys, cell, strict=True)))
             value = math.nan if row is None else row.tokens_per_s

@@ -218,8 +218,8 @@ class Throughput(Strict):
 
 
 SECTIONS = (
-    "linear", "attention", "fake_quantize", "table", "sem_loss", "decode", "train_step", "entropy", "agreement", "heads",
-    "speculation",
+    "linear", "attention", "fake_quantize", "table", "sem_loss", "decode", "train_step", "entropy", "agreement",
+    "heads", "speculation",
 )  # fmt: skip
 
 

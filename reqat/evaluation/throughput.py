@@ -206,7 +206,8 @@ def packed_entry(path: str, precision: str, head: str | None = None) -> Entry:
 
 def model_bytes(path: str, cached_tokens: int, packed: int = 1) -> int:
     """Bytes of memory that :func:`measure_decoding` takes at most for the models of its processes, ``packed`` packed
-    ones among them, and for a cache of so many tokens. An estimate from above, made of the sizes in the headers of the weights' files."""
+    ones among them, and for a cache of so many tokens. An estimate from above, made of the sizes in the headers of the
+    weights' files."""
     if path.startswith(PACKAGE):
         import gguf
 
