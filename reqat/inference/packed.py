@@ -123,6 +123,7 @@ def pack(
     model._reqat_packed = True  # type: ignore[assignment]
     # Before any part is moved: a refusal in the middle would leave half of the model elsewhere.
     model._apply = partial(_checked_apply, model)  # type: ignore[method-assign]
+    model.tie_weights = _stays_tied  # type: ignore[method-assign]
     return model
 
 
@@ -146,6 +147,11 @@ def _checked_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bo
         if isinstance(module, PackedModule):
             module.check_conversion(fn)
     return type(model)._apply(model, fn, recurse)
+
+
+def _stays_tied(*args: Any, **kwargs: Any) -> None:
+    """In place of ``tie_weights``, which would look for the dense matrices: head and embeddings share what they read
+    since they were packed, or were stored apart by choice."""
 
 
 def is_packed(model: nn.Module) -> bool:
