@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.report.benchmark import MIB, Measured, pick, providers, size
+from analysis.report.benchmark import MIB, Measured, pick, providers, short_failure, size
 from analysis.report.document import MINUS, Column, Table, Text, number
 
 
@@ -36,12 +36,18 @@ class Kernel:
 def kernel_table(measured: Measured, kernel: Kernel) -> Table:
     """One row a provider and format, one column a shape: median time and the share of the roofline.
 
-    Below stands what all this is for: how many times the best of ours is as fast as the best of some others; and what
-    the probe read meanwhile. Where ours adds to another (`Kernel.adds_to`), its own cells say how much.
-    Each device has columns of its own, and is compared with itself.
+    Below stands what all this is for: how many times the best of ours is as fast as the best of some others; what
+    the probe read meanwhile; and, where several numbers of threads were measured, how many times each is as fast as
+    with the fewest. Where ours adds to another (`Kernel.adds_to`), its own cells say how much. What could not be timed
+    has the reason in its cell. Each device and number of threads has columns of its own, and is compared with itself.
     """
-    data = measured.of(kernel.name)
-    rows = data.assign(shape=[_at(row.shape, row.device) for row in data[["shape", "device"]].itertuples()])
+    failed = measured.failed_of(kernel.name)
+    data = pd.concat([measured.of(kernel.name), failed]) if len(failed) else measured.of(kernel.name)
+    few = int(data.threads.min()) if len(data) else 1
+    rows = data.assign(
+        base=[_at(row.shape, row.device, few, few) for row in data.itertuples()],
+        shape=[_at(row.shape, row.device, int(row.threads), few) for row in data.itertuples()],
+    )
     shapes = list(dict.fromkeys(rows["shape"]))
     names = [dict(part.split("=") for part in shape.partition(",")[0].split() if "=" in part) for shape in shapes]
     columns = [Column("provider", align="l"), Column("format", align="l")]
@@ -61,6 +67,9 @@ def kernel_table(measured: Measured, kernel: Kernel) -> Table:
             if row is None:
                 cells.append(Text())
                 continue
+            if math.isnan(row.median_us):
+                cells.append(Text("failed", detail=f"({short_failure(row.failure)})"))
+                continue
             known = shares and not math.isnan(row.roofline_fraction)
             detail = f"({100 * row.roofline_fraction:.0f}%)" if known else ""
             if kernel.shows_memory and not math.isnan(row.peak_extra_bytes):
@@ -68,7 +77,7 @@ def kernel_table(measured: Measured, kernel: Kernel) -> Table:
             plain = None
             if kernel.adds_to is not None and provider != kernel.adds_to:
                 plain = pick(rows, provider=kernel.adds_to, format=fmt, shape=shape)
-            if plain is not None:
+            if plain is not None and not math.isnan(plain.median_us):
                 detail = f"({100 * (row.median_us / plain.median_us - 1):+.1f}%)".replace("-", MINUS)
             cells.append(Text(_time(row.median_us, kernel), bold=row.median_us == fastest[shape], detail=detail))
         return tuple(cells)
@@ -91,7 +100,8 @@ def kernel_table(measured: Measured, kernel: Kernel) -> Table:
         probe.append(
             (Text("read probe in the same rounds, GB/s"), Text(""), *(_probe(rows[rows["shape"] == s]) for s in shapes))
         )
-    sections = tuple(tuple(part) for part in (peers, own, ratios if own else [], probe) if part)
+    scaling = [_scaling(rows, shapes, few, *who) for who in providers(rows)] if rows.threads.nunique() > 1 else []
+    sections = tuple(tuple(part) for part in (peers, own, ratios if own else [], probe, scaling) if part)
     return Table(
         name=f"throughput-{kernel.name.replace('_', '-')}",
         title=kernel.title,
@@ -103,9 +113,24 @@ def kernel_table(measured: Measured, kernel: Kernel) -> Table:
     )
 
 
-def _at(shape: str, device: str) -> str:
-    """A shape on another device than the CPU says so, and is another shape."""
-    return shape if device == "cpu" else f"{shape}, {device}"
+def _at(shape: str, device: str, threads: int, fewest: int) -> str:
+    """A shape on another device than the CPU, or with more than the fewest threads, says so, and is another shape."""
+    more = [device] if device != "cpu" else []
+    more += [f"{threads} threads"] if threads != fewest else []
+    return ", ".join([shape, *more])
+
+
+def _scaling(rows: pd.DataFrame, shapes: list[str], fewest: int, provider: str, fmt: str) -> tuple[Text, ...]:
+    """Under the columns of more threads: the time with the fewest threads over that with so many."""
+    cells = [Text(provider), Text(f"{fmt}: times as fast as with {fewest} thread{'s' if fewest > 1 else ''}")]
+    for shape in shapes:
+        row = pick(rows, provider=provider, format=fmt, shape=shape)
+        alone = None if row is None else pick(rows, provider=provider, format=fmt, shape=row["base"])
+        if row is None or alone is None or row.threads == fewest:
+            cells.append(Text())
+        else:
+            cells.append(_times(alone.median_us, row.median_us))
+    return tuple(cells)
 
 
 def _time(us: float, kernel: Kernel) -> str:
@@ -115,6 +140,9 @@ def _time(us: float, kernel: Kernel) -> str:
 
 def _probe(rows: pd.DataFrame) -> Text:
     """What memory gave while one shape was measured, and that as a share of the roofline, the best it gave at all."""
+    rows = rows[rows.median_us.notna()]
+    if rows.empty:
+        return Text()
     rate, best = rows.probe_gb_per_s.iloc[0], rows.roofline_gb_per_s.iloc[0]
     return Text() if math.isnan(rate) else Text(number(rate, 1), detail=f"({100 * rate / best:.0f}%)")
 
@@ -130,7 +158,8 @@ def _best(rows: pd.DataFrame, shape: str, who: Callable[[Any], bool] | None = No
     Our loss without the entropy term is no answer to what the SEM loss costs, and does not count.
     """
     rows = rows[rows.provider != "reqat-ce"]
-    at = [row for row in rows[rows["shape"] == shape].itertuples() if bool(row.ours) == (who is None)]
+    there = rows[(rows["shape"] == shape) & rows.median_us.notna()]
+    at = [row for row in there.itertuples() if bool(row.ours) == (who is None)]
     return min((float(row.median_us) for row in at if who is None or who(row)), default=math.nan)
 
 

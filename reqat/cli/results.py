@@ -177,8 +177,19 @@ def pin(
 
 
 @app.command()
-def compare(tier: Tier = "laptop") -> None:
-    """Hold a fresh run against the pinned one; exit code 1 if they do not agree."""
+def compare(
+    tier: Tier = "laptop",
+    what: Annotated[str, typer.Option(help="run, or benchmark: against the one of this type of machine.")] = "run",
+) -> None:
+    """Hold a fresh run against the pinned one; exit code 1 if they do not agree. A benchmark is shown, not judged."""
+    if what not in ("run", "benchmark"):
+        raise unknown("part", what, ("run", "benchmark"), where="--what")
+    if what == "benchmark":
+        from reqat.pipeline.compare_benchmarks import compare_benchmarks
+        from reqat.pipeline.compare_benchmarks import report as report_benchmarks
+
+        print(report_benchmarks(compare_benchmarks(tier, session.paths)))
+        return
     from reqat.pipeline.compare import compare, report
 
     found = compare(session.plan(tier), session.paths)

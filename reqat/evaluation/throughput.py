@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -287,6 +288,8 @@ def measure_decoding(
     if scratch is not None:
         context = max(prompt_tokens + max(longest, CHECKED_TOKENS), 1 + max(prefill_tokens, default=0))
         entries += llama_cpp.entries(path, scratch, out.skipped, context=context)
+    if find_spec("vllm") is not None:
+        out.skipped.append("decode, vLLM: it is installed, but not timed here: its engine starts processes of its own.")
     entries += more
     contenders: list[_Contender] = []
     shapes = [(b, _shape(b, prompt_tokens, t)) for b in batches for t in sorted(output_tokens)]
@@ -380,7 +383,7 @@ def _turns(
     act: Callable[[_Contender, int], None],
     say: Callable[[str], None],
     what: str,
-) -> tuple[dict[str, float], dict[int, float]]:
+) -> tuple[dict[str, Any], dict[int, float]]:
     """Let all take turns, whoever came first in one round last in the next. Returns what others took of the machine
     meanwhile, and the probe's median rate by number of threads."""
     watch = Neighbours()

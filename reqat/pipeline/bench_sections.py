@@ -208,7 +208,7 @@ def timed(name: str, bench: Bench) -> Section:
             case,
             kernels()[case.kernel],
             rounds=asked.rounds,
-            threads=threads,
+            threads=threads if case.device == "cpu" else threads[:1],
             burst_s=settings.burst_ms / 1e3,
             probe=bench.probe,
             peak=bench.held.append,

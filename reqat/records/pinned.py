@@ -32,6 +32,7 @@ from reqat.config.files import read_json
 from reqat.config.paths import Paths, read_plan
 from reqat.config.plan import Plan
 from reqat.records import record
+from reqat.records.machines import machine_type
 
 Part = Literal["run", "studies", "benchmark", "companions"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -128,16 +129,17 @@ def write_manifest(
         "schema": SCHEMA,
         "tier": tier,
         "pinned": datetime.now(UTC).isoformat(timespec="seconds"),
-        "parts": {part: _summary(made) for part, made in parts.items() if made},
+        "parts": {part: _summary(part, made) for part, made in parts.items() if made},
         "files": record.files(folder),
         "originals": originals,
     }
     record.write(folder / MANIFEST, entries | more)
 
 
-def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a part's records say together."""
-    return {
+def _summary(part: Part, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a part's records say together; of a benchmark, on what type of machine it ran."""
+    machine = {"machine": machine_type(records[0])} if part == "benchmark" else {}
+    return machine | {
         "jobs": len(records),
         "commits": sorted({str(entry["commit"]) for entry in records}),
         "sources": sorted({str(entry.get("source")) for entry in records}),
@@ -209,6 +211,27 @@ def find(tier: str, part: Part, paths: Paths) -> Path:
             f"`reqat pin --what {part}` keeps a finished one."
         )
     return parts[part]
+
+
+def benchmarks(tier: str, paths: Paths) -> dict[str, Path]:
+    """Type of machine (:func:`reqat.records.machines.machine_type`) -> the folder of the benchmark of a tier that was
+    finished last on one, of all that is pinned."""
+    found: dict[str, tuple[str, Path]] = {}
+    for file in sorted(paths.results.glob(f"*/{MANIFEST}")):
+        stated = manifest(file.parent)
+        made = stated["parts"].get("benchmark")
+        if made is not None and stated["tier"] == tier:
+            # Older manifests name no type; their records have what it follows from.
+            key = str(made.get("machine") or _machine(file.parent))
+            found[key] = max(found.get(key, ("", file.parent)), (made["finished"], file.parent))
+    return {key: folder for key, (_, folder) in found.items()}
+
+
+def _machine(folder: Path) -> str:
+    import pyarrow.parquet as pq
+
+    rows = pq.ParquetFile(folder / RECORDS).read(columns=["folder", "record"]).to_pylist()
+    return next(machine_type(json.loads(row["record"])) for row in rows if part_of(row["folder"]) == "benchmark")
 
 
 def verify(folder: Path) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.base import digest
+from reqat.records.machines import of_flags
 
 PACKAGES = (
     "torch",
@@ -98,6 +99,17 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def instructions() -> str | None:
+    """The processor's best instruction set, see :func:`reqat.records.machines.of_flags`; None if Linux does not say."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                return of_flags(line.partition(":")[2])
+    except OSError:
+        pass
+    return None
+
+
 def gpus() -> list[dict[str, Any]]:
     """Name and memory of each visible GPU; none where torch was not loaded or sees none."""
     torch = sys.modules.get("torch")
@@ -114,6 +126,7 @@ def hardware() -> dict[str, Any]:
     return {
         "device": "cuda" if cards else "cpu",
         "cpu": cpu_model(),
+        "instructions": instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": memory_bytes(),
         "gpus": cards,

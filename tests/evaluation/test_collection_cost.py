@@ -15,8 +15,9 @@ from reqat.evaluation import collection_cost
 from reqat.evaluation.collection_cost import PLAIN, RECORDED, RESET, WRITTEN, measure_collection
 from reqat.models import load_model, load_tokenizer, save_model
 from reqat_kernels.bench import Wrong
-from reqat_kernels.bench.machine import Probe
+from reqat_kernels.bench.machine import Bandwidth, Probe
 
+UNKNOWN = Bandwidth((), (), None)
 RULE = "reset(t_low=0.1, tau0=0.5, top_p=0.9)"
 
 
@@ -44,8 +45,8 @@ def test_every_provider_generates_in_turns_and_has_a_row(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     result = measure_collection(
-        checkpoint, batch=3, prompt_tokens=4, output_tokens=6, rounds=4, probe=Probe(1024), scratch=scratch,
-        say=said.append,
+        checkpoint, batch=3, prompt_tokens=4, output_tokens=6, rounds=4, probe=Probe(1024), bandwidth=UNKNOWN,
+        scratch=scratch, say=said.append,
     )  # fmt: skip
     assert [row.provider for row in result.rows] == [PLAIN, RECORDED, WRITTEN, RESET]
     # One to compare with and one of each as warm-up, then four rounds, whose order turns by one.
@@ -69,10 +70,11 @@ def test_recording_that_changes_a_token_is_refused(checkpoint: str, monkeypatch:
             return -super().__call__(input_ids, scores)
 
     monkeypatch.setattr(collection_cost, "EntropyRecorder", Meddler)
+    options: Any = {"batch": 2, "prompt_tokens": 3, "output_tokens": 4, "probe": Probe(1024), "bandwidth": UNKNOWN}
     with pytest.raises(Wrong, match="EntropyRecorder.*other tokens"):
-        measure_collection(checkpoint, batch=2, prompt_tokens=3, output_tokens=4, rounds=1, probe=Probe(1024))
+        measure_collection(checkpoint, rounds=1, **options)
     with pytest.raises(ValueError, match="rounds=0"):
-        measure_collection(checkpoint, batch=2, prompt_tokens=3, output_tokens=4, rounds=0)
+        measure_collection(checkpoint, rounds=0, **options)
 
 
 def test_reset_is_timed_at_what_its_policy_generates(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +88,8 @@ def test_reset_is_timed_at_what_its_policy_generates(checkpoint: str, monkeypatc
         return found
 
     monkeypatch.setattr(collection_cost, "generate", kept)
-    options = {"batch": 2, "prompt_tokens": 3, "output_tokens": 8, "rounds": 1, "probe": Probe(1024)}
+    options: Any = {"batch": 2, "prompt_tokens": 3, "output_tokens": 8, "rounds": 1}
+    options |= {"probe": Probe(1024), "bandwidth": UNKNOWN}
     measure_collection(checkpoint, reset=RULE, **options)
     assert seen == [True, True]
     with pytest.raises(ValueError, match="'greedy' has no rule"):

@@ -1,8 +1,11 @@
-"""Timing of decoding: every step once, whoever is wrong is found out, bytes are those of storages. On no clock."""
+"""Timing of decoding: every step once, whoever is wrong is found out, whoever crashes loses its own rows, bytes are
+those of storages. On no clock."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,13 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reqat.evaluation import decoders, llama_cpp
-from reqat.evaluation.throughput import Steps, agrees, allocated_bytes, measure_decoding, timed_generate
-from reqat.models import save_model
+from reqat.evaluation.decoders import Decoder, Entry, Steps, agrees
+from reqat.evaluation.throughput import allocated_bytes, measure_decoding, model_bytes, timed_generate
+from reqat.models import load_model, save_model
 from reqat_kernels.bench import Wrong
-from reqat_kernels.bench.machine import Probe
+from reqat_kernels.bench.machine import Bandwidth
+from reqat_kernels.bench.turns import Roofline
+from reqat_kernels.bench.worker import cpus
 
 IDS = torch.tensor([[1, 5, 9, 7]])
 
@@ -28,8 +34,16 @@ def checkpoint(tiny: Callable[..., LlamaForCausalLM], tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
+@pytest.fixture
+def probe() -> Iterator[Roofline]:
+    probe = Roofline(memory=4096, bandwidth=Bandwidth((1024,), (1e9,), 10**12))
+    yield probe
+    probe.stop()
+
+
 def test_steps_count_from_the_first_token() -> None:
-    steps = Steps(torch.zeros(1, 4), [0, 2000, 5000, 9000], [0, 0, 1500, 1500])
+    steps = Steps(torch.zeros(1, 4), [9000, 11000, 14000, 18000], [0, 0, 1500, 1500], begun_ns=4000)
+    assert steps.prefill_us() == 5.0
     assert steps.durations_us(4) == [2.0, 3.0, 4.0] and steps.durations_us(3) == [2.0, 3.0]
     assert steps.waits(4) == [0.0, 0.5, 0.0]
 
@@ -63,7 +77,9 @@ def test_bytes_are_those_of_storages_each_once() -> None:
     assert allocated_bytes(*layer.parameters()) == 4 * 20
 
 
-def test_every_batch_and_length_has_a_row_of_every_decoder(checkpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_batch_and_length_has_a_row_of_every_decoder(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, probe: Roofline
+) -> None:
     monkeypatch.setattr(decoders, "MARGIN", 3.0)  # random weights: four bits of them choose other tokens
     said: list[str] = []
     result = measure_decoding(
@@ -72,25 +88,88 @@ def test_every_batch_and_length_has_a_row_of_every_decoder(checkpoint: str, monk
         batches=[1, 2],
         prompt_tokens=4,
         output_tokens=[3, 5],
+        prefill_tokens=[6],
         rounds=2,
-        probe=Probe(1024),
+        probe=probe,
         scratch=Path("unused"),
         say=said.append,
     )
     names = ["transformers, sdpa", "transformers, eager", "reqat.pack"]
-    assert [(r.provider, r.m, r.output_tokens) for r in result.rows] == [
+    decoded = [row for row in result.rows if row.kernel == "decode"]
+    assert [(r.provider, r.m, r.output_tokens) for r in decoded] == [
         (name, batch, tokens) for batch in (1, 2) for name in names for tokens in (3, 5)
     ]
     # In turns: who came first in one round comes last in the next.
     turns = [line.split(": ")[1].rpartition(" ")[0] for line in said if "batch 1" in line]
     assert turns == [*names, *names[1:], names[0]]
-    for row in result.rows:
+    for row in decoded:
         assert row.n + row.set_aside == 2 * (row.output_tokens - 1)
-        assert row.kernel == "decode" and row.ours == (row.provider == "reqat.pack")
+        assert row.ours == (row.provider == "reqat.pack")
         assert row.tokens_per_s > 0 and row.cache_bytes > 0 and not row.cold
+    prompts = [row for row in result.rows if row.kernel == "prefill"]
+    assert [(r.provider, r.shape, r.n) for r in prompts] == [(name, "B=1 P=6", 3) for name in names]
+    assert all(row.tokens_per_s == pytest.approx(6e6 / row.median_us) for row in prompts)
     weights = {row.provider: row.weight_bytes for row in result.rows}
     assert weights["reqat.pack"] < 0.6 * weights["transformers, sdpa"] == 0.6 * weights["transformers, eager"]
-    assert len(result.skipped) == 1 and result.skipped[0].startswith("decode, llama.cpp: ")
+    assert len(result.skipped) == 1 and result.skipped[0].startswith("decode, llama.cpp: ") and not result.refused
+
+
+@pytest.mark.skipif(len(cpus()) < 2, reason="one CPU")
+def test_every_number_of_threads_has_rows(checkpoint: str, monkeypatch: pytest.MonkeyPatch, probe: Roofline) -> None:
+    monkeypatch.setattr(decoders, "MARGIN", 3.0)
+    result = measure_decoding(
+        checkpoint, "NVFP4-W4A4KV4", batches=[1], prompt_tokens=2, output_tokens=[2], threads=[1, 2], probe=probe
+    )
+    assert [(row.provider, row.threads) for row in result.rows] == [
+        (name, n) for name in ("transformers, sdpa", "transformers, eager", "reqat.pack") for n in (1, 2)
+    ]
+    with pytest.raises(ValueError, match="threads on"):
+        measure_decoding(
+            checkpoint, "BF16", batches=[1], prompt_tokens=2, output_tokens=[2], threads=[10**4], probe=probe
+        )
+
+
+def test_a_decoder_that_crashes_or_is_wrong_loses_its_own_rows(
+    checkpoint: str, monkeypatch: pytest.MonkeyPatch, probe: Roofline
+) -> None:
+    monkeypatch.setattr(decoders, "MARGIN", 3.0)
+
+    def entry(name: str, generate: Callable[[Any, torch.Tensor, int], Steps]) -> Entry:
+        def make(ids: torch.Tensor) -> Decoder:
+            model: Any = load_model(checkpoint)
+            return Decoder(lambda ids, tokens: generate(model, ids, tokens), 10, lambda cache: None)
+
+        return Entry(name, "FP32", make, batches=(1,))
+
+    def crashes(model: Any, ids: torch.Tensor, tokens: int) -> Steps:
+        if tokens == 3:  # not in its check
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return timed_generate(model, ids, tokens)
+
+    def wrong(model: Any, ids: torch.Tensor, tokens: int) -> Steps:
+        steps = timed_generate(model, ids, tokens)
+        with torch.no_grad():
+            steps.tokens[:] = model(ids).logits[0, -1].argmin()
+        return steps
+
+    more = [entry("crashes", crashes), entry("honest", timed_generate), entry("wrong", wrong)]
+    result = measure_decoding(
+        checkpoint, "NVFP4-W4A4KV4", batches=[1, 2], prompt_tokens=4, output_tokens=[3], prefill_tokens=[4],
+        probe=probe, more=more,
+    )  # fmt: skip
+    failures = {(r.provider, r.kernel, r.m): r.failure for r in result.rows}
+    lost = {key: reason for key, reason in failures.items() if reason is not None}
+    assert set(lost) == {(name, kernel, 1) for name in ("crashes", "wrong") for kernel in ("decode", "prefill")}
+    assert "SIGSEGV" in lost["crashes", "decode", 1] and "standard deviations" in lost["wrong", "decode", 1]
+    assert {key[0] for key in failures if key[2] == 2} == {"transformers, sdpa", "transformers, eager", "reqat.pack"}
+    assert ("honest", "decode", 1) in failures and len(result.refused) == 2
+
+
+def test_planned_memory_follows_from_the_headers_of_the_weights(checkpoint: str) -> None:
+    parameters = sum(p.numel() for p in load_model(checkpoint).parameters())
+    bare, cached = model_bytes(checkpoint, 0), model_bytes(checkpoint, 1000)
+    # The reference alone is 4 bytes a parameter; the cache of one decoder is 2 layers of 128 bfloat16 keys and values.
+    assert 10 * parameters < bare < 30 * parameters and cached - bare >= 1000 * 2 * 2 * 128 * 2
 
 
 def test_weights_for_llama_cpp_round_like_its_types(tiny: Callable[..., LlamaForCausalLM]) -> None:

@@ -22,8 +22,8 @@ def _needs(case: Case) -> Needs:
     of all tokens where the naive loss is computed."""
     shape = sem_loss.Shape(case.tokens, case.D, case.V, case.MiB)
     inputs = 4 * case.D * (case.tokens + case.V)
-    naive = sem_loss.naive_bytes(shape) if sem_loss.fits(shape, case.memory_bytes) else 0
-    return Needs(held=2 * inputs, passing=max(naive, 3 * case.MiB * 2**20 + inputs))
+    naive = sem_loss.naive_bytes(shape) if sem_loss.fits(shape, case.memory_bytes) else 0  # of the host's
+    return Needs(held=2 * inputs, passing=max(naive - 2 * inputs, 3 * case.MiB * 2**20 + inputs))
 
 
 # A provider at a time in memory: operands are gigabytes at the sizes of real models.
@@ -54,7 +54,7 @@ def _make(case: Case, name: str) -> Work:
     shape = sem_loss.Shape(case.tokens, case.D, case.V, case.MiB)
     loss = sem_loss.providers(shape)[name]
     with_entropy = name in ("naive", "reqat")
-    if with_entropy and not sem_loss.fits(shape, case.memory_bytes):
+    if with_entropy and not sem_loss.fits(shape, case.memory_bytes, case.device):
         if name == "naive":
             raise Absent("its logits do not fit in the memory that is free, or that the benchmark may take.")
         with_entropy = False

@@ -35,7 +35,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 MEMORY_BYTES = 4 * 10**9
 # The largest buffer that is read to find where caches end: of the memory that may be taken, and whatever that is.
 _LADDER_SHARE, _LADDER_BYTES = 4, 2 * 2**30
-_FIRST_STEP_BYTES, _READINGS = 2**20, 8
+_FIRST_STEP_BYTES, _READINGS, _MOST_READINGS = 2**20, 8, 24
 # Reading a size takes so long at least, by repetition: else the call would count more than the reading.
 _READ_BYTES = 32 * 2**20
 _AS_MEMORY = 1.2  # a buffer read at up to this times the rate of the largest one comes from memory
@@ -92,12 +92,16 @@ def cold_from(bytes: tuple[int, ...], rates: tuple[float, ...], said: int = 0) -
 
 def read_bandwidth(memory: int = MEMORY_BYTES) -> Bandwidth:
     """Read buffers from 1 MiB up to a quarter of ``memory`` (2 GiB at most), each double the one before, with torch's
-    threads: the best of several readings, one of every size in turn so that a neighbour hits all alike."""
+    threads: the best of several readings, one of every size in turn so that a neighbour hits all alike. Where that
+    shows no end of the caches, of more: one reading of the largest that nobody disturbed is what it takes."""
     top = min(_LADDER_BYTES, memory // _LADDER_SHARE)
     sizes = tuple(_FIRST_STEP_BYTES << i for i in range(max(1, (top // _FIRST_STEP_BYTES).bit_length())))
     buffer = allocate(sizes[-1]).view(torch.float32).fill_(1)
     best = dict.fromkeys(sizes, 0.0)
-    for _ in range(_READINGS):
+    for reading in range(_MOST_READINGS):
+        rates = tuple(best.values())
+        if reading >= _READINGS and cold_from(sizes, rates, last_level_cache_bytes()) is not None:
+            break
         for size in sizes:
             part, times = buffer[: size // 4], max(1, _READ_BYTES // size)
             part.sum()  # now as much of it is in a cache as fits

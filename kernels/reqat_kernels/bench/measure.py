@@ -120,8 +120,8 @@ class Provider:
 @dataclass(frozen=True)
 class Needs:
     """Bytes of memory that a provider of a case takes beside its ring: ``held`` as long as it is timed, ``passing``
-    while it is prepared and checked, and ``copy``, the least that a ring takes. ``pages``: what a ring takes over
-    its bytes, on average, because copies begin at huge pages. Estimates from above."""
+    while it is prepared and checked, and ``copy``, the least that a ring takes (0: there is no ring). ``pages``: what a
+    ring takes over its bytes, on average, because copies begin at huge pages. Estimates from above."""
 
     held: int = 0
     passing: int = 0

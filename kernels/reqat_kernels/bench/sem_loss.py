@@ -205,12 +205,12 @@ def naive_bytes(shape: Shape) -> int:
     return 4 * (5 * shape.N * shape.V + 2 * shape.V * shape.D)
 
 
-def fits(shape: Shape, memory: float = math.inf) -> bool:
-    """Whether the naive loss has room here, in a process that may take ``memory`` bytes."""
+def fits(shape: Shape, memory: float = math.inf, device: str = "cpu") -> bool:
+    """Whether the naive loss has room on a device, in a process that may take ``memory`` bytes of the host's."""
     need = naive_bytes(shape)
     if need + _BESIDES > memory:
         return False
-    if torch.cuda.is_available():
+    if device == "cuda":
         return need < torch.cuda.mem_get_info()[0]
     try:
         text = Path("/proc/meminfo").read_text()

@@ -21,7 +21,7 @@ from reqat_kernels.bench.measure import Absent, Case, Kernel, Needs, Work, Wrong
 from reqat_kernels.native.library import library
 from reqat_kernels.native.table import libmvec, piecewise_linear
 
-TABLE = Kernel("table", lambda case: Needs(held=32 * case.n, passing=256 * case.n, copy=4 * case.n))
+TABLE = Kernel("table", lambda case: Needs(held=32 * case.n, passing=256 * case.n))
 SEED = 9
 _CALLS = 64  # in a burst, on the same numbers
 _ULPS = 4 * 2.0**-24

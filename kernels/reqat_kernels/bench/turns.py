@@ -64,7 +64,8 @@ _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
 _LONG_CALL_S = 1.0  # from here on, one call is warm-up enough
 _WORKER_BYTES = 50 * 10**6
 """What a worker takes for itself: interpreter and torch are shared with the parent until one of them writes."""
-_RINGS_SHARE = 0.5
+_RINGS_SHARE, _LEFT_SHARE = 0.5, 0.95
+"""What all rings of a case may take: of the memory allowed, and of what its processes leave of that."""
 
 
 class Roofline:
@@ -244,7 +245,8 @@ class Contender:
         assert self.worker is not None
         samples = self.samples[threads]
         order = tuple(next(samples.indices))
-        samples.add(*self.worker("burst", order, threads), len(order))
+        elapsed, waited = self.worker("burst", order, threads)
+        samples.add(elapsed, waited, len(order))
 
     def stop(self) -> None:
         """End its worker."""
@@ -260,7 +262,8 @@ def plan(kernel: Kernel, case: Case, probe: Roofline | None = None) -> int:
     """
     needs, count = kernel.needs(case), _count(kernel, case)
     together = count if kernel.resident else min(1, count)
-    each = _WORKER_BYTES + needs.held + int(needs.pages * max(case.ring_bytes, needs.copy))
+    ring = int(needs.pages * max(case.ring_bytes, needs.copy)) if needs.copy else 0
+    each = _WORKER_BYTES + needs.held + ring
     return resident_bytes() + (probe.bytes if probe else 0) + together * each + needs.passing
 
 
@@ -272,7 +275,7 @@ def with_ring(kernel: Kernel, case: Case, probe: Roofline) -> Case:
     bare = replace(case, ring_bytes=1)
     needs, count = kernel.needs(case), max(1, _count(kernel, case) if kernel.resident else 1)
     left = case.memory_bytes - plan(kernel, bare, probe) + count * int(needs.pages * needs.copy)
-    share = int(min(_RINGS_SHARE * case.memory_bytes, max(0, left)) / needs.pages) // count
+    share = int(min(_RINGS_SHARE * case.memory_bytes, _LEFT_SHARE * max(0, left)) / needs.pages) // count
     return replace(case, ring_bytes=max(1, ring_bytes(probe.bandwidth, share)))
 
 

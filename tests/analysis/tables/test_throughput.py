@@ -170,3 +170,77 @@ def test_heads_in_fewer_bits_are_rows_with_their_bits_and_not_in_figure_6(bench:
     table = next(t for t in throughput_tables(with_heads) if t.name == "throughput-decode")
     shown = {line[1]: line[2] for line in cells(table, 0)}
     assert shown["NVFP4-W4A4KV4"] == "4.5 / 16 / 16" and shown["NVFP4-W4A4KV4, head NVFP4"] == "4.5 / 4.5 / 4.5"
+
+
+def test_what_could_not_be_timed_says_why_in_its_cell(bench: Callable[..., Path]) -> None:
+    why = {"ggml": "it was ended by SIGSEGV, a protection fault", "oneDNN": "it raised RuntimeError: no such kernel"}
+    lost = {"median_us": math.nan, "tokens_per_s": math.nan, "n": 0, "roofline_fraction": math.nan}
+    made = [
+        row | ({"failure": why[row["provider"]]} | lost if row["provider"] in why and row["m"] == 1 else {})
+        for row in rows()
+    ]
+    made = [row | ({"failure": "off by 3", **lost} if row["provider"] == "llama.cpp" else {}) for row in made]
+    made_tables = tables_of(bench(made, refused=["linear M=1, ggml Q4_0 W4A8, not timed: it was ended by SIGSEGV."]))
+    linear, decode = made_tables["throughput-linear"], made_tables["throughput-decode"]
+    found = {row[0].text: [(c.text, c.detail) for c in row[2:]] for row in linear.sections[0]}
+    assert found["ggml"] == [("failed", "(SIGSEGV)"), ("120", "(50%)")]
+    assert found["oneDNN"] == [("failed", "(RuntimeError)"), ("240", "(50%)")]
+    # Without them the best others are torch's BF16 and no 4-bit one; at M=8 nothing changes.
+    assert cells(linear, 2) == [
+        ["ours: times as fast as the best BF16", "", "3.75", "1.50"],
+        ["ours: times as fast as the best other 4-bit", "", EMPTY, "0.75"],
+        ["ours: times as fast as INT8", "", "0.75", "0.38"],
+    ]
+    assert "Refused: linear M=1, ggml Q4_0 W4A8, not timed: it was ended by SIGSEGV." in linear.footer
+    assert linear.data.failure.notna().sum() == 2 and "failed" in linear.latex()
+    llama = next(row for row in decode.sections[0] if row[0].text == "llama.cpp")
+    assert [c.detail for c in llama[2:6]] == ["(wrong)"] * 4 and llama[-1].text == EMPTY
+
+
+def test_threads_have_columns_of_their_own_and_are_held_against_the_fewest(bench: Callable[..., Path]) -> None:
+    faster = {"torch": 1.5, "reqat": 2.0, "reqat.pack": 1.25}
+    made = rows() + [
+        row
+        | {
+            "threads": 2,
+            "median_us": row["median_us"] / faster.get(row["provider"], 1),
+            "tokens_per_s": row["tokens_per_s"] and row["tokens_per_s"] * faster.get(row["provider"], 1),
+        }
+        for row in rows()
+        if row["m"] == 1
+    ]
+    source = bench(made)
+    linear, decode = (tables_of(source)[f"throughput-{name}"] for name in ("linear", "decode"))
+    assert [(c.group, c.name) for c in linear.columns[2:]] == [
+        ("N=K=64", "M=1"), ("N=K=64", "M=8"), ("N=K=64, 2 threads", "M=1"),
+    ]  # fmt: skip
+    assert cells(linear, 2)[0][2:] == ["3.00", "1.50", "5.00"]  # 200 / 40: torch, now the best
+    scaling = {(row[0], row[1].partition(":")[0]): row[2:] for row in cells(linear, 4)}
+    assert scaling["torch", "BF16"] == [EMPTY, EMPTY, "1.50"]
+    assert scaling["reqat", "NVFP4 W4A4"] == [EMPTY, EMPTY, "2.00"]
+    assert scaling["oneDNN", "BF16"] == [EMPTY, EMPTY, "1.00"]
+    assert [c.group for c in decode.columns[2:-2]].count("prompt 0, batch 1, 2 threads") == 2
+    packed = next(row for row in cells(decode, 1) if row[0] == "reqat.pack")
+    assert packed[2:] == [EMPTY] * 4 + ["1.25", "1.25", EMPTY, EMPTY]
+    measured = benchmark.read(source)
+    assert decode_ratios(measured).values.tolist() == [[1, 8, 2], [1, 16, 2], [2, 8, 3], [2, 16, 3]]
+    assert any("1 and 2 of" in note for note in linear.footer)
+
+
+def test_prompts_read_alone_stand_beside_decoding(bench: Callable[..., Path]) -> None:
+    one = next(row for row in rows() if row["kernel"] == "decode")
+    prompt = one | {"kernel": "prefill", "shape": "B=1 P=512", "output_tokens": None, "tokens_per_s": 700.0}
+    table = tables_of(bench([*rows(), prompt]))["throughput-decode"]
+    at = [(c.group, c.name) for c in table.columns].index(("prompt 512, batch 1", "prompt alone"))
+    assert [row[at].text for row in table.sections[0]] == ["700.0", EMPTY, EMPTY, EMPTY]
+    assert table.sections[0][0][at].bold
+    assert "prompt alone" in table.caption.lower()
+
+
+def test_a_ring_that_a_cache_may_have_held_is_named(bench: Callable[..., Path]) -> None:
+    made = [
+        row | {"ring_bytes": 2**20 * row["m"], "ring_gb_per_s": 90.0 / row["m"], "cold": row["m"] > 1} for row in rows()
+    ]
+    read = {"bytes": [2**20], "bytes_per_s": [9e10], "cold_bytes": 2**21}
+    table = tables_of(bench(made, read_bandwidth=read))["throughput-linear"]
+    assert any("6 of 12 rows" in note and "90 GB/s" in note and "2 MiB" in note for note in table.footer)
