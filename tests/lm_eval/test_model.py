@@ -159,7 +159,8 @@ def test_a_packed_model_answers(lm: ReqatLM) -> None:
     assert packed.loglikelihood(requests)[0][0] == pytest.approx(lm.loglikelihood(requests)[0][0], abs=0.05)
     small = ReqatLM(BASE, FP4, kv_element="E1M2", packed=True, head="INT8", batch_size=4)
     assert small.get_model_info()["reqat_head"] == "INT8"
-    assert small.loglikelihood(requests)[0][0] == pytest.approx(lm.loglikelihood(requests)[0][0], abs=0.2)
+    own, rounded = (model.loglikelihood(requests)[0][0] for model in (packed, small))
+    assert rounded != own and rounded == pytest.approx(own, rel=0.1)  # head and embeddings are rounded, and no more
 
 
 def test_a_folder_is_run_at_the_precision_that_it_was_saved_with(tmp_path: Path) -> None:

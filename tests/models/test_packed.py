@@ -191,7 +191,7 @@ def test_memory_is_four_and_a_half_bits_a_weight(tiny: Tiny, ids: Tensor) -> Non
     weights = before.linear_bytes // 4
     # Rows in tiles of 16 all fit here; what is allocated beyond 4.5 bits aligns each layer's bytes to a cache line.
     assert 4.5 * weights <= 8 * after.linear_bytes <= 4.5 * weights + 8 * 64 * 14
-    assert after.other_bytes == before.other_bytes
+    assert after.other_bytes == before.other_bytes + 64 * NATIVE  # the head moves to where a cache line begins
     assert not any(isinstance(module, nn.Linear) for layer in packed.get_decoder().layers for module in layer.modules())
     cache = PackedCache(packed, 64)
     with torch.no_grad():
