@@ -29,6 +29,8 @@ def build(measured: Measured) -> Table:
     few = int(rows.threads.min())
     cells = sorted(dict.fromkeys(zip(*(rows[key].astype(int) for key in _KEYS), strict=True)))
     columns = [Column("provider", align="l"), Column("precision", align="l")]
+    with_bits = "bits" in rows and bool(rows.bits.notna().any())
+    columns += [Column("bits: decoder / head / embeddings", align="l")] * with_bits
     columns += [_column(cell, few) for cell in cells]
     columns += [Column("weights, MiB"), Column("cache, MiB")]
     best = {cell: rows[(rows[_KEYS] == list(cell)).all(axis=1)].tokens_per_s.max() for cell in cells}
@@ -37,6 +39,9 @@ def build(measured: Measured) -> Table:
         own = rows[(rows.provider == provider) & (rows.format == fmt)]
         lost = failed[(failed.provider == provider) & (failed.format == fmt)] if len(failed) else failed
         line, faster = [Text(provider), Text(fmt)], [Text(provider), Text(f"{fmt}: times as fast as with {few}")]
+        if with_bits:
+            line.append(Text(next(iter(own.bits.dropna()), EMPTY)))
+            faster.append(Text())
         for cell in cells:
             row = pick(own, **dict(zip(_KEYS, cell, strict=True)))
             alone = pick(own, **dict(zip(_KEYS, (few, *cell[1:]), strict=True)))

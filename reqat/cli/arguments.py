@@ -23,6 +23,7 @@ from reqat.config.errors import ReqatError, unknown
 from reqat.config.policy import Decoding
 from reqat.config.precision import check_rotation, family
 from reqat.config.ptq import settled
+from reqat.config.vocabulary import check_embeddings, check_head
 from reqat_kernels.isas import CHOICES
 
 MOST = 10**9
@@ -165,6 +166,8 @@ def _check_sigmas(text: str, option: str) -> None:
 
 precision = _reading(family)
 policy = _reading(Decoding.parse)
+head = _callback(check_head)
+embeddings = _callback(check_embeddings)
 threshold = _reading(Threshold.parse)
 seeds = _callback(lambda text, option: seed_list(text, option))
 sigmas = _callback(_check_sigmas)

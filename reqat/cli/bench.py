@@ -25,12 +25,18 @@ def bench(
     quiet: Quiet = False,
     force: Force = False,
     threads: Threads = 0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this section (repeatable), such as decode, heads, speculation; a result of its own."),
+    ] = None,
     current: Annotated[
         bool, typer.Option("--current", help="Again, too, if the code is newer than the result.")
     ] = False,
 ) -> None:
     """Time kernels and decoding, ours beside others', in turns. Run it alone: it says who disturbed it."""
     settings, paths = benchmark_of(tier, session.paths), session.paths
+    if only:
+        settings = settings.only(only)
     if id is not None and id != settings.id:
         raise ReqatError(f"config/throughput.yaml changed: tier {tier}'s benchmark is {settings.id} now, not {id}.")
 

@@ -6,15 +6,17 @@ digest that names a stage. The benchmark has its own name, the digest of its own
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from reqat.config.base import Size, Strict, digest, distinct, parse
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import read_yaml
 from reqat.config.precision import family
+from reqat.config.vocabulary import check_embeddings, check_head
 
 FILE = "throughput.yaml"
 LEAST_MEMORY_MB = 2000
@@ -34,6 +36,8 @@ def _precision(name: str) -> str:
 
 ModelName = Annotated[str, AfterValidator(_model)]
 PrecisionName = Annotated[str, AfterValidator(_precision)]
+HeadName = Annotated[str, AfterValidator(check_head)]
+EmbeddingsName = Annotated[str, AfterValidator(check_embeddings)]
 
 
 NumbersOfThreads = Annotated[
@@ -96,6 +100,8 @@ class DecodeBench(Strict):
     prefill_tokens: list[Size] = []
     """Lengths of one prompt that is read alone; each a row."""
     threads: NumbersOfThreads = [1]
+    heads: list[HeadName] = []
+    """Ways to store our packed model's output head (and embeddings, where they are one matrix); each a row more."""
     rounds: Size = 1
 
 
@@ -123,6 +129,44 @@ class AgreementBench(Strict):
     batch_rows: Size | None = None
 
 
+class HeadChoice(Strict):
+    """How a packed model stores its output head and embeddings; None: where they are one matrix, as the other, else as
+    the model has it."""
+
+    head: HeadName | None = None
+    embeddings: EmbeddingsName | None = None
+
+
+class HeadsBench(Strict):
+    """Packed models by what their head and embeddings are stored in, against both in BF16 (no clock)."""
+
+    model: ModelName
+    precision: PrecisionName = "NVFP4-W4A4KV4"
+    choices: list[HeadChoice] = Field(min_length=1)
+    text: str | None = None
+    """A file of running text, or `python`: the language reference that comes with Python; None: no text is read."""
+    text_tokens: Size = 4096
+    row_tokens: Size = 256
+    families: list[str] = []
+    """Problems that are answered and graded; none: no problems."""
+    prompts: Size = 100
+    max_new_tokens: Size = 200
+    batch_rows: Size | None = None
+
+
+class SpeculationBench(Strict):
+    """Responses to prompts with prompt lookup and without, one row."""
+
+    model: ModelName
+    precision: PrecisionName = "NVFP4-W4A4KV4"
+    head: HeadName | None = None
+    families: list[str] = Field(min_length=1)
+    prompts: Size = 10
+    max_new_tokens: Size
+    guesses: list[Annotated[int, Field(ge=1, le=63)]] = Field(min_length=1)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
 class EntropyBench(Strict):
     """Generation with and without collecting entropies."""
 
@@ -148,6 +192,8 @@ class Throughput(Strict):
     train_step: list[TrainStepBench] = []
     entropy: list[EntropyBench] = []
     agreement: list[AgreementBench] = []
+    heads: list[HeadsBench] = []
+    speculation: list[SpeculationBench] = []
     ring_bytes: int = Field(default=0, ge=0, le=10**12)
     """Bytes that rotating copies of weights may take, one copy at least; 0: twice what makes data cold, measured, as
     far as memory allows."""
@@ -156,10 +202,25 @@ class Throughput(Strict):
     free. Measures nothing, so it is not in the benchmark's name; each record says what was allowed and taken."""
     burst_ms: float = Field(default=2.0, gt=0)
 
+    def only(self, names: Sequence[str]) -> Throughput:
+        """These sections alone. Raises `ReqatError` for a name that is no section, or of which there is none."""
+        have = [name for name in SECTIONS if getattr(self, name)]
+        for name in names:
+            if name not in have:
+                raise unknown("section of the benchmark", name, have, where="--only")
+        left = {name: type(self).model_fields[name].get_default() for name in have if name not in names}
+        return self.model_copy(update=left)
+
     @property
     def id(self) -> str:
         """Names the benchmark's folder."""
         return f"throughput-{digest(self, 12)}"
+
+
+SECTIONS = (
+    "linear", "attention", "fake_quantize", "table", "sem_loss", "decode", "train_step", "entropy", "agreement",
+    "heads", "speculation",
+)  # fmt: skip
 
 
 class ThroughputFile(Strict):

@@ -6,10 +6,13 @@ literature; the first token of a block is given, all others are predicted.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reqat.config.errors import ReqatError
+from reqat.config.files import read_text
 from reqat.data.packing import PackedRows, pack
 from reqat.data.tokenizer import PAD
 from reqat.data.traces import Trace
@@ -42,6 +45,21 @@ def text_tokenizer(text: str, vocabulary: int) -> PreTrainedTokenizerFast:
             "below 257), or take more text"
         )
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, clean_up_tokenization_spaces=False)
+
+
+def running_text(source: str) -> tuple[str, str]:
+    """A text and its sha256: of a file, or ``python``, the language reference that comes with Python (``pydoc_data``).
+
+    That is English prose and code of some hundred pages, in every installation, and the same in every one of a version.
+    Raises ReqatError for a file that is missing or not UTF-8.
+    """
+    if source == "python":
+        from pydoc_data.topics import topics
+
+        text = "\n\n".join(topics[name] for name in sorted(topics))
+    else:
+        text = read_text(Path(source), "text", "name another file, or python")
+    return text, hashlib.sha256(text.encode()).hexdigest()
 
 
 def blocks(ids: Sequence[int], length: int, count: int | None = None) -> list[list[int]]:

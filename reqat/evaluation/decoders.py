@@ -65,6 +65,8 @@ class Decoder:
     generate: Callable[[Tensor, int], Steps]
     weight_bytes: int
     cache_bytes: Callable[[Any], int | None]
+    bits: tuple[float, float, float] | None = None
+    """Bits a number, scales included, of the decoder's matrices, the output head and the embeddings."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,10 @@ class ServedDecoders:
         """Build an entry; returns the bytes of its weights. Raises what it raises."""
         self._made[which] = self._entries[which].make(ids)
         return self._made[which].weight_bytes
+
+    def bits(self, which: int) -> tuple[float, float, float] | None:
+        """Of an entry that was built, :attr:`Decoder.bits`."""
+        return self._made[which].bits
 
     def generate(self, which: int, ids: Tensor, tokens: int, threads: int) -> Steps:
         """A generation with so many threads. Raises Moved if the process may not use the CPUs that it began with."""

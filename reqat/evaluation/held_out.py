@@ -100,7 +100,7 @@ def likelihood_sums(
             theirs_NV = torch.cat([logits_NV for _, logits_NV, _ in forced_logits(reference, rows, autocast)])
             nll, kl = [], []
             for first, logits_NV, tokens_N in forced_logits(model, rows, autocast):
-                nll_N, kl_N = _compared(theirs_NV[first : first + len(logits_NV)], logits_NV, tokens_N)
+                nll_N, kl_N = compared(theirs_NV[first : first + len(logits_NV)], logits_NV, tokens_N)
                 nll.append(nll_N.cpu())
                 kl.append(kl_N.cpu())
             lengths = [len(response) for _, response in rows]
@@ -118,7 +118,7 @@ def likelihood_sums(
     return found
 
 
-def _compared(theirs_NV: Tensor, logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+def compared(theirs_NV: Tensor, logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each token, and the divergence from the reference's logits; float64 [N]."""
     log_q_NV = logits_NV.double().log_softmax(dim=-1)
     log_p_NV = theirs_NV.double().log_softmax(dim=-1)

@@ -3,7 +3,8 @@
 Needs the optional package llama-cpp-python and a model that comes as a GGUF file (``package:NAME``): metadata and
 tokenizer are copied from there, the weights are dequantized and rounded anew to BF16, Q4_0 and MXFP4 by the gguf
 package. Matrices of the decoder take that type; embedding and lm_head are BF16 in the BF16 file and Q8_0 in the 4-bit
-ones, close to what llama.cpp's own converter leaves them in. Its KV cache is float16, its default.
+ones, close to what llama.cpp's own converter leaves them in. Once more with every matrix in Q4_0, for comparison with
+a packed model whose head and embeddings are in four bits, too. Its KV cache is float16, its default.
 
 Called one token at a time through ``eval`` like a program that samples for itself; the next token is the largest logit.
 """
@@ -14,6 +15,7 @@ import copy
 import importlib.util
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,10 @@ from reqat.config.files import beside, unique
 from reqat.evaluation.decoders import Decoder, Entry, Steps
 from reqat_kernels.bench.machine import waited_ns
 
-TYPES = ("BF16", "Q4_0", "MXFP4")
+#: Name of a file -> types of the decoder's matrices, and of embedding and lm_head.
+TYPES = {"BF16": ("BF16", "BF16"), "Q4_0": ("Q4_0", "Q8_0"), "Q4_0-all": ("Q4_0", "Q4_0"), "MXFP4": ("MXFP4", "Q8_0")}
+#: Bits a number, with its share of the scale.
+BITS = {"BF16": 16.0, "Q8_0": 8.5, "Q4_0": 4.5, "MXFP4": 4.25}
 NAME = "llama.cpp"
 
 
@@ -51,7 +56,8 @@ def entries(path: str, scratch: Path, skipped: list[str], *, context: int) -> li
             scratch.mkdir(parents=True, exist_ok=True)
             if not target.is_file():
                 convert(source, target, name)
-            return _decoder(target, context)
+            body, outer = TYPES[name]
+            return replace(_decoder(target, context), bits=(BITS[body], BITS[outer], BITS[outer]))
 
         # A process for each type: one that crashes leaves the others alone.
         return Entry(
@@ -62,16 +68,18 @@ def entries(path: str, scratch: Path, skipped: list[str], *, context: int) -> li
 
 
 def _format(type_name: str) -> str:
-    return "BF16" if type_name == "BF16" else f"{type_name} W4A8"
+    if type_name == "BF16":
+        return "BF16"
+    body, outer = TYPES[type_name]
+    return f"{body} W4A8" + (f", head {outer}" if outer == body else "")
 
 
 def convert(source: Path, target: Path, type_name: str) -> None:
-    """Write a copy of a GGUF file whose decoder matrices are of one type (see the module). Whole or not at all."""
+    """Write a copy of a GGUF file with the matrices' types of an entry of TYPES. Whole or not at all."""
     import gguf
 
     reader = gguf.GGUFReader(source)
-    kind = gguf.GGMLQuantizationType[type_name]
-    outer = kind if type_name == "BF16" else gguf.GGMLQuantizationType.Q8_0
+    kind, outer = (gguf.GGMLQuantizationType[name] for name in TYPES[type_name])
     partial = unique(beside(target, "partial"))
     try:
         _write_gguf(reader, partial, kind, outer)
@@ -113,8 +121,7 @@ def rounded(reference: Any, type_name: str) -> Any:
     """
     import gguf
 
-    kind = gguf.GGMLQuantizationType[type_name]
-    outer = kind if type_name == "BF16" else gguf.GGMLQuantizationType.Q8_0
+    kind, outer = (gguf.GGMLQuantizationType[name] for name in TYPES[type_name])
     model: Any = copy.deepcopy(reference)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:

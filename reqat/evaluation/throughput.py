@@ -36,6 +36,7 @@ from reqat.evaluation.decoders import (
 )
 from reqat.inference import memory, pack
 from reqat.models import calibrate_static, load_model, prepare
+from reqat.models.adapters import blocks_of
 from reqat.models.folder import CheckpointNotFoundError, weight_headers
 from reqat.models.loading import PACKAGE, local_folder, package_gguf
 from reqat_kernels.bench.machine import Bandwidth, Neighbours, waited_ns
@@ -59,10 +60,12 @@ SEED = 6
 _GLOBAL_SCALE = "static"
 
 _EAGER_TOKENS = 2048
+_SIZES = {False: ("out_features", "in_features"), True: ("num_embeddings", "embedding_dim")}
 _PREFILL_ROUNDS = 3  # a prompt is one sample
 # Side by side: the reference in float32 and a rounded copy of it (8), transformers' bfloat16 (2), the packed model and
-# what it is made from (3), llama.cpp's three files (3); loading one more of them in float32 (4).
+# what it is made from (3, see below), llama.cpp's four files (3); loading one more of them in float32 (4).
 _BYTES_A_PARAMETER = 20
+_BYTES_A_PACKED_PARAMETER = 3  # of each packed model beyond the first
 
 
 class _Clock:
@@ -144,7 +147,9 @@ def transformers_entries(path: str, prompt_tokens: int, skipped: list[str]) -> l
             return timed_generate(model(), ids, tokens)
 
         def make(_: Tensor) -> Decoder:
-            return Decoder(generate, allocated_bytes(*model().parameters(), *model().buffers()), allocated_bytes)
+            return Decoder(
+                generate, allocated_bytes(*model().parameters(), *model().buffers()), allocated_bytes, (16,) * 3
+            )
 
         return Entry(f"transformers, {attention}", "BF16", make, library="transformers")
 
@@ -159,8 +164,27 @@ def transformers_entries(path: str, prompt_tokens: int, skipped: list[str]) -> l
     return found
 
 
-def packed_entry(path: str, precision: str) -> Entry:
-    """Our packed model, held against the same model fake-quantized; both are calibrated on the prompt of the check."""
+def bits(model: Any) -> tuple[float, float, float]:
+    """Bits a number, scales included, of a model's decoder matrices, its output head and its embeddings, as stored."""
+
+    def of(module: Any) -> float:
+        stored = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        rows, columns = (getattr(module, name) for name in _SIZES[hasattr(module, "embedding_dim")])
+        return 8 * sum(tensor.nbytes for tensor in stored if tensor.ndim) / (rows * columns)
+
+    inner = [part for block in blocks_of(model) for part in block.module.modules() if hasattr(part, "out_features")]
+    numbers = sum(part.out_features * part.in_features for part in inner)
+    outside = (model.get_output_embeddings(), model.get_input_embeddings())
+    found = (8 * memory(model).linear_bytes / numbers, *(of(module) for module in outside))
+    return tuple(round(number, 2) for number in found)  # type: ignore[return-value]
+
+
+def packed_entry(path: str, precision: str, head: str | None = None) -> Entry:
+    """Our packed model, held against the same model fake-quantized; both are calibrated on the prompt of the check.
+
+    ``head``: as for :func:`reqat.pack`, of embeddings that are tied to it, too. The fake-quantized model's head and
+    embeddings stay in bfloat16: what four bits there change is measured in :mod:`reqat.evaluation.heads`.
+    """
 
     def prepared(ids: Tensor) -> Any:
         model: Any = load_model(path, dtype=torch.bfloat16)
@@ -169,19 +193,22 @@ def packed_entry(path: str, precision: str) -> Entry:
         return model
 
     def make(ids: Tensor) -> Decoder:
-        packed: Any = pack(prepared(ids))
+        packed: Any = pack(prepared(ids), head=head)
         return Decoder(
             lambda ids, tokens: timed_generate(packed, ids, tokens),
             memory(packed).total_bytes,
             lambda cache: int(memory(packed, cache).cache_bytes),
+            bits(packed),
         )
 
-    return Entry("reqat.pack", precision, make, lambda _, ids: prepared(ids), "reqat", ours=True)
+    name = precision if head is None else f"{precision}, head {head}"
+    return Entry("reqat.pack", name, make, lambda _, ids: prepared(ids), "reqat", ours=True)
 
 
-def model_bytes(path: str, cached_tokens: int) -> int:
-    """Bytes of memory that :func:`measure_decoding` takes at most for the models of its processes, and for a cache of
-    so many tokens. An estimate from above, made of the sizes in the headers of the weights' files."""
+def model_bytes(path: str, cached_tokens: int, packed: int = 1) -> int:
+    """Bytes of memory that :func:`measure_decoding` takes at most for the models of its processes, ``packed`` packed
+    ones among them, and for a cache of so many tokens. An estimate from above, made of the sizes in the headers of the
+    weights' files."""
     if path.startswith(PACKAGE):
         import gguf
 
@@ -192,10 +219,10 @@ def model_bytes(path: str, cached_tokens: int) -> int:
     # Of a decoder as wide and deep as this: a layer has some 7 matrices, keys and values are no wider than its input.
     width = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
     layers = sum(len(shape) == 2 for shape in shapes) / 7
-    processes = 3 + len(llama_cpp.TYPES)  # the reference's, transformers', ours
-    return round(
-        processes * WORKER_BYTES + _BYTES_A_PARAMETER * parameters + 3 * 2 * 2 * layers * width * cached_tokens
-    )
+    # The reference's process, transformers', llama.cpp's, and one of ours for all heads.
+    processes = 3 + len(llama_cpp.TYPES)
+    of_models = (_BYTES_A_PARAMETER + _BYTES_A_PACKED_PARAMETER * (packed - 1)) * parameters
+    return round(processes * WORKER_BYTES + of_models + 3 * 2 * 2 * layers * width * cached_tokens)
 
 
 @dataclass(eq=False)
@@ -206,6 +233,7 @@ class _Contender:
     which: int
     worker: Worker
     weight_bytes: int = 0
+    bits: tuple[float, float, float] | None = None
     samples: dict[tuple[int, int], list[Steps]] = field(default_factory=dict)
     prompts: dict[tuple[int, int], list[Steps]] = field(default_factory=dict)
     """By (threads, tokens of the prompt)."""
@@ -224,6 +252,7 @@ def measure_decoding(
     output_tokens: Sequence[int],
     prefill_tokens: Sequence[int] = (),
     threads: Sequence[int] = (1,),
+    heads: Sequence[str] = (),
     rounds: int = 1,
     probe: Roofline,
     scratch: Path | None = None,
@@ -241,6 +270,7 @@ def measure_decoding(
         output_tokens: a row for each, from generations of the longest.
         prefill_tokens: lengths of one prompt; a row of kernel ``prefill`` for each, from the prompt to the first token.
         threads: rows for each number of threads.
+        heads: ways to store our packed model's output head, each an entry beside the one in bfloat16.
         scratch: folder for the files that llama.cpp reads its weights from; None: llama.cpp is left out.
         say: told what is being measured.
         peak: told the bytes that all processes hold together, whenever that may have grown.
@@ -256,7 +286,7 @@ def measure_decoding(
         check_threads(n)
     out, longest = Result(), max(output_tokens)
     entries = [*transformers_entries(path, max([prompt_tokens, *prefill_tokens]), out.skipped)]
-    entries.append(packed_entry(path, precision))
+    entries += [packed_entry(path, precision, head) for head in (None, *heads)]
     if scratch is not None:
         context = max(prompt_tokens + max(longest, CHECKED_TOKENS), 1 + max(prefill_tokens, default=0))
         entries += llama_cpp.entries(path, scratch, out.skipped, context=context)
@@ -308,6 +338,7 @@ def measure_decoding(
 
             def ready(contender: _Contender = contender) -> None:
                 contender.weight_bytes = contender.worker("prepare", contender.which, checked)
+                contender.bits = contender.worker("bits", contender.which)
                 chosen = [contender.generate(checked, CHECKED_TOKENS, n).tokens for n in threads]
                 judge("judge", contender.which, checked, chosen)
 
@@ -434,6 +465,7 @@ def _timed(
         "roofline_fraction": math.nan,
         "cold": bandwidth.is_cold(contender.weight_bytes),
         "ours": entry.ours,
+        "bits": None if contender.bits is None else " / ".join(f"{number:g}" for number in contender.bits),
         "weight_bytes": contender.weight_bytes,
         "ring_bytes": contender.weight_bytes,
         "ring_gb_per_s": bandwidth.rate(contender.weight_bytes) / 1e9,

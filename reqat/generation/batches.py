@@ -124,7 +124,7 @@ def generate(
             positions or sliding window, a sampled policy with a repeated (seed, row key), or logits that are not
             finite.
     """
-    eos_ids = _check(model, tokenizer, prompts, seeds, row_keys, decoding, max_new_tokens, eos_id, batch_rows)
+    eos_ids = check_arguments(model, tokenizer, prompts, seeds, row_keys, decoding, max_new_tokens, eos_id, batch_rows)
     if not prompts:
         return []
     if kept is not None and processors:
@@ -174,7 +174,7 @@ def _read_batch(file: Path) -> list[Generation]:
         raise ReqatError(f"{file}: not a kept batch ({error}); {remedy}.") from None
 
 
-def _check(
+def check_arguments(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     prompts: Sequence[Sequence[int]],
@@ -309,7 +309,7 @@ class RunningBatch:
         self._wants_fixed_steps = _wants_fixed_steps(model)
         if not ragged:
             position_UP = position_UP[:1]
-        self.logits = self._forward(ids_UP.to(self.device), position_UP.to(self.device), self._as_4d(prompt_mask))
+        self.logits = self._forward(ids_UP.to(self.device), position_UP.to(self.device), self._as_4d(prompt_mask))[:, 0]
         if len(distinct) < len(prompts):
             of_row_B = of_row_B.to(self.device)
             self._select_cache_rows(of_row_B)
@@ -326,8 +326,8 @@ class RunningBatch:
             return torch.where(mask, torch.zeros((), dtype=dtype), torch.finfo(dtype).min)
         return mask
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Append ``ids`` [B, Q] to the cache; the float32 logits that follow the last, [B, V]."""
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, keep: int = 1) -> Tensor:
+        """Append ``ids`` [B, Q] to the cache; the float32 logits that follow the last ``keep``, [B, keep, V]."""
         with _autocast(self.device, self.autocast):
             out = self.model(
                 input_ids=ids,
@@ -335,9 +335,9 @@ class RunningBatch:
                 position_ids=positions,
                 past_key_values=self.past,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=keep,
             )
-        return out.logits[:, -1].float()
+        return out.logits[:, -keep:].float()
 
     def step(self, tokens_B: Tensor) -> None:
         """Feed one token a row; ``logits`` then follow it."""
@@ -347,7 +347,7 @@ class RunningBatch:
             self.logits = fixed(tokens_B)
         else:
             mask = None if self.rows_mask is None else self._as_4d(self.rows_mask[:, : self.length])
-            self.logits = self._forward(tokens_B[:, None], self.position_B1, mask)
+            self.logits = self._forward(tokens_B[:, None], self.position_B1, mask)[:, 0]
         self.position_B1 = self.position_B1 + 1
 
     def _fixed(self) -> DecodeStep | None:
@@ -368,6 +368,22 @@ class RunningBatch:
             autocast=lambda: _autocast(self.device, self.autocast),
         )
         return self._fixed_step
+
+    def step_tokens(self, tokens: Sequence[int]) -> Tensor:
+        """Feed several tokens to the only row; the logits that follow each, [T, V]."""
+        self._fixed_step, self._wants_fixed_steps = None, False  # those are for a token at a time
+        ids_1T = torch.tensor([tokens], device=self.device)
+        positions = self.position_B1 + torch.arange(len(tokens), device=self.device)
+        self.length += len(tokens)
+        self.position_B1 = self.position_B1 + len(tokens)
+        return self._forward(ids_1T, positions, None, keep=len(tokens))[0]
+
+    def forget(self, tokens: int) -> None:
+        """Take the last ``tokens`` out of the cache, as if they had not been fed."""
+        if tokens:
+            self.past.crop(-tokens)
+        self.length -= tokens
+        self.position_B1 = self.position_B1 - tokens
 
     def select_rows(self, index: Tensor) -> None:
         """Go on with the rows ``index`` alone (after the tokens of this step were chosen, before they are fed)."""

@@ -18,7 +18,7 @@ backend notes it on the device, and the host looks once, at the end of the block
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -55,6 +55,19 @@ class States(Protocol):
         """A copy with these batch rows."""
 
 
+class Table(Protocol):
+    """A matrix of the vocabulary [N, K], an output head or embeddings, in a backend's own order."""
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Rows ``ids`` [...] as numbers, float32 [..., K]; reads no others."""
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """``x @ W.T`` for x [M, K], float32 [M, N]; x as it is or ``rounded`` to int8, a row at a time."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The memory behind it, by name."""
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the next token of each row goes in a cache and how many tokens the row has with it, int64 [B] each.
@@ -84,6 +97,16 @@ class Backend(Protocol):
     max_decode_tokens: int
     """New tokens a call up to which :meth:`attend` reads the packed cache; beyond, dequantizing it once is faster."""
 
+    own_heads: Mapping[torch.dtype, str]
+    """By a model's type, the name that :meth:`table` takes for a head that nobody chose anything for; of types that
+    are not there the head stays transformers' own."""
+
+    def check_table(self, name: str) -> None:
+        """Raise ReqatError unless there are kernels for a head of this name (:data:`reqat.config.vocabulary.HEADS`)."""
+
+    def table(self, weight: Tensor, name: str) -> Table:
+        """``weight`` [N, K], float32 or bfloat16, stored as ``name`` says; whole blocks of K."""
+
     def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """Whether linear layers of these formats have a kernel; ``inputs`` None: not quantized."""
 
@@ -97,7 +120,7 @@ class Backend(Protocol):
         """The memory behind a packed weight, by name."""
 
     def tune(self, weights: Sequence[Any], inputs: Format | None) -> None:
-        """Measure, where it pays, what is best on this machine for a model of these packed weights; no result changes."""
+        """Measure, where it pays, what is best on this machine for these packed weights; no result changes."""
 
     def quantize_input(self, x: Tensor, how: InputQuantSpec) -> Any:
         """``x`` [..., K] rotated and rounded, as :meth:`linear` takes it. Raises ValueError for NaN or infinity."""

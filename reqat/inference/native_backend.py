@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from reqat.config import machine
+from reqat.config.vocabulary import stored_as
 from reqat.formats import Format, QuantizedTensor
-from reqat.inference.backend import InputQuantSpec, Places
+from reqat.inference.backend import InputQuantSpec, Places, Table
+from reqat.inference.native_tables import Bf16Table, Float32Table, Fp4Table, Int8Table
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native import attention as native_attention
 from reqat_kernels.native import gemm as native_gemm
@@ -21,6 +24,19 @@ class NativeBackend:
 
     name = "native"
     max_decode_tokens = 8
+    own_heads = {torch.bfloat16: "BF16", torch.float32: "FP32"}
+
+    def check_table(self, name: str) -> None:
+        """Every choice has a kernel."""
+
+    def table(self, weight: Tensor, name: str) -> Table:
+        """Dense, int8 or packed FP4; an input rounded or not changes nothing of it."""
+        stored = stored_as(name)
+        if stored == "FP32":
+            return Float32Table(weight.detach())
+        if stored == "BF16":
+            return Bf16Table(weight.detach())
+        return Int8Table(weight.detach()) if stored == "INT8" else Fp4Table(weight.detach(), stored)
 
     def supports(self, weights: Format, inputs: Format | None, in_features: int) -> bool:
         """FP4 weights; inputs at 16 bits, or FP4 in blocks of the same size. Ragged ends are padded."""

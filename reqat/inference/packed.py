@@ -29,7 +29,8 @@ from reqat.config.errors import ReqatError
 from reqat.inference.backends import Choice, backend_for
 from reqat.inference.packed_cache import PackedCache
 from reqat.inference.packed_decoder import native_decoder
-from reqat.inference.packed_linear import Bf16LMHead, PackedInput, PackedLinear
+from reqat.inference.packed_linear import PackedInput, PackedLinear, PackedModule
+from reqat.inference.vocabulary import check_choice, pack_vocabulary
 from reqat.models.adapters import blocks_of, cached_attentions
 from reqat.models.linear import InputQuantizer, quant_linears
 from reqat.models.prepare import freeze, precision_of
@@ -52,20 +53,40 @@ class Memory:
 
 
 @torch.no_grad()
-def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
+def pack(
+    model: PreTrainedModel, backend: Choice = "auto", *, head: str | None = None, embeddings: str | None = None
+) -> PreTrainedModel:
     """Turn a prepared ``model`` into one whose weights and cache take four bits, in place; returns it. Idempotent.
 
     Freezes it first, if need be. Linear layers whose format has no kernel (INT4, AMXFP4; weights left at 16 bits) stay
-    as they are, frozen. ``backend``: ``native`` kernels on a CPU, ``triton`` ones on a CUDA device, or by the model's
-    device (``auto``). Raises ReqatError for a model that was not prepared, that lies on a device without kernels or on
-    several; static scales must be calibrated before.
+    as they are, frozen.
+
+    Args:
+        model: prepared; static scales must be calibrated before.
+        backend: ``native`` kernels on a CPU, ``triton`` ones on a CUDA device, or by the model's device (``auto``).
+        head: how the output head is stored: ``BF16``, ``INT8`` (a scale a row), ``NVFP4`` or ``MXFP4``, its input not
+            rounded; with ``-A8`` behind the last three, the input is rounded to int8 a token at a time. None: as the
+            model has it (float32 or bfloat16).
+        embeddings: the same of the embeddings, without ``-A8``; of a row the numbers that are looked up are those that
+            the head multiplies. None: as the model has them.
+
+    Where head and embeddings are one matrix (tied), a choice for one holds for both, and the matrix is stored once; two
+    different choices store it twice, with a warning. Raises ReqatError for a model that was not prepared, that lies on
+    a device without kernels or on several, for an unknown choice or one that does not fit the model or the backend, and
+    for a choice for a model that is packed already.
     """
     precision = precision_of(model)
     if precision is None:
         raise ReqatError("pack needs a prepared model: call prepare(model, precision) first")
     precision.check_packable("a packed model")
     if is_packed(model):
+        if (head, embeddings) != (None, None):
+            raise ReqatError(
+                f"head={head!r}, embeddings={embeddings!r}: the model is packed already and stays as it is: load the "
+                "frozen model and choose when it is packed"
+            )
         return model
+    check_choice(model, head, embeddings)
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1:
         names = ", ".join(sorted(map(str, devices)))
@@ -75,6 +96,9 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
     if uncalibrated:
         raise ReqatError(f"{uncalibrated[0]}: its static scale is not calibrated; run calibrate_static(model, batches)")
     _check_served(model)
+    for chosen in (head, embeddings):
+        if chosen is not None:
+            kernels.check_table(chosen)
     freeze(model)
     fmt = precision.weights
     linears = {} if fmt is None else quant_linears(model)
@@ -100,13 +124,11 @@ def pack(model: PreTrainedModel, backend: Choice = "auto") -> PreTrainedModel:
         model.register_forward_pre_hook(_use_packed_cache, with_kwargs=True)
         if kernels.name == "native":
             native_decoder(model)
-    head = model.get_output_embeddings()
-    half = isinstance(head, nn.Linear) and head.bias is None and head.weight.dtype == torch.bfloat16
-    if kernels.name == "native" and isinstance(head, nn.Linear) and half:
-        model.set_output_embeddings(Bf16LMHead(head))
+    pack_vocabulary(model, kernels, head, embeddings)
     model._reqat_packed = True  # type: ignore[assignment]
     # Before any part is moved: a refusal in the middle would leave half of the model elsewhere.
     model._apply = partial(_checked_apply, model)  # type: ignore[method-assign]
+    model.tie_weights = _stays_tied  # type: ignore[method-assign]
     return model
 
 
@@ -135,9 +157,14 @@ def _tell(model: Any, args: tuple[Any, ...], out: Any) -> None:
 
 def _checked_apply(model: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, PackedLinear):
+        if isinstance(module, PackedModule):
             module.check_conversion(fn)
     return type(model)._apply(model, fn, recurse)
+
+
+def _stays_tied(*args: Any, **kwargs: Any) -> None:
+    """In place of ``tie_weights``, which would look for the dense matrices: head and embeddings share what they read
+    since they were packed, or were stored apart by choice."""
 
 
 def is_packed(model: nn.Module) -> bool:

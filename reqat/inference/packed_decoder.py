@@ -1,13 +1,14 @@
-"""A packed model's decoder that takes one token a row in a single native call.
+"""A packed model's decoder that takes one token a row, or a few, in a single native call.
 
 Which decoders qualify is found by what they are, as everywhere in this package, and then by trial: the decoder's own
 modules and the native call take the same few tokens through one layer, and only if the results agree is the native call
 used. A decoder of any other build goes on through its modules, and so does any call that asks for something else than
-one token a row over a packed cache, hidden states or attention weights for example.
+a few tokens over a filled packed cache, hidden states or attention weights for example. Several tokens a row are those
+that speculation guesses; with ``row`` and ``static`` global scales each gets the same bits as in a step of its own.
 
-Forward hooks on modules inside the decoder see what goes through modules: prompts, and not the single tokens after
-them. In a bfloat16 model the modules round after each operation and the native call after each layer, so they are about
-as far from each other as either is from the same model in float32.
+Forward hooks on modules inside the decoder see what goes through modules: prompts, and not the tokens after them. In a
+bfloat16 model the modules round after each operation and the native call after each layer, so they are about as far
+from each other as either is from the same model in float32.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class NativeDecoder:
         """The decoder's output, and its new token in the cache; arguments are those of the decoder."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         states = None
-        if given is not None and given.shape[1] == 1 and not any(_asks(*argument) for argument in kwargs.items()):
-            states = self._states(past_key_values, len(given), attention_mask, position_ids)
+        if given is not None and not any(_asks(*argument) for argument in kwargs.items()):
+            states = self._states(past_key_values, *given.shape[:2], attention_mask, position_ids)
         if states is None:
             return self.own(
                 input_ids=input_ids,
@@ -74,12 +75,14 @@ class NativeDecoder:
             "model, then pack"
         )
 
-    def _states(self, cache: Any, rows: int, mask: Any, position_ids: Tensor | None) -> list[PackedCacheLayer] | None:
-        """The layers of the cache, with room for one more token; None where the native call cannot take it."""
+    def _states(
+        self, cache: Any, rows: int, tokens: int, mask: Any, position_ids: Tensor | None
+    ) -> list[PackedCacheLayer] | None:
+        """The layers of the cache, with room for the new tokens; None where the native call cannot take them."""
         config, norm = self.parts.module.config, self.parts.norm.weight
         if (
             type(cache) is not PackedCache
-            or rows > MOST_ROWS
+            or not 0 < rows * tokens <= MOST_ROWS
             or norm.dtype not in (torch.float32, torch.bfloat16)
             or (torch.is_grad_enabled() and norm.requires_grad)
             or getattr(config, "output_hidden_states", False)
@@ -91,42 +94,42 @@ class NativeDecoder:
         if not all(layer.is_initialized for layer in states):
             return None
         length = states[0].length
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, length + 1)):
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != (rows, length + tokens)):
             return None
-        if position_ids is not None and position_ids.shape not in ((rows, 1), (1, 1)):
+        if position_ids is not None and position_ids.shape not in ((rows, tokens), (1, tokens)):
             return None
         for layer in states:
-            layer.reserve(1, rows)
+            layer.reserve(tokens, rows)
         return states
 
     @torch.no_grad()
     def _decode(
-        self, x_B1C: Tensor, mask_BS: Tensor | None, position_ids: Tensor | None, states: list[PackedCacheLayer]
+        self, embedded_BTC: Tensor, mask_BS: Tensor | None, position_ids: Tensor | None, states: list[PackedCacheLayer]
     ) -> Tensor:
-        length = states[0].length
+        length, tokens = states[0].length, embedded_BTC.shape[1]
         if position_ids is None:
-            position_ids = torch.full((1, 1), length, dtype=torch.long, device=x_B1C.device)
-        cos_BD, sin_BD = (part[:, 0].float() for part in self.parts.rotary(x_B1C, position_ids))
+            position_ids = torch.arange(length, length + tokens, dtype=torch.long, device=embedded_BTC.device)[None]
+        cos_BTD, sin_BTD = (part.float() for part in self.parts.rotary(embedded_BTC, position_ids))
         if mask_BS is not None:
             mask_BS = mask_BS.bool()
             mask_BS = None if bool(mask_BS.all()) else mask_BS.contiguous()
-        x_BC = x_B1C[:, 0].to(torch.float32, copy=True).contiguous()
+        x_BTC = embedded_BTC.to(torch.float32, copy=True).contiguous()
         failed = self.stack.step(
-            x_BC,
-            cos_BD.contiguous(),
-            sin_BD.contiguous(),
+            x_BTC,
+            cos_BTD.contiguous(),
+            sin_BTD.contiguous(),
             [(layer.packed_keys, layer.packed_values) for layer in states],  # type: ignore[misc]
             length,
             mask_BS,
-            half=x_B1C.dtype == torch.bfloat16,
+            half=embedded_BTC.dtype == torch.bfloat16,
         )
         if failed is not None:
             layer, part = failed
             name = self.parts.blocks[layer].name
             raise ReqatError(f"{name}: its {part} holds NaN or infinity; the model has diverged on this input")
         for cached in states:
-            cached.length += 1
-        out: Tensor = self.parts.norm(x_BC.to(x_B1C.dtype)[:, None])
+            cached.length += tokens
+        out: Tensor = self.parts.norm(x_BTC.to(embedded_BTC.dtype))
         return out
 
 

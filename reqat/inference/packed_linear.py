@@ -16,8 +16,6 @@ from reqat.config.errors import ReqatError
 from reqat.inference.backend import Backend, InputQuantSpec
 from reqat.models.linear import InputQuantizer, QuantLinear
 from reqat.quant import Precision
-from reqat_kernels.native.dense import dense_bf16
-from reqat_kernels.native.gemm import allocate
 
 
 class PackedInput(InputQuantizer):
@@ -35,23 +33,18 @@ class PackedInput(InputQuantizer):
         return self.backend.quantize_input(x, how)
 
 
-class PackedLinear(nn.Module):
-    """``y = Q(x) W^T + b`` with W [N, K] packed; x [..., K]. Inference only."""
+class PackedModule(nn.Module):
+    """A module whose numbers lie where kernels read them: it is not moved, converted, copied, saved or loaded."""
 
-    def __init__(self, linear: QuantLinear, inputs: PackedInput, buffer: Tensor | None = None) -> None:
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.name = linear.in_features, linear.out_features, linear.name
-        self.backend = inputs.backend
-        self.packed = self.backend.pack_weight(linear.quantize_weight(), buffer)
-        for name, tensor in self.backend.tensors(self.packed).items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.bias = linear.bias
-        self.input_quantizer = inputs
+        self.name = name
         self.train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The product, in x's dtype."""
-        return self.backend.linear(self.input_quantizer(x, self), self.packed, self.bias)
+    def keep(self, tensors: dict[str, Tensor]) -> None:
+        """Register what a kernel reads as buffers, so that memory is counted and a conversion noticed."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def check_conversion(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Raise ReqatError if ``fn`` would move or convert the codes; nothing is changed."""
@@ -64,7 +57,7 @@ class PackedLinear(nn.Module):
                     f"to become {new.dtype} on {new.device}: load the frozen model, move or convert it, then pack it"
                 )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         self.check_conversion(fn)
         return super()._apply(fn, recurse)
 
@@ -85,25 +78,23 @@ class PackedLinear(nn.Module):
             f"{self.name}: a packed model takes no state dict: load it into the prepared model, then pack that"
         )
 
+
+class PackedLinear(PackedModule):
+    """``y = Q(x) W^T + b`` with W [N, K] packed; x [..., K]. Inference only."""
+
+    def __init__(self, linear: QuantLinear, inputs: PackedInput, buffer: Tensor | None = None) -> None:
+        super().__init__(linear.name)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.backend = inputs.backend
+        self.packed = self.backend.pack_weight(linear.quantize_weight(), buffer)
+        self.keep(self.backend.tensors(self.packed))
+        self.bias = linear.bias
+        self.input_quantizer = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product, in x's dtype."""
+        return self.backend.linear(self.input_quantizer(x, self), self.packed, self.bias)
+
     def extra_repr(self) -> str:
         """Shape and size, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packed.nbytes:,} bytes"
-
-
-class Bf16LMHead(nn.Module):
-    """The output head of a packed model in bfloat16: never quantized, read at the speed of memory, float32 logits.
-
-    Moves the weight into huge pages, where it takes two thirds of the time to read.
-    """
-
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features = head.in_features, head.out_features
-        self.weight = head.weight  # the embedding's own, where they are tied
-        moved = allocate(self.weight.nbytes).view(self.weight.dtype).view(self.weight.shape)
-        self.weight.data = moved.copy_(self.weight.data)
-        self.train(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T``, float32: x [..., K]."""
-        return dense_bf16(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], self.out_features)

@@ -6,15 +6,18 @@ Imported only where it is used, because it imports triton.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from reqat.formats import Format, PackedTensor, QuantizedTensor, quantize
-from reqat.inference.backend import InputQuantSpec, Places
+from reqat.config.errors import ReqatError
+from reqat.config.vocabulary import ROUNDED, stored_as
+from reqat.formats import Format, PackedTensor, QuantizedTensor, get_format, quantize
+from reqat.inference.backend import InputQuantSpec, Places, Table
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.triton import append as triton_append
 from reqat_kernels.triton import attention as triton_attention
@@ -32,6 +35,49 @@ class _Deferred(threading.local):
         self.flags: dict[torch.device, FiniteFlag] = {}
 
 
+@dataclass(frozen=True)
+class _DenseTable:
+    """A matrix of the vocabulary in bfloat16."""
+
+    weight: Tensor
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """As they are."""
+        return self.weight[ids].float()
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """Of x in bfloat16."""
+        assert not rounded
+        return F.linear(x.bfloat16(), self.weight).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """One piece."""
+        return {"weight": self.weight}
+
+
+@dataclass(frozen=True)
+class _Fp4Table:
+    """A matrix of the vocabulary in FP4, row after row."""
+
+    weight: PackedTensor
+
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """Dequantized, in PyTorch."""
+        w, at = self.weight, ids.reshape(-1)
+        shape = torch.Size((len(at), w.shape[1]))
+        rows = replace(w, packed=w.packed[at], scales=w.scales[at], shape=shape)
+        return rows.dequantize(torch.float32).view(*ids.shape, w.shape[1])
+
+    def times(self, x: Tensor, rounded: bool) -> Tensor:
+        """float32 sums; of bfloat16 inputs rounded to that type once."""
+        assert not rounded
+        return gemm.linear_w4a16(x if x.dtype in gemm.DTYPES else x.float(), self.weight).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Codes, scales and, in NVFP4, the global scale."""
+        return _parts(self.weight)
+
+
 class TritonBackend:
     """Triton kernels on CUDA tensors (or, in the interpreter, any).
 
@@ -43,6 +89,23 @@ class TritonBackend:
 
     name = "triton"
     max_decode_tokens = 8
+    own_heads: Mapping[torch.dtype, str] = {}
+
+    def check_table(self, name: str) -> None:
+        """FP4 with inputs that are not rounded, and bfloat16."""
+        if stored_as(name) == "INT8" or name.endswith(ROUNDED):
+            raise ReqatError(
+                f"head or embeddings {name!r}: the Triton kernels have no product with int8 weights or inputs: choose "
+                "BF16, NVFP4 or MXFP4, or run the model on a CPU"
+            )
+
+    def table(self, weight: Tensor, name: str) -> Table:
+        """FP4 through the weight-only GEMM, bfloat16 through PyTorch."""
+        self.check_table(name)
+        weight = weight.detach()
+        if name == "BF16":
+            return _DenseTable(weight.bfloat16())
+        return _Fp4Table(quantize(weight.float(), get_format(name)).pack())
 
     def __init__(self) -> None:
         self._deferred = _Deferred()
@@ -67,8 +130,7 @@ class TritonBackend:
 
     def tensors(self, weight: PackedTensor) -> dict[str, Tensor]:
         """Codes, scales and, in NVFP4, the global scale."""
-        parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
-        return {name: part for name, part in parts.items() if part is not None}
+        return _parts(weight)
 
     def tune(self, weights: Sequence[PackedTensor], inputs: Format | None) -> None:
         """Nothing: launches are chosen by the architecture, before anything runs."""
@@ -192,3 +254,8 @@ class TritonBackend:
 def _fused(fmt: Format) -> bool:
     """Whether the Triton quantizer writes this format of inputs."""
     return not fmt.adaptive and fmt.rounding == "even"
+
+
+def _parts(weight: PackedTensor) -> dict[str, Tensor]:
+    parts = {"codes": weight.packed, "scales": weight.scales, "global_scale": weight.global_scale}
+    return {name: part for name, part in parts.items() if part is not None}

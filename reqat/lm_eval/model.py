@@ -26,6 +26,7 @@ from reqat import __version__
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.policy import Decoding
 from reqat.config.precision import family
+from reqat.config.vocabulary import check_embeddings, check_head
 from reqat.data import with_bos
 from reqat.evaluation.loading import load_at
 from reqat.generation import generate
@@ -65,6 +66,7 @@ class ReqatLM(HFLM):
         precision: a name such as ``NVFP4-W4A4KV4``; None for the one that the folder was saved with, else BF16.
         kv_element, global_scale, rotation: options of the precision; those of the folder, or the usual ones, if None.
         packed: run in four bits (:func:`reqat.pack`) instead of fake-quantized.
+        head, embeddings: how a packed model stores these, as for :func:`reqat.pack`.
         decoding: a policy (``greedy``, ``sample(...)``, ``reset(...)``) in place of what the tasks ask for.
         reset: a file that ``reqat fit-reset`` wrote, in place of ``decoding``.
         seed: sampling seed of a problem's first response; its other ones follow.
@@ -85,6 +87,8 @@ class ReqatLM(HFLM):
         global_scale: str | None = None,
         rotation: int | None = None,
         packed: bool = False,
+        head: str | None = None,
+        embeddings: str | None = None,
         decoding: str | None = None,
         reset: str | None = None,
         seed: int = 0,
@@ -101,6 +105,12 @@ class ReqatLM(HFLM):
             raise ReqatError(f"--model_args packed={packed!r}: write True or False")
         if type(seed) is not int or seed < 0:
             raise ReqatError(f"--model_args seed={seed!r}: write a whole number, 0 or more")
+        check_head(head, "--model_args head")
+        check_embeddings(embeddings, "--model_args embeddings")
+        if not packed and (head, embeddings) != (None, None):
+            raise ReqatError(
+                f"--model_args head={head},embeddings={embeddings}: of packed models; give packed=True, too"
+            )
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES, where="--model_args")
         if decoding is not None and reset is not None:
@@ -123,9 +133,9 @@ class ReqatLM(HFLM):
             gpu=device is None or not str(device).startswith("cpu"),
             **{option: value for option, value in options.items() if value is not None},
         )
-        self.packed = packed
+        self.packed, self.head, self.embeddings = packed, head, embeddings
         if packed:
-            pack(model)
+            pack(model, head=head, embeddings=embeddings)
         self._templated = False
         super().__init__(
             pretrained=model,
@@ -229,6 +239,8 @@ class ReqatLM(HFLM):
             "reqat_source": self.source,
             "reqat_precision": str(precision_of(self.model)),
             "reqat_packed": self.packed,
+            "reqat_head": self.head,
+            "reqat_embeddings": self.embeddings,
             "reqat_decoding": None if self.decoding is None else str(self.decoding),
             "reqat_seed": self.seed,
             "reqat_version": __version__,
@@ -236,8 +248,8 @@ class ReqatLM(HFLM):
         return {**super().get_model_info(), **ours}
 
 
-_OF_REQAT = ("pretrained", "precision", "kv_element", "global_scale", "rotation", "packed", "decoding", "reset", "seed",
-             "dtype", "device", "batch_size", "max_batch_size")  # fmt: skip
+_OF_REQAT = ("pretrained", "precision", "kv_element", "global_scale", "rotation", "packed", "head", "embeddings",
+             "decoding", "reset", "seed", "dtype", "device", "batch_size", "max_batch_size")  # fmt: skip
 
 
 def _key(request: Instance) -> str:

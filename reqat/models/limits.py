@@ -90,7 +90,7 @@ def attention_window(config: Any) -> int | None:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Rows of the input embedding: the token ids that the model can read are those below."""
-    return len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
 
 def check_token_ids(

@@ -15,18 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from reqat.config.errors import ReqatError
-from reqat.config.throughput import FILE, AgreementBench, DecodeBench, EntropyBench, Throughput, TrainStepBench
+from reqat.config.throughput import (
+    FILE,
+    AgreementBench,
+    DecodeBench,
+    EntropyBench,
+    HeadsBench,
+    SpeculationBench,
+    Throughput,
+    TrainStepBench,
+)
 
 _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
 
 
 @dataclass
 class Section:
-    """A part of a benchmark: rows, what is missing and why, agreement where it was asked; what the probe read in
+    """A part of a benchmark: rows, what is missing and why; comparisons that are no rows (agreement, heads,
+    speculation), each under its name; what the probe read in
     another process than :attr:`Bench.probe`'s; the most memory that was held, in bytes."""
 
     result: Any
-    agreement: list[dict[str, Any]] = field(default_factory=list)
+    compared: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     peak_memory_bytes: int = 0
 
@@ -90,7 +100,7 @@ def planned_bytes(bench: Bench) -> dict[str, int]:
     for name in sections(settings):
         if name.startswith("decode-"):
             planned[name] = decoding_bytes(settings.decode[int(name.removeprefix("decode-"))], bench)
-        elif not name.startswith(("train_step-", "entropy-", "agreement-")):
+        elif not name.startswith(("train_step-", "entropy-", "agreement-", "heads-", "speculation-")):
             cases = cases_of(name, bench)
             kernel = kernels()[cases[0].kernel]
             planned[name] = max(plan(kernel, with_ring(kernel, case, bench.probe), bench.probe) for case in cases)
@@ -115,7 +125,11 @@ def decoding_bytes(asked: DecodeBench, bench: Bench) -> int:
 
     tokens = max(asked.batches) * (asked.prompt_tokens + max(asked.output_tokens))
     try:
-        return resident_bytes() + int(bench.probe.bytes) + model_bytes(model_path(asked.model, bench), tokens)
+        return (
+            resident_bytes()
+            + int(bench.probe.bytes)
+            + model_bytes(model_path(asked.model, bench), tokens, 1 + len(asked.heads))
+        )
     except CheckpointNotFoundError:
         return 0
 
@@ -124,9 +138,12 @@ def preload(settings: Throughput) -> None:
     """Import what the sections need, once for all of them. Nothing may be computed here: what follows is forked."""
     import reqat_kernels.bench  # noqa: F401
 
-    if settings.decode or settings.entropy or settings.train_step or settings.agreement:
+    whole_models = (settings.decode, settings.entropy, settings.train_step, settings.agreement, settings.heads)
+    if any(whole_models) or settings.speculation:
         import reqat.evaluation.agreement
         import reqat.evaluation.collection_cost
+        import reqat.evaluation.heads
+        import reqat.evaluation.speculation
         import reqat.evaluation.throughput
         import reqat.tasks
         import reqat.training.throughput  # noqa: F401
@@ -149,6 +166,10 @@ def sections(settings: Throughput) -> dict[str, Callable[[Bench], Section]]:
         asked[f"entropy-{i}"] = partial(apart, partial(entropy, collected))
     for i, compared in enumerate(settings.agreement):
         asked[f"agreement-{i}"] = partial(apart, partial(agreement, compared))
+    for i, chosen in enumerate(settings.heads):
+        asked[f"heads-{i}"] = partial(apart, partial(heads, chosen))
+    for i, guessed in enumerate(settings.speculation):
+        asked[f"speculation-{i}"] = partial(apart, partial(speculation, guessed))
     if settings.sem_loss is not None:
         for shape in settings.sem_loss.shapes:
             asked[f"sem_loss-{shape}"] = partial(timed, f"sem_loss-{shape}")
@@ -196,7 +217,7 @@ def timed(name: str, bench: Bench) -> Section:
     return Section(result)
 
 
-def apart(work: Callable[[Bench, Any], tuple[Any, list[Any]]], bench: Bench) -> Section:
+def apart(work: Callable[[Bench, Any], tuple[Any, dict[str, list[Any]]]], bench: Bench) -> Section:
     """What ``work`` measures in a process of its own, with a probe there: code of ours and of torch alone."""
     import torch
 
@@ -210,8 +231,8 @@ def apart(work: Callable[[Bench, Any], tuple[Any, list[Any]]], bench: Bench) -> 
         probe = Probe(size)
         for _ in range(_FIRST_READINGS):
             probe()
-        result, agreed = work(bench, probe)
-        return Section(result, agreed, probe.rates)
+        result, compared = work(bench, probe)
+        return Section(result, compared, probe.rates)
 
     section, peak = isolated(run)
     section.peak_memory_bytes = peak
@@ -223,7 +244,7 @@ def model_path(model: str, bench: Bench) -> str:
     return str(bench.base / "model") if model == "pinned" else model
 
 
-def train_step(asked: TrainStepBench, bench: Bench, probe: Any) -> tuple[Any, list[Any]]:
+def train_step(asked: TrainStepBench, bench: Bench, probe: Any) -> tuple[Any, dict[str, list[Any]]]:
     """The rows of a BF16 and a QAT step."""
     import torch
 
@@ -248,7 +269,7 @@ def train_step(asked: TrainStepBench, bench: Bench, probe: Any) -> tuple[Any, li
             before=probe,
         )
     except CheckpointNotFoundError as error:
-        return Result(skipped=[f"train_step: {error}"]), []
+        return Result(skipped=[f"train_step: {error}"]), {}
     load, nan, result = watch.load(), float("nan"), Result()
     for fmt, samples in seconds.items():
         us = [1e6 * s for s in samples]
@@ -281,10 +302,10 @@ def train_step(asked: TrainStepBench, bench: Bench, probe: Any) -> tuple[Any, li
                 tokens_per_s=asked.rows * asked.row_tokens / percentile(us, 0.5) * 1e6,
             )
         )
-    return result, []
+    return result, {}
 
 
-def entropy(asked: EntropyBench, bench: Bench, probe: Any) -> tuple[Any, list[Any]]:
+def entropy(asked: EntropyBench, bench: Bench, probe: Any) -> tuple[Any, dict[str, list[Any]]]:
     """The rows of generation with and without collecting entropies."""
     from reqat.evaluation.collection_cost import measure_collection
     from reqat.models.loading import CheckpointNotFoundError
@@ -304,10 +325,10 @@ def entropy(asked: EntropyBench, bench: Bench, probe: Any) -> tuple[Any, list[An
         )
     except CheckpointNotFoundError as error:
         result = Result(skipped=[f"entropy: {error}"])
-    return result, []
+    return result, {}
 
 
-def agreement(asked: AgreementBench, bench: Bench, probe: Any) -> tuple[Any, list[Any]]:
+def agreement(asked: AgreementBench, bench: Bench, probe: Any) -> tuple[Any, dict[str, list[Any]]]:
     """How many greedy responses of the packed model are its twin's; one scale a row, so that rows stand alone."""
     from reqat.data import encode_prompt
     from reqat.evaluation.agreement import agreement as compare
@@ -336,8 +357,78 @@ def agreement(asked: AgreementBench, bench: Bench, probe: Any) -> tuple[Any, lis
             override=True,
         )
     except CheckpointNotFoundError as error:
-        return Result(), [asked_for | {"skipped": str(error)}]
-    return Result(), [asked_for | {"global_scale": "row"} | dataclasses.asdict(found)]
+        return Result(), {"agreement": [asked_for | {"skipped": str(error)}]}
+    return Result(), {"agreement": [asked_for | {"global_scale": "row"} | dataclasses.asdict(found)]}
+
+
+def heads(asked: HeadsBench, bench: Bench, probe: Any) -> tuple[Any, dict[str, list[Any]]]:
+    """What storing the head and the embeddings in fewer bits changes: a comparison for each choice."""
+    from reqat.data.text import blocks, running_text
+    from reqat.evaluation.heads import compare_heads
+    from reqat.models import load_tokenizer
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat.tasks import problems
+    from reqat_kernels.bench.measure import Result
+
+    path, settings = model_path(asked.model, bench), asked.model_dump(exclude={"choices"})
+    bench.say(f"heads, {asked.model}")
+    try:
+        tokenizer = load_tokenizer(path)
+        rows = []
+        if asked.text is not None:
+            text, settings["text_sha256"] = running_text(asked.text)
+            count = -(-asked.text_tokens // asked.row_tokens)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            rows = [(block[:1], block[1:]) for block in blocks(ids, asked.row_tokens, count)]
+        found = compare_heads(
+            path,
+            tokenizer,
+            asked.precision,
+            [(choice.head, choice.embeddings) for choice in asked.choices],
+            rows=rows,
+            problems=problems(asked.families, "test", asked.prompts, seed=0) if asked.families else (),
+            max_new_tokens=asked.max_new_tokens,
+            batch_rows=asked.batch_rows,
+            say=bench.say,
+            global_scale="row",
+            override=True,
+        )
+    except CheckpointNotFoundError as error:
+        return Result(), {"heads": [settings | {"skipped": str(error)}]}
+    return Result(), {"heads": [settings | {"global_scale": "row"} | dataclasses.asdict(one) for one in found]}
+
+
+def speculation(asked: SpeculationBench, bench: Bench, probe: Any) -> tuple[Any, dict[str, list[Any]]]:
+    """Responses with prompt lookup and without, an entry for each number of guesses."""
+    import torch
+
+    from reqat.data import encode_prompt
+    from reqat.evaluation.loading import load_at
+    from reqat.evaluation.speculation import measure_speculation
+    from reqat.inference import pack
+    from reqat.models import load_tokenizer
+    from reqat.models.loading import CheckpointNotFoundError
+    from reqat.tasks import problems
+    from reqat_kernels.bench.measure import Result
+
+    path, settings = model_path(asked.model, bench), asked.model_dump(exclude={"guesses", "prompts"})
+    bench.say(f"speculation, {asked.model}")
+    try:
+        tokenizer, dtype = load_tokenizer(path), getattr(torch, asked.dtype)
+        model = load_at(path, asked.precision, dtype=dtype, gpu=False, override=True, global_scale="row")
+    except CheckpointNotFoundError as error:
+        return Result(), {"speculation": [settings | {"skipped": str(error)}]}
+    chosen = problems(asked.families, "test", asked.prompts, seed=0)
+    found = measure_speculation(
+        pack(model, head=asked.head),
+        tokenizer,
+        [encode_prompt(tokenizer, problem.prompt) for problem in chosen],
+        asked.guesses,
+        max_new_tokens=asked.max_new_tokens,
+        say=bench.say,
+    )
+    shared = settings | {"global_scale": "row", "threads": torch.get_num_threads()}
+    return Result(), {"speculation": [shared | one.metrics() for one in found]}
 
 
 def decode(asked: DecodeBench, bench: Bench) -> Section:
@@ -357,6 +448,7 @@ def decode(asked: DecodeBench, bench: Bench) -> Section:
             output_tokens=asked.output_tokens,
             prefill_tokens=asked.prefill_tokens,
             threads=threads,
+            heads=asked.heads,
             rounds=asked.rounds,
             probe=bench.probe,
             scratch=bench.out.with_name(f"{bench.out.name}-weights"),

@@ -119,7 +119,8 @@ def measure_all(
                 whole.result.refused.append(line)
             whole.result.add(section.result)
             whole.rates += section.rates
-            whole.agreement += section.agreement
+            for kind, found in section.compared.items():
+                whole.compared.setdefault(kind, []).extend(found)
     finally:
         bench.stop()
     rates = {n: list(found) for n, found in bench.probe.rates.items()} if "probe" in vars(bench) else {}
@@ -150,7 +151,9 @@ def measure_all(
         "read_bandwidth": {"bytes": read.bytes, "bytes_per_s": read.rates, "cold_bytes": read.cold_bytes},
         "last_level_cache_bytes": last_level_cache_bytes(),
         "memory": {"budget_bytes": bench.memory, "planned_bytes": planned, "peak_bytes": peaks},
-        "agreement": whole.agreement,
+        "agreement": whole.compared.get("agreement", []),
+        "heads": whole.compared.get("heads", []),
+        "speculation": whole.compared.get("speculation", []),
     }
 
 

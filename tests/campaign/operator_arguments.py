@@ -174,6 +174,26 @@ def dense_arguments(r: random.Random) -> dict[str, Any]:
     return {"x": numbers(r, M, K, dtype=float_type(r)), "weight": numbers(r, N, K, dtype=torch.bfloat16)}
 
 
+def dense_f32_arguments(r: random.Random) -> dict[str, Any]:
+    """Of dense_f32."""
+    a = dense_arguments(r)
+    return {"x": a["x"], "weight": a["weight"].float()}
+
+
+def int8_arguments(r: random.Random) -> dict[str, Any]:
+    """Of dense_int8."""
+    N, M, K = r.choice((0, 1, 5)), r.choice((0, 1, 4, 12)), r.choice((0, 1, 7, 64))
+    weight = (numbers(r, N, K) * 40).clamp(-128, 127).to(torch.int8)
+    return {"x": numbers(r, M, K, dtype=float_type(r)), "weight": weight, "scale": numbers(r, N)}
+
+
+def int8_a8_arguments(r: random.Random) -> dict[str, Any]:
+    """Of dense_int8_a8."""
+    a = int8_arguments(r)
+    x = (a["x"].float() * 40).clamp(-128, 127).to(torch.int8)
+    return {"x": x, "row_scale": numbers(r, len(x)), "weight": a["weight"], "scale": a["scale"]}
+
+
 def table_arguments(r: random.Random) -> dict[str, Any]:
     """Of piecewise_linear."""
     E = r.choice((1, 2, 15, 16, 17, 40, 256))

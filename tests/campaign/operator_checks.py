@@ -82,6 +82,17 @@ def check_dense(a: dict[str, Any], got: Tensor) -> None:
     close(got, want, size * ((x.shape[-1] + 8) * 2.0**-23 + many) + 1e-30)
 
 
+def check_dense_f32(a: dict[str, Any], got: Tensor) -> None:
+    """dense_f32."""
+    product(a["x"].float(), a["weight"], None, got)
+
+
+def check_int8(a: dict[str, Any], got: Tensor) -> None:
+    """dense_int8 and dense_int8_a8."""
+    x = a["x"].float() if a["x"].is_floating_point() else a["x"] * a["row_scale"].double()[:, None]
+    product(x, a["weight"].double() * a["scale"].double()[:, None], None, got)
+
+
 def check_table(a: dict[str, Any], got: Tensor) -> None:
     """piecewise_linear, where breakpoints are in order; without order any entry may be taken."""
     x, d = a["x"].detach().float(), a["breakpoints"].detach()

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from reqat.formats import QuantizedTensor
 from reqat_kernels.isas import CHOICES
-from reqat_kernels.native import attention, dense, gemm, table
+from reqat_kernels.native import attention, dense, gemm, int8, table  # noqa: F401  (registers their operators)
 from reqat_kernels.native import quantize as native
 from tests.campaign import operator_arguments as arguments
 from tests.campaign import operator_checks as checks
@@ -82,6 +82,15 @@ OPERATORS: dict[str, Operator] = {
     "dense_bf16": Operator(arguments.dense_arguments, dense.dense_bf16, checks.check_dense),
     "dense_bf16 (raw)": Operator(
         arguments.dense_arguments, _ordered(torch.ops.reqat.dense_bf16, "x", "weight"), checks.check_dense
+    ),
+    "dense_f32": Operator(arguments.dense_f32_arguments, dense.dense_f32, checks.check_dense_f32),
+    "dense_int8 (raw)": Operator(
+        arguments.int8_arguments, _ordered(torch.ops.reqat.dense_int8, "x", "weight", "scale"), checks.check_int8
+    ),
+    "dense_int8_a8 (raw)": Operator(
+        arguments.int8_a8_arguments,
+        _ordered(torch.ops.reqat.dense_int8_a8, "x", "row_scale", "weight", "scale"),
+        checks.check_int8,
     ),
     "piecewise_linear": Operator(arguments.table_arguments, table.piecewise_linear, checks.check_table),
     "piecewise_linear (raw)": Operator(

@@ -86,6 +86,21 @@ def test_generate_prints_the_response(folder: Path, capsys: pytest.CaptureFixtur
     assert printed[0] == printed[1] != printed[2]
 
 
+def test_prompt_lookup_and_a_head_in_four_bits_print_a_response(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("generate", "--model", str(folder), "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--threads", "1")
+    printed = []
+    for more in ((), ("--prompt-lookup", "4"), ("--head", "NVFP4", "--embeddings", "INT8")):
+        assert reqat(*given, "--decoding", "greedy", *more) == 0
+        printed.append(capsys.readouterr())
+    assert printed[1].out == printed[0].out and f"{NEW} tokens in" in printed[1].err
+    assert printed[2].out.strip()
+    for bad, named in ((("--head", "FP5"), "FP5"), (("--no-packed", "--head", "INT8"), "--no-packed")):
+        assert reqat(*given, *bad) == 2
+        assert named in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[str]:
     """The address of `reqat serve` in a process of its own."""

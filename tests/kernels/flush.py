@@ -15,7 +15,7 @@ from torch import Tensor
 
 import reqat
 from reqat.quant import block_hadamard
-from reqat_kernels.native import attention, dense, gemm, table
+from reqat_kernels.native import attention, dense, gemm, int8, table
 from reqat_kernels.native import quantize as native
 
 MODE, THREADS = sys.argv[1], int(sys.argv[2])
@@ -92,6 +92,14 @@ def products(what: str, x: Tensor) -> Iterator[Case]:
     yield f"rotation {what}", lambda: (block_hadamard(x, 32),)
     weight = x[:40].bfloat16()
     yield f"dense {what}", lambda: (dense.dense_bf16(x[:3], weight),)
+    eight = reqat.quantize(x[:40], "INT8-row")
+
+    def rounded() -> tuple[Tensor | None, ...]:
+        w = int8.pack_int8(eight)
+        products = [int8.linear_int8(x[:rows], w, inputs=kind) for rows in (3, 12) for kind in (None, "A8")]
+        return *products, w.rows_at(torch.tensor([0, 39]))
+
+    yield f"int8 {what}", rounded
     tables = torch.tensor([2e-38]), torch.tensor([1e-3, 1.0]), torch.tensor([0.0, -1e-38])
     small = x * 1e-38  # now, before the mode is set
     yield f"table {what}", lambda: (table.piecewise_linear(small, *tables),)

@@ -133,24 +133,27 @@ def test_a_cache_must_be_keys_and_values_of_one_shape() -> None:
 
 
 STEPS: list[tuple[str, Callable[[], Any]]] = [
-    ("x", lambda: torch.zeros(2, HIDDEN, dtype=torch.float64)),
-    ("x", lambda: torch.zeros(2, HIDDEN + 1)),
-    ("x", lambda: torch.zeros(HIDDEN, 2).T),
-    ("cos", lambda: torch.zeros(3, D)),
-    ("cos", lambda: torch.zeros(2, D - 1)),
-    ("cos", lambda: torch.zeros(2, D, dtype=torch.bfloat16)),
-    ("sin", lambda: torch.zeros(1, D)),
-    ("mask", lambda: torch.ones(2, 8)),
-    ("mask", lambda: torch.ones(2, 7, dtype=torch.bool)),
-    ("mask", lambda: torch.ones(8, 2, dtype=torch.bool).T),
+    ("x", lambda: torch.zeros(2, 3, HIDDEN, dtype=torch.float64)),
+    ("x", lambda: torch.zeros(2, 3, HIDDEN + 1)),
+    ("x", lambda: torch.zeros(2, HIDDEN)),
+    ("x", lambda: torch.zeros(2, 0, HIDDEN)),
+    ("x", lambda: torch.zeros(3, 2, HIDDEN).transpose(0, 1)),
+    ("cos", lambda: torch.zeros(3, 3, D)),
+    ("cos", lambda: torch.zeros(2, 1, D)),
+    ("cos", lambda: torch.zeros(2, 3, D - 1)),
+    ("cos", lambda: torch.zeros(2, 3, D, dtype=torch.bfloat16)),
+    ("sin", lambda: torch.zeros(1, 3, D)),
+    ("mask", lambda: torch.ones(2, 10)),
+    ("mask", lambda: torch.ones(2, 9, dtype=torch.bool)),
+    ("mask", lambda: torch.ones(10, 2, dtype=torch.bool).T),
 ]
 
 
 @pytest.mark.parametrize(("name", "make"), STEPS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(STEPS)])
 def test_a_step_is_checked_by_name(name: str, make: Callable[[], Any]) -> None:
     given = {
-        "x": torch.zeros(2, HIDDEN), "cos": torch.zeros(2, D), "sin": torch.zeros(2, D),
-        "mask": torch.ones(2, 8, dtype=torch.bool),
+        "x": torch.zeros(2, 3, HIDDEN), "cos": torch.zeros(2, 3, D), "sin": torch.zeros(2, 3, D),
+        "mask": torch.ones(2, 10, dtype=torch.bool),
     }  # fmt: skip
     check_step(*given.values(), HIDDEN, D, 7)
     given[name] = make()

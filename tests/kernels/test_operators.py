@@ -16,7 +16,7 @@ from torch import Tensor
 
 import reqat
 import reqat.formats
-from reqat_kernels.native import attention, dense, gemm, table
+from reqat_kernels.native import attention, dense, gemm, int8, table
 from reqat_kernels.native.quantize import fake_quantize, format_key, quantize, quantize_packed
 from reqat_kernels.native.weights import weight_of
 
@@ -176,6 +176,10 @@ def everything() -> Iterator[Tensor]:
             yield from (states.codes, states.dequantize(18))
         yield attention.kv_attention(randn(1, 4, 1, 32), key, value, 18)
     yield dense.dense_bf16(x, w.bfloat16())
+    yield dense.dense_f32(x, w)
+    eight = int8.pack_int8(reqat.quantize(w, "INT8-row"))
+    yield from (int8.linear_int8(x, eight, inputs=kind) for kind in (None, "A8"))
+    yield eight.rows_at(torch.tensor([1], device="cpu"))
     yield table.piecewise_linear(x, w[0, :15].sort()[0], w[1, :16], w[2, :16])
     static = reqat.quantize(w, "NVFP4", global_scale=30.3)
     yield from reqat.formats.to_layout(static, "modelopt", input_global_scale=3.3).values()

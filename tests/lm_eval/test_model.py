@@ -157,6 +157,10 @@ def test_a_packed_model_answers(lm: ReqatLM) -> None:
     assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 3  # sums in another order may tip a code
     requests = [Instance("loglikelihood", {}, ("3 + 4 =\n", "7"), 0)]
     assert packed.loglikelihood(requests)[0][0] == pytest.approx(lm.loglikelihood(requests)[0][0], abs=0.05)
+    small = ReqatLM(BASE, FP4, kv_element="E1M2", packed=True, head="INT8", batch_size=4)
+    assert small.get_model_info()["reqat_head"] == "INT8"
+    own, rounded = (model.loglikelihood(requests)[0][0] for model in (packed, small))
+    assert rounded != own and rounded == pytest.approx(own, rel=0.1)  # head and embeddings are rounded, and no more
 
 
 def test_a_folder_is_run_at_the_precision_that_it_was_saved_with(tmp_path: Path) -> None:
@@ -187,6 +191,9 @@ def test_a_released_checkpoint_is_run_at_what_its_configuration_says(tmp_path: P
         ({"peft": "adapter"}, "'peft'"),
         ({"precision": FP4, "kv_element": "E3M0"}, "E3M0"),
         ({"packed": "yes"}, "packed='yes'"),
+        ({"packed": True, "head": "NVFP5"}, "head.*'NVFP5'.*NVFP4"),
+        ({"packed": True, "embeddings": "INT8-A8"}, "embeddings.*'INT8-A8'.*INT8"),
+        ({"head": "INT8"}, "INT8.*packed=True"),
         ({"dtype": "float64"}, "'float64'"),
         ({"seed": -1}, "seed=-1"),
         ({"decoding": "sampel(temperature=1)"}, "sampel"),

@@ -21,7 +21,8 @@ from reqat.config.errors import ReqatError
 from reqat.inference import memory, pack
 from reqat.inference.packed_cache import PackedCache
 from reqat.inference.packed_decoder import NativeDecoder
-from reqat.inference.packed_linear import Bf16LMHead, PackedLinear
+from reqat.inference.packed_linear import PackedLinear
+from reqat.inference.vocabulary import PackedHead
 from reqat.models import Fp4Cache, calibrate_static, freeze, kv_quantizers, prepare, save_model
 from reqat_kernels.native import instruction_set
 from reqat_kernels.native.dense import dense_bf16
@@ -116,6 +117,40 @@ def test_the_native_call_does_what_the_modules_do(
 
 
 @pytest.mark.skipif(not NATIVE, reason="no native library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "options"), [p for p in PRECISIONS if p[1].get("global_scale") != "dynamic"])
+def test_several_tokens_get_the_bits_of_single_ones(
+    tiny: Tiny, family: str, ids: Tensor, name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    model = tiny(family).to(dtype)
+    prepare(model, name, **({"global_scale": "row"} | options if "NVFP4" in name else options))
+    calibrate_static(model, [ids])
+    decoder = pack(model).get_decoder()
+    mask = torch.ones(3, 14, dtype=torch.int64)
+    mask[1, :3] = 0
+
+    @torch.no_grad()
+    def run(sizes: list[int]) -> tuple[Tensor, PackedCache]:
+        cache, at, out = PackedCache(model), 6, []
+        decoder(ids[:, :at], attention_mask=mask[:, :at], past_key_values=cache)
+        decoder.forward.own, own = None, decoder.forward.own  # the rest must not go through the modules
+        for size in sizes:
+            given = {"input_ids": ids[:, at : at + size], "attention_mask": mask[:, : at + size]}
+            at += size
+            # As generate() gives them; without, positions are counted by the cache, padding and all.
+            positions = (mask[:, :at].cumsum(1) - 1).clamp(min=0)[:, -size:]
+            out.append(decoder(**given, position_ids=positions, past_key_values=cache).last_hidden_state)
+        decoder.forward.own = own
+        return torch.cat(out, 1), cache
+
+    single, one = run([1] * 8)
+    several, other = run([2, 5, 1])
+    assert torch.equal(single, several)
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.dequantized(14), b.dequantized(14), strict=True))
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native library")
 def test_a_bfloat16_model_decodes_natively_as_close_as_by_modules(tiny: Tiny, ids: Tensor) -> None:
     def logits(dtype: torch.dtype, native: bool) -> Tensor:
         model = tiny("llama").to(dtype)
@@ -156,7 +191,7 @@ def test_memory_is_four_and_a_half_bits_a_weight(tiny: Tiny, ids: Tensor) -> Non
     weights = before.linear_bytes // 4
     # Rows in tiles of 16 all fit here; what is allocated beyond 4.5 bits aligns each layer's bytes to a cache line.
     assert 4.5 * weights <= 8 * after.linear_bytes <= 4.5 * weights + 8 * 64 * 14
-    assert after.other_bytes == before.other_bytes
+    assert after.other_bytes == before.other_bytes + 64 * NATIVE  # the head moves to where a cache line begins
     assert not any(isinstance(module, nn.Linear) for layer in packed.get_decoder().layers for module in layer.modules())
     cache = PackedCache(packed, 64)
     with torch.no_grad():
@@ -171,7 +206,8 @@ def test_a_bfloat16_head_keeps_its_weight(tiny: Tiny, ids: Tensor) -> None:
     embedding = model.get_input_embeddings().weight
     pack(model)
     head = model.get_output_embeddings()
-    assert isinstance(head, Bf16LMHead) and head.weight is embedding
+    assert isinstance(head, PackedHead) and head.stored == "BF16"
+    assert model.get_input_embeddings().weight is embedding and embedding.data_ptr() == head.weight.data_ptr()
     x = torch.randn(5, 64)
     exact = x.double() @ embedding.double().T
     bound = 64 * 2.0**-24 * (x.double().abs() @ embedding.double().abs().T)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reqat.config.errors import ReqatError
+from reqat.formats import quantize
 from reqat.inference import PackedCache, memory, pack
 from reqat.inference.backends import backend_for
 from reqat.inference.packed_linear import PackedLinear
@@ -73,6 +74,32 @@ def greedy(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Any = None)
         output_logits=True,
     )
     return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("name", ["BF16", "NVFP4", "MXFP4"])
+def test_a_head_and_embeddings_in_four_bits(tiny: Tiny, ids: Tensor, name: str) -> None:
+    model = tiny("llama", num_hidden_layers=1).to(DEVICE)
+    prepare(model, "NVFP4-W4A4KV4", global_scale="row")
+    outer, inner = (m.weight.detach().clone() for m in (model.get_output_embeddings(), model.get_input_embeddings()))
+    if name == "BF16":
+        head, rows = outer.bfloat16().float(), inner.bfloat16().float()
+    else:
+        head, rows = (quantize(w, name).dequantize() for w in (outer, inner))
+    pack(model, backend="triton", head=name, embeddings=name)
+    assert torch.equal(model.get_input_embeddings()(ids.to(DEVICE)), rows[ids.to(DEVICE)])
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    bound = 2.0**-7 if name == "BF16" else 72 * U  # bfloat16 is multiplied in that type
+    size = x.double().abs() @ head.double().abs().T
+    assert ((model.get_output_embeddings()(x) - x.double() @ head.double().T).abs() <= bound * size).all()
+
+
+@pytest.mark.parametrize("name", ["INT8", "NVFP4-A8"])
+def test_a_head_without_a_kernel_is_refused(tiny: Tiny, name: str) -> None:
+    model = tiny("llama", num_hidden_layers=1).to(DEVICE)
+    prepare(model, "NVFP4-W4A4KV4", global_scale="row")
+    with pytest.raises(ReqatError, match=f"{name}.*CPU"):
+        pack(model, backend="triton", head=name)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 @torch.no_grad()

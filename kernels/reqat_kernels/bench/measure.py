@@ -209,6 +209,8 @@ class Row:
     """Bytes read between two uses of the same ones: a ring, or a model's weights. None: not counted."""
     ring_gb_per_s: float | None = None
     """How fast one thread read a buffer of that size again and again."""
+    bits: str | None = None
+    """Decoding: bits a number, scales included, of the decoder's matrices / the output head / the embeddings."""
     failure: str | None = None
     """Why there is no time: how its process ended, what it raised, or by how much its result was off."""
 

@@ -1,15 +1,17 @@
-// Decoder layers of the Llama kind, for one new token in each of B rows:
+// Decoder layers of the Llama kind, for T new tokens (one, or a few that were guessed) in each of B rows:
 //
 //     h = rms_norm(x);  q, k, v = h Wq, h Wk, h Wv;  q, k = rope(q), rope(k);  cache <- quantize(k - shift), quantize(v)
 //     x += attention(q, cache) Wo;   h = rms_norm(x);   x += (silu(h Wgate) * (h Wup)) Wdown
 //
 // with every product's input rounded as the precision says. What transformers' modules do in some thirty calls a layer,
 // each of which costs more than its work when there is one token, happens here in one for the whole stack. Sums of
-// squares are in double, everything else in float32.
+// squares are in double, everything else in float32. Each token's numbers are those that it would get in a step of its
+// own, to the last bit, where rounding looks at one token at a time (static and row global scales).
 
 #include "decode.h"
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "common.h"
@@ -113,9 +115,18 @@ struct Input {
     }
 };
 
+// [B, T, H, D] to [B, H, T, D] (or back, T and H exchanged).
+void exchange(const float* x, int64_t B, int64_t T, int64_t H, int64_t D, float* out) {
+    for (int64_t b = 0; b < B; b++)
+        for (int64_t t = 0; t < T; t++)
+            for (int64_t h = 0; h < H; h++)
+                std::memcpy(out + ((b * H + h) * T + t) * D, x + ((b * T + t) * H + h) * D, size_t(D) * sizeof(float));
+}
+
 int one_layer(const DecodeLayer& layer, const DecodeStates& states, const DecodeStep& s) {
     thread_local Scratch scratch;
-    const int64_t B = s.B, hidden = layer.hidden, D = layer.D, H = layer.H, G = layer.G;
+    // Every token is a row of the products.
+    const int64_t T = s.T, B = s.B * T, hidden = layer.hidden, D = layer.D, H = layer.H, G = layer.G;
     const int threads = int(s.threads);
     scratch.hidden.resize(size_t(B * (hidden > layer.mlp ? hidden : layer.mlp)));
     scratch.query.resize(size_t(B * H * D));
@@ -135,7 +146,8 @@ int one_layer(const DecodeLayer& layer, const DecodeStates& states, const Decode
         input.times(*layer.value, v);
     }
     for (int64_t b = 0; b < B; b++) {
-        const float *cos = s.cos + b * s.stride, *sin = s.sin + b * s.stride;
+        const int64_t at = b / T * s.stride + b % T * D;
+        const float *cos = s.cos + at, *sin = s.sin + at;
         for (int64_t i = 0; i < H; i++) {
             float* head = q + (b * H + i) * D;
             if (layer.query_norm) rms_norm(head, layer.query_norm, D, layer.eps, head);
@@ -154,21 +166,32 @@ int one_layer(const DecodeLayer& layer, const DecodeStates& states, const Decode
         append.x = i == 0 ? k : v;
         append.start = s.length;
         append.dtype = DTYPE_F32;
-        append.x_b = G * D, append.x_g = append.x_t = D;
-        append.T = 1;
+        append.x_b = T * G * D, append.x_g = D, append.x_t = G * D;
+        append.T = T;
         if (const int error = reqat_kv_append(&append)) return error == NOT_FINITE ? 4 + i : error;
     }
     AttentionArgs attention = *states.attention;
+    float* attended = scratch.attended.data();
+    if (T > 1) {
+        exchange(q, s.B, T, H, D, attended);
+        std::swap(q, attended);
+    }
     attention.query = q;
-    attention.out = scratch.attended.data();
-    attention.S = s.length + 1;
+    attention.out = attended;
+    attention.T = T;
+    attention.causal = T > 1;
+    attention.S = s.length + T;
     attention.mask = s.mask;
     attention.mask_kind = s.mask ? MASK_BOOL : MASK_NONE;
-    attention.mask_b = s.length + 1, attention.mask_h = attention.mask_t = 0, attention.mask_s = 1;
+    attention.mask_b = s.length + T, attention.mask_h = attention.mask_t = 0, attention.mask_s = 1;
     attention.threads = s.attention_threads;
     if (const int error = reqat_kv_attention(&attention)) return error;
+    if (T > 1) {
+        exchange(attended, s.B, H, T, D, q);
+        std::swap(q, attended);
+    }
     {
-        const Input input(layer, scratch, scratch.attended.data(), B, H * D, layer.global_scale[1], threads);
+        const Input input(layer, scratch, attended, B, H * D, layer.global_scale[1], threads);
         if (!input.finite) return 6;
         input.times(*layer.out, h);
     }
@@ -195,7 +218,7 @@ int all_layers(const DecodeLayer* layers, const DecodeStates* states, int64_t co
     for (int64_t i = 0; i < count; i++) {
         if (const int error = one_layer(layers[i], states[i], s)) return error == NO_MEMORY ? error : int(16 * i) + error;
         if (s.half)
-            for (int64_t k = 0; k < s.B * layers[i].hidden; k++) s.x[k] = bf16_to_float(float_to_bf16(s.x[k]));
+            for (int64_t k = 0; k < s.B * s.T * layers[i].hidden; k++) s.x[k] = bf16_to_float(float_to_bf16(s.x[k]));
     }
     return 0;
 }

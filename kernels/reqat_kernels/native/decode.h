@@ -1,4 +1,4 @@
-// The decoder layers of a packed model for one new token a row, all in one call.
+// The decoder layers of a packed model for one or a few new tokens a row, all in one call.
 #pragma once
 
 #include <cstdint>
@@ -32,13 +32,13 @@ struct DecodeStates {
     const AttentionArgs* attention;
 };
 
-// One step of all layers: x [B, hidden] in place; cos, sin [B, D] with the given stride between rows.
+// One step of all layers: x [B, T, hidden] in place; cos, sin [B, T, D] with the given stride between rows of the batch.
 struct DecodeStep {
     float* x;
     const float *cos, *sin;
-    int64_t stride, B;
-    int64_t length;       // tokens stored before this one; there is room for one more
-    const uint8_t* mask;  // bool [B, length + 1], contiguous, or null
+    int64_t stride, B, T;
+    int64_t length;       // tokens stored before these; there is room for T more
+    const uint8_t* mask;  // bool [B, length + T], contiguous, or null; a token sees none after itself
     int64_t half;         // round x to bfloat16 after each layer, as a model of that type does
     int64_t threads, attention_threads;
 };

@@ -1,4 +1,4 @@
-"""All decoder layers for one new token a row, in a single native call (decode.cpp).
+"""All decoder layers for one or a few new tokens a row, in a single native call (decode.cpp).
 
 With one token at hand a layer's work is some tens of microseconds, and the thirty Python calls that transformers makes
 of it cost several times as much. :class:`NativeStack` holds everything that stays the same from token to token as plain
@@ -24,7 +24,7 @@ from reqat_kernels.native.gemm import Weight, weight_of
 from reqat_kernels.native.library import NO_MEMORY, library, threads
 from reqat_kernels.native.quantize import Spec, spec_of
 
-#: Up to so many rows at once; beyond, the calls that are saved no longer count.
+#: Up to so many tokens at once, of all rows together; beyond, the calls that are saved no longer count.
 MOST_ROWS = 64
 _WORK_PER_THREAD, _ATTENTION_PER_THREAD = 1 << 19, 1 << 17
 # What reqat_decode says is not finite, from 3 on, and 16 more for each layer.
@@ -67,7 +67,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *((name, _pointer) for name in ("x", "cos", "sin")),
-        *((name, _i64) for name in ("stride", "B", "length")),
+        *((name, _i64) for name in ("stride", "B", "T", "length")),
         ("mask", _pointer),
         *((name, _i64) for name in ("half", "threads", "attention_threads")),
     ]
@@ -109,22 +109,23 @@ class NativeStack:
 
     def step(
         self,
-        x_BC: Tensor,
-        cos_BD: Tensor,
-        sin_BD: Tensor,
+        x_BTC: Tensor,
+        cos_BTD: Tensor,
+        sin_BTD: Tensor,
         states: Sequence[tuple[PackedStates, PackedStates]],
         length: int,
         mask_BS: Tensor | None = None,
         *,
         half: bool = False,
     ) -> tuple[int, str] | None:
-        """Run the layers on ``x_BC`` (float32, contiguous), in place, and append their token to ``states``.
+        """Run the layers on ``x_BTC`` (float32, contiguous), in place, and append their T tokens a row to ``states``.
 
-        ``cos_BD``, ``sin_BD``: float32 [B or 1, D], contiguous rows, the rotary embedding of the new token. ``states``:
-        keys and values of each layer; ``length``: tokens stored before, with room for one more. ``mask_BS``: boolean
-        [B, length + 1], contiguous, or None: every token may be seen. ``half``: round to bfloat16 after each layer.
-        Returns None, or the first layer that met something not finite, and what (``x_BC`` is then undefined). Raises
-        ValueError for arguments of another type, shape or device, MemoryError.
+        ``cos_BTD``, ``sin_BTD``: float32 [B or 1, T, D], contiguous, the rotary embedding of the new tokens.
+        ``states``: keys and values of each layer; ``length``: tokens stored before, with room for T more. ``mask_BS``:
+        boolean [B, length + T], contiguous, or None: every token may be seen, by those that do not come before it.
+        ``half``: round to bfloat16 after each layer. Returns None, or the first layer that met something not finite,
+        and what (``x_BTC`` is then undefined). Raises ValueError for arguments of another type, shape or device,
+        MemoryError.
         """
         bound = self._bound.cache
         if bound is None:
@@ -132,15 +133,15 @@ class NativeStack:
         for own, shift, (key, value) in zip(bound.layers, self._shifts, states, strict=True):
             if not own.holds(key, value):
                 own.bind(key, value, shift)
-            own.check_room(len(x_BC), length)
-        check_step(x_BC, cos_BD, sin_BD, mask_BS, self.hidden, self._layers[0].D, length)
-        B, step, first = len(x_BC), _Step(), self._layers[0]
-        step.x, step.cos, step.sin = x_BC.data_ptr(), cos_BD.data_ptr(), sin_BD.data_ptr()
-        step.stride = 0 if len(cos_BD) == 1 else cos_BD.stride(0)
-        step.B, step.length, step.half = B, length, half
+            own.check_room(*x_BTC.shape[:2], length)
+        check_step(x_BTC, cos_BTD, sin_BTD, mask_BS, self.hidden, self._layers[0].D, length)
+        (B, T), step, first = x_BTC.shape[:2], _Step(), self._layers[0]
+        step.x, step.cos, step.sin = x_BTC.data_ptr(), cos_BTD.data_ptr(), sin_BTD.data_ptr()
+        step.stride = 0 if len(cos_BTD) == 1 else cos_BTD.stride(0)
+        step.B, step.T, step.length, step.half = B, T, length, half
         step.mask = None if mask_BS is None else mask_BS.data_ptr()
-        step.threads = threads(self._work * B, _WORK_PER_THREAD)
-        step.attention_threads = threads(2 * B * first.G * (length + 1) * first.D, _ATTENTION_PER_THREAD)
+        step.threads = threads(self._work * B * T, _WORK_PER_THREAD)
+        step.attention_threads = threads(2 * B * T * first.G * (length + T) * first.D, _ATTENTION_PER_THREAD)
         status = self._call(self._layers, bound.pointers, len(self._layers), step)
         if status == NO_MEMORY:
             raise MemoryError(f"no memory for one decoding step of {B} rows over {length} tokens")
@@ -200,11 +201,11 @@ class _LayerStates:
         self._rows, self._room = key.shape[0], key.shape[2]
         self._bound = (weakref.ref(key), weakref.ref(value))
 
-    def check_room(self, rows: int, length: int) -> None:
-        """Raise ValueError unless the cache has ``rows`` rows, with room for one token behind ``length``."""
-        if rows != self._rows or not 0 <= length < self._room:
+    def check_room(self, rows: int, tokens: int, length: int) -> None:
+        """Raise ValueError unless the cache has ``rows`` rows, with room for ``tokens`` behind ``length``."""
+        if rows != self._rows or not 0 <= length <= self._room - tokens:
             raise ValueError(
-                f"a token of {rows} rows behind {length} others does not fit a cache of {self._rows} rows and "
+                f"{tokens} tokens of {rows} rows behind {length} others does not fit a cache of {self._rows} rows and "
                 f"{self._room} tokens"
             )
 

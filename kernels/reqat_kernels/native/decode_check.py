@@ -109,12 +109,14 @@ def check_cache(key: PackedStates, value: PackedStates, G: int, D: int) -> None:
 def check_step(x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, hidden: int, D: int, length: int) -> None:
     """Raise ValueError unless the arguments of a step lie as C will read them."""
     cpu = torch.device("cpu")
-    B = x.shape[0]
-    check.exactly("x", x, torch.float32, (B, hidden), cpu)
-    rows = cos.shape[0]
+    if check.tensor("x", x).ndim != 3 or not x.shape[1]:
+        raise ValueError(f"x of shape {list(x.shape)} must be [rows, tokens, {hidden}], a token or more")
+    B, T = x.shape[:2]
+    check.exactly("x", x, torch.float32, (B, T, hidden), cpu)
+    rows = check.tensor("cos", cos).shape[0] if cos.ndim else 0
     if rows not in (1, B):
         raise ValueError(f"cos of shape {list(cos.shape)} must have 1 or {B} rows")
-    check.exactly("cos", cos, torch.float32, (rows, D), cpu)
-    check.exactly("sin", sin, torch.float32, (rows, D), cpu)
+    check.exactly("cos", cos, torch.float32, (rows, T, D), cpu)
+    check.exactly("sin", sin, torch.float32, (rows, T, D), cpu)
     if mask is not None:
-        check.exactly("mask", mask, torch.bool, (B, length + 1), cpu)
+        check.exactly("mask", mask, torch.bool, (B, length + T), cpu)

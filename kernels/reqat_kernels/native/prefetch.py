@@ -2,9 +2,10 @@
 
 A product of few rows waits for memory. It asks for weights some bytes before it needs them: ``near`` bytes ahead into
 the first cache and, where that pays, ``far`` bytes ahead into the second. Which distances are best differs between
-processors, and with the rows of a pass, by up to a quarter of the time; no rule tells them from the processor's name. So
-:func:`tune` runs the products over a model's own packed weights with each of a few schedules in turns, some tenths of a
-second in all, and keeps the fastest. `reqat.pack` calls it. Results do not depend on the schedule, only their time does.
+processors, and with the rows of a pass, by up to a quarter of the time; no rule tells them from the processor's name.
+So :func:`tune` runs the products over a model's own packed weights with each of a few schedules in turns, some tenths
+of a second in all, and keeps the fastest. `reqat.pack` calls it. Results do not depend on the schedule, only their
+time does.
 
 Environment: ``REQAT_PREFETCH=default`` keeps the schedules that the library starts with.
 """
@@ -133,5 +134,3 @@ def _place(path: str, rows: int) -> tuple[int, int]:
     if path not in PATHS or rows not in ROWS:
         raise ValueError(f"no schedule for {path!r} and {rows} rows: paths are {', '.join(PATHS)}, rows 1, 2, 4 and 8")
     return PATHS.index(path), rows
-
-

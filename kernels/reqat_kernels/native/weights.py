@@ -89,6 +89,29 @@ class PackedWeight:
         """The dense weight, float32 [rows, columns]."""
         return self.unpack().dequantize()
 
+    def rows_at(self, ids: Tensor) -> Tensor:
+        """The weight's rows ``ids`` (integers, any shape [...]) as numbers, float32 [..., columns].
+
+        Reads those rows alone; the numbers are those of :meth:`dequantize`, bit for bit.
+        """
+        scale = self.layout[3]
+        at = check.tensor("ids", ids).reshape(-1)
+        tile, lane = at // _TILE, at % _TILE
+        width, blocks = padded_columns(self.columns, scale), padded_columns(self.columns, scale) // block_of(scale)
+        tiles = -(-self.rows // _TILE)
+        split = tiles * _TILE * width // 2
+        packed = self.data[:split].view(tiles, width // _STEP, 2, _TILE, 4)[tile, :, :, lane]  # [n, step, load, i]
+        codes = torch.stack((packed & 15, packed >> 4), dim=3).reshape(len(at), width)
+        scales = self.data[split:].view(tiles, blocks, _TILE)[tile, :, lane]
+        if self.format.scale == "E4M3":
+            scales = scales.view(torch.float8_e4m3fn)
+        g = None
+        if self.format.has_global_scale:
+            g = torch.tensor(self.global_scale, dtype=torch.float32, device="cpu")
+        shape = torch.Size((len(at), self.columns))
+        rows = QuantizedTensor(codes, scales, g, self.format, 1, shape, torch.float32).dequantize()
+        return rows.view(*ids.shape, self.columns)
+
 
 def supports(fmt: Format) -> bool:
     """Whether weights of this format can be packed: FP4 in blocks, scaled by E4M3 or E8M0 and nothing besides."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from analysis.build import build_throughput
+from analysis.build import build_throughput, throughput_tables
 from analysis.figures.figure6 import decode_ratios
 from analysis.registry import throughput_names
 from analysis.report import benchmark, style
@@ -133,6 +133,43 @@ def test_devices_have_columns_of_their_own(bench: Callable[..., Path]) -> None:
     assert cells(table, 2)[0] == ["ours: times as fast as the best BF16", "", "3.00", "1.50", "4.00"]
     assert cells(table, 0)[0] == ["torch", "BF16", "300", "300", "3.0"]
     assert ["reqat, Triton", "NVFP4 W4A4", EMPTY, EMPTY, "0.6"] in cells(table, 1)
+
+
+def test_heads_and_prompt_lookup_have_tables_of_their_own(bench: Callable[..., Path]) -> None:
+    head = {
+        "model": "pinned", "head": "NVFP4", "embeddings": None, "weight_bytes": 2**20, "reference_weight_bytes": 2**21,
+        "rows": 4, "tokens": 400, "same_argmax": 300, "kl_nats": 0.0125, "kl_nats_se": 0.001, "perplexity": 12.0,
+        "reference_perplexity": 11.5, "problems": 10, "correct": 6, "reference_correct": 7,
+    }  # fmt: skip
+    bare = head | {"head": "INT8", "tokens": 0, "problems": 0}
+    guessed = {
+        "model": "pinned", "guesses": 3, "prompts": 2, "same_responses": 2, "tokens": 50, "accepted_per_step": 0.25,
+        "tokens_per_s": 98.76,
+    }  # fmt: skip
+    settings = {
+        "heads": [{"model": "pinned", "choices": [{"head": "NVFP4"}], "families": ["chain_sum"]}],
+        "speculation": [{"model": "pinned", "families": ["chain_sum"], "max_new_tokens": 9, "guesses": [3]}],
+    }
+    absent = {"model": "package:none", "skipped": "not installed"}
+    made = tables_of(bench(rows(), settings, heads=[head, bare, absent], speculation=[guessed, absent]))
+    first, second, third = cells(made["throughput-heads"], 0)
+    assert first[1:] == ["NVFP4", EMPTY, "1.00", "2.00", "75.0", "0.0125", "12.000", "11.500", "6, 7, 10"]
+    assert second[5:] == [EMPTY] * 5 and "not installed" in third[1]
+    lookup, missing = cells(made["throughput-speculation"], 0)
+    assert lookup[1:] == ["3", "2", "2", "50", "0.25", "98.8"] and "not installed" in missing[1]
+
+
+def test_heads_in_fewer_bits_are_rows_with_their_bits_and_not_in_figure_6(bench: Callable[..., Path]) -> None:
+    made = [row | {"bits": "4.5 / 16 / 16" if row["ours"] else "16 / 16 / 16"} for row in rows()]
+    ours = [row for row in made if row["provider"] == "reqat.pack"]
+    faster = [
+        row | {"format": f"{row['format']}, head NVFP4", "bits": "4.5 / 4.5 / 4.5", "tokens_per_s": 1e6} for row in ours
+    ]
+    with_heads, without = (benchmark.read(bench([*made, *more])) for more in (faster, []))
+    assert decode_ratios(with_heads).equals(decode_ratios(without))
+    table = next(t for t in throughput_tables(with_heads) if t.name == "throughput-decode")
+    shown = {line[1]: line[2] for line in cells(table, 0)}
+    assert shown["NVFP4-W4A4KV4"] == "4.5 / 16 / 16" and shown["NVFP4-W4A4KV4, head NVFP4"] == "4.5 / 4.5 / 4.5"
 
 
 def test_what_could_not_be_timed_says_why_in_its_cell(bench: Callable[..., Path]) -> None:
