@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 PATIENCE_S = 900.0
 """Seconds after which a call counts as one without end. The longest honest ones (a loss over 150,000 words on one core,
 its check included) take minutes."""
@@ -182,6 +184,8 @@ def _serve(make: Callable[[], Any], pipe: Any) -> None:
     with contextlib.suppress(OSError):  # not Linux, or not allowed
         # If memory runs out, the kernel ends this process before others.
         Path("/proc/self/oom_score_adj").write_text("900", encoding="ascii")
+    # A fork has torch make its thread pool anew when it is first asked for, which two threads must not do at once.
+    torch.set_num_threads(torch.get_num_threads())
     served: Any = None
     while True:
         try:
