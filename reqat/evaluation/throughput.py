@@ -172,7 +172,9 @@ def bits(model: Any) -> tuple[float, float, float]:
         rows, columns = (getattr(module, name) for name in _SIZES[hasattr(module, "embedding_dim")])
         return 8 * sum(tensor.nbytes for tensor in stored if tensor.ndim) / (rows * columns)
 
-    inner = [part for block in blocks_of(model) for part in block.module.modules() if hasattr(part, "out_features")]
+    inner: list[Any] = [
+        part for block in blocks_of(model) for part in block.module.modules() if hasattr(part, "out_features")
+    ]
     numbers = sum(part.out_features * part.in_features for part in inner)
     outside = (model.get_output_embeddings(), model.get_input_embeddings())
     found = (8 * memory(model).linear_bytes / numbers, *(of(module) for module in outside))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ class NativeBackend:
 
     name = "native"
     max_decode_tokens = 8
-    own_heads = {torch.bfloat16: "BF16", torch.float32: "FP32"}
+    own_heads: Mapping[torch.dtype, str] = {torch.bfloat16: "BF16", torch.float32: "FP32"}
 
     def check_table(self, name: str) -> None:
         """Every choice has a kernel."""

@@ -54,7 +54,8 @@ class NativeDecoder:
         given = input_ids if inputs_embeds is None else inputs_embeds
         states = None
         if given is not None and not any(_asks(*argument) for argument in kwargs.items()):
-            states = self._states(past_key_values, *given.shape[:2], attention_mask, position_ids)
+            rows, tokens = given.shape[:2]
+            states = self._states(past_key_values, rows, tokens, attention_mask, position_ids)
         if states is None:
             return self.own(
                 input_ids=input_ids,

@@ -127,15 +127,16 @@ class NativeStack:
         and what (``x_BTC`` is then undefined). Raises ValueError for arguments of another type, shape or device,
         MemoryError.
         """
+        check_step(x_BTC, cos_BTD, sin_BTD, mask_BS, self.hidden, self._layers[0].D, length)
+        B, T = x_BTC.shape[:2]
         bound = self._bound.cache
         if bound is None:
             bound = self._bound.cache = _BoundCache([_LayerStates(*of_layer) for of_layer in self._heads])
         for own, shift, (key, value) in zip(bound.layers, self._shifts, states, strict=True):
             if not own.holds(key, value):
                 own.bind(key, value, shift)
-            own.check_room(*x_BTC.shape[:2], length)
-        check_step(x_BTC, cos_BTD, sin_BTD, mask_BS, self.hidden, self._layers[0].D, length)
-        (B, T), step, first = x_BTC.shape[:2], _Step(), self._layers[0]
+            own.check_room(B, T, length)
+        step, first = _Step(), self._layers[0]
         step.x, step.cos, step.sin = x_BTC.data_ptr(), cos_BTD.data_ptr(), sin_BTD.data_ptr()
         step.stride = 0 if len(cos_BTD) == 1 else cos_BTD.stride(0)
         step.B, step.T, step.length, step.half = B, T, length, half
