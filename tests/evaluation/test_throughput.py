@@ -171,7 +171,8 @@ def test_planned_memory_follows_from_the_headers_of_the_weights(checkpoint: str)
     processes = 3 + len(llama_cpp.TYPES)  # the reference's, transformers', ours, and each of llama.cpp's
     # The reference alone is 4 bytes a parameter; the cache of one decoder is 2 layers of 128 bfloat16 keys and values.
     assert (
-        bare - 30 * parameters < processes * WORKER_BYTES < bare - 10 * parameters and cached - bare >= 1000 * 2 * 2 * 128 * 2
+        bare - 30 * parameters < processes * WORKER_BYTES < bare - 10 * parameters
+        and cached - bare >= 1000 * 2 * 2 * 128 * 2
     )
 
 
