@@ -45,8 +45,10 @@ def test_a_section_that_dies_of_our_own_code_ends_the_benchmark() -> None:
 
 
 def test_a_section_apart_gives_its_rows_its_probe_and_its_memory() -> None:
-    found = measured("k", lambda bench: apart(lambda bench, probe: (Result(skipped=["x"]), [{}]), bench), bench_of())
-    assert found.result.skipped == ["x"] and found.agreement == [{}] and len(found.rates) == 10
+    found = measured(
+        "k", lambda bench: apart(lambda bench, probe: (Result(skipped=["x"]), {"heads": [{}]}), bench), bench_of()
+    )
+    assert found.result.skipped == ["x"] and found.compared == {"heads": [{}]} and len(found.rates) == 10
     assert found.peak_memory_bytes > 10**6
 
 
