@@ -41,7 +41,7 @@ from reqat.models.folder import CheckpointNotFoundError, weight_headers
 from reqat.models.loading import PACKAGE, local_folder, package_gguf
 from reqat_kernels.bench.machine import Bandwidth, Neighbours, waited_ns
 from reqat_kernels.bench.measure import Result, Row, failed_row, percentile, undisturbed
-from reqat_kernels.bench.turns import Roofline, reason_of
+from reqat_kernels.bench.turns import WORKER_BYTES, Roofline, reason_of
 from reqat_kernels.bench.worker import (
     PATIENCE_S,
     Died,
@@ -222,7 +222,8 @@ def model_bytes(path: str, cached_tokens: int, packed: int = 1) -> int:
     width = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
     layers = sum(len(shape) == 2 for shape in shapes) / 7
     of_models = (_BYTES_A_PARAMETER + _BYTES_A_PACKED_PARAMETER * (packed - 1)) * parameters
-    return round(of_models + 3 * 2 * 2 * layers * width * cached_tokens)
+    processes = 3 + len(llama_cpp.TYPES)  # the reference's, transformers', ours
+    return round(processes * WORKER_BYTES + of_models + 3 * 2 * 2 * layers * width * cached_tokens)
 
 
 @dataclass(eq=False)

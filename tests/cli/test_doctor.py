@@ -44,7 +44,7 @@ def test_a_machine_that_has_what_is_needed_gets_one_line(checkout: Path, capsys:
 @pytest.mark.parametrize(
     ("free", "code", "level", "says"),
     [
-        (2 * 10**9, 2, "fail", "close other programs"),  # a job of the tier takes 3
+        (25 * 10**8, 2, "fail", "close other programs"),  # a job of the tier takes 3
         (7 * 10**9, 0, "warn", "2 jobs will run side by side"),
     ],
 )

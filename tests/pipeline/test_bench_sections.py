@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -61,7 +62,7 @@ def test_threads_beyond_the_cpus_are_left_out_and_named() -> None:
 
 
 def test_memory_is_planned_before_the_start_and_refused_with_the_number() -> None:
-    asked = {"linear": {"m": [1], "nk": [1024]}, "sem_loss": {"shapes": ["tiny"]}}
+    asked: dict[str, Any] = {"linear": {"m": [1], "nk": [1024]}, "sem_loss": {"shapes": ["tiny"]}}
     bench = bench_of(**asked)
     told: list[str] = []
     bench.say = told.append

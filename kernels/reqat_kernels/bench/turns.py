@@ -62,7 +62,7 @@ from reqat_kernels.bench.worker import (
 
 _FIRST_READINGS = 10  # of the probe, so that a short run knows its roofline too
 _LONG_CALL_S = 1.0  # from here on, one call is warm-up enough
-_WORKER_BYTES = 50 * 10**6
+WORKER_BYTES = 50 * 10**6
 """What a worker takes for itself: interpreter and torch are shared with the parent until one of them writes."""
 _RINGS_SHARE, _LEFT_SHARE = 0.5, 0.95
 """What all rings of a case may take: of the memory allowed, and of what its processes leave of that."""
@@ -263,7 +263,7 @@ def plan(kernel: Kernel, case: Case, probe: Roofline | None = None) -> int:
     needs, count = kernel.needs(case), _count(kernel, case)
     together = count if kernel.resident else min(1, count)
     ring = int(needs.pages * max(case.ring_bytes, needs.copy)) if needs.copy else 0
-    each = _WORKER_BYTES + needs.held + ring
+    each = WORKER_BYTES + needs.held + ring
     return resident_bytes() + (probe.bytes if probe else 0) + together * each + needs.passing
 
 
