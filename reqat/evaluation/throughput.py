@@ -221,9 +221,8 @@ def model_bytes(path: str, cached_tokens: int, packed: int = 1) -> int:
     # Of a decoder as wide and deep as this: a layer has some 7 matrices, keys and values are no wider than its input.
     width = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
     layers = sum(len(shape) == 2 for shape in shapes) / 7
-    # The reference's process, transformers', llama.cpp's, and one of ours for all heads.
-    processes = 3 + len(llama_cpp.TYPES)
     of_models = (_BYTES_A_PARAMETER + _BYTES_A_PACKED_PARAMETER * (packed - 1)) * parameters
+    processes = 3 + len(llama_cpp.TYPES)  # the reference's, transformers', ours
     return round(processes * WORKER_BYTES + of_models + 3 * 2 * 2 * layers * width * cached_tokens)
 
 

@@ -94,6 +94,8 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor) -> None:
     _check_weight(weight, scale)
     if check.tensor("x", x).ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x of shape {list(x.shape)} does not fit a weight of shape {list(weight.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device}, the weight on {weight.device}: move one of them")
 
 
 def _dense_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
