@@ -28,7 +28,7 @@ def test_real_weights_have_the_rows_of_their_protocol():
 
 
 def test_the_converged_testbed_has_the_size_and_rates_of_its_protocol():
-    """results/protocols/2026-11-29-claims.md, deviations 17 (training seeds), 7 (rates), 8 (total) and 9 (responses)."""
+    """results/protocols/2026-11-29-claims.md, deviations 17 (seeds), 7 (rates), 8 (total) and 9 (responses)."""
     found = load("converged", Paths(ROOT))
     tier = found.tier
     assert (tier.budget.qat_tokens, tier.budget.totals, tier.budget.claim_total) == (200_000, [4], 4)
