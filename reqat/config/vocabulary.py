@@ -33,3 +33,9 @@ def check_embeddings(name: str | None, where: str = "embeddings") -> str | None:
 def stored_as(head: str) -> str:
     """How a head of this name is stored: ``NVFP4`` of ``NVFP4-A8``."""
     return head.removesuffix(ROUNDED)
+
+
+def format_of(head: str) -> str | None:
+    """The format that a matrix of this name is rounded to, ``INT8-row`` of ``INT8-A8``; None for BF16."""
+    stored = stored_as(head)
+    return {"BF16": None, "INT8": "INT8-row"}.get(stored, stored)

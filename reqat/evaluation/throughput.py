@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reqat.config.vocabulary import format_of
 from reqat.evaluation import llama_cpp
 from reqat.evaluation.decoders import (
     CHECKED_PROMPT_TOKENS,
@@ -34,6 +35,7 @@ from reqat.evaluation.decoders import (
     ServedDecoders,
     Steps,
 )
+from reqat.formats import quantize_dequantize
 from reqat.inference import memory, pack
 from reqat.models import calibrate_static, load_model, prepare
 from reqat.models.adapters import blocks_of
@@ -184,14 +186,22 @@ def bits(model: Any) -> tuple[float, float, float]:
 def packed_entry(path: str, precision: str, head: str | None = None) -> Entry:
     """Our packed model, held against the same model fake-quantized; both are calibrated on the prompt of the check.
 
-    ``head``: as for :func:`reqat.pack`, of embeddings that are tied to it, too. The fake-quantized model's head and
-    embeddings stay in bfloat16: what four bits there change is measured in :mod:`reqat.evaluation.heads`.
+    ``head``: as for :func:`reqat.pack`, of embeddings that are tied to it, too. The fake-quantized model's head is
+    rounded likewise (its input is not): what that changes is measured in :mod:`reqat.evaluation.heads`.
     """
 
     def prepared(ids: Tensor) -> Any:
         model: Any = load_model(path, dtype=torch.bfloat16)
         prepare(model, precision, override=True, global_scale=_GLOBAL_SCALE)
         calibrate_static(model, [ids])
+        return model
+
+    def rounded(ids: Tensor) -> Any:
+        model = prepared(ids)
+        fmt = None if head is None else format_of(head)
+        if fmt is not None:
+            weight = model.get_output_embeddings().weight.data
+            weight.copy_(quantize_dequantize(weight.float(), fmt))
         return model
 
     def make(ids: Tensor) -> Decoder:
@@ -204,7 +214,7 @@ def packed_entry(path: str, precision: str, head: str | None = None) -> Entry:
         )
 
     name = precision if head is None else f"{precision}, head {head}"
-    return Entry("reqat.pack", name, make, lambda _, ids: prepared(ids), "reqat", ours=True)
+    return Entry("reqat.pack", name, make, lambda _, ids: rounded(ids), "reqat", ours=True)
 
 
 def model_bytes(path: str, cached_tokens: int, packed: int = 1) -> int:

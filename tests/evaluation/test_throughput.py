@@ -14,9 +14,10 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import reqat
 from reqat.evaluation import decoders, llama_cpp
 from reqat.evaluation.decoders import Decoder, Entry, Steps, agrees
-from reqat.evaluation.throughput import allocated_bytes, measure_decoding, model_bytes, timed_generate
+from reqat.evaluation.throughput import allocated_bytes, measure_decoding, model_bytes, packed_entry, timed_generate
 from reqat.models import load_model, save_model
 from reqat_kernels.bench import Wrong
 from reqat_kernels.bench.machine import Bandwidth
@@ -163,6 +164,20 @@ def test_a_decoder_that_crashes_or_is_wrong_loses_its_own_rows(
     assert "SIGSEGV" in lost["crashes", "decode", 1] and "standard deviations" in lost["wrong", "decode", 1]
     assert {key[0] for key in failures if key[2] == 2} == {"transformers, sdpa", "transformers, eager", "reqat.pack"}
     assert ("honest", "decode", 1) in failures and len(result.refused) == 2
+
+
+@pytest.mark.parametrize("head", ["NVFP4", "INT8-A8", "BF16"])
+def test_a_packed_head_is_held_to_one_that_is_rounded_likewise(checkpoint: str, head: str) -> None:
+    ids = torch.arange(3, 3 + 12).view(1, -1)
+    plain, found = (packed_entry(checkpoint, "NVFP4-W4A4KV4", name).held_to(None, ids) for name in (None, head))
+    weight, rounded = (model.get_output_embeddings().weight.float() for model in (plain, found))
+    codes = rounded.unique().numel()
+    if head == "BF16":
+        assert torch.equal(weight, rounded)
+    else:
+        fmt = "INT8-row" if head == "INT8-A8" else "NVFP4"
+        assert codes < weight.unique().numel()
+        assert torch.equal(rounded, reqat.quantize_dequantize(weight, fmt).bfloat16().float())
 
 
 def test_planned_memory_follows_from_the_headers_of_the_weights(checkpoint: str) -> None:
