@@ -68,6 +68,7 @@ _PREFILL_ROUNDS = 3  # a prompt is one sample
 # what it is made from (3, see below), llama.cpp's four files (3); loading one more of them in float32 (4).
 _BYTES_A_PARAMETER = 20
 _BYTES_A_PACKED_PARAMETER = 3  # of each packed model beyond the first
+_BYTES_A_LLAMA_PARAMETER = 9  # llama.cpp's four files, as they are mapped and packed anew
 
 
 class _Clock:
@@ -231,7 +232,8 @@ def model_bytes(path: str, cached_tokens: int, packed: int = 1) -> int:
     # Of a decoder as wide and deep as this: a layer has some 7 matrices, keys and values are no wider than its input.
     width = max((min(shape) for shape in shapes if len(shape) == 2), default=0)
     layers = sum(len(shape) == 2 for shape in shapes) / 7
-    of_models = (_BYTES_A_PARAMETER + _BYTES_A_PACKED_PARAMETER * (packed - 1)) * parameters
+    each = _BYTES_A_PARAMETER + _BYTES_A_PACKED_PARAMETER * (packed - 1)
+    of_models = (each + (_BYTES_A_LLAMA_PARAMETER if find_spec("llama_cpp") else 0)) * parameters
     processes = 3 + len(llama_cpp.TYPES)  # the reference's, transformers', ours
     return round(processes * WORKER_BYTES + of_models + 3 * 2 * 2 * layers * width * cached_tokens)
 

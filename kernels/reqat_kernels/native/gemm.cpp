@@ -14,9 +14,9 @@
 // still change nothing.)
 //
 // What bounds it: one row of x reads 0.56 bytes a weight and executes about 15 instructions for 256 of them, so memory
-// decides; from some 8 rows on it is the unit that multiplies, one 512-bit instruction a cycle. For 512 weights and a row
-// of x it has 8 byte dot products and, for every scale (one of MXFP4's, two of NVFP4's), one multiply-add, and one
-// multiplication more where x is FP4 too: 9 and 10 cycles for W4A8, 10 and 12 for W4A4.
+// decides; from some 8 rows on it is the units that multiply, one 512-bit instruction a cycle (Zen 4) or two (Zen 5). For
+// 512 weights and a row of x they have 8 byte dot products and, for every scale (one of MXFP4's, two of NVFP4's), one
+// multiply-add, and one multiplication more where x is FP4 too: 9 and 10 for W4A8, 10 and 12 for W4A4.
 
 #include "gemm.h"
 
