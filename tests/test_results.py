@@ -117,7 +117,7 @@ def test_the_claims_over_all_models_are_those_of_the_pinned_runs() -> None:
     readme = (ROOT / "README.md").read_text()
     assert summary.filled(readme, summary.block(runs)) == readme
     assert (PATHS.results / "verdicts.md").read_text() == table.markdown()
-    with pinned.restored(KEPT["overnight", "run"], "run") as kept:
+    with pinned.restored(KEPT["claims", "run"], "run") as kept:
         results = results_of(kept.plan, kept.root, pinned=True, paths=PATHS)
         by_recipe = {c.recipe: c for c in results.of("table1") if c.precision == "NVFP4-W4A4KV4"}
         d = results.paired(by_recipe["reqat-tqs"], by_recipe["qat"])
@@ -127,7 +127,7 @@ def test_the_claims_over_all_models_are_those_of_the_pinned_runs() -> None:
 
 
 def test_the_run_that_claims_rest_on_has_the_size_that_claims_need() -> None:
-    with pinned.restored(KEPT["overnight", "run"], "run") as kept:
+    with pinned.restored(KEPT["claims", "run"], "run") as kept:
         tier = kept.plan.tier
     assert tier.evaluation.split == "test" and tier.evaluation.n >= 1000 and len(tier.evaluation.seeds) >= 8
     assert len({*tier.training_seeds, *tier.claim_seeds.seeds}) >= 3

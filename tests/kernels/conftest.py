@@ -38,6 +38,16 @@ def interpreted(device: torch.device) -> None:
         pytest.skip("kernels run on a GPU here")
 
 
+@pytest.fixture(autouse=True)
+def _limit_comes_back() -> Iterator[None]:
+    """A test that left a lesser instruction set behind would have later ones skipped, or prove less."""
+    lib = library()
+    best = None if lib is None else lib.reqat_isa()
+    yield
+    if lib is not None:
+        assert lib.reqat_isa() == best, "the test did not lift its limit of the instruction set"
+
+
 @pytest.fixture
 def limit_isa() -> Iterator[Callable[[str], None]]:
     """Let native kernels use this instruction set and none better; the test is skipped where it cannot be used. What

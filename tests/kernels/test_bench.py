@@ -398,7 +398,7 @@ def test_the_checks_of_triton_providers_see_a_wrong_result(
     with pytest.raises(Wrong, match="product is off"):
         linear._triton(dataclasses.replace(GPU_CASES[0], device=device.type), "NVFP4", "gemv").check()
     fused = quantize.fake_quantize
-    monkeypatch.setattr(quantize, "fake_quantize", lambda x, fmt, check: fused(x, fmt, check=check, rotation=16))
+    monkeypatch.setattr(quantize, "fake_quantize", lambda x, fmt, **given: fused(x, fmt, rotation=16, **given))
     provider = next(p for p in kernels()["fake_quantize"].providers if p.name == "reqat, Triton")
     with pytest.raises(Wrong, match="differ from reqat.formats"):
         provider.make(dataclasses.replace(GPU_CASES[3], device=device.type)).check()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import reqat
+from reqat_kernels.isas import ISAS
 from reqat_kernels.native import dense, gemm, int8
-from reqat_kernels.native.library import library
+from reqat_kernels.native.library import instruction_sets, library
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -21,10 +22,11 @@ def at_every_level(call: Callable[[], Tensor]) -> list[Tensor]:
     """What the kernel gives limited to each instruction set (of those that this CPU has), and PyTorch's path."""
     lib, results = library(), []
     if lib is not None:
-        for level in (2, 1, 0):
-            lib.reqat_limit_isa(level)
+        best = lib.reqat_isa()
+        for isa in instruction_sets():
+            lib.reqat_limit_isa(ISAS.index(isa))
             results.append(call())
-        lib.reqat_limit_isa(2)
+        lib.reqat_limit_isa(best)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int8, "_library", lambda: None)
         patch.setattr(dense, "_library", lambda: None)

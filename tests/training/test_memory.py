@@ -4,6 +4,7 @@ counts what autograd keeps."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import subprocess
 import sys
@@ -146,6 +147,7 @@ def test_copies_of_logits_that_are_there_together_are_counted(terms: tuple[Any, 
         one.resize_token_embeddings(words)
     batch, objective = rows(count=20).batch([0]), Objective(terms)
     copy = 4 * words * batch.n_response_tokens
+    gc.collect()  # what an earlier test left would be freed meanwhile, and taken off
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         loop.batch_loss(model, teacher, objective, batch, autocast=False)[0].backward()
     found = [(e.start_ns(), e.nbytes()) for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
