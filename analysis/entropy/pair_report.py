@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import entropy
 from analysis.entropy.frames import tokens_of
-from analysis.entropy.tokens import QUARTILES
+from analysis.entropy.tokens import QUARTILES, RARE
 from analysis.report.document import EMPTY, MINUS, Column, Table, Text, number, percent
 from reqat.config.files import write_file
 from reqat.evaluation.trace_folder import TraceFolder
@@ -192,7 +192,7 @@ def _table(
     tokens = frames["entropy-by-token"]
     each = min(_NAMED_TOKENS, len(tokens) // 2)  # none is among both
     named = [
-        f"{which} mean entropy: "
+        f"{which} mean entropy of tokens seen more than {RARE} times: "
         + ", ".join(f"{t!r} {v:.4f}" for t, v in zip(part["token"], part["value"], strict=True))
         for which, part in (("Lowest", tokens.head(each)), ("Highest", tokens.tail(each)[::-1]))
         if len(part)

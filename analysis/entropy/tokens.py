@@ -24,6 +24,8 @@ from reqat.evaluation.statistics import ClusteredMeans, clustered_means
 from reqat.evaluation.trace_folder import TraceFolder
 
 EPS = 1e-12
+RARE = 100
+"""A token type seen no more often has no mean entropy of its own in tables."""
 # Resolution of 1 - p for a float32 p near 1: the least eps where a file has no tail column.
 _EPS_OF_PROBABILITIES = 2.0**-24
 QUARTILES = {"tail ratio (median)": 0.5, "tail ratio (lower quartile)": 0.25, "tail ratio (upper quartile)": 0.75}
@@ -62,7 +64,7 @@ def equal_count_bins(values_N: NDArray[Any], bins: int) -> NDArray[np.int64]:
 
 
 def entropy_by_token(
-    folder: TraceFolder, label: str, *, more_than: int = 100, source: str | None = None
+    folder: TraceFolder, label: str, *, more_than: int = RARE, source: str | None = None
 ) -> pd.DataFrame:
     """Mean entropy at each token type seen more than ``more_than`` times, lowest first.
 

@@ -52,6 +52,8 @@ def bench(
             say = None if quiet else lambda line: print(line, flush=True)
             job.metrics = measure_all(settings, job.partial, paths, say, threads)
     write_state(settings.id, paths, None)
+    if not quiet:
+        print(f"numbers: metrics of {out}/record.json" if only else f"tables: reqat report --what benchmark -t {tier}")
 
 
 @app.command("bench-failed", hidden=True)

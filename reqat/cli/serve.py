@@ -136,6 +136,9 @@ def _loaded(
     from reqat.models import precision_of
     from reqat.quant import Precision
 
+    print(
+        f"loading {model}", file=sys.stderr, flush=True
+    )  # of a published model, most of the time until the first token
     loaded = load_at(model, precision)
     if not packed or (precision_of(loaded) == Precision() and not chosen):
         return loaded

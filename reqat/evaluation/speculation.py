@@ -60,6 +60,7 @@ def measure_speculation(
         raise ReqatError(f"speculation needs prompts and numbers of guesses from 1 on, got {list(guesses)}")
     found = [Speculation(n) for n in (0, *guesses)]
     greedy: dict[str, Any] = {"decoding": Decoding.greedy(), "max_new_tokens": max_new_tokens}
+    generate(model, tokenizer, [prompts[0]], seeds=[0], row_keys=["prompt"], **greedy)  # not timed: the first is slower
     for turn, prompt in enumerate(prompts):
         say(f"speculation: prompt {turn + 1} of {len(prompts)}")
         responses: dict[int, Generation] = {}
