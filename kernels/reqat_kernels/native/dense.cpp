@@ -125,22 +125,27 @@ void rows(const typename W::Type* w, const float* x, float* out, int64_t M, int6
     rows_portable<W>(w, x, out, M, K);
 }
 
-// scale: of each row of w, or null.
-template <class W>
-void product(const typename W::Type* w, const float* scale, const float* x, float* y, int64_t M, int64_t N, int64_t K,
-             int threads) {
+// Call function(n, m, count) for each row n of w with each piece of up to ROWS rows of x, from row m on.
+template <class Function>
+void by_pieces(int64_t M, int64_t N, int threads, const Function& function) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         const FloatMode mode;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
-            for (int64_t m = 0; m < M; m += ROWS) {
-                const int64_t count = M - m < ROWS ? M - m : ROWS;
-                float out[ROWS];
-                rows<W>(w + n * K, x + m * K, out, count, K);
-                for (int64_t i = 0; i < count; i++) y[(m + i) * N + n] = scale ? out[i] * scale[n] : out[i];
-            }
+            for (int64_t m = 0; m < M; m += ROWS) function(n, m, M - m < ROWS ? M - m : ROWS);
     }
+}
+
+// scale: of each row of w, or null.
+template <class W>
+void product(const typename W::Type* w, const float* scale, const float* x, float* y, int64_t M, int64_t N, int64_t K,
+             int threads) {
+    by_pieces(M, N, threads, [&](int64_t n, int64_t m, int64_t count) {
+        float out[ROWS];
+        rows<W>(w + n * K, x + m * K, out, count, K);
+        for (int64_t i = 0; i < count; i++) y[(m + i) * N + n] = scale ? out[i] * scale[n] : out[i];
+    });
 }
 
 // Integer sums of products of w [K] with rows of x: |sum| <= 128 * 127 * K stays inside 32 bits for K <= 2^17.
@@ -229,16 +234,9 @@ REQAT_API void reqat_dense_int8(const int8_t* w, const float* scale, const float
 REQAT_API void reqat_dense_int8_a8(const int8_t* w, const float* scale, const int8_t* x, const float* row_scale,
                                    float* y, int64_t M, int64_t N, int64_t K, int threads) {
     using namespace reqat;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const FloatMode mode;
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++)
-            for (int64_t m = 0; m < M; m += ROWS) {
-                const int64_t count = M - m < ROWS ? M - m : ROWS;
-                int32_t sums[ROWS];
-                dots(w + n * K, x + m * K, sums, count, K);
-                for (int64_t i = 0; i < count; i++) y[(m + i) * N + n] = float(sums[i]) * (scale[n] * row_scale[m + i]);
-            }
-    }
+    by_pieces(M, N, threads, [&](int64_t n, int64_t m, int64_t count) {
+        int32_t sums[ROWS];
+        dots(w + n * K, x + m * K, sums, count, K);
+        for (int64_t i = 0; i < count; i++) y[(m + i) * N + n] = float(sums[i]) * (scale[n] * row_scale[m + i]);
+    });
 }
