@@ -100,6 +100,12 @@ def test_nothing_is_measured_where_the_user_says_so(monkeypatch: pytest.MonkeyPa
     assert prefetch.tune([weight(16, 32)], "integers") == {}
 
 
+def test_another_wish_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQAT_PREFETCH", "fastest")
+    with pytest.raises(ValueError, match="fastest.*default"):
+        prefetch.tune([weight(16, 32)], "integers")
+
+
 def test_real_passes_over_weights_of_several_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "LEAST_BYTES", 0)
     weights = [weight(48, 64), weight(16, 96), weight(32, 72)]  # the last in blocks that are not whole

@@ -74,9 +74,12 @@ def tune(weights: Sequence[PackedWeight], path: str) -> dict[int, Ahead]:
     """Measure the candidates over ``weights`` and keep the fastest for each number of rows; what was chosen.
 
     Measures once a process and path, and only where the weights are too many for a cache (:data:`LEAST_BYTES`).
-    Returns nothing where it does not measure.
+    Returns nothing where it does not measure. Raises ValueError for another ``REQAT_PREFETCH`` than ``default``.
     """
-    if library() is None or os.environ.get("REQAT_PREFETCH", "").strip() == "default":
+    wanted = os.environ.get("REQAT_PREFETCH", "").strip()
+    if wanted not in ("", "default"):
+        raise ValueError(f"REQAT_PREFETCH={wanted!r}: choose default (nothing is measured), or leave it unset")
+    if library() is None or wanted:
         return {}
     if path in _TUNED or sum(w.nbytes for w in weights) < LEAST_BYTES:
         return {}
