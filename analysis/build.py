@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,22 +204,29 @@ def verdict_runs(paths: Paths) -> list[Tests]:
     """The claims of every model of `analysis.report.summary.PLACES`, of the newest pinned runs; those without one have
     a column that says so."""
     from analysis.report import summary
+    from reqat.records.more_seeds import with_more_seeds
     from reqat.records.pinned import newest, restored
 
     kept, columns = newest(paths), []
-    for heading, tiers in summary.PLACES.items():
+    for heading, groups in summary.PLACES.items():
         runs = []
-        for tier in tiers:
-            if (tier, "run") not in kept:
+        for first, *more in groups:
+            if (first, "run") not in kept:
                 continue
-            folder = kept[tier, "run"]
+            tiers = [first, *(tier for tier in more if (tier, "run") in kept)]
             with contextlib.ExitStack() as stack:
-                run = stack.enter_context(restored(folder, "run"))
-                beside = kept.get((tier, "studies"))
-                studies = [] if beside is None else _likelihoods(beside, run, stack)
-                results = results_of(run.plan, run.root, pinned=True, paths=paths)
-                where = None if beside is None else f"results/{beside.name}"
-                runs.append(summary.tests_of(results, f"results/{folder.name}", heading, studies, where))
+                parts = [stack.enter_context(restored(kept[tier, "run"], "run")) for tier in tiers]
+                run = reduce(with_more_seeds, parts)
+                beside = [kept[tier, "studies"] for tier in tiers if (tier, "studies") in kept]
+                read = {folder: found for folder in beside if (found := _likelihoods(folder, run, stack))}
+                tests = summary.tests_of(
+                    results_of(run.plan, run.root, pinned=True, paths=paths),
+                    [f"results/{kept[tier, 'run'].name}" for tier in tiers],
+                    heading,
+                    [found[0] for found in read.values()],
+                    [f"results/{folder.name}" for folder in read],
+                )
+            runs.append(tests)
         columns += summary.merged(runs) or [summary.not_run(heading)]
     return columns
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from analysis.report.studies import Study
 from reqat.config.errors import ReqatError
+from reqat.config.studies import LikelihoodStudy
 from reqat.evaluation.means import Mean, mean_over_runs, ratio_observations
 
+FRAME = "likelihood"
 # Quantity -> the sums that it is made of and the tokens that it is a mean over.
 QUANTITIES = {
     "low": (("nll_low",), ("tokens_low",)),
@@ -17,6 +22,49 @@ QUANTITIES = {
     "kl": (("kl_low", "kl_high"), ("tokens_low", "tokens_high")),
     "kl_low": (("kl_low",), ("tokens_low",)),
 }
+
+
+def together(study: Study, *more: Study) -> pd.DataFrame:
+    """The rows of a likelihood study, and of `more` those of models that were trained under further seeds. A model that
+    the first study has (the base, under whatever seed) is the first one's.
+
+    Raises `ReqatError` for other settings, other traces, or two trainings of one model and seed.
+    """
+    frames = [study.parquet(FRAME)]
+    if not more:
+        return frames[0]
+    asked, models = _but_seeds(study), _models(study)
+    for other in more:
+        if _but_seeds(other) != asked:
+            raise ReqatError(f"{other.path} is of other settings than {study.path}; they cannot be read as one.")
+        frame, its = other.parquet(FRAME), _models(other)
+        known = {label: [model for (name, _), model in models.items() if name == label] for label, _ in its}
+        new = {key: model for key, model in its.items() if model not in known[key[0]]}
+        if twice := new.keys() & models.keys():
+            raise ReqatError(f"{other.path}: {sorted(twice)} is another training in {study.path}.")
+        if not set(frame["problem"]) == set(frames[0]["problem"]):
+            raise ReqatError(f"{other.path} read other traces than {study.path}; they cannot be read as one.")
+        kept = [(label, seed) in new for label, seed in zip(frame["label"], frame["seed"], strict=True)]
+        frames.append(frame[kept])
+        models |= new
+    return pd.concat(frames, ignore_index=True)
+
+
+def _but_seeds(study: Study) -> dict[str, Any]:
+    """All that the study was asked for, but its training seeds and the models that these make."""
+    config = study.record["config"]
+    settings = {key: value for key, value in config["settings"].items() if key != "training_seeds"}
+    return {key: value for key, value in config.items() if key != "models"} | {"settings": settings}
+
+
+def _models(study: Study) -> dict[tuple[str, int], Any]:
+    """Label and training seed of every run -> its model: stage and precision."""
+    settings, models = (
+        LikelihoodStudy.model_validate(study.record["config"]["settings"]),
+        study.record["config"]["models"],
+    )
+    roles = {(label, seed): settings.role(label, seed) for label, seeds in settings.runs().items() for seed in seeds}
+    return {(label, seed): models[role] for (label, seed), role in roles.items() if seed is not None and role in models}
 
 
 def observations(frame: pd.DataFrame, quantity: str) -> NDArray[np.float64]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from analysis.report import printed
 from analysis.report.claims import Claim, Side
 from analysis.report.findings import Finding, adjusted
-from analysis.report.held_out import differences
+from analysis.report.held_out import differences, together
 from analysis.report.names import BF16, REFERENCE_PRECISION
 from analysis.report.studies import Study
 from analysis.report.verdicts import PRIMARY
@@ -41,10 +41,12 @@ class TestedLikelihood(Finding):
     b: str
 
 
-def tested(study: Study) -> tuple[list[TestedLikelihood], dict[str, str]]:
+def tested(study: Study, *more: Study) -> tuple[list[TestedLikelihood], dict[str, str]]:
     """The primary claims that a likelihood study has both sides of, adjusted over all five; and of the others (by name)
-    what is missing."""
-    frame = study.parquet("likelihood")
+    what is missing. `more` are studies of the same settings under further training seeds.
+
+    Raises `ReqatError` for `more` of other settings, or of a seed that is there already."""
+    frame = together(study, *more)
     if not frame["tokens_low"].any():
         return [], {claim.name: "no token is a low-entropy one" for claim in PRIMARY}
     found, missing = [], {}

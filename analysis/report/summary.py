@@ -26,12 +26,13 @@ from analysis.report.verdicts import PRIMARY, Tested, tested
 from reqat.config.errors import ReqatError
 
 NAME = "verdicts"
-PLACES: dict[str, tuple[str, ...]] = {
-    "testbed": ("claims", "overnight"),
-    "converged": ("converged", "converged-more"),
-    "real weights": ("smollm-claims",),
+PLACES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "testbed": (("claims",), ("overnight",)),
+    "converged": (("converged", "converged-seeds"), ("converged-more",)),
+    "real weights": (("smollm-claims",),),
 }
-"""Column -> the tiers whose newest pinned runs fill it, claim by claim: the first one that tests it."""
+"""Column -> the tiers whose newest pinned runs fill it, claim by claim: the first ones that test it. Tiers after the
+first of a group have further training seeds of it and are read as one run with it."""
 NOT_RUN = "not run yet"
 SHOWN = (
     "ReQAT-TQ above QAT",
@@ -108,10 +109,14 @@ def merged(runs: Sequence[Sequence[Tests]]) -> list[Tests]:
 
 
 def tests_of(
-    results: Results, folder: str, heading: str, studies: Sequence[Study] = (), studies_folder: str | None = None
+    results: Results,
+    folders: Sequence[str],
+    heading: str,
+    studies: Sequence[Study] = (),
+    studies_folders: Sequence[str] = (),
 ) -> list[Tests]:
-    """The tested claims of each model of a run: `folder` is where it is kept, `studies` are its likelihood studies (of
-    the first model), kept in `studies_folder` (None: beside the run)."""
+    """The tested claims of each model of a run: `folders` are where it is kept, `studies` are its likelihood studies
+    (of the first model; those after the first have further training seeds), kept in `studies_folders`."""
     found = tested(results)
     out: list[Tests] = []
     for label in results.plan.tier.models:
@@ -120,10 +125,11 @@ def tests_of(
             continue
         name = f"{heading}, {label}" if out else heading
         made = results.provenance([e for t in mine for e in (*t.a, *t.b)])
-        likelihood = {t.claim.name: t for study in studies[:1] for t in likelihood_claims.tested(study)[0] if not out}
-        folders = dict.fromkeys([folder, *([studies_folder] if likelihood and studies_folder else [])])
+        read = likelihood_claims.tested(*studies)[0] if studies and not out else []
+        likelihood = {t.claim.name: t for t in read}
+        where = dict.fromkeys([*folders, *(studies_folders if likelihood else ())])
         by_claim = {t.claim.name: t for t in reversed(mine)}
-        out.append(Tests(name, label, tuple(folders), tuple(made.notes()), by_claim, likelihood))
+        out.append(Tests(name, label, tuple(where), tuple(made.notes()), by_claim, likelihood))
     return out
 
 
@@ -196,7 +202,7 @@ def _lines(runs: Sequence[Tests]) -> list[_Line]:
     """Every claim that some run tests or that is primary: the primary ones on accuracy, then on likelihood, then the
     others. Raises `ReqatError` where no run tests any."""
     if not any(run.by_claim for run in runs):
-        tiers = ", ".join(tier for tiers in PLACES.values() for tier in tiers)
+        tiers = ", ".join(tier for groups in PLACES.values() for tiers in groups for tier in tiers)
         raise ReqatError(f"no pinned run of {tiers} tests a claim; `reqat pin` promotes a finished one.")
     others = [c for c in CLAIMS if not c.main and any(c.name in run.by_claim for run in runs)]
     return [

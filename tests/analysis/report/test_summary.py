@@ -37,7 +37,7 @@ def test_only_what_was_tested_and_found_decides(given: list[str], word: str) -> 
 
 
 def test_a_claim_stands_for_its_primary_test(results: Results) -> None:
-    (run,) = summary.tests_of(results, "results/x", "testbed")
+    (run,) = summary.tests_of(results, ["results/x"], "testbed")
     other = replace(run, heading="other", by_claim={k: v for k, v in run.by_claim.items() if "traces" in k})
     table = summary.build([run, other, summary.not_run("real weights")])
     found = verdicts.tested(results)
@@ -62,7 +62,7 @@ def test_a_claim_stands_for_its_primary_test(results: Results) -> None:
 
 
 def test_a_column_has_what_the_first_of_its_runs_tests(results: Results) -> None:
-    (run,) = summary.tests_of(results, "results/x", "converged")
+    (run,) = summary.tests_of(results, ["results/x"], "converged")
     names = list(run.by_claim)
     first = replace(run, by_claim={name: run.by_claim[name] for name in names[:3]})
     second = replace(
@@ -78,7 +78,7 @@ def test_a_column_has_what_the_first_of_its_runs_tests(results: Results) -> None
 
 
 def test_readme_has_the_claims_that_matter_most_in_one_table(results: Results) -> None:
-    (run,) = summary.tests_of(results, "results/x", "testbed")
+    (run,) = summary.tests_of(results, ["results/x"], "testbed")
     runs = [run, summary.not_run("converged"), summary.not_run("real weights")]
     lines = [line for line in summary.block(runs).splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -90,7 +90,7 @@ def test_readme_has_the_claims_that_matter_most_in_one_table(results: Results) -
 
 
 def test_the_table_is_written_between_the_markers_and_nowhere_else(results: Results, tmp_path: Path) -> None:
-    runs = summary.tests_of(results, "results/x", "testbed")
+    runs = summary.tests_of(results, ["results/x"], "testbed")
     paths = Paths(tmp_path)
     assert write_verdicts(paths, runs) == [paths.results / "verdicts.md"]
     readme = tmp_path / "README.md"
