@@ -8,7 +8,7 @@ result. A tier without an artifact has no file for it; a tier with the artifact 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
@@ -176,8 +176,17 @@ def build_throughput(source: Path, table_folder: Path, plot_folder: Path) -> lis
     return written
 
 
-def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Path, paths: Paths) -> list[Path]:
-    """Write every table and figure of a part of a pinned run; returns the files."""
+def build_pinned(
+    kept: Restored,
+    part: Part,
+    table_folder: Path,
+    plot_folder: Path,
+    paths: Paths,
+    *,
+    companions: Collection[str] | None = None,
+) -> list[Path]:
+    """Write every table and figure of a part of a pinned run, of `companions` those of these kinds (None: of all);
+    returns the files."""
     from analysis.report.studies import pinned_studies
 
     if part == "run":
@@ -190,7 +199,7 @@ def build_pinned(kept: Restored, part: Part, table_folder: Path, plot_folder: Pa
     if part == "companions":
         from analysis.report.companions import pinned_parts
 
-        planned = pinned_parts(kept.records)
+        planned = [one for one in pinned_parts(kept.records) if companions is None or one.kind in companions]
         source = kept.root / "companions"
         return build_companions(planned, source, table_folder, plot_folder, tier=kept.plan.tier.name)
     return [
@@ -247,27 +256,32 @@ def _likelihoods(folder: Path, run: Restored, stack: contextlib.ExitStack) -> li
     return load_studies(planned, source, pinned=True)
 
 
-COMPANIONS_OF = "laptop"
-"""The tier whose newest pinned companions tell the claims of the sister systems."""
+COMPANIONS_OF = ("overnight", "laptop")
+"""The tiers whose newest pinned companions tell the claims of the sister systems: of each system, the first that has
+it."""
 
 
-def pinned_companions(paths: Paths) -> tuple[str, list[CompanionClaim]] | None:
-    """The folder, as a path within the repository, of the companions that were pinned last, and their claims; None if
-    none are pinned."""
+def pinned_companions(paths: Paths) -> tuple[dict[str, str], list[CompanionClaim]]:
+    """Kind of companion -> the folder that it was pinned in last, as a path within the repository; and their claims."""
     from analysis.report.companion_claims import claims_of
     from analysis.report.companions import load_companions, pinned_parts
-    from reqat.records.pinned import newest, restored
+    from reqat.config.companions import kinds
+    from reqat.records.pinned import companions, restored
 
-    if (folder := newest(paths).get((COMPANIONS_OF, "companions"))) is None:
-        return None
-    out: list[CompanionClaim] = []
-    with restored(folder, "companions") as kept:
-        planned = pinned_parts(kept.records)
-        for found in load_companions(planned, kept.root / "companions", {}):
-            for name in companion_names(planned)[found.kind][0]:
-                module = import_module(f"analysis.tables.{name.replace('-', '_')}")
-                out += claims_of(found.kind, module.build(found), getattr(module, "HEADLINE", ()))
-    return f"results/{folder.name}", out
+    folders: dict[str, Path] = {}
+    for tier in COMPANIONS_OF:
+        folders = companions(tier, paths) | folders
+    claims: dict[str, list[CompanionClaim]] = {}
+    for folder in sorted(set(folders.values())):
+        with restored(folder, "companions") as kept:
+            planned = [one for one in pinned_parts(kept.records) if folders[one.kind] == folder]
+            for found in load_companions(planned, kept.root / "companions", {}):
+                for name in companion_names(planned)[found.kind][0]:
+                    module = import_module(f"analysis.tables.{name.replace('-', '_')}")
+                    made = claims_of(found.kind, module.build(found), getattr(module, "HEADLINE", ()))
+                    claims.setdefault(found.kind, []).extend(made)
+    order = [kind for kind in kinds() if kind in folders]
+    return {kind: f"results/{folders[kind].name}" for kind in order}, [one for kind in order for one in claims[kind]]
 
 
 def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
@@ -283,11 +297,11 @@ def write_verdicts(paths: Paths, runs: Sequence[Tests]) -> list[Path]:
     readme = paths.root / "README.md"
     texts = {paths.results / f"{summary.NAME}.md": summary.build(runs).markdown()}
     blocks = [(summary.block(runs), summary.BEGIN, summary.END)]
-    if (pinned := pinned_companions(paths)) is not None:
-        folder, claims = pinned
+    folders, claims = pinned_companions(paths)
+    if folders:
         pages = {one.companion: f"docs/companions/{one.companion}.md" for one in claims}
-        texts[paths.results / f"{companion_claims.NAME}.md"] = companion_claims.build(claims, folder).markdown()
-        blocks.append((companion_claims.block(claims, folder, pages), companion_claims.BEGIN, companion_claims.END))
+        texts[paths.results / f"{companion_claims.NAME}.md"] = companion_claims.build(claims, folders).markdown()
+        blocks.append((companion_claims.block(claims, folders, pages), companion_claims.BEGIN, companion_claims.END))
     if readme.is_file():
         text = readme.read_text(encoding="utf-8")
         for inside, first, last in blocks:

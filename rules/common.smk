@@ -23,7 +23,7 @@ from reqat.config.progress import Progress
 from reqat.config.resources import Job, need, require
 from reqat.config.studies import load_studies, study_called
 from reqat.config.throughput import load_throughput, sources
-from reqat.records.pinned import MANIFEST, newest
+from reqat.records.pinned import MANIFEST, companions, newest
 
 KEYS = ("tier", "build", "models", "data", "reqat", "bench")
 # What Snakemake itself reads in a path: wildcards, and the end of a line in its lock files.
@@ -141,7 +141,8 @@ BENCH_TABLES, BENCH_PLOTS = (
 KERNELS = stamp("kernels", sources(PATHS.root))
 # Target `pinned`: the tier asked for if it is pinned, else the run that claims rest on, else the laptop's.
 PINNED = next((tier for tier in (TIER, "overnight", "laptop") if any(name == tier for name, _ in KEPT)), TIER)
-PINNED_MANIFESTS = sorted({(folder / MANIFEST).as_posix() for (name, _), folder in KEPT.items() if name == PINNED})
+PINNED_FOLDERS = [folder for (name, _), folder in KEPT.items() if name == PINNED] + list(companions(PINNED, PATHS).values())
+PINNED_MANIFESTS = sorted({(folder / MANIFEST).as_posix() for folder in PINNED_FOLDERS})
 # Tables and plots cost seconds, so they follow their sources (the viewer and the notebooks make neither); trainings follow their
 # settings alone.
 ANALYSIS = stamp("analysis", (path for path in Path("analysis").rglob("*.py") if path.parts[1] not in ("viewer", "notebooks")))

@@ -93,17 +93,17 @@ def test_studies_of_the_run_that_claims_rest_on_are_pinned() -> None:
 
 
 def test_the_claims_of_companions_are_those_of_the_pinned_ones() -> None:
-    found = pinned_companions(PATHS)
-    assert found is not None
-    folder, claims = found
-    assert {one.companion for one in claims if one.headline} == set(kinds()), "README has a line for each system"
+    folders, claims = pinned_companions(PATHS)
+    assert folders.keys() == {one.companion for one in claims if one.headline} == kinds().keys(), (
+        "a line for each system"
+    )
     pages = {kind: f"docs/companions/{kind}.md" for kind in kinds()}
     assert all((ROOT / page).is_file() for page in pages.values())
     readme = (ROOT / "README.md").read_text()
-    block = companion_claims.block(claims, folder, pages)
+    block = companion_claims.block(claims, folders, pages)
     assert summary.filled(readme, block, companion_claims.BEGIN, companion_claims.END) == readme
     page = PATHS.results / f"{companion_claims.NAME}.md"
-    assert page.read_text() == companion_claims.build(claims, folder).markdown()
+    assert page.read_text() == companion_claims.build(claims, folders).markdown()
 
 
 def test_the_claims_over_all_models_are_those_of_the_pinned_runs() -> None:

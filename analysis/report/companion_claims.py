@@ -77,8 +77,8 @@ def claims_of(companion: str, table: Table, headline: Sequence[str]) -> list[Com
     return out
 
 
-def build(found: Sequence[CompanionClaim], folder: str, notes: Sequence[str] = ()) -> Table:
-    """All claims of the run that is pinned in `folder`, a section a companion."""
+def build(found: Sequence[CompanionClaim], folders: Mapping[str, str]) -> Table:
+    """All claims, a section a companion. `folders`: kind -> where it is pinned."""
     sections: dict[str, list[tuple[Text, ...]]] = {}
     for one in found:
         cells = (_title(one.companion), one.where, one.claim, one.measured, one.verdict)
@@ -89,15 +89,16 @@ def build(found: Sequence[CompanionClaim], folder: str, notes: Sequence[str] = (
         "Differences with 95% intervals, less being better for nats and measurements and more for points; a verdict "
         "goes by the p-value that is adjusted (Holm) over the claims of a table. In parentheses, where nothing can be "
         "told, the difference that 80% power would have found.",
-        (f"Run: {folder}.", *notes),
+        (_where(folders),),
         tuple(Column(name, align="l") for name in ("System", "Where", "Claim", "Here", "Verdict")),
         tuple(tuple(rows) for rows in sections.values()),
         pd.DataFrame([vars(one) for one in found]),
     )
 
 
-def block(found: Sequence[CompanionClaim], folder: str, documents: Mapping[str, str]) -> str:
-    """The Markdown of README: the claims of `HEADLINE`. `documents`: kind -> the page about it."""
+def block(found: Sequence[CompanionClaim], folders: Mapping[str, str], documents: Mapping[str, str]) -> str:
+    """The Markdown of README: the claims of `HEADLINE`. `folders`: kind -> where it is pinned; `documents`: kind -> the
+    page about it."""
     out = ["| system | claim | here | verdict |", "|---|---|---|---|"]
     for one in found:
         if one.headline:
@@ -105,7 +106,18 @@ def block(found: Sequence[CompanionClaim], folder: str, documents: Mapping[str, 
             name = _title(one.companion)
             name = f"[{name}]({documents[one.companion]})" if one.companion in documents else name
             out.append(f"| {name} | {one.claim}{where} | {one.measured} | {one.verdict} |")
-    return "\n".join(["", *out, "", f"Run: {folder}.", ""])
+    return "\n".join(["", *out, "", _where(folders), ""])
+
+
+def _where(folders: Mapping[str, str]) -> str:
+    """A sentence that says which companion is pinned where."""
+    of_folder: dict[str, list[str]] = {}
+    for kind, folder in folders.items():
+        of_folder.setdefault(folder, []).append(_title(kind))
+    if len(of_folder) == 1:
+        return f"Run: {next(iter(of_folder))}."
+    said = [f"{folder} ({', '.join(names)})" for folder, names in of_folder.items()]
+    return f"Runs: {'; '.join(said)}."
 
 
 def _title(kind: str) -> str:

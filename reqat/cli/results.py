@@ -66,6 +66,9 @@ def report(
             _report_fresh(tier, chosen, table_draft, plot_draft, companion or [])
             return
         for part in chosen or parts_pinned(tier, paths):
+            if part == "companions":
+                _report_pinned_companions(tier, companion or [], table_draft, plot_draft)
+                continue
             with restored(find(tier, part, paths), part) as kept:
                 build_pinned(kept, part, table_draft, plot_draft, paths)
 
@@ -112,18 +115,32 @@ def _report_companions(plan: Plan, kinds: list[str], tables: Path, plots: Path) 
     """Of companions of these kinds, or of all. Raises `ReqatError` for a kind that the tier does not have."""
     from analysis.build import build_companions
     from reqat.config.companions import note_of
-    from reqat.pipeline.companions import companions_of
+    from reqat.pipeline.pin import companions_asked
 
     paths, tier = session.paths, plan.tier
-    planned = companions_of(tier.name, paths).values()
-    there = {part.kind for part in planned}
-    for kind in kinds:
-        if kind not in there:
-            raise unknown("companion", kind, there, where=f"tier {tier.name}")
-    parts = [part for part in planned if part.kind in (kinds or there)]
+    parts = list(companions_asked(tier.name, kinds, paths).values())
     noted = {part.id: reason for part in parts if (reason := note_of(paths.companion(part.id))) is not None}
     source = paths.work / "companions"
     build_companions(parts, source, tables, plots, missing=noted, tier=tier.name)
+
+
+def _report_pinned_companions(tier: str, kinds: list[str], tables: Path, plots: Path) -> None:
+    """Of companions of these kinds, or of all, each from the folder that it was pinned in last. Raises `ReqatError` for
+    a kind that is not pinned."""
+    from analysis.build import build_pinned
+    from reqat.records.pinned import companions, find, restored
+
+    paths = session.paths
+    find(tier, "companions", paths)  # raises where there is none
+    folders = companions(tier, paths)
+    for kind in kinds:
+        if kind not in folders:
+            raise unknown("pinned companion", kind, folders, where=f"tier {tier}")
+    for folder in sorted(set(folders.values())):
+        its = {kind for kind in kinds or folders if folders[kind] == folder}
+        if its:
+            with restored(folder, "companions") as kept:
+                build_pinned(kept, "companions", tables, plots, paths, companions=its)
 
 
 @contextlib.contextmanager
@@ -146,6 +163,9 @@ def pin(
     ] = None,
     name: Annotated[str | None, typer.Option(help="Folder in results/ (default: <today>-<tier>).")] = None,
     figure: Annotated[list[str] | None, typer.Option(help="Keep this figure as PNG, too.")] = None,
+    companion: Annotated[
+        list[str] | None, typer.Option(help="Of the companions, this kind alone (again for another).")
+    ] = None,
     model: Annotated[str, typer.Option(help="base: label of the model in the tier.")] = "testbed",
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"] | None,
@@ -167,8 +187,12 @@ def pin(
         return
     # Companions have a target of their own, so a run without them is no run that lacks something.
     has = [p for p in pinning.parts_of(plan, paths) if p != "companions" or pinning.begun(plan, p, paths)]
-    parts = _chosen(what) or has
-    folder = pinning.pin(plan, paths, parts, name=name, figures=figure or (), allow_dirty=allow_dirty)
+    parts = _chosen(["companions"] if companion and not what else what) or has
+    if companion and "companions" not in parts:
+        raise ReqatError("--companion: it chooses among companions; name them with --what companions, or leave it out.")
+    folder = pinning.pin(
+        plan, paths, parts, name=name, figures=figure or (), companions=companion or (), allow_dirty=allow_dirty
+    )
     for part, stated in manifest(folder)["parts"].items():
         if len(stated["sources"]) > 1:
             versions = f"{len(stated['sources'])} versions of the code"

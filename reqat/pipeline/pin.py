@@ -19,7 +19,7 @@ from typing import Any
 from reqat.config.base import digest
 from reqat.config.companions import Part as CompanionPart
 from reqat.config.companions import load_companions, restored
-from reqat.config.errors import ReqatError
+from reqat.config.errors import ReqatError, unknown
 from reqat.config.files import write_file
 from reqat.config.paths import Paths, made
 from reqat.config.plan import Plan
@@ -49,6 +49,19 @@ def parts_of(plan: Plan, paths: Paths) -> list[Part]:
     return [part for part in PARTS if has[part]]
 
 
+def companions_asked(tier: str, kinds: Sequence[str], paths: Paths) -> dict[str, CompanionPart]:
+    """The parts of a tier's companions by id, of these kinds or (none named) of all.
+
+    Raises `ReqatError` for a kind that the tier does not have.
+    """
+    planned = companions_of(tier, paths)
+    there = {part.kind for part in planned.values()}
+    for kind in kinds:
+        if kind not in there:
+            raise unknown("companion", kind, there, where=f"tier {tier}")
+    return {id: part for id, part in planned.items() if part.kind in (kinds or there)}
+
+
 def begun(plan: Plan, part: Part, paths: Paths) -> bool:
     """Whether a part of a tier has any result in the build folder, or a note of a benchmark that failed."""
     if part == "run":
@@ -65,9 +78,11 @@ def begun(plan: Plan, part: Part, paths: Paths) -> bool:
     return any((folder / record.FILE).is_file() for folder in folders)
 
 
-def check(plan: Plan, paths: Paths, parts: Sequence[Part], *, allow_dirty: bool = False) -> dict[str, dict[str, Any]]:
-    """Records of the whole parts by their jobs' folders within `build/`. Raises `ReqatError` listing what is missing,
-    changed, of another plan, or made from a dirty tree.
+def check(
+    plan: Plan, paths: Paths, parts: Sequence[Part], *, companions: Sequence[str] = (), allow_dirty: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Records of the whole parts by their jobs' folders within `build/`; of companions, those of the named kinds (none:
+    all). Raises `ReqatError` listing what is missing, changed, of another plan, or made from a dirty tree.
     """
     found: dict[str, dict[str, Any]] = {}
     troubles: list[str] = []
@@ -115,7 +130,7 @@ def check(plan: Plan, paths: Paths, parts: Sequence[Part], *, allow_dirty: bool 
         bench = benchmark_of(plan.tier.name, paths)
         take(paths.throughput(bench.id), lambda folder, node: record.verify(folder, id=node.id), bench)
     if "companions" in parts:
-        for id, one in companions_of(plan.tier.name, paths).items():
+        for id, one in companions_asked(plan.tier.name, companions, paths).items():
             take(paths.companion(id), companion, one)
     dirty = [job for job, entry in found.items() if entry["dirty"] is not False]
     if dirty and not allow_dirty:
@@ -137,21 +152,23 @@ def pin(
     *,
     name: str | None = None,
     figures: Sequence[str] = (),
+    companions: Sequence[str] = (),
     allow_dirty: bool = False,
 ) -> Path:
     """Promote finished parts of a tier into a new folder `results/<name>/`; returns it.
 
-    `name` begins with a date; by default it is today's (UTC) and the tier. `figures` are kept as PNG; of tables, the
-    CSV. Raises `ReqatError` as `check` does, and if a folder of that name is there: it is never written again.
+    `name` begins with a date; by default it is today's (UTC), the tier, and the `companions` that are named: kinds, the
+    others of which are left out. `figures` are kept as PNG; of tables, the CSV. Raises `ReqatError` as `check` does,
+    and if a folder of that name is there: it is never written again.
     """
     from analysis.report.studies import STUDIES
 
-    name = name or f"{datetime.now(UTC).date()}-{plan.tier.name}"
+    name = name or "-".join([str(datetime.now(UTC).date()), plan.tier.name, *companions])
     if not _NAME.fullmatch(name):
         raise ReqatError(f"--name {name}: begin it with a date, such as 2026-11-26-{plan.tier.name}.")
     target = paths.results / name
     with making(target, _written_once) as draft:
-        found = check(plan, paths, parts, allow_dirty=allow_dirty)
+        found = check(plan, paths, parts, companions=companions, allow_dirty=allow_dirty)
         originals = pinned.fold(paths.work, list(found), draft)
         record.write(draft / pinned.PLAN, plan.dump())
         if "studies" in parts:

@@ -137,9 +137,11 @@ def write_manifest(
 
 
 def _summary(part: Part, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a part's records say together; of a benchmark, on what type of machine it ran."""
-    machine = {"machine": machine_type(records[0])} if part == "benchmark" else {}
-    return machine | {
+    """What a part's records say together; of a benchmark, on what type of machine it ran; of companions, which."""
+    more: dict[str, Any] = {"machine": machine_type(records[0])} if part == "benchmark" else {}
+    if part == "companions":
+        more["companions"] = _kinds(records)
+    return more | {
         "jobs": len(records),
         "commits": sorted({str(entry["commit"]) for entry in records}),
         "sources": sorted({str(entry.get("source")) for entry in records}),
@@ -227,11 +229,33 @@ def benchmarks(tier: str, paths: Paths) -> dict[str, Path]:
     return {key: folder for key, (_, folder) in found.items()}
 
 
+def companions(tier: str, paths: Paths) -> dict[str, Path]:
+    """Kind of companion -> the folder where it was finished last, of all that is pinned of a tier; in the order of the
+    folders' names. A folder may have some kinds alone."""
+    found: dict[str, tuple[str, Path]] = {}
+    for file in sorted(paths.results.glob(f"*/{MANIFEST}")):
+        stated = manifest(file.parent)
+        made = stated["parts"].get("companions")
+        if made is not None and stated["tier"] == tier:
+            # Older manifests name no kinds; their records do.
+            for kind in made.get("companions") or _kinds(_records(file.parent, "companions")):
+                found[kind] = max(found.get(kind, ("", file.parent)), (made["finished"], file.parent))
+    return {kind: folder for kind, (_, folder) in found.items()}
+
+
+def _kinds(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(str(entry["config"]["kind"]) for entry in records))
+
+
 def _machine(folder: Path) -> str:
+    return machine_type(_records(folder, "benchmark")[0])
+
+
+def _records(folder: Path, part: Part) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     rows = pq.ParquetFile(folder / RECORDS).read(columns=["folder", "record"]).to_pylist()
-    return next(machine_type(json.loads(row["record"])) for row in rows if part_of(row["folder"]) == "benchmark")
+    return [json.loads(row["record"]) for row in rows if part_of(row["folder"]) == part]
 
 
 def verify(folder: Path) -> int:

@@ -141,3 +141,45 @@ def test_pinned_parts_are_drawn_as_fresh_ones(paths: Paths, monkeypatch: pytest.
     next(paths.companion(part.id) for part in planned).joinpath("rows.csv").write_text("changed")
     with pytest.raises(ReqatError, match="rows.csv"):
         pin.check(plan, paths, ["companions"], allow_dirty=True)
+
+
+def test_companions_are_pinned_one_by_one_and_each_is_found_where_it_was_finished_last(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Die(Coin):
+        kind: Literal["die"] = "die"  # type: ignore[assignment]
+
+    monkeypatch.setattr(configured, "kinds", lambda: {"coin": Coin, "die": Die})
+    monkeypatch.setitem(sys.modules, "reqat.pipeline.companions.die", sys.modules["reqat.pipeline.companions.coin"])
+    (paths.config / FILE).write_text(yaml.safe_dump({"tiers": {"small": [{"kind": "coin"}, {"kind": "die"}]}}))
+    plan: Any = SimpleNamespace(tier=SimpleNamespace(name="small", title=""), dump=dict)
+    monkeypatch.setattr(pinned, "read_plan", lambda path: plan)
+    bring(paths, monkeypatch, "one")
+
+    def finish(kind: str, name: str) -> Path:
+        for part in pin.companions_asked("small", [kind], paths).values():
+            companions.run_part(part, paths, tier="small", force=True)
+        return pin.pin(plan, paths, ["companions"], companions=[kind], name=name, allow_dirty=True)
+
+    coin = finish("coin", "2026-01-01-small-coin")
+    with pytest.raises(ReqatError, match="companion-die"):
+        pin.check(plan, paths, ["companions"], allow_dirty=True)
+    with pytest.raises(ReqatError, match="'dye'"):
+        pin.check(plan, paths, ["companions"], companions=["dye"])
+    assert pinned.companions("small", paths) == {"coin": coin} and pinned.companions("large", paths) == {}
+    die = finish("die", "2026-01-02-small-die")
+    assert pinned.companions("small", paths) == {"coin": coin, "die": die}
+    with pinned.restored(die, "companions") as kept:
+        assert {part.kind for part in pinned_parts(kept.records)} == {"die"}
+    both = pin.pin(plan, paths, ["companions"], name="2026-01-03-small", allow_dirty=True)
+    assert pinned.companions("small", paths) == {"coin": both, "die": both}
+    again = finish("coin", "2026-01-04-small-coin")
+    assert pinned.companions("small", paths) == {"coin": again, "die": both}
+
+    # A manifest of before kinds were named: its records name them.
+    stated = pinned.manifest(die)
+    assert stated["parts"]["companions"].pop("companions") == ["die"]
+    for folder in (both, again, coin):
+        (folder / pinned.MANIFEST).unlink()
+    record.write(die / pinned.MANIFEST, stated)
+    assert pinned.companions("small", paths) == {"die": die}

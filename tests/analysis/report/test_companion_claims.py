@@ -44,12 +44,20 @@ def test_an_unknown_unit_is_refused() -> None:
 
 def test_readme_shows_the_headlines_and_the_page_all() -> None:
     found = claims_of("tsld", table([row("A below B", -0.25), row("C below D", -0.1)]), ("A",))
-    text = block(found, "results/x", {"tsld": "docs/companions/tsld.md"})
+    text = block(found, {"tsld": "results/x"}, {"tsld": "docs/companions/tsld.md"})
     assert "[TSLD](docs/companions/tsld.md)" in text and "A below B (smollm2)" in text and "C below D" not in text
-    assert {"A below B", "C below D"} <= set(build(found, "results/x").data["claim"])
+    assert {"A below B", "C below D"} <= set(build(found, {"tsld": "results/x"}).data["claim"])
     document = f"before {BEGIN}\nold\n{END} after"
     assert filled(document, text, BEGIN, END) == f"before {BEGIN}\n{text}{END} after"
     assert filled("none", text, BEGIN, END) is None
+
+
+def test_each_system_is_named_beside_the_folder_that_it_is_from() -> None:
+    found = claims_of("tsld", table([row("A below B", -0.25)]), ("A",))
+    one, two = ({"tsld": "results/x", "nce": there} for there in ("results/x", "results/y"))
+    assert "results/x." in block(found, one, {}) and "NCE" not in block(found, one, {})
+    text = block(found, two, {})
+    assert "results/x (TSLD)" in text and "results/y (NCE)" in text
 
 
 @pytest.mark.parametrize("kind", sorted(kinds()))
