@@ -1,4 +1,4 @@
-"""Companion TSLD: best evaluation perplexity of ternary decoders by loss, beside the paper's, and the claims on it.
+"""Companion TSLD: best evaluation perplexity of quantized decoders by loss, beside the paper's, and the claims on it.
 
 Every loss is trained from the same teacher on the same blocks and tested on the same ones, so differences are paired by
 group of test blocks and by training seed. They are in nats per token, of which perplexity is the exponential.
@@ -88,7 +88,7 @@ def build(found: Found) -> Table:
             verdicts.append(f"{label}: {_line(row)}")
     return Table(
         NAME,
-        "TSLD: ternary decoders by loss",
+        "TSLD: quantized decoders by loss",
         "Best evaluation perplexity over a training, as the paper reports it: the step is chosen on the blocks that it "
         "is measured on. Every linear layer but the head is quantized. Training loss: mean of the last epoch, of the "
         "loss itself, so it compares seeds and not losses.",
