@@ -219,15 +219,16 @@ def doctor(
     failed = any(check.level == "fail" for check in general)
     for name, plan in plans.items():
         checks = of_tier(plan, session.paths, bench=bench, torch=not quick or plan.tier.resources.device == "cuda")
+        # The general checks stand above, once, unless only what is amiss is asked for.
         amiss = [check for check in (general + checks if quick else checks) if check.level != "ok"]
         failed = failed or any(check.level == "fail" for check in checks)
         verdict = "cannot run here" if any(c.level == "fail" for c in general + checks) else "can run here"
-        if quick:
-            if amiss:
-                print(table(amiss))
-            print(f"tier {name}: {verdict}; {cost(plan)}", flush=True)
+        shown = amiss if quick or tier is None else checks
+        said, details = f"tier {name}: {verdict}; {cost(plan)}", [table(shown)] if shown else []
+        if quick:  # the verdict last
+            print("\n".join([*details, said]), flush=True)
         else:
-            print(f"\ntier {name}: {verdict}\n{table(checks)}")
+            print("\n".join(["", said, *details]))
     if tier and failed:
         raise typer.Exit(2)
 
