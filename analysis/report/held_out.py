@@ -54,7 +54,15 @@ def _but_seeds(study: Study) -> dict[str, Any]:
     """All that the study was asked for, but its training seeds and the models that these make."""
     config = study.record["config"]
     settings = {key: value for key, value in config["settings"].items() if key != "training_seeds"}
-    return {key: value for key, value in config.items() if key != "models"} | {"settings": settings}
+    asked: dict[str, Any] = _stated({**config, "models": None, "settings": settings})
+    return asked
+
+
+def _stated(value: Any) -> Any:
+    """Settings without those that are null: a record of before a setting was there does not have it."""
+    if isinstance(value, dict):
+        return {key: _stated(inner) for key, inner in value.items() if inner is not None}
+    return value
 
 
 def _models(study: Study) -> dict[tuple[str, int], Any]:
