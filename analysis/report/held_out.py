@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ QUANTITIES = {
 
 
 def together(study: Study, *more: Study) -> pd.DataFrame:
-    """The rows of a likelihood study, and of `more` those of models that were trained under further seeds. A model that
-    the first study has (the base, under whatever seed) is the first one's.
+    """The rows of a likelihood study (nats summed over the tokens of a trace, a row a run and trace), and of `more` those
+    of models that were trained under further seeds. A model that the first study has (the base, under whatever seed)
+    is the first one's.
 
     Raises `ReqatError` for other settings, other traces, or two trainings of one model and seed.
     """
@@ -42,7 +44,7 @@ def together(study: Study, *more: Study) -> pd.DataFrame:
         new = {key: model for key, model in its.items() if model not in known[key[0]]}
         if twice := new.keys() & models.keys():
             raise ReqatError(f"{other.path}: {sorted(twice)} is another training in {study.path}.")
-        if not set(frame["problem"]) == set(frames[0]["problem"]):
+        if _traces(frame) != _traces(frames[0]):
             raise ReqatError(f"{other.path} read other traces than {study.path}; they cannot be read as one.")
         kept = [(label, seed) in new for label, seed in zip(frame["label"], frame["seed"], strict=True)]
         frames.append(frame[kept])
@@ -50,27 +52,29 @@ def together(study: Study, *more: Study) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
+def _traces(frame: pd.DataFrame) -> list[str]:
+    """The problems whose solutions every run read, in order: of the first run."""
+    label, seed = frame["label"].iloc[0], frame["seed"].iloc[0]
+    return frame.loc[(frame["label"] == label) & (frame["seed"].isna() | (frame["seed"] == seed)), "problem"].tolist()
+
+
 def _but_seeds(study: Study) -> dict[str, Any]:
     """All that the study was asked for, but its training seeds and the models that these make."""
     config = study.record["config"]
     settings = {key: value for key, value in config["settings"].items() if key != "training_seeds"}
-    asked: dict[str, Any] = _stated({**config, "models": None, "settings": settings})
-    return asked
+    return _stated({**config, "models": None, "settings": settings})
 
 
-def _stated(value: Any) -> Any:
+def _stated(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without those that are null: a record of before a setting was there does not have it."""
-    if isinstance(value, dict):
-        return {key: _stated(inner) for key, inner in value.items() if inner is not None}
-    return value
+    given = {key: value for key, value in settings.items() if value is not None}
+    return {key: _stated(value) if isinstance(value, dict) else value for key, value in given.items()}
 
 
 def _models(study: Study) -> dict[tuple[str, int], Any]:
     """Label and training seed of every run -> its model: stage and precision."""
-    settings, models = (
-        LikelihoodStudy.model_validate(study.record["config"]["settings"]),
-        study.record["config"]["models"],
-    )
+    config = study.record["config"]
+    settings, models = LikelihoodStudy.model_validate(config["settings"]), config["models"]
     roles = {(label, seed): settings.role(label, seed) for label, seeds in settings.runs().items() for seed in seeds}
     return {(label, seed): models[role] for (label, seed), role in roles.items() if seed is not None and role in models}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,7 +34,6 @@ class QuantConv2d(QuantLinear):
 
     def __init__(self, conv: nn.Conv2d, precision: Precision, input_quantizer: InputQuantizer, name: str) -> None:
         super().__init__(_as_linear(conv), precision, input_quantizer, name)
-        _leave_out_onednn()
         self.kernel = conv.kernel_size
         self.call: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
 
@@ -65,16 +63,6 @@ class QuantConv2d(QuantLinear):
     def extra_repr(self) -> str:
         """Shape and state, for ``print(model)``."""
         return f"{super().extra_repr()}, kernel={self.kernel}, stride={self.call['stride']}"
-
-
-def _leave_out_onednn() -> None:
-    """On a CPU without AVX-512 PyTorch computes convolutions itself, in this process from now on.
-
-    There oneDNN 3.12 (PyTorch 2.13) writes beyond its buffers in the backward pass of kernels whose channels lie last
-    in memory, as ours do: "corrupted double-linked list" (AMD Zen 3). Which library is asked is decided in the backward
-    pass again, so that a block around the forward one would not do."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        torch.backends.mkldnn.set_flags(False)
 
 
 def rows_of(weight: Tensor) -> Tensor:

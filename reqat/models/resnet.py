@@ -28,6 +28,8 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from reqat.config.errors import ReqatError
 
 STAGES = 3
+ONEDNN_CHANNELS = 8
+"""Input channels of a shortcut from which on oneDNN's AVX2 code is known to compute it."""
 
 
 class ResNetConfig(PreTrainedConfig):
@@ -71,6 +73,17 @@ def layer_names(depth: int) -> list[str]:
     return ["stem"] + [f"blocks.{index}.{name}" for index in range(blocks) for name in ("conv1", "conv2")]
 
 
+def _leave_out_onednn() -> None:
+    """On a CPU without AVX-512, let PyTorch compute by itself in this process from now on.
+
+    There the backward pass of a 1 x 1 convolution of stride 2 with few channels crashes in oneDNN 3.12 (PyTorch 2.13),
+    which damages memory ("corrupted double-linked list"; AMD Zen 3: with 3 and 4 input channels, not with 8 and more).
+    A block around the model's call would not do: the backward pass asks for the flag again.
+    """
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        torch.backends.mkldnn.set_flags(False)
+
+
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions and what they are added to."""
 
@@ -83,6 +96,8 @@ class ResidualBlock(nn.Module):
         self.activation = nn.ReLU()
         self.shortcut = nn.Conv2d(channels, outer, 1, stride, bias=False) if stride > 1 else None
         self.shortcut_norm = nn.BatchNorm2d(outer) if stride > 1 else None
+        if self.shortcut is not None and channels < ONEDNN_CHANNELS:
+            _leave_out_onednn()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, max(C, outer), H, W], or, with a stride of 2, [B, outer, H / 2, W / 2]."""

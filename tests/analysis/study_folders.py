@@ -19,6 +19,17 @@ from reqat.evaluation.trace_folder import TraceFolder
 REF, CAND = "BF16", "NVFP4-W4A4KV4"
 WORDS = ["<eos>", " so", " is", " 1", " 2", " 3", " +", " -", " ="]
 RIGHT, WRONG = " 1 + 1 = 2", " 1 + 1 = 3"
+# Models of the primary claims, as likelihood studies label them -> recipe and precision.
+CLAIMED = {
+    "Base": ("base", "BF16"),
+    "PTQ": ("ptq", CAND),
+    "FT": ("ft", "BF16"),
+    "QAT": ("qat", CAND),
+    "FT+QAT, different traces": ("ft-qat-different", CAND),
+    "ReQAT-T": ("reqat-t", CAND),
+    "ReQAT-TQ": ("reqat-tq", CAND),
+    "ReQAT-TQS": ("reqat-tqs", CAND),
+}
 TWO = {"reference": REF, "candidate": CAND}
 
 

@@ -179,3 +179,18 @@ def test_unequal_channels_are_added_where_both_have_them() -> None:
 def test_a_depth_or_widths_of_no_such_network_are_refused(depth: int, widths: tuple[int, ...]) -> None:
     with pytest.raises(ReqatError, match=f"{depth}|widths"):
         ResNetConfig(depth, widths)
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "left_out"), [("AVX2", 4, True), ("AVX2", 8, False), ("AVX512", 4, False)]
+)
+def test_onednn_is_left_out_where_it_would_crash(
+    monkeypatch: pytest.MonkeyPatch, capability: str, width: int, left_out: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    before = torch.backends.mkldnn.set_flags(True)
+    try:
+        ResNet(ResNetConfig(8, (width,), side=8))
+        assert torch.backends.mkldnn.enabled is not left_out
+    finally:
+        torch.backends.mkldnn.set_flags(*before[:1])

@@ -14,17 +14,9 @@ from analysis.report.held_out import together
 from analysis.report.studies import Study
 from reqat.config import ReqatError
 from reqat.config.studies import LikelihoodStudy
+from tests.analysis.study_folders import CLAIMED as MODELS
 from tests.analysis.study_folders import study
 
-FP4 = "NVFP4-W4A4KV4"
-MODELS = {
-    "Base": ("base", "BF16"),
-    "PTQ": ("ptq", FP4),
-    "FT": ("ft", "BF16"),
-    "QAT": ("qat", FP4),
-    "ReQAT-T": ("reqat-t", FP4),
-    "ReQAT-TQS": ("reqat-tqs", FP4),
-}
 UNTRAINED = ("Base", "PTQ")
 TRACES = [f"chain_sum-{i}" for i in range(30)]
 

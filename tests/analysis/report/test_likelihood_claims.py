@@ -16,19 +16,9 @@ from analysis.report.studies import Study
 from analysis.tables.claims_likelihood import build
 from reqat.config.studies import ModelChoice
 from reqat.evaluation.statistics import holm
+from tests.analysis.study_folders import CLAIMED as MODELS
 from tests.analysis.study_folders import study
 
-FP4 = "NVFP4-W4A4KV4"
-MODELS = {
-    "Base": ("base", "BF16"),
-    "PTQ": ("ptq", FP4),
-    "FT": ("ft", "BF16"),
-    "QAT": ("qat", FP4),
-    "FT+QAT, different traces": ("ft-qat-different", FP4),
-    "ReQAT-T": ("reqat-t", FP4),
-    "ReQAT-TQ": ("reqat-tq", FP4),
-    "ReQAT-TQS": ("reqat-tqs", FP4),
-}
 # Nats per low-entropy token. Rounding costs the base 0.2, so 0.02 above FT is as good.
 LEVEL = {
     "Base": 0.3,
