@@ -26,9 +26,9 @@ QUANTITIES = {
 
 
 def together(study: Study, *more: Study) -> pd.DataFrame:
-    """The rows of a likelihood study (nats summed over the tokens of a trace, a row a run and trace), and of `more` those
-    of models that were trained under further seeds. A model that the first study has (the base, under whatever seed)
-    is the first one's.
+    """The rows of a likelihood study, and of `more` those of models that were trained under further seeds: one a run
+    and trace, sums of nats over its tokens. A model that the first study has (the base, under whatever seed) is the
+    first one's.
 
     Raises `ReqatError` for other settings, other traces, or two trainings of one model and seed.
     """

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from reqat.config.channels import ImageTraining
 from reqat.config.errors import ReqatError

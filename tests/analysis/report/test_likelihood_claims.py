@@ -17,7 +17,7 @@ from analysis.tables.claims_likelihood import build
 from reqat.config.studies import ModelChoice
 from reqat.evaluation.statistics import holm
 from tests.analysis.study_folders import CLAIMED as MODELS
-from tests.analysis.study_folders import study
+from tests.analysis.study_folders import CAND, study
 
 # Nats per low-entropy token. Rounding costs the base 0.2, so 0.02 above FT is as good.
 LEVEL = {
@@ -135,14 +135,14 @@ def test_the_margin_of_parity_is_an_estimate_of_the_same_traces(make_study: Call
 def test_only_the_models_that_claims_rest_on_stand_for_a_side(make_study: Callable[..., Study]) -> None:
     a_study = make_study()
     models = a_study.record["settings"]["models"]
-    models["QAT"] = choice("qat", FP4, total=2)
-    models["ReQAT-TQS"] = choice("reqat-tqs", FP4, seed=1)
-    models["ReQAT-TQ"] = choice("reqat-tq", FP4, model="another")
+    models["QAT"] = choice("qat", CAND, total=2)
+    models["ReQAT-TQS"] = choice("reqat-tqs", CAND, seed=1)
+    models["ReQAT-TQ"] = choice("reqat-tq", CAND, model="another")
     found, missing = likelihood_claims.tested(a_study)
     assert [(t.a, t.b) for t in found] == [("ReQAT-T", "FT+QAT, different traces")]
     assert len(missing) == 4
     # The first that fits, not the first of the recipe.
-    models |= {"QAT at claim total": choice("qat", FP4)}
+    models |= {"QAT at claim total": choice("qat", CAND)}
     assert likelihood_claims._label(a_study, likelihood_claims.Side("qat")) == "QAT at claim total"
 
 
