@@ -16,8 +16,8 @@ from analysis.report.studies import Study
 from analysis.tables.claims_likelihood import build
 from reqat.config.studies import ModelChoice
 from reqat.evaluation.statistics import holm
-from tests.analysis.study_folders import CLAIMED as MODELS
 from tests.analysis.study_folders import CAND, study
+from tests.analysis.study_folders import CLAIMED as MODELS
 
 # Nats per low-entropy token. Rounding costs the base 0.2, so 0.02 above FT is as good.
 LEVEL = {
