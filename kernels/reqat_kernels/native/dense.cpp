@@ -64,16 +64,19 @@ void rows_portable(const typename W::Type* w, const float* x, float* out, int64_
 
 template <class W, int MR>
 REQAT_AVX2 void rows_avx2(const typename W::Type* w, const float* x, float* out, int64_t K) {
-    __m256 acc[MR];
-    for (int m = 0; m < MR; m++) acc[m] = _mm256_setzero_ps();
+    __m256 even[MR], odd[MR];  // two chains: one alone would wait for its own additions
+    for (int m = 0; m < MR; m++) even[m] = odd[m] = _mm256_setzero_ps();
     int64_t k = 0;
-    for (; k + 8 <= K; k += 8) {
-        const __m256 v = W::eight(w + k);
-        for (int m = 0; m < MR; m++) acc[m] = _mm256_fmadd_ps(v, _mm256_loadu_ps(x + m * K + k), acc[m]);
+    for (; k + 16 <= K; k += 16) {
+        const __m256 v0 = W::eight(w + k), v1 = W::eight(w + k + 8);
+        for (int m = 0; m < MR; m++) {
+            even[m] = _mm256_fmadd_ps(v0, _mm256_loadu_ps(x + m * K + k), even[m]);
+            odd[m] = _mm256_fmadd_ps(v1, _mm256_loadu_ps(x + m * K + k + 8), odd[m]);
+        }
     }
     for (int m = 0; m < MR; m++) {
         alignas(32) float lanes[8];
-        _mm256_store_ps(lanes, acc[m]);
+        _mm256_store_ps(lanes, _mm256_add_ps(even[m], odd[m]));
         float sum = 0;
         for (float lane : lanes) sum += lane;
         for (int64_t i = k; i < K; i++) sum = std::fma(W::one(w[i]), x[m * K + i], sum);
@@ -83,7 +86,7 @@ REQAT_AVX2 void rows_avx2(const typename W::Type* w, const float* x, float* out,
 
 template <class W, int MR>
 REQAT_AVX512 void rows_avx512(const typename W::Type* w, const float* x, float* out, int64_t K) {
-    __m512 even[MR], odd[MR];  // two chains: one alone would wait for its own additions
+    __m512 even[MR], odd[MR];
     for (int m = 0; m < MR; m++) even[m] = odd[m] = _mm512_setzero_ps();
     int64_t k = 0;
     for (; k + 32 <= K; k += 32) {
@@ -160,22 +163,22 @@ REQAT_AVX2 inline __m256i words(const int8_t* bytes) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
 }
 
-REQAT_AVX2 void dots_avx2(const int8_t* w, const int8_t* x, int32_t* out, int64_t M, int64_t K) {
-    __m256i acc[ROWS];
-    for (int64_t m = 0; m < M; m++) acc[m] = _mm256_setzero_si256();
+template <int MR>
+REQAT_AVX2 void dots_avx2(const int8_t* w, const int8_t* x, int32_t* out, int64_t K) {
+    __m256i acc[MR];
+    for (int m = 0; m < MR; m++) acc[m] = _mm256_setzero_si256();
     int64_t k = 0;
     for (; k + 16 <= K; k += 16) {
         const __m256i v = words(w + k);
-        for (int64_t m = 0; m < M; m++)
-            acc[m] = _mm256_add_epi32(acc[m], _mm256_madd_epi16(v, words(x + m * K + k)));
+        for (int m = 0; m < MR; m++) acc[m] = _mm256_add_epi32(acc[m], _mm256_madd_epi16(v, words(x + m * K + k)));
     }
-    for (int64_t m = 0; m < M; m++) {
+    for (int m = 0; m < MR; m++) {
         alignas(32) int32_t lanes[8];
         _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), acc[m]);
         out[m] = 0;
         for (int32_t lane : lanes) out[m] += lane;
     }
-    dots_portable(w, x, out, M, k, K);
+    dots_portable(w, x, out, MR, k, K);
 }
 
 template <int MR>
@@ -204,7 +207,12 @@ void dots(const int8_t* w, const int8_t* x, int32_t* out, int64_t M, int64_t K) 
         if (M == 2) return dots_avx512<2>(w, x, out, K);
         return dots_avx512<1>(w, x, out, K);
     }
-    if (isa() >= AVX2) return dots_avx2(w, x, out, M, K);
+    if (isa() >= AVX2) {
+        if (M == 4) return dots_avx2<4>(w, x, out, K);
+        if (M == 3) return dots_avx2<3>(w, x, out, K);
+        if (M == 2) return dots_avx2<2>(w, x, out, K);
+        return dots_avx2<1>(w, x, out, K);
+    }
 #endif
     for (int64_t m = 0; m < M; m++) out[m] = 0;
     dots_portable(w, x, out, M, 0, K);

@@ -85,11 +85,15 @@ void gemm_int_of(const Weight& w, const int8_t* x, const int32_t* start, const f
     if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { int_tile_avx512<rows(), KIND, false>(w, rest...); });
 #if defined(REQAT_AVXVNNI)
+    if (isa() >= AVXVNNI && scale_x)
+        return compute(Rows<8>(), [&](auto rows, auto... rest) { avxvnni::int_tile<rows(), KIND, true>(w, rest...); });
     if (isa() >= AVXVNNI)
-        return compute(Rows<4>(), [&](auto rows, auto... rest) { avxvnni::int_tile<rows(), KIND>(w, rest...); });
+        return compute(Rows<8>(), [&](auto rows, auto... rest) { avxvnni::int_tile<rows(), KIND, false>(w, rest...); });
 #endif
+    if (isa() >= AVX2 && scale_x)
+        return compute(Rows<8>(), [&](auto rows, auto... rest) { avx2::int_tile<rows(), KIND, true>(w, rest...); });
     if (isa() >= AVX2)
-        return compute(Rows<4>(), [&](auto rows, auto... rest) { avx2::int_tile<rows(), KIND>(w, rest...); });
+        return compute(Rows<8>(), [&](auto rows, auto... rest) { avx2::int_tile<rows(), KIND, false>(w, rest...); });
 #endif
     compute(Rows<1>(), [&](auto, auto... rest) { int_row_portable(w, rest...); });
 }

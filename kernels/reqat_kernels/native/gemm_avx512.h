@@ -3,29 +3,12 @@
 
 #include "common.h"
 #include "gemm.h"
+#include "gemm_rows.h"
 
 #if REQAT_X86
 
 namespace reqat {
 namespace {
-
-// Bring weights from memory while a kernel reads at `codes` and `scales`: of each step two lines, `near` bytes ahead, into
-// the first cache; where the schedule has a second distance, two lines into the second cache as well, with their scales.
-// (One stream, scales among the codes, was no faster.)
-template <int PER>
-inline void prefetch_step(const Ahead& ahead, const uint8_t* codes, const uint8_t* scales, int64_t step) {
-    __builtin_prefetch(codes + ahead.near);
-    __builtin_prefetch(codes + ahead.near + 64);
-    if (ahead.far) {
-        __builtin_prefetch(codes + ahead.far, 0, 2);
-        __builtin_prefetch(codes + ahead.far + 64, 0, 2);
-        // A line holds the scales of four blocks, of PER steps each.
-        if (step % (4 * PER) == 0) __builtin_prefetch(scales + ahead.far / (8 * PER), 0, 2);
-    }
-}
-
-// A word of x, which is given to all lanes: four int8 or two bfloat16 values.
-using Word = int32_t __attribute__((may_alias, aligned(1)));
 
 // acc += dot products of a word of x with each lane of w. In assembly because the load has to be part of the
 // instruction: as compilers split it, 16 rows of weights and 8 of x take 82 cycles a block of 32 instead of 72.

@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "gemm.h"
+
 namespace reqat {
 namespace {
 
@@ -34,6 +36,24 @@ const T* interleaved(const T* x, int64_t M, int64_t length, int64_t piece, std::
     });
     return memory.data();
 }
+
+// Bring weights from memory while a kernel reads at `codes` and `scales`: of each step two lines, `near` bytes ahead, into
+// the first cache; where the schedule has a second distance, two lines into the second cache as well, with their scales.
+// (One stream, scales among the codes, was no faster.)
+template <int PER>
+inline void prefetch_step(const Ahead& ahead, const uint8_t* codes, const uint8_t* scales, int64_t step) {
+    __builtin_prefetch(codes + ahead.near);
+    __builtin_prefetch(codes + ahead.near + 64);
+    if (ahead.far) {
+        __builtin_prefetch(codes + ahead.far, 0, 2);
+        __builtin_prefetch(codes + ahead.far + 64, 0, 2);
+        // A line holds the scales of four blocks, of PER steps each.
+        if (step % (4 * PER) == 0) __builtin_prefetch(scales + ahead.far / (8 * PER), 0, 2);
+    }
+}
+
+// A word of x, which is given to all lanes: four int8 or two bfloat16 values.
+using Word = int32_t __attribute__((may_alias, aligned(1)));
 
 }  // namespace
 }  // namespace reqat
