@@ -31,6 +31,8 @@ from reqat.models.kv import KVQuantizer, kv_quantizers
 from reqat.quant import Quantizer, block_hadamard
 from reqat_kernels.native.attention import TILE, unsupported
 
+_SPARE = 3 * TILE  # tokens that a cache grows by beyond what is needed: growing costs as much as some steps of a layer
+
 
 class PackedCacheLayer(Fp4CacheLayer):
     """Packed keys and values of one layer, the first ``length`` tokens of them filled.
@@ -115,7 +117,7 @@ class PackedCacheLayer(Fp4CacheLayer):
 
         Raises ValueError when the cache is full and does not grow, or the batch is not the one it was filled with.
         """
-        batch = self.packed_keys.shape[0]
+        batch = len(self.packed_keys.codes)  # every step of every layer comes here
         if rows != batch:
             raise ReqatError(
                 f"the cache was filled with {batch} rows, {rows} are to be appended: drop rows with select_rows, or "
@@ -129,7 +131,7 @@ class PackedCacheLayer(Fp4CacheLayer):
                 f"the cache holds {self.capacity} tokens and {end} are needed: make it with "
                 f"PackedCache(model, capacity={end}) or more, or with capacity=None to let it grow"
             )
-        self.capacity = _grown(end)
+        self.capacity = _grown(end + _SPARE)
         self.packed_keys = self.packed_keys.resized(self.capacity, self.length)
         self.packed_values = self.packed_values.resized(self.capacity, self.length)
 
@@ -261,8 +263,5 @@ class PackedCache(Cache):
 
 
 def _grown(needed: int) -> int:
-    """Room for ``needed`` tokens: whole tiles, and from a thousand tokens on a 64th more.
-
-    Small steps, because memory is what the cache is for; copying a few megabytes every 16 tokens is not felt.
-    """
+    """Room for ``needed`` tokens: whole tiles, and from a thousand tokens on a 64th more."""
     return -(-needed // TILE) * TILE + needed // 1024 * TILE

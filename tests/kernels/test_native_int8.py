@@ -10,7 +10,7 @@ from torch import Tensor
 
 import reqat
 from reqat_kernels.isas import ISAS
-from reqat_kernels.native import dense, gemm, int8
+from reqat_kernels.native import dense, gemm, int8, weights
 from reqat_kernels.native.library import instruction_sets, library
 
 
@@ -87,13 +87,23 @@ def test_the_largest_sums_fit() -> None:
         assert float(y) == pytest.approx(-128.0 * K, rel=1e-6)
 
 
-def test_rows_are_the_dequantized_ones(same_bits: Callable) -> None:
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("factor", [1.0, 1e38, 1e-37])
+def test_rows_are_the_dequantized_ones(
+    native: bool, factor: float, same_bits: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr(weights, "_library", lambda: None)
     ids = torch.tensor([[3, 36], [0, 3]])
-    for name in ("INT8-row", "NVFP4", "MXFP4"):
-        q = reqat.quantize(randn(37, 72, seed=1), name, pad=True)
+    formats = ["INT8-row", "NVFP4", "MXFP4", reqat.get_format("NVFP4", scale_rule="reciprocal"), "NVFP4-4/6"]
+    for name in formats:
+        q = reqat.quantize(randn(37, 72, seed=1).clamp(-3, 3) * factor, name, pad=True)
         w = int8.pack_int8(q) if name == "INT8-row" else gemm.pack_weight(q)
         same_bits(w.rows_at(ids), q.dequantize()[ids])
         assert w.rows_at(ids[:0]).shape == (0, 2, 72)
+        for row in (37, -1):
+            with pytest.raises(IndexError, match=str(row)):
+                w.rows_at(torch.tensor([2, row]))
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

@@ -127,7 +127,7 @@ def test_beam_search_reorders_it(tiny: Tiny, ids: Tensor) -> None:
     assert torch.equal(*tokens)
 
 
-def test_it_grows_tile_by_tile_and_keeps_its_tokens(tiny: Tiny, ids: Tensor) -> None:
+def test_it_grows_by_tiles_and_keeps_its_tokens(tiny: Tiny, ids: Tensor) -> None:
     model = prepared(tiny, ids, global_scale="row").double()
     packed, fake = PackedCache(model), Fp4Cache(model, 140)
     assert packed.nbytes == 0 and packed.get_max_length() == -1
@@ -136,9 +136,10 @@ def test_it_grows_tile_by_tile_and_keeps_its_tokens(tiny: Tiny, ids: Tensor) -> 
     assert packed.capacity == 16
     first = packed.nbytes
     decode(model, long, packed, [50, 1, 1, 1, 1, 1])
-    assert packed.capacity == 80 and packed.nbytes == 5 * first
+    grown = packed.capacity
+    assert 65 <= grown <= 128 and grown % 16 == 0 and packed.nbytes == grown // 16 * first
     decode(model, long, packed, [75])
-    assert packed.capacity == 144
+    assert 140 <= packed.capacity <= 204 and packed.capacity % 16 == 0
     decode(model, long, fake, [10, 50, 1, 1, 1, 1, 1, 75])
     assert_same_numbers(packed, fake)
 

@@ -213,7 +213,7 @@ def test_the_cache_holds_the_twins_numbers(tiny: Tiny, ids: Tensor, name: str, o
         cache.crop(-2)
     append(2, 1)
     append(2, 12)
-    assert ours.get_seq_length() == 19 and ours.capacity == 32
+    assert ours.get_seq_length() == 19 <= ours.capacity  # 16 at first
     keys, values = layer.dequantized(19)
     assert torch.equal(keys, other.keys[:, :, :19]) and torch.equal(values, other.values[:, :, :19])
     assert type(layer.packed_keys).__name__ == "KVSide"

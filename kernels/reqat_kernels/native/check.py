@@ -53,6 +53,16 @@ def exactly(name: str, t: Any, dtype: torch.dtype, shape: tuple[int, ...], devic
     return t
 
 
+def rows(name: str, ids: Tensor, n: int) -> Tensor:
+    """``ids`` itself, integers; IndexError unless each is a row of a weight of ``n`` rows (none is counted from the
+    end)."""
+    if ids.numel():
+        lowest, highest = (int(number) for number in tensor(name, ids).aminmax())
+        if lowest < 0 or highest >= n:
+            raise IndexError(f"{name} name row {lowest if lowest < 0 else highest} of a weight of {n} rows")
+    return ids
+
+
 def on_cpu(name: str, t: Tensor) -> Tensor:
     """``t`` itself; ValueError unless it lies on the CPU."""
     if not t.is_cpu:

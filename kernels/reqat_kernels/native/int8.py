@@ -45,7 +45,9 @@ class Int8Weight:
         _check_weight(self.codes, self.scale)
 
     def rows_at(self, ids: Tensor) -> Tensor:
-        """The weight's rows ``ids`` (integers, any shape [...]) as numbers, float32 [..., K]."""
+        """The weight's rows ``ids`` (integers, any shape [...]) as numbers, float32 [..., K]. Raises IndexError for a
+        row that is not there."""
+        check.rows("ids", ids, len(self.codes))
         with subnormals_kept(self.scale):
             return self.codes[ids].float().mul_(self.scale[ids].unsqueeze(-1))
 

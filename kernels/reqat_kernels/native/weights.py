@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import mmap
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,10 @@ from torch import Tensor
 
 from reqat.formats import Format, QuantizedTensor
 from reqat.formats.elements import ELEMENTS
+from reqat.formats.scales import FLOAT32_MAX, e8m0_to_float, effective_scale
+from reqat.formats.subnormals import subnormals_kept
 from reqat_kernels.native import check
+from reqat_kernels.native.library import OPERATORS, library
 
 _TILE, _STEP = 16, 16  # gemm.h
 _SCALES = ("E4M3", "E8M0")
@@ -92,24 +95,12 @@ class PackedWeight:
     def rows_at(self, ids: Tensor) -> Tensor:
         """The weight's rows ``ids`` (integers, any shape [...]) as numbers, float32 [..., columns].
 
-        Reads those rows alone; the numbers are those of :meth:`dequantize`, bit for bit.
+        Reads those rows alone; the numbers are those of :meth:`dequantize`, bit for bit. Raises IndexError for a row
+        that is not there.
         """
-        scale = self.layout[3]
-        at = check.tensor("ids", ids).reshape(-1)
-        tile, lane = at // _TILE, at % _TILE
-        width, blocks = padded_columns(self.columns, scale), padded_columns(self.columns, scale) // block_of(scale)
-        tiles = -(-self.rows // _TILE)
-        split = tiles * _TILE * width // 2
-        packed = self.data[:split].view(tiles, width // _STEP, 2, _TILE, 4)[tile, :, :, lane]  # [n, step, load, i]
-        codes = torch.stack((packed & 15, packed >> 4), dim=3).reshape(len(at), width)
-        scales = self.data[split:].view(tiles, blocks, _TILE)[tile, :, lane]
-        if self.format.scale == "E4M3":
-            scales = scales.view(torch.float8_e4m3fn)
-        g = None
-        if self.format.has_global_scale:
-            g = torch.tensor(self.global_scale, dtype=torch.float32, device="cpu")
-        shape = torch.Size((len(at), self.columns))
-        rows = QuantizedTensor(codes, scales, g, self.format, 1, shape, torch.float32).dequantize()
+        rows: Tensor = torch.ops.reqat.fp4_rows(
+            check.tensor("ids", ids).reshape(-1), self.data, *self.layout, self.format.scale_rule == "reciprocal"
+        )
         return rows.view(*ids.shape, self.columns)
 
 
@@ -250,6 +241,69 @@ def block_of(scale: int) -> int:
 def padded_columns(columns: int, scale: int) -> int:
     """``columns`` rounded up to whole blocks."""
     return -(-columns // block_of(scale)) * block_of(scale)
+
+
+def _fp4_rows(
+    ids: Tensor, weight: Tensor, rows: int, columns: int, element: int, scale: int, g: float, reciprocal: bool
+) -> Tensor:
+    w = struct_of(weight, rows, columns, element, scale, g)
+    at = check.rows("ids", check.on_cpu("ids", ids), rows).long().contiguous()
+    lib = _library()
+    if lib is None:
+        return _gathered(at, weight, rows, columns, element, scale, g, reciprocal)
+    out = torch.empty(len(at), columns, dtype=torch.float32, device="cpu")
+    if out.numel():
+        lib.reqat_fp4_rows(w, check.address(at), len(at), columns, g, reciprocal, out.data_ptr())
+    return out
+
+
+def _gathered(
+    at: Tensor, weight: Tensor, rows: int, columns: int, element: int, scale: int, g: float, reciprocal: bool
+) -> Tensor:
+    """The same in PyTorch."""
+    tile, lane = at // _TILE, at % _TILE
+    width, tiles = padded_columns(columns, scale), -(-rows // _TILE)
+    blocks, split = width // block_of(scale), tiles * _TILE * width // 2
+    packed = weight[:split].view(tiles, width // _STEP, 2, _TILE, 4)[tile, :, :, lane]  # [n, step, load, i]
+    codes = torch.stack((packed & 15, packed >> 4), dim=3).reshape(len(at), width)
+    scales = weight[split:].view(tiles, blocks, _TILE)[tile, :, lane]
+    values = torch.tensor(ELEMENTS[_ELEMENTS[element]].code_values(), dtype=torch.float32, device="cpu")[codes.long()]
+    with subnormals_kept(weight):
+        if _SCALES[scale] == "E8M0":
+            S = e8m0_to_float(scales)
+        else:
+            rule = "reciprocal" if reciprocal else "largest"
+            divisor = torch.tensor(g, dtype=torch.float32, device="cpu")
+            S = effective_scale(scales.view(torch.float8_e4m3fn).float(), divisor, rule)
+        values *= S.repeat_interleave(block_of(scale), dim=1)
+    return values[:, :columns].clamp(-FLOAT32_MAX, FLOAT32_MAX)
+
+
+def _fp4_rows_meta(
+    ids: Tensor, weight: Tensor, rows: int, columns: int, element: int, scale: int, g: float, reciprocal: bool
+) -> Tensor:
+    check_layout(rows, columns, element, scale, g)
+    check_data(weight, rows, columns, element, scale)
+    return weight.new_empty((ids.shape[0], columns), dtype=torch.float32)
+
+
+OPERATORS.define(
+    "fp4_rows(Tensor ids, Tensor weight, int rows, int columns, int element, int scale, float g, bool reciprocal) -> "
+    "Tensor"
+)
+OPERATORS.impl("fp4_rows", _fp4_rows, "CPU")
+torch.library.register_fake("reqat::fp4_rows", _fp4_rows_meta)
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    lib = library()
+    if lib is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        lib.reqat_fp4_rows.argtypes = [
+            ctypes.POINTER(Weight), pointer, number, number, ctypes.c_float, ctypes.c_int, pointer,
+        ]  # fmt: skip
+    return lib
 
 
 def _unpack(data: Tensor, rows: int, columns: int, element: int, scale: int) -> tuple[Tensor, Tensor]:
