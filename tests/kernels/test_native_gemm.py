@@ -135,6 +135,20 @@ def test_w4a8(fmt: str, M: int, N: int, K: int) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("signs", [(1, 1), (1, -1), (-1, 1), (-1, -1)])
+def test_the_largest_products_do_not_overflow(
+    fmt: str, signs: tuple[int, int], each_isa: Callable[[], Iterator[str]]
+) -> None:
+    """Every weight the largest of its element, every input 127: some instruction sets add products in 16 bits."""
+    w, x = signs[0] * torch.ones(16, 96), signs[1] * torch.ones(9, 96)
+    q = reqat.quantize(w, fmt)
+    exact = x.double() @ q.dequantize().double().T
+    for isa in each_isa():
+        y = gemm.linear(x, gemm.pack_weight(q), inputs="A8")
+        assert torch.allclose(y.double(), exact, rtol=1e-6, atol=0), isa
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("kind", [None, "A8", "A4"])
 def test_every_instruction_set_gives_the_same_bits(
     fmt: str, kind: str | None, each_isa: Callable[[], Iterator[str]]

@@ -114,7 +114,7 @@ void gemm_float_of(const Weight& w, const float* x, const float* bias, float* y,
     if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { float_tile_avx512<rows(), KIND>(w, rest...); });
     if (isa() >= AVX2)
-        return compute(Rows<4>(), [&](auto rows, auto... rest) { float_tile_avx2<rows(), KIND>(w, rest...); });
+        return compute(Rows<32>(), [&](auto rows, auto... rest) { float_tile_avx2<rows(), KIND>(w, rest...); });
 #endif
     compute(Rows<1>(), [&](auto, auto... rest) { float_row_portable(w, rest...); });
 }

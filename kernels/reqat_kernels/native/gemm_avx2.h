@@ -58,7 +58,7 @@ REQAT_AVX2 inline void float_blocks(const uint8_t* codes, const uint8_t* scales,
 }
 
 template <int MR, int KIND>
-REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, float* out) {
+REQAT_AVX2 void few_rows(const Weight& w, const float* x, int64_t tile, float* out) {
     constexpr int PARTS = MR <= 2 ? 2 : 1, BLOCKS = MR == 1 ? 2 : 1;
     const int64_t blocks = w.steps * STEP / w.block;
     const __m256i table =
@@ -76,6 +76,69 @@ REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, f
         for (int p = 0; p < PARTS; p++)
             for (int m = 0; m < MR; m++) _mm256_storeu_ps(out + m * LANES + 8 * (first + p), acc[p][m]);
     }
+}
+
+// The values of eight columns, which begin at `at`, of all 16 rows of a tile: out [8, 16].
+REQAT_AVX2 inline void decode_load(const uint8_t* at, __m256i table, float* out) {
+    const __m256i low = _mm256_set1_epi8(15);
+    for (int p = 0; p < 2; p++) {
+        const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * p));
+        for (int half = 0; half < 2; half++) {
+            const __m256i codes = half ? _mm256_srli_epi16(packed, 4) : packed;
+            const __m256i bytes = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, low));
+            const __m256i columns[4] = {_mm256_slli_epi32(bytes, 24), _mm256_slli_epi32(bytes, 16),
+                                        _mm256_slli_epi32(bytes, 8), bytes};
+            for (int c = 0; c < 4; c++)
+                _mm256_store_ps(out + (4 * half + c) * LANES + 8 * p, _mm256_cvtepi32_ps(_mm256_srai_epi32(columns[c], 24)));
+        }
+    }
+}
+
+// For many rows of x: a block of weights is decoded once for all of them, and the sums are kept in `out`.
+template <int MR, int KIND>
+REQAT_AVX2 void many_rows(const Weight& w, const float* x, int64_t tile, float* out) {
+    constexpr int PER = KIND == 0 ? 1 : 2, SIDE_BY_SIDE = 4;
+    const int64_t blocks = w.steps / PER;
+    const uint8_t* codes = w.codes + tile * w.steps * STEP_BYTES;
+    const uint8_t* scales = w.scales + tile * blocks * LANES;
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.values)));
+    alignas(32) float values[PER * STEP * LANES];
+    std::memset(out, 0, MR * LANES * sizeof(float));
+    for (int64_t b = 0; b < blocks; b++) {
+        for (int load = 0; load < 2 * PER; load++)
+            decode_load(codes + (b * PER * 2 + load) * (STEP_BYTES / 2), table, values + load * 8 * LANES);
+        const __m256 scale[2] = {scales8<KIND>(scales + b * LANES), scales8<KIND>(scales + b * LANES + 8)};
+        for (int first = 0; first < MR; first += SIDE_BY_SIDE) {
+            __m256 sums[SIDE_BY_SIDE][2];
+            for (auto& parts : sums) parts[0] = parts[1] = _mm256_setzero_ps();
+            for (int s = 0; s < PER; s++) {
+                const float* xs = x + ((b * PER + s) * MR + first) * STEP;
+                for (int c = 0; c < STEP; c++) {
+                    const float* column = values + (s * STEP + c) * LANES;
+                    const __m256 v0 = _mm256_load_ps(column), v1 = _mm256_load_ps(column + 8);
+                    for (int m = 0; m < SIDE_BY_SIDE; m++) {
+                        const __m256 one = _mm256_set1_ps(xs[m * STEP + c]);
+                        sums[m][0] = _mm256_fmadd_ps(v0, one, sums[m][0]);
+                        sums[m][1] = _mm256_fmadd_ps(v1, one, sums[m][1]);
+                    }
+                }
+            }
+            for (int m = 0; m < SIDE_BY_SIDE; m++)
+                for (int p = 0; p < 2; p++) {
+                    float* at = out + (first + m) * LANES + 8 * p;
+                    _mm256_store_ps(at, _mm256_fmadd_ps(sums[m][p], scale[p], _mm256_load_ps(at)));
+                }
+        }
+    }
+}
+
+template <int MR, int KIND>
+REQAT_AVX2 void float_tile_avx2(const Weight& w, const float* x, int64_t tile, float* out) {
+    if constexpr (MR > 4)
+        many_rows<MR, KIND>(w, x, tile, out);
+    else
+        few_rows<MR, KIND>(w, x, tile, out);
 }
 
 }  // namespace
