@@ -8,6 +8,7 @@ on first use, so that a command that only reads configuration does not import to
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from reqat.models import calibrate_static, freeze, load_model, prepare
 
 __version__ = "0.1.0"
+
+# transformers imports torchao wherever it is installed (our tests compare with it), and torchao warns about GPU
+# libraries that it cannot load on a CPU. Nothing here uses it but the benchmark.
+for _noisy in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_noisy).setLevel(logging.ERROR)
 
 __all__ = [
     "Format",

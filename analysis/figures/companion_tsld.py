@@ -1,4 +1,4 @@
-"""Companion TSLD: evaluation perplexity of the ternary students over their training, a panel a setting."""
+"""Companion TSLD: evaluation perplexity of the students over their training, a panel a setting."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def build(found: Found) -> Figure:
     groups = list(found.rows.groupby("companion", sort=False))
     fig = style.figure(2.6, min(style.WIDTH_IN, 1.2 + 3.0 * len(groups)))
     axes = fig.subplots(1, len(groups), squeeze=False)[0]
-    for ax, letter, (label, rows) in zip(axes, "abcdefgh", groups, strict=False):
+    for ax, letter, (_, rows) in zip(axes, "abcdefgh", groups, strict=False):
         _curves(ax, rows)
-        style.panel(ax, letter if len(groups) > 1 else "", f"{label}: {rows['numbers'].iloc[0]}")
+        style.panel(ax, letter if len(groups) > 1 else "", f"{rows['precision'].iloc[0]} in {rows['numbers'].iloc[0]}")
     axes[0].set_ylabel("evaluation perplexity")
-    axes[0].legend(fontsize=6)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS), fontsize=6)
     style.footer(fig, ["Means over training seeds (of nats per token). Dashed: the teacher.", *found.notes])
     return fig
 

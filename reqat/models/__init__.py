@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
-# transformers imports torchao wherever it is installed (our tests compare with it), and torchao warns about GPU
-# libraries that it cannot load on a CPU. Nothing here uses it.
-for _noisy in ("torchao", "torch.utils._pytree"):
-    logging.getLogger(_noisy).setLevel(logging.ERROR)
-
-from reqat.models.attention import ATTENTION, softmax_attention  # noqa: E402
-from reqat.models.cache import Fp4Cache  # noqa: E402
-from reqat.models.gradient import gradient_rules, has_learned_scales, set_gradient  # noqa: E402
-from reqat.models.kv import KVQuantizer, kv_quantizers, quantize_values_along_tokens  # noqa: E402
-from reqat.models.limits import (  # noqa: E402
+from reqat.models.attention import ATTENTION, softmax_attention
+from reqat.models.cache import Fp4Cache
+from reqat.models.gradient import gradient_rules, has_learned_scales, set_gradient
+from reqat.models.kv import KVQuantizer, kv_quantizers, quantize_values_along_tokens
+from reqat.models.limits import (
     attention_window,
     check_length,
     check_token_ids,
@@ -22,9 +15,9 @@ from reqat.models.limits import (  # noqa: E402
     forget_lengths,
     position_limit,
 )
-from reqat.models.linear import QuantLinear, quant_linears, weights_quantized_once  # noqa: E402
-from reqat.models.loading import load_model, load_tokenizer  # noqa: E402
-from reqat.models.prepare import (  # noqa: E402
+from reqat.models.linear import QuantLinear, quant_linears, weights_quantized_once
+from reqat.models.loading import load_model, load_tokenizer
+from reqat.models.prepare import (
     Report,
     calibrate_static,
     freeze,
@@ -33,8 +26,8 @@ from reqat.models.prepare import (  # noqa: E402
     share_global_scales,
     sharing_global_scales,
 )
-from reqat.models.saving import save_model  # noqa: E402
-from reqat.models.sidecar import carried, leave  # noqa: E402
+from reqat.models.saving import save_model
+from reqat.models.sidecar import carried, leave
 
 __all__ = [
     "ATTENTION",
