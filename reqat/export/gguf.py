@@ -59,6 +59,13 @@ def check(model: PreTrainedModel, precision: Precision) -> None:
     if getattr(config, "use_sliding_window", False):
         raise ReqatError(f"use_sliding_window: llama.cpp attends to everything in {config.model_type} models; {OURS}.")
     if precision.weights is not None and _TYPES[precision.weights.name] == "NVFP4":
+        unscaled = [name for name in quant_linears(model) if ".mlp." in name and config.model_type == "qwen2"]
+        if unscaled:
+            raise ReqatError(
+                f"{unscaled[0]}.weight: llama.cpp leaves out the global scale of NVFP4 in the MLP of qwen2 models "
+                "(llama-cpp-python 0.3.36), and its logits are no numbers then; take MXFP4, --skip '*.mlp.*' or "
+                "--format compressed-tensors."
+            )
         for name, layer in quant_linears(model).items():
             if layer.in_features % _SUPERBLOCK:
                 raise ReqatError(

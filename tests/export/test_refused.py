@@ -136,6 +136,14 @@ def test_models_that_gguf_is_not_written_for(tiny: Tiny, tmp_path: Path, changes
     refused(tiny(**changes), tmp_path / "out", "gguf", word, precision="MXFP4-W4A16")
 
 
+def test_layers_whose_global_scale_llama_cpp_leaves_out(tiny: Tiny, tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"precision": "NVFP4-W4A16"}
+    model = tiny("qwen2", hidden_size=128, intermediate_size=128)
+    refused(model, tmp_path / "out", "gguf", "mlp", "--skip '*.mlp.*'", **wanted)
+    model = tiny("qwen2", hidden_size=128, intermediate_size=128)
+    assert export_model(model, None, tmp_path / "out", "gguf", skip=["*.mlp.*"], **wanted).layers == 8
+
+
 def test_nothing_existing_is_overwritten_unasked(tiny: Tiny, tmp_path: Path) -> None:
     wanted = {"precision": "MXFP4-W4A16"}
     (tmp_path / "mine").mkdir()

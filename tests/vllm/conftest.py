@@ -14,16 +14,21 @@ import pytest
 from tests.models.conftest import _one_thread, family, ids, tiny  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
-VLLM = os.environ.get("REQAT_VLLM")
+# Absolute: programs run in folders of their own.
+VLLM = os.path.abspath(found) if (found := os.environ.get("REQAT_VLLM")) else None
 
 Answer = Callable[..., list[list[dict[str, Any]]]]
 
 
+def with_ours(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for programs of vLLM's, with reqat as it is here."""
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", **environment}
+
+
 def run(arguments: Sequence[str | Path], cwd: Path, environment: Mapping[str, str]) -> str:
     """What a program in vLLM's environment printed, with reqat as it is here."""
-    ours = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", **environment}
     done = subprocess.run(
-        [f"{VLLM}/bin/python", *arguments], cwd=cwd, env={**os.environ, **ours}, capture_output=True, text=True
+        [f"{VLLM}/bin/python", *arguments], cwd=cwd, env=with_ours(environment), capture_output=True, text=True
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout
