@@ -272,7 +272,7 @@ def _gathered(
         if _SCALES[scale] == "E8M0":
             S = e8m0_to_float(scales)
         else:
-            rule = "reciprocal" if reciprocal else "largest"
+            rule = "reciprocal" if reciprocal else "divide"
             divisor = torch.tensor(g, dtype=torch.float32, device="cpu")
             S = effective_scale(scales.view(torch.float8_e4m3fn).float(), divisor, rule)
         values *= S.repeat_interleave(block_of(scale), dim=1)
