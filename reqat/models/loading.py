@@ -199,7 +199,9 @@ def local_folder(path: str | Path, needs: str = CONFIG) -> Path:
             )
         folder = fetched
     if not (folder / needs).is_file():
-        raise CheckpointNotFoundError(f"{folder} has no {needs}: it is not a Hugging Face folder, or not a whole one")
+        inside = folder / "model"  # where `reqat train` and `reqat quantize` put it, beside their record
+        found = f": did you mean {inside}?" if (inside / needs).is_file() else ", or not a whole one"
+        raise CheckpointNotFoundError(f"{folder} has no {needs}: it is not a Hugging Face folder{found}")
     return folder
 
 

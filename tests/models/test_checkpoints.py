@@ -192,6 +192,9 @@ def test_missing_and_pickled_and_truncated_checkpoints(tiny: Tiny, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no config.json"):
         load_model(tmp_path / "empty")
+    save_model(tiny("llama"), None, tmp_path / "trained" / "model")
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*trained.model\?"):
+        load_model(tmp_path / "trained")
     with pytest.raises(FileNotFoundError, match="'no-such-model'.*installed"):
         load_model("package:no-such-model")
     with pytest.raises(FileNotFoundError, match="ships 0 GGUF files"):
