@@ -110,7 +110,8 @@ void gemm_float_of(const Weight& w, const float* x, const float* bias, float* y,
                         [&](int64_t t, int64_t m, auto rows, float* out) { kernel(rows, xs + m * K, t, out); });
     };
 #if REQAT_X86
-    // Two registers a row of x (block and sum), and one for each column's values: eight rows at most.
+    // Two registers a row of x (block and sum), and one for each column's values: eight rows at most with
+    // AVX-512. With AVX2 more than four rows keep their sums in memory.
     if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { float_tile_avx512<rows(), KIND>(w, rest...); });
     if (isa() >= AVX2)

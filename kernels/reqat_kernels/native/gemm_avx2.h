@@ -18,13 +18,21 @@ REQAT_AVX2 inline __m256 scales8(const uint8_t* bytes) {
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(bits, 23), _mm256_set1_epi32(0x400000)));
 }
 
+// The values of four neighbouring columns of eight rows, whose codes stand in the low nibbles of `codes`: out[c] has
+// those of column c, a lane a row.
+REQAT_AVX2 inline void four_columns(__m256i codes, __m256i table, __m256* out) {
+    const __m256i bytes = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
+    const __m256i tops[4] = {_mm256_slli_epi32(bytes, 24), _mm256_slli_epi32(bytes, 16), _mm256_slli_epi32(bytes, 8),
+                             bytes};
+    for (int c = 0; c < 4; c++) out[c] = _mm256_cvtepi32_ps(_mm256_srai_epi32(tops[c], 24));
+}
+
 // Add to acc the products of BLOCKS blocks from b on, in the first PARTS registers of the tile. A sum waits four cycles
 // for each of its columns, so there have to be several.
 template <int MR, int KIND, int PARTS, int BLOCKS>
 REQAT_AVX2 inline void float_blocks(const uint8_t* codes, const uint8_t* scales, const float* x, __m256i table, int64_t b,
                                     __m256 (&acc)[PARTS][MR]) {
     constexpr int PER = KIND == 0 ? 1 : 2;
-    const __m256i low = _mm256_set1_epi8(15);
     __m256 block[BLOCKS][PARTS][MR];
     for (auto& parts : block)
         for (auto& rows : parts)
@@ -38,16 +46,13 @@ REQAT_AVX2 inline void float_blocks(const uint8_t* codes, const uint8_t* scales,
                 for (int p = 0; p < PARTS; p++) {
                     __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * p));
                     if (half) packed = _mm256_srli_epi16(packed, 4);
-                    const __m256i bytes = _mm256_shuffle_epi8(table, _mm256_and_si256(packed, low));
-                    const __m256i columns[4] = {_mm256_slli_epi32(bytes, 24), _mm256_slli_epi32(bytes, 16),
-                                                _mm256_slli_epi32(bytes, 8), bytes};
-                    for (int c = 0; c < 4; c++) {
-                        const __m256 v = _mm256_cvtepi32_ps(_mm256_srai_epi32(columns[c], 24));
+                    __m256 values[4];
+                    four_columns(packed, table, values);
+                    for (int c = 0; c < 4; c++)
                         for (int m = 0; m < MR; m++) {
                             const float* xs = x + (load / 2 * MR + m) * STEP + load % 2 * 8 + 4 * half;
-                            block[i][p][m] = _mm256_fmadd_ps(v, _mm256_set1_ps(xs[c]), block[i][p][m]);
+                            block[i][p][m] = _mm256_fmadd_ps(values[c], _mm256_set1_ps(xs[c]), block[i][p][m]);
                         }
-                    }
                 }
         }
     for (int i = 0; i < BLOCKS; i++)
@@ -57,6 +62,7 @@ REQAT_AVX2 inline void float_blocks(const uint8_t* codes, const uint8_t* scales,
         }
 }
 
+// For up to four rows of x: each pass decodes the weights anew, and sums stay in registers.
 template <int MR, int KIND>
 REQAT_AVX2 void few_rows(const Weight& w, const float* x, int64_t tile, float* out) {
     constexpr int PARTS = MR <= 2 ? 2 : 1, BLOCKS = MR == 1 ? 2 : 1;
@@ -80,21 +86,18 @@ REQAT_AVX2 void few_rows(const Weight& w, const float* x, int64_t tile, float* o
 
 // The values of eight columns, which begin at `at`, of all 16 rows of a tile: out [8, 16].
 REQAT_AVX2 inline void decode_load(const uint8_t* at, __m256i table, float* out) {
-    const __m256i low = _mm256_set1_epi8(15);
     for (int p = 0; p < 2; p++) {
         const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32 * p));
         for (int half = 0; half < 2; half++) {
-            const __m256i codes = half ? _mm256_srli_epi16(packed, 4) : packed;
-            const __m256i bytes = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, low));
-            const __m256i columns[4] = {_mm256_slli_epi32(bytes, 24), _mm256_slli_epi32(bytes, 16),
-                                        _mm256_slli_epi32(bytes, 8), bytes};
-            for (int c = 0; c < 4; c++)
-                _mm256_store_ps(out + (4 * half + c) * LANES + 8 * p, _mm256_cvtepi32_ps(_mm256_srai_epi32(columns[c], 24)));
+            __m256 values[4];
+            four_columns(half ? _mm256_srli_epi16(packed, 4) : packed, table, values);
+            for (int c = 0; c < 4; c++) _mm256_store_ps(out + (4 * half + c) * LANES + 8 * p, values[c]);
         }
     }
 }
 
-// For many rows of x: a block of weights is decoded once for all of them, and the sums are kept in `out`.
+// For many rows of x: a block of weights is decoded once for all of them, and the sums are kept in `out`, which is
+// aligned to a cache line.
 template <int MR, int KIND>
 REQAT_AVX2 void many_rows(const Weight& w, const float* x, int64_t tile, float* out) {
     constexpr int PER = KIND == 0 ? 1 : 2, SIDE_BY_SIDE = 4;
