@@ -63,7 +63,7 @@ def check(model: PreTrainedModel, precision: Precision) -> None:
         if unscaled:
             raise ReqatError(
                 f"{unscaled[0]}.weight: llama.cpp leaves out the global scale of NVFP4 in the MLP of qwen2 models "
-                "(llama-cpp-python 0.3.36), and its logits are no numbers then; take MXFP4, --skip '*.mlp.*' or "
+                "(llama-cpp-python 0.3.36), and its logits are NaN then; take MXFP4, --skip '*.mlp.*' or "
                 "--format compressed-tensors."
             )
         for name, layer in quant_linears(model).items():
