@@ -8,6 +8,9 @@ it has no p-value and is in no family.
 **One training seed.** Where methods are trained, the unit is the training seed. One of them has no spread, so its
 difference and its interval over problems are shown, and nothing is concluded.
 
+**The floor.** Two models that solve next to nothing are equal whatever they are, so a comparison of accuracies of which
+neither reaches a tenth is shown and not tested (`at_floor`).
+
 **Families.** P-values are adjusted over all comparisons of their family (Holm), whose size is fixed by the protocol:
 what a run lacks, or has one training seed of, counts as a comparison that found nothing.
 
@@ -29,7 +32,7 @@ ALPHA = 0.05
 POWER = 0.8
 
 AGREES, DISAGREES, INCONCLUSIVE = "agrees", "disagrees", "inconclusive"
-ONE_SEED, NO_DIRECTION = "one training seed", "no direction"
+ONE_SEED, NO_DIRECTION, AT_FLOOR = "one training seed", "no direction", "at the floor"
 TESTED = (AGREES, DISAGREES, INCONCLUSIVE)
 """The verdicts of comparisons that test something."""
 
@@ -48,6 +51,8 @@ class Finding:
     margin: float = 0.0
     sign: int = 0
     """+1 or -1: the claim lies above, or below, the margin. 0: it has no side."""
+    at_floor: bool = False
+    """Whether both sides are too low to differ."""
     p: float = math.nan
     """Two-sided, of the difference being the margin; NaN where nothing is tested."""
     holm: float = math.nan
@@ -74,14 +79,16 @@ class Finding:
     @property
     def testable(self) -> bool:
         """Whether it tests something."""
-        return self.sign != 0 and self.seeds != 1
+        return self.sign != 0 and self.seeds != 1 and not self.at_floor
 
     @property
     def verdict(self) -> str:
         """`AGREES` or `DISAGREES` with the claim if the adjusted p is below 0.05, else `INCONCLUSIVE`; where nothing is
-        tested, `NO_DIRECTION` or `ONE_SEED`."""
+        tested, `NO_DIRECTION`, `AT_FLOOR` or `ONE_SEED`."""
         if not self.sign:
             return NO_DIRECTION
+        if self.at_floor:
+            return AT_FLOOR
         if self.seeds == 1:
             return ONE_SEED
         if not self.holm < ALPHA:

@@ -29,7 +29,7 @@ NAME = "verdicts"
 PLACES: dict[str, tuple[tuple[str, ...], ...]] = {
     "testbed": (("claims",), ("overnight",)),
     "converged": (("converged", "converged-seeds"), ("converged-more",)),
-    "real weights": (("smollm-claims",),),
+    "real weights": (("smollm-claims", "smollm-claims-seeds"),),
 }
 """Column -> the tiers whose newest pinned runs fill it, claim by claim: the first ones that test it. Tiers after the
 first of a group have further training seeds of it and are read as one run with it."""

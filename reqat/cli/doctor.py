@@ -106,7 +106,8 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
                 Check("memory", "fail", memory, needed, "close other programs, or raise the container's limit")
             )
         elif side_by_side < at_once:
-            found.append(Check("memory", "warn", memory, needed, f"{side_by_side} jobs will run side by side"))
+            words = f"{side_by_side} jobs will run side by side" if side_by_side > 1 else "jobs will run one by one"
+            found.append(Check("memory", "warn", memory, needed, words))
         else:
             found.append(Check("memory", "ok", memory, needed))
         needed = f"1{'' if cores > 1 else _COMFORT}"

@@ -46,12 +46,14 @@ def export(
     with record.asked_for("export", out, {}, root=root, force=force, inputs=given) as job:
         start_computing(threads)
         from reqat.data import with_bos
-        from reqat.export import export_into
+        from reqat.export import check_asked, export_into
         from reqat.models import load_model, load_tokenizer
         from reqat.models.saving import share_files
 
         if calibration is not None and not calibration.exists():
             raise ReqatError(f"{calibration}: no such calibration text or trace store.")
+        if precision is not None:
+            check_asked(format, precision)
         loaded, tokenizer = load_model(model), with_bos(load_tokenizer(model))
         batches: Any = None
         if calibration is not None:

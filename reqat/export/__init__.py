@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reqat.config.catalogue import EXPORT_FORMATS
 from reqat.config.errors import ReqatError, unknown
+from reqat.config.precision import without_skip
 from reqat.export._exporter import (
     Exporter,
     Frozen,
@@ -43,7 +44,7 @@ from reqat.models.saving import source_of, whole_folder
 from reqat.models.sidecar import Sidecar
 from reqat.quant import Precision
 
-__all__ = ["EXPORTERS", "Exported", "Exporter", "check_format", "export_into", "export_model"]
+__all__ = ["EXPORTERS", "Exported", "Exporter", "check_asked", "check_format", "export_into", "export_model"]
 
 EXPORTERS: dict[str, Exporter] = {
     name: importlib.import_module(f"{__name__}.{name.replace('-', '_')}").EXPORTER for name in EXPORT_FORMATS
@@ -115,6 +116,13 @@ def export_model(
 
 
 @torch.no_grad()
+def check_asked(format: str, precision: str, **options: Any) -> None:
+    """Raise ReqatError for a ``precision`` that a format cannot say, which needs no model to be known. What a folder
+    was saved with may add options, so :func:`export_model` looks again."""
+    name, exporter = check_format(format), EXPORTERS[check_format(format)]
+    check_precision(Precision.parse(without_skip(precision)[0], **options), name, exporter)
+
+
 def export_into(
     folder: Path,
     model: PreTrainedModel,

@@ -47,3 +47,17 @@ def test_export(tiny: Callable[..., PreTrainedModel], tmp_path: Path, capsys: py
     assert code == 0 and "7 layers" in said and err.count("reqat: warning: gguf: ") == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["model.gguf", "record.json", "reqat.json"]
     assert json.loads((tmp_path / "out" / "reqat.json").read_text())["skip"] == ["*.layers.1.*"]
+
+
+def test_a_precision_that_a_format_cannot_say_is_refused_before_the_model_is_read(
+    tiny: Callable[..., PreTrainedModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = build_tokenizer([TEXT])
+    save_model(tiny(vocab_size=len(tokenizer)), tokenizer, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"damaged")
+    asked = ("--model", str(tmp_path / "m"), "--out", str(tmp_path / "out"), "--format", "gguf", "--precision")
+    for precision in ("AMXFP4-W4A16", "BF16"):
+        code, _, err = run(capsys, *asked, precision)
+        assert code == 2 and precision in err and "model.safetensors" not in err
+    code, _, err = run(capsys, *asked, "MXFP4-W4A16")
+    assert code == 2 and "model.safetensors" in err, "this one is only known from the weights"

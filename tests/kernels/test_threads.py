@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,15 +89,85 @@ print(json.dumps([digests, used]))
 """
 
 
+# Two layers of a decoder, with every way of rounding inputs and cache; more threads than some parts have pieces.
+_DECODING = """
+import hashlib, itertools, json, os, torch
+from reqat.formats import get_format, quantize
+from reqat_kernels.native import decode
+from reqat_kernels.native.decode_check import LayerWeights
+from reqat_kernels.native.states import PackedStates
+from reqat_kernels.native.weights import pack_weight
+
+os.sched_getaffinity = lambda _: {0, 1, 2}
+decode._WORK_PER_THREAD = 1
+HIDDEN, MLP, H, G, D, BEFORE = 96, 160, 6, 3, 32, 37
+SHAPES = [(H * D, HIDDEN), (G * D, HIDDEN), (G * D, HIDDEN), (HIDDEN, H * D), *[(MLP, HIDDEN)] * 2, (HIDDEN, MLP)]
+
+def step(threads, name, inputs, B, T, spoiled):
+    random = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=random)
+    scale = torch.tensor(0.02) if inputs == "static" else None
+    layer = LayerWeights(
+        linears=[(pack_weight(quantize(draw(*shape), name)), draw(shape[0])) for shape in SHAPES],
+        norms=[draw(HIDDEN), draw(HIDDEN), draw(D), draw(D)],
+        eps=1e-6,
+        heads=(H, G, D),
+        inputs=inputs and get_format(name, **({} if inputs == "own" else {"global_scale": inputs})),
+        global_scales=[scale] * 4,
+        rotation=32 if inputs in ("row", "own") else 0,
+        shift=draw(G, D),
+        scaling=D ** -0.5,
+    )
+    fmt, states = get_format("NVFP4", global_scale=inputs if inputs in ("static", "row") else "dynamic"), []
+    for _ in range(2):
+        pair = [PackedStates.allocate(kind, fmt, B, G, 48, D, global_scale=scale) for kind in ("key", "value")]
+        for packed in pair:
+            packed.append(draw(B, G, BEFORE, D), 0)
+        states.append(pair)
+    x, cos, sin = draw(B, T, HIDDEN), draw(B, T, D), draw(B, T, D)
+    if spoiled:
+        x[-1, -1, 5] = float("nan")
+    mask = torch.rand(B, BEFORE + T, generator=random) > 0.2
+    mask[:, -T:] = True
+    torch.set_num_threads(threads)
+    failed = decode.NativeStack([layer] * 2).step(x, cos, sin, states, BEFORE, mask if B > 1 else None, half=B == 1)
+    if failed:
+        return failed
+    numbers = [x, *(packed.dequantize(BEFORE + T, torch.float32) for pair in states for packed in pair)]
+    return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in numbers)).hexdigest()
+
+ways = [("NVFP4", "static"), ("NVFP4", "row"), ("NVFP4", "dynamic"), ("NVFP4", None), ("MXFP4", "own"), ("MXFP4", None)]
+print(json.dumps([
+    [step(n, *way, *size, spoiled) for n in (1, 2, 3)]
+    for way, size in itertools.product(ways, [(1, 1), (2, 3), (9, 1)])
+    for spoiled in ((False, True) if way[1] else (False,))
+]))
+"""
+
+
+def run(program: str) -> Any:
+    """What a program prints as JSON, in a process that may use three threads."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(instruction_set() == "torch", reason="no native library")
+def test_a_decoding_step_does_not_depend_on_threads() -> None:
+    found = run(_DECODING)
+    assert len(found) == 30 and all(one == two == three for one, two, three in found)
+    failed = [one for one, _, _ in found if isinstance(one, list)]
+    assert failed == [[0, "input"]] * 12, "with a NaN in it, a step says where"
+    assert len({one for one, _, _ in found if isinstance(one, str)}) == 18, "each way has numbers of its own"
+
+
 @pytest.mark.skipif(instruction_set() == "torch", reason="no native library")
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
 def test_results_do_not_depend_on_threads_or_on_a_changed_affinity() -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
-    done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    digests, used = json.loads(done.stdout)
+    digests, used = run(_PROGRAM)
     assert len(set(digests)) == 1
     cpus = len(os.sched_getaffinity(0))
     assert used == [1, min(2, cpus), min(3, cpus), 1]

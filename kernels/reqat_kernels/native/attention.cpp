@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cmath>
+#include <memory>
 #include <new>
 
 namespace reqat {
@@ -348,91 +349,103 @@ bool put_row(const AppendArgs& a, int64_t head, int64_t t, float g) {
     return true;
 }
 
-// Largest magnitude of all new tokens, as bits.
-int32_t amax_of(const AppendArgs& a) {
+// Largest magnitude of this thread's part of the new tokens, as bits.
+int32_t amax_of(const AppendArgs& a, const Team& team) {
     int32_t top = 0;
-#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
-    {
-        const FloatMode mode;
-#pragma omp for reduction(max : top) schedule(static)
-        for (int64_t i = 0; i < a.B * a.G * a.T; ++i) {
-            float row[MAX_HEAD];
-            load_row(a, i / a.T, i % a.T, row);
-            const int32_t bits = amax_bits(row, DTYPE_F32, a.D);
-            top = bits > top ? bits : top;
-        }
-    }
+    team.each(a.B * a.G * a.T, [&](int64_t i) {
+        float row[MAX_HEAD];
+        load_row(a, i / a.T, i % a.T, row);
+        const int32_t bits = amax_bits(row, DTYPE_F32, a.D);
+        top = bits > top ? bits : top;
+    });
     return top;
 }
 
-int append(const AppendArgs& a) {
+}  // namespace
+
+bool append(const AppendArgs& a, const Team& team) {
     float g = 1.0f;
     if (a.spec.global_scale == STATIC) g = *a.states.global_scale;
     if (a.spec.global_scale == DYNAMIC) {
-        const int32_t bits = amax_of(a);
-        if (bits >= 0x7F800000) return NOT_FINITE;
+        const int32_t bits = team.largest(amax_of(a, team));
+        if (bits >= 0x7F800000) return false;
         g = global_scale_of(a.spec, bits_to_float(uint32_t(bits)));
-        for (int64_t t = a.start; t < a.start + a.T; ++t) a.states.global_scale[t * a.states.global_t] = g;
+        if (team.rank == 0)
+            for (int64_t t = a.start; t < a.start + a.T; ++t) a.states.global_scale[t * a.states.global_t] = g;
     }
     const int64_t first = a.start / TILE, tiles = (a.start + a.T + TILE - 1) / TILE - first;
-    std::atomic<bool> finite{true};
-#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
-    {
-        const FloatMode mode;
-        // A tile is one thread's: its tokens share bytes.
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < a.B * a.G * tiles; ++i) {
-            const int64_t begin = (first + i % tiles) * TILE - a.start;
-            for (int64_t t = begin < 0 ? 0 : begin; t < begin + TILE && t < a.T; ++t)
-                if (!put_row(a, i / tiles, t, g)) finite = false;
-        }
-    }
-    return finite ? OK : NOT_FINITE;
+    bool finite = true;
+    // A tile is one thread's: its tokens share bytes.
+    team.each(a.B * a.G * tiles, [&](int64_t i) {
+        const int64_t begin = (first + i % tiles) * TILE - a.start;
+        for (int64_t t = begin < 0 ? 0 : begin; t < begin + TILE && t < a.T; ++t)
+            if (!put_row(a, i / tiles, t, g)) finite = false;
+    });
+    return finite;
 }
 
-int attend(const AttentionArgs& a) {
-    const int64_t spans = (a.S + SPAN - 1) / SPAN, rows = a.H / a.G * a.T, stride = (a.D + 2 + 15) / 16 * 16;
-    const int64_t tasks = a.B * a.G * spans;
-    float* partial = new (std::nothrow) float[size_t(tasks * rows * stride)];
-    if (!partial) return NO_MEMORY;
-    const Span span = choose_span();
-#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1)
-    {
-        const FloatMode mode;
-        // One by one in turns: spans that a mask hides cost nothing and stand together.
-#pragma omp for schedule(static, 1)
-        for (int64_t task = 0; task < tasks; ++task) {
-            const int64_t head = task / spans, t0 = task % spans * SPAN;
-            const int64_t t1 = t0 + SPAN < a.S ? t0 + SPAN : a.S;
-            float* out = partial + task * rows * stride;
-            if (visible(a, head / a.G, t0, t1))
-                span(a, head / a.G, head % a.G, t0, t1, out, stride);
-            else
-                see_nothing(out, rows, stride);
-        }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < a.B * a.G * rows; ++row) {
-            const int64_t head = row / rows;
-            combine(partial + (head * spans * rows + row % rows) * stride, spans, rows * stride, a.D,
-                    a.out + row * a.D);
-        }
-    }
-    delete[] partial;
-    return OK;
-}
+namespace {
+
+// The pieces that attention is computed in: spans of the cache for each key head, and the sums of one of them.
+struct Spans {
+    int64_t spans, tasks, rows, stride;
+    explicit Spans(const AttentionArgs& a)
+        : spans((a.S + SPAN - 1) / SPAN),
+          tasks(a.B * a.G * spans),
+          rows(a.H / a.G * a.T),
+          stride((a.D + 2 + 15) / 16 * 16) {}
+};
 
 }  // namespace
+
+int64_t attention_floats(const AttentionArgs& a) {
+    const Spans s(a);
+    return s.tasks * s.rows * s.stride;
+}
+
+void attend(const AttentionArgs& a, float* memory, const Team& team) {
+    const Spans s(a);
+    const Span span = choose_span();
+    // One by one in turns: spans that a mask hides cost nothing and stand together.
+    for (int64_t task = team.rank; task < s.tasks; task += team.threads) {
+        const int64_t head = task / s.spans, t0 = task % s.spans * SPAN;
+        const int64_t t1 = t0 + SPAN < a.S ? t0 + SPAN : a.S;
+        float* out = memory + task * s.rows * s.stride;
+        if (visible(a, head / a.G, t0, t1))
+            span(a, head / a.G, head % a.G, t0, t1, out, s.stride);
+        else
+            see_nothing(out, s.rows, s.stride);
+    }
+    team.wait();
+    team.each(a.B * a.G * s.rows, [&](int64_t row) {
+        const int64_t head = row / s.rows;
+        combine(memory + (head * s.spans * s.rows + row % s.rows) * s.stride, s.spans, s.rows * s.stride, a.D,
+                a.out + row * a.D);
+    });
+}
+
 }  // namespace reqat
 
 // Quantize new tokens and store them; OK, or NOT_FINITE if a number is not (what was stored of the new tokens is then
 // undefined, older tokens are as they were).
 REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
-    return reqat::in_float_mode([&] { return reqat::append(*args); });
+    return reqat::in_float_mode([&] {
+        std::atomic<bool> finite{true};
+        reqat::together(int(args->threads), [&](const reqat::Team& team) {
+            if (!reqat::append(*args, team)) finite.store(false, std::memory_order_relaxed);
+        });
+        return finite.load() ? reqat::OK : reqat::NOT_FINITE;
+    });
 }
 
 // Decode attention; 0, or 1 where there is no memory for the partial sums.
 REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
-    return reqat::in_float_mode([&] { return reqat::attend(*args); });
+    return reqat::in_float_mode([&] {
+        const std::unique_ptr<float[]> memory(new (std::nothrow) float[size_t(reqat::attention_floats(*args))]);
+        if (!memory) return reqat::NO_MEMORY;
+        reqat::together(int(args->threads), [&](const reqat::Team& team) { reqat::attend(*args, memory.get(), team); });
+        return reqat::OK;
+    });
 }
 
 // The exponential of the kernel's softmax, for its test: n a multiple of 16.

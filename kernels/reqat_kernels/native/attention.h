@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "quantize.h"
+#include "team.h"
 
 namespace reqat {
 
@@ -58,5 +59,15 @@ struct AppendArgs {
     int64_t threads;
     Spec spec;
 };
+
+// This thread's part of appending; false if it met something not finite. All of a team have to be done before anyone
+// reads what was stored.
+bool append(const AppendArgs& args, const Team& team);
+
+// How many floats of memory attention needs for its sums.
+int64_t attention_floats(const AttentionArgs& args);
+
+// This thread's part of decode attention; `memory` is the team's. All have to be done before anyone reads the result.
+void attend(const AttentionArgs& args, float* memory, const Team& team);
 
 }  // namespace reqat

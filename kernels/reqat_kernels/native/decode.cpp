@@ -7,17 +7,18 @@
 // each of which costs more than its work when there is one token, happens here in one for the whole stack. Sums of
 // squares are in double, everything else in float32. Each token's numbers are those that it would get in a step of its
 // own, to the last bit, where rounding looks at one token at a time (static and row global scales).
+//
+// One team of threads does it from the first layer to the last (team.h): a layer is a dozen pieces of a few microseconds.
 
 #include "decode.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <utility>
 #include <vector>
 
 #include "common.h"
-
-REQAT_API int reqat_kv_append(const reqat::AppendArgs* args);
-REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args);
 
 namespace reqat {
 namespace {
@@ -79,148 +80,255 @@ REQAT_CLONES void hadamard(float* x, int64_t length, int64_t n) {
     }
 }
 
-// Room for what lies between the products of a layer: a thread's own.
+// What a layer writes down for all threads of the team.
 struct Scratch {
-    std::vector<float> hidden, query, key, value, attended, gate, up, scale;
+    std::vector<float> hidden, query, key, value, attended, gate, up, scale, sums;
     std::vector<int8_t> rounded;
     std::vector<int32_t> start;
+    Arranged memory;
+    IntRows integers;  // the input of the next products, arranged
+    FloatRows floats;
+    std::atomic<int> failed;  // 0, or the part that is not finite
+
+    // Before the team is there: nothing is allocated any more after this. `rows`: tokens of all rows of the batch.
+    void reserve(const DecodeLayer* layers, const DecodeStates* states, int64_t count, const DecodeStep& s, int64_t rows) {
+        int64_t inner = 0, queries = 0, keys = 0, mlp = 0, floats = 0, block = STEP;  // the smallest
+        for (const DecodeLayer* layer = layers; layer < layers + count; layer++) {
+            queries = std::max(queries, layer->H * layer->D);
+            keys = std::max(keys, layer->G * layer->D);
+            mlp = std::max(mlp, layer->mlp);
+            inner = std::max({inner, layer->hidden, layer->mlp, queries});
+            floats = std::max(floats, attention_floats(attention_of(states[layer - layers], s)));
+        }
+        hidden.resize(size_t(rows * inner));
+        query.resize(size_t(rows * queries));
+        key.resize(size_t(rows * keys));
+        value.resize(key.size());
+        attended.resize(query.size());
+        gate.resize(size_t(rows * mlp));
+        up.resize(gate.size());
+        sums.resize(size_t(floats));
+        rounded.resize(size_t(rows * inner));
+        start.resize(size_t(rows * (inner / block)));
+        scale.resize(start.size());
+        memory.reserve(rows, inner, block);
+        failed.store(0, std::memory_order_relaxed);
+    }
+
+    static AttentionArgs attention_of(const DecodeStates& states, const DecodeStep& s) {
+        AttentionArgs attention = *states.attention;
+        attention.T = s.T;
+        attention.causal = s.T > 1;
+        attention.S = s.length + s.T;
+        attention.mask = s.mask;
+        attention.mask_kind = s.mask ? MASK_BOOL : MASK_NONE;
+        attention.mask_b = attention.S, attention.mask_h = attention.mask_t = 0, attention.mask_s = 1;
+        return attention;
+    }
 };
 
-// The input of some products: rotated and rounded once, then multiplied with each weight.
-struct Input {
-    const DecodeLayer& layer;
-    Scratch& scratch;
-    float* x;
-    int64_t B, K;
-    int threads;
-    bool finite = true;
+// One layer, as each thread of a team runs it. `failed` is written in some parts and read at the beginning of the next,
+// in which nobody writes it, so all threads read the same and leave together.
+class Layer {
+  public:
+    Layer(const DecodeLayer& layer, const DecodeStates& states, const DecodeStep& s, Scratch& scratch, const Team& team)
+        : layer(layer), states(states), s(s), scratch(scratch), team(team), rows(s.B * s.T) {}
 
-    Input(const DecodeLayer& layer, Scratch& scratch, float* x, int64_t B, int64_t K, float g, int threads)
-        : layer(layer), scratch(scratch), x(x), B(B), K(K), threads(threads) {
-        if (layer.rotation) hadamard(x, B * K, layer.rotation);
-        if (!layer.inputs) return;
-        scratch.rounded.resize(size_t(B * K));
-        scratch.start.resize(size_t(B * K / layer.inputs->block));
-        scratch.scale.resize(scratch.start.size());
-        finite = fp4_input(*layer.inputs, x, B, K, g, scratch.rounded.data(), scratch.start.data(), scratch.scale.data());
+    // 0, or the part that is not finite.
+    int run() const {
+        float *h = scratch.hidden.data(), *q = scratch.query.data(), *k = scratch.key.data(), *v = scratch.value.data();
+        float *gate = scratch.gate.data(), *up = scratch.up.data();
+        const int64_t hidden = layer.hidden;
+        if (!input(h, hidden, 0, 3, [&](int64_t b) { norm(layer.input_norm, h, b); })) return failure();
+        times(*layer.query, q);
+        times(*layer.key, k);
+        times(*layer.value, v);
+        team.wait();
+        rotate(q, k);
+        team.wait();
+        append(k, v);
+        team.wait();
+        if (failure()) return failure();
+        float* attended = attention(q);
+        if (!input(attended, layer.H * layer.D, 1, 6, [](int64_t) {})) return failure();
+        add(*layer.out, h, false);
+        team.wait();
+
+        if (!input(h, hidden, 2, 7, [&](int64_t b) { norm(layer.attention_norm, h, b); })) return failure();
+        times(*layer.gate, gate);
+        times(*layer.up, up);
+        const Part mine = columns(*layer.gate);  // those that this thread has just computed
+        for (int64_t b = 0; b < rows; b++) {
+            float* row = gate + b * layer.mlp;
+            silu_times(row + mine.begin, up + b * layer.mlp + mine.begin, mine.end - mine.begin, row + mine.begin);
+        }
+        team.wait();
+        if (!input(gate, layer.mlp, 3, 8, [](int64_t) {})) return failure();
+        add(*layer.down, h, s.half != 0);
+        team.wait();
+        return 0;
+    }
+
+  private:
+    int failure() const { return scratch.failed.load(std::memory_order_relaxed); }
+    // Of several parts that fail at once, the first.
+    void fail(int part) const {
+        int before = failure();
+        while ((before == 0 || before > part) &&
+               !scratch.failed.compare_exchange_weak(before, part, std::memory_order_relaxed)) {
+        }
+    }
+
+    void norm(const float* weight, float* h, int64_t b) const {
+        rms_norm(s.x + b * layer.hidden, weight, layer.hidden, layer.eps, h + b * layer.hidden);
+    }
+
+    // Columns of the output that are this thread's.
+    Part columns(const Linear& linear) const {
+        const Part tiles = team.part(tiles_of(linear.weight));
+        return {tiles.begin * LANES, std::min(tiles.end * LANES, linear.weight.rows)};
+    }
+
+    // The input of some products, x [rows, K]: made a row at a time by `make(b)`, rotated, rounded and arranged.
+    // `which`: its global scale. False, for all threads, if it is not finite.
+    template <class Make>
+    bool input(float* x, int64_t K, int which, int part, const Make& make) const {
+        const Part mine = team.part(rows);
+        for (int64_t b = mine.begin; b < mine.end; b++) {
+            make(b);
+            if (layer.rotation) hadamard(x + b * K, K, layer.rotation);
+        }
+        if (!layer.inputs)
+            return publish(FloatRows{x, rows}, scratch.floats,
+                           [&](const FloatRows& plain) { return arranged(plain, K, scratch.memory); });
+        const Spec& format = *layer.inputs;
+        const int64_t blocks = K / format.block, first = mine.begin, count = mine.end - mine.begin;
+        float g = layer.global_scale[which];
+        bool finite = true;
+        if (format.global_scale == DYNAMIC) {
+            const int32_t top = team.largest(amax_bits(x + first * K, DTYPE_F32, count * K));
+            finite = top < 0x7F800000;
+            g = finite ? global_scale_of(format, bits_to_float(uint32_t(top))) : 1.0f;
+        }
+        int8_t* values = scratch.rounded.data();
+        int32_t* start = scratch.start.data();
+        float* scale = scratch.scale.data();
+        finite = finite && fp4_rows(format, x + first * K, count, K, g, values + first * K, start + first * blocks,
+                                    scale + first * blocks);
+        if (!finite) fail(part);
+        return publish(IntRows{values, start, scale, rows}, scratch.integers,
+                       [&](const IntRows& plain) { return arranged(plain, K, format.block, scratch.memory); });
+    }
+
+    // When all threads have made their rows: the rows, arranged, to all threads. False if some are not finite.
+    template <class Rows, class Arrange>
+    bool publish(const Rows& plain, Rows& rows_of_all, const Arrange& arrange) const {
+        if (team.rank == 0) rows_of_all = plain;
+        team.wait();
+        if (failure()) return false;
+        if (!read_as_they_are(rows)) {
+            if (team.rank == 0) rows_of_all = arrange(plain);
+            team.wait();
+        }
+        return true;
     }
 
     void times(const Linear& linear, float* y) const {
         const Weight& w = linear.weight;
         if (layer.inputs)
-            gemm_int(w, scratch.rounded.data(), scratch.start.data(), scratch.scale.data(), nullptr, linear.bias, y, B,
-                     w.rows, threads);
+            gemm(w, scratch.integers, nullptr, linear.bias, y, w.rows, team);
         else
-            gemm_float(w, x, linear.bias, y, B, w.rows, threads);
+            gemm(w, scratch.floats, linear.bias, y, w.rows, team);
     }
-};
 
-// [B, T, H, D] to [B, H, T, D] (or back, T and H exchanged).
-void exchange(const float* x, int64_t B, int64_t T, int64_t H, int64_t D, float* out) {
-    for (int64_t b = 0; b < B; b++)
-        for (int64_t t = 0; t < T; t++)
+    // The residual stream gets this thread's part of a product.
+    void add(const Linear& linear, float* y, bool half) const {
+        times(linear, y);
+        const Part mine = columns(linear);
+        for (int64_t b = 0; b < rows; b++) {
+            float* x = s.x + b * layer.hidden;
+            const float* h = y + b * layer.hidden;
+            for (int64_t i = mine.begin; i < mine.end; i++) x[i] += h[i];
+            if (half)
+                for (int64_t i = mine.begin; i < mine.end; i++) x[i] = bf16_to_float(float_to_bf16(x[i]));
+        }
+    }
+
+    void rotate(float* q, float* k) const {
+        const int64_t H = layer.H, G = layer.G, D = layer.D;
+        team.each(rows * (H + G), [&](int64_t i) {
+            const int64_t b = i / (H + G), head = i % (H + G), at = b / s.T * s.stride + b % s.T * D;
+            float* x = head < H ? q + (b * H + head) * D : k + (b * G + head - H) * D;
+            const float* weight = head < H ? layer.query_norm : layer.key_norm;
+            if (weight) rms_norm(x, weight, D, layer.eps, x);
+            rope(x, s.cos + at, s.sin + at, D);
+        });
+    }
+
+    void append(const float* k, const float* v) const {
+        for (int i = 0; i < 2; i++) {
+            // A copy: what changes from call to call is this call's own, so that threads may share a model.
+            AppendArgs append = i == 0 ? *states.key : *states.value;
+            append.x = i == 0 ? k : v;
+            append.start = s.length;
+            append.dtype = DTYPE_F32;
+            append.x_b = s.T * layer.G * layer.D, append.x_g = layer.D, append.x_t = layer.G * layer.D;
+            append.T = s.T;
+            if (!reqat::append(append, team)) fail(4 + i);
+        }
+    }
+
+    // [rows, H, D], where all threads can read it.
+    float* attention(float* q) const {
+        AttentionArgs attention = Scratch::attention_of(states, s);
+        float* attended = scratch.attended.data();
+        if (s.T > 1) {
+            exchange(q, s.T, layer.H, attended);
+            std::swap(q, attended);
+        }
+        attention.query = q;
+        attention.out = attended;
+        attend(attention, scratch.sums.data(), team);
+        team.wait();
+        if (s.T > 1) {
+            exchange(attended, layer.H, s.T, q);
+            std::swap(q, attended);
+        }
+        return attended;
+    }
+
+    // [B, T, H, D] to [B, H, T, D] (or back, T and H exchanged), where all threads can read it.
+    void exchange(const float* x, int64_t T, int64_t H, float* out) const {
+        const int64_t D = layer.D;
+        team.each(s.B * T, [&](int64_t i) {
+            const int64_t b = i / T, t = i % T;
             for (int64_t h = 0; h < H; h++)
                 std::memcpy(out + ((b * H + h) * T + t) * D, x + ((b * T + t) * H + h) * D, size_t(D) * sizeof(float));
-}
+        });
+        team.wait();
+    }
 
-int one_layer(const DecodeLayer& layer, const DecodeStates& states, const DecodeStep& s) {
-    thread_local Scratch scratch;
-    // Every token is a row of the products.
-    const int64_t T = s.T, B = s.B * T, hidden = layer.hidden, D = layer.D, H = layer.H, G = layer.G;
-    const int threads = int(s.threads);
-    scratch.hidden.resize(size_t(B * (hidden > layer.mlp ? hidden : layer.mlp)));
-    scratch.query.resize(size_t(B * H * D));
-    scratch.key.resize(size_t(B * G * D));
-    scratch.value.resize(size_t(B * G * D));
-    scratch.attended.resize(size_t(B * H * D));
-    scratch.gate.resize(size_t(B * layer.mlp));
-    scratch.up.resize(size_t(B * layer.mlp));
-    float *h = scratch.hidden.data(), *q = scratch.query.data(), *k = scratch.key.data(), *v = scratch.value.data();
-
-    for (int64_t b = 0; b < B; b++) rms_norm(s.x + b * hidden, layer.input_norm, hidden, layer.eps, h + b * hidden);
-    {
-        const Input input(layer, scratch, h, B, hidden, layer.global_scale[0], threads);
-        if (!input.finite) return 3;
-        input.times(*layer.query, q);
-        input.times(*layer.key, k);
-        input.times(*layer.value, v);
-    }
-    for (int64_t b = 0; b < B; b++) {
-        const int64_t at = b / T * s.stride + b % T * D;
-        const float *cos = s.cos + at, *sin = s.sin + at;
-        for (int64_t i = 0; i < H; i++) {
-            float* head = q + (b * H + i) * D;
-            if (layer.query_norm) rms_norm(head, layer.query_norm, D, layer.eps, head);
-            rope(head, cos, sin, D);
-        }
-        for (int64_t i = 0; i < G; i++) {
-            float* head = k + (b * G + i) * D;
-            if (layer.key_norm) rms_norm(head, layer.key_norm, D, layer.eps, head);
-            rope(head, cos, sin, D);
-        }
-    }
-    // Copies: what changes from call to call is this call's own, so that threads may share a model.
-    AppendArgs appended[2] = {*states.key, *states.value};
-    for (int i = 0; i < 2; i++) {
-        AppendArgs& append = appended[i];
-        append.x = i == 0 ? k : v;
-        append.start = s.length;
-        append.dtype = DTYPE_F32;
-        append.x_b = T * G * D, append.x_g = D, append.x_t = G * D;
-        append.T = T;
-        if (const int error = reqat_kv_append(&append)) return error == NOT_FINITE ? 4 + i : error;
-    }
-    AttentionArgs attention = *states.attention;
-    float* attended = scratch.attended.data();
-    if (T > 1) {
-        exchange(q, s.B, T, H, D, attended);
-        std::swap(q, attended);
-    }
-    attention.query = q;
-    attention.out = attended;
-    attention.T = T;
-    attention.causal = T > 1;
-    attention.S = s.length + T;
-    attention.mask = s.mask;
-    attention.mask_kind = s.mask ? MASK_BOOL : MASK_NONE;
-    attention.mask_b = s.length + T, attention.mask_h = attention.mask_t = 0, attention.mask_s = 1;
-    attention.threads = s.attention_threads;
-    if (const int error = reqat_kv_attention(&attention)) return error;
-    if (T > 1) {
-        exchange(attended, s.B, H, T, D, q);
-        std::swap(q, attended);
-    }
-    {
-        const Input input(layer, scratch, attended, B, H * D, layer.global_scale[1], threads);
-        if (!input.finite) return 6;
-        input.times(*layer.out, h);
-    }
-    for (int64_t i = 0; i < B * hidden; i++) s.x[i] += h[i];
-
-    for (int64_t b = 0; b < B; b++) rms_norm(s.x + b * hidden, layer.attention_norm, hidden, layer.eps, h + b * hidden);
-    {
-        const Input input(layer, scratch, h, B, hidden, layer.global_scale[2], threads);
-        if (!input.finite) return 7;
-        input.times(*layer.gate, scratch.gate.data());
-        input.times(*layer.up, scratch.up.data());
-    }
-    silu_times(scratch.gate.data(), scratch.up.data(), B * layer.mlp, scratch.gate.data());
-    {
-        const Input input(layer, scratch, scratch.gate.data(), B, layer.mlp, layer.global_scale[3], threads);
-        if (!input.finite) return 8;
-        input.times(*layer.down, h);
-    }
-    for (int64_t i = 0; i < B * hidden; i++) s.x[i] += h[i];
-    return 0;
-}
+    const DecodeLayer& layer;
+    const DecodeStates& states;
+    const DecodeStep& s;
+    Scratch& scratch;
+    const Team& team;
+    const int64_t rows;
+};
 
 int all_layers(const DecodeLayer* layers, const DecodeStates* states, int64_t count, const DecodeStep& s) {
-    for (int64_t i = 0; i < count; i++) {
-        if (const int error = one_layer(layers[i], states[i], s)) return error == NO_MEMORY ? error : int(16 * i) + error;
-        if (s.half)
-            for (int64_t k = 0; k < s.B * s.T * layers[i].hidden; k++) s.x[k] = bf16_to_float(float_to_bf16(s.x[k]));
-    }
-    return 0;
+    thread_local Scratch own;
+    Scratch& scratch = own;  // the team's: each of its threads would have another of that name
+    scratch.reserve(layers, states, count, s, s.B * s.T);
+    std::atomic<int> status{0};
+    together(int(s.threads), [&](const Team& team) {
+        for (int64_t i = 0; i < count; i++)
+            if (const int part = Layer(layers[i], states[i], s, scratch, team).run()) {
+                status.store(int(16 * i) + part, std::memory_order_relaxed);
+                return;
+            }
+    });
+    return status.load();
 }
 
 }  // namespace

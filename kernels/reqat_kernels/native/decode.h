@@ -40,7 +40,7 @@ struct DecodeStep {
     int64_t length;       // tokens stored before these; there is room for T more
     const uint8_t* mask;  // bool [B, length + T], contiguous, or null; a token sees none after itself
     int64_t half;         // round x to bfloat16 after each layer, as a model of that type does
-    int64_t threads, attention_threads;
+    int64_t threads;
 };
 
 }  // namespace reqat

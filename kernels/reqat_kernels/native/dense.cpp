@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "team.h"
 
 namespace reqat {
 namespace {
@@ -131,13 +132,11 @@ void rows(const typename W::Type* w, const float* x, float* out, int64_t M, int6
 // Call function(n, m, count) for each row n of w with each piece of up to ROWS rows of x, from row m on.
 template <class Function>
 void by_pieces(int64_t M, int64_t N, int threads, const Function& function) {
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const FloatMode mode;
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n++)
+    together(threads, [&](const Team& team) {
+        team.each(N, [&](int64_t n) {
             for (int64_t m = 0; m < M; m += ROWS) function(n, m, M - m < ROWS ? M - m : ROWS);
-    }
+        });
+    });
 }
 
 // scale: of each row of w, or null.

@@ -39,58 +39,45 @@ REQAT_CLONES void widen(const uint16_t* x, int64_t n, float* out) {
 // y from kernel(t, m, rows, out), which leaves the sums of `rows` rows of x from m on with tile t in out [rows, 16].
 template <int MOST, class Kernel>
 void all_tiles(const Weight& w, const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
-               int threads, const Kernel& kernel) {
-    const int64_t tiles = (w.rows + LANES - 1) / LANES;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const FloatMode mode;
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles; t++) {
-            alignas(64) float out[MOST * LANES];
-            by_groups<MOST>(0, M, [&](int64_t m, auto rows) {
-                kernel(t, m, rows, out);
-                const float* scale = row_scale ? row_scale + m : nullptr;
+               const Team& team, const Kernel& kernel) {
+    team.each(tiles_of(w), [&](int64_t t) {
+        alignas(64) float out[MOST * LANES];
+        by_groups<MOST>(0, M, [&](int64_t m, auto rows) {
+            kernel(t, m, rows, out);
+            const float* scale = row_scale ? row_scale + m : nullptr;
 #if REQAT_X86
-                if (isa() >= AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
+            if (isa() >= AVX512) return store_avx512<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
 #endif
-                store<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
-            });
-        }
-    }
+            store<rows()>(w, t, out, scale, bias, y + m * stride_y, stride_y);
+        });
+    });
 }
 
 template <int KIND>
-void gemm_int_of(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, const float* row_scale,
-                 const float* bias, float* y, int64_t M, int64_t stride_y, int threads) {
+void gemm_int_of(const Weight& w, const IntRows& x, const float* row_scale, const float* bias, float* y,
+                 int64_t stride_y, const Team& team) {
     const int64_t K = w.steps * STEP, blocks = K / w.block;
-    std::vector<int8_t> x_memory;
-    std::vector<int32_t> start_memory;
-    std::vector<float> scale_memory;
     const auto compute = [&](auto most, const auto& kernel) {
-        constexpr int MOST = decltype(most)::value;
-        const int8_t* xs = interleaved<MOST>(x, M, K, STEP, x_memory);
-        const int32_t* starts = interleaved<MOST>(start, M, blocks, 1, start_memory);
-        const float* scales = interleaved<MOST>(scale_x, M, blocks, 1, scale_memory);
-        all_tiles<MOST>(w, row_scale, bias, y, M, stride_y, threads, [&](int64_t t, int64_t m, auto rows, float* out) {
-            kernel(rows, xs + m * K, starts + m * blocks, scales ? scales + m * blocks : nullptr, t, out);
-        });
+        all_tiles<decltype(most)::value>(
+            w, row_scale, bias, y, x.M, stride_y, team, [&](int64_t t, int64_t m, auto rows, float* out) {
+                kernel(rows, x.x + m * K, x.start + m * blocks, x.scale ? x.scale + m * blocks : nullptr, t, out);
+            });
     };
 #if REQAT_X86
 #if defined(REQAT_AMX)
-    if (isa() >= AMX && M >= FEWEST)
-        return gemm_int_amx<KIND>(w, x, scale_x, row_scale, bias, y, M, stride_y, threads);
+    if (isa() >= AMX && x.M >= FEWEST) return gemm_int_amx<KIND>(w, x, row_scale, bias, y, stride_y, team);
 #endif
-    if (isa() >= AVX512 && scale_x)
+    if (isa() >= AVX512 && x.scale)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { int_tile_avx512<rows(), KIND, true>(w, rest...); });
     if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { int_tile_avx512<rows(), KIND, false>(w, rest...); });
 #if defined(REQAT_AVXVNNI)
-    if (isa() >= AVXVNNI && scale_x)
+    if (isa() >= AVXVNNI && x.scale)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { avxvnni::int_tile<rows(), KIND, true>(w, rest...); });
     if (isa() >= AVXVNNI)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { avxvnni::int_tile<rows(), KIND, false>(w, rest...); });
 #endif
-    if (isa() >= AVX2 && scale_x)
+    if (isa() >= AVX2 && x.scale)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { avx2::int_tile<rows(), KIND, true>(w, rest...); });
     if (isa() >= AVX2)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { avx2::int_tile<rows(), KIND, false>(w, rest...); });
@@ -99,19 +86,14 @@ void gemm_int_of(const Weight& w, const int8_t* x, const int32_t* start, const f
 }
 
 template <int KIND>
-void gemm_float_of(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y,
-                   int threads) {
+void gemm_float_of(const Weight& w, const FloatRows& x, const float* bias, float* y, int64_t stride_y, const Team& team) {
     const int64_t K = w.steps * STEP;
-    std::vector<float> memory;
     const auto compute = [&](auto most, const auto& kernel) {
-        constexpr int MOST = decltype(most)::value;
-        const float* xs = interleaved<MOST>(x, M, K, STEP, memory);
-        all_tiles<MOST>(w, nullptr, bias, y, M, stride_y, threads,
-                        [&](int64_t t, int64_t m, auto rows, float* out) { kernel(rows, xs + m * K, t, out); });
+        all_tiles<decltype(most)::value>(
+            w, nullptr, bias, y, x.M, stride_y, team,
+            [&](int64_t t, int64_t m, auto rows, float* out) { kernel(rows, x.x + m * K, t, out); });
     };
 #if REQAT_X86
-    // Two registers a row of x (block and sum), and one for each column's values: eight rows at most with
-    // AVX-512. With AVX2 more than four rows keep their sums in memory.
     if (isa() >= AVX512)
         return compute(Rows<8>(), [&](auto rows, auto... rest) { float_tile_avx512<rows(), KIND>(w, rest...); });
     if (isa() >= AVX2)
@@ -129,23 +111,77 @@ void gemm_bf16_of(const Weight& w, const uint16_t* x, const float* bias, float* 
     std::vector<uint32_t> paired_x(size_t(M * pairs)), memory;
     for (int64_t m = 0; m < M; m++) paired(x + 2 * m * pairs, 2 * pairs, paired_x.data() + m * pairs);
     const uint32_t* xs = interleaved<8>(paired_x.data(), M, pairs, STEP / 2, memory);
-    all_tiles<8>(w, nullptr, bias, y, M, stride_y, threads, [&](int64_t t, int64_t m, auto rows, float* out) {
-        bf16_tile_avx512<rows(), KIND>(w, xs + m * pairs, t, out);
+    together(threads, [&](const Team& team) {
+        all_tiles<8>(w, nullptr, bias, y, M, stride_y, team, [&](int64_t t, int64_t m, auto rows, float* out) {
+            bf16_tile_avx512<rows(), KIND>(w, xs + m * pairs, t, out);
+        });
     });
 }
 
 #endif
 
+// Rows that the kernels of the instruction set in use take at once, of integers and of float32 (two registers a row of x,
+// block and sum, and one for each column's values: eight at most with AVX-512; with AVX2 more than four keep their sums in
+// memory). 1: rows are read as they are.
+int most_int_rows() { return isa() >= AVX2 ? 8 : 1; }
+int most_float_rows() { return isa() >= AVX512 ? 8 : isa() >= AVX2 ? 32 : 1; }
+
 }  // namespace
 
-void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, const float* row_scale,
-              const float* bias, float* y, int64_t M, int64_t stride_y, int threads) {
-    (w.scale_kind == 0 ? gemm_int_of<0> : gemm_int_of<1>)(w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
+void Arranged::reserve(int64_t M, int64_t K, int64_t block) {
+    if (M == 0) return;
+    int64_t rows = M;
+#if defined(REQAT_AMX)
+    const Groups groups(M);
+    rows = groups.count * groups.rows;
+#endif
+    x.reserve(size_t(rows * K));
+    start.reserve(size_t(M * (K / block)));
+    scale.reserve(size_t(M * K));  // of float32 inputs: these themselves
 }
 
-void gemm_float(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y,
-                int threads) {
-    (w.scale_kind == 0 ? gemm_float_of<0> : gemm_float_of<1>)(w, x, bias, y, M, stride_y, threads);
+bool read_as_they_are(int64_t M) { return M <= 1; }
+
+IntRows arranged(const IntRows& rows, int64_t K, int32_t block, Arranged& memory) {
+    const int64_t M = rows.M, blocks = K / block;
+#if defined(REQAT_AMX)
+    if (isa() >= AMX && M >= FEWEST)
+        return {operands(rows.x, Groups(M), K, block, memory.x), nullptr, scale_panels(rows.scale, M, blocks, memory.scale),
+                M};
+#endif
+    if (most_int_rows() == 1) return rows;
+    return {interleaved<8>(rows.x, M, K, STEP, memory.x), interleaved<8>(rows.start, M, blocks, 1, memory.start),
+            interleaved<8>(rows.scale, M, blocks, 1, memory.scale), M};
+}
+
+FloatRows arranged(const FloatRows& rows, int64_t K, Arranged& memory) {
+    const int most = most_float_rows();
+    const float* x = most == 8    ? interleaved<8>(rows.x, rows.M, K, STEP, memory.scale)
+                     : most == 32 ? interleaved<32>(rows.x, rows.M, K, STEP, memory.scale)
+                                  : rows.x;
+    return {x, rows.M};
+}
+
+void gemm(const Weight& w, const IntRows& x, const float* row_scale, const float* bias, float* y, int64_t stride_y,
+          const Team& team) {
+    (w.scale_kind == 0 ? gemm_int_of<0> : gemm_int_of<1>)(w, x, row_scale, bias, y, stride_y, team);
+}
+
+void gemm(const Weight& w, const FloatRows& x, const float* bias, float* y, int64_t stride_y, const Team& team) {
+    (w.scale_kind == 0 ? gemm_float_of<0> : gemm_float_of<1>)(w, x, bias, y, stride_y, team);
+}
+
+void gemm_int(const Weight& w, const IntRows& x, const float* row_scale, const float* bias, float* y, int64_t stride_y,
+              int threads) {
+    Arranged memory;
+    const IntRows rows = arranged(x, w.steps * STEP, w.block, memory);
+    together(threads, [&](const Team& team) { gemm(w, rows, row_scale, bias, y, stride_y, team); });
+}
+
+void gemm_float(const Weight& w, const FloatRows& x, const float* bias, float* y, int64_t stride_y, int threads) {
+    Arranged memory;
+    const FloatRows rows = arranged(x, w.steps * STEP, memory);
+    together(threads, [&](const Team& team) { gemm(w, rows, bias, y, stride_y, team); });
 }
 
 void gemm_bf16(const Weight& w, const uint16_t* x, const float* bias, float* y, int64_t M, int64_t stride_y,
@@ -160,7 +196,7 @@ void gemm_bf16(const Weight& w, const uint16_t* x, const float* bias, float* y, 
 #endif
     std::vector<float> wide(size_t(M * w.steps * STEP));
     widen(x, M * w.steps * STEP, wide.data());
-    gemm_float(w, wide.data(), bias, y, M, stride_y, threads);
+    gemm_float(w, {wide.data(), M}, bias, y, stride_y, threads);
 }
 
 }  // namespace reqat
@@ -171,7 +207,7 @@ REQAT_API int reqat_gemm_int(const Weight* w, const int8_t* x, const int32_t* st
                              const float* row_scale, const float* bias, float* y, int64_t M, int64_t stride_y,
                              int threads) {
     return guarded([&] {
-        gemm_int(*w, x, start, scale_x, row_scale, bias, y, M, stride_y, threads);
+        gemm_int(*w, {x, start, scale_x, M}, row_scale, bias, y, stride_y, threads);
         return OK;
     });
 }
@@ -187,7 +223,7 @@ REQAT_API int reqat_gemm_bf16(const Weight* w, const uint16_t* x, const float* b
 REQAT_API int reqat_gemm_float(const Weight* w, const float* x, const float* bias, float* y, int64_t M,
                                int64_t stride_y, int threads) {
     return guarded([&] {
-        gemm_float(*w, x, bias, y, M, stride_y, threads);
+        gemm_float(*w, {x, M}, bias, y, stride_y, threads);
         return OK;
     });
 }
@@ -225,7 +261,7 @@ int products(const Product* first, int64_t n, int threads) {
             x = wide.data();
         }
         if (!rounds) {
-            gemm_float(w, x, nullptr, p->y, p->M, w.rows, threads);
+            gemm_float(w, {x, p->M}, nullptr, p->y, w.rows, threads);
             continue;
         }
         values.resize(size_t(count));
@@ -235,8 +271,8 @@ int products(const Product* first, int64_t n, int threads) {
             p->format ? fp4_input(*p->format, x, p->M, K, p->g, values.data(), start.data(), scale.data())
                       : int8_input(x, p->M, K, K, w.block, values.data(), start.data(), scale.data());
         if (!finite) return NOT_FINITE;
-        gemm_int(w, values.data(), start.data(), p->format ? scale.data() : nullptr,
-                 p->format ? nullptr : scale.data(), nullptr, p->y, p->M, w.rows, threads);
+        gemm_int(w, {values.data(), start.data(), p->format ? scale.data() : nullptr, p->M},
+                 p->format ? nullptr : scale.data(), nullptr, p->y, w.rows, threads);
     }
     return OK;
 }

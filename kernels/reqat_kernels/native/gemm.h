@@ -8,8 +8,10 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "quantize.h"
+#include "team.h"
 
 namespace reqat {
 
@@ -49,19 +51,63 @@ Ahead ahead_of(Path path, int rows);
 bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
                float* scale);
 
+// The same for some of the rows of a larger x: of a dynamic format, too, g is given.
+bool fp4_rows(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
+              float* scale);
+
 // Round rows of x [M, K] to int8: scale = amax / 127 (1 for a row of zeros), value = x / scale to nearest even. Columns
 // K to `padded` become 0. False if x holds NaN or infinity.
 bool int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values, int32_t* start,
                 float* row_scale);
 
-// y [M, N] = alpha * sum over blocks of scale_w * scale_x * (integer dot product) + bias.
-//   x: int8 [M, 16 * steps]; start: int32 [M, blocks], -OFFSET times the sum of x over each block;
-//   scale_x: float32 [M, blocks], or null (then 1); row_scale: float32 [M], or null; bias: float32 [N], or null.
-void gemm_int(const Weight& w, const int8_t* x, const int32_t* start, const float* scale_x, const float* row_scale,
-              const float* bias, float* y, int64_t M, int64_t stride_y, int threads);
+// The input of integer products, M rows: int8 [M, 16 * steps]; start: int32 [M, blocks], -OFFSET times the sum of x over
+// each block; scale: float32 [M, blocks], or null (then 1).
+struct IntRows {
+    const int8_t* x;
+    const int32_t* start;
+    const float* scale;
+    int64_t M;
+};
 
-// The same with x float32 [M, 16 * steps] that is not rounded; row_scale and scale_x have no part in it.
-void gemm_float(const Weight& w, const float* x, const float* bias, float* y, int64_t M, int64_t stride_y, int threads);
+// That of products with x float32 [M, 16 * steps], which is not rounded.
+struct FloatRows {
+    const float* x;
+    int64_t M;
+};
+
+// Memory for rows in the order in which kernels read them.
+struct Arranged {
+    std::vector<int8_t> x;
+    std::vector<int32_t> start;
+    std::vector<float> scale;
+
+    // For up to M rows of up to K columns: nothing is allocated when such rows are arranged.
+    void reserve(int64_t M, int64_t K, int64_t block);
+};
+
+// Whether kernels read so many rows as they are.
+bool read_as_they_are(int64_t M);
+
+// Rows in the order in which the kernels read them, in `memory` unless they are so already: groups of rows that a kernel
+// takes at once are interleaved. Weights of one block size may share them.
+IntRows arranged(const IntRows& rows, int64_t K, int32_t block, Arranged& memory);
+FloatRows arranged(const FloatRows& rows, int64_t K, Arranged& memory);
+
+// The tiles of 16 rows that w has: what the products below share out.
+inline int64_t tiles_of(const Weight& w) { return (w.rows + LANES - 1) / LANES; }
+
+// y [M, N] = alpha * sum over blocks of scale_w * scale_x * (integer dot product) + bias, of the tiles that are this
+// thread's part. x is arranged; row_scale: float32 [M], or null; bias: float32 [N], or null.
+void gemm(const Weight& w, const IntRows& x, const float* row_scale, const float* bias, float* y, int64_t stride_y,
+          const Team& team);
+
+// The same with an x that is not rounded.
+void gemm(const Weight& w, const FloatRows& x, const float* bias, float* y, int64_t stride_y, const Team& team);
+
+// From rows as they are to the whole y, by so many threads.
+void gemm_int(const Weight& w, const IntRows& x, const float* row_scale, const float* bias, float* y, int64_t stride_y,
+              int threads);
+void gemm_float(const Weight& w, const FloatRows& x, const float* bias, float* y, int64_t stride_y, int threads);
 
 // The same with x bfloat16, for which AVX-512 and AMX have instructions; without them x is widened, and gemm_float
 // computes.

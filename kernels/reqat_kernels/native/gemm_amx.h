@@ -212,40 +212,30 @@ REQAT_AVX512 void tile_amx(Tiles& tiles, const Weight& w, const Groups& groups, 
     if (at_b >= 0) add_them(sums[turn ^ 1]);
 }
 
-// y = x W^T of all tiles. x: operands() of int8, or of pairs of bfloat16.
+// y = x W^T of the tiles that are this thread's part. x: operands() of int8, or of pairs of bfloat16.
 template <int KIND, Inputs INPUTS>
 void all_tiles_amx(const Weight& w, const Groups& groups, const void* x, const float* scale_x, const float* row_scale,
-                   const float* bias, float* y, int64_t stride_y, int threads) {
-    const int64_t tiles = (w.rows + LANES - 1) / LANES;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        const FloatMode mode;
-        Tiles unit({groups.rows, Block<KIND, INPUTS>::A_BYTES});
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tiles; t++)
-            for (int64_t first = 0; first < groups.count; first += MOST_GROUPS) {
-                const int64_t last = first + MOST_GROUPS < groups.count ? first + MOST_GROUPS : groups.count;
-                alignas(64) float acc[MOST_GROUPS * MOST_ROWS * LANES];
-                tile_amx<KIND, INPUTS>(unit, w, groups, static_cast<const uint8_t*>(x), scale_x, t, first, last, acc);
-                const int64_t end = last * groups.rows < groups.M ? last * groups.rows : groups.M;
-                for (int64_t m = first * groups.rows, i = 0; m < end; m++, i++)
-                    store_avx512<1>(w, t, acc + i * LANES, row_scale ? row_scale + m : nullptr, bias, y + m * stride_y,
-                                    stride_y);
-            }
-    }
+                   const float* bias, float* y, int64_t stride_y, const Team& team) {
+    Tiles unit({groups.rows, Block<KIND, INPUTS>::A_BYTES});
+    team.each(tiles_of(w), [&](int64_t t) {
+        for (int64_t first = 0; first < groups.count; first += MOST_GROUPS) {
+            const int64_t last = first + MOST_GROUPS < groups.count ? first + MOST_GROUPS : groups.count;
+            alignas(64) float acc[MOST_GROUPS * MOST_ROWS * LANES];
+            tile_amx<KIND, INPUTS>(unit, w, groups, static_cast<const uint8_t*>(x), scale_x, t, first, last, acc);
+            const int64_t end = last * groups.rows < groups.M ? last * groups.rows : groups.M;
+            for (int64_t m = first * groups.rows, i = 0; m < end; m++, i++)
+                store_avx512<1>(w, t, acc + i * LANES, row_scale ? row_scale + m : nullptr, bias, y + m * stride_y,
+                                stride_y);
+        }
+    });
 }
 
+// x: arranged().
 template <int KIND>
-void gemm_int_amx(const Weight& w, const int8_t* x, const float* scale_x, const float* row_scale, const float* bias,
-                  float* y, int64_t M, int64_t stride_y, int threads) {
-    const int64_t K = w.steps * STEP;
-    const Groups groups(M);
-    std::vector<int8_t> x_memory;
-    std::vector<float> scale_memory;
-    const int8_t* a = operands(x, groups, K, w.block, x_memory);
-    const float* scales = scale_panels(scale_x, M, K / w.block, scale_memory);
-    (scales ? all_tiles_amx<KIND, A4> : all_tiles_amx<KIND, A8>)(w, groups, a, scales, row_scale, bias, y, stride_y,
-                                                                threads);
+void gemm_int_amx(const Weight& w, const IntRows& x, const float* row_scale, const float* bias, float* y,
+                  int64_t stride_y, const Team& team) {
+    (x.scale ? all_tiles_amx<KIND, A4> : all_tiles_amx<KIND, A8>)(w, Groups(x.M), x.x, x.scale, row_scale, bias, y,
+                                                                 stride_y, team);
 }
 
 template <int KIND>
@@ -257,7 +247,9 @@ void gemm_bf16_amx(const Weight& w, const uint16_t* x, const float* bias, float*
     std::vector<uint32_t> paired_x(size_t(M * pairs)), memory;
     for (int64_t m = 0; m < M; m++) paired(x + 2 * m * pairs, 2 * pairs, paired_x.data() + m * pairs);
     const uint32_t* a = operands(paired_x.data(), groups, pairs, w.block / 2, memory);
-    all_tiles_amx<KIND, A16>(w, groups, a, nullptr, nullptr, bias, y, stride_y, threads);
+    together(threads, [&](const Team& team) {
+        all_tiles_amx<KIND, A16>(w, groups, a, nullptr, nullptr, bias, y, stride_y, team);
+    });
 }
 
 }  // namespace

@@ -61,14 +61,9 @@ REQAT_CLONES void round_to_int8(const float* x, int64_t n, float scale, int8_t* 
 
 }  // namespace
 
-bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
-               float* scale) {
-    const int64_t block = format.block, blocks = K / block;
-    if (format.global_scale == DYNAMIC) {
-        const int32_t top = amax_bits(x, DTYPE_F32, M * K);
-        if (top >= 0x7F800000) return false;
-        g = global_scale_of(format, bits_to_float(uint32_t(top)));
-    }
+bool fp4_rows(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
+              float* scale) {
+    const int64_t blocks = K / format.block;
     for (int64_t m = 0; m < M; m++) {
         if (format.global_scale == ROW) {
             const int32_t top = amax_bits(x + m * K, DTYPE_F32, K);
@@ -83,6 +78,16 @@ bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g
     }
     for (int64_t i = 0; i < M * blocks; i++) scale[i] *= 0.5f;
     return true;
+}
+
+bool fp4_input(const Spec& format, const float* x, int64_t M, int64_t K, float g, int8_t* values, int32_t* start,
+               float* scale) {
+    if (format.global_scale == DYNAMIC) {
+        const int32_t top = amax_bits(x, DTYPE_F32, M * K);
+        if (top >= 0x7F800000) return false;
+        g = global_scale_of(format, bits_to_float(uint32_t(top)));
+    }
+    return fp4_rows(format, x, M, K, g, values, start, scale);
 }
 
 bool int8_input(const float* x, int64_t M, int64_t K, int64_t padded, int32_t block, int8_t* values, int32_t* start,

@@ -5,6 +5,8 @@
 #include <memory>
 #include <new>
 
+#include "team.h"
+
 namespace reqat {
 
 // Elements handled at a time: the buffers of a piece (25 KiB) stay in a core's first-level cache.
@@ -113,16 +115,7 @@ static int32_t quantize_tensor(Job job, int32_t dtype, const float* given, int64
             if (g_out && per_row) g_out[r] = g;
             if (!run_row(loops, job, dtype, r, g)) status.store(NOT_FINITE, std::memory_order_relaxed);
         };
-        if (threads <= 1) {
-            for (int64_t r = 0; r < job.rows; r++) row(r);
-        } else {
-#pragma omp parallel num_threads(threads)
-            {
-                const FloatMode mode;
-#pragma omp for schedule(static)
-                for (int64_t r = 0; r < job.rows; r++) row(r);
-            }
-        }
+        together(threads, [&](const Team& team) { team.each(job.rows, row); });
         return status.load();
     }
 
@@ -137,25 +130,16 @@ static int32_t quantize_tensor(Job job, int32_t dtype, const float* given, int64
         amax.reset(new (std::nothrow) int32_t[size_t(blocks * signs)]);
         if (!amax) return NO_MEMORY;
         int32_t top = 0;
-        auto piece = [&](int64_t p) {
-            return loops.block_amax[dtype](job.x, p * step, size_of(p), job.block, f.asymmetric, amax.get() + p * step * signs);
-        };
-        if (threads <= 1) {
-            for (int64_t p = 0; p < pieces; p++) {
-                const int32_t here = piece(p);
-                top = here > top ? here : top;
-            }
-        } else {
-#pragma omp parallel num_threads(threads)
-            {
-                const FloatMode mode;
-#pragma omp for schedule(static) reduction(max : top)
-                for (int64_t p = 0; p < pieces; p++) {
-                    const int32_t here = piece(p);
-                    top = here > top ? here : top;
-                }
-            }
-        }
+        together(threads, [&](const Team& team) {
+            int32_t mine = 0;
+            team.each(pieces, [&](int64_t p) {
+                const int32_t here = loops.block_amax[dtype](job.x, p * step, size_of(p), job.block, f.asymmetric,
+                                                             amax.get() + p * step * signs);
+                mine = here > mine ? here : mine;
+            });
+            mine = team.largest(mine);
+            if (team.rank == 0) top = mine;
+        });
         if (top >= 0x7F800000) return NOT_FINITE;
         g = global_scale_of(f, bits_to_float(uint32_t(top)));
     }
@@ -164,16 +148,7 @@ static int32_t quantize_tensor(Job job, int32_t dtype, const float* given, int64
         if (!loops.blocks[dtype](job, 0, p * step, size_of(p), g, amax ? amax.get() + p * step * signs : nullptr))
             status.store(NOT_FINITE, std::memory_order_relaxed);
     };
-    if (threads <= 1) {
-        for (int64_t p = 0; p < pieces; p++) piece(p);
-    } else {
-#pragma omp parallel num_threads(threads)
-        {
-            const FloatMode mode;
-#pragma omp for schedule(static)
-            for (int64_t p = 0; p < pieces; p++) piece(p);
-        }
-    }
+    together(threads, [&](const Team& team) { team.each(pieces, piece); });
     return status.load();
 }
 

@@ -14,6 +14,7 @@
 #endif
 
 #include "common.h"
+#include "team.h"
 
 namespace reqat {
 namespace {
@@ -203,16 +204,7 @@ REQAT_API void reqat_table(const float* x, float* y, int64_t n, const float* bre
             const int64_t at = p * PIECE;
             values(table, x + at, y + at, n - at < PIECE ? n - at : PIECE);
         };
-        if (threads <= 1) {
-            for (int64_t p = 0; p < pieces; p++) piece(p);
-        } else {
-#pragma omp parallel num_threads(threads)
-            {
-                const FloatMode mode;
-#pragma omp for schedule(static)
-                for (int64_t p = 0; p < pieces; p++) piece(p);
-            }
-        }
+        together(threads, [&](const Team& team) { team.each(pieces, piece); });
         return 0;
     });
 }

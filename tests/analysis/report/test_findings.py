@@ -52,6 +52,17 @@ def test_verdicts(value: float, margin: float, sign: int, seeds: int, verdict: s
         assert (made.p < 0.05) == (not made.lo <= margin <= made.hi)
 
 
+@pytest.mark.parametrize(("margin", "sign"), [(0.0, 1), (-3.0, 1), (3.0, -1)])  # a direction, as good, no gain
+def test_models_that_solve_nothing_show_nothing(margin: float, sign: int) -> None:
+    low = finding(0.0, std_error=0.1, margin=margin, sign=sign, at_floor=True)
+    (made, other) = adjusted([low, finding(9.0, sign=1)], 2)
+    assert made.verdict == "at the floor" and not made.testable
+    assert math.isnan(made.p) and math.isnan(made.holm) and math.isnan(made.detectable)
+    assert other.holm == pytest.approx(2 * other.p), "the family keeps its size"
+    assert finding(0.0, sign=0, at_floor=True).verdict == "no direction"
+    assert finding(0.0, sign=1, seeds=1, at_floor=True).verdict == "at the floor"
+
+
 def test_an_exact_p_of_zero_is_kept() -> None:
     assert p_of(finding(2.0, sign=1), 0.123) == 0.123
     assert p_of(finding(2.0, sign=1, margin=-3.0), 0.123) == pytest.approx(2 * stats.t.sf(5, 4))

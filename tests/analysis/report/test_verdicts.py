@@ -58,9 +58,20 @@ def test_p_is_of_what_a_claim_says(results: Results) -> None:
         # What counts is the seeds that both sides have; three of Q-FIT's against one of half of it are one.
         trained = {seed for e in (*t.a, *t.b) for seed in e.training_seeds if e.total_tokens is not None}
         assert t.seeds == len(trained)
-        assert t.seeds != 1 or t.verdict in ("one training seed", "no direction")
+        assert t.seeds != 1 or t.verdict in ("one training seed", "no direction", "at the floor")
     assert {t.seeds for t in found} == {0, 1, 3}
     assert next(t for t in found if t.claim.name == "PTQ below the BF16 base").testable, "nothing is trained there"
+
+
+def test_what_neither_side_can_do_is_not_tested(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "FLOOR", 0.65)
+    found = verdicts.tested(results)
+    for t in found:
+        assert len(t.a) == len(t.b) == 1
+        highest = max(results.estimate(side[0]).value for side in (t.a, t.b))
+        assert t.at_floor == (highest < 0.65), t.claim.name
+        assert not t.at_floor or t.verdict in ("at the floor", "no direction")
+    assert 0 < sum(t.at_floor for t in found) < len(found)
 
 
 def test_families_do_not_hang_on_which_cells_are_there(make_results: Callable[..., Results], tmp_path: Path) -> None:
