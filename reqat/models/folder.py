@@ -21,6 +21,7 @@ from transformers.activations import ACT2CLS
 from reqat.config.errors import MissingFileError, ReqatError, unknown
 from reqat.config.files import explain, read_json
 from reqat.formats.described import is_ours
+from reqat.formats.stored import JSON
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,10 +135,10 @@ def check_unquantized(folder: Path, config: dict[str, Any]) -> None:
     for place in (config, inner if isinstance(inner, dict) else {}):
         for key in ("quantization_config", "compression_config"):
             if place.get(key) and not is_ours(place[key]):
-                raise _quantized(f"{folder / CONFIG} ({key})", _method(place[key]))
+                raise _quantized(folder, f"{folder / CONFIG} ({key})", _method(place[key]))
     for name, method in _QUANTIZED_BY.items():
         if (folder / name).is_file():
-            raise _quantized(str(folder / name), method)
+            raise _quantized(folder, str(folder / name), method)
 
 
 def _method(described: Any) -> str:
@@ -151,7 +152,12 @@ def _method(described: Any) -> str:
     return f"{method or 'an unnamed method'}{f' ({more})' if isinstance(more, str) else ''}"
 
 
-def _quantized(where: str, method: str) -> ReqatError:
+def _quantized(folder: Path, where: str, method: str) -> ReqatError:
+    if (folder / JSON).is_file():
+        return ReqatError(
+            f"{where}: `reqat export` wrote this checkpoint, quantized already, with {method}, for an engine to serve. "
+            "Here give the folder that it was exported from."
+        )
     return ReqatError(
         f"{where}: the checkpoint is quantized already, with {method}; quantizing what was quantized gives another "
         "model than either. Give the dense checkpoint (float32, bfloat16 or float16) that it was made from."
