@@ -120,12 +120,12 @@ def missing(found: list[Tested], model: str) -> list[str]:
 def _tested(results: Results, c: Comparison) -> Tested:
     a, b = _entries(results, c.a, c.b)
     d: Difference | Mean = results.paired(a[0], b[0]) if len(a) == 1 else pooled.paired(results, a, b)
-    highest = max(pooled.estimate(results, side).value for side in (a, b))
     seeds = d.n_training_seeds if any(e.total_tokens is not None for e in (a[0], b[0])) else 0
-    beyond = None
+    pairs, beyond = [(a, b)], None
     if c.beyond is not None:
         (more_a,), (more_b,) = _entries(results, c.beyond[:1], c.beyond[1:])
         beyond = more_a, more_b
+        pairs.append(((more_a,), (more_b,)))
         d = minus(results.paired(a[0], b[0]), results.paired(more_a, more_b))
     margin, sign = hypothesis(c.claim, c.precision)
     found = Tested(
@@ -146,7 +146,7 @@ def _tested(results: Results, c: Comparison) -> Tested:
         seeds=seeds,
         margin=margin,
         sign=sign,
-        at_floor=highest < FLOOR,
+        at_floor=any(max(pooled.estimate(results, side).value for side in pair) < FLOOR for pair in pairs),
     )
     return replace(found, p=p_of(found, d.p))
 

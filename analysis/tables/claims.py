@@ -13,7 +13,7 @@ from analysis.report.document import EMPTY, Column, Table, Text, number, p_value
 from analysis.report.findings import AGREES, ALPHA, DISAGREES, POWER
 from analysis.report.names import REFERENCE_PRECISION
 from analysis.report.rows import footer, made_by, tidy
-from analysis.report.verdicts import PARITY_POINTS, PRIMARY, Tested, family_size, missing, tested
+from analysis.report.verdicts import FLOOR, PARITY_POINTS, PRIMARY, Tested, family_size, missing, tested
 from analysis.tables._columns import PRECISION
 from reqat.config.errors import ReqatError
 
@@ -66,6 +66,7 @@ def build(results: Results, artifact: str = NAME) -> Table:
         f"Detectable: the smallest distance from that value that would have been found with {POWER:.0%} probability at "
         "the level of Holm's first step, from the measured standard error. Verdict: agrees or disagrees with the paper "
         f"if Holm's p is below {ALPHA}. One training seed: its interval is over problems alone, so nothing is tested. "
+        f"At the floor: neither side solves {FLOOR:.0%}, so nothing is tested. "
         "No direction: the paper prints none, or none of one sign, or one below its own sampling noise. Paper: its "
         "mean difference with the noise of its sampling (95%, responses taken as independent), where it is of this "
         "precision; else the precision that it is of.",

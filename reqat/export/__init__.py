@@ -115,7 +115,6 @@ def export_model(
     return done
 
 
-@torch.no_grad()
 def check_asked(format: str, precision: str, **options: Any) -> None:
     """Raise ReqatError for a ``precision`` that a format cannot say, which needs no model to be known. What a folder
     was saved with may add options, so :func:`export_model` looks again."""
@@ -123,6 +122,7 @@ def check_asked(format: str, precision: str, **options: Any) -> None:
     check_precision(Precision.parse(without_skip(precision)[0], **options), name, exporter)
 
 
+@torch.no_grad()
 def export_into(
     folder: Path,
     model: PreTrainedModel,

@@ -155,8 +155,8 @@ def _method(described: Any) -> str:
 def _quantized(folder: Path, where: str, method: str) -> ReqatError:
     if (folder / JSON).is_file():
         return ReqatError(
-            f"{where}: `reqat export` wrote this checkpoint, quantized already, with {method}, for an engine to serve. "
-            "Here give the folder that it was exported from."
+            f"{where}: the checkpoint is quantized already, with {method}, and {JSON} lies beside it, as beside what "
+            "`reqat export` writes for engines. Give the folder that it was exported from."
         )
     return ReqatError(
         f"{where}: the checkpoint is quantized already, with {method}; quantizing what was quantized gives another "

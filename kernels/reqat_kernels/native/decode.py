@@ -26,7 +26,7 @@ from reqat_kernels.native.quantize import Spec, spec_of
 
 #: Up to so many tokens at once, of all rows together; beyond, the calls that are saved no longer count.
 MOST_ROWS = 64
-_WORK_PER_THREAD = 1 << 19
+_WORK_PER_THREAD, _ATTENTION_PER_THREAD = 1 << 19, 1 << 17
 # What reqat_decode says is not finite, from 3 on, and 16 more for each layer.
 _PARTS = ("input", "keys", "values", "o_proj input", "gate_proj input", "down_proj input")
 
@@ -136,12 +136,13 @@ class NativeStack:
             if not own.holds(key, value):
                 own.bind(key, value, shift)
             own.check_room(B, T, length)
-        step = _Step()
+        step, first = _Step(), self._layers[0]
         step.x, step.cos, step.sin = x_BTC.data_ptr(), cos_BTD.data_ptr(), sin_BTD.data_ptr()
         step.stride = 0 if len(cos_BTD) == 1 else cos_BTD.stride(0)
         step.B, step.T, step.length, step.half = B, T, length, half
         step.mask = None if mask_BS is None else mask_BS.data_ptr()
-        step.threads = threads(self._work * B * T, _WORK_PER_THREAD)
+        attention = 2 * B * T * first.G * (length + T) * first.D
+        step.threads = max(threads(self._work * B * T, _WORK_PER_THREAD), threads(attention, _ATTENTION_PER_THREAD))
         status = self._call(self._layers, bound.pointers, len(self._layers), step)
         if status == NO_MEMORY:
             raise MemoryError(f"no memory for one decoding step of {B} rows over {length} tokens")

@@ -34,11 +34,14 @@ class Meeting {
             turns.store(turn + 1, std::memory_order_release);
             return;
         }
-        for (int spins = 0; turns.load(std::memory_order_acquire) == turn; spins++) {
-            if (spins < MOST_SPINS)
+        int spins = 0;
+        while (turns.load(std::memory_order_acquire) == turn) {
+            if (spins < MOST_SPINS) {
+                spins++;
                 pause();
-            else  // a thread that was taken off its core may need this one
+            } else {  // a thread that was taken off its core may need this one
                 std::this_thread::yield();
+            }
         }
     }
 
@@ -99,23 +102,24 @@ class Team {
     Meeting* meeting;
 };
 
-// function(team) on so many threads, the caller one of them.
+// function(team) on so many threads, the caller one of them, each in the ordinary FloatMode.
 template <class Function>
 void together(int threads, const Function& function) {
-    if (threads <= 1) return function(Team());
-    Meeting meeting;
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-    {
-        const FloatMode mode;
-        computed([&] {
-            function(Team(omp_get_thread_num(), omp_get_num_threads(), meeting));
-            return 0;
+    const auto as = [&](const Team& team) {
+        in_float_mode([&] {
+            function(team);
+            return OK;
         });
+    };
+#if defined(_OPENMP)
+    if (threads > 1) {
+        Meeting meeting;
+#pragma omp parallel num_threads(threads)
+        as(Team(omp_get_thread_num(), omp_get_num_threads(), meeting));
+        return;
     }
-#else
-    function(Team());
 #endif
+    as(Team());
 }
 
 }  // namespace reqat
