@@ -19,6 +19,7 @@ from reqat.data.packaged import Package
 SCHEMA = "reqat-schedules/1"
 """As in `reqat_kernels.schedules.tables`, which writes them."""
 _MEASURE = "python -m reqat_kernels.schedules.measure --out results/schedules NAME"
+_COMPILE = "python -m reqat_kernels.schedules.resources --out results/schedules NAME, without triton-"
 _AGAIN = f"remove both files and measure it again ({_MEASURE})"
 _PINNED = Path(__file__).resolve().parents[3] / "results" / "schedules"
 
@@ -54,7 +55,8 @@ def load(folder: Path, name: str) -> Measured:
     """A table of a prepared folder. Raises `ReqatError` with the closest name if it is not there."""
     there = [path.stem for path in folder.glob("*.json") if path.with_suffix(".csv").is_file()]
     if name not in there:
-        raise unknown("table of schedules", name, there, remedy=f"There are: {', '.join(sorted(there))}. {_MEASURE}.")
+        make = _COMPILE if name.startswith("triton-") else _MEASURE
+        raise unknown("table of schedules", name, there, remedy=f"There are: {', '.join(sorted(there))}. {make}.")
     return _read(folder / f"{name}.json")
 
 
