@@ -36,7 +36,8 @@ def build(found: Found) -> Figure:
         _draw(ax, of_part)
         ax.axhline(100 * float(found.settings[companion]["target"]), color=style.BLACK, lw=0.7, ls=":")
         title = part if companion == COMPANION else f"{part} ({companion})"
-        style.panel(ax, chr(ord("a") + letter), title)
+        modelled = "" if set(of_part["unit"]) == {searches.MEASURED} else ", modelled"
+        style.panel(ax, chr(ord("a") + letter), title + modelled)
         ax.set_xlabel("measurements")
         ax.set_ylabel("best so far (% of the optimum)" if letter % _COLUMNS == 0 else "")
     handles, labels = axes[0].get_legend_handles_labels()
