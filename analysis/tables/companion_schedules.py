@@ -43,10 +43,11 @@ def build(found: Found) -> Table:
             verdicts += _verdicts(unit, f"{settings}, {tables} table{'s' if tables > 1 else ''}", of_settings)
     caption = (
         "Searches replayed from tables in which every schedule was measured, or modelled, once. To target: "
-        f"measurements until the share of the optimum that the settings name was reached ({_targets(found)}), a search that did not reach it "
-        "with its whole budget; brackets are 95% intervals of the mean over seeds. Difference: the row's method minus "
-        "AutoTVM, seed by seed. Best: the best speed at half the budget and at its end, as a share of the optimum. "
-        "Correlation: Spearman's, of the last model's scores with the points that were not measured."
+        f"measurements until the share of the optimum that the settings name was reached ({_targets(found)}), a search "
+        "that did not reach it with its whole budget; brackets are 95% intervals of the mean over seeds. Difference: "
+        "the row's method minus AutoTVM, seed by seed. Best: the best speed at half the budget and at its end, as a "
+        "share of the optimum. Correlation: Spearman's, of the last model's scores with the points that were not "
+        "measured."
     )
     columns = (
         Column("Table", align="l"),
