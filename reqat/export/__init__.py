@@ -115,11 +115,10 @@ def export_model(
     return done
 
 
-def check_asked(format: str, precision: str, **options: Any) -> None:
+def check_asked(format: str, precision: str) -> None:
     """Raise ReqatError for a ``precision`` that a format cannot say, which needs no model to be known. What a folder
     was saved with may add options, so :func:`export_model` looks again."""
-    name, exporter = check_format(format), EXPORTERS[check_format(format)]
-    check_precision(Precision.parse(without_skip(precision)[0], **options), name, exporter)
+    check_precision(Precision.parse(without_skip(precision)[0]), check_format(format), EXPORTERS[format])
 
 
 @torch.no_grad()

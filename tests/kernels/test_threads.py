@@ -99,7 +99,8 @@ from reqat_kernels.native.states import PackedStates
 from reqat_kernels.native.weights import pack_weight
 
 os.sched_getaffinity = lambda _: {0, 1, 2}
-decode._WORK_PER_THREAD = 1
+decode._WORK_PER_THREAD, asked, threads_of = 1, [], decode.threads
+decode.threads = lambda *work: asked.append(threads_of(*work)) or asked[-1]
 HIDDEN, MLP, H, G, D, BEFORE = 96, 160, 6, 3, 32, 37
 SHAPES = [(H * D, HIDDEN), (G * D, HIDDEN), (G * D, HIDDEN), (HIDDEN, H * D), *[(MLP, HIDDEN)] * 2, (HIDDEN, MLP)]
 
@@ -137,11 +138,12 @@ def step(threads, name, inputs, B, T, spoiled):
     return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in numbers)).hexdigest()
 
 ways = [("NVFP4", "static"), ("NVFP4", "row"), ("NVFP4", "dynamic"), ("NVFP4", None), ("MXFP4", "own"), ("MXFP4", None)]
-print(json.dumps([
+found = [
     [step(n, *way, *size, spoiled) for n in (1, 2, 3)]
     for way, size in itertools.product(ways, [(1, 1), (2, 3), (9, 1)])
     for spoiled in ((False, True) if way[1] else (False,))
-]))
+]
+print(json.dumps([found, asked]))
 """
 
 
@@ -157,7 +159,8 @@ def run(program: str) -> Any:
 
 @pytest.mark.skipif(instruction_set() == "torch", reason="no native library")
 def test_a_decoding_step_does_not_depend_on_threads() -> None:
-    found = run(_DECODING)
+    found, asked = run(_DECODING)
+    assert set(asked) == {1, 2, 3}
     assert len(found) == 30 and all(one == two == three for one, two, three in found)
     failed = [one for one, _, _ in found if isinstance(one, list)]
     assert failed == [[0, "input"]] * 12, "with a NaN in it, a step says where"

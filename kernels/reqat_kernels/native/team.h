@@ -2,8 +2,8 @@
 //
 // All of them run the same function. Each takes its part of the work by its rank alone (`part`, `each`), so no result
 // depends on who is faster; where the next part of the work needs all of the last one, they wait for each other. A
-// meeting of two cores takes some tenths of a microsecond, where OpenMP takes several microseconds to start threads and
-// to join them: what follows each other in short pieces, as in a decoding step, is done by one team from beginning to end.
+// meeting of two cores takes some tenths of a microsecond, starting and joining threads by OpenMP microseconds: what
+// consists of short pieces, one after the other, as a decoding step does, is done by one team from beginning to end.
 //
 // Nothing may throw inside a team: memory is taken before.
 #pragma once

@@ -12,7 +12,7 @@ import pytest
 
 from analysis.build import tables
 from analysis.registry import table_names
-from analysis.report import paper
+from analysis.report import paper, pooled, verdicts
 from analysis.report.cells import Entry, Results
 from analysis.report.document import Table
 from analysis.tables import table7, table10
@@ -202,6 +202,19 @@ def test_table14_divides_the_drop_by_what_is_known_beyond_chance(wide: Results, 
         assert data.loc[("NVFP4-W4A4KV4", "PTQ", name), "relative_drop"] == pytest.approx(expected)
     facts = [wide.plan.evaluation(c.evaluation) for c in wide.plan.cells if c.problems == "facts"]
     assert facts and all(set(e.problems.families) == {"facts"} for e in facts)
+
+
+def test_a_difference_between_two_falls_is_at_the_floor_with_either(
+    wide: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = next(t for t in verdicts.tested(wide) if t.beyond is not None)
+    ours = max(pooled.estimate(wide, side).value for side in (found.a, found.b))
+    facts = max(wide.estimate(side).value for side in found.beyond or ())
+    assert ours != facts and not found.at_floor
+    for floor in (min(ours, facts) - 0.01, (ours + facts) / 2):  # between both, one of the two falls is not seen
+        monkeypatch.setattr(verdicts, "FLOOR", floor)
+        found = next(t for t in verdicts.tested(wide) if t.beyond is not None)
+        assert found.at_floor == (floor > min(ours, facts))
 
 
 def test_table7_counts_answers_that_do_not_parse(wide: Results, made: dict[str, Table]) -> None:
