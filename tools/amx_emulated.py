@@ -83,10 +83,10 @@ $B mount -t proc proc /proc; $B mount -t sysfs sys /sys; $B mount -t devtmpfs de
 $B grep -m1 -o 'model name.*' /proc/cpuinfo; $B grep -m1 -o 'amx[a-z0-9_]*' /proc/cpuinfo
 for m in $($B cat /modules); do $B insmod /m/$m; done
 until [ -e /dev/sda ]; do $B sleep 1; done
-$B mount -t ext4 -o ro,noload /dev/sda /mnt
-for d in proc sys dev; do $B mount --bind /$d /mnt/$d; done
-$B mount -t tmpfs tmp /mnt/tmp
-$B chroot /mnt /bin/busybox sh /run
+$B mount -t ext4 -o ro,noload /dev/sda /disk
+for d in proc sys dev; do $B mount --bind /$d /disk/$d; done
+$B mount -t tmpfs tmp /disk/tmp
+$B chroot /disk /bin/busybox sh /run
 $B echo "exit status $?"; $B poweroff -f
 """
 _ISOLINUX = (
@@ -153,7 +153,7 @@ def boot(work: Path) -> None:
     busybox = root / "bin" / "busybox"
     version = kernel.removeprefix("linux-image-")
     call([str(busybox), "depmod", "-b", str(root), version], work, work / "packages.txt")
-    for name in ("bin", "proc", "sys", "dev", "mnt", "m"):
+    for name in ("bin", "proc", "sys", "dev", "disk", "m"):
         (first / name).mkdir(parents=True)
     shutil.copy(busybox, first / "bin")
     folder = root / "lib" / "modules" / version

@@ -30,7 +30,8 @@ def build(found: Found) -> Figure:
     axes = fig.subplots(1, len(groups), squeeze=False)[0]
     for ax, letter, (_, rows) in zip(axes, "abcdefgh", groups, strict=False):
         _curves(ax, rows)
-        style.panel(ax, letter if len(groups) > 1 else "", f"{rows['precision'].iloc[0]} in {rows['numbers'].iloc[0]}")
+        title = f"{rows['precision'].iloc[0]}\nin {rows['numbers'].iloc[0]}"  # three in a line are too wide
+        style.panel(ax, letter if len(groups) > 1 else "", title)
     axes[0].set_ylabel("evaluation perplexity")
     fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS), fontsize=6)
     style.footer(fig, ["Means over training seeds (of nats per token). Dashed: the teacher.", *found.notes])

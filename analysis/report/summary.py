@@ -27,7 +27,7 @@ from reqat.config.errors import ReqatError
 
 NAME = "verdicts"
 PLACES: dict[str, tuple[tuple[str, ...], ...]] = {
-    "testbed": (("claims",), ("overnight",)),
+    "testbed": (("claims",), ("overnight-formats",), ("overnight",)),
     "converged": (("converged", "converged-seeds"), ("converged-more",)),
     "real weights": (("smollm-claims", "smollm-claims-seeds"),),
 }

@@ -82,6 +82,17 @@ def test_tsld_runs_in_both_kinds_of_numbers_and_is_tabled(tmp_path: Path) -> Non
     drawn(tsld_figure.build, given, tmp_path)
 
 
+def test_a_loss_may_have_a_rate_of_its_own(tmp_path: Path) -> None:
+    def nats(name: str, **changes: Any) -> dict[str, list[float]]:
+        settings = tsld_tiny(losses=["logit", "tsld"], **changes)
+        rows = tsld.run(settings, "seed42", Given({}, tmp_path / name, tmp_path / name / "kept", lambda _: None))
+        return {method: group["nats"].tolist() for method, group in rows.groupby("method")}
+
+    mixed, low, high = nats("mixed", lr=0.001, rates={"tsld": 0.1}), nats("low", lr=0.001), nats("high", lr=0.1)
+    assert mixed["logit"] == low["logit"] != high["logit"]
+    assert mixed["tsld"] == high["tsld"] != low["tsld"]
+
+
 def measured(gap: float, seeds: int) -> pd.DataFrame:
     """Losses whose nats per token differ by ``gap`` each, over groups and seeds with noise; the 2nd step is best."""
     rng, out = np.random.default_rng(0), []
@@ -182,6 +193,12 @@ def test_blocks_for_validation_are_of_the_text_to_train_on_and_unread(tmp_path: 
 def test_traces_have_no_validation() -> None:
     with pytest.raises(ReqatError, match="traces"):
         tsld_tiny(text="traces", held_out="validation")
+
+
+@pytest.mark.parametrize(("rates", "says"), [({"gt": 0.1}, "trained by gt"), ({"tsld": 0}, "greater than 0")])
+def test_rates_are_those_of_losses_that_are_there(rates: dict[str, float], says: str) -> None:
+    with pytest.raises(ReqatError, match=says):
+        tsld_tiny(losses=["logit", "tsld"], rates=rates)
 
 
 def test_texts_for_validation_are_neither_trained_on_nor_in_the_test(tmp_path: Path) -> None:

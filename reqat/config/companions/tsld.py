@@ -70,13 +70,21 @@ class Settings(Companion):
     """Blocks in a step of a student; the weight of TSLD, a sum over them, grows with it."""
     teacher_lr: float = Field(default=2e-3, gt=0, le=1)
     lr: float = Field(default=1e-3, gt=0, le=1)
+    rates: dict[Loss, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Of losses whose own best rate, on `held_out: validation`, is another than `lr`."""
 
     @model_validator(mode="after")
     def _sound(self) -> Settings:
         resolve(self.precision)
+        if idle := [loss for loss in self.rates if loss not in self.losses]:
+            raise ReqatError(f"rates: no student is trained by {', '.join(idle)}; name it in losses, or leave it out.")
         if self.held_out == "validation" and self.text == "traces":
             raise ReqatError("held_out: 'traces' have no validation blocks; choose settings on a running text.")
         return self
+
+    def rate_of(self, loss: str) -> float:
+        """The learning rate of the student that is trained by a loss."""
+        return {**dict.fromkeys(self.losses, self.lr), **self.rates}[loss]  # type: ignore[index]
 
     def parts(self) -> tuple[str, ...]:
         """A seed each: its teacher, and all students of it."""

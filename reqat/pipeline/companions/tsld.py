@@ -71,7 +71,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         if settings.learned_scale:
             set_gradient(student, "learned", roles=("weights",), base="mean")
         qat = RunSettings(
-            lr=settings.lr,
+            lr=settings.rate_of(method),
             rows_per_batch=settings.rows_per_batch,
             epochs=settings.epochs,
             autocast="bf16" if half else "none",
