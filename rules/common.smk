@@ -377,8 +377,10 @@ def say_where():
         "figures/": "figures/",
         "figures": "figures/",
         "companions": f"{BUILD}/tables/{TIER}/companion-* and {BUILD}/plots/{TIER}/companion-*",
-        "pinned": f"{BUILD}/pinned/tables/{TIER} and {BUILD}/pinned/plots/{TIER}",
+        "pinned": f"{BUILD}/pinned/tables/{PINNED} and {BUILD}/pinned/plots/{PINNED}",
     }
+    if "pinned" in workflow.dag_settings.targets and PINNED != TIER:
+        logger.warning(f"Tier {TIER} has no pinned run; these are tier {PINNED}'s.")
     for target in workflow.dag_settings.targets:
         if target in places:
             logger.warning(f"Tables and figures: {places[target]}")

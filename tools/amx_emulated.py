@@ -8,9 +8,10 @@ minutes.
     python tools/amx_emulated.py make SOURCE WORK           once; SOURCE is a clone of Bochs, WORK a new folder (5 GB)
     python tools/amx_emulated.py run WORK [PYTEST ...]      default: the tests of products and of the unit
 
-Needs Debian (apt-get download, dpkg-deb), g++, make and mke2fs; nothing is installed. Commit 783b58f of Bochs (August
-2026, after 3.0) was used. What `MENDED` names had to be mended in it first; so tile data in a thread's saved state and
-the signs of one product are as we read Intel's manual, and everything else of the unit is as Bochs' authors did.
+Needs Debian 12 (its packages are fetched and unpacked, none is installed), g++, make, mke2fs and 3 GB of memory. Commit
+783b58f of Bochs (August 2026, after 3.0) was used. What `MENDED` names had to be mended in it first; so tile data in a
+thread's saved state and the signs of one product are as we read Intel's manual, and everything else of the unit is as
+Bochs' authors did.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from __future__ import annotations
 import argparse
 import gzip
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +84,17 @@ B=/bin/busybox
 $B mount -t proc proc /proc; $B mount -t sysfs sys /sys; $B mount -t devtmpfs dev /dev
 $B grep -m1 -o 'model name.*' /proc/cpuinfo; $B grep -m1 -o 'amx[a-z0-9_]*' /proc/cpuinfo
 for m in $($B cat /modules); do $B insmod /m/$m; done
-until [ -e /dev/sda ]; do $B sleep 1; done
+for i in 1 2 3 4 5 6 7 8 9; do [ -e /dev/sda ] || $B sleep 1; done
 $B mount -t ext4 -o ro,noload /dev/sda /disk
 for d in proc sys dev; do $B mount --bind /$d /disk/$d; done
 $B mount -t tmpfs tmp /disk/tmp
 $B chroot /disk /bin/busybox sh /run
-$B echo "exit status $?"; $B poweroff -f
+$B echo "tests ended with $?"; $B poweroff -f
 """
 _ISOLINUX = (
     "default l\nprompt 0\ntimeout 0\nlabel l\n kernel /vmlinuz\n"
-    " append initrd=/initrd.gz console=ttyS0 nokaslr mitigations=off tsc=reliable random.trust_cpu=on loglevel=4\n"
+    " append initrd=/initrd.gz console=ttyS0 nokaslr mitigations=off tsc=reliable random.trust_cpu=on loglevel=4"
+    " panic=-1\n"
 )
 _BOCHS = """display_library: nogui
 memory: guest=3072, host=3072
@@ -114,14 +117,16 @@ debug: action=ignore
 
 
 def make(source: Path, work: Path) -> None:
-    """Build the emulator, and what it boots from. Raises SystemExit where something is missing, CalledProcessError."""
-    needed = ("apt-get", "dpkg-deb", "g++", "make", "mke2fs")
+    """Build the emulator, and what it boots from. Raises SystemExit where something is missing or fails."""
+    if not (source / "bochs" / "configure").is_file():
+        raise SystemExit(f"{source}: no clone of Bochs, which has a folder bochs with a script configure.")
+    needed = ("apt-get", "apt-cache", "dpkg-deb", "g++", "make", "mke2fs")
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         raise SystemExit(f"not found: {', '.join(missing)}; on Debian packages apt, dpkg, g++, make and e2fsprogs.")
-    if not (source / "bochs" / "configure").is_file():
-        raise SystemExit(f"{source}: no clone of Bochs, which has a folder bochs with a script configure.")
-    work.mkdir(parents=True, exist_ok=False)
+    if work.exists():
+        raise SystemExit(f"{work} exists; remove it, or name another folder.")
+    work.mkdir(parents=True)
     shutil.copytree(source / "bochs", work / "bochs")
     mend(work / "bochs" / "cpu")
     call(["./configure", *_CONFIGURE.split()], work / "bochs", work / "configure.txt")
@@ -144,8 +149,11 @@ def boot(work: Path) -> None:
     """Kernel, first programs and their CD."""
     packages = work / "packages"
     packages.mkdir()
-    depends = subprocess.check_output(["apt-cache", "depends", "linux-image-amd64"], text=True)
-    (kernel,) = re.findall(r"Depends: (linux-image-\S+)", depends)
+    depends = subprocess.run(["apt-cache", "depends", "linux-image-amd64"], capture_output=True, text=True).stdout
+    found = re.search(r"Depends: (linux-image-\S+)", depends)
+    if found is None:
+        raise SystemExit("apt-cache knows no package linux-image-amd64: this needs Debian 12, after `apt-get update`.")
+    kernel = found[1]
     call(["apt-get", "download", kernel, *PACKAGES], packages, work / "packages.txt")
     for package in sorted(packages.glob("*.deb")):
         call(["dpkg-deb", "-x", package.name, "root"], packages, work / "packages.txt")
@@ -182,7 +190,9 @@ def in_order(folder: Path, name: str) -> Iterator[str]:
     """A module of the kernel, after those that it stands on."""
     lines = dict(line.split(":", 1) for line in (folder / "modules.dep").read_text().splitlines())
     by_name = {Path(path).name.removesuffix(".ko").replace("-", "_"): path for path in lines}
-    path = by_name[name.replace("-", "_")]
+    path = by_name.get(name.replace("-", "_"))
+    if path is None:
+        raise SystemExit(f"{folder}: no module {name}; this needs the kernel of Debian 12.")
     for other in reversed(lines[path].split()):
         yield from in_order(folder, Path(other).name.removesuffix(".ko"))
     yield path
@@ -197,6 +207,8 @@ def disk(work: Path, arguments: list[str]) -> None:
         (inside / name).mkdir(parents=True)
     shutil.copy(work / "packages/root/bin/busybox", inside / "bin")
     base, prefix = Path(sys.base_prefix), Path(sys.prefix)
+    if base == Path("/usr"):
+        raise SystemExit("Python is in /usr, all of which would go onto the disk; use one in a folder of its own.")
     lib = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}"
     copy(base, inside, lambda path: path in (base / lib / "site-packages", base / lib / "test"))
     copy(prefix, inside, lambda path: path.parent == prefix / lib / "site-packages" and path.name.startswith(LEFT_OUT))
@@ -207,12 +219,13 @@ def disk(work: Path, arguments: list[str]) -> None:
         to = inside / library.relative_to("/")
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, to)
-    words = " ".join(f"'{argument}'" for argument in arguments)
+    root, python, words = shlex.quote(str(ROOT)), shlex.quote(f"{prefix}/bin/python"), shlex.join(arguments)
+    asked = "from reqat_kernels.native.library import instruction_set as i, status; print(status()); exit(i() != 'amx')"
     lines = (
-        f"cd {ROOT}",
-        f"export OMP_NUM_THREADS=1 HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={ROOT}:{ROOT}/kernels",
-        f'{prefix}/bin/python -c "from reqat_kernels.native import status; print(status())"',
-        f"{prefix}/bin/python -m pytest -v --color=no -p no:cacheprovider {words} 2>&1",
+        f"cd {root}",
+        f"export OMP_NUM_THREADS=1 HOME=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={root}:{root}/kernels",
+        f"{python} -c {shlex.quote(asked)} || exit 3",  # tests of the unit are skipped where it is not used
+        f"{python} -m pytest -v --color=no -p no:cacheprovider {words} 2>&1",
     )
     (inside / "run").write_text("\n".join(lines) + "\n")
     size = sum(path.lstat().st_size for path in inside.rglob("*")) // 2**20
@@ -220,7 +233,7 @@ def disk(work: Path, arguments: list[str]) -> None:
     call(["mke2fs", *how.split(), "-d", "disk", "disk.img", f"{size * 5 // 4 + 200}M"], work, work / "disk.txt")
 
 
-def copy(folder: Path, inside: Path, leave_out) -> None:  # type: ignore[no-untyped-def]
+def copy(folder: Path, inside: Path, leave_out: Callable[[Path], bool]) -> None:
     """A folder to its own place in ``inside``, without the paths that ``leave_out`` says."""
 
     def ignored(at: str, names: list[str]) -> list[str]:
@@ -241,8 +254,9 @@ def libraries(folders: list[Path]) -> set[Path]:
     return found
 
 
-def run(work: Path, arguments: list[str]) -> int:
-    """Run pytest in the emulator and show what it prints; its exit status."""
+def run(work: Path, arguments: list[str], minutes: float) -> int:
+    """Run pytest in the emulator, for so many minutes at most, and show what it prints; its exit status, 3 where the
+    kernels do not use the unit there."""
     if not (work / "boot.iso").is_file():
         raise SystemExit(f"{work}: not made; `python {Path(__file__).name} make SOURCE {work}` first.")
     disk(work, arguments or list(TESTS))
@@ -264,14 +278,16 @@ def run(work: Path, arguments: list[str]) -> int:
                     new = file.read()
                 seen += len(new)
                 print(new.decode(errors="replace").replace("\r", ""), end="", flush=True)
+            if time.monotonic() - began > 60 * minutes:
+                raise SystemExit(f"not done after {minutes:g} minutes: --minutes gives more, or name fewer tests.")
             time.sleep(1)
     finally:
         machine.kill()
-    status = re.findall(r"^exit status (\d+)", serial.read_text(errors="replace"), re.M) if seen else []
+    status = re.findall(r"^tests ended with (\d+)", serial.read_text(errors="replace"), re.M) if seen else []
     print(f"after {(time.monotonic() - began) / 60:.0f} min")
     if not status:
         raise SystemExit(f"the machine stopped before the tests ended; {work}/bochs.txt says what the emulator saw.")
-    return int(status[0])
+    return int(status[-1])
 
 
 def call(command: list[str], where: Path, log: Path) -> None:
@@ -290,12 +306,13 @@ def main() -> None:
     making.add_argument("work", type=Path)
     running = verbs.add_parser("run", help="run tests in it")
     running.add_argument("work", type=Path)
+    running.add_argument("--minutes", type=float, default=60, help="at most (default: 60)")
     running.add_argument("pytest", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     if given.verb == "make":
         make(given.source.resolve(), given.work.resolve())
     else:
-        sys.exit(run(given.work.resolve(), given.pytest))
+        sys.exit(run(given.work.resolve(), given.pytest, given.minutes))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from string import ascii_lowercase
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -26,16 +28,27 @@ LOOKS = {
 def build(found: Found) -> Figure:
     """Evaluation perplexity over the steps of a training, mean over training seeds, the teacher as a line."""
     groups = list(found.rows.groupby("companion", sort=False))
-    fig = style.figure(2.6, min(style.WIDTH_IN, 1.2 + 3.0 * len(groups)))
-    axes = fig.subplots(1, len(groups), squeeze=False)[0]
-    for ax, letter, (_, rows) in zip(axes, "abcdefgh", groups, strict=False):
+    columns = min(3, len(groups))
+    lines = -(-len(groups) // columns)
+    fig = style.figure(2.6 * lines, min(style.WIDTH_IN, 1.2 + 3.0 * columns))
+    grid = fig.subplots(lines, columns, squeeze=False)
+    titles = [_title(rows) for _, rows in groups]
+    for i, (ax, (label, rows)) in enumerate(zip(grid.flat, groups, strict=False)):
         _curves(ax, rows)
-        title = f"{rows['precision'].iloc[0]}\nin {rows['numbers'].iloc[0]}"  # three in a line are too wide
-        style.panel(ax, letter if len(groups) > 1 else "", title)
-    axes[0].set_ylabel("evaluation perplexity")
-    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS), fontsize=6)
+        alike = titles.count(titles[i]) > 1  # settings that differ in something else go by their names
+        style.panel(ax, ascii_lowercase[i] if len(groups) > 1 else "", str(label) if alike else titles[i])
+    for ax in grid.flat[len(groups) :]:
+        ax.set_axis_off()
+    for ax in grid[:, 0]:
+        ax.set_ylabel("evaluation perplexity")
+    fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS), fontsize=6)
     style.footer(fig, ["Means over training seeds (of nats per token). Dashed: the teacher.", *found.notes])
     return fig
+
+
+def _title(rows: pd.DataFrame) -> str:
+    """In two lines: three panels side by side have no room for one."""
+    return f"{rows['precision'].iloc[0]}\nin {rows['numbers'].iloc[0]}"
 
 
 def _curves(ax: Axes, rows: pd.DataFrame) -> None:

@@ -88,16 +88,19 @@ def not_run(heading: str) -> Tests:
 
 
 def merged(runs: Sequence[Sequence[Tests]]) -> list[Tests]:
-    """The models of several runs of one column: of each claim, the test of the first run that has it."""
+    """The models of several runs of one column: of each claim, the test of the first run that has it at the reference
+    precision, else of the first that has it."""
     out: dict[str, Tests] = {}
     for tests in (tests for run in runs for tests in run):
         first = out.setdefault(tests.model, tests)
         by_claim = {**tests.by_claim, **first.by_claim}
+        by_claim |= {
+            name: found
+            for name, found in tests.by_claim.items()
+            if found.precision == REFERENCE_PRECISION != by_claim[name].precision
+        }
         by_likelihood = {**tests.by_likelihood, **first.by_likelihood}
-        if first is not tests and (len(by_claim), len(by_likelihood)) != (
-            len(first.by_claim),
-            len(first.by_likelihood),
-        ):
+        if first is not tests and (by_claim, by_likelihood) != (first.by_claim, first.by_likelihood):
             out[tests.model] = replace(
                 first,
                 folders=tuple(dict.fromkeys((*first.folders, *tests.folders))),

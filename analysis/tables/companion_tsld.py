@@ -140,8 +140,8 @@ def _line(row: dict[str, Any]) -> str:
 def _notes(found: Found) -> list[str]:
     notes = [
         "Intervals: 95%, over groups of test blocks and training seeds; p by Holm over the claims of a setting.",
-        "The paper's order, TSLD below Logit below Logit + GT, holds in float32; in bfloat16 the differences vanish "
-        "(15.09, 15.02, 14.81).",
+        "The paper's order, TSLD below Logit below Logit + GT, holds in float32; in bfloat16 Logit + GT is no longer "
+        "above Logit (14.81, 15.09, 15.02).",
     ]
     for label, settings in found.settings.items():
         shape, seeds = settings["architecture"], len(settings["seeds"])
@@ -150,7 +150,8 @@ def _notes(found: Found) -> list[str]:
             f"{shape['layers']} layers, {shape['hidden_size']} wide, {settings['vocabulary']} tokens, trained on "
             f"{settings['teacher_blocks']} blocks of {settings['block_tokens']} tokens ({settings['text']}); students "
             f"on {settings['student_blocks']} of them, {settings['epochs']} times; {seeds} training seed"
-            f"{'s' if seeds > 1 else ''}; {settings['test_blocks']} test blocks."
+            f"{'s' if seeds > 1 else ''}; {settings['test_blocks']} {settings['held_out']} blocks; learning rate "
+            f"{settings['lr']:g}{''.join(f', {NAMES[loss]} {rate:g}' for loss, rate in settings['rates'].items())}."
         )
     if any(settings["text"] == "brown" for settings in found.settings.values()):
         notes.append("The Brown corpus is commonly read as free for non-commercial use alone.")

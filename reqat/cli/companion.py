@@ -69,7 +69,7 @@ def listed(parts: list[Part], paths: Paths) -> list[str]:
     for part in parts:
         missing = note_of(paths.companion(part.id)) is not None
         state = "done" if finished(paths.companion(part.id), part.id) else "missing" if missing else ""
-        lines.append(f"{part.id:<56}  {state:<7}  {', '.join(part.sources)}".rstrip())
+        lines.append(f"{part.id:<56}  {state:<7}  {part.settings.name:<18} {', '.join(part.sources)}".rstrip())
     return [*lines, "", *(f"{name:<14}  {_state(name, paths)}" for name in wanted_sources(parts))]
 
 

@@ -59,10 +59,16 @@ def show_plan(
         done = "done" if (session.paths.study(study.id) / record.FILE).exists() else ""
         of = ", ".join(dict.fromkeys(study.inputs.values()))
         print(f"{study.id:<28}  {done:<5} {study.settings.label:<22} of {of}")
-    for part in load_companions(tier, session.paths.config).values():
+    parts = list(load_companions(tier, session.paths.config).values())
+    for part in parts:
         done = "done" if (session.paths.companion(part.id) / record.FILE).exists() else ""
-        print(f"{part.id:<56}  {done:<5} {', '.join(part.sources)}".rstrip())
+        print(f"{part.id:<56}  {done:<5} {part.settings.name:<18} {', '.join(part.sources)}".rstrip())
     print("\n" + cost(plan, list(studies.values())))
+    if parts:
+        minutes = sum(part.settings.part_s for part in parts) / 60
+        print(
+            f"{len(parts)} parts of companions beside it (`make companions`): about {minutes:.0f} minutes of one core"
+        )
     if plan.tier.resources.device == "cuda":
         print("\n" + gpu_hours(plan))
 

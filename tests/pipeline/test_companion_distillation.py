@@ -107,6 +107,16 @@ def measured(gap: float, seeds: int) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
+def test_every_setting_of_tsld_has_a_panel_of_its_own() -> None:
+    names = [f"tsld-rate{i}" for i in range(10)]
+    rows = pd.concat([measured(0.05, 2).assign(companion=name) for name in names])
+    with style.context():
+        fig = tsld_figure.build(Found("tsld", rows, {}, tier="smoke"))
+    drawn_axes = [ax for ax in fig.axes if ax.get_lines()]
+    assert len(drawn_axes) == 10
+    assert all(name in ax.get_title(loc="left") for name, ax in zip(names, drawn_axes, strict=True))
+
+
 @pytest.mark.parametrize(("gap", "says"), [(0.05, "agrees"), (-0.05, "disagrees"), (0.0, "cannot tell")])
 def test_verdicts_on_tsld_follow_the_best_steps(gap: float, says: str) -> None:
     table = companion_tsld.build(found("tsld", tsld_tiny(seeds=[0, 1, 2]), measured(gap, 3)))

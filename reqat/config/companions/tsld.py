@@ -84,7 +84,7 @@ class Settings(Companion):
 
     def rate_of(self, loss: str) -> float:
         """The learning rate of the student that is trained by a loss."""
-        return {**dict.fromkeys(self.losses, self.lr), **self.rates}[loss]  # type: ignore[index]
+        return {str(name): rate for name, rate in self.rates.items()}.get(loss, self.lr)
 
     def parts(self) -> tuple[str, ...]:
         """A seed each: its teacher, and all students of it."""

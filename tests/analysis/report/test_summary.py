@@ -12,6 +12,7 @@ from analysis.build import write_verdicts
 from analysis.report import summary, verdicts
 from analysis.report.cells import Results
 from analysis.report.claims import CLAIMS
+from analysis.report.names import REFERENCE_PRECISION
 from reqat.config import Paths
 from reqat.config.errors import ReqatError
 
@@ -75,6 +76,15 @@ def test_a_column_has_what_the_first_of_its_runs_tests(results: Results) -> None
     assert summary.merged([[run], [second]]) == [run], "a run that adds nothing is not named"
     other = replace(second, model="another", heading="converged, another")
     assert summary.merged([[first], [other]]) == [first, other] and summary.merged([]) == []
+
+
+def test_a_run_at_the_reference_precision_comes_before_one_at_another(results: Results) -> None:
+    (run,) = summary.tests_of(results, ["results/x"], "converged")
+    name, found = next((name, found) for name, found in run.by_claim.items() if found.precision == REFERENCE_PRECISION)
+    other = replace(run, folders=("results/y",), by_claim={name: replace(found, precision="MXFP4-W4A16", value=-7)})
+    for order in ([[other], [run]], [[run], [other]]):
+        (both,) = summary.merged(order)
+        assert both.by_claim[name] == found
 
 
 def test_readme_has_the_claims_that_matter_most_in_one_table(results: Results) -> None:
