@@ -127,7 +127,7 @@ def test_this_environment_is_the_locked_one() -> None:
 
 def test_what_the_code_imports_is_asked_for_by_name() -> None:
     """No package is used that comes only by way of another one's requirements."""
-    inside = {"reqat", "analysis", "tests", "reqat_kernels", *sys.stdlib_module_names}
+    inside = {"reqat", "analysis", "tests", "tools", "reqat_kernels", *sys.stdlib_module_names}
     inside |= {path.stem for path in ROOT.glob("*/*.py")}
     inside |= {"llama_cpp"}  # a peer of the benchmark, measured where somebody installed it
     inside |= {"vllm"}  # in an environment of its own

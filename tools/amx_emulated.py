@@ -89,7 +89,7 @@ $B mount -t ext4 -o ro,noload /dev/sda /disk
 for d in proc sys dev; do $B mount --bind /$d /disk/$d; done
 $B mount -t tmpfs tmp /disk/tmp
 $B chroot /disk /bin/busybox sh /run
-$B echo "tests ended with $?"; $B poweroff -f
+$B echo "tests ended with $?"; $B sleep 1; $B poweroff -f
 """
 _ISOLINUX = (
     "default l\nprompt 0\ntimeout 0\nlabel l\n kernel /vmlinuz\n"
