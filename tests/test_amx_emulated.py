@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,14 @@ def test_another_source_is_refused(tmp_path: Path) -> None:
     assert "ia32_xss; Bit64u ia32_xfd" in (tmp_path / "cpu.h").read_text()
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_what_is_not_there_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="no clone of Bochs"):
         amx_emulated.make(tmp_path, tmp_path / "work")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    (tmp_path / "bochs").mkdir()
+    (tmp_path / "bochs" / "configure").touch()
+    for folder, says in ((tmp_path / "a b", "spaces"), (tmp_path, "exists")):
+        with pytest.raises(SystemExit, match=says):
+            amx_emulated.make(tmp_path, folder)
     with pytest.raises(SystemExit, match="not made"):
         amx_emulated.run(tmp_path, [], 1)

@@ -126,6 +126,8 @@ def make(source: Path, work: Path) -> None:
         raise SystemExit(f"not found: {', '.join(missing)}; on Debian packages apt, dpkg, g++, make and e2fsprogs.")
     if work.exists():
         raise SystemExit(f"{work} exists; remove it, or name another folder.")
+    if re.search(r"[\s,=]", str(work)):
+        raise SystemExit(f"{work}: the emulator takes spaces, commas and = in a path for its own; name another folder.")
     work.mkdir(parents=True)
     shutil.copytree(source / "bochs", work / "bochs")
     mend(work / "bochs" / "cpu")
@@ -187,7 +189,8 @@ def boot(work: Path) -> None:
 
 
 def in_order(folder: Path, name: str) -> Iterator[str]:
-    """A module of the kernel, after those that it stands on."""
+    """A module of the kernel, after those that it stands on, as paths in ``folder``. Raises SystemExit for one that is
+    not there."""
     lines = dict(line.split(":", 1) for line in (folder / "modules.dep").read_text().splitlines())
     by_name = {Path(path).name.removesuffix(".ko").replace("-", "_"): path for path in lines}
     path = by_name.get(name.replace("-", "_"))
@@ -199,7 +202,7 @@ def in_order(folder: Path, name: str) -> Iterator[str]:
 
 
 def disk(work: Path, arguments: list[str]) -> None:
-    """The disk: this environment and clone as they are now, and what to run."""
+    """The disk: this environment and clone as they are now, and what to run. Raises SystemExit for a Python in /usr."""
     inside, image = work / "disk", work / "disk.img"
     shutil.rmtree(inside, ignore_errors=True)
     image.unlink(missing_ok=True)
@@ -258,7 +261,7 @@ def run(work: Path, arguments: list[str], minutes: float) -> int:
     """Run pytest in the emulator, for so many minutes at most, and show what it prints; its exit status, 3 where the
     kernels do not use the unit there."""
     if not (work / "boot.iso").is_file():
-        raise SystemExit(f"{work}: not made; `python {Path(__file__).name} make SOURCE {work}` first.")
+        raise SystemExit(f"{work}: not made; `python tools/{Path(__file__).name} make SOURCE {work}` first.")
     disk(work, arguments or list(TESTS))
     serial, seen = work / "serial.txt", 0
     serial.unlink(missing_ok=True)

@@ -31,7 +31,8 @@ PLACES: dict[str, tuple[tuple[str, ...], ...]] = {
     "converged": (("converged", "converged-seeds"), ("converged-more",)),
     "real weights": (("smollm-claims", "smollm-claims-seeds"),),
 }
-"""Column -> the tiers whose newest pinned runs fill it, claim by claim: the first ones that test it. Tiers after the
+"""Column -> the tiers whose newest pinned runs fill it, claim by claim: the first ones that test it, those at the
+reference precision before others. Tiers after the
 first of a group have further training seeds of it and are read as one run with it."""
 NOT_RUN = "not run yet"
 SHOWN = (
