@@ -94,8 +94,11 @@ class Backend(Protocol):
     """The functions that a packed model calls."""
 
     name: str
-    max_decode_tokens: int
-    """New tokens a call up to which :meth:`attend` reads the packed cache; beyond, dequantizing it once is faster."""
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """New tokens a call up to which :meth:`attend` reads the packed cache; with more, dequantizing it once is
+        faster. None: it is never."""
 
     own_heads: Mapping[torch.dtype, str]
     """By a model's type, the name that :meth:`table` takes for a head that nobody chose anything for; of types that

@@ -23,8 +23,12 @@ class NativeBackend:
     """C++ kernels on CPU tensors, or their PyTorch path where there is no library."""
 
     name = "native"
-    max_decode_tokens = 8
     own_heads: Mapping[torch.dtype, str] = {torch.bfloat16: "BF16", torch.float32: "FP32"}
+
+    @property
+    def most_new_tokens(self) -> int | None:
+        """Any number, whole prompts; without the library the scores of a prompt would all be in memory at once."""
+        return 8 if library.library() is None else None
 
     def check_table(self, name: str) -> None:
         """Every choice has a kernel."""

@@ -153,9 +153,10 @@ class PackedCacheLayer(Fp4CacheLayer):
     ) -> Tensor:
         """Attention over the first ``length`` tokens; arguments and result are those of ``softmax_attention``."""
         assert self.backend is not None
+        most = self.backend.most_new_tokens
         reads_codes = (
             query_BHTD.dtype != torch.float64
-            and query_BHTD.shape[2] <= self.backend.max_decode_tokens
+            and (most is None or query_BHTD.shape[2] <= most)
             and dropout == 0.0
             and not (torch.is_grad_enabled() and query_BHTD.requires_grad)
         )

@@ -88,7 +88,7 @@ class TritonBackend:
     """
 
     name = "triton"
-    max_decode_tokens = 8
+    most_new_tokens: int | None = 8
     own_heads: Mapping[torch.dtype, str] = {}
 
     def check_table(self, name: str) -> None:

@@ -176,6 +176,47 @@ def test_several_new_tokens_are_causal_or_not(isa: str) -> None:
     check(out, *reference(query, key, value, 70, everything))
 
 
+@pytest.mark.parametrize("H", [1, 3, 8])
+def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(isa: str, H: int) -> None:
+    if isa == "torch":
+        pytest.skip("torch's matrix products promise no such thing")
+    B, G, D = 2, 1, 32
+    for before, T in [(0, 9), (0, 61), (37, 30), (500, 40), (1030, 9)]:  # spans end at 512 and 1024
+        S = before + T
+        key, value = (filled(kind, NVFP4, torch.randn(B, G, S, D)) for kind in ("key", "value"))
+        query = torch.randn(B, H, T, D)
+        query[0, 0, T // 2, 3] = torch.nan  # shows in its row alone
+        prompt = kv_attention(query, key, value, S)
+        steps = [kv_attention(query[:, :, t : t + 1], key, value, before + t + 1) for t in range(T)]
+        assert torch.equal(prompt.nan_to_num(nan=7.0), torch.cat(steps, 2).nan_to_num(nan=7.0))
+        torch.set_num_threads(3)
+        assert torch.equal(kv_attention(query, key, value, S).nan_to_num(nan=7.0), prompt.nan_to_num(nan=7.0))
+        torch.set_num_threads(1)
+
+
+def test_a_prompt_under_masks(isa: str) -> None:
+    B, H, G, T, D = 2, 6, 2, 29, 32
+    for S in (29, 531):
+        key, value = (filled(kind, NVFP4, torch.randn(B, G, S, D)) for kind in ("key", "value"))
+        query = torch.randn(B, H, T, D)
+        check(kv_attention(query, key, value, S), *reference(query, key, value, S, causal(B, H, T, S)))
+        everything = torch.ones(B, H, T, S, dtype=torch.bool)
+        out = kv_attention(query, key, value, S, is_causal=False)
+        check(out, *reference(query, key, value, S, everything))
+        seen = torch.arange(S) >= torch.tensor([3, 17])[:, None, None, None]  # padded on the left
+        out = kv_attention(query, key, value, S, start=torch.tensor([3, 17]))
+        check(out, *reference(query, key, value, S, causal(B, H, T, S) & seen))
+        for shape in [(B, 1, T, S), (B, H, T, S), (1, 1, 1, S)]:
+            # What each row sees ends anywhere, in the middle of a tile too; some rows see nothing.
+            allowed = (torch.rand(shape) < 0.7) & (torch.arange(S) < torch.randint(0, S + 1, (*shape[:3], 1)))
+            out = kv_attention(query, key, value, S, mask=allowed)
+            check(out, *reference(query, key, value, S, allowed.expand(B, H, T, S)))
+            assert not out[~allowed.expand(B, H, T, S).any(-1)].any()
+            added = torch.randn(shape).masked_fill(~allowed, -torch.inf)
+            out = kv_attention(query, key, value, S, mask=added)
+            check(out, *reference(query, key, value, S, allowed.expand(B, H, T, S), added.masked_fill(~allowed, 0.0)))
+
+
 def test_tokens_beyond_the_length_are_never_looked_at(isa: str) -> None:
     key, value = (filled(kind, NVFP4, torch.randn(1, 1, 37, 32)) for kind in ("key", "value"))
     query = torch.randn(1, 3, 1, 32)

@@ -12,6 +12,10 @@ namespace {
 // The same whatever the batch and the number of threads, so that a row's result depends on neither.
 constexpr int64_t SPAN = 512;
 
+// Of more new tokens than these the cache is read again for every BLOCK_ROWS query rows of a key/value head: it comes
+// from a near cache then, and what waits to be combined stays small.
+constexpr int64_t FEW_TOKENS = 8, BLOCK_ROWS = 8;
+
 // Both zero codes stand for +0.
 alignas(64) const float ELEMENT_VALUES[2][16] = {
     {0, .5f, 1, 1.5f, 2, 3, 4, 6, 0, -.5f, -1, -1.5f, -2, -3, -4, -6},
@@ -26,6 +30,29 @@ constexpr float EXP_C[7] = {0x1p+0f,       0x1p+0f,       0x1.fffffap-2f, 0x1.55
 constexpr float EXP_LOWEST = -87.33654f;  // ln 2^-126
 constexpr float ROUND = 0x1.8p23f;        // adding it rounds to an integer, and leaves that in the low mantissa bits
 
+// Where the tokens of [t0, t1) end that some of these query rows of a key/value head may see; t0 if there are none.
+int64_t seen_end(const AttentionArgs& a, int64_t b, int64_t g, int64_t row0, int64_t rows, int64_t t0, int64_t t1) {
+    int64_t end = t0;
+    for (int64_t row = row0; row < row0 + rows && end < t1; ++row) {
+        const int64_t h = g * (a.H / a.G) + row / a.T, q = row % a.T;
+        int64_t own = a.causal && a.S - a.T + q + 1 < t1 ? a.S - a.T + q + 1 : t1;
+        if (a.mask_kind == MASK_BOOL) {
+            const uint8_t* allowed =
+                static_cast<const uint8_t*>(a.mask) + b * a.mask_b + h * a.mask_h + q * a.mask_t;
+            while (own > end && !allowed[(own - 1) * a.mask_s]) --own;
+        }
+        end = own > end ? own : end;
+    }
+    return end;
+}
+
+void see_nothing(float* partial, int64_t rows, int64_t stride) {
+    for (int64_t row = 0; row < rows; ++row) {
+        partial[row * stride] = -INFINITY;
+        for (int64_t i = 1; i < stride; ++i) partial[row * stride + i] = 0.0f;
+    }
+}
+
 #if REQAT_X86
 #define INLINE inline __attribute__((always_inline))
 namespace avx512 {
@@ -34,7 +61,7 @@ struct Lanes {
     using F = __m512;
     using I = __m512i;
     using Table = __m512;
-    static constexpr int PLANES = 4;
+    static constexpr int ROWS = 8, ACCUMULATORS = 16;
     TARGET static INLINE F set(float x) { return _mm512_set1_ps(x); }
     TARGET static INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
     TARGET static INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
@@ -82,7 +109,7 @@ struct Lanes {
         __m256i low, high;
     };
     using Table = __m256;
-    static constexpr int PLANES = 1;  // sixteen registers only
+    static constexpr int ROWS = 4, ACCUMULATORS = 1;  // sixteen registers only
     TARGET static INLINE F set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
     TARGET static INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
     TARGET static INLINE void store(float* p, F x) {
@@ -163,7 +190,7 @@ struct Lanes {
         uint32_t v[16];
     };
     using Table = const float*;
-    static constexpr int PLANES = 1;
+    static constexpr int ROWS = 4, ACCUMULATORS = 1;
     static F set(float x) {
         F r;
         REQAT_EACH r.v[i] = x;
@@ -247,7 +274,7 @@ struct Lanes {
 #undef TARGET
 }  // namespace portable
 
-using Span = void (*)(const AttentionArgs&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
+using Span = void (*)(const AttentionArgs&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 
 Span choose_span() {
 #if REQAT_X86
@@ -267,13 +294,6 @@ bool visible(const AttentionArgs& a, int64_t b, int64_t t0, int64_t t1) {
             if (allowed[t * a.mask_s]) return true;
     }
     return false;
-}
-
-void see_nothing(float* partial, int64_t rows, int64_t stride) {
-    for (int64_t row = 0; row < rows; ++row) {
-        partial[row * stride] = -INFINITY;
-        for (int64_t i = 1; i < stride; ++i) partial[row * stride + i] = 0.0f;
-    }
 }
 
 // Weigh the spans of one query row by their maxima: out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) l_i.
@@ -386,40 +406,66 @@ bool append(const AppendArgs& a, const Team& team) {
 
 namespace {
 
-// The pieces that attention is computed in: spans of the cache for each key head, and the sums of one of them.
-struct Spans {
-    int64_t spans, tasks, rows, stride;
-    explicit Spans(const AttentionArgs& a)
+// The pieces that attention is computed in. Of few new tokens: spans of the cache for each key/value head, whose sums
+// all wait until every thread is done. Of many, a prompt: some query rows of a head, over all spans one after the other.
+// A row's sums are the same either way.
+struct Pieces {
+    const int64_t spans, rows, stride;  // of a key/value head; floats of a row's sums over one span
+    const bool by_rows;
+    const int64_t blocks, tasks;
+    explicit Pieces(const AttentionArgs& a)
         : spans((a.S + SPAN - 1) / SPAN),
-          tasks(a.B * a.G * spans),
           rows(a.H / a.G * a.T),
-          stride((a.D + 2 + 15) / 16 * 16) {}
+          stride((a.D + 2 + 15) / 16 * 16),
+          by_rows(a.T > FEW_TOKENS),
+          blocks((rows + BLOCK_ROWS - 1) / BLOCK_ROWS),
+          tasks(a.B * a.G * (by_rows ? blocks : spans)) {}
 };
+
+int64_t clipped(int64_t x, int64_t most) { return x < most ? x : most; }
+
+void attend_span(const AttentionArgs& a, Span span, int64_t head, int64_t row0, int64_t row1, int64_t t0, float* sums,
+                 int64_t stride) {
+    const int64_t t1 = clipped(t0 + SPAN, a.S);
+    if (visible(a, head / a.G, t0, t1))
+        span(a, head / a.G, head % a.G, row0, row1, t0, t1, sums, stride);
+    else
+        see_nothing(sums, row1 - row0, stride);
+}
 
 }  // namespace
 
 int64_t attention_floats(const AttentionArgs& a) {
-    const Spans s(a);
-    return s.tasks * s.rows * s.stride;
+    const Pieces p(a);
+    return p.by_rows ? a.threads * p.spans * BLOCK_ROWS * p.stride : p.tasks * p.rows * p.stride;
 }
 
 void attend(const AttentionArgs& a, float* memory, const Team& team) {
-    const Spans s(a);
+    const Pieces p(a);
     const Span span = choose_span();
+    if (p.by_rows) {
+        float* sums = memory + team.rank * p.spans * BLOCK_ROWS * p.stride;
+        // In turns: with a causal mask the later rows of a prompt have more to do.
+        for (int64_t task = team.rank; task < p.tasks; task += team.threads) {
+            const int64_t head = task / p.blocks, row0 = task % p.blocks * BLOCK_ROWS;
+            const int64_t row1 = clipped(row0 + BLOCK_ROWS, p.rows);
+            for (int64_t i = 0; i < p.spans; ++i)
+                attend_span(a, span, head, row0, row1, i * SPAN, sums + i * BLOCK_ROWS * p.stride, p.stride);
+            for (int64_t row = row0; row < row1; ++row)
+                combine(sums + (row - row0) * p.stride, p.spans, BLOCK_ROWS * p.stride, a.D,
+                        a.out + (head * p.rows + row) * a.D);
+        }
+        return;
+    }
     // One by one in turns: spans that a mask hides cost nothing and stand together.
-    for (int64_t task = team.rank; task < s.tasks; task += team.threads) {
-        const int64_t head = task / s.spans, t0 = task % s.spans * SPAN;
-        const int64_t t1 = t0 + SPAN < a.S ? t0 + SPAN : a.S;
-        float* out = memory + task * s.rows * s.stride;
-        if (visible(a, head / a.G, t0, t1))
-            span(a, head / a.G, head % a.G, t0, t1, out, s.stride);
-        else
-            see_nothing(out, s.rows, s.stride);
+    for (int64_t task = team.rank; task < p.tasks; task += team.threads) {
+        const int64_t head = task / p.spans;
+        attend_span(a, span, head, 0, p.rows, task % p.spans * SPAN, memory + task * p.rows * p.stride, p.stride);
     }
     team.wait();
-    team.each(a.B * a.G * s.rows, [&](int64_t row) {
-        const int64_t head = row / s.rows;
-        combine(memory + (head * s.spans * s.rows + row % s.rows) * s.stride, s.spans, s.rows * s.stride, a.D,
+    team.each(a.B * a.G * p.rows, [&](int64_t row) {
+        const int64_t head = row / p.rows;
+        combine(memory + (head * p.spans * p.rows + row % p.rows) * p.stride, p.spans, p.rows * p.stride, a.D,
                 a.out + row * a.D);
     });
 }

@@ -1,4 +1,4 @@
-// Decode attention over a packed FP4 key/value cache: the layout of the cache, and what the entry points take.
+// Attention over a packed FP4 key/value cache: the layout of the cache, and what the entry points take.
 //
 // A cache of B rows, G key/value heads and head dimension D holds its tokens in tiles of 16, arranged so that neither
 // product needs a shuffle or a horizontal sum. One 512-bit load gives 8 x 16 codes; a shift and a table look-up make
@@ -67,7 +67,7 @@ bool append(const AppendArgs& args, const Team& team);
 // How many floats of memory attention needs for its sums.
 int64_t attention_floats(const AttentionArgs& args);
 
-// This thread's part of decode attention; `memory` is the team's. All have to be done before anyone reads the result.
+// This thread's part of attention; `memory` is the team's, of no more threads than args.threads. All have to be done before anyone reads the result.
 void attend(const AttentionArgs& args, float* memory, const Team& team);
 
 }  // namespace reqat

@@ -1,4 +1,4 @@
-"""A key/value cache that is really four bits wide, and decode attention that reads it as it is.
+"""A key/value cache that is really four bits wide, and attention that reads it as it is.
 
 Decoding one token reads the whole cache once, so its time is the cache's bytes or the work of turning codes into
 floats. :class:`PackedStates` (:mod:`reqat_kernels.native.states`) keeps keys or values in tiles of 16 tokens arranged
@@ -90,7 +90,7 @@ def kv_attention(
     start: Tensor | None = None,
     is_causal: bool = True,
 ) -> Tensor:
-    """Attention of a few new tokens over the first ``length`` tokens of a packed cache, in float32.
+    """Attention of new tokens, a few or a prompt, over the first ``length`` tokens of a packed cache, in float32.
 
     Args:
         query: [B, H, T, D], any float dtype (float64 is rounded to float32); H a multiple of the cache's heads.
@@ -192,7 +192,7 @@ def _attention(
         length,
         D,
         key_codes.shape[2],
-        threads(2 * B * G * length * D, CODES_PER_THREAD),
+        threads(2 * B * G * length * D * -(-T // 8), CODES_PER_THREAD),  # up to eight tokens share what is read
         scaling,
         is_causal,
     )

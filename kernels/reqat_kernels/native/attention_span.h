@@ -53,13 +53,13 @@ struct SpanBlock {
         }
     }
 
-    // Minus infinity for what row `row` of the group may not see, beyond the last token too.
+    // Minus infinity for what row `row` of the group may not see, and from t1 on.
     TARGET void mask(const AttentionArgs& a, int64_t b, int64_t g, int64_t row0, int64_t t0, int64_t t1) {
         const int64_t padded = (t1 - t0 + 15) / 16 * 16;
         const int64_t begin = a.start ? a.start[b] : 0;
         for (int n = 0; n < N; ++n) {
             const int64_t h = g * (a.H / a.G) + (row0 + n) / a.T, q = (row0 + n) % a.T;
-            const int64_t end = a.causal ? a.S - a.T + q + 1 : a.S;
+            const int64_t own = a.causal ? a.S - a.T + q + 1 : a.S, end = own < t1 ? own : t1;
             const int64_t offset = b * a.mask_b + h * a.mask_h + q * a.mask_t + t0 * a.mask_s;
             if (a.mask_kind == MASK_BOOL) {
                 const uint8_t* allowed = static_cast<const uint8_t*>(a.mask) + offset;
@@ -138,12 +138,15 @@ struct SpanBlock {
         softmax((t1 - t0 + 15) / 16 * 16, partial, stride);
         const int64_t nb = a.D / 16;
         // A run of J planes never crosses a 32-bit word: nb is then a multiple of J, and J of 8.
-        if (Lanes::PLANES >= 4 && nb % 4 == 0)
-            for (int64_t j = 0; j < nb; j += 4) planes<4>(a, b, g, j, t0, t1, partial, stride);
-        else if (Lanes::PLANES >= 2 && nb % 2 == 0)
-            for (int64_t j = 0; j < nb; j += 2) planes<2>(a, b, g, j, t0, t1, partial, stride);
-        else
-            for (int64_t j = 0; j < nb; ++j) planes<1>(a, b, g, j, t0, t1, partial, stride);
+        constexpr int most = Lanes::ACCUMULATORS / N;
+        int64_t j = 0;
+        if constexpr (most >= 4)
+            if (nb % 4 == 0)
+                for (; j < nb; j += 4) planes<4>(a, b, g, j, t0, t1, partial, stride);
+        if constexpr (most >= 2)
+            if (nb % 2 == 0)
+                for (; j < nb; j += 2) planes<2>(a, b, g, j, t0, t1, partial, stride);
+        for (; j < nb; ++j) planes<1>(a, b, g, j, t0, t1, partial, stride);
     }
 };
 
@@ -154,17 +157,27 @@ TARGET static void run_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_
     block.run(a, b, g, row0, t0, t1, partial, stride);
 }
 
-// All query rows of key/value head g over tokens [t0, t1).
-TARGET static void span(const AttentionArgs& a, int64_t b, int64_t g, int64_t t0, int64_t t1, float* partial,
-                        int64_t stride) {
-    const int64_t rows = a.H / a.G * a.T;
-    for (int64_t row = 0; row < rows;) {
-        float* out = partial + row * stride;
-        switch (rows - row) {
-            case 1: run_rows<1>(a, b, g, row, t0, t1, out, stride); row += 1; break;
-            case 2: run_rows<2>(a, b, g, row, t0, t1, out, stride); row += 2; break;
-            case 3: run_rows<3>(a, b, g, row, t0, t1, out, stride); row += 3; break;
-            default: run_rows<4>(a, b, g, row, t0, t1, out, stride); row += 4; break;
-        }
+// Query rows [row0, row1) of key/value head g over tokens [t0, t1). Up to ROWS at a time: a row's sums are its own,
+// whatever rows are computed beside it. Tokens behind the last that any of them sees are left out: they weigh nothing.
+TARGET static void span(const AttentionArgs& a, int64_t b, int64_t g, int64_t row0, int64_t row1, int64_t t0, int64_t t1,
+                        float* partial, int64_t stride) {
+    for (int64_t row = row0; row < row1;) {
+        const int64_t left = row1 - row, rows = left < Lanes::ROWS ? left : Lanes::ROWS;
+        const int64_t end = seen_end(a, b, g, row, rows, t0, t1);
+        float* out = partial + (row - row0) * stride;
+        int64_t done = rows;
+        if (end <= t0)
+            see_nothing(out, rows, stride);
+        else if (rows == 1)
+            run_rows<1>(a, b, g, row, t0, end, out, stride);
+        else if (rows == 2)
+            run_rows<2>(a, b, g, row, t0, end, out, stride);
+        else if (rows == 3)
+            run_rows<3>(a, b, g, row, t0, end, out, stride);
+        else if (rows < 8)
+            run_rows<4>(a, b, g, row, t0, end, out, stride), done = 4;
+        else if constexpr (Lanes::ROWS == 8)
+            run_rows<8>(a, b, g, row, t0, end, out, stride);
+        row += done;
     }
 }

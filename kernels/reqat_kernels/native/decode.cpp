@@ -118,6 +118,7 @@ struct Scratch {
     static AttentionArgs attention_of(const DecodeStates& states, const DecodeStep& s) {
         AttentionArgs attention = *states.attention;
         attention.T = s.T;
+        attention.threads = s.threads;
         attention.causal = s.T > 1;
         attention.S = s.length + s.T;
         attention.mask = s.mask;
