@@ -11,7 +11,7 @@ from analysis.figures._results import finish
 from analysis.figures.losses import curve, smoothed
 from analysis.report import paper, style
 from analysis.report.cells import Results
-from analysis.report.document import tokens
+from analysis.report.document import number, tokens
 from reqat.config.errors import ReqatError
 
 _SMOOTHED = 0.15  # of the stage, as a running mean
@@ -71,8 +71,10 @@ def losses_by_condition(
                 continue
             shift = -7 if filled else 7
             ha = "right" if filled else "left"
-            right.annotate(f"{value:+.3f}".replace("-", "\u2212"), (at, value), (shift, 0), textcoords="offset points",
-                           ha=ha, va="center", fontsize=6, color=colour)  # fmt: skip
+            said = number(value, 3, sign=True)
+            right.annotate(
+                said, (at, value), (shift, 0), textcoords="offset points", ha=ha, va="center", fontsize=6, color=colour
+            )
     left.set_xlabel("QAT tokens")
     left.xaxis.set_major_formatter(lambda value, _: tokens(round(value)))
     left.set_ylabel("loss (nats / response token)")

@@ -9,7 +9,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from analysis.report import paper, style
-from analysis.report.document import MINUS
+from analysis.report.document import number
 from analysis.report.studies import Study
 from analysis.report.study_words import made_notes, method_words
 
@@ -66,7 +66,7 @@ def change_words(rows: pd.DataFrame) -> str:
     """How much of a layer's attention error is left at the chosen point, against none: `\u22126.6%`."""
     none = rows[(rows["alpha"] == rows["alpha"].min()) & (rows["beta"] == rows["beta"].min())]["error"].iloc[0]
     best = rows[rows["chosen"].astype(bool)]["error"].iloc[0]
-    return f"{100 * (best / none - 1):+.1f}%".replace("-", MINUS)
+    return number(100 * (best / none - 1), sign=True) + "%"
 
 
 def key_notes(study: Study) -> list[str]:

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from analysis.report import paper, style
-from analysis.report.document import MINUS
+from analysis.report.document import number
 from analysis.report.studies import Study, adjusted, conditions_named
 from analysis.report.study_words import nats, roles
 
@@ -52,7 +52,7 @@ def draw_policies(ax: Axes, routing: Study, *, differences: bool = False, narrow
         solved = f"{round(row['accuracy'] * asked):,}\nof {asked:,}"
         above = []
         if differences and i and pd.notna(row.get("difference")):
-            points = f"{100 * row['difference']:+.1f}".replace("-", MINUS)
+            points = number(100 * row["difference"], sign=True)
             above = [points, _p(float(p_holm[name]))]
         if narrow:
             pass

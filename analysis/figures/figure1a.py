@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from analysis.figures._results import entry_at, finish, reference_precision
 from analysis.report import paper, style
 from analysis.report.cells import Entry, Results
-from analysis.report.document import MINUS, tokens
+from analysis.report.document import number, tokens
 from analysis.report.lines import lines
 from analysis.report.names import BF16
 from reqat.config.errors import ReqatError
@@ -78,7 +78,7 @@ def _groups(ax: Axes, ticks: list[str], series: dict[str, np.ndarray]) -> None:
             ax.errorbar(x[known], value[known], yerr=[(value - lo)[known], (hi - value)[known]], fmt="none",
                         ecolor="#333333", elinewidth=0.8, capsize=1.6, zorder=3)  # fmt: skip
         for at, v, top in zip(x, value, np.where(known, hi, np.maximum(value, 0)), strict=True):
-            said = f"{v:.1f}".replace("-", MINUS)
+            said = number(v)
             ax.annotate(said, (at, max(top, 0)), (0, 2), textcoords="offset points", ha="center", fontsize=6)
     ax.axhline(0, color="#333333", lw=0.7)
     ax.set_xticks(range(len(ticks)), [tick.replace(" ", "\n") for tick in ticks])

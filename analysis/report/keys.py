@@ -20,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from analysis.report import style
+from analysis.report.document import number
 from reqat.config.errors import ReqatError
 
 if TYPE_CHECKING:
@@ -208,10 +209,10 @@ def error_maps(
             mec="black",
             mew=1.1,
         )
-        title = (
-            f"layer {layer}: {change[layer, i, j]:+.1f}%" if columns <= 4 else f"{layer}: {change[layer, i, j]:+.0f}%"
-        )
-        ax.set_title(title.replace("-", "\u2212"), fontsize=8 if columns <= 4 else 7, loc="left")
+        wide = columns <= 4
+        said = number(float(change[layer, i, j]), 1 if wide else 0, sign=True)
+        title = f"layer {layer}: {said}%" if wide else f"{layer}: {said}%"
+        ax.set_title(title, fontsize=8 if wide else 7, loc="left")
         ax.grid(False)
         ax.xaxis.set_major_locator(MaxNLocator(3))
         for edge in ("top", "right"):

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.report.benchmark import MIB, Measured, pick, providers, short_failure, size
-from analysis.report.document import MINUS, Column, Table, Text, number
+from analysis.report.document import Column, Table, Text, number
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def kernel_table(measured: Measured, kernel: Kernel) -> Table:
             if kernel.adds_to is not None and provider != kernel.adds_to:
                 plain = pick(rows, provider=kernel.adds_to, format=fmt, shape=shape)
             if plain is not None and not math.isnan(plain.median_us):
-                detail = f"({100 * (row.median_us / plain.median_us - 1):+.1f}%)".replace("-", MINUS)
+                detail = f"({number(100 * (row.median_us / plain.median_us - 1), sign=True)}%)"
             cells.append(Text(_time(row.median_us, kernel), bold=row.median_us == fastest[shape], detail=detail))
         return tuple(cells)
 

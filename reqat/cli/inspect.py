@@ -47,6 +47,8 @@ def show_plan(
         parent = f"from {stage.parent}" if stage.parent else ""
         needed = "" if stage.id in plan.needed else "(target base)"
         print("  ".join(filter(None, [f"{stage.id:<24}", f"{done:<5}", ", ".join(words), parent, needed])))
+    if len(plan.needed) < len(plan.stages):
+        print("\n(target base): made by `snakemake base` alone; the tier begins with the pinned result of it")
     print()
     uses = Counter(cell.evaluation for cell in plan.cells)
     for evaluation in plan.evaluations.values():

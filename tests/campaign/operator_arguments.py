@@ -110,7 +110,7 @@ def attention_arguments(r: random.Random) -> dict[str, Any]:
     shape = cache_shape(r)
     (key, a), (value, b) = (side(r, kind, shape) for kind in ("key", "value"))
     B, G, _, D = key.shape
-    T, S = r.choice((1, 1, 3)), min(a, b)
+    T, S = r.choice((1, 1, 3, 9, 21)), min(a, b)  # more than eight: as of a prompt
     H = G * r.choice((1, 3))
     mask = None
     if r.random() < 0.4:

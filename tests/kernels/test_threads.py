@@ -63,7 +63,7 @@ x = torch.randn(9, 2048, generator=random)
 head = torch.randn(512, 2048, generator=random).bfloat16()
 states = [torch.randn(2, 2, 700, 64, generator=random) for _ in range(2)]
 wide = torch.randn(512, 2048, generator=random)
-query = torch.randn(2, 4, 3, 64, generator=random)
+queries = [torch.randn(2, 4, T, 64, generator=random) for T in (3, 45)]
 
 def everything():
     out = [linear(x, w, inputs=how) for how in (None, "A8", get_format("NVFP4"))]
@@ -74,7 +74,7 @@ def everything():
         p = PackedStates.allocate(kind, get_format("NVFP4"), 2, 2, 704, 64)
         p.append(x_BGTD, 0)
         packed.append(p)
-    out.append(kv_attention(query, *packed, 700))
+    out += [kv_attention(query, *packed, 700) for query in queries]
     return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in out)).hexdigest()
 
 digests, used = [], []
