@@ -120,7 +120,10 @@ def serve(
     check_server(host, port)
     tokenizer = with_bos(load_tokenizer(model))
     loaded = _loaded(model, precision, packed, head, embeddings)
-    print(f"{model}, {precision_of(loaded)}: http://{host}:{port}/v1/chat/completions (Ctrl-C ends it)", flush=True)
+    # Without a chat template transformers' server answers chats with an internal error.
+    asked = "chat/completions" if tokenizer.chat_template else "completions"
+    why = "" if tokenizer.chat_template else "; no chat template, so no chats"
+    print(f"{model}, {precision_of(loaded)}: http://{host}:{port}/v1/{asked} (Ctrl-C ends it{why})", flush=True)
     serve_model(loaded, tokenizer, model, host, port)
 
 

@@ -5,9 +5,9 @@ scales: 4.5 bits a number in NVFP4, 4.25 in MXFP4, and 32 for each row, or token
 
 How the attention function gets at them: ``update`` returns stand-ins for keys and values, tensors of the right shape
 that own a single number, which is NaN, so that an attention function that does not know them cannot go unnoticed. Ours
-asks the layer behind them (:meth:`PackedCacheLayer.attend`). A few new tokens are attended to by the kernel that reads
-the codes (:mod:`reqat.inference.backends` chooses it by device); a prompt or float64 get the cache dequantized and then
-go the usual way.
+asks the layer behind them (:meth:`PackedCacheLayer.attend`). New tokens are attended to by the kernel that reads the
+codes (:mod:`reqat.inference.backends` chooses it by device): on a CPU whole prompts too, on a GPU up to eight tokens.
+Otherwise, and for float64, dropout or gradients, the cache is dequantized and attention goes the usual way.
 """
 
 from __future__ import annotations

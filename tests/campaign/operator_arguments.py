@@ -114,7 +114,8 @@ def attention_arguments(r: random.Random) -> dict[str, Any]:
     H = G * r.choice((1, 3))
     mask = None
     if r.random() < 0.4:
-        mask = numbers(r, B, 1, 1, S) > -1 if r.random() < 0.5 else numbers(r, B, H, T, S)
+        shape = r.choice(((B, 1, 1, S), (B, 1, T, S), (B, H, T, S)))
+        mask = numbers(r, *shape) > -1 if r.random() < 0.5 else numbers(r, *shape)
     start = torch.tensor([r.randint(0, S) for _ in range(B)]) if r.random() < 0.3 else None
     query = numbers(r, B, T, H, D, dtype=float_type(r)).transpose(1, 2)
     rest = {"mask": mask, "start": start, "is_causal": r.random() < 0.5}

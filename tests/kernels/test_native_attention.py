@@ -176,22 +176,38 @@ def test_several_new_tokens_are_causal_or_not(isa: str) -> None:
     check(out, *reference(query, key, value, 70, everything))
 
 
-@pytest.mark.parametrize("H", [1, 3, 8])
-def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(isa: str, H: int) -> None:
+def one_by_one(query: Tensor, key: PackedStates, value: PackedStates, before: int, mask: Tensor | None) -> Tensor:
+    """Attention of each of the new tokens in a step of its own, with 7 for NaN."""
+    parts = []
+    for t in range(query.shape[2]):
+        end = before + t + 1
+        own = None if mask is None else mask[:, :, t : t + 1, :end]
+        parts.append(kv_attention(query[:, :, t : t + 1], key, value, end, mask=own))
+    return torch.cat(parts, 2).nan_to_num(nan=7.0)
+
+
+@pytest.mark.parametrize(("H", "G", "D"), [(1, 1, 32), (6, 2, 16), (8, 1, 48), (9, 3, 64)])
+def test_a_prompt_gets_the_bits_of_its_tokens_one_by_one(
+    isa: str, H: int, G: int, D: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if isa == "torch":
         pytest.skip("torch's matrix products promise no such thing")
-    B, G, D = 2, 1, 32
+    monkeypatch.setattr(attention, "CODES_PER_THREAD", 1)
+    B = 2
     for before, T in [(0, 9), (0, 61), (37, 30), (500, 40), (1030, 9)]:  # spans end at 512 and 1024
         S = before + T
         key, value = (filled(kind, NVFP4, torch.randn(B, G, S, D)) for kind in ("key", "value"))
         query = torch.randn(B, H, T, D)
         query[0, 0, T // 2, 3] = torch.nan  # shows in its row alone
-        prompt = kv_attention(query, key, value, S)
-        steps = [kv_attention(query[:, :, t : t + 1], key, value, before + t + 1) for t in range(T)]
-        assert torch.equal(prompt.nan_to_num(nan=7.0), torch.cat(steps, 2).nan_to_num(nan=7.0))
-        torch.set_num_threads(3)
-        assert torch.equal(kv_attention(query, key, value, S).nan_to_num(nan=7.0), prompt.nan_to_num(nan=7.0))
-        torch.set_num_threads(1)
+        seen = (torch.rand(B, 1, T, S) < 0.8) & causal(B, 1, T, S)
+        seen[1, :, :, : S // 2] = False  # padding
+
+        for mask in (None, seen):
+            expected = one_by_one(query, key, value, before, mask)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                assert torch.equal(kv_attention(query, key, value, S, mask=mask).nan_to_num(nan=7.0), expected)
+            torch.set_num_threads(1)
 
 
 def test_a_prompt_under_masks(isa: str) -> None:
@@ -206,6 +222,12 @@ def test_a_prompt_under_masks(isa: str) -> None:
         seen = torch.arange(S) >= torch.tensor([3, 17])[:, None, None, None]  # padded on the left
         out = kv_attention(query, key, value, S, start=torch.tensor([3, 17]))
         check(out, *reference(query, key, value, S, causal(B, H, T, S) & seen))
+        start = torch.tensor([S - 4, S])  # a whole span is padding; a row that sees nothing
+        out = kv_attention(query, key, value, S, start=start)
+        check(out, *reference(query, key, value, S, causal(B, H, T, S) & (torch.arange(S) >= start.view(B, 1, 1, 1))))
+        transposed = (torch.rand(S, T, B, 1) < 0.5).permute(2, 3, 1, 0)
+        out = kv_attention(query, key, value, S, mask=transposed)
+        check(out, *reference(query, key, value, S, transposed.expand(B, H, T, S)))
         for shape in [(B, 1, T, S), (B, H, T, S), (1, 1, 1, S)]:
             # What each row sees ends anywhere, in the middle of a tile too; some rows see nothing.
             allowed = (torch.rand(shape) < 0.7) & (torch.arange(S) < torch.randint(0, S + 1, (*shape[:3], 1)))
@@ -215,6 +237,14 @@ def test_a_prompt_under_masks(isa: str) -> None:
             added = torch.randn(shape).masked_fill(~allowed, -torch.inf)
             out = kv_attention(query, key, value, S, mask=added)
             check(out, *reference(query, key, value, S, allowed.expand(B, H, T, S), added.masked_fill(~allowed, 0.0)))
+
+
+def test_more_queries_than_tokens(isa: str) -> None:
+    key, value = (filled(kind, NVFP4, torch.randn(1, 1, 7, 32)) for kind in ("key", "value"))
+    query = torch.randn(1, 3, 20, 32)
+    out = kv_attention(query, key, value, 7)
+    check(out, *reference(query, key, value, 7, causal(1, 3, 20, 7)))
+    assert not out[:, :, :13].any(), "the first have nothing to see"
 
 
 def test_tokens_beyond_the_length_are_never_looked_at(isa: str) -> None:

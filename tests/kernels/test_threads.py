@@ -140,7 +140,7 @@ def step(threads, name, inputs, B, T, spoiled):
 ways = [("NVFP4", "static"), ("NVFP4", "row"), ("NVFP4", "dynamic"), ("NVFP4", None), ("MXFP4", "own"), ("MXFP4", None)]
 found = [
     [step(n, *way, *size, spoiled) for n in (1, 2, 3)]
-    for way, size in itertools.product(ways, [(1, 1), (2, 3), (9, 1)])
+    for way, size in itertools.product(ways, [(1, 1), (2, 3), (9, 1), (1, 11), (2, 9)])
     for spoiled in ((False, True) if way[1] else (False,))
 ]
 print(json.dumps([found, asked]))

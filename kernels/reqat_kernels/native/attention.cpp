@@ -30,12 +30,13 @@ constexpr float EXP_C[7] = {0x1p+0f,       0x1p+0f,       0x1.fffffap-2f, 0x1.55
 constexpr float EXP_LOWEST = -87.33654f;  // ln 2^-126
 constexpr float ROUND = 0x1.8p23f;        // adding it rounds to an integer, and leaves that in the low mantissa bits
 
-// Where the tokens of [t0, t1) end that some of these query rows of a key/value head may see; t0 if there are none.
+// Where the tokens of [t0, t1) end that some of these query rows of a key/value head may see; t0 if there are none, so
+// that padding is never read. (Rows of a block may be of two heads: the last tokens of one, the first of the next.)
 int64_t seen_end(const AttentionArgs& a, int64_t b, int64_t g, int64_t row0, int64_t rows, int64_t t0, int64_t t1) {
     int64_t end = t0;
     for (int64_t row = row0; row < row0 + rows && end < t1; ++row) {
-        const int64_t h = g * (a.H / a.G) + row / a.T, q = row % a.T;
-        int64_t own = a.causal && a.S - a.T + q + 1 < t1 ? a.S - a.T + q + 1 : t1;
+        const int64_t h = g * (a.H / a.G) + row / a.T, q = row % a.T, last = a.S - a.T + q + 1;
+        int64_t own = a.causal && last < t1 ? last : t1;
         if (a.mask_kind == MASK_BOOL) {
             const uint8_t* allowed =
                 static_cast<const uint8_t*>(a.mask) + b * a.mask_b + h * a.mask_h + q * a.mask_t;
@@ -43,7 +44,7 @@ int64_t seen_end(const AttentionArgs& a, int64_t b, int64_t g, int64_t row0, int
         }
         end = own > end ? own : end;
     }
-    return end;
+    return a.start && a.start[b] >= end ? t0 : end;
 }
 
 void see_nothing(float* partial, int64_t rows, int64_t stride) {
@@ -284,18 +285,6 @@ Span choose_span() {
     return portable::span;
 }
 
-// Whether some query row of a key/value head may see some token of [t0, t1): left padding is then never read.
-bool visible(const AttentionArgs& a, int64_t b, int64_t t0, int64_t t1) {
-    if (a.start && a.start[b] >= t1) return false;
-    if (a.mask_kind != MASK_BOOL || a.mask_h != 0) return true;
-    for (int64_t q = 0; q < a.T; ++q) {
-        const uint8_t* allowed = static_cast<const uint8_t*>(a.mask) + b * a.mask_b + q * a.mask_t;
-        for (int64_t t = t0; t < t1; ++t)
-            if (allowed[t * a.mask_s]) return true;
-    }
-    return false;
-}
-
 // Weigh the spans of one query row by their maxima: out = sum_i exp(m_i - m) acc_i / sum_i exp(m_i - m) l_i.
 void combine(const float* partial, int64_t spans, int64_t span_stride, int64_t D, float* out) {
     float max = -INFINITY, total = 0.0f;
@@ -424,15 +413,6 @@ struct Pieces {
 
 int64_t clipped(int64_t x, int64_t most) { return x < most ? x : most; }
 
-void attend_span(const AttentionArgs& a, Span span, int64_t head, int64_t row0, int64_t row1, int64_t t0, float* sums,
-                 int64_t stride) {
-    const int64_t t1 = clipped(t0 + SPAN, a.S);
-    if (visible(a, head / a.G, t0, t1))
-        span(a, head / a.G, head % a.G, row0, row1, t0, t1, sums, stride);
-    else
-        see_nothing(sums, row1 - row0, stride);
-}
-
 }  // namespace
 
 int64_t attention_floats(const AttentionArgs& a) {
@@ -450,7 +430,8 @@ void attend(const AttentionArgs& a, float* memory, const Team& team) {
             const int64_t head = task / p.blocks, row0 = task % p.blocks * BLOCK_ROWS;
             const int64_t row1 = clipped(row0 + BLOCK_ROWS, p.rows);
             for (int64_t i = 0; i < p.spans; ++i)
-                attend_span(a, span, head, row0, row1, i * SPAN, sums + i * BLOCK_ROWS * p.stride, p.stride);
+                span(a, head / a.G, head % a.G, row0, row1, i * SPAN, clipped(i * SPAN + SPAN, a.S),
+                     sums + i * BLOCK_ROWS * p.stride, p.stride);
             for (int64_t row = row0; row < row1; ++row)
                 combine(sums + (row - row0) * p.stride, p.spans, BLOCK_ROWS * p.stride, a.D,
                         a.out + (head * p.rows + row) * a.D);
@@ -459,8 +440,9 @@ void attend(const AttentionArgs& a, float* memory, const Team& team) {
     }
     // One by one in turns: spans that a mask hides cost nothing and stand together.
     for (int64_t task = team.rank; task < p.tasks; task += team.threads) {
-        const int64_t head = task / p.spans;
-        attend_span(a, span, head, 0, p.rows, task % p.spans * SPAN, memory + task * p.rows * p.stride, p.stride);
+        const int64_t head = task / p.spans, t0 = task % p.spans * SPAN;
+        span(a, head / a.G, head % a.G, 0, p.rows, t0, clipped(t0 + SPAN, a.S), memory + task * p.rows * p.stride,
+             p.stride);
     }
     team.wait();
     team.each(a.B * a.G * p.rows, [&](int64_t row) {
@@ -484,7 +466,7 @@ REQAT_API int reqat_kv_append(const reqat::AppendArgs* args) {
     });
 }
 
-// Decode attention; 0, or 1 where there is no memory for the partial sums.
+// Attention; OK, or NO_MEMORY where there is none for the partial sums.
 REQAT_API int reqat_kv_attention(const reqat::AttentionArgs* args) {
     return reqat::in_float_mode([&] {
         const std::unique_ptr<float[]> memory(new (std::nothrow) float[size_t(reqat::attention_floats(*args))]);

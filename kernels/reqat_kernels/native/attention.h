@@ -67,7 +67,8 @@ bool append(const AppendArgs& args, const Team& team);
 // How many floats of memory attention needs for its sums.
 int64_t attention_floats(const AttentionArgs& args);
 
-// This thread's part of attention; `memory` is the team's, of no more threads than args.threads. All have to be done before anyone reads the result.
+// This thread's part of attention; `memory` is the team's, which has at most args.threads threads. All have to be done
+// before anyone reads the result.
 void attend(const AttentionArgs& args, float* memory, const Team& team);
 
 }  // namespace reqat

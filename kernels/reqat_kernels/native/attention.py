@@ -176,6 +176,7 @@ def _attention(
     if start is not None:
         start = start.to(torch.int64).contiguous()
     G = key_codes.shape[1]
+    reads = 1 if T <= 8 else -(-(H // G * T) // 8)  # of the cache: once, or a prompt's for every eight rows of queries
     args = AttentionArgs(
         check.address(query),
         out.data_ptr(),
@@ -192,7 +193,7 @@ def _attention(
         length,
         D,
         key_codes.shape[2],
-        threads(2 * B * G * length * D * -(-T // 8), CODES_PER_THREAD),  # up to eight tokens share what is read
+        threads(2 * B * G * length * D * reads, CODES_PER_THREAD),
         scaling,
         is_causal,
     )

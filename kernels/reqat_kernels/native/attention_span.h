@@ -137,7 +137,7 @@ struct SpanBlock {
         mask(a, b, g, row0, t0, t1);
         softmax((t1 - t0 + 15) / 16 * 16, partial, stride);
         const int64_t nb = a.D / 16;
-        // A run of J planes never crosses a 32-bit word: nb is then a multiple of J, and J of 8.
+        // A run of J planes never crosses a 32-bit word: nb is then a multiple of J, and 8 of J.
         constexpr int most = Lanes::ACCUMULATORS / N;
         int64_t j = 0;
         if constexpr (most >= 4)
@@ -162,10 +162,9 @@ TARGET static void run_rows(const AttentionArgs& a, int64_t b, int64_t g, int64_
 TARGET static void span(const AttentionArgs& a, int64_t b, int64_t g, int64_t row0, int64_t row1, int64_t t0, int64_t t1,
                         float* partial, int64_t stride) {
     for (int64_t row = row0; row < row1;) {
-        const int64_t left = row1 - row, rows = left < Lanes::ROWS ? left : Lanes::ROWS;
+        const int64_t left = row1 - row, rows = left >= Lanes::ROWS ? Lanes::ROWS : left < 4 ? left : 4;
         const int64_t end = seen_end(a, b, g, row, rows, t0, t1);
         float* out = partial + (row - row0) * stride;
-        int64_t done = rows;
         if (end <= t0)
             see_nothing(out, rows, stride);
         else if (rows == 1)
@@ -174,10 +173,10 @@ TARGET static void span(const AttentionArgs& a, int64_t b, int64_t g, int64_t ro
             run_rows<2>(a, b, g, row, t0, end, out, stride);
         else if (rows == 3)
             run_rows<3>(a, b, g, row, t0, end, out, stride);
-        else if (rows < 8)
-            run_rows<4>(a, b, g, row, t0, end, out, stride), done = 4;
+        else if (rows == 4)
+            run_rows<4>(a, b, g, row, t0, end, out, stride);
         else if constexpr (Lanes::ROWS == 8)
             run_rows<8>(a, b, g, row, t0, end, out, stride);
-        row += done;
+        row += rows;
     }
 }
