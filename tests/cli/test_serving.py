@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -164,3 +165,19 @@ def test_what_stands_in_the_way_is_said_before_a_model_is_loaded(
         port = str(taken.getsockname()[1])
         assert reqat(*given, "--port", port) == 2 and f"--port {port}" in capsys.readouterr().err
     assert reqat(*given[:4], "no such host", "--threads", "1") == 2 and "no such host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_address_that_is_told_can_answer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], template: bool
+) -> None:
+    monkeypatch.setattr(serving, "check_server", lambda *_: None)
+    monkeypatch.setattr(serving, "serve", lambda *_: None)
+    served = shutil.copytree(folder, tmp_path / "served")
+    if not template:
+        (served / "chat_template.jinja").unlink(missing_ok=True)
+        settings = json.loads((served / "tokenizer_config.json").read_text())
+        settings.pop("chat_template", None)
+        (served / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert reqat("serve", "--model", str(served), "--threads", "1") == 0
+    assert ("/v1/chat/completions" in capsys.readouterr().out) == template
