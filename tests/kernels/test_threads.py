@@ -161,10 +161,10 @@ def run(program: str) -> Any:
 def test_a_decoding_step_does_not_depend_on_threads() -> None:
     found, asked = run(_DECODING)
     assert set(asked) == {1, 2, 3}
-    assert len(found) == 30 and all(one == two == three for one, two, three in found)
+    assert len(found) == 50 and all(one == two == three for one, two, three in found)
     failed = [one for one, _, _ in found if isinstance(one, list)]
-    assert failed == [[0, "input"]] * 12, "with a NaN in it, a step says where"
-    assert len({one for one, _, _ in found if isinstance(one, str)}) == 18, "each way has numbers of its own"
+    assert failed == [[0, "input"]] * 20, "with a NaN in it, a step says where"
+    assert len({one for one, _, _ in found if isinstance(one, str)}) == 30, "each way has numbers of its own"
 
 
 @pytest.mark.skipif(instruction_set() == "torch", reason="no native library")
