@@ -97,8 +97,8 @@ class Backend(Protocol):
 
     @property
     def most_new_tokens(self) -> int | None:
-        """New tokens a call up to which :meth:`attend` reads the packed cache; with more, dequantizing it once is
-        faster. None: it is never."""
+        """New tokens a call up to which :meth:`attend` reads the packed cache; for more it is dequantized. None: any
+        number."""
 
     own_heads: Mapping[torch.dtype, str]
     """By a model's type, the name that :meth:`table` takes for a head that nobody chose anything for; of types that

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from reqat.formats import Format, get_format, quantize
+from reqat.inference.native_backend import NativeBackend
 from reqat_kernels.native import attention
 from reqat_kernels.native.attention import PackedStates, kv_attention
 from reqat_kernels.native.library import library
@@ -237,6 +238,12 @@ def test_a_prompt_under_masks(isa: str) -> None:
             added = torch.randn(shape).masked_fill(~allowed, -torch.inf)
             out = kv_attention(query, key, value, S, mask=added)
             check(out, *reference(query, key, value, S, allowed.expand(B, H, T, S), added.masked_fill(~allowed, 0.0)))
+
+
+def test_prompts_are_read_where_the_kernel_is_the_faster_way(isa: str) -> None:
+    if isa == "torch":
+        pytest.skip("the path without a library is a choice of the fixture here")
+    assert NativeBackend().most_new_tokens == (8 if isa == "portable" else None)
 
 
 def test_more_queries_than_tokens(isa: str) -> None:
