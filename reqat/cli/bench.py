@@ -33,7 +33,9 @@ def bench(
         bool, typer.Option("--current", help="Again, too, if the code is newer than the result.")
     ] = False,
 ) -> None:
-    """Time kernels and decoding, ours beside others', in turns. Run it alone: it says who disturbed it."""
+    """Time kernels and decoding, ours beside others', in turns. Run it alone: it says who disturbed it.
+
+    Killed, it goes on with the section that it was at, as long as machine, code and settings are the same."""
     settings, paths = benchmark_of(tier, session.paths), session.paths
     if only:
         settings = settings.only(only)
@@ -50,7 +52,8 @@ def bench(
             os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
             start_computing(threads or settings.threads)
             say = None if quiet else lambda line: print(line, flush=True)
-            job.metrics = measure_all(settings, job.partial, paths, say, threads)
+            job.metrics = measure_all(settings, job.partial, paths, say, threads, paths.checkpoints(settings.id))
+            job.resumed = bool(job.metrics["measured_before"])
     write_state(settings.id, paths, None)
     if not quiet:
         print(f"numbers: metrics of {out}/record.json" if only else f"tables: reqat report --what benchmark -t {tier}")

@@ -54,6 +54,8 @@ class Bench:
     threads: int = 0
     held: list[int] = field(default_factory=list)
     """Bytes that all processes of the running section held together, now and then."""
+    earlier: dict[int, list[float]] = field(default_factory=dict)
+    """What the probe read in an earlier attempt, during sections that are kept: threads -> bytes a second."""
 
     @cached_property
     def bandwidth(self) -> Any:
@@ -69,6 +71,15 @@ class Bench:
         from reqat_kernels.bench.turns import Roofline
 
         return Roofline("cpu", self.memory, self.bandwidth)
+
+    def own_rates(self) -> dict[int, list[float]]:
+        """What the probe read in this attempt: threads -> bytes a second."""
+        return self.probe.rates if "probe" in vars(self) else {}
+
+    def read_rates(self) -> dict[int, list[float]]:
+        """What the probe read in all attempts: threads -> bytes a second."""
+        own = self.own_rates()
+        return {n: [*self.earlier.get(n, []), *own.get(n, [])] for n in {**self.earlier, **own}}
 
     def stop(self) -> None:
         """End the probe's process, if it was started."""

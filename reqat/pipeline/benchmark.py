@@ -23,6 +23,7 @@ from reqat.config.errors import ReqatError
 from reqat.config.files import read_json, write_file
 from reqat.config.paths import Paths
 from reqat.config.throughput import FILE, LEAST_MEMORY_MB, Throughput, load_throughput, sources
+from reqat.pipeline.bench_kept import Kept
 from reqat.pipeline.bench_sections import Bench, Section, planned_bytes, preload, sections
 from reqat.records import provenance, record
 
@@ -92,11 +93,13 @@ def measure_all(
     paths: Paths,
     say: Callable[[str], None] | None = None,
     threads: int = 0,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Measure what the settings ask for and write `throughput.csv` into `out`; returns the record's metrics.
 
-    ``threads``: for every section, in place of what the settings say; 0: what they say. Raises `ReqatError` where
-    memory is short or a section cannot be measured.
+    ``threads``: for every section, in place of what the settings say; 0: what they say. ``keep``: a folder where
+    sections outlive a kill, so that another attempt on this machine, with this code, measures the others alone. Raises
+    `ReqatError` where memory is short or a section cannot be measured.
     """
     import pandas as pd
 
@@ -108,10 +111,13 @@ def measure_all(
     bench = Bench(settings, memory_of(settings), out, paths.base, say or (lambda _: None), threads)
     preload(settings)
     whole, peaks = Section(Result()), {}
+    kept = None if keep is None else Kept(keep, bench, paths)
     try:
+        if kept is not None:
+            kept.bandwidth(bench)
         planned = planned_bytes(bench)
         for name, work in sections(settings).items():
-            section = measured(name, work, bench)
+            section = measured_once(name, work, bench, kept)
             peaks[name] = section.peak_memory_bytes
             if section.peak_memory_bytes > bench.memory:
                 took, allowed = section.peak_memory_bytes / 1e9, bench.memory / 1e9
@@ -123,7 +129,7 @@ def measure_all(
                 whole.compared.setdefault(kind, []).extend(found)
     finally:
         bench.stop()
-    rates = {n: list(found) for n, found in bench.probe.rates.items()} if "probe" in vars(bench) else {}
+    rates = {n: list(found) for n, found in bench.read_rates().items()}
     rates.setdefault(threads or settings.threads, []).extend(whole.rates)
     rates = {n: found for n, found in sorted(rates.items()) if found}
     best = {n: max(found) for n, found in rates.items()}
@@ -154,7 +160,24 @@ def measure_all(
         "agreement": whole.compared.get("agreement", []),
         "heads": whole.compared.get("heads", []),
         "speculation": whole.compared.get("speculation", []),
+        "measured_before": {} if kept is None else kept.used,
     }
+
+
+def measured_once(name: str, work: Callable[[Bench], Section], bench: Bench, kept: Kept | None) -> Section:
+    """Measure a section, or take what an earlier attempt kept of it. Raises like `measured`."""
+    found = None if kept is None else kept.read(name)
+    if found is not None:
+        bench.say(f"{name}: measured by an earlier attempt")
+        section, rates = found
+        for threads, more in rates.items():
+            bench.earlier.setdefault(threads, []).extend(more)
+        return section
+    before = {threads: len(rates) for threads, rates in bench.own_rates().items()}
+    section = measured(name, work, bench)
+    if kept is not None:
+        kept.write(name, section, {n: rates[before.get(n, 0) :] for n, rates in bench.own_rates().items()})
+    return section
 
 
 def measured(name: str, work: Callable[[Bench], Section], bench: Bench) -> Section:

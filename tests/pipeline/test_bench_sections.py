@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ import yaml
 
 from reqat.cli.main import main
 from reqat.config.errors import ReqatError
+from reqat.config.paths import Paths
 from reqat.config.throughput import Throughput, load_throughput
+from reqat.pipeline import benchmark
+from reqat.pipeline.bench_kept import Kept
 from reqat.pipeline.bench_sections import Bench, Section, apart, planned_bytes, sections
 from reqat.pipeline.benchmark import measured
 from reqat.records import record
 from reqat_kernels.bench.machine import Bandwidth
-from reqat_kernels.bench.measure import Result
+from reqat_kernels.bench.measure import Result, Row, failed_row
 from reqat_kernels.bench.worker import Died, cpus
 
 ROOT = Path(__file__).parents[2]
@@ -138,3 +143,73 @@ def test_figure_and_tables_of_a_failed_benchmark_say_why(checkout: Path, capsys:
     assert (plots / "figure6.png").stat().st_size > 5000 and (plots / "figure6.pdf").exists()
     capsys.readouterr()
     assert reqat("pin", "--what", "benchmark", "--tier", "smoke") == 2, "a placeholder is never pinned"
+
+
+# -- what outlives a kill ----------------------------------------------------------------------------------------------
+
+
+def row(**more: Any) -> Row:
+    return replace(failed_row("linear", "ours", "NVFP4", "N=K=16", 1, 1, "none"), failure=None, **more)
+
+
+def test_a_kept_section_comes_back_as_it_was_measured(tmp_path: Path) -> None:
+    paths, bench = Paths(tmp_path), bench_of(table={"sizes": [16]})
+    section = Section(Result([row(n=3, median_us=1.5, min_us=0.5)], ["a"], ["b"]), {"heads": [{"x": 1}]}, [3.0], 7)
+    kept = Kept(tmp_path / "kept", bench, paths)
+    assert kept.read("table") is None and not kept.used
+    kept.bandwidth(bench)
+    kept.write("table", section, {1: [1e9], 2: [2e9]})
+    again, other = Kept(tmp_path / "kept", bench, paths), bench_of(table={"sizes": [16]})
+    del vars(other)["bandwidth"]
+    again.bandwidth(other)
+    assert other.bandwidth == bench.bandwidth
+    found = again.read("table")
+    assert found is not None and found[1] == {1: [1e9], 2: [2e9]} and list(again.used) == ["table"]
+    assert repr(found[0]) == repr(section), "NaN is not equal to itself, its text is"
+
+
+def test_what_was_kept_with_other_code_settings_or_threads_is_not_found(tmp_path: Path) -> None:
+    code = tmp_path / "kernels" / "reqat_kernels" / "a.cpp"
+    code.parent.mkdir(parents=True)
+    code.write_text("1")
+    paths, asked = Paths(tmp_path), {"table": {"sizes": [16]}}
+    Kept(tmp_path / "kept", bench_of(**asked), paths).write("table", Section(Result()), {})
+
+    def found(**settings: Any) -> bool:
+        return Kept(tmp_path / "kept", bench_of(**settings), paths).read("table") is not None
+
+    assert found(**asked)
+    assert not found(table={"sizes": [32]})
+    assert not found(threads=2, **asked)
+    code.write_text("2")
+    assert not found(**asked)
+
+
+def test_an_attempt_after_a_kill_measures_only_what_is_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"table": {"sizes": [16]}, "sem_loss": {"shapes": ["tiny"]}, "memory_mb": 2000}
+    (checkout / "config" / "throughput.yaml").write_text(yaml.safe_dump({"tiers": {"smoke": tiny}}))
+    done: list[str] = []
+
+    def of(name: str, fails: bool) -> Callable[[Bench], Section]:
+        def work(bench: Bench) -> Section:
+            if fails:
+                raise KeyboardInterrupt
+            done.append(name)
+            return Section(Result([row(kernel=name, gb_per_s=1.0)]))
+
+        return work
+
+    for fails in (True, False):
+        monkeypatch.setattr(benchmark, "sections", lambda _, fails=fails: {"a": of("a", False), "b": of("b", fails)})
+        monkeypatch.setattr(benchmark, "planned_bytes", lambda _: {})
+        monkeypatch.setattr(benchmark, "preload", lambda _: None)
+        monkeypatch.setattr(
+            Kept, "bandwidth", lambda self, bench: vars(bench).update(bandwidth=Bandwidth((), (), None))
+        )
+        reqat("bench", "--tier", "smoke", "--quiet")
+    assert done == ["a", "b"]
+    (folder,) = (checkout / "build" / "throughput").glob("throughput-*/")
+    kept = record.verify(folder)
+    assert kept["resumed"] and list(kept["metrics"]["measured_before"]) == ["a"]
+    assert list(pd.read_csv(folder / "throughput.csv").kernel) == ["a", "b"]
+    assert not list((checkout / "build" / "checkpoints").glob("*")), "the result is there: nothing is kept any more"
