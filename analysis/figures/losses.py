@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -121,15 +123,16 @@ def curve(results: Results, stage: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises `ReqatError` if the stage or none of its parents trained anything.
     """
-    chain = list(results.plan.lineage(stage))
+    bases = set(results.plan.bases.values())  # what made those is not counted
+    chain = list(itertools.takewhile(lambda s: s.id not in bases, results.plan.lineage(stage)))
     while chain and not chain[0].budget_tokens:
         chain = chain[1:]
-    if not chain or chain[0].kind == "base":
+    if not chain:
         raise ReqatError(f"{stage} trains nothing, so it has no curve")
     points = results.metrics(chain[0].id).get("curve")
     if not points:
         raise ReqatError(f"{results.folder(chain[0].id)}: the record has no curve; {results.remedy([chain[0].id])}")
-    before = sum(s.budget_tokens for s in chain[1:] if s.kind != "base")
+    before = sum(s.budget_tokens for s in chain[1:])
     return (
         before + np.array([p["tokens"] for p in points], dtype=float),
         np.array([p.get("nll", p["loss"]) for p in points], dtype=float),

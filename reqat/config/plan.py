@@ -209,6 +209,14 @@ class _Builder:
         return self.plan.stages.setdefault(stage.id, stage)
 
     def base(self, label: str, model: Model) -> Stage:
+        given = self.given(label, model)
+        if model.tuning is None:
+            return given
+        read = DataStageSettings(**model.tuning.data.model_dump() | {"tokenizer": "model"})
+        store = self.add("data", read, parent=given.id)
+        return self.add("finetune", model.tuning.settings(), parent=given.id, data=store.id)
+
+    def given(self, label: str, model: Model) -> Stage:
         if model.scratch is not None:
             store = self.add("data", DataStageSettings(**model.scratch.data.model_dump()))
             trained = self.add("base", model.scratch.settings(label), data=store.id)

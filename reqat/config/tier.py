@@ -30,6 +30,7 @@ from reqat.config.stage import (
     ProblemSet,
     Selection,
     Training,
+    TrainSettings,
 )
 
 Source = Literal["scratch", "pinned", "package", "path"]
@@ -59,6 +60,22 @@ class Scratch(Strict):
         )
 
 
+class Tuning(Strict):
+    """How a model is fine-tuned, in BF16, to be the base that recipes start from: a published model answers in no
+    form that is known beforehand, as R1-Distill's models did before their traces were distilled into them."""
+
+    data: DataSettings
+    training: Training = Training()
+    tokens: Count
+    epochs: Count = 1
+    seed: Seed = 0
+
+    def settings(self) -> TrainSettings:
+        """Settings of the `finetune` stage that this describes."""
+        traces = Selection(tokens=self.tokens, epochs=self.epochs)
+        return TrainSettings(training=self.training, traces=traces, seed=self.seed)
+
+
 class Shape(Strict):
     """Size of a published model, enough to compute the memory it needs before it is there."""
 
@@ -79,6 +96,8 @@ class Model(Strict):
     reference: str | None = None
     """`package`: name of the installed package; `path`: folder under the models folder."""
     scratch: Scratch | None = None
+    tuning: Tuning | None = None
+    """None: the base is the model as it is."""
     artifacts: list[str]
     """Empty for a model that is a teacher alone."""
     finetune_subset_tokens: Count | None = None
