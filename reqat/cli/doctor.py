@@ -21,6 +21,7 @@ from reqat.config import machine, memory, resources, working_folder
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, pinned_base
 from reqat.config.plan import Plan
+from reqat.config.studies import load_studies
 from reqat.config.throughput import LEAST_MEMORY_MB, load_throughput
 from reqat.config.tier import tier_names
 
@@ -225,7 +226,10 @@ def doctor(
         failed = failed or any(check.level == "fail" for check in checks)
         verdict = "cannot run here" if any(c.level == "fail" for c in general + checks) else "can run here"
         shown = amiss if quick or tier is None else checks
-        said, details = f"tier {name}: {verdict}; {cost(plan)}", [table(shown)] if shown else []
+        takes = cost(plan, list(load_studies(plan, session.paths.config).values()))
+        if bench and load_throughput(name, session.paths.config) is not None:
+            takes += ", the benchmark (BENCH=no leaves it out) apart"
+        said, details = f"tier {name}: {verdict}; {takes}", [table(shown)] if shown else []
         if quick:  # the verdict last
             print("\n".join([*details, said]), flush=True)
         else:
