@@ -11,15 +11,19 @@ import pytest
 
 from analysis.figures import companion_encoders as encoders_figure
 from analysis.figures import companion_tsld as tsld_figure
-from analysis.report import style
+from analysis.report import companion_claims, style
 from analysis.report.companions import Found
 from analysis.tables import companion_encoders, companion_tsld
 from reqat.config.base import parse
 from reqat.config.catalogue import LABELLED_TASKS
+from reqat.config.companions import TESTBED
 from reqat.config.companions import encoders as encoders_settings
 from reqat.config.companions import tsld as tsld_settings
 from reqat.config.errors import ReqatError
 from reqat.pipeline.companions import Given, encoders, tsld
+from reqat.tasks import problems
+
+ROOT = Path(__file__).parents[2]
 
 
 def encoder_settings(**changes: Any) -> encoders_settings.Settings:
@@ -200,9 +204,39 @@ def test_blocks_for_validation_are_of_the_text_to_train_on_and_unread(tmp_path: 
     assert all(tokenizer.decode(block) in unseen and tokenizer.decode(block) not in reading for block in test)
 
 
-def test_traces_have_no_validation() -> None:
-    with pytest.raises(ReqatError, match="traces"):
-        tsld_tiny(text="traces", held_out="validation")
+def test_only_traces_have_problems_to_answer() -> None:
+    with pytest.raises(ReqatError, match="answered.*generated"):
+        tsld_tiny(answered=5)
+
+
+@pytest.mark.parametrize("held_out", ["test", "validation"])
+def test_students_on_traces_answer_problems_of_the_held_out_split(tmp_path: Path, held_out: str) -> None:
+    changes: dict[str, Any] = {"epochs": 1, "evaluations": 1, "block_tokens": 192, "losses": ["logit", "tsld"]}
+    settings = tsld_tiny(text="traces", held_out=held_out, answered=6, answer_tokens=150, test_blocks=3, **changes)
+    asked = [problem.id for problem in tsld._of_traces(settings, 42, of_testbed(tmp_path)).problems]
+    expected = problems(settings.problems, held_out, 6, seed=1)
+    assert asked == [problem.id for problem in expected]
+    rows = tsld.run(settings, "seed42", of_testbed(tmp_path))
+    graded = rows[rows["answered"].notna()]
+    assert graded.groupby("method")["answered"].sum().to_dict() == dict.fromkeys(rows["method"].unique(), 6)
+    assert (
+        graded.groupby("method")["step"]
+        .agg(["min", "max"])
+        .eq(rows.groupby("method")["step"].max(), axis=0)
+        .all(axis=None)
+    )
+    right = graded.groupby("method")["right"].sum()
+    assert right["teacher"] >= 5, "the pinned base has learned problems of this kind"
+    table = companion_tsld.build(found("tsld", settings, rows))
+    (shown,) = [row for row in table.data.to_dict("records") if row.get("method") == "teacher"]
+    assert shown["accuracy"] == pytest.approx(100 * right["teacher"] / 6)
+    units = table.data.loc[table.data["kind"] == "claim", "unit"]
+    assert list(units) == [companion_claims.NATS, companion_claims.POINTS]
+    drawn(tsld_figure.build, found("tsld", settings, rows), tmp_path)
+
+
+def of_testbed(folder: Path) -> Given:
+    return Given({TESTBED: ROOT / "results" / "base" / "model"}, folder, folder / "kept", lambda _: None)
 
 
 @pytest.mark.parametrize(("rates", "says"), [({"gt": 0.1}, "trained by gt"), ({"tsld": 0}, "greater than 0")])

@@ -60,7 +60,13 @@ class Settings(Companion):
     """Or traces."""
     held_out: Literal["test", "validation"] = "test"
     """Where `test_blocks` come from. `test`: a novel, or texts, that nobody trains on. `validation`: blocks of the text
-    to train on that the teacher does not read, for choosing settings without a look at the test."""
+    to train on that the teacher does not read, for choosing settings without a look at the test. Of `traces`, the split
+    of the problems."""
+    answered: int = Field(default=0, ge=0, le=10**6)
+    """Problems of `traces`, of the held-out split, that teacher and students answer at the end of their training
+    (greedily); 0: none."""
+    answer_tokens: Size = 200
+    """Longest answer."""
     teacher_epochs: Count = 1
     epochs: Count = 10
     evaluations: Size = 10
@@ -78,8 +84,8 @@ class Settings(Companion):
         resolve(self.precision)
         if idle := [loss for loss in self.rates if loss not in self.losses]:
             raise ReqatError(f"rates: no student is trained by {', '.join(idle)}; name it in losses, or leave it out.")
-        if self.held_out == "validation" and self.text == "traces":
-            raise ReqatError("held_out: 'traces' have no validation blocks; choose settings on a running text.")
+        if self.answered and self.text != "traces":
+            raise ReqatError(f"answered: {self.text!r} has no problems to answer; take text: traces, or leave it out.")
         return self
 
     def rate_of(self, loss: str) -> float:

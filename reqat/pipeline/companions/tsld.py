@@ -32,16 +32,20 @@ _AUSTEN_TEST = "persuasion"
 
 @dataclass(frozen=True)
 class Material:
-    """The teacher, what its students read, and what they are tested on: (token ids that are given, that are scored)."""
+    """The teacher, what its students read, and what they are tested on: (token ids that are given, that are scored),
+    and problems to answer, if any."""
 
     teacher: Any
     rows: Any
     test: list[tuple[Sequence[int], Sequence[int]]]
+    problems: Sequence[Any] = ()
+    tokenizer: Any = None
 
 
 def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
     """A row a method, evaluation and group of held-out blocks (or traces): `step`, `nats` summed over `tokens`, and
-    `train_loss`, the mean of the last epoch. `ptq` is the student before training."""
+    `train_loss`, the mean of the last epoch; where problems are answered, `right` of `answered` in the rows of the last
+    step. `ptq` is the student before training."""
     import torch
 
     from reqat.evaluation.likelihood import log_likelihoods
@@ -59,12 +63,14 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         return (-log_likelihoods(model, found.test, autocast=autocast)).tolist()  # type: ignore[no-any-return]
 
     measured: dict[tuple[str, int], tuple[list[float], float]] = {(TEACHER, 0): (nats(teacher), math.nan)}
+    right = {(TEACHER, 0): _right(teacher, found, settings, given, f"{part} {TEACHER}")}
     steps = -(-len(rows) * settings.epochs // settings.rows_per_batch)
     for method in (PTQ, *settings.losses):
         student = copy.deepcopy(teacher)
         prepare(student, settings.precision, override=True)
         if method == PTQ:
             measured[PTQ, 0] = nats(student), math.nan
+            right[PTQ, 0] = _right(student, found, settings, given, f"{part} {PTQ}")
             continue
         if half:
             student.to(torch.bfloat16)
@@ -82,21 +88,54 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         objective = objective_of(method, settings)
         result = train(student, rows, objective, qat, folder, teacher=teacher, observer=watched, label=label)
         watched.at(student, steps)
+        right[method, steps] = _right(student, found, settings, given, label)
         last = [entry["loss"] for entry in result.history[-max(1, steps // settings.epochs) :]]
         best = math.exp(sum(watched.values[watched.lowest]) / tokens)
         given.say(f"{label}: best perplexity {best:.3f} after {watched.lowest} of {steps} steps")
         measured |= {(method, step): (values, sum(last) / len(last)) for step, values in sorted(watched.values.items())}
     about = {"seed": seed, "numbers": settings.numbers, "precision": settings.precision, "steps": steps}
-    frame = pd.DataFrame(list(_grouped(measured, [len(scored) for _, scored in found.test])))
+    frame = pd.DataFrame(list(_grouped(measured, [len(scored) for _, scored in found.test], right)))
     return frame.assign(**about, learned_scale=settings.learned_scale)
 
 
-def _grouped(measured: dict[tuple[str, int], tuple[list[float], float]], tokens: list[int]) -> Iterator[dict[str, Any]]:
-    """Every twentieth block is of one group: enough groups to see how much blocks differ."""
+def _right(model: Any, found: Material, settings: Settings, given: Given, label: str) -> list[bool]:
+    """Which of the problems a model answers rightly, greedily."""
+    import torch
+
+    from reqat.evaluation import evaluate
+
+    if not found.problems:
+        return []
+    model.eval()
+    with torch.random.fork_rng([]):
+        outcomes = evaluate(
+            model,
+            found.tokenizer,
+            found.problems,
+            seeds=[0],
+            decoding="greedy",
+            max_new_tokens=settings.answer_tokens,
+            autocast=torch.bfloat16 if model.dtype == torch.bfloat16 else None,
+            keep_responses=False,
+        )
+    right = [bool(x) for x in outcomes.correct]
+    given.say(f"{label}: {sum(right)} of {len(right)} problems")
+    return right
+
+
+def _grouped(
+    measured: dict[tuple[str, int], tuple[list[float], float]],
+    tokens: list[int],
+    right: dict[tuple[str, int], list[bool]],
+) -> Iterator[dict[str, Any]]:
+    """Every twentieth block (and problem) is of one group: enough groups to see how much blocks differ."""
     for (method, step), (nats, loss) in measured.items():
-        for group in range(min(GROUPS, len(nats))):
+        answers, groups = right.get((method, step), []), min(GROUPS, len(nats))
+        for group in range(groups):
             about = {"method": method, "step": step, "group": group, "train_loss": loss}
-            yield about | {"nats": sum(nats[group::GROUPS]), "tokens": sum(tokens[group::GROUPS])}
+            about |= {"nats": sum(nats[group::groups]), "tokens": sum(tokens[group::groups])}
+            asked = {"right": sum(answers[group::groups]), "answered": len(answers[group::groups])} if answers else {}
+            yield about | asked
 
 
 def _of_traces(settings: Settings, seed: int, given: Given) -> Material:
@@ -104,20 +143,22 @@ def _of_traces(settings: Settings, seed: int, given: Given) -> Material:
     from reqat.data import Trace, pack
     from reqat.evaluation.dynamics import verified_traces
     from reqat.models import load_model, load_tokenizer, prepare
+    from reqat.tasks import problems
 
     folder = given.source(TESTBED)
     teacher, tokenizer = load_model(folder), load_tokenizer(folder)
     prepare(teacher, "BF16", override=True)
     read, unseen = (
         verified_traces(settings.problems, tokenizer, n=n, split=split, seed=seed)
-        for n, split, seed in ((settings.student_blocks, "train", seed), (settings.test_blocks, "test", 0))
+        for n, split, seed in ((settings.student_blocks, "train", seed), (settings.test_blocks, settings.held_out, 0))
     )
+    asked = problems(settings.problems, settings.held_out, settings.answered, seed=1) if settings.answered else ()
     traces = [
         Trace(f"trace {i}", trace.info.problem, trace.info.family, "", "", trace.prompt_ids, trace.response_ids, False)
         for i, trace in enumerate(read)
     ]
     rows = pack(traces, settings.block_tokens, bos_id=None, pad_id=int(tokenizer.pad_token_id or 0))
-    return Material(teacher, rows, [(trace.prompt_ids, trace.response_ids) for trace in unseen])
+    return Material(teacher, rows, [(trace.prompt_ids, trace.response_ids) for trace in unseen], asked, tokenizer)
 
 
 def _of_text(settings: Settings, part: str, given: Given) -> Material:
