@@ -116,7 +116,8 @@ def build(found: Found) -> Table:
 def _accuracy(mean: Mean | None) -> Text:
     if mean is None:
         return Text(EMPTY)
-    return Text(number(mean.value, 1), detail=f"[{number(mean.lo, 1)}, {number(mean.hi, 1)}]")
+    low, high = max(0.0, mean.lo), min(100.0, mean.hi)
+    return Text(number(mean.value, 1), detail=f"[{number(low, 1)}, {number(high, 1)}]")
 
 
 def best(rows: pd.DataFrame) -> dict[str, Any]:
