@@ -70,6 +70,7 @@ def build(found: Found) -> Table:
     for label, rows in found.rows.groupby("companion", sort=False):
         numbers = str(rows["numbers"].iloc[0])
         seen, solved = best(rows), accuracies(rows)
+        digits = 3 if found.settings[label]["text"] == "traces" else 2  # solutions: perplexities a little above 1
         lines = []
         for method, values in seen.items():
             mean = mean_over_runs(values)
@@ -83,7 +84,7 @@ def build(found: Found) -> Table:
                 (
                     Text(str(label)),
                     Text(NAMES[method]),
-                    Text(number(value, 2), detail=f"[{number(low, 2)}, {number(high, 2)}]"),
+                    Text(number(value, digits), detail=f"[{number(low, digits)}, {number(high, digits)}]"),
                     *([_accuracy(correct)] if answered else []),
                     Text(number(train, _DIGITS[NATS])),
                     Text(number(paper, 2) if paper is not None else EMPTY),
