@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,11 +30,11 @@ LOOKS = {
 def build(found: Found) -> Figure:
     """Evaluation perplexity over the steps of a training, mean over training seeds, the teacher as a line."""
     groups = list(found.rows.groupby("companion", sort=False))
-    columns = min(3, len(groups))
+    columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
     fig = style.figure(2.6 * lines, min(style.WIDTH_IN, 1.2 + 3.0 * columns))
     grid = fig.subplots(lines, columns, squeeze=False)
-    titles = [_title(rows) for _, rows in groups]
+    titles = [_title(rows, found.settings[str(label)]) for label, rows in groups]
     for i, (ax, (label, rows)) in enumerate(zip(grid.flat, groups, strict=False)):
         _curves(ax, rows)
         alike = titles.count(titles[i]) > 1  # settings that differ in something else go by their names
@@ -46,9 +48,10 @@ def build(found: Found) -> Figure:
     return fig
 
 
-def _title(rows: pd.DataFrame) -> str:
+def _title(rows: pd.DataFrame, settings: Mapping[str, Any]) -> str:
     """In two lines: three panels side by side have no room for one."""
-    return f"{rows['precision'].iloc[0]}\nin {rows['numbers'].iloc[0]}"
+    read = ", traces" if settings["text"] == "traces" else ""
+    return f"{rows['precision'].iloc[0]}\nin {rows['numbers'].iloc[0]}{read}"
 
 
 def _curves(ax: Axes, rows: pd.DataFrame) -> None:
@@ -63,6 +66,14 @@ def _curves(ax: Axes, rows: pd.DataFrame) -> None:
 
 
 def perplexities(rows: pd.DataFrame) -> pd.Series:
-    """Step -> exponential of the nats per token, summed over groups, meaned over seeds."""
+    """Step -> exponential of the nats per token, summed over groups, meaned over seeds.
+
+    The n-th evaluation of a training is meaned with the n-th of the others, at the mean of their steps: solutions fill
+    a different number of rows for each seed.
+    """
     sums = rows.groupby(["seed", "step"])[["nats", "tokens"]].sum()
-    return np.exp((sums["nats"] / sums["tokens"]).groupby("step").mean())
+    nats = (sums["nats"] / sums["tokens"]).rename("nats").reset_index()
+    turns = nats.assign(turn=nats.groupby("seed").cumcount()).groupby("turn")
+    whole = turns["seed"].count() == nats["seed"].nunique()
+    means = turns[["step", "nats"]].mean()[whole]
+    return pd.Series(np.exp(means["nats"].to_numpy()), index=means["step"].to_numpy())

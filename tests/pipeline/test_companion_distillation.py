@@ -115,10 +115,21 @@ def test_every_setting_of_tsld_has_a_panel_of_its_own() -> None:
     names = [f"tsld-rate{i}" for i in range(10)]
     rows = pd.concat([measured(0.05, 2).assign(companion=name) for name in names])
     with style.context():
-        fig = tsld_figure.build(Found("tsld", rows, {}, tier="smoke"))
+        settings = dict.fromkeys(names, tsld_tiny().model_dump(mode="json"))
+        fig = tsld_figure.build(Found("tsld", rows, settings, tier="smoke"))
     drawn_axes = [ax for ax in fig.axes if ax.get_lines()]
     assert len(drawn_axes) == 10
     assert all(name in ax.get_title(loc="left") for name, ax in zip(names, drawn_axes, strict=True))
+
+
+def test_evaluations_of_seeds_are_meaned_turn_by_turn() -> None:
+    rows = pd.DataFrame(
+        {"seed": seed, "step": step, "nats": nats, "tokens": 1}
+        for seed, steps in ((1, [10, 20, 21]), (2, [12, 24]))
+        for step, nats in zip(steps, (2.0, 1.0, 9.0), strict=False)
+    )
+    curve = tsld_figure.perplexities(rows)
+    assert curve.to_dict() == {11: pytest.approx(np.exp(2)), 22: pytest.approx(np.exp(1))}, "no third in seed 2"
 
 
 @pytest.mark.parametrize(("gap", "says"), [(0.05, "agrees"), (-0.05, "disagrees"), (0.0, "cannot tell")])
