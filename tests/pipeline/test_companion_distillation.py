@@ -246,6 +246,14 @@ def test_students_on_traces_answer_problems_of_the_held_out_split(tmp_path: Path
     drawn(tsld_figure.build, found("tsld", settings, rows), tmp_path)
 
 
+def test_the_token_scaled_term_counts_the_sequences_of_a_step(tmp_path: Path) -> None:
+    given = of_testbed(tmp_path)
+    traces = tsld._of_traces(tsld_tiny(text="traces", block_tokens=384, student_blocks=8), 42, given)
+    assert len(traces.rows) < 8 and traces.sequences == 8 / len(traces.rows), "several solutions share a row"
+    assert tsld._of_text(tsld_tiny(), "seed42", given).sequences == 1
+    assert tsld.objective_of("tsld", 8.5).terms[1].weight == 8.5
+
+
 def of_testbed(folder: Path) -> Given:
     return Given({TESTBED: ROOT / "results" / "base" / "model"}, folder, folder / "kept", lambda _: None)
 

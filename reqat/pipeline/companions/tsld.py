@@ -38,6 +38,8 @@ class Material:
     teacher: Any
     rows: Any
     test: list[tuple[Sequence[int], Sequence[int]]]
+    sequences: float = 1.0
+    """Sequences of a row, on average: blocks fill one each, several solutions share one."""
     problems: Sequence[Any] = ()
     tokenizer: Any = None
 
@@ -85,7 +87,7 @@ def run(settings: Settings, part: str, given: Given) -> pd.DataFrame:
         )
         folder, label = given.checkpoints / method.replace("+", "-"), f"{part} {method}"
         watched = Watched(nats, max(1, steps // settings.evaluations), folder / "nats.json")
-        objective = objective_of(method, settings)
+        objective = objective_of(method, settings.rows_per_batch * found.sequences)
         result = train(student, rows, objective, qat, folder, teacher=teacher, observer=watched, label=label)
         watched.at(student, steps)
         right[method, steps] = _right(student, found, settings, given, label)
@@ -158,7 +160,8 @@ def _of_traces(settings: Settings, seed: int, given: Given) -> Material:
         for i, trace in enumerate(read)
     ]
     rows = pack(traces, settings.block_tokens, bos_id=None, pad_id=int(tokenizer.pad_token_id or 0))
-    return Material(teacher, rows, [(trace.prompt_ids, trace.response_ids) for trace in unseen], asked, tokenizer)
+    scored = [(trace.prompt_ids, trace.response_ids) for trace in unseen]
+    return Material(teacher, rows, scored, len(traces) / len(rows), asked, tokenizer)
 
 
 def _of_text(settings: Settings, part: str, given: Given) -> Material:
@@ -218,8 +221,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return [id for line in text.splitlines() for id in tokenizer(line + "\n")["input_ids"]]
 
 
-def objective_of(loss: str, settings: Settings) -> Any:
-    """The objective of a loss by its name."""
+def objective_of(loss: str, sequences: float) -> Any:
+    """The objective of a loss by its name, where a step has so many sequences on average."""
     from reqat.methods.terms import TERMS
     from reqat.training import NLL, Objective
 
@@ -227,8 +230,9 @@ def objective_of(loss: str, settings: Settings) -> Any:
         "gt": (NLL(),),
         "logit": (TERMS["qad"](),),
         "logit+gt": (TERMS["qad"](), NLL()),
-        # A mean over sequences of one length here; the paper's is a sum over those of a step.
-        "tsld": (NLL(), TERMS["tsld"](weight=float(settings.rows_per_batch))),
+        # A mean over sequences, weighted by their lengths; the paper's is a sum over those of a step. Where lengths
+        # differ, as those of solutions do, this is that sum on average.
+        "tsld": (NLL(), TERMS["tsld"](weight=float(sequences))),
         "l2l": (TERMS["qad"](), TERMS["hidden_mse"](over="tokens"), TERMS["attention_score_mse"]()),  # type: ignore[call-arg]
     }
     return Objective(terms[loss])
