@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -123,8 +121,7 @@ def curve(results: Results, stage: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises `ReqatError` if the stage or none of its parents trained anything.
     """
-    bases = set(results.plan.bases.values())  # what made those is not counted
-    chain = list(itertools.takewhile(lambda s: s.id not in bases, results.plan.lineage(stage)))
+    chain = list(results.plan.since_base(stage))
     while chain and not chain[0].budget_tokens:
         chain = chain[1:]
     if not chain:

@@ -13,7 +13,7 @@ HANDED_OVER = 4
 
 def epochs_of(results: Results, entry: Entry) -> int:
     """Epochs of the last training behind an entry; 0 where nothing is trained."""
-    for stage in results.plan.lineage(results.plan.evaluation(entry.cells[0].evaluation).stage):
+    for stage in results.plan.since_base(results.plan.evaluation(entry.cells[0].evaluation).stage):
         if isinstance(stage.settings, TrainSettings):
             return stage.settings.traces.epochs
     return 0

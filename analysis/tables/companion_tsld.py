@@ -174,9 +174,10 @@ def _line(row: dict[str, Any]) -> str:
 
 def _notes(found: Found) -> list[str]:
     notes = [
-        "Intervals: 95%, over groups of test blocks and training seeds; p by Holm over the claims of a setting.",
-        "The paper's order, TSLD below Logit below Logit + GT, holds in float32; in bfloat16 Logit + GT is no longer "
-        "above Logit (14.81, 15.09, 15.02).",
+        "Intervals: 95%, over groups of test blocks (or problems) and training seeds; p by Holm over the claims of a "
+        "setting in one unit.",
+        "The paper's order (of perplexities on a text), TSLD below Logit below Logit + GT, holds in float32; in "
+        "bfloat16 Logit + GT is no longer above Logit (14.81, 15.09, 15.02).",
     ]
     for label, settings in found.settings.items():
         shape, seeds, traces = settings["architecture"], len(settings["seeds"]), settings["text"] == "traces"

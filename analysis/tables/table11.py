@@ -93,7 +93,7 @@ def own_rates(results: Results) -> dict[str, dict[str, str]]:
     for cell in plan.cells:
         if cell.recipe not in train.rates:
             continue
-        trained = [stage.kind for stage in plan.lineage(plan.evaluation(cell.evaluation).stage)]
+        trained = [stage.kind for stage in plan.since_base(plan.evaluation(cell.evaluation).stage)]
         if "qat" in trained:  # at BF16 the recipe has no such stage
             from_base = "finetune" not in trained and train.qat_from_base is not None
             rows = found.setdefault("QAT from the base" if from_base else "QAT", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -46,6 +47,8 @@ def bench(
         return finished(out, id) and (not current or is_current(out, paths))
 
     out = paths.throughput(settings.id)
+    if force:
+        shutil.rmtree(paths.checkpoints(settings.id), ignore_errors=True)
     with running("throughput", settings.id, settings, out, paths, tier=tier, force=force, done=done) as job:
         if job is not None:
             # Looking for a GPU by way of the driver would be in the way of the processes that are forked to use it.

@@ -8,6 +8,7 @@ the weights itself.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -109,6 +110,11 @@ class Plan:
             stage = self.stage(current)
             yield stage
             current = stage.parent
+
+    def since_base(self, id: str) -> Iterator[Stage]:
+        """As `lineage`, without the base of a model of the tier and what made it."""
+        bases = set(self.bases.values())
+        return itertools.takewhile(lambda stage: stage.id not in bases and stage.kind != "base", self.lineage(id))
 
     @cached_property
     def needed(self) -> dict[str, Stage]:

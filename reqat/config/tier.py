@@ -70,6 +70,18 @@ class Tuning(Strict):
     epochs: Count = 1
     seed: Seed = 0
 
+    @model_validator(mode="after")
+    def _readable(self) -> Tuning:
+        if self.data.source != "generated":
+            raise ReqatError(
+                f"tuning: data.source {self.data.source!r}: traces of a file cannot tune a base; generate them."
+            )
+        if self.tokens > self.data.tokens:
+            raise ReqatError(
+                f"tuning: it reads {self.tokens} tokens, but data.tokens asks for {self.data.tokens} only: raise those."
+            )
+        return self
+
     def settings(self) -> TrainSettings:
         """Settings of the `finetune` stage that this describes."""
         traces = Selection(tokens=self.tokens, epochs=self.epochs)

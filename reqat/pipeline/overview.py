@@ -95,7 +95,7 @@ def run_overview(
 def _stages(plan: Plan, last: str) -> list[dict[str, Any]]:
     """What each training or fitting stage behind a model does, the first one first."""
     out: list[dict[str, Any]] = []
-    for stage in reversed(list(plan.lineage(last))):
+    for stage in reversed(list(plan.since_base(last))):
         s = stage.settings
         if isinstance(s, TrainSettings):
             terms = [term.model_dump(mode="json") for term in s.training.objective]

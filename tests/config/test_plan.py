@@ -500,7 +500,7 @@ def test_patterns_of_layers_are_checked(skip: list[str], steps: list[dict], name
         parse(Recipe, {"method": "m", "steps": steps, "precision": {"MXFP4": {"skip": skip}}}, "test")
 
 
-def test_a_tuned_base_stands_before_every_recipe_and_changes_no_other_plan():
+def test_a_tuned_base_stands_before_every_recipe():
     tuning = {
         "data": {"families": {"chain_sum": {"min_terms": 3}}, "tokens": 50_000},
         "training": {"lr": 1e-4},
@@ -521,5 +521,9 @@ def test_a_tuned_base_stands_before_every_recipe_and_changes_no_other_plan():
     assert store.settings.tokenizer == "model" and store.parent == plain.bases[label]  # type: ignore[union-attr]
     for evaluation in tuned.evaluations.values():
         assert base.id in [stage.id for stage in tuned.lineage(evaluation.stage)]
+        assert not {"base", "finetune"} & {stage.kind for stage in tuned.since_base(evaluation.stage)}, "of PTQ alone"
     again = make("smollm", models={label: {"tuning": tuning | {"seed": 8}}})
     assert not set(again.evaluations) & set(tuned.evaluations), "another base: other results"
+    for wrong, says in (({"tokens": 60_000}, "60000.*50000"), ({"data": {"source": "x.jsonl"}}, "x.jsonl")):
+        with pytest.raises(ReqatError, match=says):
+            make("smollm", models={label: {"tuning": merge(tuning, wrong)}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -154,7 +156,7 @@ def row(**more: Any) -> Row:
 
 def test_a_kept_section_comes_back_as_it_was_measured(tmp_path: Path) -> None:
     paths, bench = Paths(tmp_path), bench_of(table={"sizes": [16]})
-    section = Section(Result([row(n=3, median_us=1.5, min_us=0.5)], ["a"], ["b"]), {"heads": [{"x": 1}]}, [3.0], 7)
+    section = Section(Result([row(n=3, median_us=1.5, min_us=0.5)], ["a"]), {"heads": [{"x": 1}]}, [3.0], 7)
     kept = Kept(tmp_path / "kept", bench, paths)
     assert kept.read("table") is None and not kept.used
     kept.bandwidth(bench)
@@ -168,21 +170,55 @@ def test_a_kept_section_comes_back_as_it_was_measured(tmp_path: Path) -> None:
     assert repr(found[0]) == repr(section), "NaN is not equal to itself, its text is"
 
 
-def test_what_was_kept_with_other_code_settings_or_threads_is_not_found(tmp_path: Path) -> None:
-    code = tmp_path / "kernels" / "reqat_kernels" / "a.cpp"
-    code.parent.mkdir(parents=True)
-    code.write_text("1")
+def test_what_was_kept_with_other_code_settings_or_libraries_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [tmp_path / "kernels" / "reqat_kernels" / "a.cpp", tmp_path / "reqat" / "training" / "b.py"]
+    for code in codes:
+        code.parent.mkdir(parents=True)
+        code.write_text("1")
     paths, asked = Paths(tmp_path), {"table": {"sizes": [16]}}
-    Kept(tmp_path / "kept", bench_of(**asked), paths).write("table", Section(Result()), {})
 
-    def found(**settings: Any) -> bool:
-        return Kept(tmp_path / "kept", bench_of(**settings), paths).read("table") is not None
+    def kept(memory: int = 10**9, threads: int = 0, **settings: Any) -> Kept:
+        return Kept(tmp_path / "kept", bench_of(memory, threads, **settings), paths)
 
-    assert found(**asked)
-    assert not found(table={"sizes": [32]})
-    assert not found(threads=2, **asked)
-    code.write_text("2")
-    assert not found(**asked)
+    kept(**asked).write("table", Section(Result()), {})
+    assert kept(**asked).read("table") is not None
+    for other in ({"table": {"sizes": [32]}}, asked | {"threads": 2}, asked | {"memory": 2 * 10**9}):
+        assert kept(**other).read("table") is None, other  # type: ignore[arg-type]
+    for name, value in (("REQAT_GGML", "x"), ("CUDA_VISIBLE_DEVICES", "")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            assert kept(**asked).read("table") is None, name
+    with monkeypatch.context() as changed:
+        changed.setattr(importlib.metadata, "distributions", lambda: [])
+        assert kept(**asked).read("table") is None
+    for code in codes:
+        code.write_text("2")
+        assert kept(**asked).read("table") is None, code
+        code.write_text("1")
+    assert kept(**asked).read("table") is not None
+
+
+def test_a_section_of_which_something_failed_is_measured_again(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept", bench_of(), Paths(tmp_path))
+    kept.write("table", Section(Result([replace(row(), failure="it died")])), {})
+    kept.write("linear", Section(Result(refused=["too much memory"])), {})
+    assert kept.read("table") is None and kept.read("linear") is None
+
+
+def test_rates_of_an_earlier_attempt_count_for_the_roofline(tmp_path: Path) -> None:
+    def section(bench: Bench) -> Section:
+        vars(bench)["probe"].rates.setdefault(2, []).append(5.0)
+        return Section(Result())
+
+    first, second = bench_of(), bench_of()
+    for bench, rates in ((first, {1: [1.0]}), (second, {1: [3.0]})):
+        vars(bench)["probe"] = SimpleNamespace(rates=rates)
+    paths = Paths(tmp_path)
+    benchmark.measured_once("a", section, first, Kept(tmp_path, first, paths))
+    benchmark.measured_once("a", section, second, Kept(tmp_path, second, paths))
+    assert second.own_rates() == {1: [3.0]} and second.read_rates() == {1: [3.0], 2: [5.0]}
 
 
 def test_an_attempt_after_a_kill_measures_only_what_is_missing(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,6 +122,19 @@ def test_every_setting_of_tsld_has_a_panel_of_its_own() -> None:
     assert all(name in ax.get_title(loc="left") for name, ax in zip(names, drawn_axes, strict=True))
 
 
+@pytest.mark.parametrize(("more", "says"), [(3, "agrees"), (-3, "disagrees")])
+def test_more_right_answers_are_better(more: int, says: str) -> None:
+    rows = measured(0.05, 3)
+    solved = rows["method"].map({"tsld": 10 + more, "logit": 10, "logit+gt": 10 - more})
+    rows = rows.assign(right=(solved + rows["group"] % 2).where(rows["step"] == 3), answered=25.0)
+    rows["answered"] = rows["answered"].where(rows["step"] == 3)
+    table = companion_tsld.build(found("tsld", tsld_tiny(seeds=[0, 1, 2]), rows))
+    claims = table.data[table.data["unit"] == companion_claims.POINTS].set_index("claim")
+    assert claims.loc["TSLD above Logit", "difference"] == pytest.approx(4 * more)
+    assert claims.loc["TSLD above Logit + GT", "difference"] == pytest.approx(8 * more)
+    assert all(text.startswith(says) for text in claims["verdict"])
+
+
 def test_evaluations_of_seeds_are_meaned_turn_by_turn() -> None:
     rows = pd.DataFrame(
         {"seed": seed, "step": step, "nats": nats, "tokens": 1}

@@ -160,7 +160,7 @@ def _of_traces(settings: Settings, seed: int, given: Given) -> Material:
         for i, trace in enumerate(read)
     ]
     rows = pack(traces, settings.block_tokens, bos_id=None, pad_id=int(tokenizer.pad_token_id or 0))
-    scored = [(trace.prompt_ids, trace.response_ids) for trace in unseen]
+    scored: list[tuple[Sequence[int], Sequence[int]]] = [(trace.prompt_ids, trace.response_ids) for trace in unseen]
     return Material(teacher, rows, scored, len(traces) / len(rows), asked, tokenizer)
 
 
