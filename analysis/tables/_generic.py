@@ -16,7 +16,7 @@ def build(results: Results, artifact: str, *, caption: str | None = None, first:
     """An artifact of `config/recipes.yaml`: one line a precision, method and condition; columns by budget.
 
     `caption`: the artifact's title if None. The reference is BF16 at the same budget if the artifact has BF16 cells,
-    else the condition `first` (None: the first of the plan).
+    else the condition `first` (None: the first of the plan; where there are no conditions, its first method).
     """
     entries = results.of(artifact)
     has_bf16 = any(e.precision == BF16 for e in entries)
@@ -38,7 +38,7 @@ def build(results: Results, artifact: str, *, caption: str | None = None, first:
         artifact,
         caption=results.title(artifact) + "." if caption is None else caption,
         reference=bf16_at_budget if has_bf16 else where(first),
-        reference_name=f"Difference to {BF16} (points)" if has_bf16 else f"Difference to {says(first)} (points)",
+        reference_name=f"Difference to {BF16 if has_bf16 else says(first) or entries[0].method} (points)",
         stub=stub,
         labels=labels,
         bold=not conditional and not several,
