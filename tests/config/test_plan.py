@@ -498,32 +498,3 @@ def test_layers_left_alone_are_part_of_a_precision_and_none_of_them_renames_noth
 def test_patterns_of_layers_are_checked(skip: list[str], steps: list[dict], named: str):
     with pytest.raises(ReqatError, match=named):
         parse(Recipe, {"method": "m", "steps": steps, "precision": {"MXFP4": {"skip": skip}}}, "test")
-
-
-def test_a_tuned_base_stands_before_every_recipe():
-    tuning = {
-        "data": {"families": {"chain_sum": {"min_terms": 3}}, "tokens": 50_000},
-        "training": {"lr": 1e-4},
-        "tokens": 40_000,
-        "seed": 7,
-    }
-    plain = make("smollm")
-    (label,) = plain.tier.models
-    assert plain.stage(plain.bases[label]).kind == "base"
-    tuned = make("smollm", models={label: {"tuning": tuning}})
-    base = tuned.stage(tuned.bases[label])
-    assert base.kind == "finetune" and base.precision.name == "BF16" and base.parent == plain.bases[label]
-    settings = base.settings
-    assert isinstance(settings, TrainSettings)
-    assert (settings.traces, settings.seed, settings.training.lr) == (Selection(tokens=40_000), 7, 1e-4)
-    assert base.data is not None
-    store = tuned.stage(base.data)
-    assert store.settings.tokenizer == "model" and store.parent == plain.bases[label]  # type: ignore[union-attr]
-    for evaluation in tuned.evaluations.values():
-        assert base.id in [stage.id for stage in tuned.lineage(evaluation.stage)]
-        assert not {"base", "finetune"} & {stage.kind for stage in tuned.since_base(evaluation.stage)}, "of PTQ alone"
-    again = make("smollm", models={label: {"tuning": tuning | {"seed": 8}}})
-    assert not set(again.evaluations) & set(tuned.evaluations), "another base: other results"
-    for wrong, says in (({"tokens": 60_000}, "60000.*50000"), ({"data": {"source": "x.jsonl"}}, "x.jsonl")):
-        with pytest.raises(ReqatError, match=says):
-            make("smollm", models={label: {"tuning": merge(tuning, wrong)}})
