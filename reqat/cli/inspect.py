@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, get_args
 
@@ -11,15 +10,16 @@ import typer
 
 from reqat.cli.app import Tier, app, session
 from reqat.config import machine, schema
-from reqat.config.companions import load_companions
+from reqat.config.companions import Part, load_companions
 from reqat.config.cost import hours, seconds
 from reqat.config.errors import ReqatError
 from reqat.config.formats import FAMILIES, bits_of
 from reqat.config.paths import made
 from reqat.config.plan import Plan
 from reqat.config.precision import KNOWN
+from reqat.config.recipe import OWN
 from reqat.config.resources import Job, need
-from reqat.config.stage import TrainSettings
+from reqat.config.stage import PTQSettings, TrainSettings
 from reqat.config.studies import PlannedStudy, load_studies
 from reqat.records import record
 
@@ -44,18 +44,22 @@ def show_plan(
             words += [f"{traces.epochs} epochs"] if traces.epochs > 1 else []
             words += ["+".join(term.name for term in terms)] if len(terms) > 1 else []
             words += [f"seed {stage.settings.seed}"] if stage.settings.seed else []
+        if isinstance(stage.settings, PTQSettings):
+            options = (f"{name}={value}" for name, value in stage.settings.options.items())
+            words.append(" ".join([stage.settings.method, *options]))
         parent = f"from {stage.parent}" if stage.parent else ""
         needed = "" if stage.id in plan.needed else "(target base)"
         print("  ".join(filter(None, [f"{stage.id:<24}", f"{done:<5}", ", ".join(words), parent, needed])))
     if len(plan.needed) < len(plan.stages):
         print("\n(target base): made by `snakemake base` alone; the tier begins with the pinned result of it")
     print()
-    uses = Counter(cell.evaluation for cell in plan.cells)
     for evaluation in plan.evaluations.values():
         done = "done" if (session.paths.evaluation(evaluation) / record.FILE).exists() else ""
-        method = next(cell.method for cell in plan.cells if cell.evaluation == evaluation.id)
-        precision, cells = evaluation.precision.name, uses[evaluation.id]
-        print(f"{evaluation.id}  {done:<5} {method:<22} {precision:<14} of {evaluation.stage}  ({cells} cells)")
+        cells = [cell for cell in plan.cells if cell.evaluation == evaluation.id]
+        uses = ((cell.artifact, cell.condition, cell.problems) for cell in cells)
+        words = [" ".join(word for word in use if word and word != OWN) for use in sorted(set(uses))]
+        method, precision = cells[0].method, evaluation.precision.name
+        print(f"{evaluation.id}  {done:<5} {method:<22} {precision:<14} of {evaluation.stage}  ({', '.join(words)})")
     studies = load_studies(plan, session.paths.config)
     for study in studies.values():
         done = "done" if (session.paths.study(study.id) / record.FILE).exists() else ""
@@ -65,14 +69,25 @@ def show_plan(
     for part in parts:
         done = "done" if (session.paths.companion(part.id) / record.FILE).exists() else ""
         print(f"{part.id:<56}  {done:<5} {part.settings.name:<18} {', '.join(part.sources)}".rstrip())
-    print("\n" + cost(plan, list(studies.values())))
-    if parts:
-        minutes = sum(part.settings.part_s for part in parts) / 60
-        print(
-            f"{len(parts)} parts of companions beside it (`make companions`): about {minutes:.0f} minutes of one core"
-        )
+    print("\n" + "\n".join(costs(plan, list(studies.values()), parts)))
     if plan.tier.resources.device == "cuda":
         print("\n" + gpu_hours(plan))
+
+
+def costs(plan: Plan, studies: Sequence[PlannedStudy] = (), parts: Sequence[Part] = ()) -> list[str]:
+    """A sentence on what a tier's own jobs take, if it has any, and one on its companions', if it has any."""
+    found = [cost(plan, studies)] if plan.needed or plan.evaluations or studies or not parts else []
+    if parts:
+        beside, minutes = " beside them" if found else "", sum(part.settings.part_s for part in parts) / 60
+        found.append(
+            f"{_count(len(parts), 'part')} of companions{beside} (`make companions`): about {minutes:.0f} minutes of "
+            "one core"
+        )
+    return found
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what if number == 1 else 'studies' if what == 'study' else what + 's'}"
 
 
 def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
@@ -83,12 +98,12 @@ def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
     responses = sum(evaluation.problems.n * len(evaluation.seeds) for evaluation in plan.evaluations.values())
     jobs = len(seconds(plan))
     total = sum(seconds(plan, studies).values())
-    measured = f" and {len(studies)} studies" if studies else ""
+    measured = f" and {_count(len(studies), 'study')}" if studies else ""
     side_by_side = max(1, machine.cores() // given.threads) if given.device == "cpu" else 1
-    words = f"{side_by_side} jobs side by side" if given.device == "cpu" else "one job after the other"
+    words = f"{side_by_side} jobs side by side" if side_by_side > 1 else "one job after the other"
     return (
-        f"{jobs} jobs: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses{measured}; "
-        f"about {total / 60 / side_by_side:.0f} minutes with {words}, at the tier's rates"
+        f"{_count(jobs, 'job')}: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses"
+        f"{measured}; about {total / 60 / side_by_side:.0f} minutes with {words}, at the tier's rates"
     )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from reqat.cli.main import main
 from reqat.config import machine, working_folder
+from reqat.config.companions import load_companions
+from reqat.data.packaged import austen
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,9 +27,9 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def doctor(*arguments: str) -> int:
+def doctor(*arguments: str, quick: bool = True) -> int:
     with pytest.raises(SystemExit) as end:
-        main(["doctor", "--quick", *arguments])
+        main(["doctor", *(["--quick"] if quick else []), *arguments])
     return int(end.value.code or 0)
 
 
@@ -105,3 +108,23 @@ def test_a_tier_for_gpus_cannot_run_without(checkout: Path, capsys: pytest.Captu
     assert doctor("--tier", "paper") == 2
     (line,) = lines_about(capsys.readouterr().out, "accelerators")
     assert "needs" in line and "profiles/gpu" in line
+
+
+def test_a_tier_of_companions_alone_is_counted_and_its_missing_data_named(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = checkout / "austen"
+    monkeypatch.setattr(austen, "PACKAGE", replace(austen.PACKAGE, places=lambda: [data]))
+    monkeypatch.delenv(austen.PACKAGE.variable, raising=False)
+    parts = load_companions("tsld-rates", checkout / "config")
+    assert all("austen" in part.sources for part in parts.values())
+    assert doctor("--tier", "tsld-rates", quick=False) == 0, "what is missing costs the parts that read it"
+    out = capsys.readouterr().out
+    (line,) = lines_about(out, "source austen")
+    assert austen.PACKAGE.install in line and f"{len(parts)} of {len(parts)}" in line
+    assert f"{len(parts)} parts of companions" in out and " jobs: " not in out
+    file = data / next(iter(austen.PACKAGE.files))
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert doctor("--tier", "tsld-rates", quick=False) == 0
+    assert not lines_about(capsys.readouterr().out, "source austen")

