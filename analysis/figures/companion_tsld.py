@@ -28,7 +28,8 @@ LOOKS = {
 
 
 def build(found: Found) -> Figure:
-    """Evaluation perplexity over the steps of a training, mean over training seeds, the teacher as a line."""
+    """Evaluation perplexity over the steps of a training, mean over training seeds, the teacher as a line, and rounding
+    without training as another where it is as low."""
     groups = list(found.rows.groupby("companion", sort=False))
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
@@ -44,7 +45,12 @@ def build(found: Found) -> Figure:
     for ax in grid[:, 0]:
         ax.set_ylabel("evaluation perplexity")
     fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS), fontsize=6)
-    style.footer(fig, ["Means over training seeds (of nats per token). Dashed: the teacher.", *found.notes])
+    said = (
+        "Means over training seeds (of nats per token), and the lowest and highest seed; each has a teacher of its "
+        "own, so the table compares losses seed by seed. Dashed: the teacher. Dotted: rounded, not trained, where it "
+        "is not above the panel."
+    )
+    style.footer(fig, [said, *found.notes])
     return fig
 
 
@@ -55,18 +61,23 @@ def _title(rows: pd.DataFrame, settings: Mapping[str, Any]) -> str:
 
 
 def _curves(ax: Axes, rows: pd.DataFrame) -> None:
+    curves = {str(method): perplexities(of_method) for method, of_method in rows.groupby("method")}
     for method, (colour, marker) in LOOKS.items():
-        at = perplexities(rows[rows["method"] == method])
-        if len(at):
-            ax.plot(at.index, at.to_numpy(), color=colour, marker=marker, ms=3.5, lw=1, label=NAMES[method])
-    teacher = perplexities(rows[rows["method"] == "teacher"])
-    if len(teacher):
-        ax.axhline(teacher.iloc[0], color=style.BLACK, lw=0.8, ls="--")
+        if method in curves:
+            at = curves[method]
+            ax.plot(at["step"], at["mean"], color=colour, marker=marker, ms=3.5, lw=1, label=NAMES[method])
+            ax.fill_between(at["step"], at["low"], at["high"], color=colour, alpha=0.12, lw=0)
+    highest = ax.get_ylim()[1]
+    for method, line in (("teacher", "--"), ("ptq", ":")):
+        if method in curves and curves[method]["mean"].iloc[0] < highest:
+            ax.axhline(curves[method]["mean"].iloc[0], color=style.BLACK, lw=0.8, ls=line)
+    ax.autoscale_view()  # a line keeps its distance to the edge, too
     ax.set_xlabel("step")
 
 
-def perplexities(rows: pd.DataFrame) -> pd.Series:
-    """Step -> exponential of the nats per token, summed over groups, meaned over seeds.
+def perplexities(rows: pd.DataFrame) -> pd.DataFrame:
+    """Columns step, mean, low, high: the exponential of the nats per token, summed over groups, meaned over seeds, and
+    that of the lowest and the highest seed.
 
     The n-th evaluation of a training is meaned with the n-th of the others, at the mean of their steps: solutions fill
     a different number of rows for each seed.
@@ -74,6 +85,8 @@ def perplexities(rows: pd.DataFrame) -> pd.Series:
     sums = rows.groupby(["seed", "step"])[["nats", "tokens"]].sum()
     nats = (sums["nats"] / sums["tokens"]).rename("nats").reset_index()
     turns = nats.assign(turn=nats.groupby("seed").cumcount()).groupby("turn")
-    whole = turns["seed"].count() == nats["seed"].nunique()
-    means = turns[["step", "nats"]].mean()[whole]
-    return pd.Series(np.exp(means["nats"].to_numpy()), index=means["step"].to_numpy())
+    whole = [of_turn for _, of_turn in turns if len(of_turn) == nats["seed"].nunique()]
+    nats_TS = np.array([of_turn["nats"].to_numpy() for of_turn in whole])
+    curve = {"mean": nats_TS.mean(axis=1), "low": nats_TS.min(axis=1), "high": nats_TS.max(axis=1)}
+    steps = [of_turn["step"].mean() for of_turn in whole]
+    return pd.DataFrame({"step": steps} | {name: np.exp(values) for name, values in curve.items()})

@@ -139,10 +139,13 @@ def test_evaluations_of_seeds_are_meaned_turn_by_turn() -> None:
     rows = pd.DataFrame(
         {"seed": seed, "step": step, "nats": nats, "tokens": 1}
         for seed, steps in ((1, [10, 20, 21]), (2, [12, 24]))
-        for step, nats in zip(steps, (2.0, 1.0, 9.0), strict=False)
+        for step, nats in zip(steps, (2.0 + seed, 1.0 - seed, 9.0), strict=False)
     )
-    curve = tsld_figure.perplexities(rows)
-    assert curve.to_dict() == {11: pytest.approx(np.exp(2)), 22: pytest.approx(np.exp(1))}, "no third in seed 2"
+    curve = tsld_figure.perplexities(rows).set_index("step")
+    assert list(curve.index) == [11, 22], "no third in seed 2"
+    assert list(curve["mean"]) == pytest.approx([np.exp(3.5), np.exp(-0.5)])
+    assert list(curve["low"]) == pytest.approx([np.exp(3), np.exp(-1)])
+    assert list(curve["high"]) == pytest.approx([np.exp(4), np.exp(0)])
 
 
 @pytest.mark.parametrize(("gap", "says"), [(0.05, "agrees"), (-0.05, "disagrees"), (0.0, "cannot tell")])
