@@ -27,7 +27,7 @@ from torch import Tensor
 from reqat.config.errors import ReqatError
 from reqat.decoding.distributions import entropy_nats
 from reqat.evaluation.entropies import ForcedTrace
-from reqat.evaluation.forcing import batches_by_length, forced_logits
+from reqat.evaluation.forcing import Row, batches_by_length, forced_hidden, forced_logits, logits_of
 from reqat.models import check_length, check_token_ids
 from reqat.models.modes import evaluating
 
@@ -37,77 +37,83 @@ if TYPE_CHECKING:
 # Tokens of a batch: at most so many, and at most so many bytes of one model's logits in float32.
 _BATCH_TOKENS = 8192
 _BATCH_BYTES = 256 * 2**20
+_KEPT_BYTES = 2**30  # of a reference's hidden states
+_FLOAT64_BYTES = 2**21
 SUMS = ("tokens_low", "tokens_high", "nll_low", "nll_high", "kl_low", "kl_high")
 """Columns of `likelihood_sums` besides what names a trace."""
 Told = Callable[[int], object]
 """Called with the tokens of each batch."""
 
 
-@torch.no_grad()
-def reference_entropies(
-    model: PreTrainedModel,
-    traces: Sequence[ForcedTrace],
-    *,
-    autocast: torch.dtype | None = None,
-    told: Told | None = None,
-) -> list[NDArray[np.float32]]:
-    """Entropy in nats of the distribution before each response token, one array [tokens] a trace.
+class Reference:
+    """A model that others are held against, and what is kept of its reading of the traces, so that it reads them once.
 
-    Raises `ReqatError` naming the trace that a model cannot read, or whose distributions are not finite.
+    Attributes: `entropies`, in nats, of the distribution before each response token, one float32 array [tokens] a
+    trace.
     """
-    out: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(traces)
-    with evaluating(model):
-        for batch, rows in _batches(traces, [model]):
-            parts = [entropy_nats(logits_NV).cpu() for _, logits_NV, _ in forced_logits(model, rows, autocast)]
-            lengths = [len(response) for _, response in rows]
-            for i, entropy in zip(batch, torch.cat(parts).split(lengths), strict=True):
-                out[i] = entropy.numpy()
-                _finite(entropy.numpy(), traces[i], "reference")
-            if told is not None:
-                told(sum(lengths))
-    return out
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, traces: Sequence[ForcedTrace], *, autocast: torch.dtype | None = None
+    ) -> None:
+        """Read ``traces``, under ``torch.autocast`` where ``autocast`` is a dtype.
+
+        Raises `ReqatError` naming the trace that the model cannot read, or whose distributions are not finite.
+        """
+        self.model, self.traces, self.autocast = model, traces, autocast
+        self.entropies: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(traces)
+        self._kept: dict[int, Tensor] = {}  # first trace of a batch -> [N, H], as far as memory for it goes
+        with evaluating(model):
+            for batch, rows in _batches(traces, [model]):
+                parts = [entropy_nats(logits_NV).cpu() for _, logits_NV, _ in self.logits(batch[0], rows)]
+                for i, entropy in zip(batch, torch.cat(parts).split(_lengths(rows)), strict=True):
+                    self.entropies[i] = entropy.numpy()
+                    _finite(entropy.numpy(), traces[i], "reference")
+
+    def logits(self, first: int, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The reference's logits of a batch whose first trace is number ``first``, as `forced_logits` gives them."""
+        hidden_NH = self._kept.get(first)
+        if hidden_NH is None:
+            hidden_NH = forced_hidden(self.model, rows, self.autocast)
+            if sum(one.nbytes for one in self._kept.values()) + hidden_NH.nbytes <= _KEPT_BYTES:
+                self._kept[first] = hidden_NH.cpu()
+        return logits_of(self.model, hidden_NH.to(self.model.device), rows, self.autocast)
 
 
 @torch.no_grad()
 def likelihood_sums(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    traces: Sequence[ForcedTrace],
-    entropies: Sequence[NDArray[np.float32]],
-    threshold_nats: float,
-    *,
-    autocast: torch.dtype | None = None,
-    told: Told | None = None,
+    model: PreTrainedModel, reference: Reference, threshold_nats: float, *, told: Told | None = None
 ) -> pd.DataFrame:
-    """A row a trace, in order: `problem`, `family`, and sums over its response tokens (`SUMS`).
+    """A row a trace of the reference's, in order: `problem`, `family`, and sums over its response tokens (`SUMS`).
 
     `nll` is the negative log-likelihood under ``model``, `kl` the forward divergence ``KL(reference || model)``, both
     in nats (float64); `tokens` counts. `low` are the tokens where the reference's entropy is below
-    ``threshold_nats``, `high` the others. Both models read a batch together; only its logits are in memory.
+    ``threshold_nats``, `high` the others. Only the logits of one batch are in memory.
 
     Raises `ReqatError` for models of different vocabularies, a trace that a model cannot read, or a likelihood that is
     not finite, naming the trace.
     """
-    if model.config.vocab_size != reference.config.vocab_size:
+    traces, widths = reference.traces, (model.config.vocab_size, reference.model.config.vocab_size)
+    if widths[0] != widths[1]:
         raise ReqatError(
-            f"the model has {model.config.vocab_size} logits, the reference {reference.config.vocab_size}; compare "
-            "models of one tokenizer and one width."
+            f"the model has {widths[0]} logits, the reference {widths[1]}; compare models of one tokenizer and one "
+            "width."
         )
     sums = np.zeros((len(traces), len(SUMS)))
-    with evaluating(model, reference):
-        for batch, rows in _batches(traces, [reference, model]):
+    with evaluating(model, reference.model):
+        for batch, rows in _batches(traces, [reference.model, model]):
             # One after the other: a forward pass under autocast is a region of its own.
-            theirs_NV = torch.cat([logits_NV for _, logits_NV, _ in forced_logits(reference, rows, autocast)])
+            theirs_NV = torch.cat([logits_NV for _, logits_NV, _ in reference.logits(batch[0], rows)])
             nll, kl = [], []
-            for first, logits_NV, tokens_N in forced_logits(model, rows, autocast):
+            for first, logits_NV, tokens_N in forced_logits(model, rows, reference.autocast):
                 nll_N, kl_N = compared(theirs_NV[first : first + len(logits_NV)], logits_NV, tokens_N)
                 nll.append(nll_N.cpu())
                 kl.append(kl_N.cpu())
-            lengths = [len(response) for _, response in rows]
+            lengths = _lengths(rows)
             pieces = zip(batch, torch.cat(nll).split(lengths), torch.cat(kl).split(lengths), strict=True)
             for i, nll_N, kl_N in pieces:
                 _finite((nll_N + kl_N).numpy(), traces[i], "model")
-                low_N = entropies[i] < threshold_nats
+                low_N = reference.entropies[i] < threshold_nats
                 split = [x[mask].sum() for x in (nll_N.numpy(), kl_N.numpy()) for mask in (low_N, ~low_N)]
                 sums[i] = [low_N.sum(), (~low_N).sum(), *split]
             if told is not None:
@@ -120,12 +126,28 @@ def likelihood_sums(
 
 def compared(theirs_NV: Tensor, logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each token, and the divergence from the reference's logits; float64 [N]."""
+    # A few tokens at a time: their float64 stays in the cache of a CPU, which takes a quarter of the time.
+    few = (
+        max(1, _FLOAT64_BYTES // (8 * logits_NV.shape[-1])) if logits_NV.device.type == "cpu" else max(1, len(tokens_N))
+    )
+    found = [
+        _compared(theirs_NV[i : i + few], logits_NV[i : i + few], tokens_N[i : i + few])
+        for i in range(0, len(tokens_N), few)
+    ]
+    return torch.cat([nll_N for nll_N, _ in found]), torch.cat([kl_N for _, kl_N in found])
+
+
+def _compared(theirs_NV: Tensor, logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     log_q_NV = logits_NV.double().log_softmax(dim=-1)
     log_p_NV = theirs_NV.double().log_softmax(dim=-1)
     p_NV = log_p_NV.exp()
     # A token that the reference rules out (-inf) adds nothing.
     kl_N = torch.where(p_NV > 0, p_NV * (log_p_NV - log_q_NV), 0.0).sum(dim=-1)
     return -log_q_NV.gather(-1, tokens_N[:, None])[:, 0], kl_N
+
+
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    return [len(response) for _, response in rows]
 
 
 def _batches(traces: Sequence[ForcedTrace], models: Sequence[PreTrainedModel]) -> Iterator[tuple[list[int], list[Any]]]:

@@ -88,7 +88,7 @@ def run_likelihood(
     import numpy as np
     import pandas as pd
 
-    from reqat.evaluation.held_out import likelihood_sums, reference_entropies
+    from reqat.evaluation.held_out import Reference, likelihood_sums
     from reqat.pipeline.task import same_tokens
 
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -103,13 +103,13 @@ def run_likelihood(
                 shown.update(tokens)
                 continue
             if beside != run.reference:
-                reference, tokenizer = load(run.reference)
-                entropies = reference_entropies(reference, traces, autocast=autocast)
-                threshold = float(np.percentile(np.concatenate(entropies), percentile))
+                loaded, tokenizer = load(run.reference)
+                reference = Reference(loaded, traces, autocast=autocast)
+                threshold = float(np.percentile(np.concatenate(reference.entropies), percentile))
                 beside = run.reference
             model, other = load(run.role)
             same_tokens(tokenizer, other, (run.reference, run.role))
-            sums = likelihood_sums(model, reference, traces, entropies, threshold, autocast=autocast, told=shown.update)
+            sums = likelihood_sums(model, reference, threshold, told=shown.update)
             del model
             sums = sums.assign(threshold_nats=threshold)
             sums.insert(0, "seed", pd.array([run.seed] * len(sums), dtype="Int64"))
