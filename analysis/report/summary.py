@@ -1,4 +1,4 @@
-"""The claims over all models: a row a claim, a column a model, from the pinned runs that claims rest on.
+"""The claims over all models: a row a claim, a column a model (and its task), from the pinned runs that claims rest on.
 
 A claim stands here as it was tested where it counts most: as a primary claim of the run, else at NVFP4-W4A4KV4, else at
 the first precision that the run has it at (then named in the cell). The primary claims stand here twice, on accuracy
@@ -29,7 +29,8 @@ NAME = "verdicts"
 PLACES: dict[str, tuple[tuple[str, ...], ...]] = {
     "testbed": (("claims",), ("overnight-formats",), ("overnight",)),
     "converged": (("converged", "converged-seeds"), ("converged-more",)),
-    "real weights": (("smollm-claims", "smollm-claims-seeds"),),
+    "real weights, sums": (("smollm-sums",),),
+    "real weights, word problems": (("smollm-claims", "smollm-claims-seeds"),),
 }
 """Column -> the tiers whose newest pinned runs fill it, claim by claim: the first ones that test it, those at the
 reference precision before others. Tiers after the
