@@ -29,7 +29,7 @@ LOOKS = {
 
 def build(found: Found) -> Figure:
     """Evaluation perplexity over the steps of a training, mean over training seeds, the teacher as a line, and rounding
-    without training as another where it is as low."""
+    without training as another where it lies within the panel."""
     groups = list(found.rows.groupby("companion", sort=False))
     columns = 2 if len(groups) == 4 else min(3, len(groups))
     lines = -(-len(groups) // columns)
@@ -47,8 +47,8 @@ def build(found: Found) -> Figure:
     fig.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(LOOKS), fontsize=6)
     said = (
         "Means over training seeds (of nats per token), and the lowest and highest seed; each has a teacher of its "
-        "own, so the table compares losses seed by seed. Dashed: the teacher. Dotted: rounded, not trained, where it "
-        "is not above the panel."
+        "own, so the table compares losses seed by seed. Dashed: the teachers' mean. Dotted: rounded, not trained, "
+        "where it is not above the panel."
     )
     style.footer(fig, [said, *found.notes])
     return fig
@@ -69,7 +69,7 @@ def _curves(ax: Axes, rows: pd.DataFrame) -> None:
             ax.fill_between(at["step"], at["low"], at["high"], color=colour, alpha=0.12, lw=0)
     highest = ax.get_ylim()[1]
     for method, line in (("teacher", "--"), ("ptq", ":")):
-        if method in curves and curves[method]["mean"].iloc[0] < highest:
+        if method in curves and (method == "teacher" or curves[method]["mean"].iloc[0] < highest):
             ax.axhline(curves[method]["mean"].iloc[0], color=style.BLACK, lw=0.8, ls=line)
     ax.autoscale_view()  # a line keeps its distance to the edge, too
     ax.set_xlabel("step")

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from reqat.cli.app import app, session
-from reqat.cli.inspect import costs
+from reqat.cli.inspect import cost_sentences
 from reqat.config import machine, memory, resources, working_folder
 from reqat.config.companions import Part, load_companions
 from reqat.config.errors import ReqatError
@@ -128,7 +128,8 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
             )
         )
     found += _disk(plan, paths)
-    for label, model in plan.tier.models.items() if plan.needed else ():  # a tier of companions alone needs none
+    used = plan.tier.models if plan.needed else {}  # a tier of companions alone needs none
+    for label, model in used.items():
         if model.source == "pinned" and pinned_base(paths, label) is None:
             place = paths.pinned_base(label)
             how = (
@@ -152,8 +153,9 @@ def of_tier(plan: Plan, paths: Paths, *, bench: bool = True, torch: bool = True)
     return found
 
 
-def of_companions(parts: Sequence[Part], paths: Paths) -> list[Check]:
-    """The data and models that a tier's companions read; one that is not there costs the parts that read it."""
+def of_companions(plan: Plan, parts: Sequence[Part], paths: Paths) -> list[Check]:
+    """The data and models that a tier's companions read. One that is not there costs the parts that read it, and fails
+    a tier that has nothing else to do."""
     found = []
     for name in wanted_sources(parts):
         readers = sum(name in part.sources for part in parts)
@@ -161,7 +163,8 @@ def of_companions(parts: Sequence[Part], paths: Paths) -> list[Check]:
         try:
             found.append(Check(f"source {name}", "ok", source_place(name, paths), needed))
         except ReqatError as missing:
-            found.append(Check(f"source {name}", "warn", "not there", needed, str(missing)))
+            level = "fail" if readers == len(parts) and not plan.needed else "warn"
+            found.append(Check(f"source {name}", level, "not there", needed, str(missing)))
     return found
 
 
@@ -237,15 +240,16 @@ def doctor(
     for name, plan in plans.items():
         checks = of_tier(plan, session.paths, bench=bench, torch=not quick or plan.tier.resources.device == "cuda")
         parts = [] if quick else list(load_companions(name, session.paths.config).values())  # `figures` makes none
-        checks += of_companions(parts, session.paths) if tier else []
+        if tier:
+            checks += of_companions(plan, parts, session.paths)
         # The general checks stand above, once, unless only what is amiss is asked for.
         amiss = [check for check in (general + checks if quick else checks) if check.level != "ok"]
         failed = failed or any(check.level == "fail" for check in checks)
         verdict = "cannot run here" if any(c.level == "fail" for c in general + checks) else "can run here"
         shown = amiss if quick or tier is None else checks
-        takes = costs(plan, list(load_studies(plan, session.paths.config).values()), parts)
-        if bench and load_throughput(name, session.paths.config) is not None:
-            takes[0] += ", the benchmark (BENCH=no leaves it out) apart"
+        benchmark = bench and load_throughput(name, session.paths.config) is not None
+        studies = list(load_studies(plan, session.paths.config).values())
+        takes = cost_sentences(plan, studies, parts, benchmark=benchmark)
         said, details = f"tier {name}: {verdict}; {'; '.join(takes)}", [table(shown)] if shown else []
         if quick:  # the verdict last
             print("\n".join([*details, said]), flush=True)

@@ -69,25 +69,30 @@ def show_plan(
     for part in parts:
         done = "done" if (session.paths.companion(part.id) / record.FILE).exists() else ""
         print(f"{part.id:<56}  {done:<5} {part.settings.name:<18} {', '.join(part.sources)}".rstrip())
-    print("\n" + "\n".join(costs(plan, list(studies.values()), parts)))
+    print("\n" + "\n".join(cost_sentences(plan, list(studies.values()), parts)))
     if plan.tier.resources.device == "cuda":
         print("\n" + gpu_hours(plan))
 
 
-def costs(plan: Plan, studies: Sequence[PlannedStudy] = (), parts: Sequence[Part] = ()) -> list[str]:
-    """A sentence on what a tier's own jobs take, if it has any, and one on its companions', if it has any."""
-    found = [cost(plan, studies)] if plan.needed or plan.evaluations or studies or not parts else []
+def cost_sentences(
+    plan: Plan, studies: Sequence[PlannedStudy] = (), parts: Sequence[Part] = (), *, benchmark: bool = False
+) -> list[str]:
+    """What a tier's own jobs take, if it has any, and what its companions', if it has any. ``benchmark``: one that runs
+    beside the jobs."""
+    found = []
+    if plan.needed or not parts:
+        found.append(cost(plan, studies) + (", the benchmark (BENCH=no leaves it out) apart" if benchmark else ""))
     if parts:
         beside, minutes = " beside them" if found else "", sum(part.settings.part_s for part in parts) / 60
         found.append(
-            f"{_count(len(parts), 'part')} of companions{beside} (`make companions`): about {minutes:.0f} minutes of "
-            "one core"
+            f"{_count(len(parts), 'part', 'parts')} of companions{beside} (`make companions`): about {minutes:.0f} "
+            "minutes of one core"
         )
     return found
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what if number == 1 else 'studies' if what == 'study' else what + 's'}"
+def _count(number: int, one: str, several: str) -> str:
+    return f"{number:,} {one if number == 1 else several}"
 
 
 def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
@@ -98,12 +103,12 @@ def cost(plan: Plan, studies: Sequence[PlannedStudy] = ()) -> str:
     responses = sum(evaluation.problems.n * len(evaluation.seeds) for evaluation in plan.evaluations.values())
     jobs = len(seconds(plan))
     total = sum(seconds(plan, studies).values())
-    measured = f" and {_count(len(studies), 'study')}" if studies else ""
+    measured = f" and {_count(len(studies), 'study', 'studies')}" if studies else ""
     side_by_side = max(1, machine.cores() // given.threads) if given.device == "cpu" else 1
     words = f"{side_by_side} jobs side by side" if side_by_side > 1 else "one job after the other"
     return (
-        f"{_count(jobs, 'job')}: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} responses"
-        f"{measured}; about {total / 60 / side_by_side:.0f} minutes with {words}, at the tier's rates"
+        f"{_count(jobs, 'job', 'jobs')}: {plain:,} tokens of BF16 training, {quantized:,} of QAT, {responses:,} "
+        f"responses{measured}; about {total / 60 / side_by_side:.0f} minutes with {words}, at the tier's rates"
     )
 
 

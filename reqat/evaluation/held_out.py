@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _BATCH_TOKENS = 8192
 _BATCH_BYTES = 256 * 2**20
 _KEPT_BYTES = 2**30  # of a reference's hidden states
-_FLOAT64_BYTES = 2**21
+_FLOAT64_BYTES = 2**21  # of the logits that are compared at a time
 SUMS = ("tokens_low", "tokens_high", "nll_low", "nll_high", "kl_low", "kl_high")
 """Columns of `likelihood_sums` besides what names a trace."""
 Told = Callable[[int], object]
@@ -46,10 +46,11 @@ Told = Callable[[int], object]
 
 
 class Reference:
-    """A model that others are held against, and what is kept of its reading of the traces, so that it reads them once.
+    """A model that others are held against. It reads the traces once, when it is made, and keeps what its output head
+    needs for the logits, up to a gigabyte; what does not fit is read again.
 
     Attributes: `entropies`, in nats, of the distribution before each response token, one float32 array [tokens] a
-    trace.
+    trace; `batches`, numbers of traces of like length and what is read of them.
     """
 
     @torch.no_grad()
@@ -61,22 +62,26 @@ class Reference:
         Raises `ReqatError` naming the trace that the model cannot read, or whose distributions are not finite.
         """
         self.model, self.traces, self.autocast = model, traces, autocast
+        _check(traces, model)
+        self.batches = list(_batches(traces, model.config.vocab_size))
         self.entropies: list[NDArray[np.float32]] = [np.empty(0, np.float32)] * len(traces)
-        self._kept: dict[int, Tensor] = {}  # first trace of a batch -> [N, H], as far as memory for it goes
+        self._kept: dict[int, Tensor] = {}  # number of a batch -> [N, H]
         with evaluating(model):
-            for batch, rows in _batches(traces, [model]):
-                parts = [entropy_nats(logits_NV).cpu() for _, logits_NV, _ in self.logits(batch[0], rows)]
+            for number, (batch, rows) in enumerate(self.batches):
+                parts = [entropy_nats(logits_NV).cpu() for _, logits_NV, _ in self.logits(number)]
                 for i, entropy in zip(batch, torch.cat(parts).split(_lengths(rows)), strict=True):
                     self.entropies[i] = entropy.numpy()
                     _finite(entropy.numpy(), traces[i], "reference")
 
-    def logits(self, first: int, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The reference's logits of a batch whose first trace is number ``first``, as `forced_logits` gives them."""
-        hidden_NH = self._kept.get(first)
+    @torch.no_grad()
+    def logits(self, number: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The logits of the batch of that number, as `forced_logits` gives them; the model is in evaluation mode."""
+        _, rows = self.batches[number]
+        hidden_NH = self._kept.get(number)
         if hidden_NH is None:
             hidden_NH = forced_hidden(self.model, rows, self.autocast)
             if sum(one.nbytes for one in self._kept.values()) + hidden_NH.nbytes <= _KEPT_BYTES:
-                self._kept[first] = hidden_NH.cpu()
+                self._kept[number] = hidden_NH.cpu()
         return logits_of(self.model, hidden_NH.to(self.model.device), rows, self.autocast)
 
 
@@ -88,7 +93,7 @@ def likelihood_sums(
 
     `nll` is the negative log-likelihood under ``model``, `kl` the forward divergence ``KL(reference || model)``, both
     in nats (float64); `tokens` counts. `low` are the tokens where the reference's entropy is below
-    ``threshold_nats``, `high` the others. Only the logits of one batch are in memory.
+    ``threshold_nats``, `high` the others. Of logits, one batch's are in memory.
 
     Raises `ReqatError` for models of different vocabularies, a trace that a model cannot read, or a likelihood that is
     not finite, naming the trace.
@@ -99,11 +104,12 @@ def likelihood_sums(
             f"the model has {widths[0]} logits, the reference {widths[1]}; compare models of one tokenizer and one "
             "width."
         )
+    _check(traces, model)
     sums = np.zeros((len(traces), len(SUMS)))
     with evaluating(model, reference.model):
-        for batch, rows in _batches(traces, [reference.model, model]):
+        for number, (batch, rows) in enumerate(reference.batches):
             # One after the other: a forward pass under autocast is a region of its own.
-            theirs_NV = torch.cat([logits_NV for _, logits_NV, _ in reference.logits(batch[0], rows)])
+            theirs_NV = torch.cat([logits_NV for _, logits_NV, _ in reference.logits(number)])
             nll, kl = [], []
             for first, logits_NV, tokens_N in forced_logits(model, rows, reference.autocast):
                 nll_N, kl_N = compared(theirs_NV[first : first + len(logits_NV)], logits_NV, tokens_N)
@@ -126,15 +132,19 @@ def likelihood_sums(
 
 def compared(theirs_NV: Tensor, logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each token, and the divergence from the reference's logits; float64 [N]."""
-    # A few tokens at a time: their float64 stays in the cache of a CPU, which takes a quarter of the time.
-    few = (
-        max(1, _FLOAT64_BYTES // (8 * logits_NV.shape[-1])) if logits_NV.device.type == "cpu" else max(1, len(tokens_N))
-    )
-    found = [
-        _compared(theirs_NV[i : i + few], logits_NV[i : i + few], tokens_N[i : i + few])
-        for i in range(0, len(tokens_N), few)
-    ]
+    found = [_compared(theirs_NV[piece], logits_NV[piece], tokens_N[piece]) for piece in _pieces(logits_NV)]
     return torch.cat([nll_N for nll_N, _ in found]), torch.cat([kl_N for _, kl_N in found])
+
+
+def _pieces(logits_NV: Tensor) -> list[slice]:
+    """A few tokens at a time: on a CPU their float64 then stays in the cache, which is four times as fast.
+
+    None is a token by itself, unless there is one alone: its sum would be split among threads, to other bits.
+    """
+    N, V = logits_NV.shape
+    few = max(2, _FLOAT64_BYTES // (8 * V)) if logits_NV.is_cpu else N
+    starts = list(range(0, max(1, N - 1), few))
+    return [slice(low, high) for low, high in zip(starts, [*starts[1:], N], strict=True)]
 
 
 def _compared(theirs_NV: Tensor, logits_NV: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,17 +160,22 @@ def _lengths(rows: Sequence[Row]) -> list[int]:
     return [len(response) for _, response in rows]
 
 
-def _batches(traces: Sequence[ForcedTrace], models: Sequence[PreTrainedModel]) -> Iterator[tuple[list[int], list[Any]]]:
-    """Indices of traces of like length, and what is read of them; each trace checked before any is read."""
-    sizes = [len(trace.prompt_ids) + len(trace.response_ids) - 1 for trace in traces]
-    for trace, size in zip(traces, sizes, strict=True):
+def _check(traces: Sequence[ForcedTrace], model: PreTrainedModel) -> None:
+    for trace in traces:
         if not trace.prompt_ids or not trace.response_ids:
             raise ReqatError(f"{trace.info.name}: an empty prompt or response; give each at least one token.")
-        for model in models:
-            check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), trace.info.name)
-            check_length(model.config, size, trace.info.name)
-    fitting = max(1, _BATCH_BYTES // (4 * int(models[0].config.vocab_size)))
-    for batch in batches_by_length(sizes, min(_BATCH_TOKENS, fitting)):
+        check_token_ids(model, (*trace.prompt_ids, *trace.response_ids), trace.info.name)
+        check_length(model.config, _size(trace), trace.info.name)
+
+
+def _size(trace: ForcedTrace) -> int:
+    return len(trace.prompt_ids) + len(trace.response_ids) - 1
+
+
+def _batches(traces: Sequence[ForcedTrace], width: int) -> Iterator[tuple[list[int], list[Row]]]:
+    """Indices of traces of like length, and what is read of them, where a token has ``width`` logits."""
+    fitting = max(1, _BATCH_BYTES // (4 * width))
+    for batch in batches_by_length([_size(trace) for trace in traces], min(_BATCH_TOKENS, fitting)):
         yield batch, [(traces[i].prompt_ids, traces[i].response_ids) for i in batch]
 
 

@@ -95,7 +95,7 @@ def run_likelihood(
     tokens = sum(len(trace.response_ids) for trace in traces)
     parts: list[pd.DataFrame] = []
     with bar("likelihood", tokens * len(runs), "tokens", enabled=progress) as shown:
-        beside = None
+        beside, reference = None, None
         for run in runs:
             part = part_of(run, weights, checkpoints)
             if part.is_file():
@@ -103,12 +103,15 @@ def run_likelihood(
                 shown.update(tokens)
                 continue
             if beside != run.reference:
-                loaded, tokenizer = load(run.reference)
-                reference = Reference(loaded, traces, autocast=autocast)
+                reference = None  # one at a time in memory
+                model, tokenizer = load(run.reference)
+                reference = Reference(model, traces, autocast=autocast)
+                del model
                 threshold = float(np.percentile(np.concatenate(reference.entropies), percentile))
                 beside = run.reference
             model, other = load(run.role)
             same_tokens(tokenizer, other, (run.reference, run.role))
+            assert reference is not None
             sums = likelihood_sums(model, reference, threshold, told=shown.update)
             del model
             sums = sums.assign(threshold_nats=threshold)

@@ -14,6 +14,7 @@ import yaml
 
 from reqat.cli.main import main
 from reqat.config import Paths, Plan, load
+from reqat.config.companions import load_companions
 from reqat.config.formats import FORMATS, bits_of
 from reqat.records import record
 
@@ -48,6 +49,27 @@ def test_plan_lists_stages_and_says_what_is_done(capsys: pytest.CaptureFixture[s
     assert [line.split()[1] for line in out.splitlines() if line.startswith(data.id)] == ["done"]
     for id in [*SMOKE.stages, *SMOKE.evaluations]:
         assert id in out
+
+
+def test_plan_says_which_tables_an_evaluation_is_for_and_by_what_method_a_stage_rounds(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert reqat("plan", "--tier", "laptop") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    plan = load("laptop", Paths(Path()))
+    for id in plan.evaluations:
+        for cell in (cell for cell in plan.cells if cell.evaluation == id):
+            use = [cell.artifact, cell.condition, "" if cell.problems == "own" else cell.problems]
+            assert " ".join(word for word in use if word) in lines[id]
+    methods = {id: stage.settings.method for id, stage in plan.stages.items() if stage.kind == "ptq"}
+    assert len(set(methods.values())) > 3 and all(method in lines[id] for id, method in methods.items())
+
+
+def test_plan_of_companions_alone_counts_those_alone(capsys: pytest.CaptureFixture[str]):
+    assert reqat("plan", "--tier", "tsld-traces-rates") == 0
+    parts = len(load_companions("tsld-traces-rates", Path("config")))
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"{parts} parts of companions (") and "beside" not in said
 
 
 def test_plan_as_json_can_be_run_in_place_of_configuration(capsys: pytest.CaptureFixture[str]):

@@ -118,13 +118,26 @@ def test_a_tier_of_companions_alone_is_counted_and_its_missing_data_named(
     monkeypatch.delenv(austen.PACKAGE.variable, raising=False)
     parts = load_companions("tsld-rates", checkout / "config")
     assert all("austen" in part.sources for part in parts.values())
-    assert doctor("--tier", "tsld-rates", quick=False) == 0, "what is missing costs the parts that read it"
+    assert doctor("--tier", "tsld-rates", quick=False) == 2, "nothing of the tier can run"
     out = capsys.readouterr().out
     (line,) = lines_about(out, "source austen")
     assert austen.PACKAGE.install in line and f"{len(parts)} of {len(parts)}" in line
-    assert f"{len(parts)} parts of companions" in out and " jobs: " not in out
+    assert line.startswith("fail") and f"{len(parts)} parts of companions" in out and " jobs: " not in out
     file = data / next(iter(austen.PACKAGE.files))
     file.parent.mkdir(parents=True)
     file.touch()
     assert doctor("--tier", "tsld-rates", quick=False) == 0
-    assert not lines_about(capsys.readouterr().out, "source austen")
+    assert any(line.startswith("ok") and "source austen" in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_what_is_missing_of_companions_stops_no_tier_that_has_more(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(austen, "PACKAGE", replace(austen.PACKAGE, places=list))
+    monkeypatch.delenv(austen.PACKAGE.variable, raising=False)
+    shutil.copytree(ROOT / "results" / "base-converged", checkout / "results" / "base-converged")
+    doctor("--tier", "laptop", quick=False)
+    out = capsys.readouterr().out
+    (line,) = lines_about(out, "source austen")
+    assert line.startswith("warn") and "tier laptop: can run here" in out
+    assert " jobs: " in out and "parts of companions beside them" in out and "benchmark" in out

@@ -83,12 +83,24 @@ def test_the_reference_reads_once_and_without_room_each_time_to_the_same_bits(
     assert reread.equals(kept)
 
 
-def test_a_few_tokens_at_a_time_are_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs, logits = torch.randn(2, 11, 50, generator=torch.Generator().manual_seed(0))
-    tokens = torch.arange(11)
-    whole = held_out.compared(theirs, logits, tokens)
-    monkeypatch.setattr(held_out, "_FLOAT64_BYTES", 8 * 50 * 3)
-    assert all(torch.equal(a, b) for a, b in zip(whole, held_out.compared(theirs, logits, tokens), strict=True))
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 6, 7])
+def test_a_few_tokens_at_a_time_are_all_of_them_to_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, n: int, threads: int
+) -> None:
+    wide = 100_000  # enough for threads to share a row
+    theirs, logits = torch.randn(2, n, wide, generator=torch.Generator().manual_seed(0))
+    tokens = torch.arange(n)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        monkeypatch.setattr(held_out, "_FLOAT64_BYTES", 8 * wide * 100)
+        whole = held_out.compared(theirs, logits, tokens)
+        monkeypatch.setattr(held_out, "_FLOAT64_BYTES", 8 * wide * 3)
+        few = held_out.compared(theirs, logits, tokens)
+    finally:
+        torch.set_num_threads(before)
+    assert len(few[0]) == n and all(torch.equal(a, b) for a, b in zip(whole, few, strict=True))
 
 
 def test_models_of_other_vocabularies_are_refused(tiny: Tiny, traces: list[ForcedTrace]) -> None:
