@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from analysis.tables.likelihood import method_rows
 NAME = "likelihood-dots"
 STUDIES = ("likelihood",)
 
+_GAP = 5.0
 PANELS = (
     ("low", "Low entropy", "nats / token"),
     ("high", "High entropy", "nats / token"),
@@ -34,9 +35,9 @@ def build(studies: ByKind) -> Figure:
     study = one(studies, "likelihood")
     rows = method_rows(study)
     fig = style.figure(1.1 + 0.2 * len(rows))
-    axes = fig.subplots(1, len(PANELS), sharey=True)
+    axes, beyond = fig.subplots(1, len(PANELS), sharey=True), False
     for ax, letter, (quantity, title, unit) in zip(axes, "abcd", PANELS, strict=True):
-        _dots(ax, rows, quantity)
+        beyond = _dots(ax, rows, quantity) or beyond
         style.panel(ax, letter, title)
         ax.set_xlabel(unit)
     names = [f"{row['method']} ({row['precision']})" for row in rows]
@@ -51,17 +52,23 @@ def build(studies: ByKind) -> Figure:
         f"{s['percentile']:g}; divergence: KL from it to the method.",
         *made_notes(study),
         f"Bars: 95% intervals clustered by trace{over}.",
+        *(["A number with an arrow: a mean far above the others."] if beyond else []),
     ]
     style.footer(fig, notes)
     return fig
 
 
-def _dots(ax: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> None:
-    for i, row in enumerate(rows):
-        if quantity not in row:  # every token is on the other side of the threshold
-            continue
+def _dots(ax: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> bool:
+    """Whether any mean stands as a number alone."""
+    measured = {i: row for i, row in enumerate(rows) if quantity in row}  # else every token is across the threshold
+    far = far_above({i: row[quantity] for i, row in measured.items()})
+    for i, row in measured.items():
         value, lo, hi = (row[f"{quantity}{end}"] for end in ("", "_lo", "_hi"))
         method = row["method"] if row["method"] in style.COLOURS else "Baseline"
+        if i in far:
+            place, colour = ax.get_yaxis_transform(), style.line(method)["color"]
+            ax.text(1, i, f"{value:.2g} →", transform=place, ha="right", va="center", fontsize=6, color=colour)
+            continue
         error = np.array([[value - lo], [hi - value]])
         ax.errorbar([value], [i], xerr=error, ls="none", lw=0.9, **style.line(method))
     ax.grid(axis="x")
@@ -69,3 +76,15 @@ def _dots(ax: Axes, rows: Sequence[dict[str, Any]], quantity: str) -> None:
     if quantity == "kl":  # whose 0 is the reference itself
         ax.set_xlim(left=0)
     ax.locator_params(axis="x", nbins=2)
+    return bool(far)
+
+
+def far_above(values: Mapping[int, float]) -> set[int]:
+    """Those that would squeeze all others into a corner: the gap below them is more than five times as wide as what the
+    others span. None of fewer than four."""
+    order = sorted(values, key=lambda i: values[i])
+    for n in range(3, len(order)):
+        below, above = values[order[n - 1]], values[order[n]]
+        if above - below > _GAP * (below - values[order[0]]):
+            return set(order[n:])
+    return set()

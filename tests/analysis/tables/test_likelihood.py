@@ -106,6 +106,32 @@ def test_every_mean_is_drawn_with_its_interval(likelihood: Study) -> None:
         np.testing.assert_allclose(ends, rows[[f"{quantity}_lo", f"{quantity}_hi"]])
 
 
+@pytest.mark.parametrize(
+    ("values", "far"),
+    [
+        ([0.7, 0.75, 0.001, 0.002, 0.0005, 0.0015], {0, 1}),
+        ([0.0007, 0.0137, 0.0001, 0.0065, 0.0007, 0.0011, 0.0037, 0.0017], set()),
+        ([1.0, 2.0, 300.0], set()),  # too few to say what is usual
+    ],
+)
+def test_means_that_would_squeeze_the_others_stand_as_numbers(values: list[float], far: set[int]) -> None:
+    assert likelihood_dots.far_above(dict(enumerate(values))) == far
+
+
+def test_a_mean_far_above_does_not_widen_the_axis(likelihood: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = likelihood.path / "likelihood.parquet"
+    frame = pd.read_parquet(path)
+    frame.loc[frame["label"] == "base", ["nll_low", "nll_high"]] *= 1000
+    frame.to_parquet(path)
+    rows = pd.DataFrame(method_rows(likelihood)).set_index("method")
+    monkeypatch.setattr(likelihood_dots, "far_above", lambda values: {list(rows.index).index("base")})  # of three rows
+    with style.context():
+        fig = likelihood_dots.build({"likelihood": [likelihood]})
+    assert fig.axes[2].get_xlim()[1] < rows.loc["base", "all"]
+    (said,) = fig.axes[2].texts
+    assert said.get_text().split()[0] == f"{rows.loc['base', 'all']:.2g}"
+
+
 def test_a_quantity_without_tokens_is_left_open(likelihood: Study) -> None:
     path = likelihood.path / "likelihood.parquet"
     frame = pd.read_parquet(path)
