@@ -17,7 +17,7 @@ from analysis.tables.likelihood import method_rows
 NAME = "likelihood-dots"
 STUDIES = ("likelihood",)
 
-_GAP = 5.0
+_GAP = 5.0  # times what the other means span, from which on a mean is drawn as a number
 PANELS = (
     ("low", "Low entropy", "nats / token"),
     ("high", "High entropy", "nats / token"),

@@ -1,4 +1,4 @@
-"""Likelihoods and divergences of held-out traces, against torch's own losses, and what is kept of the reference."""
+"""Likelihoods and divergences of held-out traces, against scipy in float64, and what is kept of the reference."""
 
 from __future__ import annotations
 
